@@ -1,0 +1,45 @@
+"""A tokenizer read from a Hugging Face folder, and a fingerprint by which cache and student recognise each other."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from kd_core.errors import UsageError
+
+PROBES = ("Hello, world! 1790–2024", "  tabs\tand\nlines  ", "naïve façade 東京 😀", "def f(x):\n    return x**2")
+
+
+class Tokenizer:
+    """Text to ids and back."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `folder/tokenizer.json`.
+
+        Raises:
+            UsageError: it is missing or not a tokenizer.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file; wanted the tokenizer of a Hugging Face folder.")
+        try:
+            self.fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(f"{path}: not a tokenizer ({error}).") from None
+        self.fast.no_truncation()
+        self.fast.no_padding()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens added."""
+        return [encoding.ids for encoding in self.fast.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self.fast.decode(list(ids), skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """sha256 over the vocabulary and how it splits a few probes: equal for equal tokenizers, however stored."""
+        known = json.dumps([sorted(self.fast.get_vocab().items()), self.encode(PROBES)])
+        return hashlib.sha256(known.encode()).hexdigest()

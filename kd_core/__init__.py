@@ -1,0 +1,1 @@
+"""Everything that runs a distillation and knows no configuration: losses, students, training."""

@@ -1,0 +1,9 @@
+"""The two errors that a command turns into one message without a traceback."""
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: the message says where, what was found, what was wanted, what to do."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradient is NaN or infinite: the run stopped before the optimiser moved."""

@@ -1,0 +1,95 @@
+"""The processes of a run: who am I, on which device, and the few sums that ranks share.
+
+Data parallelism alone for now: every rank holds the whole student. The tensor-parallel dimension belongs here.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kd_core.errors import UsageError
+
+R = TypeVar("R")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the data-parallel ranks of a run. A world of one needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes files and speaks."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add the ranks' tensors up, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
+        """Add up one number a name, in float64; every rank has the same names."""
+        names = sorted(values)
+        total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device))
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def sum_gradients_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up the ranks' gradients, in place; a rank without positions counts as zero."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def on_first(self, work: Callable[[], R]) -> R:
+        """Run `work` on the first rank; every rank gets its result, or its `UsageError`."""
+        box: list[object] = [None, None]
+        if self.is_first:
+            try:
+                box[0] = work()
+            except (UsageError, OSError) as error:
+                box[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        if isinstance(box[1], Exception):
+            raise box[1]
+        return box[0]  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the processes that torchrun started (or stand alone), and share this machine's cores between them."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_size, local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device=device)
+        return
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()

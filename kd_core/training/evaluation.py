@@ -1,0 +1,36 @@
+"""A student against a teacher's cache: the training objective, and always NLL, KL to the teacher and agreement."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from kd_core.losses.fused import LossSums
+from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.parallel.mesh import World
+from kd_core.parallel.plan import Parallel
+from kd_core.students.decoder import Decoder
+from kd_core.training.metrics import per_token
+from kd_core.training.step import batch_loss, count_tokens, sum_over
+from kd_core.types import Batch
+
+STANDARD = {"nll": CrossEntropy(weight=0.0), "kl": Distillation(weight=0.0, divergence="forward_kl", tail="tail_bucket")}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder, batches: Iterable[Batch], objective: Objective, parallel: Parallel, world: World
+) -> dict[str, float]:
+    """Means per scored token under `val/`: the objective's terms, `nll`, `kl`, `teacher_nll`, masses, agreement."""
+    own = list(batches)
+    measured = replace(objective, terms={**objective.terms, **STANDARD})
+    losses: list[LossSums] = []
+    for batch in own:
+        with parallel.autocast(world.device):
+            losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
+    sums = sum_over(losses, measured.sum_names(), world)
+    for name in STANDARD:
+        sums[name] = sums.pop(f"{name}_loss")
+    teacher = -sum(float(batch.label_log_prob[batch.loss_mask].double().sum()) for batch in own)
+    sums["teacher_nll"] = world.sum_floats({"nll": teacher})["nll"]
+    return per_token("val", sums, count_tokens(own, world))

@@ -1,0 +1,97 @@
+"""The folder of a run: its frozen configuration, its attempts, and where everything else lies in it."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kd_core.errors import UsageError
+from kd_core.files import write_json, write_text
+from kd_core.parallel.mesh import World
+
+log = logging.getLogger("kd")
+PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
+
+
+
+
+def _first_differences(old: str, new: str, most: int = 3) -> str:
+    was, wants = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (old, new))
+    names = [name for name in sorted({*was, *wants}) if was.get(name) != wants.get(name)]
+    shown = [f"{name} is {was.get(name, 'absent')} there, {wants.get(name, 'absent')} now" for name in names[:most]]
+    return "; ".join(shown) + (f"; and {len(names) - most} more" if len(names) > most else "")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where complete checkpoints stand."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The finished student as a Hugging Face folder."""
+        return self.path / "export"
+
+    def claim(self, config_json: str, config_text: str) -> None:
+        """Write the record of the experiment, or check that the folder is of the same one.
+
+        Raises:
+            UsageError: the folder belongs to another experiment.
+        """
+        record, text = self.path / "config.json", self.path / "config.txt"
+        if not record.exists():
+            write_text(text, config_text)
+            write_text(record, config_json)
+        elif record.read_text() != config_json:
+            differences = _first_differences(text.read_text(), config_text) or "its config.json differs"
+            raise UsageError(
+                f"{self.path}: holds a run of another experiment ({differences}). "
+                "Name another --run_dir, or the same settings to resume."
+            )
+
+    def begin_attempt(self, world: World) -> Path:
+        """Make `attempts/NNN` with command, versions, commit and layout; the log goes there too."""
+        done = sorted((self.path / "attempts").glob("[0-9]*"))
+        folder = self.path / "attempts" / f"{len(done) + 1:03d}"
+        folder.mkdir(parents=True)
+        facts = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "commit": _commit(),
+            "world": {"size": world.size, "device": world.device.type, "pid": os.getpid()},
+        }
+        write_json(folder / "attempt.json", facts)
+        handler = logging.FileHandler(folder / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        return folder
+
+
+def _commit() -> str:
+    """The commit of the code, with `-dirty` where the tree differs; `unknown` outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def write_failed_batch(folder: Path, step: int, records: list[str], reason: str) -> None:
+    """Leave the names of the records of a step that could not be taken."""
+    write_text(folder / f"failed_step_{step}.json", json.dumps({"step": step, "reason": reason, "records": records}))

@@ -1,0 +1,82 @@
+"""One optimiser step: count, forward and backward over micro-batches, one sum over ranks, check, move."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kd_core.errors import NonFiniteError
+from kd_core.losses.fused import LossSums, fused_loss
+from kd_core.losses.objective import Objective
+from kd_core.parallel.mesh import World
+from kd_core.parallel.plan import Parallel
+from kd_core.students.decoder import Decoder
+from kd_core.training.optimizer import AdamW
+from kd_core.types import Batch
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over all scored positions of the step, on all ranks."""
+
+    sums: dict[str, float]
+    tokens: int
+    grad_norm: float
+
+
+def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
+    """The objective over one batch, through the model's own forward."""
+
+    def head(hidden: Tensor, weight: Tensor) -> LossSums:
+        flat = rearrange(hidden, "B T D -> (B T) D")
+        labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
+        return fused_loss(flat, weight, batch.teacher(), labels, mask, objective, scale)
+
+    return model(batch.tokens, batch.position_ids, batch.document_ids, head)
+
+
+def count_tokens(batches: Sequence[Batch], world: World) -> int:
+    """Scored positions of all batches on all ranks."""
+    own = sum(int(batch.loss_mask.sum()) for batch in batches)
+    return int(world.sum_floats({"tokens": float(own)})["tokens"])
+
+
+def sum_over(batch_sums: Sequence[LossSums], names: Sequence[str], world: World) -> dict[str, float]:
+    """Add up batches and ranks; a rank without batches adds zeros under the same names."""
+    own = {name: sum((float(loss.sums[name]) for loss in batch_sums), 0.0) for name in names}
+    return world.sum_floats(own)
+
+
+def train_step(  # noqa: PLR0913 (a step is made of exactly these)
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    objective: Objective,
+    settings: AdamW,
+    parallel: Parallel,
+    world: World,
+) -> StepSums:
+    """Move the parameters once, by the gradient of the mean over all scored tokens of the step.
+
+    Raises:
+        NonFiniteError: loss or gradient is not finite, on any rank; no rank has moved then.
+    """
+    tokens = count_tokens(batches, world)
+    losses: list[LossSums] = []
+    for batch in batches:
+        on_device = batch.to(world.device)
+        with parallel.autocast(world.device):
+            loss = batch_loss(model, on_device, objective, 1.0 / max(1, tokens))
+        loss.total.backward()
+        losses.append(loss)
+    world.sum_gradients_(model.parameters())
+    sums = sum_over(losses, objective.sum_names(), world)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or torch.inf))
+    if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
+        optimizer.zero_grad()
+        raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepSums(sums, tokens, norm)

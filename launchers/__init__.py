@@ -1,0 +1,1 @@
+"""The commands: absl apps that turn flags into an experiment graph and run it."""
