@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """Loss or gradient is NaN or infinite: the run stopped before the optimiser moved."""
+
+
+class RankError(UsageError):
+    """A `UsageError` that only this rank has met; the others wait, so this rank must say it."""

@@ -99,9 +99,8 @@ def _student_view(buffer: Tensor, chunk: _Chunk) -> tuple[SparseView, Tensor]:
         support = support.masked_fill(~used, -torch.inf)
     masked_ids = torch.where(used, ids, ids[:, :1])
     buffer.scatter_(1, masked_ids, -torch.inf)
-    largest, where = buffer.max(dim=1)
-    torch.softmax(buffer, dim=1, out=buffer)
-    tail = largest - buffer.gather(1, where[:, None]).squeeze(1).log()
+    largest = buffer.amax(dim=1)
+    tail = largest - torch.softmax(buffer, dim=1, out=buffer).amax(dim=1).log()
     normaliser = torch.logaddexp(support.logsumexp(dim=1), tail)
     view = SparseView(
         chunk.teacher.log_probs,

@@ -89,6 +89,15 @@ def newest(root: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def _read_into(state: dict[str, Any], folder: Path) -> None:
+    try:
+        with torch.no_grad():
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
+    except dcp.api.CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[-1]
+        raise UsageError(f"{folder}: cannot be read ({reason}). Delete it to go on from the one before.") from None
+
+
 def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore `model` and `optimizer` in place.
 
@@ -96,11 +105,11 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Prog
         UsageError: the checkpoint is damaged or of another student.
     """
     state = _state(model, optimizer)
-    try:
-        with torch.no_grad():
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except dcp.api.CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))).splitlines()[-1]
-        raise UsageError(f"{folder}: cannot be read ({reason}). Delete it to go on from the one before.") from None
+    _read_into(state, folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return read_progress(folder)
+
+
+def load_model(folder: Path, model: Decoder) -> None:
+    """Restore the parameters of `model` alone, in place; errors as in `load`."""
+    _read_into({"model": dict(model.named_parameters())}, folder)

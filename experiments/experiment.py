@@ -1,0 +1,138 @@
+"""`Experiment`: the one place that joins student, data, loss and training. Plain values in; it does not know Fiddle.
+
+    shards ─► collate ─► Batch ─► student ─► loss ─► one step (optimizer, schedule, parallel) ─► metrics, checkpoint
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.stream.collate import Collate
+from data.stream.stream import Shards, all_batches, training_steps
+from data.tokenizer import Tokenizer
+from kd_core.errors import UsageError
+from kd_core.losses.objective import Objective
+from kd_core.parallel.mesh import World
+from kd_core.parallel.plan import Parallel
+from kd_core.students.starts import Start
+from kd_core.students.weights import save_pretrained
+from kd_core.training.checkpoint import Checkpoint
+from kd_core.training.loop import Data, Recipe, run
+from kd_core.training.optimizer import AdamW
+from kd_core.training.run_folder import RunFolder
+from kd_core.training.schedule import WarmupCosine
+from kd_core.types import Batch
+
+
+@dataclass(frozen=True)
+class Logger:
+    """How often numbers are written to `metrics.jsonl` and TensorBoard."""
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UsageError(f"logger.every: got {self.every}; wanted at least 1.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation on a cache of held-out text: before the first step, every `every` steps, and after the last."""
+
+    shards: Shards
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UsageError(f"evaluation.every: got {self.every}; wanted at least 1.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
+
+    student: Start
+    shards: Shards
+    collate: Collate
+    loss: Objective
+    optimizer: AdamW
+    schedule: WarmupCosine
+    parallel: Parallel
+    checkpoint: Checkpoint
+    logger: Logger
+    evaluation: Evaluation
+    steps: int
+    seed: int
+    tokens_per_step: int
+
+    def __post_init__(self) -> None:
+        length = self.collate.row_length
+        if self.steps < 1:
+            raise UsageError(f"steps: got {self.steps}; wanted at least 1.")
+        if self.tokens_per_step < length or self.tokens_per_step % length:
+            raise UsageError(
+                f"tokens_per_step: got {self.tokens_per_step}; wanted a multiple of collate.row_length {length}."
+            )
+        self.schedule.check(self.steps)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step, over all ranks."""
+        return self.tokens_per_step // self.collate.row_length
+
+    def check(self) -> dict[str, str]:
+        """Check the parts against each other and the caches; returns what a dry run shows.
+
+        Raises:
+            UsageError: parts that do not fit.
+        """
+        arch = self.student.architecture()
+        tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
+        for shards in (self.shards, self.evaluation.shards):
+            shards.check(arch.vocab_size, tokenizer)
+        rows = len(self.shards.rows(self.collate.row_length, self.seed, 0))
+        per_layer = arch.hidden_size * arch.head_dim * 2 * (arch.num_heads + arch.num_kv_heads)
+        per_layer += 3 * arch.hidden_size * arch.intermediate_size + 2 * arch.hidden_size
+        embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tie_embeddings else 2)
+        parameters = embeddings + arch.num_layers * per_layer + arch.hidden_size
+        return {
+            "student": f"{parameters / 1e6:.1f}M parameters, {arch.num_layers} layers, vocabulary {arch.vocab_size}",
+            "training cache": f"{self.shards.manifest.records} records, {self.shards.manifest.positions} positions",
+            "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
+            "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
+            "the run": f"{self.steps} steps, {self.steps * self.rows_per_step / rows:.2f} epochs of {rows} rows",
+        }
+
+    def _data(self, world: World) -> Data:
+        share = {"rank": world.rank, "ranks": world.size}
+
+        def steps_from(row: int) -> Iterator[list[Batch]]:
+            return training_steps(
+                self.shards, self.collate, seed=self.seed, start_row=row, rows_per_step=self.rows_per_step,
+                micro_batch=self.parallel.micro_batch_rows, **share,
+            )  # fmt: skip
+
+        def validation() -> Iterator[Batch]:
+            micro_batch = self.parallel.micro_batch_rows
+            return all_batches(self.evaluation.shards, self.collate, micro_batch=micro_batch, **share)
+
+        return Data(steps_from, validation)
+
+    def run(self, folder: RunFolder, world: World) -> dict[str, float]:
+        """Train, or go on training, in `folder`; export the student; return the last validation's numbers."""
+        recipe = Recipe(
+            loss=self.loss,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            parallel=self.parallel,
+            checkpoint=self.checkpoint,
+            steps=self.steps,
+            seed=self.seed,
+            rows_per_step=self.rows_per_step,
+            log_every=self.logger.every,
+            evaluate_every=self.evaluation.every,
+        )
+        model = self.student.build(world.device, self.seed)
+        held_out = run(model, self._data(world), recipe, folder, world)
+        world.on_first(lambda: save_pretrained(model, folder.export, Path(self.student.folder)))
+        return held_out

@@ -1,0 +1,58 @@
+"""Can a student of half the layers, distilled on 61k tokens, come near its teacher's distribution?
+
+Command:  make quickstart, or torchrun --nproc-per-node 1 -m launchers.train --config=quickstart
+Expected: held-out KL(teacher‖student) from 2.41 to about 1.03 nats, NLL from 6.05 to about 4.53
+          (a pilot with AdamW at 4e-4; cross-entropy alone reached KL 1.29).
+Seen:     TBD
+"""
+
+import fiddle as fdl
+
+from data.export.corpus import Corpus
+from data.export.export import TeacherExport
+from data.stream.collate import Collate
+from data.stream.stream import Shards
+from experiments.experiment import Evaluation, Experiment, Logger
+from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.parallel.plan import Parallel
+from kd_core.students.starts import Pretrained
+from kd_core.training.checkpoint import Checkpoint
+from kd_core.training.optimizer import AdamW
+from kd_core.training.schedule import WarmupCosine
+
+# The layers of SmolLM2-135M that matter most on this corpus: dropping the other 15 costs least.
+KEEP_LAYERS = (0, 1, 8, 9, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)
+
+
+def quickstart() -> fdl.Config[Experiment]:
+    """SmolLM2-135M-Instruct into an 81M student: 0.9 forward KL with the tail bucket + 0.1 cross-entropy."""
+    return fdl.Config(
+        Experiment,
+        student=fdl.Config(Pretrained, folder="quickstart/teacher", keep_layers=KEEP_LAYERS),
+        shards=fdl.Config(Shards, path="quickstart/cache/train"),
+        collate=fdl.Config(Collate, row_length=512),
+        loss=fdl.Config(
+            Objective,
+            terms={"kd": fdl.Config(Distillation, weight=0.9), "sft": fdl.Config(CrossEntropy, weight=0.1)},
+        ),
+        optimizer=fdl.Config(AdamW, lr=4e-4),
+        schedule=fdl.Config(WarmupCosine, warmup_steps=5),
+        parallel=fdl.Config(Parallel, precision="bfloat16"),
+        checkpoint=fdl.Config(Checkpoint, every=10),
+        logger=fdl.Config(Logger),
+        evaluation=fdl.Config(Evaluation, shards=fdl.Config(Shards, path="quickstart/cache/validation"), every=10),
+        steps=30,
+        seed=0,
+        tokens_per_step=2048,
+    )
+
+
+def quickstart_export() -> fdl.Config[TeacherExport]:
+    """61k training and 8k held-out tokens of the State of the Union addresses, top 64 of SmolLM2-135M-Instruct."""
+    return fdl.Config(
+        TeacherExport,
+        corpus=fdl.Config(Corpus, path="quickstart/corpus"),
+        teacher="quickstart/teacher",
+        train_tokens=61_440,
+        validation_tokens=8_192,
+    )

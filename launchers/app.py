@@ -1,0 +1,106 @@
+"""What every command shares: flags that teach, and a user's mistake as one message without a traceback."""
+
+import errno
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from kd_core.errors import NonFiniteError, RankError, UsageError
+from launchers import catalog
+
+FLAGS = flags.FLAGS
+log = logging.getLogger("kd")
+
+
+def define_config_flags(kind: str) -> None:
+    """The flags of commands that take a config of `kind`."""
+    name = "experiment" if kind == "Experiment" else "export"
+    flags.DEFINE_multi_string("config", [], f"The {name}, then changes to it; applied in order (see above).")
+    flags.DEFINE_bool("list", False, f"List every {name} and fiddler with its first docstring line, and exit.")
+    flags.DEFINE_bool("print_config", False, "Print every value and who set it, and exit.")
+    flags.DEFINE_bool("dry_run", False, "Check the parts against each other and the files, and exit.")
+
+
+def _help(doc: str, kind: str | None) -> str:
+    parts = [doc.strip()]
+    if kind is not None:
+        parts.append(f"Known to --config (first docstring line, module):\n{catalog.listing(kind)}")
+    shared = [__name__] if kind is not None else []
+    described = [FLAGS.module_help(module).split(":", 1)[1].strip("\n") for module in (*shared, sys.argv[0])]
+    return "\n\n".join([*parts, "Flags:\n" + "\n".join(described)])
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines above the progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # noqa: PLC0415 (not needed to answer --help)
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell the user; None for an error that is ours and deserves its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. Run the same command again to go on from what is done."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk full: {error}. Free some space and run the same command again; what was complete is kept."
+    if isinstance(error, (UsageError, NonFiniteError)):
+        text, _, context = str(error).partition("\n\nFiddle context: ")
+        at = re.search(r"<root>\.([^ ]+)", context)
+        return f"{text} (At {at[1]} in the config.)" if at else text
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    return None
+
+
+def _guarded(main: Callable[[], None], prog: str) -> int:
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        message = _message(error)
+        if message is None:
+            raise
+        logging.getLogger("kd.trace").debug("%s", traceback.format_exc())
+        if _is_first() or isinstance(error, RankError):
+            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)  # noqa: T201 (the command's own voice)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def start(main: Callable[[], None], module: str, doc: str, kind: str | None = None) -> None:
+    """Run `main` as the command `module`."""
+    prog = module.removeprefix("launchers.")
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        if {"--help", "-help", "-h"} & set(argv[1:]):
+            print(_help(doc, kind))  # noqa: T201
+            raise SystemExit(0)
+        try:
+            rest = FLAGS(list(argv))
+        except flags.Error as error:
+            if _is_first():
+                print(f"{prog}: error: {error}. Try --help.", file=sys.stderr)  # noqa: T201
+            raise SystemExit(2) from None
+        return rest
+
+    def run(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            if _is_first():
+                print(f"{prog}: error: unexpected argument {argv[1]!r}. Flags begin with --; try --help.", file=sys.stderr)  # noqa: T201
+            raise SystemExit(2)
+        log.setLevel(logging.INFO)
+        if _is_first():
+            log.addHandler(_TqdmHandler())
+        raise SystemExit(_guarded(main, prog))
+
+    app.run(run, argv=sys.argv, flags_parser=parse)

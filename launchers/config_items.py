@@ -1,0 +1,227 @@
+"""`--config` items, applied in order, to one Fiddle config.
+
+    NAME  NAME(arg=v)            a base function of experiments/ (first item)
+    config_file:F  run:RUN_DIR   a frozen record (first item)
+    fiddler:NAME(arg=v)          a function that changes the config
+    path=value                   one value; text needs no quotes
+
+Fiddle's long forms `config:NAME` and `set:path=value` mean the same. Paths and types are checked before anything
+is built.
+"""
+
+import ast
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+from beartype.door import is_bearable
+from fiddle.experimental import serialization
+
+from kd_core.errors import UsageError
+from launchers.catalog import FIDDLER, did_you_mean, find
+
+OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
+WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+
+
+@dataclass
+class Resolved:
+    """A config, the name it began with, and which flag set which path."""
+
+    config: fdl.Config[Any]
+    name: str
+    set_by: dict[str, str] = field(default_factory=dict)
+
+
+class _OurPackagesOnly(serialization.DefaultPyrefPolicy):
+    """Loading a record imports what it names, so it may name our own classes and functions only."""
+
+    def allows_import(self, module: str, symbol: str) -> bool:
+        """Whether the record may name it."""
+        del symbol
+        return f"{module}.".startswith(OUR_PACKAGES) or module in ("builtins", "fiddle._src.config")
+
+
+def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
+    """`NAME` or `NAME(arg=literal, …)`."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise UsageError(f"--config={item}: cannot be read. Wanted NAME, NAME(arg=value) or path=value.")
+
+
+def _call(kind: str, text: str, item: str, *args: Any) -> Any:
+    name, arguments = _parse_call(text, item)
+    function = find(name, kind).function()
+    try:
+        return function(*args, **arguments)
+    except TypeError as error:
+        raise UsageError(f"--config={item}: {error}.") from None
+
+
+def load_record(path: Path) -> fdl.Config[Any]:
+    """A frozen config.
+
+    Raises:
+        UsageError: missing, damaged, or naming code that is not ours.
+    """
+    try:
+        return serialization.load_json(path.read_text(), pyref_policy=_OurPackagesOnly())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; wanted the config.json of a run.") from None
+    except serialization.PyrefPolicyError as error:
+        raise UsageError(f"{path}: names code outside this project, so it was not loaded ({error}).") from None
+    except Exception as error:  # a record of another version fails in as many ways as there are versions
+        raise UsageError(f"{path}: not a record of this version's experiments ({error}).") from None
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, fdl.Buildable):
+        return dict(fdl.ordered_arguments(node, include_defaults=True, include_unset=True))
+    if isinstance(node, dict):
+        return {str(key): value for key, value in node.items()}
+    return {}
+
+
+def _wanted_type(node: Any, name: str) -> Any:
+    if isinstance(node, fdl.Buildable):
+        return typing.get_type_hints(fdl.get_callable(node)).get(name, Any)
+    return Any
+
+
+def _parse_value(text: str, wanted: Any, item: str) -> Any:
+    if wanted is str:
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    value: Any = text
+    try:
+        value = WORDS[text] if text in WORDS else ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        pass
+    if isinstance(value, list) and typing.get_origin(wanted) is not list:
+        value = tuple(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not is_bearable(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
+        shown = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+        raise UsageError(f"--config={item}: got {text!r}, wanted {shown}.")
+    return value
+
+
+def set_path(config: fdl.Config[Any], item: str) -> str:
+    """Apply `path=value`; returns the path.
+
+    Raises:
+        UsageError: no such path, a path to a part and not to a value, or a value of another type.
+    """
+    path, text = item.split("=", 1)
+    node: Any = config
+    *parents, last = path.split(".")
+    for depth, name in enumerate([*parents, last]):
+        children = _children(node)
+        if name not in children:
+            where = ".".join(path.split(".")[:depth]) or "the experiment"
+            raise UsageError(f"--config={item}: {where} has no {name!r}. {did_you_mean(name, children)}")
+        if depth < len(parents):
+            node = children[name]
+    current = _children(node)[last]
+    if isinstance(current, (fdl.Buildable, dict)):
+        inner = ", ".join(f"{path}.{name}" for name in _children(current))
+        raise UsageError(f"--config={item}: {path} is a part, not a value. Set one of its values: {inner}.")
+    value = _parse_value(text, _wanted_type(node, last), item)
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        setattr(node, last, value)
+    return path
+
+
+def _first(item: str, kind: str) -> Resolved:
+    if item.startswith(("run:", "config_file:")):
+        prefix, target = item.split(":", 1)
+        path = Path(target) / "config.json" if prefix == "run" else Path(target)
+        config = load_record(path)
+        found = fdl.get_callable(config).__name__
+        if found != kind:
+            raise UsageError(f"--config={item}: holds a {found}, wanted a {kind}.")
+        return Resolved(config, Path(target).name)
+    text = item.removeprefix("config:")
+    if "=" in text.split("(")[0] or text.startswith(("fiddler:", "set:")):
+        raise UsageError(f"--config={item}: the first --config must name an experiment (--list shows them).")
+    return Resolved(_call(kind, text, item), _parse_call(text, item)[0])
+
+
+def resolve(items: Sequence[str], kind: str) -> Resolved:
+    """One config out of all items.
+
+    Raises:
+        UsageError: any mistake in them, with the item and what would be right.
+    """
+    if not items:
+        raise UsageError("no --config given. Name an experiment: --config=NAME (--list shows them).")
+    resolved = _first(items[0], kind)
+    for item in items[1:]:
+        text = item.removeprefix("set:")
+        if item.startswith("fiddler:"):
+            _call(FIDDLER, item.removeprefix("fiddler:"), item, resolved.config)
+        elif "=" in text.split("(")[0]:
+            resolved.set_by[set_path(resolved.config, text)] = f"--config={item}"
+        else:
+            raise UsageError(f"--config={item}: only the first --config names an experiment; wanted path=value.")
+    return resolved
+
+
+def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
+    """A copy in which every default is an explicit value, so that a change of defaults cannot change the record."""
+    config = config.__deepcopy__({})
+
+    def expand(node: Any) -> None:
+        if isinstance(node, fdl.Buildable):
+            for name, value in fdl.ordered_arguments(node, include_defaults=True).items():
+                setattr(node, name, value)
+        for child in _children(node).values():
+            expand(child)
+
+    expand(config)
+    return config
+
+
+def _who(node: Any, name: str, path: str, set_by: dict[str, str]) -> str:
+    if path in set_by:
+        return set_by[path]
+    if isinstance(node, fdl.Buildable):
+        if name not in node.__arguments__:
+            return f"default of {fdl.get_callable(node).__name__}"
+        location = node.__argument_history__[name][-1].location
+        return f"{Path(location.filename).name}:{location.line_number}"
+    return "the experiment"
+
+
+def describe(resolved: Resolved) -> str:
+    """One line a leaf: path = value, and who set it."""
+    lines: list[str] = []
+
+    def visit(node: Any, prefix: str) -> None:
+        for name, value in _children(node).items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(value, (fdl.Buildable, dict)):
+                if isinstance(value, fdl.Buildable):
+                    lines.append(f"{path} = {fdl.get_callable(value).__name__}  # {_who(node, name, path, {})}")
+                visit(value, path)
+            else:
+                lines.append(f"{path} = {value!r}  # {_who(node, name, path, resolved.set_by)}")
+
+    visit(resolved.config, "")
+    return "\n".join(lines) + "\n"
+
+
+def record(config: fdl.Config[Any]) -> str:
+    """The frozen config as JSON."""
+    return serialization.dump_json(frozen(config), indent=2) + "\n"

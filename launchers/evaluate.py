@@ -1,0 +1,88 @@
+"""Measure a model against a teacher's cache, over every position of it.
+
+    python -m launchers.evaluate --student=runs/quickstart/export --cache=quickstart/cache/validation
+    python -m launchers.evaluate --student=runs/quickstart/checkpoints/step_00000030 --cache=quickstart/cache/validation
+    python -m launchers.evaluate --student=quickstart/teacher --cache=quickstart/cache/validation
+
+Prints NLL, KL(teacher‖student) with the tail bucket (nats per token), top-1 agreement, and the mass that teacher
+and student put on the teacher's entries. --json prints one JSON object instead.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launchers import app
+
+STUDENT = flags.DEFINE_string("student", None, "Hugging Face folder, or a checkpoint of a run; required.")
+CACHE = flags.DEFINE_string("cache", None, "Folder of a teacher's cache; required.")
+PRECISION = flags.DEFINE_string("precision", "float32", "What matmuls multiply in: float32 or bfloat16.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+SHOWN = {
+    "nll": "NLL, nats per token",
+    "kl": "KL(teacher‖student), nats per token",
+    "top1_agreement": "top-1 agreement",
+    "student_mass": "student mass on the teacher's entries",
+    "teacher_mass": "teacher mass on them",
+    "teacher_nll": "teacher's NLL",
+    "tokens": "positions",
+}
+
+
+def load_student(path: Path, device: Any) -> tuple[Any, Path]:
+    """A model and the folder of its tokenizer, from a Hugging Face folder or a checkpoint of a run."""
+    import fiddle as fdl  # noqa: PLC0415
+
+    from kd_core.students.starts import Pretrained  # noqa: PLC0415
+    from kd_core.training import checkpoint  # noqa: PLC0415
+    from launchers.config_items import load_record  # noqa: PLC0415
+
+    if not (path / "progress.json").exists():
+        return Pretrained(str(path)).build(device, seed=0), path
+    start = fdl.build(load_record(path.parent.parent / "config.json").student)
+    model = start.build(device, seed=0)
+    checkpoint.load_model(path, model)
+    return model, Path(start.folder)
+
+
+def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: str, world: Any) -> dict[str, float]:
+    """The numbers of `SHOWN` for a model in memory."""
+    from data.stream.collate import Collate  # noqa: PLC0415
+    from data.stream.stream import Shards, all_batches  # noqa: PLC0415
+    from data.tokenizer import Tokenizer  # noqa: PLC0415
+    from kd_core.losses.objective import CrossEntropy, Objective  # noqa: PLC0415
+    from kd_core.parallel.plan import Parallel  # noqa: PLC0415
+    from kd_core.training.evaluation import evaluate  # noqa: PLC0415
+
+    shards = Shards(str(cache))
+    shards.check(model.arch.vocab_size, Tokenizer(tokenizer_folder).fingerprint())
+    parallel, collate = Parallel(precision=precision), Collate(shards.manifest.row_length)
+    share = {"rank": world.rank, "ranks": world.size}
+    batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
+    found = evaluate(model, batches, Objective({"sft": CrossEntropy()}), parallel, world)
+    return {name: found[f"val/{name}"] for name in SHOWN}
+
+
+def main() -> None:
+    """Measure and print."""
+    from kd_core.errors import UsageError  # noqa: PLC0415
+    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
+
+    if STUDENT.value is None or CACHE.value is None:
+        raise UsageError("wanted --student=DIR and --cache=DIR.")
+    with joined_world() as world:
+        model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
+        found = measure_model(model, tokenizer_folder, Path(CACHE.value), PRECISION.value, world)
+    if not world.is_first:
+        return
+    if JSON.value:
+        print(json.dumps(found))  # noqa: T201
+        return
+    for name, words in SHOWN.items():
+        print(f"{words:<40} {found[name]:.5f}" if name != "tokens" else f"{words:<40} {found[name]:.0f}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.evaluate", __doc__ or "")

@@ -1,0 +1,94 @@
+"""Run a teacher over a corpus once and keep, for each position, its likeliest tokens: the cache that students train on.
+
+    python -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
+    python -m launchers.export_teacher --config=quickstart_export --config=corpus.path=my/texts --out=my/cache
+    torchrun --nproc-per-node 2 -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
+
+Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
+with the first shard that is missing, and ends with the same bytes; so do more ranks.
+
+--config may be repeated: an export of experiments/, then path=value, e.g. top_k=32, teacher=my/model,
+train_tokens=none (all of the corpus), corpus.text_field=content.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launchers import app, catalog
+
+KIND = "TeacherExport"
+app.define_config_flags(KIND)
+OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
+
+
+def _export(export: Any, out: Path) -> None:
+    from data.export import export as steps  # noqa: PLC0415
+    from kd_core.files import owned  # noqa: PLC0415
+    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
+
+    with joined_world() as world:
+        locks: list[Any] = []
+
+        def own() -> None:
+            lock = owned(out)
+            lock.__enter__()
+            locks.append(lock)
+
+        try:
+            world.on_first(own)
+            plans = steps.make_plans(export, out)
+            complete = [world.on_first(lambda plan=plan: steps.claim(plan)) for plan in plans]
+            for plan, done in zip(plans, complete, strict=True):
+                if done:
+                    app.log.info("%s: already complete, reused", plan.folder)
+            if all(complete):
+                return
+            model = steps.load_teacher(export, world.device)
+            for plan, done in zip(plans, complete, strict=True):
+                if done:
+                    continue
+                steps.write_missing_shards(plan, export, model, world.rank, world.size)
+                world.barrier()
+                made = world.on_first(lambda plan=plan: steps.finish(plan, export))
+                size = sum(shard.bytes for shard in made.shards)
+                app.log.info(
+                    "%s: %d records, %d positions, %d shards, %.0f bytes a position; teacher NLL %.3f, mass of top-%d %.3f",
+                    plan.folder, made.records, made.positions, len(made.shards), size / made.positions,
+                    made.statistics["teacher_nll"], made.top_k, made.statistics["teacher_mass"],
+                )  # fmt: skip
+        finally:
+            for lock in locks:
+                lock.__exit__(None, None, None)
+
+
+def main() -> None:
+    """Resolve the flags, then list, print, check or export."""
+    if app.FLAGS.list:
+        print(catalog.listing(KIND))  # noqa: T201
+        return
+    from kd_core.errors import UsageError  # noqa: PLC0415
+    from launchers import config_items  # noqa: PLC0415
+
+    resolved = config_items.resolve(app.FLAGS.config, KIND)
+    if app.FLAGS.print_config:
+        print(config_items.describe(resolved), end="")  # noqa: T201
+        return
+    if OUT.value is None:
+        raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
+    import fiddle as fdl  # noqa: PLC0415
+
+    export = fdl.build(resolved.config)
+    if app.FLAGS.dry_run:
+        from data.export.export import make_plans  # noqa: PLC0415
+
+        for plan in make_plans(export, Path(OUT.value)):
+            positions = sum(len(window.token_ids) - 1 for window in plan.windows)
+            print(f"{plan.folder}: {len(plan.windows)} records, {positions} positions, {len(plan.shards())} shards")  # noqa: T201
+        return
+    _export(export, Path(OUT.value))
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.export_teacher", __doc__ or "", KIND)

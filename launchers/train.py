@@ -1,0 +1,80 @@
+"""Distil a student from a teacher's cache.
+
+    torchrun --nproc-per-node 2 -m launchers.train --config=quickstart
+    python -m launchers.train --config=quickstart --config=optimizer.lr=6e-4 --run_dir=runs/faster
+    python -m launchers.train --config=quickstart --config=loss.terms.kd.tail=renormalized --dry_run
+    python -m launchers.train --config=run:runs/quickstart --print_config
+
+Run the same line again and it resumes: from the newest checkpoint of the run folder, or, once finished, it says so.
+
+--config may be repeated; items are applied in order:
+    NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
+    run:DIR, config_file:F the frozen record of a run (the first item)
+    path=value             one value, e.g. steps=60, loss.terms.kd.weight=1.0, student.folder=my/model
+    fiddler:NAME(arg=v)    a function of experiments/ that changes the config
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launchers import app, catalog
+
+KIND = "Experiment"
+app.define_config_flags(KIND)
+RUN_DIR = flags.DEFINE_string("run_dir", None, "Folder of the run; default runs/NAME.")
+
+
+def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
+    from kd_core.files import owned  # noqa: PLC0415
+    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
+    from kd_core.training.run_folder import RunFolder  # noqa: PLC0415
+
+    run_folder = RunFolder(folder)
+    with joined_world() as world:
+        locks: list[Any] = []
+
+        def claim() -> None:
+            lock = owned(folder)
+            lock.__enter__()
+            locks.append(lock)
+            run_folder.claim(record, text)
+            run_folder.begin_attempt(world)
+            for name, value in experiment.check().items():
+                app.log.info("%s: %s", name, value)
+
+        try:
+            world.on_first(claim)
+            experiment.run(run_folder, world)
+            app.log.info("done: %s (metrics.jsonl, tensorboard/, checkpoints/, export/)", folder)
+        finally:
+            for lock in locks:
+                lock.__exit__(None, None, None)
+
+
+def main() -> None:
+    """Resolve the flags, then list, print, check or train."""
+    if app.FLAGS.list:
+        print(catalog.listing(KIND))  # noqa: T201
+        return
+    from launchers import config_items  # noqa: PLC0415 (--list and --help answer without Fiddle)
+
+    resolved = config_items.resolve(app.FLAGS.config, KIND)
+    text = config_items.describe(resolved)
+    if app.FLAGS.print_config:
+        print(text, end="")  # noqa: T201
+        return
+    import fiddle as fdl  # noqa: PLC0415
+
+    experiment = fdl.build(resolved.config)
+    if app.FLAGS.dry_run:
+        for name, value in experiment.check().items():
+            print(f"{name}: {value}")  # noqa: T201
+        return
+    folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
+    _train(experiment, folder, config_items.record(resolved.config), text)
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.train", __doc__ or "", KIND)
