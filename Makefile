@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP    := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test test-slow check format golden tensorboard clean
 

@@ -9,7 +9,12 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from kd_core.errors import UsageError
 
-PROBES = ("Hello, world! 1790–2024", "  tabs\tand\nlines  ", "naïve façade 東京 😀", "def f(x):\n    return x**2")
+PROBES = (
+    "Hello, world! 1790–2024",
+    "  tabs\tand\nlines  ",
+    "naïve façade 東京 😀",
+    "def f(x):\n    return x**2",
+)
 
 
 class Tokenizer:

@@ -1,6 +1,6 @@
 """`Experiment`: the one place that joins student, data, loss and training. Plain values in; it does not know Fiddle.
 
-    shards ─► collate ─► Batch ─► student ─► loss ─► one step (optimizer, schedule, parallel) ─► metrics, checkpoint
+shards ─► collate ─► Batch ─► student ─► loss ─► one step (optimizer, schedule, parallel) ─► metrics, checkpoint
 """
 
 from collections.abc import Iterator
@@ -118,8 +118,8 @@ class Experiment:
 
         return Data(steps_from, validation)
 
-    def run(self, folder: RunFolder, world: World) -> dict[str, float]:
-        """Train, or go on training, in `folder`; export the student; return the last validation's numbers."""
+    def run(self, folder: RunFolder, world: World) -> None:
+        """Train, or go on training, in `folder`; then export the student."""
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,
@@ -133,6 +133,5 @@ class Experiment:
             evaluate_every=self.evaluation.every,
         )
         model = self.student.build(world.device, self.seed)
-        held_out = run(model, self._data(world), recipe, folder, world)
+        run(model, self._data(world), recipe, folder, world)
         world.on_first(lambda: save_pretrained(model, folder.export, Path(self.student.folder)))
-        return held_out

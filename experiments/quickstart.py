@@ -38,12 +38,12 @@ def quickstart() -> fdl.Config[Experiment]:
         optimizer=fdl.Config(AdamW, lr=4e-4),
         schedule=fdl.Config(WarmupCosine, warmup_steps=5),
         parallel=fdl.Config(Parallel, precision="bfloat16"),
-        checkpoint=fdl.Config(Checkpoint, every=10),
+        checkpoint=fdl.Config(Checkpoint, every=20),
         logger=fdl.Config(Logger),
-        evaluation=fdl.Config(Evaluation, shards=fdl.Config(Shards, path="quickstart/cache/validation"), every=10),
-        steps=30,
+        evaluation=fdl.Config(Evaluation, shards=fdl.Config(Shards, path="quickstart/cache/validation"), every=20),
+        steps=60,
         seed=0,
-        tokens_per_step=2048,
+        tokens_per_step=1024,
     )
 
 

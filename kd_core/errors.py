@@ -1,4 +1,4 @@
-"""The two errors that a command turns into one message without a traceback."""
+"""The errors that a command turns into one message without a traceback."""
 
 
 class UsageError(ValueError):
@@ -11,3 +11,7 @@ class NonFiniteError(ArithmeticError):
 
 class RankError(UsageError):
     """A `UsageError` that only this rank has met; the others wait, so this rank must say it."""
+
+
+class EchoedError(UsageError):
+    """An error of the first rank, raised on the others so that all stop; the first has said it."""

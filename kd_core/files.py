@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +65,7 @@ def content_fingerprint(paths: list[Path]) -> str:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Generator[Path]:
     """Fill a temporary folder; it becomes `path` by rename when the block ends well, and is removed otherwise."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -80,7 +80,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path) -> Generator[None]:
     """Own `folder` while the block runs; the kernel lets go of it when the process dies, however it dies.
 
     Raises:

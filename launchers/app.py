@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -39,7 +40,7 @@ class _TqdmHandler(logging.Handler):
     """Log lines above the progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm  # noqa: PLC0415 (not needed to answer --help)
+        from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
 
@@ -72,9 +73,15 @@ def _guarded(main: Callable[[], None], prog: str) -> int:
             raise
         logging.getLogger("kd.trace").debug("%s", traceback.format_exc())
         if _is_first() or isinstance(error, RankError):
-            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)  # noqa: T201 (the command's own voice)
+            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
+
+
+def _refuse(prog: str, message: str) -> NoReturn:
+    if _is_first():
+        print(f"{prog}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def start(main: Callable[[], None], module: str, doc: str, kind: str | None = None) -> None:
@@ -83,21 +90,16 @@ def start(main: Callable[[], None], module: str, doc: str, kind: str | None = No
 
     def parse(argv: Sequence[str]) -> list[str]:
         if {"--help", "-help", "-h"} & set(argv[1:]):
-            print(_help(doc, kind))  # noqa: T201
+            print(_help(doc, kind))
             raise SystemExit(0)
         try:
-            rest = FLAGS(list(argv))
+            return FLAGS(list(argv))
         except flags.Error as error:
-            if _is_first():
-                print(f"{prog}: error: {error}. Try --help.", file=sys.stderr)  # noqa: T201
-            raise SystemExit(2) from None
-        return rest
+            _refuse(prog, f"{error}. Try --help.")
 
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            if _is_first():
-                print(f"{prog}: error: unexpected argument {argv[1]!r}. Flags begin with --; try --help.", file=sys.stderr)  # noqa: T201
-            raise SystemExit(2)
+            _refuse(prog, f"unexpected argument {argv[1]!r}. Flags begin with --; try --help.")
         log.setLevel(logging.INFO)
         if _is_first():
             log.addHandler(_TqdmHandler())

@@ -10,6 +10,7 @@ is built.
 """
 
 import ast
+import contextlib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Resolved:
 class _OurPackagesOnly(serialization.DefaultPyrefPolicy):
     """Loading a record imports what it names, so it may name our own classes and functions only."""
 
-    def allows_import(self, module: str, symbol: str) -> bool:
+    def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether the record may name it."""
         del symbol
         return f"{module}.".startswith(OUR_PACKAGES) or module in ("builtins", "fiddle._src.config")
@@ -85,7 +86,8 @@ def load_record(path: Path) -> fdl.Config[Any]:
 
 def _children(node: Any) -> dict[str, Any]:
     if isinstance(node, fdl.Buildable):
-        return dict(fdl.ordered_arguments(node, include_defaults=True, include_unset=True))
+        arguments = fdl.ordered_arguments(node, include_defaults=True, include_unset=True)
+        return {str(name): value for name, value in arguments.items()}
     if isinstance(node, dict):
         return {str(key): value for key, value in node.items()}
     return {}
@@ -101,10 +103,8 @@ def _parse_value(text: str, wanted: Any, item: str) -> Any:
     if wanted is str:
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
     value: Any = text
-    try:
+    with contextlib.suppress(SyntaxError, ValueError):
         value = WORDS[text] if text in WORDS else ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        pass
     if isinstance(value, list) and typing.get_origin(wanted) is not list:
         value = tuple(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
@@ -185,7 +185,7 @@ def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
     def expand(node: Any) -> None:
         if isinstance(node, fdl.Buildable):
             for name, value in fdl.ordered_arguments(node, include_defaults=True).items():
-                setattr(node, name, value)
+                setattr(node, str(name), value)
         for child in _children(node).values():
             expand(child)
 

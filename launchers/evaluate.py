@@ -33,15 +33,15 @@ SHOWN = {
 
 def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     """A model and the folder of its tokenizer, from a Hugging Face folder or a checkpoint of a run."""
-    import fiddle as fdl  # noqa: PLC0415
+    import fiddle as fdl
 
-    from kd_core.students.starts import Pretrained  # noqa: PLC0415
-    from kd_core.training import checkpoint  # noqa: PLC0415
-    from launchers.config_items import load_record  # noqa: PLC0415
+    from kd_core.students.starts import Pretrained
+    from kd_core.training import checkpoint
+    from launchers.config_items import load_record
 
     if not (path / "progress.json").exists():
         return Pretrained(str(path)).build(device, seed=0), path
-    start = fdl.build(load_record(path.parent.parent / "config.json").student)
+    start: Any = fdl.build(load_record(path.parent.parent / "config.json").student)
     model = start.build(device, seed=0)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)
@@ -49,12 +49,12 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
 
 def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: str, world: Any) -> dict[str, float]:
     """The numbers of `SHOWN` for a model in memory."""
-    from data.stream.collate import Collate  # noqa: PLC0415
-    from data.stream.stream import Shards, all_batches  # noqa: PLC0415
-    from data.tokenizer import Tokenizer  # noqa: PLC0415
-    from kd_core.losses.objective import CrossEntropy, Objective  # noqa: PLC0415
-    from kd_core.parallel.plan import Parallel  # noqa: PLC0415
-    from kd_core.training.evaluation import evaluate  # noqa: PLC0415
+    from data.stream.collate import Collate
+    from data.stream.stream import Shards, all_batches
+    from data.tokenizer import Tokenizer
+    from kd_core.losses.objective import CrossEntropy, Objective
+    from kd_core.parallel.plan import Parallel
+    from kd_core.training.evaluation import evaluate
 
     shards = Shards(str(cache))
     shards.check(model.arch.vocab_size, Tokenizer(tokenizer_folder).fingerprint())
@@ -67,8 +67,8 @@ def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: st
 
 def main() -> None:
     """Measure and print."""
-    from kd_core.errors import UsageError  # noqa: PLC0415
-    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
+    from kd_core.errors import UsageError
+    from kd_core.parallel.mesh import joined_world
 
     if STUDENT.value is None or CACHE.value is None:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
@@ -78,10 +78,10 @@ def main() -> None:
     if not world.is_first:
         return
     if JSON.value:
-        print(json.dumps(found))  # noqa: T201
+        print(json.dumps(found))
         return
     for name, words in SHOWN.items():
-        print(f"{words:<40} {found[name]:.5f}" if name != "tokens" else f"{words:<40} {found[name]:.0f}")  # noqa: T201
+        print(f"{words:<40} {found[name]:.5f}" if name != "tokens" else f"{words:<40} {found[name]:.0f}")
 
 
 if __name__ == "__main__":

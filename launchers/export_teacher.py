@@ -11,6 +11,7 @@ with the first shard that is missing, and ends with the same bytes; so do more r
 train_tokens=none (all of the corpus), corpus.text_field=content.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,68 +25,49 @@ OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
 
 
 def _export(export: Any, out: Path) -> None:
-    from data.export import export as steps  # noqa: PLC0415
-    from kd_core.files import owned  # noqa: PLC0415
-    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
+    from data.export import export as steps
+    from kd_core.files import owned
+    from kd_core.parallel.mesh import joined_world
 
-    with joined_world() as world:
-        locks: list[Any] = []
-
-        def own() -> None:
-            lock = owned(out)
-            lock.__enter__()
-            locks.append(lock)
-
-        try:
-            world.on_first(own)
-            plans = steps.make_plans(export, out)
-            complete = [world.on_first(lambda plan=plan: steps.claim(plan)) for plan in plans]
-            for plan, done in zip(plans, complete, strict=True):
-                if done:
-                    app.log.info("%s: already complete, reused", plan.folder)
-            if all(complete):
-                return
-            model = steps.load_teacher(export, world.device)
-            for plan, done in zip(plans, complete, strict=True):
-                if done:
-                    continue
-                steps.write_missing_shards(plan, export, model, world.rank, world.size)
-                world.barrier()
-                made = world.on_first(lambda plan=plan: steps.finish(plan, export))
-                size = sum(shard.bytes for shard in made.shards)
-                app.log.info(
-                    "%s: %d records, %d positions, %d shards, %.0f bytes a position; teacher NLL %.3f, mass of top-%d %.3f",
-                    plan.folder, made.records, made.positions, len(made.shards), size / made.positions,
-                    made.statistics["teacher_nll"], made.top_k, made.statistics["teacher_mass"],
-                )  # fmt: skip
-        finally:
-            for lock in locks:
-                lock.__exit__(None, None, None)
+    with joined_world() as world, ExitStack() as stack:
+        world.on_first(lambda: stack.enter_context(owned(out)))
+        plans = world.on_first(lambda: steps.make_plans(export, out))
+        wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: steps.claim(plan))]
+        for plan in plans:
+            if plan not in wanted:
+                app.log.info("%s: already complete, reused", plan.folder)
+        if not wanted:
+            return
+        model = steps.load_teacher(export, world.device)
+        for plan in wanted:
+            steps.write_missing_shards(plan, export, model, world.rank, world.size)
+            world.barrier()
+            app.log.info("%s", world.on_first(lambda plan=plan: steps.finish(plan, export)).summary(plan.folder))
 
 
 def main() -> None:
     """Resolve the flags, then list, print, check or export."""
     if app.FLAGS.list:
-        print(catalog.listing(KIND))  # noqa: T201
+        print(catalog.listing(KIND))
         return
-    from kd_core.errors import UsageError  # noqa: PLC0415
-    from launchers import config_items  # noqa: PLC0415
+    from kd_core.errors import UsageError
+    from launchers import config_items
 
     resolved = config_items.resolve(app.FLAGS.config, KIND)
     if app.FLAGS.print_config:
-        print(config_items.describe(resolved), end="")  # noqa: T201
+        print(config_items.describe(resolved), end="")
         return
     if OUT.value is None:
         raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
-    import fiddle as fdl  # noqa: PLC0415
+    import fiddle as fdl
 
     export = fdl.build(resolved.config)
     if app.FLAGS.dry_run:
-        from data.export.export import make_plans  # noqa: PLC0415
+        from data.export.export import make_plans
 
         for plan in make_plans(export, Path(OUT.value)):
             positions = sum(len(window.token_ids) - 1 for window in plan.windows)
-            print(f"{plan.folder}: {len(plan.windows)} records, {positions} positions, {len(plan.shards())} shards")  # noqa: T201
+            print(f"{plan.folder}: {len(plan.windows)} records, {positions} positions, {len(plan.shards())} shards")
         return
     _export(export, Path(OUT.value))
 

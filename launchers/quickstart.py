@@ -8,7 +8,6 @@ Stages: fetch → teacher's cache → distil → compare. Each says what it made
 is there is reused. Interrupt it anywhere and run it again: it goes on from there.
 """
 
-import json
 import logging
 import os
 import sys
@@ -32,7 +31,7 @@ PROMPT_TOKENS = 40
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201 (the command's own voice)
+    print(text, flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:
@@ -44,8 +43,8 @@ def _stage(number: int, title: str, work: Callable[[], str]) -> None:
 
 def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
     """The same as `torchrun --nproc-per-node N -m MODULE …`, without its own traceback when a rank has spoken."""
-    from torch.distributed import run as torchrun  # noqa: PLC0415
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch"):
@@ -59,23 +58,27 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
 
 
 def _fetch_teacher(folder: Path) -> str:
-    from data.export import sources  # noqa: PLC0415
-    from kd_core.errors import UsageError  # noqa: PLC0415
-    from kd_core.files import new_folder  # noqa: PLC0415
-    from kd_core.students.gguf import convert_gguf  # noqa: PLC0415
+    from data.export import sources
+    from kd_core.errors import UsageError
+    from kd_core.files import new_folder
+    from kd_core.students.gguf import convert_gguf
 
     target = folder / "teacher"
     if TEACHER.value and Path(TEACHER.value).is_dir():
         return TEACHER.value
     if TEACHER.value:
         try:
-            from huggingface_hub import snapshot_download  # noqa: PLC0415
+            from huggingface_hub import snapshot_download
         except ImportError:
-            raise UsageError(f"--teacher={TEACHER.value}: not a folder; a hub id needs the extra: pip install '.[hf]'.") from None
+            raise UsageError(
+                f"--teacher={TEACHER.value}: not a folder; a hub id needs the extra: pip install '.[hf]'."
+            ) from None
         try:
             return snapshot_download(TEACHER.value, allow_patterns=["*.json", "*.safetensors"])
         except Exception as error:  # the client raises its own, the network's and the cache's
-            raise UsageError(f"--teacher={TEACHER.value}: neither a folder nor to be had from the hub ({error}).") from None
+            raise UsageError(
+                f"--teacher={TEACHER.value}: neither a folder nor to be had from the hub ({error})."
+            ) from None
     if not target.is_dir():
         sources.fetch(sources.TEACHER, folder / "downloads", folder / "teacher_gguf")
         with new_folder(target) as partial:
@@ -84,7 +87,7 @@ def _fetch_teacher(folder: Path) -> str:
 
 
 def _fetch_corpus(folder: Path) -> str:
-    from data.export import sources  # noqa: PLC0415
+    from data.export import sources
 
     if CORPUS.value:
         return CORPUS.value
@@ -95,7 +98,7 @@ def _fetch_corpus(folder: Path) -> str:
 
 def _keep_layers(teacher: str) -> list[str]:
     """For another teacher than ours: every second layer, and always the first two and the last."""
-    from kd_core.students.families import read_architecture  # noqa: PLC0415
+    from kd_core.students.families import read_architecture
 
     if not TEACHER.value:
         return []
@@ -106,17 +109,21 @@ def _keep_layers(teacher: str) -> list[str]:
 
 def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     """Three models on held-out text in float32, and their continuations of one prompt."""
-    import fiddle as fdl  # noqa: PLC0415
+    import fiddle as fdl
 
-    from data.tokenizer import Tokenizer  # noqa: PLC0415
-    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
-    from kd_core.students.generate import continue_greedily  # noqa: PLC0415
-    from kd_core.students.starts import Pretrained  # noqa: PLC0415
-    from launchers.config_items import load_record  # noqa: PLC0415
-    from launchers.evaluate import measure_model  # noqa: PLC0415
+    from data.tokenizer import Tokenizer
+    from kd_core.parallel.mesh import joined_world
+    from kd_core.students.generate import continue_greedily
+    from kd_core.students.starts import Pretrained
+    from launchers.config_items import load_record
+    from launchers.evaluate import measure_model
 
-    before = fdl.build(load_record(run_dir / "config.json").student)
-    starts = {"student before": before, "student after": Pretrained(str(run_dir / "export")), "teacher": Pretrained(teacher)}
+    before: Any = fdl.build(load_record(run_dir / "config.json").student)
+    starts = {
+        "student before": before,
+        "student after": Pretrained(str(run_dir / "export")),
+        "teacher": Pretrained(teacher),
+    }
     tokenizer = Tokenizer(Path(teacher))
     prompt = tokenizer.encode([PROMPT.value])[0]
     report: dict[str, Any] = {"prompt": PROMPT.value, "models": {}}
@@ -151,7 +158,7 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
 
 def main() -> None:
     """All four stages."""
-    from kd_core.files import read_json, write_json  # noqa: PLC0415
+    from kd_core.files import read_json, write_json
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
     cache, report_path = folder / "cache", run_dir / "report.json"
@@ -165,7 +172,7 @@ def main() -> None:
         return f"{verb} teacher {found['teacher']} ({size:.0f} MB) and corpus {found['corpus']}"
 
     def export() -> str:
-        from data.cache.manifest import read_manifest  # noqa: PLC0415
+        from data.cache.manifest import read_manifest
 
         there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
         settings = [f"--config=teacher={found['teacher']}", f"--config=corpus.path={found['corpus']}"]

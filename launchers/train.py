@@ -14,6 +14,7 @@ Run the same line again and it resumes: from the newest checkpoint of the run fo
     fiddler:NAME(arg=v)    a function of experiments/ that changes the config
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +28,43 @@ RUN_DIR = flags.DEFINE_string("run_dir", None, "Folder of the run; default runs/
 
 
 def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
-    from kd_core.files import owned  # noqa: PLC0415
-    from kd_core.parallel.mesh import joined_world  # noqa: PLC0415
-    from kd_core.training.run_folder import RunFolder  # noqa: PLC0415
+    from kd_core.files import owned
+    from kd_core.parallel.mesh import joined_world
+    from kd_core.training.run_folder import RunFolder
 
     run_folder = RunFolder(folder)
-    with joined_world() as world:
-        locks: list[Any] = []
+    with joined_world() as world, ExitStack() as stack:
 
         def claim() -> None:
-            lock = owned(folder)
-            lock.__enter__()
-            locks.append(lock)
+            stack.enter_context(owned(folder))
             run_folder.claim(record, text)
             run_folder.begin_attempt(world)
             for name, value in experiment.check().items():
                 app.log.info("%s: %s", name, value)
 
-        try:
-            world.on_first(claim)
-            experiment.run(run_folder, world)
-            app.log.info("done: %s (metrics.jsonl, tensorboard/, checkpoints/, export/)", folder)
-        finally:
-            for lock in locks:
-                lock.__exit__(None, None, None)
+        world.on_first(claim)
+        experiment.run(run_folder, world)
+        app.log.info("done: %s (metrics.jsonl, tensorboard/, checkpoints/, export/)", folder)
 
 
 def main() -> None:
     """Resolve the flags, then list, print, check or train."""
     if app.FLAGS.list:
-        print(catalog.listing(KIND))  # noqa: T201
+        print(catalog.listing(KIND))
         return
-    from launchers import config_items  # noqa: PLC0415 (--list and --help answer without Fiddle)
+    from launchers import config_items
 
     resolved = config_items.resolve(app.FLAGS.config, KIND)
     text = config_items.describe(resolved)
     if app.FLAGS.print_config:
-        print(text, end="")  # noqa: T201
+        print(text, end="")
         return
-    import fiddle as fdl  # noqa: PLC0415
+    import fiddle as fdl
 
     experiment = fdl.build(resolved.config)
     if app.FLAGS.dry_run:
         for name, value in experiment.check().items():
-            print(f"{name}: {value}")  # noqa: T201
+            print(f"{name}: {value}")
         return
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     _train(experiment, folder, config_items.record(resolved.config), text)

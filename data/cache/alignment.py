@@ -7,7 +7,7 @@ import numpy as np
 from data.cache.schema import Record
 from kd_core.errors import UsageError
 
-SHIFTS = (-1, 0, 1)
+SHIFTS: tuple[int, ...] = (-1, 0, 1)
 LABEL_TOLERANCE = 0.05
 
 

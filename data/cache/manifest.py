@@ -48,6 +48,15 @@ class Manifest:
         """Number of positions."""
         return sum(sum(shard.lengths) for shard in self.shards)
 
+    def summary(self, folder: Path) -> str:
+        """The cache in one line."""
+        size = sum(shard.bytes for shard in self.shards) / self.positions
+        return (
+            f"{folder}: {self.records} records, {self.positions} positions in {len(self.shards)} shards, "
+            f"{size:.0f} bytes a position; teacher NLL {self.statistics['teacher_nll']:.3f}, "
+            f"mass of the top {self.top_k} {self.statistics['teacher_mass']:.3f}"
+        )
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
         write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **asdict(self)})
@@ -61,13 +70,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     if not path.exists() and (folder / "plan.json").exists():
-        raise UsageError(f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it.")
+        raise UsageError(
+            f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."
+        )
     value = read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)")
     found = (value.pop("format", None), value.pop("version", None))
     if found != (FORMAT, VERSION):
         raise UsageError(f"{path}: format and version are {found}; wanted {(FORMAT, VERSION)}.")
     try:
-        shards = tuple(Shard(**{**shard, "lengths": tuple(shard["lengths"])}) for shard in value.pop("shards"))
+        shards = tuple(
+            Shard(found["name"], found["bytes"], found["sha256"], tuple(found["lengths"]))
+            for found in value.pop("shards")
+        )
         return Manifest(**value, shards=shards)
     except (TypeError, KeyError) as error:
         raise UsageError(f"{path}: a field is missing or unknown ({error}). Export the cache again.") from None

@@ -135,7 +135,7 @@ def decode(name: str, members: dict[str, bytes], vocab_size: int, where: str) ->
         header = json.loads(members["json"])
         T, K = int(header["positions"]), int(header["entries"])
         if not (0 < T <= MAX_POSITIONS and 0 < K <= MAX_ENTRIES):
-            raise ValueError(f"declares {T} positions of {K} entries")  # noqa: TRY301
+            raise ValueError(f"declares {T} positions of {K} entries")
         arrays: dict[str, Array] = {}
         for field, shape in _shapes(T, K).items():
             member = f"{field}.zst"

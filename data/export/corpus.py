@@ -116,7 +116,7 @@ def windows_of(documents: Sequence[Document], tokenizer: Tokenizer, row_length: 
 
 
 def choose_windows(windows: Sequence[Window], tokens: int | None, seed: int) -> list[Window]:
-    """Windows drawn without replacement until the next would pass `tokens` positions (None: all), then in corpus order."""
+    """Windows drawn without replacement while they fit into `tokens` positions (None: all), in corpus order."""
     if tokens is None:
         return list(windows)
     chosen: list[int] = []

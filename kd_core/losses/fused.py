@@ -14,7 +14,7 @@ autograd differentiates it. Sums are float32 over a chunk and float64 over chunk
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +41,12 @@ class _Chunk(NamedTuple):
 
 
 @contextlib.contextmanager
-def _matmul_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def _matmul_in(dtype: torch.dtype, device: torch.device) -> Generator[None]:
     """On a CPU, let float32 matmuls multiply in bfloat16 and add up in float32: bf16 speed, float32 logits."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (made at import)
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -71,15 +71,16 @@ def _observed(view: SparseView, objective: Objective, mask: Tensor, top1: Tensor
         sums[f"{name}_loss"] = value.detach()
         loss = loss + term.weight * value
     sums["loss"] = loss.detach()
-    for name, log_probs in (("teacher_mass", view.teacher_log_probs), ("student_mass", view.student_log_probs.detach())):
+    for name, log_probs in (
+        ("teacher_mass", view.teacher_log_probs),
+        ("student_mass", view.student_log_probs.detach()),
+    ):
         sums[name] = torch.where(mask[:, None] & view.used(), log_probs.exp(), 0.0).sum()
     sums["top1_agreement"] = (top1 & mask).sum()
     return loss, sums
 
 
-def _write_gradient(
-    buffer: Tensor, chunk: _Chunk, view: SparseView, grads: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def _write_gradient(buffer: Tensor, chunk: _Chunk, view: SparseView, grads: tuple[Tensor, Tensor, Tensor]) -> None:
     """Turn the tail's softmax in `buffer` [n, V] into dL/dz. Sparse entries are added last, in float32."""
     g_support, g_tail, g_label = grads
     total = g_support.sum(dim=1) + g_tail + g_label

@@ -6,15 +6,15 @@ Data parallelism alone for now: every rank holds the whole student. The tensor-p
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_core.errors import UsageError
+from kd_core.errors import EchoedError, RankError, UsageError
 
 R = TypeVar("R")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -26,7 +26,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
@@ -60,7 +60,7 @@ class World:
             dist.barrier()
 
     def on_first(self, work: Callable[[], R]) -> R:
-        """Run `work` on the first rank; every rank gets its result, or its `UsageError`."""
+        """Run `work` on the first rank; every rank gets its result, or stops with its error."""
         box: list[object] = [None, None]
         if self.is_first:
             try:
@@ -70,15 +70,18 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         if isinstance(box[1], Exception):
-            raise box[1]
+            raise box[1] if self.is_first else EchoedError(str(box[1]))
         return box[0]  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world() -> Generator[World]:
     """Join the processes that torchrun started (or stand alone), and share this machine's cores between them."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_size, local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    local_size, local_rank = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -91,5 +94,10 @@ def joined_world() -> Iterator[World]:
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield World(rank, size, device)
+    except UsageError as error:
+        alone = rank > 0 and not isinstance(error, EchoedError)
+        if alone:
+            raise RankError(f"rank {rank}: {error}") from error
+        raise
     finally:
         dist.destroy_process_group()

@@ -81,8 +81,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment] | None) -> F
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     rows: list[list[Tensor]] = [[] for _ in range(len(q))]
     for row, start, end in segments:
-        part = [x[row : row + 1, :, start:end] for x in (q, k, v)]
-        rows[row].append(F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True))
+        of_q, of_k, of_v = (x[row : row + 1, :, start:end] for x in (q, k, v))
+        rows[row].append(F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True, enable_gqa=True))
     return torch.cat([torch.cat(row, dim=2) for row in rows])
 
 

@@ -14,7 +14,12 @@ from kd_core.files import new_folder, read_json, write_json
 from kd_core.students.decoder import Architecture, Decoder
 from kd_core.students.families import config_of
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -94,7 +99,10 @@ def save_pretrained(model: Decoder, folder: Path, tokenizer_folder: Path) -> Non
     tokenizer_files = [tokenizer_folder / name for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()]
     source = json.loads((tokenizer_folder / "config.json").read_text())
     with new_folder(folder) as partial:
-        write_json(partial / "config.json", config_of(model.arch, source.get("bos_token_id"), source.get("eos_token_id")))
+        write_json(
+            partial / "config.json",
+            config_of(model.arch, source.get("bos_token_id"), source.get("eos_token_id")),
+        )
         for file in tokenizer_files:
             (partial / file.name).write_bytes(file.read_bytes())
         save_file({files[k]: v for k, v in state.items()}, partial / "model.safetensors", metadata={"format": "pt"})

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
 from kd_core.files import read_json, write_json
@@ -59,7 +61,7 @@ def save(root: Path, progress: Progress, model: Decoder, optimizer: torch.optim.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with torch.no_grad():
-            dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
+            dcp_save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
         write_json(partial / "progress.json", vars(progress))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -92,8 +94,8 @@ def newest(root: Path) -> Path | None:
 def _read_into(state: dict[str, Any], folder: Path) -> None:
     try:
         with torch.no_grad():
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except dcp.api.CheckpointException as error:
+            dcp_load(state, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[-1]
         raise UsageError(f"{folder}: cannot be read ({reason}). Delete it to go on from the one before.") from None
 

@@ -14,7 +14,10 @@ from kd_core.training.metrics import per_token
 from kd_core.training.step import batch_loss, count_tokens, sum_over
 from kd_core.types import Batch
 
-STANDARD = {"nll": CrossEntropy(weight=0.0), "kl": Distillation(weight=0.0, divergence="forward_kl", tail="tail_bucket")}
+STANDARD = {
+    "nll": CrossEntropy(weight=0.0),
+    "kl": Distillation(weight=0.0, divergence="forward_kl", tail="tail_bucket"),
+}
 
 
 @torch.no_grad()

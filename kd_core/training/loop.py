@@ -1,6 +1,6 @@
 """The loop: from the newest checkpoint, or from the start, to the last step.
 
-    batches of a step → train_step → metrics → (validation) → (checkpoint)
+    batches of a step → train_step → (validation) → metrics → (checkpoint)
 
 Everything that varies with the step (learning rate, random state, rows read) is a function of it, so a run that
 was killed and resumed computes what it would have computed.
@@ -9,7 +9,8 @@ was killed and resumed computes what it would have computed.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -26,10 +27,11 @@ from kd_core.training.metrics import MetricLog, per_token
 from kd_core.training.optimizer import AdamW, set_lr
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.schedule import WarmupCosine
-from kd_core.training.step import StepSums, train_step
+from kd_core.training.step import train_step
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
+SHOWN = ("loss", "nll", "kl", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Recipe:
     log_every: int
     evaluate_every: int
 
+    def due(self, step: int, every: int) -> bool:
+        """Every so many steps, and after the last."""
+        return step == self.steps or step % every == 0
+
 
 @dataclass(frozen=True)
 class Data:
@@ -56,90 +62,111 @@ class Data:
     validation: Callable[[], Iterable[Batch]]
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or step % every == 0
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same over a run."""
+
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    data: Data
+    recipe: Recipe
+    folder: RunFolder
+    world: World
+
+    def restore(self) -> Progress | None:
+        """Load the newest checkpoint, where there is one."""
+        newest = self.world.on_first(lambda: checkpoint.newest(self.folder.checkpoints))
+        if newest is None:
+            return None
+        progress = checkpoint.load(newest, self.model, self.optimizer)
+        log.info("resumed from %s: %d of %d steps are done", newest, progress.step, self.recipe.steps)
+        return progress
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Numbers on the held-out cache."""
+        recipe = self.recipe
+        found = evaluate(self.model, self.data.validation(), recipe.loss, recipe.parallel, self.world)
+        log.info("validation at step %d: %s", step, ", ".join(f"{n} {found[f'val/{n}']:.4f}" for n in SHOWN))
+        return found
+
+    def take_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step and its numbers."""
+        recipe, started = self.recipe, time.perf_counter()
+        torch.manual_seed(recipe.seed * 1_000_003 + step * 1_009 + self.world.rank)
+        lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
+        set_lr(self.optimizer, lr)
+        try:
+            result = train_step(
+                self.model,
+                self.optimizer,
+                batches,
+                objective=recipe.loss,
+                clip_norm=recipe.optimizer.clip_norm,
+                parallel=recipe.parallel,
+                world=self.world,
+            )
+        except NonFiniteError as error:
+            raise self._report(error, step, batches) from None
+        seconds = time.perf_counter() - started
+        return {
+            **per_token("train", result.sums, result.tokens),
+            "train/lr": lr,
+            "train/grad_norm": result.grad_norm,
+            "speed/tokens_per_second": result.tokens / seconds,
+            "speed/step_seconds": seconds,
+        }
+
+    def _report(self, error: NonFiniteError, step: int, batches: Sequence[Batch]) -> NonFiniteError:
+        names = [name for batch in batches for name in batch.record_names]
+        path = write_failed_batch(self.folder.path, step, self.world.rank, names, str(error))
+        return NonFiniteError(
+            f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
+            f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''} (all in {path}). Look at them, lower "
+            "optimizer.lr, or run with parallel.precision=float32; the last checkpoint is kept."
+        )
+
+    def save(self, step: int, held_out: dict[str, float] | None) -> None:
+        """A checkpoint after `step`, with the metric by which the best are kept where this step was validated."""
+        policy = self.recipe.checkpoint
+        metric = held_out[policy.best_metric] if held_out else None
+        progress = Progress(step, step * self.recipe.rows_per_step, metric)
+        checkpoint.save(self.folder.checkpoints, progress, self.model, self.optimizer, self.world)
+        self.world.on_first(lambda: checkpoint.keep_some(self.folder.checkpoints, policy))
 
 
-def _restore(model: Decoder, optimizer: torch.optim.Optimizer, folder: RunFolder, world: World) -> Progress | None:
-    newest = world.on_first(lambda: checkpoint.newest(folder.checkpoints))
-    if newest is None:
-        return None
-    progress = checkpoint.load(newest, model, optimizer)
-    log.info("resumed from %s: step %d is done", newest, progress.step)
-    return progress
-
-
-def _take_step(
-    model: Decoder, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], recipe: Recipe, world: World
-) -> StepSums:
-    return train_step(model, optimizer, batches, recipe.loss, recipe.optimizer, recipe.parallel, world)
-
-
-def _report_non_finite(
-    error: NonFiniteError, step: int, batches: Sequence[Batch], folder: RunFolder, world: World
-) -> NonFiniteError:
-    names = [name for batch in batches for name in batch.record_names]
-    write_failed_batch(folder.path, step, names, str(error))
-    return NonFiniteError(
-        f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {world.rank}: "
-        f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''} (all in failed_step_{step}.json). "
-        "Look at them, lower optimizer.lr, or run parallel.precision=float32; the last checkpoint is kept."
-    )
-
-
-def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World) -> dict[str, float]:
-    """Train to `recipe.steps`; returns the last validation's numbers (`val/…`).
+def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World) -> None:
+    """Train to `recipe.steps`.
 
     Raises:
         NonFiniteError: loss or gradient was not finite; nothing was saved for that step.
     """
-    optimizer = recipe.optimizer.build(model)
-    restored = _restore(model, optimizer, folder, world)
-    progress = restored or Progress()
-    metrics = MetricLog(folder.path, restored.step if restored else None) if world.is_first else None
-    held_out: dict[str, float] = {}
-
-    def validate(step: int) -> dict[str, float]:
-        found = evaluate(model, data.validation(), recipe.loss, recipe.parallel, world)
-        log.info("step %d: %s", step, ", ".join(f"{k[4:]} {v:.4f}" for k, v in found.items() if k in SHOWN))
-        return found
-
-    if restored is None and metrics is not None:
-        metrics.add(0, held_out := validate(0))
-    elif restored is None:
-        held_out = validate(0)
-    bar = tqdm(total=recipe.steps, initial=progress.step, unit="step", desc="distil", mininterval=1, disable=not world.is_first)
-    batches_of = data.steps_from(progress.rows)
-    with bar:
-        for step in range(progress.step + 1, recipe.steps + 1):
-            started = time.perf_counter()
-            batches = next(batches_of)
-            torch.manual_seed(recipe.seed * 1_000_003 + step * 1_009 + world.rank)
-            lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
-            set_lr(optimizer, lr)
-            try:
-                result = _take_step(model, optimizer, batches, recipe, world)
-            except NonFiniteError as error:
-                raise _report_non_finite(error, step, batches, folder, world) from None
-            values = per_token("train", result.sums, result.tokens)
-            seconds = time.perf_counter() - started
-            values |= {"train/lr": lr, "train/grad_norm": result.grad_norm}
-            values |= {"speed/tokens_per_second": result.tokens / seconds, "speed/step_seconds": seconds}
-            bar.set_postfix(loss=f"{values['train/loss']:.3f}", tok_s=f"{values['speed/tokens_per_second']:.0f}", refresh=False)
+    this = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world)
+    restored = this.restore()
+    done = restored.step if restored else 0
+    if done == recipe.steps:
+        log.info("nothing left to train")
+        return
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(
+                total=recipe.steps, initial=done, unit="step", desc="distil", mininterval=1, disable=not world.is_first
+            )
+        )
+        metrics = None
+        if world.is_first:
+            metrics = stack.enter_context(MetricLog(folder.path, restored.step if restored else None))
+        if restored is None:
+            held_out = this.validate(0)
+            if metrics:
+                metrics.add(0, held_out)
+        batches_of = data.steps_from(restored.rows if restored else 0)
+        for step in range(done + 1, recipe.steps + 1):
+            values = this.take_step(step, next(batches_of))
+            held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else None
+            if metrics and (held_out or recipe.due(step, recipe.log_every)):
+                metrics.add(step, {**values, **(held_out or {})})
+            if recipe.due(step, recipe.checkpoint.every):
+                this.save(step, held_out)
+            shown = {"loss": f"{values['train/loss']:.3f}", "tok/s": f"{values['speed/tokens_per_second']:.0f}"}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
-            evaluates = _due(step, recipe.evaluate_every, recipe.steps)
-            if evaluates:
-                held_out = validate(step)
-                values |= held_out
-            if metrics is not None and (evaluates or _due(step, recipe.log_every, recipe.steps)):
-                metrics.add(step, values)
-            progress = replace(progress, step=step, rows=progress.rows + recipe.rows_per_step, metric=None)
-            if _due(step, recipe.checkpoint.every, recipe.steps):
-                metric = held_out.get(recipe.checkpoint.best_metric) if evaluates else None
-                progress = replace(progress, metric=metric)
-                checkpoint.save(folder.checkpoints, progress, model, optimizer, world)
-                world.on_first(lambda: checkpoint.keep_some(folder.checkpoints, recipe.checkpoint))
-    return held_out
-
-
-SHOWN = ("val/loss", "val/nll", "val/kl", "val/top1_agreement")

@@ -1,6 +1,5 @@
 """The folder of a run: its frozen configuration, its attempts, and where everything else lies in it."""
 
-import json
 import logging
 import os
 import platform
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import write_json, write_text
@@ -20,10 +18,9 @@ log = logging.getLogger("kd")
 PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
 
 
-
-
 def _first_differences(old: str, new: str, most: int = 3) -> str:
-    was, wants = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (old, new))
+    lines = ([line.split("  # ")[0] for line in text.splitlines()] for text in (old, new))
+    was, wants = (dict(line.split(" = ", 1) for line in some) for some in lines)
     names = [name for name in sorted({*was, *wants}) if was.get(name) != wants.get(name)]
     shown = [f"{name} is {was.get(name, 'absent')} there, {wants.get(name, 'absent')} now" for name in names[:most]]
     return "; ".join(shown) + (f"; and {len(names) - most} more" if len(names) > most else "")
@@ -92,6 +89,8 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def write_failed_batch(folder: Path, step: int, records: list[str], reason: str) -> None:
-    """Leave the names of the records of a step that could not be taken."""
-    write_text(folder / f"failed_step_{step}.json", json.dumps({"step": step, "reason": reason, "records": records}))
+def write_failed_batch(folder: Path, step: int, rank: int, records: list[str], reason: str) -> Path:
+    """Leave the names of a rank's records of a step that could not be taken."""
+    path = folder / f"failed_step_{step}_rank_{rank}.json"
+    write_json(path, {"step": step, "reason": reason, "records": records})
+    return path

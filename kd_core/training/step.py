@@ -13,7 +13,6 @@ from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
-from kd_core.training.optimizer import AdamW
 from kd_core.types import Batch
 
 
@@ -53,8 +52,9 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     model: Decoder,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
+    *,
     objective: Objective,
-    settings: AdamW,
+    clip_norm: float,
     parallel: Parallel,
     world: World,
 ) -> StepSums:
@@ -73,7 +73,7 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
         losses.append(loss)
     world.sum_gradients_(model.parameters())
     sums = sum_over(losses, objective.sum_names(), world)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or torch.inf))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or torch.inf))
     if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
         optimizer.zero_grad()
         raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")
