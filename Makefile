@@ -37,6 +37,10 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+golden: $(VENV)/.dev
+	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/experiments
+	@git diff --stat tests/golden
+
 tensorboard: $(VENV)/.core
 	@$(BIN)/tensorboard --logdir runs $(ARGS)
 

@@ -3,6 +3,7 @@
 shards ─► collate ─► Batch ─► student ─► loss ─► one step (optimizer, schedule, parallel) ─► metrics, checkpoint
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.starts import Start
 from kd_core.students.weights import save_pretrained
-from kd_core.training.checkpoint import Checkpoint
+from kd_core.training.checkpoint import Checkpoint, newest_progress
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.schedule import WarmupCosine
 from kd_core.types import Batch
+
+log = logging.getLogger("kd")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,11 @@ class Experiment:
         return Data(steps_from, validation)
 
     def run(self, folder: RunFolder, world: World) -> None:
-        """Train, or go on training, in `folder`; then export the student."""
+        """Train, or go on training, in `folder`; then export the student. A finished run is left as it is."""
+        done = world.on_first(lambda: newest_progress(folder.checkpoints).step)
+        if done == self.steps and folder.export.is_dir():
+            log.info("%s: already complete, reused", folder.path)
+            return
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,

@@ -101,6 +101,7 @@ def start(main: Callable[[], None], module: str, doc: str, kind: str | None = No
         if len(argv) > 1:
             _refuse(prog, f"unexpected argument {argv[1]!r}. Flags begin with --; try --help.")
         log.setLevel(logging.INFO)
+        log.propagate = False  # absl's own handler would say everything twice
         if _is_first():
             log.addHandler(_TqdmHandler())
         raise SystemExit(_guarded(main, prog))

@@ -126,25 +126,25 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     }
     tokenizer = Tokenizer(Path(teacher))
     prompt = tokenizer.encode([PROMPT.value])[0]
-    report: dict[str, Any] = {"prompt": PROMPT.value, "models": {}}
+    report: dict[str, Any] = {"prompt": PROMPT.value, "models": []}
     with joined_world() as world:
         for name, start in starts.items():
             model = start.build(world.device, seed=0)
             numbers = measure_model(model, Path(start.folder), cache, "float32", world)
             said = tokenizer.decode(continue_greedily(model, prompt, PROMPT_TOKENS))
-            report["models"][name] = {**numbers, "continuation": said}
+            report["models"].append({"name": name, **numbers, "continuation": said})
     return report
 
 
 def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
     _say("")
     _say(f"  {'held-out text, nats per token':<31}{'NLL':>8}{'KL to teacher':>16}{'top-1 agreement':>18}")
-    for name, found in report["models"].items():
-        _say(f"  {name:<31}{found['nll']:>8.3f}{found['kl']:>16.3f}{found['top1_agreement']:>18.3f}")
+    for found in report["models"]:
+        _say(f"  {found['name']:<31}{found['nll']:>8.3f}{found['kl']:>16.3f}{found['top1_agreement']:>18.3f}")
     _say("")
-    for name, found in report["models"].items():
+    for found in report["models"]:
         said = found["continuation"].replace("\n", " ")
-        _say(f"  {name}: {report['prompt']} …{said}")
+        _say(f"  {found['name']}: {report['prompt']} …{said}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     _say(f"""
@@ -158,6 +158,8 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
 
 def main() -> None:
     """All four stages."""
+    from tqdm import tqdm
+
     from kd_core.files import read_json, write_json
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
@@ -166,7 +168,11 @@ def main() -> None:
 
     def fetch() -> str:
         there = (folder / "teacher").is_dir() and (folder / "corpus").is_dir()
-        found["teacher"], found["corpus"] = _fetch_teacher(folder), _fetch_corpus(folder)
+        with tqdm(total=2, desc="fetch", unit="part", mininterval=1, leave=False) as bar:
+            found["teacher"] = _fetch_teacher(folder)
+            bar.update()
+            found["corpus"] = _fetch_corpus(folder)
+            bar.update()
         size = sum(path.stat().st_size for path in Path(found["teacher"]).iterdir()) / 1e6
         verb = "reused" if there or (TEACHER.value and CORPUS.value) else "made"
         return f"{verb} teacher {found['teacher']} ({size:.0f} MB) and corpus {found['corpus']}"
@@ -182,17 +188,16 @@ def main() -> None:
         return f"{'reused' if there else 'made'} {cache}: {sizes}"
 
     def train() -> str:
-        if report_path.exists() and (run_dir / "export").is_dir():
-            return f"reused {run_dir}"
+        there = (run_dir / "export").is_dir()
         settings = [f"student.folder={found['teacher']}", f"shards.path={cache / 'train'}",
                     f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
         options = [f"--config={item}" for item in [*settings, *CONFIG.value]]
         options = ["--config=quickstart", *_keep_layers(found["teacher"]), *options, f"--run_dir={run_dir}"]
         _under_torchrun("launchers.train", options)
-        return f"made {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
+        return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
-        if report_path.exists():
+        if report_path.exists() and read_json(report_path, "the report")["prompt"] == PROMPT.value:
             return f"reused {report_path}"
         write_json(report_path, _report(found["teacher"], cache / "validation", run_dir))
         return f"made {report_path}"

@@ -44,7 +44,7 @@ def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
 
         world.on_first(claim)
         experiment.run(run_folder, world)
-        app.log.info("done: %s (metrics.jsonl, tensorboard/, checkpoints/, export/)", folder)
+        app.log.info("done: %s", folder)
 
 
 def main() -> None:

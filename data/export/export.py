@@ -7,10 +7,13 @@ a shard holds, and how its windows are batched, is fixed by the plan, so neither
 its bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +52,7 @@ class TeacherExport:
     seed: int = 0
     dtype: str = "float32"
     records_per_shard: int = 16
-    batch_rows: int = 4
+    batch_rows: int = 2
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -157,41 +160,56 @@ def load_teacher(export: TeacherExport, device: torch.device) -> Decoder:
     return Pretrained(export.teacher).build(device, seed=0).to(DTYPES[export.dtype]).eval()
 
 
-def _batches(windows: Sequence[Window], rows: int) -> Iterator[tuple[Sequence[Window], torch.Tensor, torch.Tensor]]:
-    for start in range(0, len(windows), rows):
-        some = windows[start : start + rows]
-        longest = max(len(window.token_ids) for window in some)
-        tokens = torch.zeros(len(some), longest, dtype=torch.int64)
-        documents = torch.full((len(some), longest - 1), -1, dtype=torch.int64)
-        for row, window in enumerate(some):
-            tokens[row, : len(window.token_ids)] = torch.tensor(window.token_ids)
-            documents[row, : len(window.token_ids) - 1] = row
-        yield some, tokens, documents
+class _Scored(NamedTuple):
+    """Windows that were scored together, and each field as [rows, T, …]."""
+
+    windows: Sequence[Window]
+    fields: list[np.ndarray[Any, Any]]
 
 
-def _score_windows(
-    model: Decoder, windows: Sequence[Window], first: int, export: TeacherExport, bar: "tqdm[Any]"
-) -> Iterator[Record]:
+def _score_together(model: Decoder, windows: Sequence[Window], top_k: int) -> _Scored:
     device = model.embed_tokens.weight.device
-    for some, tokens, documents in _batches(windows, export.batch_rows):
-        scores = score(model, tokens.to(device), documents.to(device), export.top_k)
-        by_row = [field.unflatten(0, documents.shape).cpu().numpy() for field in scores]
-        for row, window in enumerate(some):
-            T = len(window.token_ids) - 1
-            ids, log_probs, tail, label = (cast(np.ndarray, field[row, :T]) for field in by_row)
-            yield Record(
-                name=f"{first:08d}",
-                document=window.document,
-                start=window.start,
-                token_ids=np.asarray(window.token_ids, np.uint32),
-                loss_mask=np.ones(T, np.uint8),
-                topk_token_ids=ids,
-                topk_log_probs=log_probs,
-                tail_log_prob=tail,
-                label_log_prob=label,
-            )
-            first += 1
-            bar.update(T)
+    longest = max(len(window.token_ids) for window in windows)
+    tokens = torch.zeros(len(windows), longest, dtype=torch.int64)
+    documents = torch.full((len(windows), longest - 1), -1, dtype=torch.int64)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window.token_ids)] = torch.tensor(window.token_ids)
+        documents[row, : len(window.token_ids) - 1] = row
+    scores = score(model, tokens.to(device), documents.to(device), top_k)
+    return _Scored(windows, [field.unflatten(0, documents.shape).cpu().numpy() for field in scores])
+
+
+def _records(scored: _Scored, first: int) -> Iterator[Record]:
+    for row, window in enumerate(scored.windows):
+        T = len(window.token_ids) - 1
+        ids, log_probs, tail, label = (field[row, :T] for field in scored.fields)
+        yield Record(
+            name=f"{first + row:08d}",
+            document=window.document,
+            start=window.start,
+            token_ids=np.asarray(window.token_ids, np.uint32),
+            loss_mask=np.ones(T, np.uint8),
+            topk_token_ids=ids,
+            topk_log_probs=log_probs,
+            tail_log_prob=tail,
+            label_log_prob=label,
+        )
+
+
+@contextmanager
+def scoring_threads(device: torch.device) -> Generator[Executor]:
+    """As many threads as this process has cores, each computing alone.
+
+    A kernel that is split over threads may add up in another order: scored by one thread each, batches have the
+    same bits on any number of cores and ranks. It is no slower. A GPU gets one thread.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder, rank: int, ranks: int) -> None:
@@ -200,13 +218,20 @@ def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder,
     parts = {name: plan.windows[start : start + export.records_per_shard] for name, start in own}
     sizes = {name: sum(len(w.token_ids) - 1 for w in part) for name, part in parts.items()}
     there = {name for name in parts if (plan.folder / name).exists()}
-    with tqdm(
-        total=sum(sizes.values()), initial=sum(sizes[name] for name in there), unit="tok", unit_scale=True,
-        desc=f"teacher on {plan.plan['split']}", mininterval=1, disable=rank != 0,
-    ) as bar:  # fmt: skip
+    bar = tqdm(total=sum(sizes.values()), initial=sum(sizes[name] for name in there), unit="tok", unit_scale=True,
+               desc=f"teacher on {plan.plan['split']}", mininterval=1, disable=rank != 0)  # fmt: skip
+
+    def records(executor: Executor, name: str, first: int) -> Iterator[Record]:
+        together = [parts[name][at : at + export.batch_rows] for at in range(0, len(parts[name]), export.batch_rows)]
+        for scored in executor.map(partial(_score_together, model, top_k=export.top_k), together):
+            yield from _records(scored, first)
+            first += len(scored.windows)
+            bar.update(sum(len(window.token_ids) - 1 for window in scored.windows))
+
+    with bar, scoring_threads(model.embed_tokens.weight.device) as executor:
         for name, start in own:
             if name not in there:
-                write_shard(plan.folder / name, _score_windows(model, parts[name], start, export, bar))
+                write_shard(plan.folder / name, records(executor, name, start))
 
 
 def finish(plan: CachePlan, export: TeacherExport) -> Manifest:

@@ -6,10 +6,12 @@
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.cache.manifest import Manifest, Shard
 from data.cache.schema import Record, decode
@@ -22,8 +24,10 @@ def _reraise(error: Exception) -> bool:
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    streams = url_opener([{"url": str(path.absolute())}], handler=_reraise)
-    yield from group_by_keys(tar_file_expander(streams, handler=_reraise), handler=_reraise)
+    url = str(path.absolute())
+    with closing(gopen(url)) as stream:  # `url_opener` would leave it open
+        sources = [{"url": url, "stream": stream}]
+        yield from group_by_keys(tar_file_expander(sources, handler=_reraise), handler=_reraise)
 
 
 def check_shard(folder: Path, shard: Shard) -> Path:

@@ -5,7 +5,7 @@ A new loss is a divergence or a tail in `divergences.py`, or a class with `weigh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +14,7 @@ from kd_core.errors import UsageError
 from kd_core.losses.divergences import DIVERGENCES, TAILS, SparseView
 
 
+@runtime_checkable
 class Term(Protocol):
     """A loss per position, in nats; its sum enters the objective times `weight`."""
 

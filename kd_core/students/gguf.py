@@ -98,7 +98,7 @@ def convert_gguf(path: Path, folder: Path) -> Architecture:
         values = dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             values = _half_split(values, arch.num_heads if ".attn_q." in tensor.name else arch.num_kv_heads)
-        weights[_hugging_face_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        weights[_hugging_face_name(tensor.name)] = torch.from_numpy(np.array(values, np.float32, order="C"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     bos, eos = int(fields["tokenizer.ggml.bos_token_id"]), int(fields["tokenizer.ggml.eos_token_id"])
     write_json(folder / "config.json", config_of(arch, bos, eos))

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +13,7 @@ from kd_core.students.families import read_architecture
 from kd_core.students.weights import empty_decoder, load_weights
 
 
+@runtime_checkable
 class Start(Protocol):
     """Anything that names an architecture and gives a decoder with its first weights."""
 

@@ -4,7 +4,10 @@ Holds parameters, optimiser moments, the step, and how far the data was read. Th
 are functions of the step (`schedule.py`, `loop.py`), so they are restored with it.
 """
 
+import contextlib
 import shutil
+import warnings
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,14 @@ class Progress:
     metric: float | None = None
 
 
+@contextlib.contextmanager
+def _one_process() -> Generator[None]:
+    """DCP warns that no process group exists; that one process reads and writes is what we mean."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
@@ -60,7 +71,7 @@ def save(root: Path, progress: Progress, model: Decoder, optimizer: torch.optim.
         partial = final.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with torch.no_grad():
+        with _one_process():
             dcp_save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
         write_json(partial / "progress.json", vars(progress))
         shutil.rmtree(final, ignore_errors=True)
@@ -91,12 +102,19 @@ def newest(root: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def newest_progress(root: Path) -> Progress:
+    """How far the newest complete checkpoint is; the start where there is none."""
+    folder = newest(root)
+    return read_progress(folder) if folder else Progress()
+
+
 def _read_into(state: dict[str, Any], folder: Path) -> None:
     try:
-        with torch.no_grad():
+        with _one_process():
             dcp_load(state, checkpoint_id=folder, no_dist=True)
     except CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[-1]
+        failure = next(iter(error.failures.values()))[0]
+        reason = f"{type(failure).__name__} {failure}".strip().splitlines()[0]
         raise UsageError(f"{folder}: cannot be read ({reason}). Delete it to go on from the one before.") from None
 
 

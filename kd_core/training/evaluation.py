@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from kd_core.losses.fused import LossSums
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
@@ -28,7 +29,7 @@ def evaluate(
     own = list(batches)
     measured = replace(objective, terms={**objective.terms, **STANDARD})
     losses: list[LossSums] = []
-    for batch in own:
+    for batch in tqdm(own, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=not world.is_first):
         with parallel.autocast(world.device):
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
     sums = sum_over(losses, measured.sum_names(), world)

@@ -29,9 +29,9 @@ class WarmupCosine:
             raise UsageError(f"schedule.min_ratio: got {self.min_ratio}; wanted 0 to 1.")
 
     def factor(self, step: int, steps: int) -> float:
-        """Factor on the peak learning rate for step 1 … `steps`; the last decaying step is the first at the floor."""
+        """Factor on the peak learning rate for step 1 … `steps`; the floor is reached on the step after the decay."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
-        decay = max(1, steps - self.constant_steps - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / decay)
+        decay = steps - self.constant_steps - self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / (decay + 1))
         return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,140 @@
+"""Corpus in, caches out: the same bytes however the export ran; bad input named."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.cache.manifest import read_manifest
+from data.export import export as steps
+from data.export.corpus import Corpus, Document, choose_windows, split_documents, windows_of
+from data.export.teacher import score_chunk
+from data.stream.shards import decode_all
+from data.tokenizer import Tokenizer
+from kd_core.errors import UsageError
+from tests.tiny import ROW_LENGTH, Tiny, write_caches
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_interruption_and_ranks_do_not_change_a_byte(tiny: Tiny, tmp_path: Path) -> None:
+    export = tiny.export()
+    write_caches(export, tmp_path / "ranks", ranks=3)
+    assert _bytes(tmp_path / "ranks") == _bytes(tiny.root / "cache")
+
+    cut = tmp_path / "cut"
+    plan = steps.make_plans(export, cut)[0]
+    steps.claim(plan)
+    model = steps.load_teacher(export, torch.device("cpu"))
+    steps.write_missing_shards(plan, export, model, rank=1, ranks=2)
+    (plan.folder / "shard-000000.tar.partial").write_bytes(b"half a shard")
+    write_caches(export, cut)
+    assert _bytes(cut) == _bytes(tiny.root / "cache")
+
+
+def test_a_lost_shard_is_made_again_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.root / "cache", tmp_path / "cache")
+    (tmp_path / "cache" / "train" / "shard-000002.tar").unlink()
+    write_caches(tiny.export(), tmp_path / "cache")
+    assert _bytes(tmp_path / "cache") == _bytes(tiny.root / "cache")
+
+
+def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
+    plan = steps.make_plans(tiny.export(top_k=4), tiny.root / "cache")[0]
+    with pytest.raises(UsageError, match=r"another top_k \(8; now 4\)"):
+        steps.claim(plan)
+
+
+def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny) -> None:
+    teacher = steps.load_teacher(tiny.export(), torch.device("cpu")).double()
+    for record in decode_all(tiny.train / "shard-000000.tar", teacher.arch.vocab_size):
+        tokens = torch.from_numpy(record.token_ids.astype(np.int64))
+        T = record.positions
+        with torch.no_grad():
+            logits = teacher(tokens[None, :-1], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int64))
+        truth = torch.log_softmax(logits[0], dim=-1)
+        best = truth.topk(8)
+        assert np.abs(best.values.numpy() - record.topk_log_probs).max() < 1e-4
+        rest = truth.scatter(1, best.indices, -torch.inf).logsumexp(dim=1)
+        assert np.abs(rest.numpy() - record.tail_log_prob).max() < 1e-4
+        label = truth.gather(1, tokens[1:, None])[:, 0]
+        assert np.abs(label.numpy() - record.label_log_prob).max() < 1e-4
+
+
+def test_a_tiny_tail_is_summed_and_not_what_is_left_of_one() -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, 7] = 40.0
+    truth = torch.log_softmax(logits.double(), dim=1)
+    scores = score_chunk(logits.clone(), torch.tensor([3]), k=1)
+    rest = truth.scatter(1, torch.tensor([[7]]), -torch.inf).logsumexp(dim=1)
+    assert scores.tail_log_prob.item() == pytest.approx(rest.item(), rel=1e-6)
+    assert scores.label_log_prob.item() == pytest.approx(truth[0, 3].item(), rel=1e-6)
+
+
+def test_windows_score_every_token_but_a_documents_first_exactly_once(tiny: Tiny) -> None:
+    tokenizer = Tokenizer(tiny.teacher)
+    documents = list(Corpus(str(tiny.corpus)).documents())
+    windows = list(windows_of(documents, tokenizer, ROW_LENGTH))
+    for document, ids in zip(documents, tokenizer.encode([d.text for d in documents]), strict=True):
+        labels = [i for w in windows if w.document == document.name for i in w.token_ids[1:]]
+        assert labels == ids[1:]
+    assert all(len(window.token_ids) <= ROW_LENGTH + 1 for window in windows)
+
+
+def test_windows_are_drawn_within_the_budget_and_again_the_same(tiny: Tiny) -> None:
+    windows = list(windows_of(list(Corpus(str(tiny.corpus)).documents()), Tokenizer(tiny.teacher), ROW_LENGTH))
+    drawn = choose_windows(windows, 200, seed=1)
+    assert 200 - ROW_LENGTH < sum(len(w.token_ids) - 1 for w in drawn) <= 200
+    assert drawn == choose_windows(windows, 200, seed=1) != choose_windows(windows, 200, seed=2)
+
+
+def test_whole_documents_are_held_out() -> None:
+    documents = [Document(f"{i}", "text") for i in range(50)]
+    sides = split_documents(documents, 0.1, seed=0)
+    assert len(sides["validation"]) == 5
+    assert {d.name for d in sides["train"]}.isdisjoint(d.name for d in sides["validation"])
+    assert len(sides["train"]) == 45
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no .txt or .jsonl file"),
+        ({"a.txt": b"only one document"}, "wanted two or more"),
+        ({"a.txt": b"x", "b.txt": b"y", "c.txt": b""}, "wanted two or more"),
+        ({"a.jsonl": b'{"text": "fine"}\n{"text": broken\n'}, r"a.jsonl:2: not JSON"),
+        ({"a.jsonl": b'{"body": "no text"}\n'}, "a.jsonl:1: no field 'text'"),
+        ({"a.jsonl": b'{"text": 3}\n'}, "is a int, wanted text"),
+        ({"a.txt": b"caf\xe9"}, "a.txt: not UTF-8"),
+        ({"a.txt": b"(", "b.txt": b")", "c.txt": b"?!"}, "wanted two or more|no window"),
+    ],
+)
+def test_bad_corpora_are_named(tiny: Tiny, tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name, payload in files.items():
+        (tmp_path / "corpus" / name).write_bytes(payload)
+    with pytest.raises(UsageError, match=message):
+        steps.make_plans(tiny.export(corpus=Corpus(str(tmp_path / "corpus"))), tmp_path / "out")
+
+
+def test_a_document_of_one_token_is_left_out_and_the_rest_exported(tiny: Tiny, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny.corpus, corpus)
+    (corpus / "one.txt").write_text(".")
+    write_caches(tiny.export(corpus=Corpus(str(corpus))), tmp_path / "out")
+    read = [read_manifest(tmp_path / "out" / split) for split in ("train", "validation")]
+    assert sum(manifest.records for manifest in read) >= 24
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny.teacher, teacher)
+    config = teacher / "config.json"
+    size = steps.read_architecture(teacher).vocab_size
+    config.write_text(config.read_text().replace(f'"vocab_size": {size}', '"vocab_size": 260'))
+    with pytest.raises(UsageError, match="do not belong together"):
+        steps.make_plans(tiny.export(teacher=str(teacher)), tmp_path / "out")

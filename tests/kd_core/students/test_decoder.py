@@ -1,0 +1,101 @@
+"""Our decoder against transformers, on random weights; the real teacher is in tests/test_real_teacher.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_core.errors import UsageError
+from kd_core.students.decoder import document_segments
+from kd_core.students.starts import Pretrained, Random
+from kd_core.students.weights import save_pretrained
+from tests.tiny import Tiny, make_teacher
+
+TOLERANCE = 1e-5
+
+
+def _rows(vocab: int, B: int = 2, T: int = 24) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(vocab, (B, T), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.arange(T).expand(B, T), torch.zeros(B, T, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_those_of_transformers(tmp_path: Path, tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = make_teacher(tmp_path / "teacher", ["some text to train a tokenizer on"] * 20, tied=tied)
+    ours = Pretrained(str(folder)).build(torch.device("cpu"), seed=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, positions, documents = _rows(ours.arch.vocab_size)
+    with torch.no_grad():
+        assert (ours(tokens, positions, documents) - theirs(tokens).logits).abs().max() < TOLERANCE
+
+
+def test_an_exported_folder_gives_transformers_the_same_student_and_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = Pretrained(str(tiny.teacher), keep_layers=(0, 2, 3)).build(torch.device("cpu"), seed=0)
+    save_pretrained(ours, tmp_path / "export", tiny.teacher)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = torch.tensor([tokenizer.encode("The old fox sees a river.")])
+    T = ids.shape[1]
+    with torch.no_grad():
+        own = ours(ids, torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int64))
+        assert (own - theirs(ids).logits).abs().max() < TOLERANCE
+
+
+def test_a_packed_document_sees_nothing_of_its_neighbours(tiny: Tiny) -> None:
+    model = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    tokens, _, _ = _rows(model.arch.vocab_size, B=1)
+    lengths = [1, 9, 14]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    with torch.no_grad():
+        packed = model(tokens, positions, documents)
+        alone = [
+            model(part, torch.arange(part.shape[1])[None], torch.zeros_like(part)) for part in tokens.split(lengths, 1)
+        ]
+    assert (packed - torch.cat(alone, dim=1)).abs().max() < TOLERANCE
+
+
+def test_a_position_depends_on_no_later_token_and_on_no_other_document(tiny: Tiny) -> None:
+    model = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    tokens, positions, _ = _rows(model.arch.vocab_size, B=1, T=10)
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    embedded = model.embed_tokens(tokens).detach().requires_grad_()
+    model.embed_tokens.forward = lambda _: embedded  # type: ignore[method-assign]
+    model(tokens, positions, documents)[0, 6].sum().backward()
+    reached = embedded.grad[0].abs().sum(dim=1) > 0
+    assert reached.tolist() == [False] * 4 + [True] * 3 + [False] * 3
+
+
+def test_rows_of_one_document_need_no_segments() -> None:
+    assert document_segments(torch.zeros(3, 5, dtype=torch.int64)) is None
+    assert document_segments(torch.tensor([[0, 0, 1], [0, 0, -1]])) == [(0, 0, 2), (0, 2, 3), (1, 0, 2), (1, 2, 3)]
+
+
+def test_random_weights_depend_on_seed_and_name_alone(tiny: Tiny) -> None:
+    start = Random(str(tiny.teacher), 16, 24, 2, 2, 1)
+    one, same, other = (start.build(torch.device("cpu"), seed) for seed in (1, 1, 2))
+    assert torch.equal(one.layers[1].mlp.up_proj.weight, same.layers[1].mlp.up_proj.weight)
+    assert not torch.equal(one.layers[1].mlp.up_proj.weight, other.layers[1].mlp.up_proj.weight)
+    assert not torch.equal(one.layers[0].mlp.up_proj.weight, one.layers[1].mlp.up_proj.weight)
+
+
+def test_bad_layers_are_refused_with_what_there_is(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match="different layers of 0 to 3"):
+        Pretrained(str(tiny.teacher), keep_layers=(0, 4)).architecture()
+
+
+def test_damaged_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    for file in tiny.teacher.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="damaged weights"):
+        Pretrained(str(tmp_path)).build(torch.device("cpu"), seed=0)
+
+
+def test_another_family_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny.teacher / "config.json").read_text().replace('"llama"', '"mamba"'))
+    with pytest.raises(UsageError, match="model_type is 'mamba'"):
+        Pretrained(str(tmp_path)).architecture()

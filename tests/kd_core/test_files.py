@@ -1,0 +1,46 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd_core.errors import UsageError
+from kd_core.files import new_folder, owned, read_json, write_text
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), new_folder(tmp_path / "made") as partial:
+        (partial / "a").write_text("half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "made") as partial:
+        (partial / "a").write_text("whole")
+    assert (tmp_path / "made" / "a").read_text() == "whole"
+
+
+def test_a_folder_has_one_owner_and_is_free_again_when_it_dies(tmp_path: Path) -> None:
+    code = f"""
+import time, pathlib
+from kd_core.files import owned
+with owned(pathlib.Path({str(tmp_path)!r})):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "mine\n"
+    with pytest.raises(UsageError, match=f"another process \\(pid {other.pid}\\)"), owned(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    with owned(tmp_path):
+        pass
+
+
+def test_json_errors_name_the_file_and_what_it_should_be(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file, wanted a thing"):
+        read_json(tmp_path / "x.json", "a thing")
+    write_text(tmp_path / "x.json", "[1]")
+    with pytest.raises(UsageError, match="holds a list"):
+        read_json(tmp_path / "x.json", "a thing")

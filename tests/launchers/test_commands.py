@@ -1,0 +1,217 @@
+"""Commands end to end on the tiny teacher: train, resume after SIGKILL, ranks, mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kd_core.files import owned
+from kd_core.training.metrics import read_metrics
+from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run
+from tests.tiny import Tiny
+
+
+def _values(run_dir: Path) -> list[dict[str, float]]:
+    """What a repeated run repeats: everything but times."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in found.items() if not name.startswith("speed/")} for found in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    done = run("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={folder}", nproc=1)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_its_folder_as_the_readme_draws_it(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir() if not path.name.startswith(".")}
+    assert names == {"config.json", "config.txt", "attempts", "metrics.jsonl", "tensorboard", "checkpoints", "export"}
+    assert {path.name for path in (whole_run / "export").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert (whole_run / "attempts" / "001" / "log.txt").read_text().count("validation at step") == 5
+    kept = {path.name for path in (whole_run / "checkpoints").iterdir()}
+    assert "step_00000010" in kept
+    assert len(kept) <= 2
+
+
+def test_the_loss_falls_and_every_promised_number_is_there(whole_run: Path) -> None:
+    lines = _values(whole_run)
+    assert [found["step"] for found in lines] == list(range(11))
+    assert lines[-1]["val/kl"] < lines[0]["val/kl"]
+    for split, found in (("train", lines[1]), ("val", lines[-1])):
+        for name in ("loss", "kd_loss", "sft_loss", "teacher_mass", "student_mass", "top1_agreement", "tokens"):
+            assert f"{split}/{name}" in found
+    assert {"train/lr", "train/grad_norm"} <= lines[1].keys()
+    assert lines[4]["train/loss"] == pytest.approx(0.9 * lines[4]["train/kd_loss"] + 0.1 * lines[4]["train/sft_loss"])
+
+
+def test_tensorboard_carries_the_same_numbers(whole_run: Path) -> None:
+    events = EventAccumulator(str(whole_run / "tensorboard"))
+    events.Reload()
+    lines = read_metrics(whole_run / "metrics.jsonl")
+    for name in {name for found in lines for name in found} - {"step"}:
+        wanted = [(found["step"], np.float32(found[name])) for found in lines if name in found]
+        assert [(event.step, np.float32(event.value)) for event in events.Scalars(name)] == wanted, name
+
+
+@pytest.mark.parametrize("step", [1, 3, 8])
+def test_killed_and_resumed_it_has_the_same_numbers_bit_for_bit(
+    tiny: Tiny, whole_run: Path, tmp_path: Path, step: int
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*configs(tiny.train_items(10)), f"--run_dir={folder}"]
+
+    def reached() -> bool:
+        path = folder / "metrics.jsonl"
+        return path.exists() and path.read_text().count("\n") > step
+
+    assert kill_when(line("launchers.train", *flags, nproc=1), reached)
+    done = run("launchers.train", *flags, nproc=1)
+    assert done.returncode == 0, done.stderr
+    assert _values(folder) == _values(whole_run)
+    assert (folder / "export" / "model.safetensors").read_bytes() == (
+        whole_run / "export" / "model.safetensors"
+    ).read_bytes()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
+
+
+def test_run_again_it_says_that_nothing_is_left(tiny: Tiny, whole_run: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    again = run("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={whole_run}")
+    assert again.returncode == 0
+    assert "already complete" in again.stderr
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_more_ranks_give_the_same_losses(tiny: Tiny, whole_run: Path, tmp_path: Path, ranks: int) -> None:
+    done = run("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={tmp_path / 'run'}", nproc=ranks)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(_values(tmp_path / "run"), _values(whole_run), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_evaluate_gives_the_runs_last_validation_and_reads_checkpoints(tiny: Tiny, whole_run: Path) -> None:
+    wanted = _values(whole_run)[-1]
+    for student in (whole_run / "export", whole_run / "checkpoints" / "step_00000010"):
+        done = run("launchers.evaluate", f"--student={student}", f"--cache={tiny.validation}", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["nll"] == pytest.approx(wanted["val/nll"], rel=1e-6)
+        assert found["kl"] == pytest.approx(wanted["val/kl"], rel=1e-6)
+
+
+def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    settings = ["quickstart_export", f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "train_tokens=none"]
+    settings += ["validation_tokens=none", "top_k=8", "row_length=32", "validation_share=0.2", "records_per_shard=8"]
+    flags = [*configs([*settings, "batch_rows=3"]), f"--out={out}"]
+    kill_when(line("launchers.export_teacher", *flags), lambda: any(out.glob("train/shard-*.tar")))
+    done = run("launchers.export_teacher", *flags, nproc=2)
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "validation"):
+        wanted = {path.name: path.read_bytes() for path in (tiny.root / "cache" / split).glob("*") if path.is_file()}
+        assert {path.name: path.read_bytes() for path in (out / split).glob("*") if path.is_file()} == wanted
+
+
+def _refused(*arguments: str, nproc: int | None = None) -> str:
+    """The one message of a command that must fail without a traceback of ours."""
+    done = run("launchers.train", *arguments, nproc=nproc)
+    assert done.returncode != 0
+    messages = re.findall(r"^train: error: (.*)$", done.stderr, flags=re.MULTILINE)
+    assert len(messages) == 1, done.stderr
+    if nproc is None:
+        assert "Traceback" not in done.stderr
+    return messages[0]
+
+
+def test_a_folder_of_another_experiment_is_refused(tiny: Tiny, whole_run: Path) -> None:
+    message = _refused(*configs(tiny.train_items(11)), f"--run_dir={whole_run}")
+    assert "another experiment (steps is 10 there, 11 now)" in message
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with owned(tmp_path):
+        assert "another process" in _refused(*configs(tiny.train_items()), f"--run_dir={tmp_path}")
+
+
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_a_mistake_is_said_once_by_one_rank(tiny: Tiny, tmp_path: Path, nproc: int | None) -> None:
+    items = [*tiny.train_items(), f"shards.path={tmp_path / 'none'}"]
+    message = _refused(*configs(items), f"--run_dir={tmp_path / 'run'}", nproc=nproc)
+    assert "no such file, wanted the manifest" in message
+
+
+def test_a_loss_of_nan_stops_before_the_optimiser_moves(tiny: Tiny, tmp_path: Path) -> None:
+    items = [*tiny.train_items(8), "optimizer.lr=1e30", "optimizer.clip_norm=0", "evaluation.every=100"]
+    message = _refused(*configs(items), f"--run_dir={tmp_path / 'run'}")
+    step = int(re.search(r"step (\d+): loss sum", message)[1])
+    failed = json.loads((tmp_path / "run" / f"failed_step_{step}_rank_0.json").read_text())
+    assert failed["records"]
+    assert failed["records"][0] in message
+    saved = [int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert all(number < step for number in saved)
+
+
+@pytest.mark.parametrize("module", ["train", "export_teacher", "evaluate", "quickstart"])
+def test_help_teaches_by_example_and_imports_nothing_heavy(module: str) -> None:
+    probe = f"""
+import runpy, sys
+sys.argv = ["{module}", "--help"]
+try:
+    runpy.run_module("launchers.{module}", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+heavy = {{"torch", "fiddle", "numpy", "webdataset", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"-m launchers.{module} --" in done.stdout
+    assert "Flags:" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--list", "--print_config", "--dry_run"])
+def test_flags_that_only_show_leave_nothing_behind(tiny: Tiny, in_tmp: Path, flag: str) -> None:
+    done = run("launchers.train", *configs(tiny.train_items()), flag, cwd=in_tmp)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_an_unknown_flag_and_a_stray_argument_are_usage_errors(tmp_path: Path) -> None:
+    for argument, message in (("--confg=x", "Unknown command line flag"), ("x", "unexpected argument 'x'")):
+        done = run("launchers.train", argument, cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_is_said_and_what_was_complete_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    """A file-size limit stands for the full disk: the write fails with an OSError in the middle of a shard."""
+    code = (
+        "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "runpy.run_module('launchers.export_teacher', run_name='__main__')"
+    )
+    flags = configs(["quickstart_export", f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "top_k=8"])
+    command = [sys.executable, "-c", code, *flags, f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: " in done.stderr
+    assert not (tmp_path / "out" / "train" / "manifest.json").exists()

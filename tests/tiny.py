@@ -1,0 +1,166 @@
+"""A teacher, a corpus and caches that are made in a second, by the real code."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data.export import export as steps
+from data.export.corpus import Corpus
+from data.export.export import TeacherExport
+from kd_core.files import write_json
+from kd_core.students.decoder import Architecture, Decoder
+from kd_core.students.families import config_of
+from kd_core.students.starts import Random
+from kd_core.students.weights import save_pretrained
+
+ROW_LENGTH = 32
+VOCAB = 320
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Where everything lies."""
+
+    root: Path
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher"
+
+    @property
+    def corpus(self) -> Path:
+        return self.root / "corpus"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "cache" / "train"
+
+    @property
+    def validation(self) -> Path:
+        return self.root / "cache" / "validation"
+
+    def export(self, **changes: object) -> TeacherExport:
+        """The export that made the caches."""
+        settings = {
+            "corpus": Corpus(str(self.corpus)),
+            "teacher": str(self.teacher),
+            "train_tokens": None,
+            "validation_tokens": None,
+            "top_k": 8,
+            "row_length": ROW_LENGTH,
+            "validation_share": 0.2,
+            "records_per_shard": 8,
+            "batch_rows": 3,
+        }
+        return TeacherExport(**{**settings, **changes})  # type: ignore[arg-type]
+
+    def train_items(self, steps: int = 6) -> list[str]:
+        """The quick start's experiment on the tiny caches, as --config items."""
+        return [
+            "quickstart",
+            f"student.folder={self.teacher}",
+            "student.keep_layers=(0, 3)",
+            f"shards.path={self.train}",
+            f"evaluation.shards.path={self.validation}",
+            f"collate.row_length={ROW_LENGTH}",
+            f"tokens_per_step={4 * ROW_LENGTH}",
+            f"steps={steps}",
+            "checkpoint.every=2",
+            "evaluation.every=3",
+            "schedule.warmup_steps=2",
+            "parallel.precision=float32",
+            "parallel.micro_batch_rows=2",
+        ]
+
+
+def make_corpus(folder: Path, documents: int = 24) -> None:
+    """Documents of a few sentences from a small vocabulary, so that a tiny model has something to learn."""
+    words = random.Random(0)
+    folder.mkdir(parents=True)
+    for number in range(documents):
+        sentences = [
+            f"The {words.choice(['old', 'young', 'loud'])} {words.choice(['fox', 'owl', 'hen'])} "
+            f"{words.choice(['sees', 'hears', 'follows'])} a {words.choice(['river', 'road', 'light'])}."
+            for _ in range(words.randint(2, 9))
+        ]
+        (folder / f"{number:03d}.txt").write_text(" ".join(sentences))
+
+
+def make_tokenizer(folder: Path, texts: list[str], vocab: int = VOCAB) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on the texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def _teach(model: Decoder, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Plain cross-entropy on the texts, by plain torch."""
+    ids = [i for text in texts for i in tokenizer.encode(text).ids]
+    rows = torch.tensor(ids[: len(ids) // 33 * 33]).view(-1, 33)
+    positions, documents = torch.arange(32).expand(len(rows), 32), torch.zeros(len(rows), 32, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        logits = model(rows[:, :-1], positions, documents)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: int = VOCAB) -> Path:
+    """A Hugging Face folder of a 4-layer Llama that has read the texts a few times."""
+    folder.mkdir(parents=True)
+    size = make_tokenizer(folder, texts, vocab).get_vocab_size()
+    arch = Architecture(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        tie_embeddings=tied,
+        max_positions=256,
+    )
+    write_json(folder / "config.json", config_of(arch, 0, 0))
+    model = Random(str(folder), 32, 48, 4, 4, 2, init_std=0.1).build(torch.device("cpu"), seed=1)
+    _teach(model, Tokenizer.from_file(str(folder / "tokenizer.json")), texts)
+    temporary = folder.with_name(folder.name + "_made")
+    save_pretrained(model, temporary, folder)
+    (temporary / "model.safetensors").rename(folder / "model.safetensors")
+    return folder
+
+
+def write_caches(export: TeacherExport, out: Path, ranks: int = 1) -> None:
+    """Both caches, as the command writes them."""
+    plans = steps.make_plans(export, out)
+    for plan in plans:
+        if steps.claim(plan):
+            continue
+        model = steps.load_teacher(export, torch.device("cpu"))
+        for rank in range(ranks):
+            steps.write_missing_shards(plan, export, model, rank, ranks)
+        steps.finish(plan, export)
+
+
+def make_tiny(root: Path) -> Tiny:
+    """Corpus, teacher and caches under `root`."""
+    tiny = Tiny(root)
+    make_corpus(tiny.corpus)
+    texts = [path.read_text() for path in sorted(tiny.corpus.iterdir())]
+    make_teacher(tiny.teacher, texts)
+    write_caches(tiny.export(), root / "cache")
+    return tiny
