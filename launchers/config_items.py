@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
-from beartype.door import is_bearable
 from fiddle.experimental import serialization
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from kd_core.errors import UsageError
 from launchers.catalog import FIDDLER, did_you_mean, find
@@ -99,6 +99,15 @@ def _wanted_type(node: Any, name: str) -> Any:
     return Any
 
 
+def _is_of_type(value: Any, wanted: Any) -> bool:
+    """Every item of a collection is looked at; a bool is no number."""
+    try:
+        check_type(value, wanted, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return not (isinstance(value, bool) and wanted in (int, float))
+
+
 def _parse_value(text: str, wanted: Any, item: str) -> Any:
     if wanted is str:
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
@@ -109,7 +118,7 @@ def _parse_value(text: str, wanted: Any, item: str) -> Any:
         value = tuple(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not is_bearable(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
+    if not _is_of_type(value, wanted):
         shown = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
         raise UsageError(f"--config={item}: got {text!r}, wanted {shown}.")
     return value

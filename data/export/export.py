@@ -135,8 +135,8 @@ def claim(plan: CachePlan) -> bool:
     """
     path = plan.folder / "plan.json"
     plan.folder.mkdir(parents=True, exist_ok=True)
-    for partial in plan.folder.glob("*.partial"):
-        partial.unlink()
+    for half_written in plan.folder.glob("*.partial"):
+        half_written.unlink()
     if not path.exists():
         write_json(path, plan.plan)
     found = read_json(path, "the plan of an export")
