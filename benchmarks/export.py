@@ -1,0 +1,78 @@
+"""What does a teacher's cache cost beside the teacher's bare forward pass with the head?
+
+Command:  python -m benchmarks.export quickstart/teacher quickstart/corpus [repeats]
+Prints the median over interleaved repeats of (export of 8,192 tokens: scoring, encoding, writing, reading back)
+against (forward pass and head matmul over the same tokens, all cores, nothing kept), and their ratio.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from data.export import export as steps
+from data.export.corpus import Corpus
+from kd_core.students.decoder import Decoder
+
+TOKENS = 8192
+CHUNK = 256
+
+
+@torch.no_grad()
+def bare_forward(model: Decoder, plans: list[steps.CachePlan], rows: int) -> None:
+    """Hidden states and logits of every window, a chunk of positions at a time into one buffer."""
+    buffer = torch.empty(CHUNK, model.arch.vocab_size)
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        for chunk in rearrange(hidden, "B T D -> (B T) D").split(CHUNK):
+            torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
+
+    for plan in plans:
+        for start in range(0, len(plan.windows), rows):
+            some = plan.windows[start : start + rows]
+            T = max(len(window.token_ids) for window in some) - 1
+            tokens = torch.zeros(len(some), T, dtype=torch.int64)
+            for row, window in enumerate(some):
+                tokens[row, : len(window.token_ids) - 1] = torch.tensor(window.token_ids[:-1])
+            positions = torch.arange(T).expand(len(some), T)
+            model(tokens, positions, torch.zeros_like(tokens), head)
+
+
+def export_once(export: steps.TeacherExport, plans: list[steps.CachePlan], model: Decoder) -> None:
+    """All that the command does once plans and teacher are there."""
+    for plan in plans:
+        steps.claim(plan)
+        steps.write_missing_shards(plan, export, model, 0, 1)
+        steps.finish(plan, export)
+
+
+def main() -> None:
+    teacher, corpus = sys.argv[1:3]
+    repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
+    export = steps.TeacherExport(Corpus(corpus), teacher, train_tokens=TOKENS, validation_tokens=512)
+    model = steps.load_teacher(export, torch.device("cpu"))
+    times: dict[str, list[float]] = {"bare": [], "export": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            plans = steps.make_plans(export, Path(folder))
+            for name, work in (
+                ("bare", lambda: bare_forward(model, plans, export.batch_rows)),
+                ("export", lambda: export_once(export, plans, model)),
+            ):
+                started = time.perf_counter()
+                work()
+                times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = [e / b for e, b in zip(times["export"], times["bare"], strict=True)]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {TOKENS} tokens, K = {export.top_k}")
+    print(f"bare forward with head  {medians['bare']:.2f} s   {TOKENS / medians['bare']:.0f} tokens/s")
+    print(f"export                  {medians['export']:.2f} s   {TOKENS / medians['export']:.0f} tokens/s")
+    print(f"ratio (median of pairs) {statistics.median(ratios):.3f}   (from {min(ratios):.3f} to {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Killed at twenty random moments of export and of training, started again each time: the same bytes and numbers.
+
+Opt-in: `make test-slow`. On the tiny teacher; moments are drawn over the whole life of the process.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.command import configs, kill_when, line, run
+from tests.launchers.test_commands import _values
+from tests.tiny import Tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+KILLS = 20
+
+
+def _kill_often(command: list[str], life: float) -> int:
+    """Kills that struck. The later ones wait longer, so that the work also ends."""
+    moments = random.Random(0)
+    struck = 0
+    for number in range(KILLS):
+        end = time.monotonic() + moments.uniform(0, life) * (1 + number / KILLS)
+        struck += kill_when(command, lambda end=end: time.monotonic() > end)
+    return struck
+
+
+def test_training(tiny: Tiny, tmp_path: Path) -> None:
+    flags = configs(tiny.train_items(60))
+    whole = run("launchers.train", *flags, f"--run_dir={tmp_path / 'whole'}", nproc=1)
+    assert whole.returncode == 0, whole.stderr
+    assert _kill_often(line("launchers.train", *flags, f"--run_dir={tmp_path / 'cut'}", nproc=1), life=6.0) > KILLS // 2
+    done = run("launchers.train", *flags, f"--run_dir={tmp_path / 'cut'}", nproc=1)
+    assert done.returncode == 0, done.stderr
+    assert _values(tmp_path / "cut") == _values(tmp_path / "whole")
+    assert (tmp_path / "cut" / "export" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "export" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_export(tiny: Tiny, tmp_path: Path) -> None:
+    settings = [f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "top_k=8", "row_length=32"]
+    flags = configs(["quickstart_export", *settings, "records_per_shard=2", "train_tokens=none"])
+    whole = run("launchers.export_teacher", *flags, f"--out={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    assert _kill_often(line("launchers.export_teacher", *flags, f"--out={tmp_path / 'cut'}"), life=3.0) > KILLS // 4
+    done = run("launchers.export_teacher", *flags, f"--out={tmp_path / 'cut'}")
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            assert (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path

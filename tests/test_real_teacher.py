@@ -1,0 +1,49 @@
+"""With the real teacher, after `make quickstart`: parity with transformers, and an export that it agrees with.
+
+Opt-in: `make test-slow`.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.cache.manifest import read_manifest
+from data.stream.shards import decode_all
+from kd_core.parallel.mesh import World
+from kd_core.students.starts import Pretrained
+from launchers.evaluate import measure_model
+
+TEACHER, EXPORT, CACHE = Path("quickstart/teacher"), Path("runs/quickstart/export"), Path("quickstart/cache/validation")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXPORT.exists(), reason="run `make quickstart` first")]
+
+
+def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    ours = Pretrained(str(TEACHER)).build(torch.device("cpu"), seed=0)
+    record = decode_all(next(CACHE.glob("*.tar")), ours.arch.vocab_size)[0]
+    ids = torch.from_numpy(record.token_ids[:300].astype("int64"))[None]
+    positions = torch.cat([torch.arange(120), torch.arange(180)])[None]
+    with torch.no_grad():
+        whole = ours(ids, torch.arange(300)[None], torch.zeros_like(ids))
+        packed = ours(ids, positions, (torch.arange(300) >= 120).long()[None])
+        assert (whole - theirs(ids).logits).abs().max() < 1e-4
+        assert (packed[:, :120] - theirs(ids[:, :120]).logits).abs().max() < 1e-4
+        assert (packed[:, 120:] - theirs(ids[:, 120:]).logits).abs().max() < 1e-4
+
+
+def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(EXPORT).eval()
+    manifest = read_manifest(CACHE)
+    nll = 0.0
+    for path in sorted(CACHE.glob("*.tar")):
+        for record in decode_all(path, manifest.vocab_size):
+            ids = torch.from_numpy(record.token_ids.astype("int64"))[None]
+            with torch.no_grad():
+                log_probs = torch.log_softmax(theirs(ids[:, :-1]).logits.double(), dim=-1)
+            nll -= log_probs.gather(2, ids[:, 1:, None]).sum().item()
+    ours = Pretrained(str(EXPORT)).build(torch.device("cpu"), seed=0)
+    found = measure_model(ours, EXPORT, CACHE, "float32", World())
+    assert found["nll"] == pytest.approx(nll / manifest.positions, abs=1e-3)
