@@ -10,6 +10,7 @@ is there is reused. Interrupt it anywhere and run it again: it goes on from ther
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,10 @@ def _stage(number: int, title: str, work: Callable[[], str]) -> None:
 def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
     """The same as `torchrun --nproc-per-node N -m MODULE …`, without its own traceback when a rank has spoken."""
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from kd_core.errors import UsageError
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch"):
@@ -55,6 +59,10 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
         torchrun.run(torchrun.parse_args(options))
     except ChildFailedError as error:
         raise SystemExit(max(1, error.get_first_failure()[1].exitcode)) from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:  # the ranks have said so
+            raise SystemExit(130) from None
+        raise UsageError(f"stopped by {error.sigval.name}. Run the same command again to go on.") from None
 
 
 def _fetch_teacher(folder: Path) -> str:
@@ -97,13 +105,14 @@ def _fetch_corpus(folder: Path) -> str:
 
 
 def _keep_layers(teacher: str) -> list[str]:
-    """For another teacher than ours: every second layer, and always the first two and the last."""
+    """For another teacher than ours: half of its layers, evenly spaced from the first to the last."""
     from kd_core.students.families import read_architecture
 
     if not TEACHER.value:
         return []
     count = read_architecture(Path(teacher)).num_layers
-    kept = sorted({0, min(1, count - 1), count - 1, *range(0, count, 2)})
+    half = max(2, count // 2)
+    kept = sorted({round(i * (count - 1) / (half - 1)) for i in range(half)})
     return [f"--config=student.keep_layers={tuple(kept)}"]
 
 

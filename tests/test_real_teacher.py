@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from data.cache.manifest import read_manifest
 from data.stream.shards import decode_all
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXPORT.exists(), reason="
 
 
 def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
-    transformers = pytest.importorskip("transformers")
+
     theirs = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
     ours = Pretrained(str(TEACHER)).build(torch.device("cpu"), seed=0)
     record = decode_all(next(CACHE.glob("*.tar")), ours.arch.vocab_size)[0]
@@ -34,7 +35,7 @@ def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
 
 
 def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> None:
-    transformers = pytest.importorskip("transformers")
+
     theirs = transformers.AutoModelForCausalLM.from_pretrained(EXPORT).eval()
     manifest = read_manifest(CACHE)
     nll = 0.0

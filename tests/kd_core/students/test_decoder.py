@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder import document_segments
@@ -21,7 +22,7 @@ def _rows(vocab: int, B: int = 2, T: int = 24) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_those_of_transformers(tmp_path: Path, tied: bool) -> None:
-    transformers = pytest.importorskip("transformers")
+
     folder = make_teacher(tmp_path / "teacher", ["some text to train a tokenizer on"] * 20, tied=tied)
     ours = Pretrained(str(folder)).build(torch.device("cpu"), seed=0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -31,7 +32,7 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, tied: bool) -> None:
 
 
 def test_an_exported_folder_gives_transformers_the_same_student_and_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+
     ours = Pretrained(str(tiny.teacher), keep_layers=(0, 2, 3)).build(torch.device("cpu"), seed=0)
     save_pretrained(ours, tmp_path / "export", tiny.teacher)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()

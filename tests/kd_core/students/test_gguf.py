@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import gguf
 import numpy as np
-import pytest
 import torch
 from tokenizers import Tokenizer
 
@@ -25,7 +25,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+
     arch, writer = model.arch, gguf.GGUFWriter(path, "llama")
     writer.add_block_count(arch.num_layers)
     writer.add_context_length(arch.max_positions)
