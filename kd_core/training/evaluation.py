@@ -26,7 +26,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means per scored token under `val/`: the objective's terms, `nll`, `kl`, `teacher_nll`, masses, agreement."""
     own = list(batches)
-    measured = replace(objective, terms={**objective.terms, **STANDARD})
+    measured = replace(objective, terms={**objective.terms, **STANDARD}, observe=("student_entropy",))
     losses: list[LossSums] = []
     for batch in own:
         with parallel.autocast(world.device):
