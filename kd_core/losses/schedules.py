@@ -15,7 +15,7 @@ def _progress(step: int, steps: int) -> float:
     return min(1.0, max(0, step - 1) / max(1, steps - 1))
 
 
-def _refuse_negative(where: str, **values: float) -> None:
+def _refuse_negative(where: str, **values: float | int) -> None:
     for name, value in values.items():
         if not value >= 0:
             raise UsageError(f"loss: weight {where}.{name}: got {value}; wanted at least 0.")
@@ -115,7 +115,7 @@ class AtStep:
         return self.schedule.largest()
 
 
-Weight = float | Constant | Linear | Cosine | WarmupStableDecay | AtStep
+Weight = float | int | Constant | Linear | Cosine | WarmupStableDecay | AtStep
 
 
 def at_step(weight: Weight, step: int, steps: int) -> float | AtStep:
