@@ -191,11 +191,11 @@ class _FusedHead(torch.autograd.Function):
         del ctx.gradients
         factor = grad_outputs[0]
         if factor != 1:
-            for gradient in found:
+            for gradient in (found.hidden, found.weight, found.bias):
                 if gradient is not None:
                     gradient.mul_(factor)
-        cast = [None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
-        return *cast, None, None
+        parts = zip((found.hidden, found.weight, found.bias), ctx.dtypes, strict=True)
+        return *(None if part is None else part.to(dtype) for part, dtype in parts), None, None
 
 
 def _silenced(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> TeacherTopK:

@@ -5,7 +5,7 @@ logits = cap · tanh((scale · hidden @ weight.T + bias) / cap), over the real v
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +52,13 @@ class Precision(NamedTuple):
         return cls(multiply, torch.float64 if multiply == torch.float64 else torch.float32)
 
     def factor(self, x: Tensor) -> Tensor:
-        """A matrix as `matmul` wants it: on a CPU the multiplication itself rounds (`matmul_in`)."""
+        """A factor of logits: on a CPU the multiplication itself rounds (`matmul_in`), so that they stay float32."""
         return x.to(self.keep if x.device.type == "cpu" else self.multiply)
+
+    def backward_dtype(self, device: torch.device) -> torch.dtype:
+        """Of a gradient's factors. On a CPU bfloat16 twice as fast as the mixed way; gradients need no more."""
+        rounded = device.type != "cpu" or self.multiply == torch.bfloat16
+        return self.multiply if rounded else self.keep
 
 
 @contextlib.contextmanager
@@ -72,16 +77,17 @@ def matmul_in(precision: Precision, device: torch.device) -> Generator[None]:
 
 
 def matmul(a: Tensor, b: Tensor, keep: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a @ b of two factors, added up and returned in `keep`."""
-    if a.dtype == keep:
+    """a @ b of two factors, added up in `keep` and returned in it (rounded once, on a CPU without such a product)."""
+    if a.dtype == keep or (a.device.type == "cpu" and out is not None):
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=keep, out=out)
+    return torch.mm(a, b) if a.device.type == "cpu" else torch.mm(a, b, out_dtype=keep, out=out)
 
 
 class Weights(NamedTuple):
     """The head's numbers in working precision, the real vocabulary's alone."""
 
     weight: Tensor
+    backward_weight: Tensor
     bias: Tensor | None
     scale: float
     soft_cap: float | None
@@ -94,7 +100,8 @@ class Weights(NamedTuple):
         if len(weight) < V:
             raise UsageError(f"head.vocab_size: got {V}; wanted at most the {len(weight)} rows of the weight.")
         cast = None if bias is None else bias[:V].to(precision.keep)
-        return cls(precision.factor(weight[:V]), cast, head.scale, head.soft_cap, precision)
+        backward = weight[:V].to(precision.backward_dtype(weight.device))
+        return cls(precision.factor(weight[:V]), backward, cast, head.scale, head.soft_cap, precision)
 
     def logits_(self, hidden: Tensor, out: Tensor) -> Tensor | None:
         """Write the logits of `hidden` to `out`; returns what their gradient is multiplied by, where capped."""
@@ -111,18 +118,26 @@ class Weights(NamedTuple):
         return slope
 
 
-class HeadGradients(NamedTuple):
+@dataclass
+class HeadGradients:
     """By hidden states, weight and bias, added up over chunks in working precision."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    scratch: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
     def zeros(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: torch.dtype) -> "HeadGradients":
         """Nothing added yet; `hidden` is written chunk by chunk."""
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=keep)
         return cls(torch.empty_like(hidden, dtype=keep), torch.zeros_like(weight, dtype=keep), of_bias)
+
+    def _kept(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+        """A scratch tensor that chunks share: fresh memory costs more than what is written to it."""
+        if name not in self.scratch:
+            self.scratch[name] = like.new_empty(shape)
+        return self.scratch[name][: shape[0]]
 
     def add_(self, rows: slice, hidden: Tensor, by_logits: Tensor, head: Weights) -> None:
         """Add a chunk: `by_logits` is the gradient by scale · hidden @ weight.T + bias."""
@@ -131,10 +146,13 @@ class HeadGradients(NamedTuple):
             self.bias[:V] += by_logits.sum(dim=0)
         if head.scale != 1:
             by_logits.mul_(head.scale)
-        by_logits = head.precision.factor(by_logits)
-        hidden = head.precision.factor(hidden)
-        self.hidden[rows] = matmul(by_logits, head.weight, keep)
-        if hidden.dtype == keep:
+        factor = head.backward_weight
+        hidden = hidden.to(factor.dtype)
+        if factor.dtype == keep:
+            self.hidden[rows] = matmul(by_logits, factor, keep)
             self.weight[:V].addmm_(by_logits.t(), hidden)
-        else:
-            self.weight[:V] += matmul(by_logits.t(), hidden, keep)
+            return
+        rounded = self._kept("rounded", by_logits.shape, factor).copy_(by_logits)
+        self.hidden[rows] = matmul(rounded, factor, keep)
+        product = self._kept("product", factor.shape, factor) if factor.device.type == "cpu" else None
+        self.weight[:V] += matmul(rounded.t(), hidden, keep, out=product)
