@@ -57,7 +57,8 @@ def as_users_write_it_float32(given: Inputs) -> Tensor:
 
 def bare_matmuls(given: Inputs) -> Tensor:
     """The limit: the three matmuls alone, in chunks of the same size."""
-    hidden, weight = given[0].detach(), given[1].detach()
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else given[1].dtype
+    hidden, weight = given[0].detach().to(dtype), given[1].detach().to(dtype)
     of_weight = torch.zeros_like(weight)
     for rows in torch.arange(len(hidden)).split(512):
         logits = hidden[rows] @ weight.T
