@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kd_core.losses.combinations import ALLOWED
+from kd_core.losses.fused import fused_loss
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, leaves, make, reference
+from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, leaves, make, plain, reference
 
 PAIRS = [(divergence, tail) for tail, divergences in ALLOWED.items() for divergence in divergences]
 NUMBERS = {
@@ -64,8 +65,6 @@ def naive_bfloat16(case: Case) -> Result:
 
 @pytest.mark.parametrize("size", [(33, 257, 8, 64), (64, 1000, 16, 32)])
 def test_bfloat16_is_no_worse_than_the_naive_dense_code(size: tuple[int, int, int, int]) -> None:
-    from tests.kd_core.losses.cases import plain  # noqa: PLC0415 (next to its one use)
-
     torch.manual_seed(0)
     case = plain(*size)
     case = Case(case.hidden, case.weight / 4, case.teacher, case.labels, torch.ones(size[0]).bool())
@@ -100,8 +99,6 @@ def test_terms_add_up_by_their_weights() -> None:
 
 def test_nothing_is_differentiated_where_no_gradient_is_wanted() -> None:
     case = make("plain").to(torch.float64)
-    from kd_core.losses.fused import fused_loss  # noqa: PLC0415 (next to its one use)
-
     hidden, weight = leaves(case)
     with torch.no_grad():
         found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, Objective({"kd": Distillation()}))
@@ -111,3 +108,16 @@ def test_nothing_is_differentiated_where_no_gradient_is_wanted() -> None:
     fused_loss(hidden, weight, case.teacher, case.labels, case.mask, Objective({"kd": Distillation()})).total.backward()
     assert hidden.grad is not None
     assert weight.grad is None
+
+
+def test_the_scale_is_on_total_and_gradient_but_not_on_the_sums() -> None:
+    case, objective = make("odd sizes").to(torch.float64), Objective({"kd": Distillation()}, chunk_tokens=3)
+    whole, sums = fused(case, objective)
+    hidden, weight = leaves(case)
+    found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, objective, scale=0.125)
+    (3 * found.total).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    scaled = Result(loss=3 * found.total.detach(), hidden=hidden.grad, weight=weight.grad)
+    assert error(scaled, Result({name: 3 * 0.125 * value for name, value in whole.items()})) < 1e-14
+    assert found.sums == sums.sums
