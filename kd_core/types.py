@@ -19,12 +19,15 @@ class TeacherTopK(NamedTuple):
     """What the teacher said at N positions: its K likeliest tokens and the mass of all others.
 
     `log_probs` are true log-probabilities (over the whole real vocabulary), never renormalised. An entry that
-    is not used has `log_probs` −inf and repeats an id of its own row.
+    is not used has `log_probs` −inf and any id of the vocabulary. Sampled entries carry the logarithm of their
+    importance weight instead, and may repeat an id. `tempered_tails` holds log Σ p^(1/τ) over all other tokens
+    for each further temperature τ that the cache captured: it cannot be had from the entries.
     """
 
     ids: Int[Tensor, "N K"]
     log_probs: Float[Tensor, "N K"]
     tail_log_prob: Float[Tensor, " N"]
+    tempered_tails: tuple[tuple[float, Float[Tensor, " N"]], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,80 +1,148 @@
-"""Divergences and tail treatments as pure functions: the one place where a formula of the family is written.
+"""Divergences over events, in nats a position: the one place where a formula of the family is written.
 
-A tail treatment turns teacher and student at n positions into log-probabilities of E events; a divergence turns
-those into nats. Entries that are not used have teacher log-probability −inf and contribute exactly 0.
+p is the teacher's probability of an event, q the student's, and sums run over the events that a tail treatment
+made (`tails.py`). Dense, fused and vocabulary-parallel code all call these.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-
-class SparseView(NamedTuple):
-    """Teacher and student at n positions, seen through the teacher's K entries, the tail and the label."""
-
-    teacher_log_probs: Float[Tensor, "n K"]
-    teacher_tail: Float[Tensor, " n"]
-    student_log_probs: Float[Tensor, "n K"]
-    student_tail: Float[Tensor, " n"]
-    student_label: Float[Tensor, " n"]
-
-    def used(self) -> Bool[Tensor, "n K"]:
-        """Which of the K entries are real."""
-        return self.teacher_log_probs > -torch.inf
+from kd_core.losses.view import Events, log_softmax_over
 
 
-class Events(NamedTuple):
-    """Log-probabilities of the E events that a divergence compares; student values are finite where unused."""
+class Parameters(NamedTuple):
+    """Numbers of the divergences that have any; each is used by the one that its comment names."""
 
-    teacher: Float[Tensor, "n E"]
-    student: Float[Tensor, "n E"]
-
-
-def _finite_student(view: SparseView) -> Tensor:
-    return torch.where(view.used(), view.student_log_probs, 0.0)
-
-
-def tail_bucket(view: SparseView) -> Events:
-    """K + 1 events: each entry, and everything else as one (the ghost token). A lower bound of the full divergence."""
-    student_tail = torch.where(view.teacher_tail > -torch.inf, view.student_tail, 0.0)
-    return Events(
-        torch.cat([view.teacher_log_probs, view.teacher_tail[:, None]], dim=1),
-        torch.cat([_finite_student(view), student_tail[:, None]], dim=1),
-    )
+    beta: float = 0.5  # jsd
+    skew: float = 0.1  # skew_kl, skew_reverse_kl
+    reverse_share: float = 0.5  # mixed_kl
+    head_mass: float = 0.5  # adaptive_kl
+    head_weight: float = 1.0  # decoupled_kl
+    tail_weight: float = 1.0  # decoupled_kl
 
 
-def renormalized(view: SparseView) -> Events:
-    """K events, both sides renormalised on them: blind to everything outside (NeMo-Aligner, NeMo-RL, ModelOpt)."""
-    mass = torch.where(view.used(), view.student_log_probs, -torch.inf).logsumexp(dim=1, keepdim=True)
-    teacher = view.teacher_log_probs - view.teacher_log_probs.logsumexp(dim=1, keepdim=True)
-    return Events(teacher, torch.where(view.used(), view.student_log_probs - mass, 0.0))
+def log_mixture(log_ratio: Tensor, share: float) -> Tensor:
+    """log(1 − share + share · e^log_ratio), to full relative precision also where it is near 0.
+
+    Near 0 the naive form loses everything to rounding, and JSD divides by a small share; far from 0 the form
+    that is exact there overflows.
+    """
+    if share == 0:
+        return torch.zeros_like(log_ratio)
+    if share == 1:
+        return log_ratio
+    # Both forms are computed everywhere: the clamp keeps the one that is not chosen finite, in gradient too.
+    if share <= 0.5:
+        beyond = log_ratio > 60
+        near = torch.log1p(share * torch.expm1(log_ratio.clamp(max=60)))
+    else:
+        beyond = log_ratio < -1
+        inside = log_ratio.clamp(min=-1)
+        near = inside + torch.log1p((1 - share) * torch.expm1(-inside))
+    far = torch.logaddexp(torch.full_like(log_ratio, math.log1p(-share)), math.log(share) + log_ratio)
+    return torch.where(beyond, far, near)
 
 
-def truncated(view: SparseView) -> Events:
-    """K events, the teacher renormalised, the student not (DistillKit "zero", Axolotl): biased, never 0 gradient."""
-    teacher = view.teacher_log_probs - view.teacher_log_probs.logsumexp(dim=1, keepdim=True)
-    return Events(teacher, _finite_student(view))
+def forward_kl(events: Events, _: Parameters) -> Float[Tensor, " n"]:
+    """KL(p‖q) = Σ p (log p − log q). Covers all modes of the teacher (Hinton et al., arXiv 1503.02531)."""
+    return (events.teacher_probs() * events.log_ratio()).sum(dim=1)
 
 
-def unnormalized(view: SparseView) -> Events:
-    """K events of true probability and no tail (verl): the sum can go negative."""
-    return Events(view.teacher_log_probs, _finite_student(view))
+def cross_entropy(events: Events, _: Parameters) -> Float[Tensor, " n"]:
+    """−Σ p log q, the form that Hinton et al. wrote: forward KL plus the teacher's entropy, with its gradient."""
+    return -(events.teacher_probs() * events.student).sum(dim=1)
 
 
-def forward_kl(events: Events) -> Float[Tensor, " n"]:
-    """KL(teacher‖student) = Σ p (log p − log q), in nats."""
-    teacher = torch.where(events.teacher > -torch.inf, events.teacher, 0.0)
-    terms = events.teacher.exp() * (teacher - events.student)
-    return terms.sum(dim=1)
+def reverse_kl(events: Events, _: Parameters) -> Float[Tensor, " n"]:
+    """KL(q‖p) = Σ q (log q − log p). Seeks a mode of the teacher (MiniLLM, arXiv 2306.08543)."""
+    return -(events.student_probs() * events.log_ratio()).sum(dim=1)
 
 
-TAILS: dict[str, Callable[[SparseView], Events]] = {
-    "tail_bucket": tail_bucket,
-    "renormalized": renormalized,
-    "truncated": truncated,
-    "unnormalized": unnormalized,
+def jsd(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
+    """KL(p‖m) / (1 − β) + KL(q‖m) / β with m = β p + (1 − β) q: GKD's generalised JSD (arXiv 2306.13649), scaled.
+
+    GKD's own β KL(p‖m) + (1 − β) KL(q‖m) vanishes at β = 0 and 1; this is it divided by β (1 − β), which tends
+    to forward KL at 0 and to reverse KL at 1. At β = ½ it is 4 times the textbook's JSD.
+    """
+    beta = parameters.beta
+    if beta in (0, 1):
+        return (forward_kl if beta == 0 else reverse_kl)(events, parameters)
+    ratio = events.log_ratio()
+    to_teacher = -(events.teacher_probs() * log_mixture(-ratio, 1 - beta)).sum(dim=1)
+    to_student = -(events.student_probs() * log_mixture(ratio, beta)).sum(dim=1)
+    return to_teacher / (1 - beta) + to_student / beta
+
+
+def skew_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
+    """KL(p ‖ α p + (1 − α) q), α = `skew` (DistiLLM, arXiv 2402.03898). At α = 0 it is forward KL; bounded above."""
+    return -(events.teacher_probs() * log_mixture(-events.log_ratio(), 1 - parameters.skew)).sum(dim=1)
+
+
+def skew_reverse_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
+    """KL(q ‖ (1 − α) p + α q), α = `skew` (DistiLLM, arXiv 2402.03898). At α = 0 it is reverse KL."""
+    return -(events.student_probs() * log_mixture(events.log_ratio(), 1 - parameters.skew)).sum(dim=1)
+
+
+def mixed_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
+    """(1 − λ) KL(p‖q) + λ KL(q‖p), λ = `reverse_share`."""
+    share = parameters.reverse_share
+    return (1 - share) * forward_kl(events, parameters) + share * reverse_kl(events, parameters)
+
+
+def adaptive_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
+    """g_head/(g_head + g_rest) KL(p‖q) + g_rest/(g_head + g_rest) KL(q‖p) (AKL, arXiv 2404.02657).
+
+    The head is the teacher's likeliest events up to a cumulated mass of `head_mass`, and always the first; g is
+    the sum of |p − q| over head and rest. The two shares are constants to the gradient, as in the paper. The
+    bucket of a tail counts as an event like the others.
+    """
+    p, q = events.teacher_probs(), events.student_probs().detach()
+    ranked, order = p.sort(dim=1, descending=True, stable=True)
+    gaps = (p - q).abs().gather(1, order)
+    rest = ranked.cumsum(dim=1) > parameters.head_mass
+    rest[:, 0] = False
+    g_head, g_rest = torch.where(rest, 0.0, gaps).sum(dim=1), torch.where(rest, gaps, 0.0).sum(dim=1)
+    total = g_head + g_rest
+    head = torch.where(total > 0, g_head / torch.where(total > 0, total, 1.0), 0.5)
+    return head * forward_kl(events, parameters) + (1 - head) * reverse_kl(events, parameters)
+
+
+def total_variation(events: Events, _: Parameters) -> Float[Tensor, " n"]:
+    """½ Σ |p − q|, in probability, 0 to 1 (no nats). 1 minus it is what a speculative decoder accepts."""
+    return 0.5 * (events.teacher_probs() - events.student_probs()).abs().sum(dim=1)
+
+
+def decoupled_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
+    """w_head · M KL(p/M ‖ q/A) + w_tail · (M log M/A + r log r/s): forward KL by the chain rule, in two weights.
+
+    After "Don't Ignore the Tail" (arXiv 2602.20816), as far as one number for the tail allows: that paper also
+    weighs the divergence inside the tail, which the tail bucket does not see. The last event is the bucket. With
+    both weights 1 it is forward KL.
+    """
+    assert events.student_relative is not None, "decoupled_kl is for the tail bucket alone"
+    p, used = events.teacher_probs(), events.used[:, :-1]
+    whole = p * events.log_ratio()
+    within_p, within_q = (log_softmax_over(side, used) for side in (events.teacher[:, :-1], events.student_relative))
+    within = (p[:, :-1] * (within_p - within_q)).sum(dim=1)
+    # Σ p log p/q over the head = M log M/A + within; the first two terms are what is left of the whole.
+    between = (whole[:, :-1] - p[:, :-1] * (within_p - within_q)).sum(dim=1) + whole[:, -1]
+    return parameters.head_weight * within + parameters.tail_weight * between
+
+
+DIVERGENCES: dict[str, Callable[[Events, Parameters], Tensor]] = {
+    "forward_kl": forward_kl,
+    "cross_entropy": cross_entropy,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "mixed_kl": mixed_kl,
+    "adaptive_kl": adaptive_kl,
+    "total_variation": total_variation,
+    "decoupled_kl": decoupled_kl,
 }
-DIVERGENCES: dict[str, Callable[[Events], Tensor]] = {"forward_kl": forward_kl}

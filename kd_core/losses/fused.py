@@ -1,28 +1,32 @@
 """The objective fused with the output head: logits of all positions never exist at once.
 
-Hidden states [N, D], head weight [V, D] and the sparse teacher go in; sums and gradients come out. A chunk of
-positions at a time: one matmul to float32 logits, the K support logits gathered and masked out, one softmax in
-place over what is left (the tail), and the gradient written into the same buffer. With q the student's
-probabilities, g the derivatives of the loss by the student's log-probabilities on the support S, by its tail
-and by the label's, and G their sum,
+Hidden states [N, D], head weight [V, D] and the sparse teacher go in; sums and gradients come out:
 
-    dL/dz_j = g_tail · q_j / q(tail) − G · q_j          for j outside S,
-    dL/dz_j = g_j − G · q_j                             for j in S,   and + g_label at the label,
+    (uncertainty of all positions, where a term selects by it)
+    for a chunk of positions:
+        logits [n, V] into the one buffer                            head.py
+        sparse view, and the softmax over the tail in their place    reduction.py
+        the terms on [n, K], and their derivatives by autograd       objective.py, tails.py, divergences.py
+        dL/dlogits into the same buffer                              reduction.py
+        two matmuls: gradients by hidden states and by weight        head.py
 
-so every divergence and tail costs one softmax over the tail, and what is its own is on [n, K] tensors, where
-autograd differentiates it. Sums are float32 over a chunk and float64 over chunks.
+A term at a student temperature other than 1 costs one more buffer and softmax. Sums are float32 over a chunk and
+float64 over chunks; with float64 inputs everything is float64.
 """
 
-import contextlib
-from collections.abc import Generator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kd_core.losses.divergences import SparseView
+from kd_core.losses.head import HeadGradients, LogitHead, Precision, Weights, matmul_in
 from kd_core.losses.objective import Objective
+from kd_core.losses.observations import observe
+from kd_core.losses.reduction import Gradients, Positions, Reduced, reduce_, student_entropy, write_gradient_
+from kd_core.losses.selection import teacher_entropy
 from kd_core.types import TeacherTopK
 
 
@@ -33,156 +37,182 @@ class LossSums(NamedTuple):
     sums: dict[str, Tensor]
 
 
-class _Chunk(NamedTuple):
-    hidden: Tensor
+def _rows(data: Positions, rows: slice) -> Positions:
+    """A chunk; what is not scored is silenced in the hidden states too."""
+    teacher, mask = data.teacher, data.mask[rows]
+    hidden = torch.where(mask[:, None], data.hidden[rows], 0.0)
+    tempered = tuple((temperature, tail[rows]) for temperature, tail in teacher.tempered_tails)
+    entries = TeacherTopK(teacher.ids[rows], teacher.log_probs[rows], teacher.tail_log_prob[rows], tempered)
+    return Positions(hidden, entries, data.labels[rows], mask)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of the loss: its inputs and its buffers."""
+
+    data: Positions
+    head: Weights
+    objective: Objective
+    scale: float
+    buffers: dict[float, Tensor]
+
+    @classmethod
+    def make(cls, data: Positions, head: Weights, objective: Objective, scale: float) -> "_Job":
+        """Buffers for one chunk, one a temperature of the student."""
+        shape = (min(len(data.hidden), objective.chunk_tokens), len(head.weight))
+        terms = objective.terms.values()
+        temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
+        device, dtype = data.hidden.device, head.precision.keep
+        buffers = {at: torch.empty(shape, device=device, dtype=dtype) for at in temperatures}
+        return cls(data, head, objective, scale, buffers)
+
+    def slices(self) -> Iterator[slice]:
+        """Chunk by chunk."""
+        size = self.objective.chunk_tokens
+        return (slice(start, start + size) for start in range(0, len(self.data.hidden), size))
+
+    def reduce(self, chunk: Positions) -> tuple[dict[float, Reduced], Tensor | None]:
+        """Logits into the first buffer, and all buffers reduced; also the slope of a soft cap."""
+        n = len(chunk.hidden)
+        logits = self.buffers[1.0][:n]
+        slope = self.head.logits_(chunk.hidden, logits)
+        for temperature, buffer in self.buffers.items():
+            if temperature != 1:
+                torch.div(logits, temperature, out=buffer[:n])
+        means = {term.view_temperature for term in self.objective.terms.values() if term.needs_tail_mean}
+        reduced = {at: reduce_(buffer[:n], chunk, at in means) for at, buffer in self.buffers.items()}
+        return reduced, slope
+
+    def position_weights(self) -> dict[str, Tensor]:
+        """Factors of all positions for each term that selects."""
+        keeps = {name: term.positions for name, term in self.objective.terms.items() if term.positions}
+        signals = {keep.signal for keep in keeps.values()}
+        uncertainty: dict[str, Tensor] = {}
+        if "teacher_entropy" in signals:
+            uncertainty["teacher_entropy"] = teacher_entropy(self.data.teacher)
+        if "student_entropy" in signals:
+            entropies: list[Tensor] = []
+            for rows in self.slices():
+                chunk = _rows(self.data, rows)
+                view = self.reduce(chunk)[0][1.0].view
+                entropies.append(student_entropy(self.buffers[1.0][: len(chunk.hidden)], view))
+            uncertainty["student_entropy"] = torch.cat(entropies)
+        return {name: keep.weights(uncertainty[keep.signal], self.data.mask) for name, keep in keeps.items()}
+
+    def losses(
+        self, reduced: dict[float, Reduced], mask: Tensor, factors: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of a chunk (differentiable) and its sums."""
+        loss, sums, weights = torch.zeros((), device=mask.device), {}, self.objective.weights()
+        for name, term in self.objective.terms.items():
+            each = term.values(reduced[term.view_temperature].view)
+            if name in factors:
+                each = each * factors[name]
+            value = torch.where(mask, each, 0.0).sum()
+            sums[f"{name}_loss"] = value.detach()
+            loss = loss + weights[name] * value
+        return loss, {"loss": loss.detach(), **sums}
+
+    def write_gradient(self, chunk: Positions, reduced: dict[float, Reduced], loss: Tensor) -> Tensor:
+        """dL/dlogits of a chunk, in the first buffer."""
+        views = [each.view for each in reduced.values()]
+        n = len(chunk.hidden)
+        for (temperature, buffer), view, by_view in zip(
+            self.buffers.items(), views, Gradients.of(loss, self.scale, views), strict=True
+        ):
+            write_gradient_(buffer[:n], chunk, view, by_view)
+            if temperature != 1:
+                self.buffers[1.0][:n].add_(buffer[:n], alpha=1 / temperature)
+        return self.buffers[1.0][:n]
+
+    def run(self, gradients: HeadGradients | None) -> dict[str, Tensor]:
+        """The sums; fills the gradients where they are wanted."""
+        totals = dict.fromkeys(self.objective.sum_names(), torch.zeros((), dtype=torch.float64))
+        factors = self.position_weights()
+        for rows in self.slices():
+            chunk = _rows(self.data, rows)
+            reduced, slope = self.reduce(chunk)
+            with torch.enable_grad():
+                loss, sums = self.losses(reduced, chunk.mask, {name: each[rows] for name, each in factors.items()})
+            sums |= observe(reduced[1.0], chunk.mask)
+            if "student_entropy" in self.objective.observe:
+                entropy = student_entropy(self.buffers[1.0][: len(chunk.hidden)], reduced[1.0].view)
+                sums["student_entropy"] = torch.where(chunk.mask, entropy, 0.0).sum()
+            totals = {name: total + sums[name].double() for name, total in totals.items()}
+            if gradients is None:
+                continue
+            by_logits = self.write_gradient(chunk, reduced, loss)
+            if slope is not None:
+                by_logits.mul_(slope)
+            gradients.add_(rows, chunk.hidden, by_logits, self.head)
+        return totals
+
+
+class _Call(NamedTuple):
+    """What of a call is not differentiated."""
+
     teacher: TeacherTopK
     labels: Tensor
     mask: Tensor
-
-
-@contextlib.contextmanager
-def _matmul_in(dtype: torch.dtype, device: torch.device) -> Generator[None]:
-    """On a CPU, let float32 matmuls multiply in bfloat16 and add up in float32: bf16 speed, float32 logits."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        yield
-        return
-    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a @ b, multiplied in `dtype`, returned in float32."""
-    if a.device.type == "cpu" or dtype == torch.float32:
-        return torch.mm(a.float(), b.float(), out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32, out=out)
-
-
-def _observed(view: SparseView, objective: Objective, mask: Tensor, top1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted loss of a chunk (differentiable) and its sums."""
-    zero = torch.zeros((), device=mask.device)
-    loss, sums = zero, {}
-    for name, term in objective.terms.items():
-        value = torch.where(mask, term.values(view), 0.0).sum()
-        sums[f"{name}_loss"] = value.detach()
-        loss = loss + term.weight * value
-    sums["loss"] = loss.detach()
-    for name, log_probs in (
-        ("teacher_mass", view.teacher_log_probs),
-        ("student_mass", view.student_log_probs.detach()),
-    ):
-        sums[name] = torch.where(mask[:, None] & view.used(), log_probs.exp(), 0.0).sum()
-    sums["top1_agreement"] = (top1 & mask).sum()
-    return loss, sums
-
-
-def _write_gradient(buffer: Tensor, chunk: _Chunk, view: SparseView, grads: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Turn the tail's softmax in `buffer` [n, V] into dL/dz. Sparse entries are added last, in float32."""
-    g_support, g_tail, g_label = grads
-    total = g_support.sum(dim=1) + g_tail + g_label
-    buffer.mul_((g_tail - total * view.student_tail.detach().exp())[:, None])
-    entries = torch.where(view.used(), g_support - total[:, None] * view.student_log_probs.detach().exp(), 0.0)
-    buffer.scatter_add_(1, chunk.teacher.ids, entries)
-    buffer.scatter_add_(1, chunk.labels[:, None], g_label[:, None])
-    buffer.masked_fill_(~chunk.mask[:, None], 0.0)
-
-
-def _student_view(buffer: Tensor, chunk: _Chunk) -> tuple[SparseView, Tensor]:
-    """Reduce logits in `buffer` to the sparse view, leaving there the softmax over the tail; also top-1 agreement."""
-    ids, used = chunk.teacher.ids, chunk.teacher.log_probs > -torch.inf
-    support = buffer.gather(1, ids)
-    label = buffer.gather(1, chunk.labels[:, None]).squeeze(1)
-    if not used.all():
-        support = support.masked_fill(~used, -torch.inf)
-    masked_ids = torch.where(used, ids, ids[:, :1])
-    buffer.scatter_(1, masked_ids, -torch.inf)
-    largest = buffer.amax(dim=1)
-    tail = largest - torch.softmax(buffer, dim=1, out=buffer).amax(dim=1).log()
-    normaliser = torch.logaddexp(support.logsumexp(dim=1), tail)
-    view = SparseView(
-        chunk.teacher.log_probs,
-        chunk.teacher.tail_log_prob,
-        (support - normaliser[:, None]).requires_grad_(),
-        (tail - normaliser).requires_grad_(),
-        (label - normaliser).requires_grad_(),
-    )
-    favourite = chunk.teacher.log_probs.argmax(dim=1, keepdim=True)
-    best = support.gather(1, favourite).squeeze(1)
-    return view, (best >= support.amax(dim=1)) & (best > largest)
+    objective: Objective
+    scale: float
+    head: LogitHead
+    with_grad: bool
 
 
 class _FusedHead(torch.autograd.Function):
     """Computes the gradient in the forward pass; the backward pass only scales it."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913 (autograd.Function takes its inputs flat)
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        data: _Chunk,
-        objective: Objective,
-        scale: float,
+        bias: Tensor | None,
+        call: _Call,
         sums: dict[str, Tensor],
     ) -> Tensor:
-        with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        N, V = len(hidden), len(weight)
-        whole = torch.empty(min(N, objective.chunk_tokens), V, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
-        with torch.autocast(hidden.device.type, enabled=False), _matmul_in(dtype, hidden.device):
-            for start in range(0, N, objective.chunk_tokens):
-                rows = slice(start, start + objective.chunk_tokens)
-                teacher = TeacherTopK(*(field[rows] for field in data.teacher))
-                scored = torch.where(data.mask[rows, None], hidden[rows], 0.0)
-                chunk = _Chunk(scored, teacher, data.labels[rows], data.mask[rows])
-                buffer = whole[: len(chunk.hidden)]
-                _matmul(chunk.hidden, weight.t(), dtype, out=buffer)
-                view, top1 = _student_view(buffer, chunk)
-                with torch.enable_grad():
-                    loss, chunk_sums = _observed(view, objective, chunk.mask, top1)
-                for name, value in chunk_sums.items():
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double()
-                if grad_hidden is None or grad_weight is None:
-                    continue
-                grads = _small_gradients(loss, scale, view)
-                _write_gradient(buffer, chunk, view, grads)
-                grad_hidden[rows] = _matmul(buffer, weight, dtype)
-                if dtype == torch.float32 or hidden.device.type == "cpu":
-                    grad_weight.addmm_(buffer.t(), chunk.hidden.float())
-                else:
-                    grad_weight += _matmul(buffer.t(), chunk.hidden, dtype)
-        if with_grad:
-            ctx.gradients = (grad_hidden, grad_weight, hidden.dtype, weight.dtype)
-        return (sums["loss"] * scale).float()
+        precision = Precision.of(hidden)
+        device = hidden.device
+        gradients = None
+        if call.with_grad and any(ctx.needs_input_grad[:3]):
+            gradients = HeadGradients.zeros(hidden, weight, bias, precision.keep)
+        with torch.autocast(device.type, enabled=False), matmul_in(precision, device):
+            head = Weights.of(weight, bias, call.head, precision)
+            data = Positions(hidden, call.teacher, call.labels, call.mask)
+            sums |= _Job.make(data, head, call.objective, call.scale).run(gradients)
+        ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return (sums["loss"] * call.scale).to(device=device, dtype=precision.keep)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Both gradients, times the loss's own."""
-        grad_hidden, grad_weight, hidden_dtype, weight_dtype = ctx.gradients
+        """All gradients, times the loss's own."""
+        found: HeadGradients = ctx.gradients
         del ctx.gradients
         factor = grad_outputs[0]
         if factor != 1:
-            grad_hidden.mul_(factor)
-            grad_weight.mul_(factor)
-        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), None, None, None, None
+            for gradient in (found.hidden, found.weight, found.bias):
+                if gradient is not None:
+                    gradient.mul_(factor)
+        parts = zip((found.hidden, found.weight, found.bias), ctx.dtypes, strict=True)
+        return *(None if part is None else part.to(dtype) for part, dtype in parts), None, None
 
 
-def _small_gradients(loss: Tensor, scale: float, view: SparseView) -> tuple[Tensor, Tensor, Tensor]:
-    """d(scale · loss) by the student's log-probabilities on the support, of its tail and of the label."""
-    wanted = (view.student_log_probs, view.student_tail, view.student_label)
-    start = torch.full_like(loss, scale)
-    found = torch.autograd.grad(loss, wanted, start, allow_unused=True, materialize_grads=True)
-    return found[0], found[1], found[2]
+def _silenced(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> TeacherTopK:
+    """What is masked may be garbage: ids of 0 and log-probabilities of 0 keep every intermediate finite."""
+
+    def silence(values: Tensor) -> Tensor:
+        return torch.where(mask if values.dim() == 1 else mask[:, None], values, 0)
+
+    return TeacherTopK(
+        silence(teacher.ids),
+        silence(teacher.log_probs).to(dtype),
+        silence(teacher.tail_log_prob).to(dtype),
+        tuple((temperature, silence(tail).to(dtype)) for temperature, tail in teacher.tempered_tails),
+    )
 
 
-def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the objective and its scale)
+def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the objective, its scale, the head's form)
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     teacher: TeacherTopK,
@@ -190,8 +220,9 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
     mask: Bool[Tensor, " N"],
     objective: Objective,
     scale: float = 1.0,
+    head: LogitHead | None = None,
 ) -> LossSums:
-    """Loss, metrics and (in the backward pass) both gradients of `objective` over `hidden @ weight.T`.
+    """Loss, metrics and (in the backward pass) all gradients of `objective` over the logits of a head.
 
     Args:
         hidden: last hidden states.
@@ -201,15 +232,12 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
         mask: positions that are scored. All others give exactly 0, whatever they hold.
         objective: weighted terms.
         scale: `total` is times this (one over the scored tokens of the optimiser step).
+        head: what the student does to `hidden @ weight.T`; nothing by default.
     """
-    # What is masked may be garbage: ids of 0, no entries and a label of 0 keep every intermediate finite.
-    teacher = TeacherTopK(
-        torch.where(mask[:, None], teacher.ids, 0),
-        torch.where(mask[:, None], teacher.log_probs, 0.0),
-        torch.where(mask, teacher.tail_log_prob, 0.0),
-    )
-    data = _Chunk(hidden, teacher, torch.where(mask, labels, 0), mask)
+    head = head or LogitHead()
+    targets = _silenced(teacher, mask, Precision.of(hidden).keep)
+    call = _Call(targets, torch.where(mask, labels, 0), mask, objective, scale, head, torch.is_grad_enabled())
     sums: dict[str, Tensor] = {}
-    total = _FusedHead.apply(hidden, weight, data, objective, scale, sums)
+    total = _FusedHead.apply(hidden, weight, head.bias, call, sums)
     assert isinstance(total, Tensor)
     return LossSums(total, sums)

@@ -1,80 +1,212 @@
 """The objective: named, weighted terms over one and the same sparse view of teacher and student.
 
-A new loss is a divergence or a tail in `divergences.py`, or a class with `weight` and `values` like those here.
+A new loss is a divergence in `divergences.py`, a tail in `tails.py`, or a `Term` like those here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.divergences import DIVERGENCES, TAILS, SparseView
+from kd_core.losses.combinations import check_combination, check_parameters, check_temperature, choose
+from kd_core.losses.divergences import DIVERGENCES, Parameters
+from kd_core.losses.schedules import Weight, at_step, largest, value_of
+from kd_core.losses.selection import KeepUncertain
+from kd_core.losses.tails import TAILS, Temperatures
+from kd_core.losses.view import SparseView
+
+OBSERVED = ("student_entropy",)
 
 
-@runtime_checkable
-class Term(Protocol):
-    """A loss per position, in nats; its sum enters the objective times `weight`."""
+class CacheFacts(NamedTuple):
+    """What a loss must know of a cache to say whether it can be trained on it."""
+
+    vocab_size: int
+    top_k: int
+    tail_temperatures: tuple[float, ...] = (1.0,)
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss per position, in nats; its sum enters the objective times `weight`, and is logged without it."""
+
+    weight: Weight = 1.0
 
     @property
-    def weight(self) -> float:
-        """Factor in the objective; the logged value is without it."""
-        ...
+    def view_temperature(self) -> float:
+        """The temperature of the view that `values` wants. One other than 1 costs a softmax and a buffer."""
+        return 1.0
+
+    @property
+    def needs_tail_mean(self) -> bool:
+        """Whether `values` reads `student_tail_mean`, which costs a pass over the vocabulary."""
+        return False
+
+    @property
+    def positions(self) -> KeepUncertain | None:
+        """Which scored positions count; None is all."""
+        return None
 
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
         """The loss at each position, differentiable in the view's student fields."""
-        ...
+        raise NotImplementedError
 
-
-def _choose(what: str, name: str, known: Mapping[str, object]) -> None:
-    if name not in known:
-        raise UsageError(f"loss: {what} {name!r} is unknown; wanted one of {', '.join(sorted(known))}.")
+    def check_cache(self, where: str, cache: CacheFacts) -> None:
+        """Refuse a cache that this term cannot be trained on."""
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """A divergence between teacher and student under a tail treatment (names as in `divergences.py`)."""
+class Distillation(Term):
+    """A divergence between teacher and student under a tail treatment (names as in their modules).
 
-    weight: float = 1.0
+    `temperature` is the teacher's, and the student's too unless `student_temperature` is given. The value
+    (and so the gradient) is multiplied by both, τ² where they are one, so that the gradient keeps its size as τ
+    grows; `temperature_scaling="none"` leaves that out. The last six are parameters of single divergences.
+    """
+
     divergence: str = "forward_kl"
     tail: str = "tail_bucket"
+    temperature: float = 1.0
+    student_temperature: float | None = None
+    temperature_scaling: str = "squared"
+    keep: KeepUncertain | None = None
+    beta: float = Parameters().beta
+    skew: float = Parameters().skew
+    reverse_share: float = Parameters().reverse_share
+    head_mass: float = Parameters().head_mass
+    head_weight: float = Parameters().head_weight
+    tail_weight: float = Parameters().tail_weight
 
     def __post_init__(self) -> None:
-        _choose("divergence", self.divergence, DIVERGENCES)
-        _choose("tail", self.tail, TAILS)
+        check_combination(self.divergence, self.tail)
+        check_temperature(self.tail, self._temperatures, self.temperature_scaling)
+        check_parameters(self.divergence, self._parameters)
+
+    @property
+    def _temperatures(self) -> Temperatures:
+        apart = self.student_temperature
+        return Temperatures(self.temperature, self.temperature if apart is None else apart)
+
+    @property
+    def _parameters(self) -> Parameters:
+        return Parameters(*(getattr(self, name) for name in Parameters._fields))
+
+    @property
+    def view_temperature(self) -> float:
+        """1 for `renormalized`: it needs the support's logits alone and divides them itself."""
+        return 1.0 if self.tail == "renormalized" else self._temperatures.student
+
+    @property
+    def needs_tail_mean(self) -> bool:
+        """True for `uniform_tail` alone."""
+        return self.tail == "uniform_tail"
+
+    @property
+    def positions(self) -> KeepUncertain | None:
+        """As given in `keep`."""
+        return self.keep
 
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
-        """The divergence at each position, in nats."""
-        return DIVERGENCES[self.divergence](TAILS[self.tail](view))
+        """The divergence at each position, in nats, times both temperatures."""
+        at = self._temperatures
+        factor = at.teacher * at.student if self.temperature_scaling == "squared" else 1.0
+        return factor * DIVERGENCES[self.divergence](TAILS[self.tail](view, at), self._parameters)
+
+    def check_cache(self, where: str, cache: CacheFacts) -> None:
+        """Refuse what only the cache can tell.
+
+        Raises:
+            UsageError: a tail that the cache does not have, or entries that are not what the tail treatment takes.
+        """
+        if cache.sampled != (self.tail == "sampled"):
+            kind = "sampled entries" if cache.sampled else "the likeliest entries"
+            instead = "sampled" if cache.sampled else "tail_bucket"
+            raise UsageError(f"{where}.tail: {self.tail!r} on a cache of {kind}. Use {instead!r}, or another cache.")
+        if self.tail in ("tail_bucket", "uniform_tail", "residual_to_label") and cache.top_k >= cache.vocab_size:
+            raise UsageError(
+                f"{where}.tail: {self.tail!r} on a cache of all {cache.vocab_size} tokens, which has no tail. "
+                "Use 'unnormalized' for the forward forms and 'renormalized' for the others: with K = V both are exact."
+            )
+        if self.tail == "tail_bucket" and self.temperature not in (1.0, *cache.tail_temperatures):
+            raise UsageError(
+                f"{where}.temperature: got {self.temperature}, but the cache has the tail at "
+                f"{', '.join(map(str, cache.tail_temperatures))} only, and it cannot be had from the entries. "
+                "Use tail='renormalized', temperature=1 with a student_temperature, or export that tail."
+            )
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """−log q(label): the SFT loss."""
+class CrossEntropy(Term):
+    """−log q(label): the SFT loss. (1 − ε) · that − ε · mean of log q over V + z · log² Z, in nats (nats² the last).
 
-    weight: float = 1.0
+    Label smoothing ε (arXiv 1512.00567) gives every token of the vocabulary ε / V of the target. The z-loss
+    (PaLM, arXiv 2204.02311) pulls log Z, the logsumexp of the logits, towards 0. Smoothing costs a pass over V.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"loss: label_smoothing: got {self.label_smoothing}; wanted 0 to less than 1.")
+        if not self.z_loss >= 0:
+            raise UsageError(f"loss: z_loss: got {self.z_loss}; wanted at least 0 (PaLM uses 1e-4).")
+
+    @property
+    def needs_tail_mean(self) -> bool:
+        """True with label smoothing."""
+        return self.label_smoothing > 0
 
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
-        """The negative log-likelihood of the label at each position, in nats."""
-        return -view.student_label
+        """The loss of the label at each position."""
+        loss = -(1 - self.label_smoothing) * view.student_label
+        if self.label_smoothing:
+            size = view.tail_size.to(loss.dtype)
+            on_support = view.distinct.sum(dim=1)
+            mean = view.student_log_probs.where(view.distinct, 0.0).sum(dim=1) + size * view.student_tail_mean
+            loss = loss - self.label_smoothing * mean / (size + on_support)
+        return loss + self.z_loss * view.student_log_normaliser**2 if self.z_loss else loss
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Σ weight · term. `chunk_tokens` positions at a time hold logits of the full vocabulary."""
+    """Σ weight · term. `chunk_tokens` positions at a time hold logits of the full vocabulary.
 
-    terms: dict[str, Term]
+    `observe` names numbers that cost more passes over the vocabulary (`student_entropy`); evaluation asks for them.
+    """
+
+    terms: Mapping[str, Term]
     chunk_tokens: int = 512
+    observe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
             raise UsageError(f"loss.chunk_tokens: got {self.chunk_tokens}; wanted at least 1.")
-        if all(term.weight == 0 for term in self.terms.values()):
+        if all(largest(term.weight) == 0 for term in self.terms.values()):
             raise UsageError("loss.terms: every weight is 0, so nothing would be trained. Give one term a weight.")
+        for name in self.observe:
+            choose("observe", name, OBSERVED)
+
+    def at(self, step: int, steps: int) -> "Objective":
+        """The objective at a step: every scheduled weight resolved."""
+        terms = {name: replace(term, weight=at_step(term.weight, step, steps)) for name, term in self.terms.items()}
+        return replace(self, terms=terms)
+
+    def weights(self) -> dict[str, float]:
+        """The number that each term is multiplied by."""
+        return {name: value_of(term.weight) for name, term in self.terms.items()}
+
+    def check_cache(self, cache: CacheFacts) -> None:
+        """Refuse terms that cannot be trained on such a cache (a `UsageError` with what to use instead)."""
+        for name, term in self.terms.items():
+            term.check_cache(f"loss.terms.{name}", cache)
 
     def sum_names(self) -> list[str]:
         """Names of the sums that every pass over a batch returns."""
-        observed = ["loss", "teacher_mass", "student_mass", "top1_agreement"]
+        observed = ["loss", "teacher_mass", "student_mass", "top1_agreement", "topk_agreement"]
+        observed += ["teacher_entropy", "label_in_support", "acceptance", *self.observe]
         return observed + [f"{name}_loss" for name in self.terms]

@@ -27,7 +27,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means per scored token under `val/`: the objective's terms, `nll`, `kl`, `teacher_nll`, masses, agreement."""
     own = list(batches)
-    measured = replace(objective, terms={**objective.terms, **STANDARD})
+    measured = replace(objective, terms={**objective.terms, **STANDARD}, observe=("student_entropy",))
     losses: list[LossSums] = []
     for batch in tqdm(own, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=not world.is_first):
         with parallel.autocast(world.device):

@@ -85,7 +85,8 @@ class _Run:
     def validate(self, step: int) -> dict[str, float]:
         """Numbers on the held-out cache."""
         recipe = self.recipe
-        found = evaluate(self.model, self.data.validation(), recipe.loss, recipe.parallel, self.world)
+        objective = recipe.loss.at(step, recipe.steps)
+        found = evaluate(self.model, self.data.validation(), objective, recipe.parallel, self.world)
         log.info("validation at step %d: %s", step, ", ".join(f"{n} {found[f'val/{n}']:.4f}" for n in SHOWN))
         return found
 
@@ -100,7 +101,7 @@ class _Run:
                 self.model,
                 self.optimizer,
                 batches,
-                objective=recipe.loss,
+                objective=recipe.loss.at(step, recipe.steps),
                 clip_norm=recipe.optimizer.clip_norm,
                 parallel=recipe.parallel,
                 world=self.world,

@@ -1,0 +1,123 @@
+"""The fused loss against a dense float64 oracle: every divergence x tail, values and both gradients, hard inputs."""
+
+import pytest
+import torch
+
+from kd_core.losses.combinations import ALLOWED
+from kd_core.losses.fused import fused_loss
+from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, leaves, make, plain, reference
+
+PAIRS = [(divergence, tail) for tail, divergences in ALLOWED.items() for divergence in divergences]
+NUMBERS = {
+    "jsd": {"beta": 0.3},
+    "skew_kl": {"skew": 0.2},
+    "skew_reverse_kl": {"skew": 0.2},
+    "mixed_kl": {"reverse_share": 0.3},
+    "adaptive_kl": {"head_mass": 0.6},
+    "decoupled_kl": {"head_weight": 0.5, "tail_weight": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
+def test_equals_the_oracle_in_float64_and_float32(divergence: str, tail: str, name: str) -> None:
+    numbers = NUMBERS.get(divergence, {})
+    term = Distillation(divergence=divergence, tail=tail, **numbers)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        case = make(name).to(dtype)
+        found, _ = fused(case, term)
+        assert all(value.isfinite().all() for value in found.values())
+        assert (found["hidden"][~case.mask] == 0).all()
+        assert found["hidden"].dtype == dtype
+        assert error(found, reference(case, term, **numbers)) < tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cross_entropy_equals_torch(name: str) -> None:
+    case = make(name).to(torch.float64)
+    hidden, weight = leaves(case)
+    logits = torch.where(case.mask[:, None], hidden, 0.0) @ weight.T
+    labels = torch.where(case.mask, case.labels, -100)
+    total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    total = total + 0.01 * (logits.logsumexp(dim=1)[case.mask] ** 2).sum()
+    total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    wanted = Result(loss=total.detach(), hidden=hidden.grad, weight=weight.grad)
+    found, _ = fused(case, CrossEntropy(label_smoothing=0.1, z_loss=0.01))
+    assert error(found, wanted) < 1e-10
+
+
+def naive_bfloat16(case: Case) -> Result:
+    """Forward KL with the tail bucket as users write it: logits in bfloat16, the rest in float32."""
+    hidden, weight = leaves(case)
+    log_q = (hidden @ weight.T).float().log_softmax(dim=1)
+    on_support = log_q.gather(1, case.teacher.ids)
+    tail = torch.log1p(-on_support.exp().sum(dim=1)).nan_to_num(neginf=-30.0)
+    p = torch.cat([case.teacher.log_probs, case.teacher.tail_log_prob[:, None]], dim=1)
+    loss = (p.exp() * (p - torch.cat([on_support, tail[:, None]], dim=1))).sum()
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Result(loss=loss.detach(), hidden=hidden.grad, weight=weight.grad)
+
+
+@pytest.mark.parametrize("size", [(33, 257, 8, 64), (64, 1000, 16, 32)])
+def test_bfloat16_is_no_worse_than_the_naive_dense_code(size: tuple[int, int, int, int]) -> None:
+    torch.manual_seed(0)
+    case = plain(*size)
+    case = Case(case.hidden, case.weight / 4, case.teacher, case.labels, torch.ones(size[0]).bool())
+    case = case.to(torch.bfloat16)
+    term = Distillation()
+    truth = reference(case, term)
+    found, _ = fused(case, term, chunk_tokens=16)
+    naive = naive_bfloat16(case)
+    for name, value in truth.items():
+        ours, theirs = ((each[name].double() - value).norm() for each in (found, naive))
+        assert ours <= 1.05 * theirs + 1e-4 * value.norm()
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32() -> None:
+    case = make("odd sizes").to(torch.float32)
+    exact, _ = fused(case, Distillation())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = fused(case, Distillation())
+    assert found["weight"].dtype == torch.float32
+    assert error(found, exact) < 0.03
+
+
+def test_terms_add_up_by_their_weights() -> None:
+    case = make("plain").to(torch.float64)
+    kd, sft = Distillation(weight=0.9), CrossEntropy(weight=0.1)
+    both, sums = fused(case, Objective({"kd": kd, "sft": sft}, chunk_tokens=2))
+    alone = [fused(case, term)[0] for term in (kd, sft)]
+    # A term alone is weighted too.
+    assert error(both, Result({name: alone[0][name] + alone[1][name] for name in both})) < 1e-12
+    assert float(sums.sums["kd_loss"]) == pytest.approx(float(alone[0]["loss"]) / 0.9, rel=1e-12)
+
+
+def test_nothing_is_differentiated_where_no_gradient_is_wanted() -> None:
+    case = make("plain").to(torch.float64)
+    hidden, weight = leaves(case)
+    with torch.no_grad():
+        found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, Objective({"kd": Distillation()}))
+    assert not found.total.requires_grad
+    hidden, weight = leaves(case)
+    weight.requires_grad_(False)
+    fused_loss(hidden, weight, case.teacher, case.labels, case.mask, Objective({"kd": Distillation()})).total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_the_scale_is_on_total_and_gradient_but_not_on_the_sums() -> None:
+    case, objective = make("odd sizes").to(torch.float64), Objective({"kd": Distillation()}, chunk_tokens=3)
+    whole, sums = fused(case, objective)
+    hidden, weight = leaves(case)
+    found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, objective, scale=0.125)
+    (3 * found.total).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    scaled = Result(loss=3 * found.total.detach(), hidden=hidden.grad, weight=weight.grad)
+    assert error(scaled, Result({name: 3 * 0.125 * value for name, value in whole.items()})) < 1e-14
+    assert found.sums == sums.sums

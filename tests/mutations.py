@@ -1,0 +1,124 @@
+"""Do the tests of the losses notice? Breaks a copy of the code in one place after another and runs them.
+
+    python -m tests.mutations            # a table; ends with 1 where a mutant survives
+
+Each mutant is one replacement, of the first match in one file.
+"""
+# ruff: noqa: E501 (a table reads better in long lines)
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("tests/kd_core/losses", "tests/reference")
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant("a sign in log p - log q", "view", "return self.teacher - self.student", "return self.student - self.teacher"),
+    Mutant("a sign in the entries' gradient", "reduction", "g.entries - torch.where", "g.entries + torch.where"),
+    Mutant("a sign of the z-loss's gradient", "reduction", "- g.log_normaliser", "+ g.log_normaliser"),
+    Mutant("no tau squared", "objective", "at.teacher * at.student if", "1.0 if"),
+    Mutant("tau for tau squared", "objective", "at.teacher * at.student if", "at.teacher if"),
+    Mutant("tau squared on the value alone", "fused", "alpha=1 / temperature", "alpha=1 / temperature**3"),
+    Mutant("arguments of KL swapped", "divergences", "(events.teacher_probs() * events.log_ratio())", "(-events.student_probs() * events.log_ratio())"),
+    Mutant("KL that is cross-entropy", "divergences", "(events.teacher_probs() * events.log_ratio())", "(-events.teacher_probs() * events.student)"),
+    Mutant("one side renormalised", "tails", "log_softmax_over(view.student_relative() / at.student, used), used", "view.student_log_probs, used"),
+    Mutant("teacher not renormalised", "tails", "teacher = log_softmax_over(view.teacher_log_probs / at.teacher, used)", "teacher = view.teacher_log_probs"),
+    Mutant("teacher's tail as 1 - sum p", "tails", "tail = torch.where(tail > -torch.inf, tail, EMPTY_TAIL)", "tail = torch.log1p(-entries.exp().sum(dim=1).clamp(max=1 - 1e-8))"),
+    Mutant("student's tail as 1 - sum q", "reduction", "student_tail=(tail - normaliser)", "student_tail=torch.log1p(-(on_support - normaliser).exp())"),
+    Mutant("clamp that is a no-op", "tails", "torch.where(tail > -torch.inf, tail, EMPTY_TAIL)", "tail"),
+    Mutant("labels shifted", "fused", "torch.where(mask, labels, 0)", "torch.where(mask, labels, 0).roll(1)"),
+    Mutant("masked hidden states not silenced", "fused", "torch.where(mask[:, None], data.hidden[rows], 0.0)", "data.hidden[rows]"),
+    Mutant("masked positions scored", "fused", "value = torch.where(mask, each, 0.0).sum()", "value = each.sum()"),
+    Mutant("mean over a chunk", "fused", "value = torch.where(mask, each, 0.0).sum()", "value = torch.where(mask, each, 0.0).mean()"),
+    Mutant("repeated ids counted again", "reduction", "used & (logits.gather(1, ids) == marks)", "used"),
+    Mutant("unused entries in the support", "reduction", "columns = torch.where(used, columns, anchor)", "pass"),
+    Mutant("GKD's JSD, 0 at its ends", "divergences", "to_teacher / (1 - beta) + to_student / beta", "beta * to_teacher + (1 - beta) * to_student"),
+    Mutant("beta for 1 - beta", "divergences", "    beta = parameters.beta", "    beta = 1 - parameters.beta"),
+    Mutant("skew of the wrong side", "divergences", "log_mixture(-events.log_ratio(), 1 - parameters.skew)", "log_mixture(-events.log_ratio(), parameters.skew)"),
+    Mutant("mixture by logaddexp alone", "divergences", "return torch.where(beyond, far, near)", "return far"),
+    Mutant("adaptive shares differentiated", "divergences", "events.student_probs().detach()", "events.student_probs()"),
+    Mutant("head and tail weights swapped", "divergences", "parameters.head_weight * within + parameters.tail_weight * between", "parameters.tail_weight * within + parameters.head_weight * between"),
+    Mutant("padding takes probability", "head", "V = len(weight) if head.vocab_size is None else head.vocab_size", "V = len(weight)"),
+    Mutant("soft cap without its slope", "fused", "by_logits.mul_(slope)", "pass"),
+    Mutant("scale not in the gradient", "head", "by_logits.mul_(head.scale)", "pass"),
+    Mutant("only the last chunk's gradient", "head", "self.weight[:V].addmm_(by_logits.t(), hidden)", "self.weight[:V].addmm_(by_logits.t(), hidden, beta=0)"),
+    Mutant("bfloat16 logits", "head", 'x.to(self.keep if x.device.type == "cpu" else self.multiply)', "x.to(torch.bfloat16).to(self.keep)"),
+    Mutant("smoothing over the support alone", "objective", "mean / (size + on_support)", "mean / on_support"),
+    Mutant("tail's mean on the support too", "reduction", "entries = entries - torch.where(view.distinct, each[:, None], 0.0)", "pass"),
+    Mutant("loss of selected positions not scaled", "selection", "scored / max(1, kept)", "1.0"),
+    Mutant("the least uncertain kept", "selection", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
+    Mutant("weights ignored", "fused", "loss + weights[name] * value", "loss + value"),
+    Mutant("scale ignored in the gradient", "reduction", "torch.full_like(loss, scale)", "torch.ones_like(loss)"),
+    Mutant("top-1 from the support alone", "observations", "inside & (of_favourite >= best)", "of_favourite >= best"),
+]  # fmt: skip
+
+
+def run_tests(copy: Path) -> tuple[bool, str]:
+    """Whether the tests pass, and the first that does not."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        TESTS[0],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, failed[0].split("::")[-1].split(" - ")[0] if failed else done.stdout[-300:]
+
+
+def make_copy(folder: Path) -> Path:
+    for part in ("kd_core", *TESTS):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def survives(copy: Path, mutant: Mutant) -> tuple[bool, str]:
+    """Break, test, mend."""
+    path = copy / f"kd_core/losses/{mutant.file}.py"
+    text = path.read_text()
+    assert text.count(mutant.old) >= 1, f"{mutant.name}: {mutant.old!r} is not in {mutant.file}.py any more"
+    path.write_text(text.replace(mutant.old, mutant.new, 1))
+    try:
+        return run_tests(copy)
+    finally:
+        path.write_text(text)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = make_copy(Path(folder))
+        passed, first = run_tests(copy)
+        if not passed:
+            sys.exit(f"the tests fail without any mutant: {first}")
+        survivors = 0
+        for mutant in MUTANTS:
+            alive, killer = survives(copy, mutant)
+            survivors += alive
+            print(f"{'SURVIVES' if alive else 'caught':10}{mutant.name:45}{killer if not alive else ''}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
