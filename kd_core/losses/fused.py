@@ -14,9 +14,10 @@ A term at a student temperature other than 1 costs one more buffer and softmax. 
 float64 over chunks; with float64 inputs everything is float64.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +29,8 @@ from kd_core.losses.observations import observe
 from kd_core.losses.reduction import Gradients, Positions, Reduced, reduce_, student_entropy, write_gradient_
 from kd_core.losses.selection import teacher_entropy
 from kd_core.types import TeacherTopK
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LossSums(NamedTuple):
@@ -91,7 +94,7 @@ class _Job:
         if "teacher_entropy" in signals:
             uncertainty["teacher_entropy"] = teacher_entropy(self.data.teacher)
         if "student_entropy" in signals:
-            entropies: list[Tensor] = []
+            entropies = [self.buffers[1.0].new_empty(0)]
             for rows in self.slices():
                 chunk = _rows(self.data, rows)
                 view = self.reduce(chunk)[0][1.0].view
@@ -146,6 +149,19 @@ class _Job:
                 by_logits.mul_(slope)
             gradients.add_(rows, chunk.hidden, by_logits, self.head)
         return totals
+
+
+def _outside_compiled_graphs(function: F) -> F:
+    """A compiled caller's graph breaks here: inside are matmuls and single passes, nothing that a compiler fuses."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **settings: Any) -> Any:
+        # Asked at the call, because `disable` imports the compiler, which takes a second.
+        inner: Any = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return inner(*args, **settings)
+
+    wrapped: Any = called
+    return wrapped
 
 
 class _Call(NamedTuple):
@@ -212,6 +228,7 @@ def _silenced(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> Teacher
     )
 
 
+@_outside_compiled_graphs
 def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the objective, its scale, the head's form)
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],

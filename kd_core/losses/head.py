@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 
+BLOCK_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class LogitHead:
@@ -154,5 +156,10 @@ class HeadGradients:
             return
         rounded = self._kept("rounded", by_logits.shape, factor).copy_(by_logits)
         self.hidden[rows] = matmul(rounded, factor, keep)
-        product = self._kept("product", factor.shape, factor) if factor.device.type == "cpu" else None
-        self.weight[:V] += matmul(rounded.t(), hidden, keep, out=product)
+        if factor.device.type != "cpu":
+            self.weight[:V] += matmul(rounded.t(), hidden, keep)
+            return
+        product = matmul(rounded.t(), hidden, keep, out=self._kept("product", factor.shape, factor))
+        # Adding bfloat16 to float32 makes a float32 copy first: in blocks it stays in the processor's cache.
+        for total, block in zip(self.weight[:V].split(BLOCK_ROWS), product.split(BLOCK_ROWS), strict=True):
+            total.add_(block)

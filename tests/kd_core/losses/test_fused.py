@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from kd_core.losses.combinations import ALLOWED
 from kd_core.losses.fused import fused_loss
@@ -121,3 +122,26 @@ def test_the_scale_is_on_total_and_gradient_but_not_on_the_sums() -> None:
     scaled = Result(loss=3 * found.total.detach(), hidden=hidden.grad, weight=weight.grad)
     assert error(scaled, Result({name: 3 * 0.125 * value for name, value in whole.items()})) < 1e-14
     assert found.sums == sums.sums
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # read by torch.compile itself
+def test_it_composes_with_activation_checkpointing_and_with_a_compiled_caller() -> None:
+    """`torch.compile` leaves a clean graph break around the loss; recomputed activations change nothing."""
+    case, objective = make("odd sizes").to(torch.float32), Objective({"kd": Distillation()}, chunk_tokens=3)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fused_loss(2 * hidden, weight, case.teacher, case.labels, case.mask, objective).total * 3
+
+    def checkpointed(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
+
+    results = []
+    for run in (loss, checkpointed, torch.compile(loss, backend="eager")):
+        hidden, weight = leaves(case)
+        total = run(hidden, weight)
+        total.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        results.append(Result(loss=total.detach(), hidden=hidden.grad, weight=weight.grad))
+    assert error(results[1], results[0]) == 0
+    assert error(results[2], results[0]) == 0
