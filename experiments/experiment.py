@@ -12,7 +12,7 @@ from data.stream.collate import Collate
 from data.stream.stream import Shards, all_batches, training_steps
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
-from kd_core.losses.objective import Objective
+from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.starts import Start
@@ -93,6 +93,8 @@ class Experiment:
         tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
         for shards in (self.shards, self.evaluation.shards):
             shards.check(arch.vocab_size, tokenizer)
+            top_k = shards.top_k or shards.manifest.top_k
+            self.loss.check_cache(CacheFacts(vocab_size=arch.vocab_size, top_k=top_k))
         rows = len(self.shards.rows(self.collate.row_length, self.seed, 0))
         per_layer = arch.hidden_size * arch.head_dim * 2 * (arch.num_heads + arch.num_kv_heads)
         per_layer += 3 * arch.hidden_size * arch.intermediate_size + 2 * arch.hidden_size

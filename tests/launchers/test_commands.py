@@ -155,6 +155,12 @@ def test_a_mistake_is_said_once_by_one_rank(tiny: Tiny, tmp_path: Path, nproc: i
     assert "no such file, wanted the manifest" in message
 
 
+def test_a_temperature_that_the_cache_has_no_tail_for_is_refused_with_what_to_take(tiny: Tiny, tmp_path: Path) -> None:
+    message = _refused(*configs([*tiny.train_items(), "loss.terms.kd.temperature=2"]), f"--run_dir={tmp_path / 'run'}")
+    assert "loss.terms.kd" in message
+    assert "renormalized" in message
+
+
 def test_a_loss_of_nan_stops_before_the_optimiser_moves(tiny: Tiny, tmp_path: Path) -> None:
     items = [*tiny.train_items(8), "optimizer.lr=1e30", "optimizer.clip_norm=0", "evaluation.every=100"]
     message = _refused(*configs(items), f"--run_dir={tmp_path / 'run'}")
