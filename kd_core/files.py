@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from kd_core.errors import UsageError
+
+GRACE = 3.0
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
@@ -79,24 +82,35 @@ def new_folder(path: Path) -> Generator[Path]:
     partial.rename(path)
 
 
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Generator[None]:
     """Own `folder` while the block runs; the kernel lets go of it when the process dies, however it dies.
+
+    Waits `GRACE` seconds for an owner that is on its way out.
 
     Raises:
         UsageError: another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UsageError(
-                f"{folder}: another process (pid {owner}) is working here. "
-                "Wait for it to end, stop it, or name another folder."
-            ) from None
+        deadline = time.monotonic() + GRACE
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown"
+                raise UsageError(
+                    f"{folder}: another process (pid {owner}) is working here. "
+                    "Wait for it to end, stop it, or name another folder."
+                )
+            time.sleep(0.1)
         lock.seek(0)
         lock.truncate()
         lock.write(str(os.getpid()))

@@ -4,8 +4,11 @@ Data parallelism alone for now: every rank holds the whole student. The tensor-p
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
+import signal
+import sys
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -74,9 +77,19 @@ class World:
         return box[0]  # pyright: ignore[reportReturnType]
 
 
+def _die_with_launcher() -> None:
+    """Have the kernel end this rank when torchrun dies: it starts ranks in sessions of their own, so a torchrun that
+    is killed would leave them training, owning the run's folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def joined_world() -> Generator[World]:
     """Join the processes that torchrun started (or stand alone), and share this machine's cores between them."""
+    _die_with_launcher()
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_size, local_rank = (
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
