@@ -7,13 +7,15 @@ a shard holds, and how its windows are batched, is fixed by the plan, so neither
 its bytes.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +37,9 @@ from kd_core.students.starts import Pretrained
 from kd_core.students.weights import weight_files
 
 SPLITS = ("train", "validation")
+LOOKAHEAD = 8  # batches begun while a shard is written
+T = TypeVar("T")
+R = TypeVar("R")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -160,15 +165,28 @@ def load_teacher(export: TeacherExport, device: torch.device) -> Decoder:
     return Pretrained(export.teacher).build(device, seed=0).to(DTYPES[export.dtype]).eval()
 
 
-class _Scored(NamedTuple):
-    """Windows that were scored together, and each field as [rows, T, …]."""
+class _Together(NamedTuple):
+    """Windows that are scored together: their shard, and the number of the first."""
 
+    shard: str
+    first: int
     windows: Sequence[Window]
+
+    @property
+    def positions(self) -> int:
+        """Positions, without padding."""
+        return sum(len(window.token_ids) - 1 for window in self.windows)
+
+
+class _Scored(NamedTuple):
+    """A batch with each field of its scores as [rows, T, …]."""
+
+    batch: _Together
     fields: list[np.ndarray[Any, Any]]
 
 
-def _score_together(model: Decoder, windows: Sequence[Window], top_k: int) -> _Scored:
-    device = model.embed_tokens.weight.device
+def _score(model: Decoder, top_k: int, batch: _Together) -> _Scored:
+    device, windows = model.embed_tokens.weight.device, batch.windows
     longest = max(len(window.token_ids) for window in windows)
     tokens = torch.zeros(len(windows), longest, dtype=torch.int64)
     documents = torch.full((len(windows), longest - 1), -1, dtype=torch.int64)
@@ -176,19 +194,19 @@ def _score_together(model: Decoder, windows: Sequence[Window], top_k: int) -> _S
         tokens[row, : len(window.token_ids)] = torch.tensor(window.token_ids)
         documents[row, : len(window.token_ids) - 1] = row
     scores = score(model, tokens.to(device), documents.to(device), top_k)
-    return _Scored(windows, [field.unflatten(0, documents.shape).cpu().numpy() for field in scores])
+    return _Scored(batch, [field.unflatten(0, documents.shape).cpu().numpy() for field in scores])
 
 
-def _records(scored: _Scored, first: int) -> Iterator[Record]:
-    for row, window in enumerate(scored.windows):
-        T = len(window.token_ids) - 1
-        ids, log_probs, tail, label = (field[row, :T] for field in scored.fields)
+def _records(scored: _Scored) -> Iterator[Record]:
+    for row, window in enumerate(scored.batch.windows):
+        positions = len(window.token_ids) - 1
+        ids, log_probs, tail, label = (field[row, :positions] for field in scored.fields)
         yield Record(
-            name=f"{first + row:08d}",
+            name=f"{scored.batch.first + row:08d}",
             document=window.document,
             start=window.start,
             token_ids=np.asarray(window.token_ids, np.uint32),
-            loss_mask=np.ones(T, np.uint8),
+            loss_mask=np.ones(positions, np.uint8),
             topk_token_ids=ids,
             topk_log_probs=log_probs,
             tail_log_prob=tail,
@@ -212,26 +230,43 @@ def scoring_threads(device: torch.device) -> Generator[Executor]:
         torch.set_num_threads(threads)
 
 
-def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder, rank: int, ranks: int) -> None:
-    """Score and write this rank's share of the shards that are not there."""
-    own = [shard for i, shard in enumerate(plan.shards()) if i % ranks == rank]
-    parts = {name: plan.windows[start : start + export.records_per_shard] for name, start in own}
-    sizes = {name: sum(len(w.token_ids) - 1 for w in part) for name, part in parts.items()}
-    there = {name for name in parts if (plan.folder / name).exists()}
-    bar = tqdm(total=sum(sizes.values()), initial=sum(sizes[name] for name in there), unit="tok", unit_scale=True,
-               desc=f"teacher on {plan.plan['split']}", mininterval=1, disable=rank != 0)  # fmt: skip
+def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Results of `work` in the order of `items`, with at most `ahead` items begun beyond the one that is taken."""
+    begun: deque[Future[R]] = deque()
+    for item in items:
+        begun.append(executor.submit(work, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
-    def records(executor: Executor, name: str, first: int) -> Iterator[Record]:
-        together = [parts[name][at : at + export.batch_rows] for at in range(0, len(parts[name]), export.batch_rows)]
-        for scored in executor.map(partial(_score_together, model, top_k=export.top_k), together):
-            yield from _records(scored, first)
-            first += len(scored.windows)
-            bar.update(sum(len(window.token_ids) - 1 for window in scored.windows))
+
+def _batches(plan: CachePlan, shards: Sequence[tuple[str, int]], rows: int) -> Iterator[_Together]:
+    for name, first in shards:
+        part = plan.windows[first : first + plan.plan["records_per_shard"]]
+        for at in range(0, len(part), rows):
+            yield _Together(name, first + at, part[at : at + rows])
+
+
+def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder, rank: int, ranks: int) -> None:
+    """Score and write this rank's share of the shards that are not there; the teacher goes on while one is written."""
+    own = [shard for i, shard in enumerate(plan.shards()) if i % ranks == rank]
+    missing = [(name, first) for name, first in own if not (plan.folder / name).exists()]
+    sizes = {name: sum(batch.positions for batch in _batches(plan, [(name, first)], 1)) for name, first in own}
+    there = sum(sizes.values()) - sum(sizes[name] for name, _ in missing)
+    bar = tqdm(total=sum(sizes.values()), initial=there, unit="tok", unit_scale=True, mininterval=1,
+               desc=f"teacher on {plan.plan['split']}", disable=rank != 0)  # fmt: skip
+
+    def records(scored: Iterable[_Scored]) -> Iterator[Record]:
+        for each in scored:
+            yield from _records(each)
+            bar.update(each.batch.positions)
 
     with bar, scoring_threads(model.embed_tokens.weight.device) as executor:
-        for name, start in own:
-            if name not in there:
-                write_shard(plan.folder / name, records(executor, name, start))
+        batches = _batches(plan, missing, export.batch_rows)
+        scored = _in_order(executor, partial(_score, model, export.top_k), batches, ahead=LOOKAHEAD)
+        for name, of_shard in groupby(scored, key=lambda each: each.batch.shard):
+            write_shard(plan.folder / name, records(of_shard))
 
 
 def finish(plan: CachePlan, export: TeacherExport) -> Manifest:
