@@ -16,6 +16,7 @@ from einops import rearrange
 
 from data.export import export as steps
 from data.export.corpus import Corpus
+from data.export.plan import CachePlan, TeacherExport, claim, make_plans
 from kd_core.students.decoder import Decoder
 
 TOKENS = 8192
@@ -23,7 +24,7 @@ CHUNK = 256
 
 
 @torch.no_grad()
-def bare_forward(model: Decoder, plans: list[steps.CachePlan], rows: int) -> None:
+def bare_forward(model: Decoder, plans: list[CachePlan], rows: int) -> None:
     """Hidden states and logits of every window, a chunk of positions at a time into one buffer."""
     buffer = torch.empty(CHUNK, model.arch.vocab_size)
 
@@ -42,10 +43,10 @@ def bare_forward(model: Decoder, plans: list[steps.CachePlan], rows: int) -> Non
             model(tokens, positions, torch.zeros_like(tokens), head)
 
 
-def export_once(export: steps.TeacherExport, plans: list[steps.CachePlan], model: Decoder) -> None:
+def export_once(export: TeacherExport, plans: list[CachePlan], model: Decoder) -> None:
     """All that the command does once plans and teacher are there."""
     for plan in plans:
-        steps.claim(plan)
+        claim(plan)
         steps.write_missing_shards(plan, export, model, 0, 1)
         steps.finish(plan, export)
 
@@ -53,13 +54,13 @@ def export_once(export: steps.TeacherExport, plans: list[steps.CachePlan], model
 def main() -> None:
     teacher, corpus = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
-    export = steps.TeacherExport(Corpus(corpus), teacher, train_tokens=TOKENS, validation_tokens=512)
+    export = TeacherExport(Corpus(corpus), teacher, train_tokens=TOKENS, validation_tokens=512)
     model = steps.load_teacher(export, torch.device("cpu"))
     times: dict[str, list[float]] = {"bare": [], "export": []}
-    plans: list[steps.CachePlan] = []
+    plans: list[CachePlan] = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            plans = steps.make_plans(export, Path(folder))
+            plans = make_plans(export, Path(folder))
             started = time.perf_counter()
             bare_forward(model, plans, export.batch_rows)
             between = time.perf_counter()

@@ -12,7 +12,7 @@ Seen:     2026-11-24, 61,438 tokens once, one seed, 8,165 held-out positions: KL
 import fiddle as fdl
 
 from data.export.corpus import Corpus
-from data.export.export import TeacherExport
+from data.export.plan import TeacherExport
 from data.stream.collate import Collate
 from data.stream.stream import Shards
 from experiments.experiment import Evaluation, Experiment, Logger

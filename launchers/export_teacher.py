@@ -26,13 +26,14 @@ OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
 
 def _export(export: Any, out: Path) -> None:
     from data.export import export as steps
+    from data.export.plan import claim, make_plans
     from kd_core.files import owned
     from kd_core.parallel.mesh import joined_world
 
     with joined_world() as world, ExitStack() as stack:
         world.on_first(lambda: stack.enter_context(owned(out)))
-        plans = world.on_first(lambda: steps.make_plans(export, out))
-        wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: steps.claim(plan))]
+        plans = world.on_first(lambda: make_plans(export, out))
+        wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: claim(plan))]
         for plan in plans:
             if plan not in wanted:
                 app.log.info("%s: already complete, reused", plan.folder)
@@ -63,7 +64,7 @@ def main() -> None:
 
     export = fdl.build(resolved.config)
     if app.FLAGS.dry_run:
-        from data.export.export import make_plans
+        from data.export.plan import make_plans
 
         for plan in make_plans(export, Path(OUT.value)):
             positions = sum(len(window.token_ids) - 1 for window in plan.windows)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.export import export as steps
 from data.export.corpus import Corpus
-from data.export.export import TeacherExport
+from data.export.plan import TeacherExport, claim, make_plans
 from kd_core.files import write_json
 from kd_core.students.decoder import Architecture, Decoder
 from kd_core.students.families import config_of
@@ -146,9 +146,9 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
 
 def write_caches(export: TeacherExport, out: Path, ranks: int = 1) -> None:
     """Both caches, as the command writes them."""
-    plans = steps.make_plans(export, out)
+    plans = make_plans(export, out)
     for plan in plans:
-        if steps.claim(plan):
+        if claim(plan):
             continue
         model = steps.load_teacher(export, torch.device("cpu"))
         for rank in range(ranks):

@@ -10,10 +10,12 @@ import torch
 from data.cache.manifest import read_manifest
 from data.export import export as steps
 from data.export.corpus import Corpus, Document, choose_windows, split_documents, windows_of
+from data.export.plan import claim, make_plans
 from data.export.teacher import score_chunk
 from data.stream.shards import decode_all
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
+from kd_core.students.families import read_architecture
 from tests.tiny import ROW_LENGTH, Tiny, write_caches
 
 
@@ -27,8 +29,8 @@ def test_interruption_and_ranks_do_not_change_a_byte(tiny: Tiny, tmp_path: Path)
     assert _bytes(tmp_path / "ranks") == _bytes(tiny.root / "cache")
 
     cut = tmp_path / "cut"
-    plan = steps.make_plans(export, cut)[0]
-    steps.claim(plan)
+    plan = make_plans(export, cut)[0]
+    claim(plan)
     model = steps.load_teacher(export, torch.device("cpu"))
     steps.write_missing_shards(plan, export, model, rank=1, ranks=2)
     (plan.folder / "shard-000000.tar.partial").write_bytes(b"half a shard")
@@ -44,9 +46,9 @@ def test_a_lost_shard_is_made_again_the_same(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
-    plan = steps.make_plans(tiny.export(top_k=4), tiny.root / "cache")[0]
+    plan = make_plans(tiny.export(top_k=4), tiny.root / "cache")[0]
     with pytest.raises(UsageError, match=r"another top_k \(8; now 4\)"):
-        steps.claim(plan)
+        claim(plan)
 
 
 def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny) -> None:
@@ -118,7 +120,7 @@ def test_bad_corpora_are_named(tiny: Tiny, tmp_path: Path, files: dict[str, byte
     for name, payload in files.items():
         (tmp_path / "corpus" / name).write_bytes(payload)
     with pytest.raises(UsageError, match=message):
-        steps.make_plans(tiny.export(corpus=Corpus(str(tmp_path / "corpus"))), tmp_path / "out")
+        make_plans(tiny.export(corpus=Corpus(str(tmp_path / "corpus"))), tmp_path / "out")
 
 
 def test_a_document_of_one_token_is_left_out_and_the_rest_exported(tiny: Tiny, tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tiny: Tiny, tmp_path: Path
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny.teacher, teacher)
     config = teacher / "config.json"
-    size = steps.read_architecture(teacher).vocab_size
+    size = read_architecture(teacher).vocab_size
     config.write_text(config.read_text().replace(f'"vocab_size": {size}', '"vocab_size": 260'))
     with pytest.raises(UsageError, match="do not belong together"):
-        steps.make_plans(tiny.export(teacher=str(teacher)), tmp_path / "out")
+        make_plans(tiny.export(teacher=str(teacher)), tmp_path / "out")
