@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written by DCP into `step_N.tmp`, renamed when whole.
+"""Checkpoints that are complete or absent: written by DCP into `step_N.partial`, renamed when whole.
 
 Holds parameters, optimiser moments, the step, and how far the data was read. The schedule and the random state
 are functions of the step (`schedule.py`, `loop.py`), so they are restored with it.
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import read_json, write_json
+from kd_core.files import new_folder, read_json, write_json
 from kd_core.parallel.mesh import World
 from kd_core.students.decoder import Decoder
 
@@ -55,6 +55,17 @@ def _one_process() -> Generator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _said_as_usage_error(folder: Path, what: str, then: str) -> Generator[None]:
+    """DCP's own exception is no `Exception`, and hides the reason in a dictionary."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure = next(iter(error.failures.values()))[0]
+        reason = f"{type(failure).__name__} {failure}".strip().splitlines()[0]
+        raise UsageError(f"{folder}: cannot be {what} ({reason}). {then}.") from None
+
+
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
@@ -67,22 +78,17 @@ def save(root: Path, progress: Progress, model: Decoder, optimizer: torch.optim.
     """Write `step_N`; on return it is complete on disk. The first rank writes, for every rank holds the same."""
 
     def write() -> None:
-        final = root / f"step_{progress.step:08d}"
-        partial = final.with_suffix(".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with _one_process():
-            dcp_save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
-        write_json(partial / "progress.json", vars(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with new_folder(root / f"step_{progress.step:08d}") as partial:
+            with _one_process(), _said_as_usage_error(partial, "written", "Free some space and run the same again"):
+                dcp_save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
+            write_json(partial / "progress.json", vars(progress))
 
     world.on_first(write)
 
 
 def keep_some(root: Path, policy: Checkpoint) -> None:
     """Delete all but the newest and the best checkpoints, and what a kill left half-written."""
-    for partial in root.glob("step_*.tmp"):
+    for partial in root.glob("step_*.partial"):
         shutil.rmtree(partial)
     folders = _folders(root)
     scored = [(read_progress(folder).metric, folder) for folder in folders]
@@ -109,13 +115,8 @@ def newest_progress(root: Path) -> Progress:
 
 
 def _read_into(state: dict[str, Any], folder: Path) -> None:
-    try:
-        with _one_process():
-            dcp_load(state, checkpoint_id=folder, no_dist=True)
-    except CheckpointException as error:
-        failure = next(iter(error.failures.values()))[0]
-        reason = f"{type(failure).__name__} {failure}".strip().splitlines()[0]
-        raise UsageError(f"{folder}: cannot be read ({reason}). Delete it to go on from the one before.") from None
+    with _one_process(), _said_as_usage_error(folder, "read", "Delete it to go on from the one before"):
+        dcp_load(state, checkpoint_id=folder, no_dist=True)
 
 
 def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Progress:

@@ -35,7 +35,7 @@ def test_parameters_and_moments_come_back_bit_for_bit(tiny: Tiny, tmp_path: Path
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
-    (tmp_path / "step_00000009.tmp").mkdir()
+    (tmp_path / "step_00000009.partial").mkdir()
     assert checkpoint.newest(tmp_path) is None
     checkpoint.keep_some(tmp_path, Checkpoint())
     assert list(tmp_path.iterdir()) == []
