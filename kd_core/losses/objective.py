@@ -3,6 +3,7 @@
 A new loss is a divergence in `divergences.py`, a tail in `tails.py`, or a `Term` like those here.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class CacheFacts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(ABC):
     """A loss per position, in nats; its sum enters the objective times `weight`, and is logged without it."""
 
     weight: Weight = 1.0
@@ -51,11 +52,12 @@ class Term:
         """Which scored positions count; None is all."""
         return None
 
+    @abstractmethod
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
         """The loss at each position, differentiable in the view's student fields."""
-        raise NotImplementedError
+        ...
 
-    def check_cache(self, where: str, cache: CacheFacts) -> None:
+    def check_cache(self, where: str, cache: CacheFacts) -> None:  # noqa: B027 (most terms can be trained on any)
         """Refuse a cache that this term cannot be trained on."""
 
 
