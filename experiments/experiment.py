@@ -15,9 +15,11 @@ from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
+from kd_core.students.decoder import parameter_count
 from kd_core.students.starts import Start
 from kd_core.students.weights import save_pretrained
 from kd_core.training.checkpoint import Checkpoint, newest_progress
+from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
@@ -95,13 +97,12 @@ class Experiment:
             shards.check(arch.vocab_size, tokenizer)
             top_k = shards.top_k or shards.manifest.top_k
             self.loss.check_cache(CacheFacts(vocab_size=arch.vocab_size, top_k=top_k))
+        if (best := self.checkpoint.best_metric) not in (known := metric_names(self.loss)):
+            raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
         rows = len(self.shards.rows(self.collate.row_length, self.seed, 0))
-        per_layer = arch.hidden_size * arch.head_dim * 2 * (arch.num_heads + arch.num_kv_heads)
-        per_layer += 3 * arch.hidden_size * arch.intermediate_size + 2 * arch.hidden_size
-        embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tie_embeddings else 2)
-        parameters = embeddings + arch.num_layers * per_layer + arch.hidden_size
         return {
-            "student": f"{parameters / 1e6:.1f}M parameters, {arch.num_layers} layers, vocabulary {arch.vocab_size}",
+            "student": f"{parameter_count(arch) / 1e6:.1f}M parameters, "
+            f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
             "training cache": f"{self.shards.manifest.records} records, {self.shards.manifest.positions} positions",
             "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",

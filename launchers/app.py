@@ -71,7 +71,7 @@ def _guarded(main: Callable[[], None], prog: str) -> int:
         message = _message(error)
         if message is None:
             raise
-        logging.getLogger("kd.trace").debug("%s", traceback.format_exc())
+        log.debug("%s", traceback.format_exc())  # for the attempt's log alone
         if _is_first() or isinstance(error, RankError):
             print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -100,10 +100,10 @@ def start(main: Callable[[], None], module: str, doc: str, kind: str | None = No
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _refuse(prog, f"unexpected argument {argv[1]!r}. Flags begin with --; try --help.")
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.DEBUG)
         log.propagate = False  # absl's own handler would say everything twice
         if _is_first():
-            log.addHandler(_TqdmHandler())
+            log.addHandler(_TqdmHandler(logging.INFO))
         raise SystemExit(_guarded(main, prog))
 
     app.run(run, argv=sys.argv, flags_parser=parse)

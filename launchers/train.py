@@ -37,9 +37,10 @@ def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
 
         def claim() -> None:
             stack.enter_context(owned(folder))
+            facts = experiment.check()  # before the record is written: a mistake must not occupy the folder
             run_folder.claim(record, text)
             run_folder.begin_attempt(world)
-            for name, value in experiment.check().items():
+            for name, value in facts.items():
                 app.log.info("%s: %s", name, value)
 
         world.on_first(claim)

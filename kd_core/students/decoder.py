@@ -180,3 +180,9 @@ class Decoder(nn.Module):
             x = block(x, cos, sin, segments)
         hidden = self.norm(x)
         return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
+
+
+def parameter_count(arch: Architecture) -> int:
+    """Parameters of a decoder, tied ones once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(arch).parameters())

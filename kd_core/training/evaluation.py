@@ -12,7 +12,7 @@ from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
 from kd_core.training.metrics import per_token
-from kd_core.training.step import batch_loss, count_tokens, sum_over
+from kd_core.training.step import batch_loss, sum_over
 from kd_core.types import Batch
 
 STANDARD = {
@@ -21,20 +21,27 @@ STANDARD = {
 }
 
 
+def metric_names(objective: Objective) -> set[str]:
+    """Names of what `evaluate` returns."""
+    return {f"val/{name}" for name in (*objective.sum_names(), *STANDARD, "student_entropy", "teacher_nll", "tokens")}
+
+
 @torch.no_grad()
 def evaluate(
     model: Decoder, batches: Iterable[Batch], objective: Objective, parallel: Parallel, world: World
 ) -> dict[str, float]:
     """Means per scored token under `val/`: the objective's terms, `nll`, `kl`, `teacher_nll`, masses, agreement."""
-    own = list(batches)
     measured = replace(objective, terms={**objective.terms, **STANDARD}, observe=("student_entropy",))
     losses: list[LossSums] = []
-    for batch in tqdm(own, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=not world.is_first):
+    own = {"tokens": 0.0, "teacher_nll": 0.0}
+    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=not world.is_first):
         with parallel.autocast(world.device):
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
+        own["tokens"] += float(batch.loss_mask.sum())
+        own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
     sums = sum_over(losses, measured.sum_names(), world)
     for name in STANDARD:
         sums[name] = sums.pop(f"{name}_loss")
-    teacher = -sum(float(batch.label_log_prob[batch.loss_mask].double().sum()) for batch in own)
-    sums["teacher_nll"] = world.sum_floats({"nll": teacher})["nll"]
-    return per_token("val", sums, count_tokens(own, world))
+    counted = world.sum_floats(own)
+    sums["teacher_nll"] = counted["teacher_nll"]
+    return per_token("val", sums, int(counted["tokens"]))

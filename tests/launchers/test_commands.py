@@ -11,6 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_core.files import owned
+from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
 from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run
 from tests.tiny import Tiny
@@ -53,6 +55,9 @@ def test_the_loss_falls_and_every_promised_number_is_there(whole_run: Path) -> N
         for name in ("loss", "kd_loss", "sft_loss", "teacher_mass", "student_mass", "top1_agreement", "tokens"):
             assert f"{split}/{name}" in found
     assert {"train/lr", "train/grad_norm"} <= lines[1].keys()
+    assert {name for name in lines[-1] if name.startswith("val/")} == metric_names(
+        Objective({"kd": Distillation(), "sft": CrossEntropy()})
+    )
     assert lines[4]["train/loss"] == pytest.approx(0.9 * lines[4]["train/kd_loss"] + 0.1 * lines[4]["train/sft_loss"])
 
 
@@ -153,6 +158,12 @@ def test_a_mistake_is_said_once_by_one_rank(tiny: Tiny, tmp_path: Path, nproc: i
     items = [*tiny.train_items(), f"shards.path={tmp_path / 'none'}"]
     message = _refused(*configs(items), f"--run_dir={tmp_path / 'run'}", nproc=nproc)
     assert "no such file, wanted the manifest" in message
+    assert not (tmp_path / "run" / "config.json").exists(), "the corrected command must find the folder free"
+
+
+def test_a_metric_that_nothing_measures_is_refused_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
+    items = [*tiny.train_items(), "checkpoint.best_metric=val/los"]
+    assert "wanted one of" in _refused(*configs(items), f"--run_dir={tmp_path / 'run'}")
 
 
 def test_a_temperature_that_the_cache_has_no_tail_for_is_refused_with_what_to_take(tiny: Tiny, tmp_path: Path) -> None:
@@ -168,6 +179,7 @@ def test_a_loss_of_nan_stops_before_the_optimiser_moves(tiny: Tiny, tmp_path: Pa
     failed = json.loads((tmp_path / "run" / f"failed_step_{step}_rank_0.json").read_text())
     assert failed["records"]
     assert failed["records"][0] in message
+    assert "Traceback" in (tmp_path / "run" / "attempts" / "001" / "log.txt").read_text()
     saved = [int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert all(number < step for number in saved)
 
