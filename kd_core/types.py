@@ -53,5 +53,5 @@ class Batch:
     def teacher(self) -> TeacherTopK:
         """The teacher's entries, flattened to N positions."""
         return TeacherTopK(
-            self.topk_token_ids.flatten(0, 1), self.topk_log_probs.flatten(0, 1), self.tail_log_prob.flatten()
+            self.topk_token_ids.flatten(0, 1).long(), self.topk_log_probs.flatten(0, 1), self.tail_log_prob.flatten()
         )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.cache.schema import Record
+from data.cache.record import Record
 from kd_core.errors import UsageError
 
 SHIFTS: tuple[int, ...] = (-1, 0, 1)

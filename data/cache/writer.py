@@ -1,24 +1,43 @@
-"""Shards: plain tars whose bytes depend on their records alone, and which appear whole, by rename."""
+"""Shards and tables as files: their bytes depend on their records alone, and they appear whole, by rename."""
 
-import io
 import os
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data.cache.schema import Record, encode
+from data.cache.codec.block import encode_block
+from data.cache.codec.coding import Coding
+from data.cache.codec.tables import Tables
+from data.cache.record import Record
+from data.cache.tar import END, member_bytes, write_tar
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> None:
-    """Write a tar of `records`. Owner, time and mode are fixed, so that equal records give equal bytes."""
+def block_bytes(first: int, records: Sequence[Record], coding: Coding) -> bytes:
+    """The members of a block, as they lie in a tar."""
+    members = encode_block(first, records, coding)
+    return b"".join(member_bytes(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """A file of these parts, complete or absent."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for record in records:
-                for suffix, payload in encode(record).items():
-                    member = tarfile.TarInfo(f"{record.name}.{suffix}")
-                    member.size, member.mode = len(payload), 0o644
-                    tar.addfile(member, io.BytesIO(payload))
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+
+
+def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
+    """A tar of blocks."""
+
+    def parts() -> Iterable[bytes]:
+        yield from blocks
+        yield END
+
+    write_whole(path, parts())
+
+
+def write_tables(path: Path, tables: Tables) -> None:
+    """The tar of a cache's tables."""
+    write_whole(path, [write_tar(tables.members().items())])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.cache.schema import Record
+from data.cache.record import UNUSED, Array, Record
 from kd_core.errors import UsageError
 from kd_core.types import Batch
 
@@ -30,24 +30,25 @@ class Collate:
         """A batch of the rows. Padding has `loss_mask` false, `document_ids` −1 and no teacher entry."""
         longest = max(sum(record.positions for record in row) for row in rows)
         T = self.row_length if self.padding == "row_length" else longest
-        B, K = len(rows), max(record.topk_token_ids.shape[1] for row in rows for record in row)
+        entries = [[_entries(record) for record in row] for row in rows]
+        B, K = len(rows), max(1, max(ids.shape[1] for row in entries for ids, _, _ in row))
         flat = {name: np.zeros((B, T), np.int64) for name in ("tokens", "labels", "position_ids", "loss_mask")}
         documents = np.full((B, T), -1, np.int64)
-        ids, log_probs = np.zeros((B, T, K), np.int64), np.full((B, T, K), -np.inf, np.float32)
+        ids, log_probs = np.zeros((B, T, K), np.int32), np.full((B, T, K), -np.inf, np.float32)
         tail, label = np.zeros((B, T), np.float32), np.zeros((B, T), np.float32)
         for b, row in enumerate(rows):
             start = 0
             for document, record in enumerate(row):
                 at = slice(start, start := start + record.positions)
-                k = record.topk_token_ids.shape[1]
+                own_ids, own_logs, tail[b, at] = entries[b][document]
+                k = own_ids.shape[1]
                 flat["tokens"][b, at] = record.token_ids[:-1]
                 flat["labels"][b, at] = record.token_ids[1:]
                 flat["position_ids"][b, at] = np.arange(record.positions)
                 flat["loss_mask"][b, at] = record.loss_mask
                 documents[b, at] = document
-                ids[b, at, :k], ids[b, at, k:] = record.topk_token_ids, record.topk_token_ids[:, :1]
-                log_probs[b, at, :k] = record.topk_log_probs
-                tail[b, at], label[b, at] = record.tail_log_prob, record.label_log_prob
+                ids[b, at, :k], log_probs[b, at, :k] = own_ids, own_logs
+                label[b, at] = record.label_log_prob
         return Batch(
             tokens=torch.from_numpy(flat["tokens"]),
             labels=torch.from_numpy(flat["labels"]),
@@ -60,3 +61,13 @@ class Collate:
             label_log_prob=torch.from_numpy(label),
             record_names=tuple(record.name for row in rows for record in row),
         )
+
+
+def _entries(record: Record) -> tuple[Array, Array, Array]:
+    """Ids, log-probabilities and tail; samples, where there are any, are entries in the place of the tail."""
+    samples, weights = record.samples()
+    if not samples.shape[1]:
+        return record.topk_token_ids, record.topk_log_probs, record.tail_log_prob
+    ids = np.concatenate([record.topk_token_ids, samples], axis=1)
+    logs = np.concatenate([record.topk_log_probs, weights], axis=1)
+    return ids, logs, np.full(record.positions, UNUSED, np.float32)

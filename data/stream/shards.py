@@ -1,108 +1,182 @@
-"""Shards in, records out, through webdataset's own opener, expander and grouper. The one module that knows it.
+"""Blocks of a cache in, records out, through webdataset's opener, expander and grouper. The one module that knows it.
 
-    url of a tar → opened stream → (member name, bytes) → one sample a record → counted, decoded strictly
+    url of a tar → opened → the bytes of one block → verified → (member name, bytes) → one sample → decoded strictly
 
-`pipe:` and the like never reach webdataset, and none of its decoders is used: members stay bytes until ours.
+No byte is looked at before its block's hash is right. `pipe:` and the like never reach webdataset, and none of its
+decoders is used: members stay bytes until ours.
 """
 
+import hashlib
+import io
+import itertools
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data.cache.manifest import Manifest, Shard
-from data.cache.schema import Record, decode
+from data.cache.codec.block import decode_block
+from data.cache.codec.coding import Coding
+from data.cache.codec.header import Header
+from data.cache.codec.tables import Tables
+from data.cache.manifest import TABLES, Block, Manifest, Shard
+from data.cache.record import Record
+from data.cache.tar import END, read_members
+from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
-from kd_core.files import sha256
 
 
 def _reraise(error: Exception) -> bool:
     raise error
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    url = str(path.absolute())
-    with closing(gopen(url)) as stream:  # `url_opener` would leave it open
-        sources = [{"url": url, "stream": stream}]
-        yield from group_by_keys(tar_file_expander(sources, handler=_reraise), handler=_reraise)
+def _sample(data: bytes, url: str) -> dict[str, Any]:
+    """The one sample of a block's bytes, by webdataset."""
+    sources = [{"url": url, "stream": io.BytesIO(data + END)}]
+    samples = list(group_by_keys(tar_file_expander(sources, handler=_reraise), handler=_reraise))
+    if len(samples) != 1:
+        raise ValueError(f"holds {len(samples)} samples, wanted 1")
+    return samples[0]
 
 
-def check_shard(folder: Path, shard: Shard) -> Path:
-    """The shard's path, once its size and hash are what the manifest says.
-
-    Raises:
-        UsageError: it is missing or its bytes are others.
-    """
-    path = folder / shard.name
-    if Path(shard.name).name != shard.name or ":" in shard.name:
-        raise UsageError(f"{folder}: manifest names a shard {shard.name!r}; wanted a plain file name.")
-    if not path.is_file():
-        raise UsageError(f"{path}: no such shard; the manifest wants it. Run the same export again to restore it.")
-    size = path.stat().st_size
-    if size != shard.bytes or sha256(path) != shard.sha256:
-        raise UsageError(
-            f"{path}: damaged: {size} bytes of another hash, wanted {shard.bytes} bytes with sha256 "
-            f"{shard.sha256[:12]}…. Delete it and manifest.json and run the same export again."
-        )
-    return path
+def _members(data: bytes, url: str) -> dict[str, bytes]:
+    """Members of a block by suffix."""
+    names = [member.name for member in read_members(data)]  # refuses all but plain files first
+    if len(set(names)) != len(names):
+        raise ValueError(f"has a member twice: {sorted(names)}")
+    sample = _sample(data, url)
+    return {suffix: payload for suffix, payload in sample.items() if not suffix.startswith("__")}
 
 
-def read_members(path: Path) -> dict[str, dict[str, bytes]]:
-    """All records of a tar as (name → suffix → bytes), in order.
-
-    Raises:
-        UsageError: not a tar, a record twice, or a member that is not a plain file of a record.
-    """
-    records: dict[str, dict[str, bytes]] = {}
+def _why(data: bytes, coding: Coding, url: str) -> str:
+    """What is wrong with bytes whose hash is not the manifest's, as far as they tell."""
     try:
-        for sample in _samples(path):
-            name = sample["__key__"]
-            if name in records:
-                raise UsageError(f"{path}: record {name} stands there twice.")
-            records[name] = {k: v for k, v in sample.items() if not k.startswith("__")}
-    except UsageError:
-        raise
-    except Exception as error:  # webdataset passes on whatever a damaged tar raises
-        raise UsageError(f"{path}: not a readable tar ({error}). Run the same export again.") from None
-    return records
+        names = [member.name for member in read_members(data)]
+        decode_block(_members(data, url), coding)
+    except Exception as error:  # anything may be in damaged bytes
+        return str(error)
+    return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
 
 
-def decode_all(path: Path, vocab_size: int) -> list[Record]:
-    """Every record of a tar, decoded."""
-    return [decode(name, members, vocab_size, str(path)) for name, members in read_members(path).items()]
+def read_tables(folder: Path, wanted: dict[str, Any]) -> Tables:
+    """The tables of a cache.
+
+    Raises:
+        UsageError: missing, or not those of the manifest.
+    """
+    path = folder / TABLES
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; the manifest wants it. Restore it, or export the cache again.")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    try:
+        members = {member.name: member.payload for member in read_members(data)}
+        if found != wanted["sha256"]:
+            raise ValueError(f"sha256 {found[:12]}…, the manifest wants {str(wanted['sha256'])[:12]}…")
+        return Tables.of_members(members)
+    except ValueError as error:
+        raise UsageError(f"{path}: damaged: {error}. Restore it, or export the cache again.") from None
 
 
 class ShardReader:
-    """Reads shards of one cache; verifies each once; keeps the undecoded members of those in use."""
+    """Reads blocks of one cache, each verified, and holds the decoded records of those in use."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.verified: set[int] = set()
-        self.held: dict[int, list[tuple[str, dict[str, bytes]]]] = {}
+        tables = read_tables(folder, manifest.tables)
+        self.coding = Coding(tables, manifest.selection, manifest.codec)
+        self.held: dict[BlockRef, list[Record]] = {}
+        self.opened: dict[int, IO[bytes]] = {}
 
-    def keep_only(self, shards: set[int]) -> None:
-        """Forget all shards but these."""
-        for index in set(self.held) - shards:
-            del self.held[index]
+    def keep_only(self, blocks: set[BlockRef]) -> None:
+        """Forget all blocks but these, and close the shards of which none is left."""
+        for ref in set(self.held) - blocks:
+            del self.held[ref]
+        for shard in set(self.opened) - {shard for shard, _ in blocks}:
+            self.opened.pop(shard).close()
 
-    def record(self, shard_index: int, record_index: int) -> Record:
-        """One decoded record."""
-        shard = self.manifest.shards[shard_index]
-        if shard_index not in self.held:
-            path = check_shard(self.folder, shard) if shard_index not in self.verified else self.folder / shard.name
-            self.verified.add(shard_index)
-            members = list(read_members(path).items())
-            if len(members) != len(shard.lengths):
-                raise UsageError(f"{path}: holds {len(members)} records, the manifest wants {len(shard.lengths)}.")
-            self.held[shard_index] = members
-        name, members_of = self.held[shard_index][record_index]
-        record = decode(name, members_of, self.manifest.vocab_size, str(self.folder / shard.name))
-        if record.positions != shard.lengths[record_index]:
-            raise UsageError(
-                f"{self.folder / shard.name}: record {name} has {record.positions} positions, "
-                f"the manifest wants {shard.lengths[record_index]}."
-            )
-        return record
+    def close(self) -> None:
+        """Forget and close everything."""
+        self.keep_only(set())
+
+    def record(self, ref: RecordRef) -> Record:
+        """One record."""
+        shard, block, index = ref
+        return self.block((shard, block))[index]
+
+    def block(self, ref: BlockRef) -> list[Record]:
+        """The records of a block, read where it is not held.
+
+        Raises:
+            UsageError: it is not what the manifest says, down to the last bit.
+        """
+        if ref not in self.held:
+            self.held[ref] = self._read(ref)
+        return self.held[ref]
+
+    def _read(self, ref: BlockRef) -> list[Record]:
+        shard = self.manifest.shards[ref[0]]
+        block, path = shard.blocks[ref[1]], self.folder / shard.name
+        data = self._bytes(ref[0], shard, ref[1])
+        if hashlib.sha256(data).hexdigest() != block.sha256:
+            raise _damaged(path, ref[1], _why(data, self.coding, str(path)))
+        try:
+            records = decode_block(_members(data, str(path)), self.coding)
+        except Exception as error:  # what webdataset raises is not narrowed down
+            raise _damaged(path, ref[1], str(error)) from None
+        if (found := tuple(record.positions for record in records)) != block.lengths:
+            raise _damaged(path, ref[1], f"holds records of {found} positions; the manifest wants {block.lengths}")
+        return records
+
+    def _bytes(self, index: int, shard: Shard, block: int) -> bytes:
+        """The bytes of a block."""
+        path = self.folder / shard.name
+        if not path.is_file():
+            raise UsageError(f"{path}: no such shard; the manifest wants it. Run the same export again to restore it.")
+        if path.stat().st_size != shard.bytes:
+            raise _damaged(path, block, f"the shard has {path.stat().st_size} bytes; the manifest wants {shard.bytes}")
+        if index not in self.opened:
+            self.opened[index] = gopen(str(path.absolute()))
+        stream = self.opened[index]
+        stream.seek(offset_of(shard, block))
+        return stream.read(shard.blocks[block].bytes)
+
+
+def offset_of(shard: Shard, block: int) -> int:
+    """Where a block begins."""
+    return sum(each.bytes for each in shard.blocks[:block])
+
+
+def _damaged(path: Path, block: int, why: str) -> UsageError:
+    return UsageError(
+        f"{path}: damaged: block {block}: {why}. Delete the shard and manifest.json and run the same export again."
+    )
+
+
+class WrittenBlock(NamedTuple):
+    """A block of a shard that no manifest speaks of yet."""
+
+    block: Block
+    header: Header
+    records: list[Record]
+
+
+def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
+    """All blocks of a shard just written, and what the manifest is to say of them.
+
+    Raises:
+        UsageError: the shard is damaged.
+    """
+    data, index = path.read_bytes(), 0
+    try:
+        starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
+        edges = [*sorted(starts.values()), len(data) - len(END)]
+        for index, (start, end) in enumerate(itertools.pairwise(edges)):
+            members = _members(data[start:end], str(path))
+            records = decode_block(members, coding)
+            lengths = tuple(record.positions for record in records)
+            digest = hashlib.sha256(data[start:end]).hexdigest()
+            yield WrittenBlock(Block(end - start, digest, lengths), Header.of(members["json"]), records)
+    except ValueError as error:
+        raise _damaged(path, index, str(error)) from None

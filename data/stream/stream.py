@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest, read_manifest
-from data.cache.schema import Record
+from data.cache.record import Record
 from data.stream.collate import Collate
 from data.stream.order import Row, epoch_rows
 from data.stream.shards import ShardReader
@@ -25,15 +25,30 @@ ALIGNMENT_RECORDS = 8
 
 @dataclass(frozen=True)
 class Shards:
-    """A teacher cache on disk, read with at most `top_k` entries a position (None: all that are stored)."""
+    """A teacher cache on disk, and how much of each position is read.
+
+    Args:
+        path: the cache's folder.
+        top_k: at most so many entries (None: all that are stored).
+        min_prob: only entries of at least this probability.
+        mass: entries until they hold this mass.
+        samples: whether a cache's samples are read as entries in place of the tail; without them a cache of head and
+            samples is one of its head.
+        shuffle_shards: shards that are read side by side and shuffled together.
+    """
 
     path: str
     top_k: int | None = None
+    min_prob: float = 0.0
+    mass: float = 1.0
+    samples: bool = True
     shuffle_shards: int = 16
 
     def __post_init__(self) -> None:
         if (self.top_k is not None and self.top_k < 1) or self.shuffle_shards < 1:
             raise UsageError("shards: wanted top_k ≥ 1 (or None) and shuffle_shards ≥ 1.")
+        if not (0 <= self.min_prob < 1 and 0 < self.mass <= 1):
+            raise UsageError(f"shards: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1, 0 < mass ≤ 1.")
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -54,17 +69,38 @@ class Shards:
                 f"{self.path}: written with tokenizer {found.tokenizer[:12]}…, the student's is {tokenizer[:12]}…. "
                 "Export the cache with the student's tokenizer, or take a student of the teacher's."
             )
-        if self.top_k is not None and self.top_k > found.top_k:
-            raise UsageError(f"shards.top_k: got {self.top_k}; the cache {self.path} holds {found.top_k} entries.")
-        reader, lengths = self.reader(), [shard.lengths for shard in found.shards]
-        refs = [(s, r) for s, in_shard in enumerate(lengths) for r in range(len(in_shard))]
-        if not refs:
+        kept = found.selection
+        if self.top_k is not None and self.top_k > kept.top_k:
+            raise UsageError(f"shards.top_k: got {self.top_k}; the cache {self.path} holds {kept.top_k} entries.")
+        if not kept.top_k and not self.samples:
+            raise UsageError(f"shards.samples: the cache {self.path} holds nothing but samples. Read it with them.")
+        reader = self.reader()
+        blocks = [(s, b) for s, shard in enumerate(found.shards) for b in range(len(shard.blocks))]
+        if not blocks:
             raise UsageError(f"{self.path}: the cache holds no record.")
-        check_alignment((reader.record(*ref) for ref in refs[:ALIGNMENT_RECORDS]), self.path)
+        check_alignment(reader.block(blocks[0])[:ALIGNMENT_RECORDS], self.path)
+        reader.close()
+
+    def cut(self, record: Record) -> Record:
+        """What is read of a record."""
+        record = record if self.samples else record.without_samples()
+        return record.cut(self.top_k, self.min_prob, self.mass)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether samples stand in the place of the tail."""
+        return self.samples and self.manifest.selection.draws > 0
+
+    @property
+    def entries(self) -> int:
+        """The most entries that are read of a position."""
+        kept = self.manifest.selection
+        head = kept.top_k if self.top_k is None else min(self.top_k, kept.top_k)
+        return head + (kept.draws if self.sampled else 0)
 
     def rows(self, row_length: int, seed: int | None, epoch: int) -> list[Row]:
         """All rows of an epoch, in the global order."""
-        lengths = [shard.lengths for shard in self.manifest.shards]
+        lengths = [[block.lengths for block in shard.blocks] for shard in self.manifest.shards]
         return epoch_rows(lengths, row_length, seed, epoch, self.shuffle_shards)
 
 
@@ -76,9 +112,8 @@ def _endless_rows(shards: Shards, row_length: int, seed: int, start: int) -> Ite
         start = max(0, start - len(rows))
 
 
-def _read_row(reader: ShardReader, row: Row, top_k: int | None) -> list[Record]:
-    records = [reader.record(*ref) for ref in row.records]
-    return records if top_k is None else [record.with_top_k(top_k) for record in records]
+def _read_row(reader: ShardReader, row: Row, shards: Shards) -> list[Record]:
+    return [shards.cut(reader.record(ref)) for ref in row.records]
 
 
 def _micro_batches(rows: Sequence[list[Record]], collate: Collate, size: int) -> list[Batch]:
@@ -95,7 +130,7 @@ def training_steps(  # noqa: PLR0913 (the cache, the shape of a step, and which 
     while True:
         step = list(itertools.islice(order, rows_per_step))
         reader.keep_only(set().union(*(row.window for row in step)))
-        own = [_read_row(reader, row, shards.top_k) for row in step[rank::ranks]]
+        own = [_read_row(reader, row, shards) for row in step[rank::ranks]]
         yield _micro_batches(own, collate, micro_batch)
 
 
@@ -106,4 +141,4 @@ def all_batches(shards: Shards, collate: Collate, *, micro_batch: int, rank: int
     for start in range(0, len(own), micro_batch):
         some = own[start : start + micro_batch]
         reader.keep_only(set().union(*(row.window for row in some)))
-        yield collate([_read_row(reader, row, shards.top_k) for row in some])
+        yield collate([_read_row(reader, row, shards) for row in some])

@@ -1,0 +1,98 @@
+"""How likely: levels of the head's entries, the tail, and the label's own log-probability where it is no entry."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.cache.codec.entries import Entries
+from data.cache.codec.fixed import fixed_planes, float_planes, from_fixed, from_floats
+from data.cache.codec.levels import Levels
+from data.cache.codec.ranks import Ragged
+from data.cache.columns import Columns
+from data.cache.record import UNUSED
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Planes = list[Array]
+LEVEL_ERROR = 0.1  # of the sum of levels and tail against 1, at most: more means that they do not belong together
+
+
+def _row_order(classes: Array, rows: Ragged) -> Array:
+    """The rows of the levels: flat distributions apart from peaked ones, by lowest level or number of entries."""
+    return np.argsort(classes if rows.used is None else rows.counts.astype(np.uint16), kind="stable")
+
+
+def log_prob_planes(columns: Columns, head: Entries, levels: Levels | None) -> Planes:
+    """Entries, tail, labels, further tails: by levels and fixed point, or as float32 where `levels` is None."""
+    if levels is None:
+        planes = float_planes(head.rows.flat(head.logs)) + float_planes(columns.tail) + float_planes(columns.label_logs)
+        return [*planes, *(plane for tail in columns.tempered for plane in float_planes(tail))]
+    codes = levels.to_levels(head.logs)
+    classes = codes.min(axis=1) if head.rows.K and head.rows.used is None else np.zeros(len(codes), np.uint8)
+    order = _row_order(classes, head.rows)
+    outside = columns.label_entries() == UNUSED
+    planes = [classes, head.rows.rows(order).flat(codes[order]), *fixed_planes(columns.tail)]
+    planes += fixed_planes(columns.label_logs[outside])
+    return [*planes, *(plane for tail in columns.tempered for plane in fixed_planes(tail))]
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """`head` [T, K], the others [T]."""
+
+    head: Array
+    tail: Array
+    labels: Array
+    tempered: list[Array]
+
+
+def _decode_floats(planes: Planes, rows: Ragged) -> LogProbs:
+    flat, tail, labels, *tempered = (from_floats(planes[i : i + 4]) for i in range(0, len(planes), 4))
+    head = rows.padded(flat)
+    if rows.used is not None:
+        head[~rows.used] = UNUSED
+    return LogProbs(head, tail, labels, list(tempered))
+
+
+def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, levels: Levels) -> LogProbs:
+    classes, flat, *fixed = planes
+    order = _row_order(classes, rows)
+    codes = np.empty(ids.shape, np.uint8)
+    codes[order] = rows.rows(order).padded(flat)
+    if int(codes.max(initial=0)) >= len(levels.log_probs):
+        raise ValueError(f"holds level {codes.max()}; there are {len(levels.log_probs)}")
+    tail, outside, *tempered = (from_fixed(fixed[i : i + 2]) for i in range(0, len(fixed), 2))
+    head, probs = levels.log_probs.take(codes), levels.probs.take(codes)
+    if rows.used is not None:
+        head[~rows.used], probs[~rows.used] = UNUSED, 0.0
+    total = probs.sum(axis=1) + np.exp(tail)
+    if (np.abs(total - 1) > LEVEL_ERROR).any():
+        raise ValueError(f"levels and tail sum to {total[np.abs(total - 1).argmax()]:.3f}, wanted 1")
+    shift = np.log(total)
+    head -= shift[:, None]
+    label_logs = np.full(len(labels), np.nan, np.float32)
+    if rows.K:
+        own = (ids == labels[:, None]) if rows.used is None else (ids == labels[:, None]) & rows.used
+        column = own.argmax(axis=1)
+        at = np.flatnonzero(own[np.arange(len(labels)), column])
+        label_logs[at] = head[at, column[at]]
+    missing = np.isnan(label_logs)
+    if int(missing.sum()) != len(outside):
+        raise ValueError(f"has {len(outside)} labels of their own; {missing.sum()} are no entry")
+    label_logs[missing] = outside
+    return LogProbs(head, tail - shift, label_logs, list(tempered))
+
+
+def decode_log_probs(planes: Planes, ids: Array, labels: Array, rows: Ragged, levels: Levels | None) -> LogProbs:
+    """What `log_prob_planes` wrote; entries and tail sum to 1.
+
+    Raises:
+        ValueError: the planes do not belong together.
+    """
+    if levels is None:
+        found = _decode_floats(planes, rows)
+    else:
+        found = _decode_levels(planes, ids, labels, rows, levels)
+    if {len(each) for each in (found.tail, found.labels, *found.tempered)} != {len(labels)}:
+        raise ValueError(f"holds tails or labels of another number of positions than {len(labels)}")
+    return found

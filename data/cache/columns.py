@@ -1,0 +1,122 @@
+"""The positions of several records end to end, as the codec works on them; what they must fulfil; what coding cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.cache.record import UNUSED, Record
+from data.cache.selection import Selection
+
+Array = np.ndarray[Any, np.dtype[Any]]
+MASS_ROUNDING = 1e-3
+LABEL_TOLERANCE = 0.05  # nats between a label's own log-probability and its entry's
+
+
+@dataclass(frozen=True)
+class Columns:
+    """N positions: `tokens`, `labels`, `tail`, `label_logs` [N]; `heads`, `head_logs` [N, K]; `samples`, … [N, S].
+
+    `tempered` has one [N] for each further temperature of the selection.
+    """
+
+    tokens: Array
+    labels: Array
+    heads: Array
+    head_logs: Array
+    tail: Array
+    label_logs: Array
+    tempered: tuple[Array, ...]
+    samples: Array
+    sample_logs: Array
+
+    @classmethod
+    def of(cls, records: Sequence[Record], temperatures: Sequence[float]) -> "Columns":
+        """From records, widened to the widest."""
+        samples = [record.samples() for record in records]
+        return cls(
+            np.concatenate([r.token_ids[:-1] for r in records]).astype(np.int64),
+            np.concatenate([r.token_ids[1:] for r in records]).astype(np.int64),
+            _stack([r.topk_token_ids for r in records], 0).astype(np.int64),
+            _stack([r.topk_log_probs for r in records], UNUSED).astype(np.float32),
+            np.concatenate([r.tail_log_prob for r in records]).astype(np.float32),
+            np.concatenate([r.label_log_prob for r in records]).astype(np.float32),
+            tuple(np.concatenate([r.tempered_tails[t] for r in records]).astype(np.float32) for t in temperatures),
+            _stack([ids for ids, _ in samples], 0).astype(np.int64),
+            _stack([weights for _, weights in samples], UNUSED).astype(np.float32),
+        )
+
+    def label_entries(self) -> Array:
+        """The log-probability of the label's own entry; −inf where it is none of the head."""
+        return np.where(self.heads == self.labels[:, None], self.head_logs, UNUSED).max(axis=1, initial=UNUSED)
+
+    def check(self, vocab_size: int, selection: Selection) -> None:
+        """Refuse what no teacher can have said.
+
+        Raises:
+            ValueError: which column, what was found, what was wanted.
+        """
+        for name in ("tokens", "labels", "heads", "samples"):
+            values = getattr(self, name)
+            if values.size and not 0 <= int(values.min()) <= int(values.max()) < vocab_size:
+                raise ValueError(f"{name}: ids {values.min()} to {values.max()}; the vocabulary has {vocab_size}")
+        for name in ("head_logs", "tail", "label_logs"):
+            values = getattr(self, name)
+            if np.isnan(values).any() or (values > MASS_ROUNDING).any():
+                raise ValueError(f"{name}: holds NaN or a log-probability above 0")
+        if np.isnan(self.sample_logs).any() or any(np.isnan(tail).any() for tail in self.tempered):
+            raise ValueError("samples or tails at further temperatures: hold NaN")
+        mass = np.exp(self.head_logs.astype(np.float64)).sum(axis=1) + np.exp(self.tail.astype(np.float64))
+        if (np.abs(mass - 1) > MASS_ROUNDING).any():
+            raise ValueError(f"entries and tail sum to {mass[np.abs(mass - 1).argmax()]:.6f}, wanted 1")
+        entries = self.label_entries()
+        apart = (entries > UNUSED) & (np.abs(entries - self.label_logs) > LABEL_TOLERANCE)
+        if selection.top_k and apart.any():
+            at = int(apart.argmax())
+            raise ValueError(
+                f"position {at}: the label's log-probability is {self.label_logs[at]:.3f}, that of its entry "
+                f"{entries[at]:.3f}; labels and entries speak of different positions"
+            )
+
+
+def _stack(parts: Sequence[Array], filler: float) -> Array:
+    """Rows of all parts, widened to the widest."""
+    width = max(part.shape[1] for part in parts)
+    wide = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=filler) for part in parts]
+    return np.concatenate(wide)
+
+
+def _by_id(ids: Array, logs: Array) -> tuple[Array, Array]:
+    """Entries by rising id, the unused ones last and alike."""
+    used = logs > UNUSED
+    keys = np.where(used, ids, np.iinfo(np.int64).max)
+    order = np.argsort(keys, axis=1, kind="stable")
+    return np.take_along_axis(keys, order, 1), np.take_along_axis(logs, order, 1)
+
+
+def audit(original: Columns, decoded: Columns) -> dict[str, float]:
+    """What coding changed: KL(original‖decoded) over entries and tail, in nats, and the head's mass.
+
+    Raises:
+        ValueError: anything but log-probabilities changed.
+    """
+    heads, logs = _by_id(original.heads, original.head_logs)
+    heads_after, logs_after = _by_id(decoded.heads, decoded.head_logs)
+    samples, samples_after = (_by_id(side.samples, side.sample_logs)[0] for side in (original, decoded))
+    same = {
+        "tokens": np.array_equal(original.tokens, decoded.tokens) and np.array_equal(original.labels, decoded.labels),
+        "ids": np.array_equal(heads, heads_after),
+        "samples": np.array_equal(samples, samples_after),
+    }
+    for name, unchanged in same.items():
+        if not unchanged:
+            raise ValueError(f"{name} came back changed from the codec; nothing was written")
+    before = np.concatenate([logs, original.tail[:, None]], axis=1).astype(np.float64)
+    after = np.concatenate([logs_after, decoded.tail[:, None]], axis=1).astype(np.float64)
+    there = before > UNUSED
+    kl = np.where(there, np.exp(before) * np.subtract(before, after, where=there, out=np.zeros_like(before)), 0.0).sum(
+        axis=1
+    )
+    mass = np.abs(np.exp(logs_after.astype(np.float64)).sum(axis=1) - np.exp(logs.astype(np.float64)).sum(axis=1))
+    return {"kl_mean": float(kl.mean()), "kl_worst": float(kl.max()), "mass_error": float(mass.max())}
