@@ -182,7 +182,7 @@ class ChatTemplate:
         Raises:
             UsageError: the template refuses it, or the assistant's turns cannot be told from the rest.
         """
-        if any(mark in str(conversation.messages) for mark in (OPEN, CLOSE)):
+        if any(mark in json.dumps(conversation.messages, ensure_ascii=False) for mark in (OPEN, CLOSE)):
             raise UsageError(f"{document}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.")
         text, spans = _without_marks(self._marked(conversation.messages, document))
         if not self.has_generation_blocks:
