@@ -38,7 +38,7 @@ def bare_forward(model: Decoder, plans: list[CachePlan], rows: int) -> None:
             T = max(len(window.token_ids) for window in some) - 1
             tokens = torch.zeros(len(some), T, dtype=torch.int64)
             for row, window in enumerate(some):
-                tokens[row, : len(window.token_ids) - 1] = torch.tensor(window.token_ids[:-1])
+                tokens[row, : len(window.token_ids) - 1] = torch.from_numpy(window.token_ids[:-1])
             positions = torch.arange(T).expand(len(some), T)
             model(tokens, positions, torch.zeros_like(tokens), head)
 

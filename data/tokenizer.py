@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -15,6 +16,13 @@ PROBES = (
     "naïve façade 東京 😀",
     "def f(x):\n    return x**2",
 )
+
+
+class Pieces(NamedTuple):
+    """Ids, and for each the characters [start, end) of the text that it stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -35,10 +43,20 @@ class Tokenizer:
             raise UsageError(f"{path}: not a tokenizer ({error}).") from None
         self.fast.no_truncation()
         self.fast.no_padding()
+        # It adds special tokens, which we never ask for, and may cut spaces off the offsets, which must be exact.
+        self.fast.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens added."""
         return [encoding.ids for encoding in self.fast.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Pieces]:
+        """Ids of each text with their places in it; the same ids as `encode`."""
+        return [Pieces(e.ids, e.offsets) for e in self.fast.encode_batch(list(texts), add_special_tokens=False)]
+
+    def special_tokens(self) -> list[str]:
+        """The texts of tokens that are special, such as those that end a turn."""
+        return [token.content for token in self.fast.get_added_tokens_decoder().values() if token.special]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""

@@ -82,7 +82,7 @@ def _fetch_teacher(folder: Path) -> str:
                 f"--teacher={TEACHER.value}: not a folder; a hub id needs the extra: pip install '.[hf]'."
             ) from None
         try:
-            return snapshot_download(TEACHER.value, allow_patterns=["*.json", "*.safetensors"])
+            return snapshot_download(TEACHER.value, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
         except Exception as error:  # the client raises its own, the network's and the cache's
             raise UsageError(
                 f"--teacher={TEACHER.value}: neither a folder nor to be had from the hub ({error})."

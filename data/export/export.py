@@ -25,9 +25,9 @@ from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest, Shard
 from data.cache.schema import Record
 from data.cache.writer import write_shard
-from data.export.corpus import Window
 from data.export.plan import DTYPES, CachePlan, TeacherExport
 from data.export.teacher import score
+from data.export.windows import Window
 from data.stream.shards import decode_all
 from kd_core.errors import UsageError
 from kd_core.files import sha256
@@ -71,7 +71,7 @@ def _score(model: Decoder, top_k: int, batch: _Together) -> _Scored:
     tokens = torch.zeros(len(windows), longest, dtype=torch.int64)
     documents = torch.full((len(windows), longest - 1), -1, dtype=torch.int64)
     for row, window in enumerate(windows):
-        tokens[row, : len(window.token_ids)] = torch.tensor(window.token_ids)
+        tokens[row, : len(window.token_ids)] = torch.from_numpy(window.token_ids)
         documents[row, : len(window.token_ids) - 1] = row
     scores = score(model, tokens.to(device), documents.to(device), top_k)
     return _Scored(batch, [field.unflatten(0, documents.shape).cpu().numpy() for field in scores])
@@ -86,7 +86,7 @@ def _records(scored: _Scored) -> Iterator[Record]:
             document=window.document,
             start=window.start,
             token_ids=np.asarray(window.token_ids, np.uint32),
-            loss_mask=np.ones(positions, np.uint8),
+            loss_mask=window.loss_mask,
             topk_token_ids=ids,
             topk_log_probs=log_probs,
             tail_log_prob=tail,

@@ -1,8 +1,9 @@
 """What an export is to make, before any teacher runs: the plan of each cache, the same on every rank and every start.
 
-documents ─ split ─► windows ─ draw ─► shards of windows
+documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw ─► shards of windows
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 
 from data.cache.manifest import read_manifest
-from data.export.corpus import Corpus, Window, choose_windows, split_documents, windows_of
-from data.tokenizer import Tokenizer
+from data.export.corpus import Corpus, split_documents
+from data.export.encoding import Encoded, Encoder
+from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, read_json, sha256, write_json
 from kd_core.students.families import read_architecture
 from kd_core.students.weights import weight_files
 
 SPLITS = ("train", "validation")
+log = logging.getLogger("kd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -31,6 +34,7 @@ class TeacherExport:
     validation_tokens: int | None
     top_k: int = 64
     row_length: int = 512
+    overlap: int = 0
     validation_share: float = 0.1
     seed: int = 0
     dtype: str = "float32"
@@ -45,6 +49,11 @@ class TeacherExport:
         for name in ("top_k", "row_length", "records_per_shard", "batch_rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}; wanted at least 1.")
+        if not 0 <= self.overlap < self.row_length:
+            raise UsageError(
+                f"overlap: got {self.overlap}; wanted 0 to {self.row_length - 1}, less than row_length: so many "
+                "positions of a window repeat the end of the one before, as context."
+            )
 
 
 @dataclass(frozen=True)
@@ -65,42 +74,59 @@ class CachePlan:
         return [shard for shard in self.shards() if not (self.folder / shard[0]).exists()]
 
 
+def _scored_documents(corpus: Corpus, encoder: Encoder) -> list[Encoded]:
+    """All documents with something to score."""
+    kept: list[Encoded] = []
+    left_out = 0
+    for document in encoder.encode(corpus.documents()):
+        if document.loss_mask.any():
+            kept.append(document)
+        else:
+            left_out += 1
+    if left_out:
+        log.info(
+            "corpus %s: %d of %d documents left out: nothing to score (less than two tokens, or no assistant's turn)",
+            corpus.path, left_out, left_out + len(kept),
+        )  # fmt: skip
+    return kept
+
+
 def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
-    """Read, split, tokenize and draw; every rank comes to the same plans.
+    """Read, tokenize, split and draw; every rank comes to the same plans.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
     folder = Path(export.teacher)
-    arch, tokenizer = read_architecture(folder), Tokenizer(folder)
+    arch, encoder = read_architecture(folder), Encoder(folder)
     if export.top_k >= arch.vocab_size:
         raise UsageError(f"top_k: got {export.top_k}; the teacher's vocabulary has {arch.vocab_size} tokens.")
     if export.row_length > arch.max_positions:
         raise UsageError(f"row_length: got {export.row_length}; the teacher's context is {arch.max_positions}.")
-    documents = [d for d in export.corpus.documents() if len(d.text) > 1]
+    documents = _scored_documents(export.corpus, encoder)
     sides = split_documents(documents, export.validation_share, export.seed)
+    settings = asdict(export)
+    for name in ("corpus", "teacher", "train_tokens", "validation_tokens"):
+        del settings[name]
     shared = {
-        "corpus": {"fingerprint": export.corpus.fingerprint(), "text_field": export.corpus.text_field},
+        "corpus": export.corpus.identity(),
+        "chat_template": encoder.template.fingerprint() if encoder.template else None,
         "teacher": {
             "weights": content_fingerprint(weight_files(folder)),
             "config": sha256(folder / "config.json"),
         },
-        "tokenizer": tokenizer.fingerprint(),
-        **{
-            k: v
-            for k, v in asdict(export).items()
-            if k not in ("corpus", "teacher", "train_tokens", "validation_tokens")
-        },
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        **settings,
     }
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
-        windows = choose_windows(list(windows_of(sides[split], tokenizer, export.row_length)), tokens, export.seed)
+        windows = choose_windows(list(windows_of(sides[split], export.row_length, export.overlap)), tokens, export.seed)
         if not windows:
             raise UsageError(
                 f"corpus {export.corpus.path}: the {split} split has no window of two tokens or more within "
                 f"{tokens} tokens. Give more text, or a larger {split}_tokens."
             )
-        largest = max(max(window.token_ids) for window in windows)
+        largest = max(int(window.token_ids.max()) for window in windows)
         if largest >= arch.vocab_size:
             raise UsageError(
                 f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {arch.vocab_size - 1}. "

@@ -9,11 +9,13 @@ import torch
 
 from data.cache.manifest import read_manifest
 from data.export import export as steps
-from data.export.corpus import Corpus, Document, choose_windows, split_documents, windows_of
+from data.export.corpus import Corpus, split_documents
+from data.export.documents import Document
+from data.export.encoding import Encoded, Encoder
 from data.export.plan import claim, make_plans
 from data.export.teacher import score_chunk
+from data.export.windows import choose_windows, windows_of
 from data.stream.shards import decode_all
-from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.students.families import read_architecture
 from tests.tiny import ROW_LENGTH, Tiny, write_caches
@@ -77,21 +79,27 @@ def test_a_tiny_tail_is_summed_and_not_what_is_left_of_one() -> None:
     assert scores.label_log_prob.item() == pytest.approx(truth[0, 3].item(), rel=1e-6)
 
 
+def _encoded(tiny: Tiny) -> list[Encoded]:
+    return list(Encoder(tiny.teacher).encode(Corpus(str(tiny.corpus)).documents()))
+
+
 def test_windows_score_every_token_but_a_documents_first_exactly_once(tiny: Tiny) -> None:
-    tokenizer = Tokenizer(tiny.teacher)
-    documents = list(Corpus(str(tiny.corpus)).documents())
-    windows = list(windows_of(documents, tokenizer, ROW_LENGTH))
-    for document, ids in zip(documents, tokenizer.encode([d.text for d in documents]), strict=True):
-        labels = [i for w in windows if w.document == document.name for i in w.token_ids[1:]]
-        assert labels == ids[1:]
-    assert all(len(window.token_ids) <= ROW_LENGTH + 1 for window in windows)
+    documents = _encoded(tiny)
+    windows = list(windows_of(documents, ROW_LENGTH))
+    for document in documents:
+        labels = [int(i) for w in windows if w.document == document.name for i in w.token_ids[1:]]
+        assert labels == document.token_ids[1:].tolist()
+    assert all(len(window.token_ids) <= ROW_LENGTH + 1 and window.loss_mask.all() for window in windows)
 
 
 def test_windows_are_drawn_within_the_budget_and_again_the_same(tiny: Tiny) -> None:
-    windows = list(windows_of(list(Corpus(str(tiny.corpus)).documents()), Tokenizer(tiny.teacher), ROW_LENGTH))
-    drawn = choose_windows(windows, 200, seed=1)
-    assert 200 - ROW_LENGTH < sum(len(w.token_ids) - 1 for w in drawn) <= 200
-    assert drawn == choose_windows(windows, 200, seed=1) != choose_windows(windows, 200, seed=2)
+    windows = list(windows_of(_encoded(tiny), ROW_LENGTH))
+
+    def drawn(seed: int) -> list[tuple[str, int]]:
+        return [(window.document, window.start) for window in choose_windows(windows, 200, seed)]
+
+    assert 200 - ROW_LENGTH < sum(w.positions for w in choose_windows(windows, 200, seed=1)) <= 200
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_whole_documents_are_held_out() -> None:
@@ -105,7 +113,7 @@ def test_whole_documents_are_held_out() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no .txt or .jsonl file"),
+        ({}, "has no .txt, .jsonl, .jsonl.gz, .json or .parquet file"),
         ({"a.txt": b"only one document"}, "wanted two or more"),
         ({"a.txt": b"x", "b.txt": b"y", "c.txt": b""}, "wanted two or more"),
         ({"a.jsonl": b'{"text": "fine"}\n{"text": broken\n'}, r"a.jsonl:2: not JSON"),
