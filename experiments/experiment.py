@@ -95,8 +95,8 @@ class Experiment:
         tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
         for shards in (self.shards, self.evaluation.shards):
             shards.check(arch.vocab_size, tokenizer)
-            top_k = shards.top_k or shards.manifest.top_k
-            self.loss.check_cache(CacheFacts(vocab_size=arch.vocab_size, top_k=top_k))
+            temperatures = (1.0, *shards.manifest.selection.tail_temperatures)
+            self.loss.check_cache(CacheFacts(arch.vocab_size, shards.entries, temperatures, shards.sampled))
         if (best := self.checkpoint.best_metric) not in (known := metric_names(self.loss)):
             raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
         rows = len(self.shards.rows(self.collate.row_length, self.seed, 0))

@@ -11,6 +11,7 @@ Seen:     2026-11-24, 61,438 tokens once, one seed, 8,165 held-out positions: KL
 
 import fiddle as fdl
 
+from data.cache.selection import Selection
 from data.export.corpus import Corpus
 from data.export.plan import TeacherExport
 from data.stream.collate import Collate
@@ -56,6 +57,8 @@ def quickstart_export() -> fdl.Config[TeacherExport]:
         TeacherExport,
         corpus=fdl.Config(Corpus, path="quickstart/corpus"),
         teacher="quickstart/teacher",
+        selection=fdl.Config(Selection, top_k=64),
         train_tokens=61_440,
         validation_tokens=8_192,
+        shard_bytes=900_000,
     )

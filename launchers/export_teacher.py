@@ -7,7 +7,7 @@
 Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
 with the first shard that is missing, and ends with the same bytes; so do more ranks.
 
---config may be repeated: an export of experiments/, then path=value, e.g. top_k=32, teacher=my/model,
+--config may be repeated: an export of experiments/, then path=value, e.g. selection.top_k=32, teacher=my/model,
 train_tokens=none (all of the corpus), corpus.text_field=content.
 """
 
@@ -41,9 +41,11 @@ def _export(export: Any, out: Path) -> None:
             return
         model = steps.load_teacher(export, world.device)
         for plan in wanted:
-            steps.write_missing_shards(plan, export, model, world.rank, world.size)
+            pilot: list[Any] = []
+            world.on_first(lambda plan=plan, pilot=pilot: pilot.extend(steps.make_tables(plan, model)))
+            steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
             world.barrier()
-            app.log.info("%s", world.on_first(lambda plan=plan: steps.finish(plan, export)).summary(plan.folder))
+            app.log.info("%s", world.on_first(lambda plan=plan: steps.finish(plan)).summary(plan.folder))
 
 
 def main() -> None:
@@ -67,8 +69,12 @@ def main() -> None:
         from data.export.plan import make_plans
 
         for plan in make_plans(export, Path(OUT.value)):
-            positions = sum(len(window.token_ids) - 1 for window in plan.windows)
-            print(f"{plan.folder}: {len(plan.windows)} records, {positions} positions, {len(plan.shards())} shards")
+            positions = sum(window.positions for window in plan.windows)
+            scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
+            print(
+                f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
+                f"{len(plan.shards)} shards"
+            )
         return
     _export(export, Path(OUT.value))
 

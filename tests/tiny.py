@@ -7,9 +7,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data.cache.manifest import read_manifest
+from data.cache.record import Record
+from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.corpus import Corpus
 from data.export.plan import TeacherExport, claim, make_plans
+from data.stream.shards import ShardReader
 from kd_core.files import write_json
 from kd_core.students.decoder import Architecture, Decoder
 from kd_core.students.families import config_of
@@ -42,6 +46,11 @@ class Tiny:
     def validation(self) -> Path:
         return self.root / "cache" / "validation"
 
+    def records(self, folder: Path | None = None) -> list[Record]:
+        """All records of a cache, the training one if none is named."""
+        at = folder or self.train
+        return list(ShardReader(at, read_manifest(at)).records())
+
     def export(self, **changes: object) -> TeacherExport:
         """The export that made the caches."""
         settings = {
@@ -49,10 +58,11 @@ class Tiny:
             "teacher": str(self.teacher),
             "train_tokens": None,
             "validation_tokens": None,
-            "top_k": 8,
+            "selection": Selection(top_k=8),
             "row_length": ROW_LENGTH,
             "validation_share": 0.2,
-            "records_per_shard": 8,
+            "block_positions": 128,
+            "shard_bytes": 256 * 16,
             "batch_rows": 3,
         }
         return TeacherExport(**{**settings, **changes})  # type: ignore[arg-type]
@@ -151,9 +161,10 @@ def write_caches(export: TeacherExport, out: Path, ranks: int = 1) -> None:
         if claim(plan):
             continue
         model = steps.load_teacher(export, torch.device("cpu"))
+        pilot = steps.make_tables(plan, model)
         for rank in range(ranks):
-            steps.write_missing_shards(plan, export, model, rank, ranks)
-        steps.finish(plan, export)
+            steps.write_missing_shards(plan, model, pilot, rank, ranks)
+        steps.finish(plan)
 
 
 def make_tiny(root: Path) -> Tiny:

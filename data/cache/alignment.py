@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.cache.record import Record
+from data.cache.record import UNUSED, Array, Record
 from kd_core.errors import UsageError
 
 SHIFTS: tuple[int, ...] = (-1, 0, 1)
 TOLERANCE = 0.05  # nats between a label's log-probability and its entry's: any codec is closer
 WANTED_AGREEMENT = 0.99
+UNDRAWN = -5.0  # nats of the tail's mass that a token which was not drawn is given
 LIKELIHOOD_MARGIN = 0.05  # nats by which chance may favour a wrong shift under a teacher that knows nothing
 
 
@@ -28,14 +29,29 @@ class ShiftScore(NamedTuple):
 
 
 def label_scores(record: Record, shift: int) -> ShiftScore:
-    """How well the label `shift` positions on fits the entries. Without an entry, it is given the whole tail."""
+    """How well the label `shift` positions on fits head and samples. Without an entry, it is given the whole tail.
+
+    Samples count as entries for the likelihood alone: a weight is no log-probability to agree with, and a label that
+    was not drawn has the weight of less than one draw.
+    """
     at = np.arange(max(0, -shift), record.positions - max(0, shift))
-    found = record.topk_token_ids[at] == record.token_ids[1:][at + shift][:, None]
-    inside = np.where(found, record.topk_log_probs[at], -np.inf).max(axis=1, initial=-np.inf)
-    own, lowest = record.label_log_prob[at], record.topk_log_probs[at].min(axis=1, initial=0.0)
-    agrees = np.where(found.any(axis=1), np.abs(inside - own) <= TOLERANCE, own <= lowest + TOLERANCE)
-    likelihood = np.maximum(np.where(found.any(axis=1), inside, record.tail_log_prob[at]), -100.0)
-    return ShiftScore(float(agrees.sum()), float(likelihood.sum()), len(at))
+    labels, own = record.token_ids[1:][at + shift], record.label_log_prob[at]
+    inside, found = _entry(record.topk_token_ids[at], record.topk_log_probs[at], labels)
+    entries = record.topk_log_probs[at]
+    lowest = np.where(entries > UNUSED, entries, 0.0).min(axis=1, initial=0.0)
+    agrees = np.where(found, np.abs(inside - own) <= TOLERANCE, own <= lowest + TOLERANCE)
+    likelihood = np.where(found, inside, record.tail_log_prob[at])
+    samples, weights = record.samples()
+    if samples.shape[1]:
+        weight, drawn = _entry(samples[at], weights[at], labels)
+        likelihood = np.where(found, inside, np.where(drawn, weight, record.tail_log_prob[at] + UNDRAWN))
+    return ShiftScore(float(agrees.sum()), float(np.maximum(likelihood, -100.0).sum()), len(at))
+
+
+def _entry(ids: Array, logs: Array, labels: Array) -> tuple[Array, Array]:
+    """The label's own among ids [T, K], and whether it is there."""
+    values = np.where(ids == labels[:, None], logs, UNUSED).max(axis=1, initial=UNUSED)
+    return values, values > UNUSED
 
 
 def check_alignment(records: Iterable[Record], where: str) -> None:

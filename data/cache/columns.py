@@ -88,11 +88,12 @@ def _stack(parts: Sequence[Array], filler: float) -> Array:
 
 
 def _by_id(ids: Array, logs: Array) -> tuple[Array, Array]:
-    """Entries by rising id, the unused ones last and alike."""
+    """Entries by rising id, as wide as the row with most of them; the unused ones last and alike."""
     used = logs > UNUSED
+    widest = int(used.sum(axis=1).max(initial=0))
     keys = np.where(used, ids, np.iinfo(np.int64).max)
     order = np.argsort(keys, axis=1, kind="stable")
-    return np.take_along_axis(keys, order, 1), np.take_along_axis(logs, order, 1)
+    return np.take_along_axis(keys, order, 1)[:, :widest], np.take_along_axis(logs, order, 1)[:, :widest]
 
 
 def audit(original: Columns, decoded: Columns) -> dict[str, float]:

@@ -112,19 +112,17 @@ def parse_manifest(value: dict[str, Any], path: str) -> Manifest:
     """
     found = (value.pop("format", None), value.pop("version", None))
     if found != (FORMAT, VERSION):
-        raise UsageError(
-            f"{path}: format and version are {found}; wanted {(FORMAT, VERSION)}. Export the cache again."
-        )
+        raise UsageError(f"{path}: format and version are {found}; wanted {(FORMAT, VERSION)}. Export the cache again.")
     try:
         selection = dict(value.pop("selection"))
         selection["tail_temperatures"] = tuple(selection["tail_temperatures"])
-        shards = tuple(_shard(each) for each in value.pop("shards"))
-        return Manifest(
-            **{**value, "plans": tuple(value["plans"])},
-            selection=Selection(**selection),
-            audit=Audit(**value.pop("audit")),
-            shards=shards,
-        )
+        parts: dict[str, Any] = {
+            "selection": Selection(**selection),
+            "audit": Audit(**value.pop("audit")),
+            "plans": tuple(value.pop("plans")),
+            "shards": tuple(_shard(each) for each in value.pop("shards")),
+        }
+        return Manifest(**value, **parts)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: a field is missing, unknown or none ({error}). Export the cache again.") from None
 
@@ -140,4 +138,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError(
             f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."
         )
-    return parse_manifest(read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)"), str(path))
+    return parse_manifest(
+        read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)"), str(path)
+    )

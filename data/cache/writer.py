@@ -11,9 +11,19 @@ from data.cache.record import Record
 from data.cache.tar import END, member_bytes, write_tar
 
 
-def block_bytes(first: int, records: Sequence[Record], coding: Coding) -> bytes:
-    """The members of a block, as they lie in a tar."""
-    members = encode_block(first, records, coding)
+def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
+    """The members of a block, as they lie in a tar.
+
+    Raises:
+        ValueError: a record holds what no teacher can have said, or the codec's error on the block is above `max_kl`.
+    """
+    members, audit = encode_block(first, records, coding)
+    if audit["kl_mean"] > max_kl:
+        raise ValueError(
+            f"codec {coding.codec!r} changes the teacher by {audit['kl_mean']:.1e} nats a position on the block of "
+            f"record {first} (worst {audit['kl_worst']:.1e}); the bound is {max_kl:.1e} (max_codec_kl). "
+            "Take codec=lossless, or raise the bound."
+        )
     return b"".join(member_bytes(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
 
 

@@ -1,181 +1,175 @@
 """Planned windows in, a cache out:
 
-    shards of windows (plan.py) ─ teacher ─► records ─► tar by tar ─► manifest
+    pilot: the first windows ─► tables
+    windows (plan.py) ─ teacher (scoring.py) ─► records ─► blocks ─► tars ─► manifest
 
-A shard is the unit of work: rank r of n writes shards r, r + n, …; one that is there is not made again. What
-a shard holds, and how its windows are batched, is fixed by the plan, so neither ranks nor interruptions change
-its bytes.
+A shard is the unit of work: rank r of n writes shards r, r + n, …; one that is there is not made again. What a shard
+holds is fixed by the plan and the tables, so neither ranks nor interruptions change its bytes.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
-from itertools import groupby
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NoReturn
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.cache.alignment import check_alignment
-from data.cache.manifest import Manifest, Shard
-from data.cache.schema import Record
-from data.cache.writer import write_shard
-from data.export.plan import DTYPES, CachePlan, TeacherExport
-from data.export.teacher import score
-from data.export.windows import Window
-from data.stream.shards import decode_all
+from data.cache.codec.coding import Coding
+from data.cache.codec.tables import fit_tables
+from data.cache.manifest import TABLES, Audit, Manifest, Shard
+from data.cache.record import Record
+from data.cache.writer import block_bytes, write_shard, write_tables
+from data.export.huggingface import local_folder
+from data.export.plan import DTYPES, CachePlan, PlannedShard, TeacherExport
+from data.export.scorers import load_scorer
+from data.export.scoring import score_windows, scoring_threads
+from data.export.teacher import Scorer
+from data.stream.shards import WrittenBlock, read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import sha256
-from kd_core.students.decoder import Decoder
-from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained
 
-LOOKAHEAD = 8  # batches begun while a shard is written
-T = TypeVar("T")
-R = TypeVar("R")
+PILOT_POSITIONS = 65_536
 
 
-def load_teacher(export: TeacherExport, device: torch.device) -> Decoder:
+def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
     """The teacher, ready to score."""
-    return Pretrained(export.teacher).build(device, seed=0).to(DTYPES[export.dtype]).eval()
+    return load_scorer(local_folder(export.teacher), export.scorer, DTYPES[export.dtype], device)
 
 
-class _Together(NamedTuple):
-    """Windows that are scored together: their shard, and the number of the first."""
-
-    shard: str
-    first: int
-    windows: Sequence[Window]
-
-    @property
-    def positions(self) -> int:
-        """Positions, without padding."""
-        return sum(len(window.token_ids) - 1 for window in self.windows)
+def _bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
+    return tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=1,
+                desc=f"{words} {plan.plan['split']}", disable=hidden)  # fmt: skip
 
 
-class _Scored(NamedTuple):
-    """A batch with each field of its scores as [rows, T, …]."""
-
-    batch: _Together
-    fields: list[np.ndarray[Any, Any]]
-
-
-def _score(model: Decoder, top_k: int, batch: _Together) -> _Scored:
-    device, windows = model.embed_tokens.weight.device, batch.windows
-    longest = max(len(window.token_ids) for window in windows)
-    tokens = torch.zeros(len(windows), longest, dtype=torch.int64)
-    documents = torch.full((len(windows), longest - 1), -1, dtype=torch.int64)
-    for row, window in enumerate(windows):
-        tokens[row, : len(window.token_ids)] = torch.from_numpy(window.token_ids)
-        documents[row, : len(window.token_ids) - 1] = row
-    scores = score(model, tokens.to(device), documents.to(device), top_k)
-    return _Scored(batch, [field.unflatten(0, documents.shape).cpu().numpy() for field in scores])
+def _counted(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterator[Record]:
+    for record in records:
+        yield record
+        bar.update(record.positions)
 
 
-def _records(scored: _Scored) -> Iterator[Record]:
-    for row, window in enumerate(scored.batch.windows):
-        positions = len(window.token_ids) - 1
-        ids, log_probs, tail, label = (field[row, :positions] for field in scored.fields)
-        yield Record(
-            name=f"{scored.batch.first + row:08d}",
-            document=window.document,
-            start=window.start,
-            token_ids=np.asarray(window.token_ids, np.uint32),
-            loss_mask=window.loss_mask,
-            topk_token_ids=ids,
-            topk_log_probs=log_probs,
-            tail_log_prob=tail,
-            label_log_prob=label,
-        )
+def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
+    """Score the first windows and write the cache's tables, where there are none; returns what was scored.
 
-
-@contextmanager
-def scoring_threads(device: torch.device) -> Generator[Executor]:
-    """As many threads as this process has cores, each computing alone.
-
-    A kernel that is split over threads may add up in another order: scored by one thread each, batches have the
-    same bits on any number of cores and ranks. It is no slower. A GPU gets one thread.
+    The pilot ends with a batch of the first shard, so that its records are those that the shard will hold.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as executor:
-            yield executor
-    finally:
-        torch.set_num_threads(threads)
+    path = plan.folder / TABLES
+    if path.exists():
+        return []
+    windows, rows = plan.shards[0].windows, plan.export.batch_rows
+    ends = np.cumsum([plan.windows[i].positions for i in windows])
+    most = int(np.searchsorted(ends, PILOT_POSITIONS, side="right")) // rows * rows
+    run = windows if most >= len(windows) else windows[: max(rows, most)]
+    total = sum(plan.windows[i].positions for i in run)
+    with _bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
+        pilot = list(_counted(score_windows(executor, model, plan, [run]), bar))
+    check_alignment(pilot, str(plan.folder))
+    write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
+    return pilot
 
 
-def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Results of `work` in the order of `items`, with at most `ahead` items begun beyond the one that is taken."""
-    begun: deque[Future[R]] = deque()
-    for item in items:
-        begun.append(executor.submit(work, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
+def _coding(plan: CachePlan) -> Coding:
+    path = plan.folder / TABLES
+    tables = read_tables(plan.folder, {"sha256": sha256(path)})
+    return Coding(tables, plan.export.selection, plan.export.codec)
 
 
-def _batches(plan: CachePlan, shards: Sequence[tuple[str, int]], rows: int) -> Iterator[_Together]:
-    for name, first in shards:
-        part = plan.windows[first : first + plan.plan["records_per_shard"]]
-        for at in range(0, len(part), rows):
-            yield _Together(name, first + at, part[at : at + rows])
+def _blocks(shard: PlannedShard, records: Iterator[Record], plan: CachePlan, coding: Coding) -> Iterator[bytes]:
+    for block in shard.blocks:
+        own = [next(records) for _ in block]
+        try:
+            yield block_bytes(block.start, own, coding, plan.export.max_codec_kl)
+        except ValueError as error:
+            raise UsageError(f"{plan.folder / shard.name}: {error}") from None
 
 
-def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder, rank: int, ranks: int) -> None:
+def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record], rank: int, ranks: int) -> None:
     """Score and write this rank's share of the shards that are not there; the teacher goes on while one is written."""
-    own = [shard for i, shard in enumerate(plan.shards()) if i % ranks == rank]
-    missing = [(name, first) for name, first in own if not (plan.folder / name).exists()]
-    sizes = {name: sum(batch.positions for batch in _batches(plan, [(name, first)], 1)) for name, first in own}
-    there = sum(sizes.values()) - sum(sizes[name] for name, _ in missing)
-    bar = tqdm(total=sum(sizes.values()), initial=there, unit="tok", unit_scale=True, mininterval=1,
-               desc=f"teacher on {plan.plan['split']}", disable=rank != 0)  # fmt: skip
-
-    def records(scored: Iterable[_Scored]) -> Iterator[Record]:
-        for each in scored:
-            yield from _records(each)
-            bar.update(each.batch.positions)
-
-    with bar, scoring_threads(model.embed_tokens.weight.device) as executor:
-        batches = _batches(plan, missing, export.batch_rows)
-        scored = _in_order(executor, partial(_score, model, export.top_k), batches, ahead=LOOKAHEAD)
-        for name, of_shard in groupby(scored, key=lambda each: each.batch.shard):
-            write_shard(plan.folder / name, records(of_shard))
+    own = plan.shards[rank::ranks]
+    missing = [shard for shard in own if not (plan.folder / shard.name).exists()]
+    coding = _coding(plan)
+    sizes = {shard.name: sum(plan.windows[i].positions for i in shard.windows) for shard in own}
+    done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
+    bar = _bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
+    with bar, scoring_threads(model.device) as executor:
+        known = pilot if missing and missing[0] == plan.shards[0] else []
+        runs = [shard.windows for shard in missing]
+        if known:
+            runs[0] = runs[0][len(known) :]
+        records = _counted(itertools.chain(known, score_windows(executor, model, plan, runs)), bar)
+        for shard in missing:
+            write_shard(plan.folder / shard.name, _blocks(shard, records, plan, coding))
 
 
-def finish(plan: CachePlan, export: TeacherExport) -> Manifest:
+class _Totals:
+    """Sums over all positions of a cache, for its manifest."""
+
+    def __init__(self) -> None:
+        self.positions = self.entries = self.scored = 0
+        self.nll = self.mass = self.kl = 0.0
+        self.kl_worst = self.mass_error = 0.0
+
+    def add(self, written: WrittenBlock) -> None:
+        """Count a block in."""
+        positions = sum(written.block.lengths)
+        for record in written.records:
+            probs = np.exp(record.topk_log_probs.astype(np.float64))
+            self.nll -= float(record.label_log_prob.astype(np.float64).sum())
+            self.mass += float(probs.sum())
+            self.entries += int((probs > 0).sum()) + int((record.samples()[1] > -np.inf).sum())
+            self.scored += int(record.loss_mask.sum())
+        audit = written.header.audit
+        self.positions += positions
+        self.kl += positions * audit["kl_mean"]
+        self.kl_worst = max(self.kl_worst, audit["kl_worst"])
+        self.mass_error = max(self.mass_error, audit["mass_error"])
+
+    def audit(self) -> Audit:
+        """Of the codec."""
+        return Audit(self.kl / self.positions, self.kl_worst, self.mass_error)
+
+    def statistics(self) -> dict[str, float]:
+        """Of the teacher, a position."""
+        n = self.positions
+        means = {"teacher_nll": self.nll, "teacher_mass": self.mass, "entries": self.entries, "scored": self.scored}
+        return {name: value / n for name, value in means.items()}
+
+
+def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
-    arch = read_architecture(Path(export.teacher))
     shards: list[Shard] = []
-    nll = mass = 0.0
-    for name, start in plan.shards():
-        path = plan.folder / name
-        records = decode_all(path, arch.vocab_size)
-        wanted = [len(w.token_ids) - 1 for w in plan.windows[start : start + export.records_per_shard]]
-        lengths = [record.positions for record in records]
-        if lengths != wanted:
-            raise UsageError(f"{path}: holds records of {lengths} positions, wanted {wanted}. Delete it and run again.")
-        check_alignment(records, str(path))
-        nll -= sum(float(record.label_log_prob.astype(np.float64).sum()) for record in records)
-        mass += sum(float(np.exp(record.topk_log_probs.astype(np.float64)).sum()) for record in records)
-        shards.append(Shard(name, path.stat().st_size, sha256(path), tuple(lengths)))
-    positions = sum(sum(shard.lengths) for shard in shards)
+    totals, coding = _Totals(), _coding(plan)
+    for planned in plan.shards:
+        path, blocks = plan.folder / planned.name, []
+        for written, windows in zip(read_written(path, coding), planned.blocks, strict=True):
+            wanted = tuple(plan.windows[i].positions for i in windows)
+            if written.block.lengths != wanted:
+                raise UsageError(
+                    f"{path}: holds records of {written.block.lengths} positions, wanted {wanted}. "
+                    "Delete it and run again."
+                )
+            check_alignment(written.records, str(path))
+            totals.add(written)
+            blocks.append(written.block)
+        shards.append(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)))
     manifest = Manifest(
-        vocab_size=arch.vocab_size,
+        vocab_size=plan.teacher.vocab_size,
         tokenizer=plan.plan["tokenizer"],
-        teacher={**plan.plan["teacher"], "architecture": asdict(arch), "dtype": export.dtype},
-        top_k=export.top_k,
-        row_length=export.row_length,
-        codec="zstd of plain arrays, lossless",
-        statistics={"teacher_nll": nll / positions, "teacher_mass": mass / positions},
-        plan=plan.plan,
+        teacher={**plan.plan["teacher"], "architecture": plan.teacher.architecture, "dtype": plan.export.dtype},
+        selection=plan.export.selection,
+        row_length=plan.export.row_length,
+        codec=plan.export.codec,
+        audit=totals.audit(),
+        statistics=totals.statistics(),
+        tables=_file_facts(plan.folder / TABLES),
+        plans=(plan.plan,),
         shards=tuple(shards),
     )
     manifest.write(plan.folder)
     return manifest
+
+
+def _file_facts(path: Path) -> dict[str, object]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -3,20 +3,26 @@
 documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw ─► shards of windows
 """
 
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from data.cache.codec.levels import CODECS
 from data.cache.manifest import read_manifest
+from data.cache.selection import Selection
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
+from data.export.huggingface import local_folder
+from data.export.scorers import SCORERS, TeacherFacts, read_facts
 from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, read_json, sha256, write_json
-from kd_core.students.families import read_architecture
 from kd_core.students.weights import weight_files
 
 SPLITS = ("train", "validation")
@@ -26,27 +32,54 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TeacherExport:
-    """What to export: which teacher over which corpus, how much of it, and how many entries a position."""
+    """What to export: which teacher over which corpus, how much of it, what is kept of a position, and how.
+
+    Args:
+        corpus: documents.
+        teacher: a Hugging Face folder, or a hub id.
+        train_tokens: positions of the training cache (None: all that the corpus has).
+        validation_tokens: positions of the held-out cache.
+        selection: what is kept of a position.
+        codec: `standard` (a KL of about 1e-4 at 64 entries), `compact` (3e-4, 5 bytes less), or `lossless`.
+        max_codec_kl: the export stops where a block's mean KL(original‖decoded) is above this, in nats.
+        row_length: positions of a window.
+        overlap: positions at a window's head that are context only, scored in the window before.
+        validation_share: share of the documents that is held out.
+        seed: of the split, the draw of windows and the samples.
+        dtype: the teacher's, float32 or bfloat16.
+        scorer: auto, decoder or transformers.
+        block_positions: about so many positions are coded together; the unit of reading and shuffling.
+        shard_bytes: about the size of a shard; the unit of work of a rank, and of what an interruption loses.
+        batch_rows: windows that the teacher scores together.
+    """
 
     corpus: Corpus
     teacher: str
     train_tokens: int | None
     validation_tokens: int | None
-    top_k: int = 64
+    selection: Selection
+    codec: str = "standard"
+    max_codec_kl: float = 1e-3
     row_length: int = 512
     overlap: int = 0
     validation_share: float = 0.1
     seed: int = 0
     dtype: str = "float32"
-    records_per_shard: int = 16
+    scorer: str = "auto"
+    block_positions: int = 8192
+    shard_bytes: int = 4_000_000
     batch_rows: int = 2
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype: got {self.dtype!r}; wanted one of {', '.join(DTYPES)}.")
+        if self.scorer not in SCORERS:
+            raise UsageError(f"scorer: got {self.scorer!r}; wanted one of {', '.join(SCORERS)}.")
         if not 0 < self.validation_share < 1:
             raise UsageError(f"validation_share: got {self.validation_share}; wanted between 0 and 1.")
-        for name in ("top_k", "row_length", "records_per_shard", "batch_rows"):
+        if self.codec not in CODECS:
+            raise UsageError(f"codec: got {self.codec!r}; wanted one of {', '.join(CODECS)}.")
+        for name in ("row_length", "block_positions", "shard_bytes", "batch_rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}; wanted at least 1.")
         if not 0 <= self.overlap < self.row_length:
@@ -56,22 +89,61 @@ class TeacherExport:
             )
 
 
+class PlannedShard(NamedTuple):
+    """A shard to be: the windows of each of its blocks."""
+
+    name: str
+    blocks: tuple[range, ...]
+
+    @property
+    def windows(self) -> range:
+        """All of its windows."""
+        return range(self.blocks[0].start, self.blocks[-1].stop)
+
+
 @dataclass(frozen=True)
 class CachePlan:
-    """One cache to be: its windows, and the plan that is written beside it and into its manifest."""
+    """One cache to be: its windows, its teacher, and the plan that is written beside it and into its manifest."""
 
     folder: Path
+    export: TeacherExport
+    teacher: TeacherFacts
     windows: list[Window]
     plan: dict[str, Any]
 
-    def shards(self) -> list[tuple[str, int]]:
-        """Name and first window of each shard."""
-        step = self.plan["records_per_shard"]
-        return [(f"shard-{i:06d}.tar", start) for i, start in enumerate(range(0, len(self.windows), step))]
+    @cached_property
+    def shards(self) -> list[PlannedShard]:
+        """All shards: blocks of windows up to `block_positions`, as many blocks as `shard_bytes` will about hold."""
+        settings = self.export
+        most = max(1, int(settings.shard_bytes / bytes_a_position(settings.selection, settings.codec)))
+        blocks = _runs([window.positions for window in self.windows], settings.block_positions)
+        sizes = [sum(self.windows[i].positions for i in block) for block in blocks]
+        return [
+            PlannedShard(f"shard-{number:06d}.tar", tuple(blocks[i] for i in shard))
+            for number, shard in enumerate(_runs(sizes, most))
+        ]
 
-    def missing(self) -> list[tuple[str, int]]:
+    def missing(self) -> list[PlannedShard]:
         """Shards that are not on disk."""
-        return [shard for shard in self.shards() if not (self.folder / shard[0]).exists()]
+        return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
+
+
+def bytes_a_position(selection: Selection, codec: str) -> float:
+    """About what a position costs, to plan shards by, whatever is in them."""
+    entry = {"standard": 1.5, "compact": 1.4, "lossless": 3.9}[codec]
+    return 4 + entry * selection.top_k + 1.5 * selection.draws**0.8
+
+
+def _runs(sizes: Sequence[int], most: int) -> list[range]:
+    """Runs of neighbours of at most `most` in all, each at least one."""
+    runs: list[range] = []
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > most:
+            runs.append(range(start, index))
+            start, total = index, 0
+        total += size
+    return [*runs, range(start, len(sizes))]
 
 
 def _scored_documents(corpus: Corpus, encoder: Encoder) -> list[Encoded]:
@@ -91,18 +163,25 @@ def _scored_documents(corpus: Corpus, encoder: Encoder) -> list[Encoded]:
     return kept
 
 
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
 def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
     """Read, tokenize, split and draw; every rank comes to the same plans.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
-    folder = Path(export.teacher)
-    arch, encoder = read_architecture(folder), Encoder(folder)
-    if export.top_k >= arch.vocab_size:
-        raise UsageError(f"top_k: got {export.top_k}; the teacher's vocabulary has {arch.vocab_size} tokens.")
-    if export.row_length > arch.max_positions:
-        raise UsageError(f"row_length: got {export.row_length}; the teacher's context is {arch.max_positions}.")
+    folder = local_folder(export.teacher)
+    teacher, encoder = read_facts(folder, export.scorer), Encoder(folder)
+    if export.selection.top_k >= teacher.vocab_size:
+        raise UsageError(
+            f"selection.top_k: got {export.selection.top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens."
+        )
+    if teacher.max_positions is not None and export.row_length > teacher.max_positions:
+        raise UsageError(f"row_length: got {export.row_length}; the teacher's context is {teacher.max_positions}.")
     documents = _scored_documents(export.corpus, encoder)
     sides = split_documents(documents, export.validation_share, export.seed)
     settings = asdict(export)
@@ -117,6 +196,7 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
         },
         "tokenizer": encoder.tokenizer.fingerprint(),
         **settings,
+        "scorer": teacher.scorer,
     }
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
@@ -127,12 +207,14 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
                 f"{tokens} tokens. Give more text, or a larger {split}_tokens."
             )
         largest = max(int(window.token_ids.max()) for window in windows)
-        if largest >= arch.vocab_size:
+        if largest >= teacher.vocab_size:
             raise UsageError(
-                f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {arch.vocab_size - 1}. "
+                f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {teacher.vocab_size - 1}. "
                 "Tokenizer and model do not belong together."
             )
-        plans.append(CachePlan(out / split, windows, {**shared, "split": split, "tokens": tokens}))
+        plans.append(
+            CachePlan(out / split, export, teacher, windows, plain({**shared, "split": split, "tokens": tokens}))
+        )
     return plans
 
 

@@ -10,8 +10,9 @@ import hashlib
 import io
 import itertools
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -87,18 +88,11 @@ class ShardReader:
         tables = read_tables(folder, manifest.tables)
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
-        self.opened: dict[int, IO[bytes]] = {}
 
     def keep_only(self, blocks: set[BlockRef]) -> None:
-        """Forget all blocks but these, and close the shards of which none is left."""
+        """Forget all blocks but these."""
         for ref in set(self.held) - blocks:
             del self.held[ref]
-        for shard in set(self.opened) - {shard for shard, _ in blocks}:
-            self.opened.pop(shard).close()
-
-    def close(self) -> None:
-        """Forget and close everything."""
-        self.keep_only(set())
 
     def record(self, ref: RecordRef) -> Record:
         """One record."""
@@ -115,10 +109,17 @@ class ShardReader:
             self.held[ref] = self._read(ref)
         return self.held[ref]
 
+    def records(self) -> Iterator[Record]:
+        """Every record in stored order, a block at a time."""
+        for index, shard in enumerate(self.manifest.shards):
+            for block in range(len(shard.blocks)):
+                yield from self.block((index, block))
+                self.keep_only({(index, block)})
+
     def _read(self, ref: BlockRef) -> list[Record]:
         shard = self.manifest.shards[ref[0]]
         block, path = shard.blocks[ref[1]], self.folder / shard.name
-        data = self._bytes(ref[0], shard, ref[1])
+        data = self._bytes(shard, ref[1])
         if hashlib.sha256(data).hexdigest() != block.sha256:
             raise _damaged(path, ref[1], _why(data, self.coding, str(path)))
         try:
@@ -129,18 +130,17 @@ class ShardReader:
             raise _damaged(path, ref[1], f"holds records of {found} positions; the manifest wants {block.lengths}")
         return records
 
-    def _bytes(self, index: int, shard: Shard, block: int) -> bytes:
+    def _bytes(self, shard: Shard, block: int) -> bytes:
         """The bytes of a block."""
         path = self.folder / shard.name
         if not path.is_file():
             raise UsageError(f"{path}: no such shard; the manifest wants it. Run the same export again to restore it.")
         if path.stat().st_size != shard.bytes:
             raise _damaged(path, block, f"the shard has {path.stat().st_size} bytes; the manifest wants {shard.bytes}")
-        if index not in self.opened:
-            self.opened[index] = gopen(str(path.absolute()))
-        stream = self.opened[index]
-        stream.seek(offset_of(shard, block))
-        return stream.read(shard.blocks[block].bytes)
+        opened: Any = gopen(str(path.absolute()))
+        with closing(opened) as stream:
+            stream.seek(offset_of(shard, block))
+            return stream.read(shard.blocks[block].bytes)
 
 
 def offset_of(shard: Shard, block: int) -> int:
@@ -172,11 +172,12 @@ def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
     try:
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
         edges = [*sorted(starts.values()), len(data) - len(END)]
-        for index, (start, end) in enumerate(itertools.pairwise(edges)):
+        for start, end in itertools.pairwise(edges):
             members = _members(data[start:end], str(path))
             records = decode_block(members, coding)
             lengths = tuple(record.positions for record in records)
             digest = hashlib.sha256(data[start:end]).hexdigest()
             yield WrittenBlock(Block(end - start, digest, lengths), Header.of(members["json"]), records)
+            index += 1
     except ValueError as error:
         raise _damaged(path, index, str(error)) from None

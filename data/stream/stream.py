@@ -48,7 +48,9 @@ class Shards:
         if (self.top_k is not None and self.top_k < 1) or self.shuffle_shards < 1:
             raise UsageError("shards: wanted top_k ≥ 1 (or None) and shuffle_shards ≥ 1.")
         if not (0 <= self.min_prob < 1 and 0 < self.mass <= 1):
-            raise UsageError(f"shards: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1, 0 < mass ≤ 1.")
+            raise UsageError(
+                f"shards: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1, 0 < mass ≤ 1."
+            )
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -79,7 +81,6 @@ class Shards:
         if not blocks:
             raise UsageError(f"{self.path}: the cache holds no record.")
         check_alignment(reader.block(blocks[0])[:ALIGNMENT_RECORDS], self.path)
-        reader.close()
 
     def cut(self, record: Record) -> Record:
         """What is read of a record."""

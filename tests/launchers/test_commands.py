@@ -122,7 +122,14 @@ def test_evaluate_gives_the_runs_last_validation_and_reads_checkpoints(tiny: Tin
 def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     settings = ["quickstart_export", f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "train_tokens=none"]
-    settings += ["validation_tokens=none", "top_k=8", "row_length=32", "validation_share=0.2", "records_per_shard=8"]
+    settings += [
+        "validation_tokens=none",
+        "selection.top_k=8",
+        "row_length=32",
+        "validation_share=0.2",
+        "block_positions=128",
+        "shard_bytes=4096",
+    ]
     flags = [*configs([*settings, "batch_rows=3"]), f"--out={out}"]
     kill_when(line("launchers.export_teacher", *flags), lambda: any(out.glob("train/shard-*.tar")))
     done = run("launchers.export_teacher", *flags, nproc=2)
@@ -226,7 +233,7 @@ def test_a_disk_that_is_full_is_said_and_what_was_complete_is_kept(tiny: Tiny, t
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
         "runpy.run_module('launchers.export_teacher', run_name='__main__')"
     )
-    flags = configs(["quickstart_export", f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "top_k=8"])
+    flags = configs(["quickstart_export", f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "selection.top_k=8"])
     command = [sys.executable, "-c", code, *flags, f"--out={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False)
     assert done.returncode == 1

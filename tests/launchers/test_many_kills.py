@@ -38,8 +38,8 @@ def test_training(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_export(tiny: Tiny, tmp_path: Path) -> None:
-    settings = [f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "top_k=8", "row_length=32"]
-    flags = configs(["quickstart_export", *settings, "records_per_shard=2", "train_tokens=none"])
+    settings = [f"corpus.path={tiny.corpus}", f"teacher={tiny.teacher}", "selection.top_k=8", "row_length=32"]
+    flags = configs(["quickstart_export", *settings, "block_positions=64", "shard_bytes=1000", "train_tokens=none"])
     whole = run("launchers.export_teacher", *flags, f"--out={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     assert _kill_often(line("launchers.export_teacher", *flags, f"--out={tmp_path / 'cut'}"), life=3.0) > KILLS // 4

@@ -32,8 +32,8 @@ Planes = list[Array]
 INPUTS, LABELS = slice(None, -1), slice(1, None)
 
 
-def encode_block(first: int, records: Sequence[Record], coding: Coding) -> dict[str, bytes]:
-    """Members by suffix. Records are named by number, from `first` on.
+def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple[dict[str, bytes], dict[str, float]]:
+    """Members by suffix, and what coding changed. Records are named by number, from `first` on.
 
     Raises:
         ValueError: a record holds what no teacher can have said.
@@ -62,7 +62,7 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> dict[
     members = {name: compress(planes[name]) for name in coding.members[1:]}
     again = decode_block({"json": json.dumps(header).encode(), **members}, coding)
     header["audit"] = audit(columns, Columns.of(again, selection.tail_temperatures))
-    return {"json": json.dumps(header, sort_keys=True).encode(), **members}
+    return {"json": json.dumps(header, sort_keys=True).encode(), **members}, header["audit"]
 
 
 def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:

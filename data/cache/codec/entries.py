@@ -37,16 +37,16 @@ class Entries:
         ]
 
 
-def decode_entries(planes: Planes, tokens: Array, K: int, coding: Coding) -> tuple[Array, Ragged]:
+def decode_entries(planes: Planes, tokens: Array, widest: int, coding: Coding) -> tuple[Array, Ragged]:
     """Ids [T, K], and which are used.
 
     Raises:
         ValueError: the planes do not belong together, or hold what is no id.
     """
     counts = join(planes[:2]).astype(np.int64)
-    if len(counts) != len(tokens) or int(counts.max(initial=0)) != K:
-        raise ValueError(f"has counts of {len(counts)} positions up to {counts.max(initial=0)}; wanted {K}")
-    rows, order = Ragged.of(counts, K), coding.order_of(tokens)
-    ranks = np.empty((len(tokens), K), np.int32)
+    if len(counts) != len(tokens) or int(counts.max(initial=0)) != widest:
+        raise ValueError(f"has counts of {len(counts)} positions up to {counts.max(initial=0)}; wanted {widest}")
+    rows, order = Ragged.of(counts, widest), coding.order_of(tokens)
+    ranks = np.empty((len(tokens), widest), np.int32)
     ranks[order] = ranks_of(planes[2:], rows.rows(order), coding.tables.ranks - 1)
     return coding.tables.to_ids(tokens, ranks), rows

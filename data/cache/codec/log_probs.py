@@ -27,13 +27,23 @@ def log_prob_planes(columns: Columns, head: Entries, levels: Levels | None) -> P
     if levels is None:
         planes = float_planes(head.rows.flat(head.logs)) + float_planes(columns.tail) + float_planes(columns.label_logs)
         return [*planes, *(plane for tail in columns.tempered for plane in float_planes(tail))]
-    codes = levels.to_levels(head.logs)
+    codes = _top_one_kept(levels.to_levels(head.logs), head.logs, len(levels.log_probs) - 1)
     classes = codes.min(axis=1) if head.rows.K and head.rows.used is None else np.zeros(len(codes), np.uint8)
     order = _row_order(classes, head.rows)
     outside = columns.label_entries() == UNUSED
     planes = [classes, head.rows.rows(order).flat(codes[order]), *fixed_planes(columns.tail)]
     planes += fixed_planes(columns.label_logs[outside])
     return [*planes, *(plane for tail in columns.tempered for plane in fixed_planes(tail))]
+
+
+def _top_one_kept(codes: Array, logs: Array, highest: int) -> Array:
+    """The likeliest entry of each row a level above the others, so that rounding makes no tie of it."""
+    if codes.shape[1] > 1:
+        rows, best = np.arange(len(codes)), logs.argmax(axis=1)
+        others = codes.copy()
+        others[rows, best] = 0
+        codes[rows, best] = np.minimum(np.maximum(codes[rows, best], others.max(axis=1).astype(np.int32) + 1), highest)
+    return codes
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,7 @@ def decode_log_probs(planes: Planes, ids: Array, labels: Array, rows: Ragged, le
     Raises:
         ValueError: the planes do not belong together.
     """
-    if levels is None:
-        found = _decode_floats(planes, rows)
-    else:
-        found = _decode_levels(planes, ids, labels, rows, levels)
+    found = _decode_floats(planes, rows) if levels is None else _decode_levels(planes, ids, labels, rows, levels)
     if {len(each) for each in (found.tail, found.labels, *found.tempered)} != {len(labels)}:
         raise ValueError(f"holds tails or labels of another number of positions than {len(labels)}")
     return found

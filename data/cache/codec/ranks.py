@@ -25,10 +25,10 @@ class Ragged(NamedTuple):
     used: Array | None
 
     @classmethod
-    def of(cls, counts: Array, K: int) -> "Ragged":
+    def of(cls, counts: Array, widest: int) -> "Ragged":
         """From the number of entries of each row, which come first in it."""
-        same = bool((counts == K).all())
-        return cls(counts, K, None if same else np.arange(K) < counts[:, None])
+        same = bool((counts == widest).all())
+        return cls(counts, widest, None if same else np.arange(widest) < counts[:, None])
 
     def rows(self, order: Array) -> "Ragged":
         """The same rows in another order."""
@@ -52,7 +52,7 @@ class Ragged(NamedTuple):
         """
         width = len(range(*columns.indices(self.K)))
         if self.used is None:
-            return flat.reshape(-1, width)
+            return flat.reshape(len(self.counts), width)
         full = np.zeros((len(self.counts), width), flat.dtype)
         full[self.used[:, columns]] = flat
         return full

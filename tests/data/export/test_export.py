@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from data.cache.manifest import read_manifest
+from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.corpus import Corpus, split_documents
 from data.export.documents import Document
 from data.export.encoding import Encoded, Encoder
 from data.export.plan import claim, make_plans
-from data.export.teacher import score_chunk
+from data.export.select import select
 from data.export.windows import choose_windows, windows_of
-from data.stream.shards import decode_all
 from kd_core.errors import UsageError
 from kd_core.students.families import read_architecture
+from kd_core.students.starts import Pretrained
 from tests.tiny import ROW_LENGTH, Tiny, write_caches
 
 
@@ -34,7 +35,7 @@ def test_interruption_and_ranks_do_not_change_a_byte(tiny: Tiny, tmp_path: Path)
     plan = make_plans(export, cut)[0]
     claim(plan)
     model = steps.load_teacher(export, torch.device("cpu"))
-    steps.write_missing_shards(plan, export, model, rank=1, ranks=2)
+    steps.write_missing_shards(plan, model, steps.make_tables(plan, model), rank=1, ranks=2)
     (plan.folder / "shard-000000.tar.partial").write_bytes(b"half a shard")
     write_caches(export, cut)
     assert _bytes(cut) == _bytes(tiny.root / "cache")
@@ -48,21 +49,23 @@ def test_a_lost_shard_is_made_again_the_same(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
-    plan = make_plans(tiny.export(top_k=4), tiny.root / "cache")[0]
-    with pytest.raises(UsageError, match=r"another top_k \(8; now 4\)"):
+    plan = make_plans(tiny.export(selection=Selection(top_k=4)), tiny.root / "cache")[0]
+    with pytest.raises(UsageError, match=r"another selection"):
         claim(plan)
 
 
-def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny) -> None:
-    teacher = steps.load_teacher(tiny.export(), torch.device("cpu")).double()
-    for record in decode_all(tiny.train / "shard-000000.tar", teacher.arch.vocab_size):
+def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny, tmp_path: Path) -> None:
+    teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0).double()
+    write_caches(tiny.export(codec="lossless"), tmp_path)
+    for record in tiny.records(tmp_path / "train"):
         tokens = torch.from_numpy(record.token_ids.astype(np.int64))
         T = record.positions
         with torch.no_grad():
             logits = teacher(tokens[None, :-1], torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int64))
         truth = torch.log_softmax(logits[0], dim=-1)
         best = truth.topk(8)
-        assert np.abs(best.values.numpy() - record.topk_log_probs).max() < 1e-4
+        order = np.argsort(-record.topk_log_probs, axis=1)
+        assert np.abs(best.values.numpy() - np.take_along_axis(record.topk_log_probs, order, 1)).max() < 1e-4
         rest = truth.scatter(1, best.indices, -torch.inf).logsumexp(dim=1)
         assert np.abs(rest.numpy() - record.tail_log_prob).max() < 1e-4
         label = truth.gather(1, tokens[1:, None])[:, 0]
@@ -73,7 +76,7 @@ def test_a_tiny_tail_is_summed_and_not_what_is_left_of_one() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, 7] = 40.0
     truth = torch.log_softmax(logits.double(), dim=1)
-    scores = score_chunk(logits.clone(), torch.tensor([3]), k=1)
+    scores = select(logits.clone(), torch.tensor([3]), Selection(top_k=1), torch.zeros(1, 0))
     rest = truth.scatter(1, torch.tensor([[7]]), -torch.inf).logsumexp(dim=1)
     assert scores.tail_log_prob.item() == pytest.approx(rest.item(), rel=1e-6)
     assert scores.label_log_prob.item() == pytest.approx(truth[0, 3].item(), rel=1e-6)

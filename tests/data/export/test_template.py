@@ -15,7 +15,6 @@ from data.export.documents import Document
 from data.export.encoding import Encoded, Encoder
 from data.export.plan import make_plans
 from data.export.template import CLOSE, ChatTemplate
-from data.stream.shards import decode_all
 from kd_core.errors import UsageError
 from tests.tiny import Tiny, make_tokenizer, write_caches
 
@@ -181,7 +180,7 @@ def test_an_export_of_conversations_masks_and_overlaps(tiny: Tiny, tmp_path: Pat
     export = tiny.export(teacher=_teacher(tiny, tmp_path / "teacher", CHATML), corpus=corpus, overlap=8)
     write_caches(export, tmp_path / "out")
     wanted = sum(int(d.loss_mask.sum()) for d in Encoder(Path(export.teacher)).encode(corpus.documents()))
-    records = [record for path in (tmp_path / "out").rglob("*.tar") for record in decode_all(path, 512)]
+    records = [r for split in ("train", "validation") for r in tiny.records(tmp_path / "out" / split)]
     assert sum(int(record.loss_mask.sum()) for record in records) == wanted
     assert all(record.loss_mask.any() and not record.loss_mask.all() for record in records)
 

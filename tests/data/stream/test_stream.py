@@ -11,7 +11,6 @@ from data.cache.manifest import read_manifest
 from data.stream.collate import Collate
 from data.stream.order import epoch_rows
 from data.stream.pack import pack_rows
-from data.stream.shards import decode_all
 from data.stream.stream import Shards, all_batches, training_steps
 from kd_core.errors import UsageError
 from kd_core.types import Batch
@@ -38,19 +37,35 @@ def test_a_record_longer_than_a_row_is_refused() -> None:
         pack_rows([3, 21], 20)
 
 
-@given(st.lists(LENGTHS, min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 3), st.integers(1, 3))
+@given(st.lists(st.lists(LENGTHS, max_size=4), max_size=6), st.integers(0, 5), st.integers(0, 3), st.integers(1, 3))
 def test_an_epoch_has_every_record_once_and_the_same_order_each_time(
-    lengths: list[list[int]], seed: int, epoch: int, window: int
+    lengths: list[list[list[int]]], seed: int, epoch: int, window: int
 ) -> None:
     rows = epoch_rows(lengths, 20, seed, epoch, window)
-    refs = [(shard, index) for shard, in_shard in enumerate(lengths) for index in range(len(in_shard))]
+    refs = [
+        (shard, block, index)
+        for shard, blocks in enumerate(lengths)
+        for block, records in enumerate(blocks)
+        for index in range(len(records))
+    ]
     assert sorted(ref for row in rows for ref in row.records) == refs
     assert rows == epoch_rows(lengths, 20, seed, epoch, window)
-    assert all({shard for shard, _ in row.records} <= row.window and len(row.window) <= window for row in rows)
+    assert all({ref[:2] for ref in row.records} <= row.window and len(row.window) <= window for row in rows)
+
+
+def test_a_shard_is_gone_through_once_from_its_beginning() -> None:
+    lengths = [[[4] * 3] * blocks for blocks in (3, 1, 5, 2)]
+    seen: list[frozenset[tuple[int, int]]] = []
+    for row in epoch_rows(lengths, 8, 1, 0, 2):
+        if not seen or row.window != seen[-1]:
+            seen.append(row.window)
+    assert len(seen) == len(set(seen)), "a window came back after another"
+    for shard, blocks in enumerate(lengths):
+        assert [block for window in seen for of, block in window if of == shard] == list(range(len(blocks)))
 
 
 def test_epochs_and_seeds_differ() -> None:
-    lengths = [[4] * 10] * 3
+    lengths = [[[4] * 10]] * 3
     assert epoch_rows(lengths, 8, 0, 0, 2) != epoch_rows(lengths, 8, 0, 1, 2)
     assert epoch_rows(lengths, 8, 0, 0, 2) != epoch_rows(lengths, 8, 1, 0, 2)
 
@@ -106,8 +121,8 @@ def test_evaluation_reads_every_record_once_over_any_ranks(tiny: Tiny) -> None:
 
 
 def test_a_batch_holds_what_the_records_hold(tiny: Tiny) -> None:
-    one, two, three = decode_all(next(tiny.train.glob("*.tar")), read_manifest(tiny.train).vocab_size)[:3]
-    batch = Collate(96)([[one, two], [three.with_top_k(5)]])
+    one, two, three = tiny.records()[:3]
+    batch = Collate(96)([[one, two], [three.cut(5)]])
     assert batch.tokens.shape == (2, 96)
     assert batch.topk_log_probs.shape == (2, 96, 8)
     at = slice(one.positions, one.positions + two.positions)
@@ -121,4 +136,3 @@ def test_a_batch_holds_what_the_records_hold(tiny: Tiny) -> None:
     assert (batch.document_ids[0, end:] == -1).all()
     unused = batch.topk_log_probs[1, : three.positions, 5:]
     assert (unused == -torch.inf).all()
-    assert (batch.topk_token_ids[1, : three.positions, 5:] == batch.topk_token_ids[1, : three.positions, :1]).all()

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.cache.schema import Record
+from data.cache.manifest import read_manifest
+from data.cache.record import Record
 from data.stream.collate import Collate
-from data.stream.shards import decode_all
 from kd_core.errors import NonFiniteError
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.mesh import World
@@ -29,8 +29,7 @@ def _model(tiny: Tiny) -> Decoder:
 
 
 def _records(tiny: Tiny) -> list[Record]:
-    model = _model(tiny)
-    return decode_all(next(tiny.train.glob("*.tar")), model.arch.vocab_size)
+    return tiny.records()[:8]
 
 
 def _gradient(tiny: Tiny, batches: Sequence[Batch]) -> tuple[float, torch.Tensor]:
@@ -116,10 +115,10 @@ def test_the_teacher_against_its_own_cache_has_no_divergence(tiny: Tiny) -> None
     teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)])
     found = evaluate(teacher, [batch], OBJECTIVE, FLOAT32, World())
-    assert found["val/kl"] == pytest.approx(0, abs=1e-6)
+    assert found["val/kl"] < 2 * read_manifest(tiny.train).audit.kl_mean < 1e-3
     assert found["val/top1_agreement"] == 1
-    assert found["val/nll"] == pytest.approx(found["val/teacher_nll"], rel=1e-5)
-    assert found["val/student_mass"] == pytest.approx(found["val/teacher_mass"], rel=1e-5)
+    assert found["val/nll"] == pytest.approx(found["val/teacher_nll"], rel=1e-3)
+    assert found["val/student_mass"] == pytest.approx(found["val/teacher_mass"], rel=1e-3)
 
 
 def test_evaluation_does_not_depend_on_batches(tiny: Tiny) -> None:

@@ -1,0 +1,111 @@
+"""Windows in, records out: the teacher over planned windows, batch by batch, some batches ahead of the writer.
+
+How windows are batched is fixed by the plan, and each batch is computed by one thread: neither ranks nor threads nor
+interruptions change a bit.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from data.cache.record import Array, Record
+from data.export.plan import CachePlan
+from data.export.teacher import Scorer, score
+
+LOOKAHEAD = 8  # batches begun while a block is written
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Scored(NamedTuple):
+    """The windows of a batch, by number, and the fields of their scores, each [rows, T, …]."""
+
+    windows: range
+    fields: dict[str, Array]
+
+
+@contextmanager
+def scoring_threads(device: torch.device) -> Generator[Executor]:
+    """As many threads as this process has cores, each computing alone.
+
+    A kernel that is split over threads may add up in another order: scored by one thread each, batches have the
+    same bits on any number of cores and ranks. It is no slower. A GPU gets one thread.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Results of `work` in the order of `items`, with at most `ahead` items begun beyond the one that is taken."""
+    begun: deque[Future[R]] = deque()
+    for item in items:
+        begun.append(executor.submit(work, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _uniforms(plan: CachePlan, window: int, positions: int) -> Array:
+    """The random numbers behind a window's samples: a function of the seed and the window's own content."""
+    found = plan.windows[window]
+    seeds = [plan.export.seed, found.start, *np.frombuffer(found.document.encode(), np.uint8).tolist()]
+    return np.random.default_rng(seeds).random((positions, plan.export.selection.draws))
+
+
+def _score(model: Scorer, plan: CachePlan, batch: range) -> _Scored:
+    windows, device = [plan.windows[i] for i in batch], model.device
+    T = max(window.positions for window in windows)
+    tokens = torch.zeros(len(windows), T + 1, dtype=torch.int64)
+    documents = torch.full((len(windows), T), -1, dtype=torch.int64)
+    uniforms = torch.zeros(len(windows), T, plan.export.selection.draws, dtype=torch.float64)
+    for row, (window, number) in enumerate(zip(windows, batch, strict=True)):
+        tokens[row, : window.positions + 1] = torch.from_numpy(window.token_ids)
+        documents[row, : window.positions] = row
+        if uniforms.shape[2]:
+            uniforms[row, : window.positions] = torch.from_numpy(_uniforms(plan, number, window.positions))
+    drawn = uniforms.flatten(0, 1).to(device)
+    scores = score(model, tokens.to(device), documents.to(device), plan.export.selection, drawn)
+    fields = {name: field.unflatten(0, documents.shape).cpu().numpy() for name, field in scores._asdict().items()}
+    return _Scored(batch, fields)
+
+
+def _records(scored: _Scored, plan: CachePlan) -> Iterator[Record]:
+    selection = plan.export.selection
+    for row, number in enumerate(scored.windows):
+        window = plan.windows[number]
+        own = {name: field[row, : window.positions] for name, field in scored.fields.items()}
+        tails = {t: own["tempered_tails"][:, i] for i, t in enumerate(selection.tail_temperatures)}
+        yield Record(
+            name=f"{number:08d}",
+            document=window.document,
+            start=window.start,
+            token_ids=np.asarray(window.token_ids, np.int32),
+            loss_mask=np.asarray(window.loss_mask, np.uint8),
+            topk_token_ids=own["ids"],
+            topk_log_probs=own["log_probs"],
+            tail_log_prob=own["tail_log_prob"],
+            label_log_prob=own["label_log_prob"],
+            tempered_tails=tails,
+            sampled_token_ids=own["sampled_ids"] if selection.draws else None,
+            sampled_log_weights=own["sampled_log_weights"] if selection.draws else None,
+        )
+
+
+def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
+    """Records of the windows of each run; batches never reach from one run into another."""
+    rows = plan.export.batch_rows
+    batches = (run[at : at + rows] for run in runs for at in range(0, len(run), rows))
+    for scored in _in_order(executor, partial(_score, model, plan), batches, ahead=LOOKAHEAD):
+        yield from _records(scored, plan)
