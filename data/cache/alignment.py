@@ -16,7 +16,7 @@ from kd_core.errors import UsageError
 SHIFTS: tuple[int, ...] = (-1, 0, 1)
 TOLERANCE = 0.05  # nats between a label's log-probability and its entry's: any codec is closer
 WANTED_AGREEMENT = 0.99
-UNDRAWN = -5.0  # nats of the tail's mass that a token which was not drawn is given
+ELSEWHERE = -5.0  # nats from the tail's mass to that of a token in it
 LIKELIHOOD_MARGIN = 0.05  # nats by which chance may favour a wrong shift under a teacher that knows nothing
 
 
@@ -29,10 +29,10 @@ class ShiftScore(NamedTuple):
 
 
 def label_scores(record: Record, shift: int) -> ShiftScore:
-    """How well the label `shift` positions on fits head and samples. Without an entry, it is given the whole tail.
+    """How well the label `shift` positions on fits head and samples.
 
-    Samples count as entries for the likelihood alone: a weight is no log-probability to agree with, and a label that
-    was not drawn has the weight of less than one draw.
+    Without an entry it is given a small part of the tail: the whole would favour labels of anywhere where few entries
+    are kept. Samples count as entries for the likelihood alone, for a weight is no log-probability to agree with.
     """
     at = np.arange(max(0, -shift), record.positions - max(0, shift))
     labels, own = record.token_ids[1:][at + shift], record.label_log_prob[at]
@@ -40,11 +40,12 @@ def label_scores(record: Record, shift: int) -> ShiftScore:
     entries = record.topk_log_probs[at]
     lowest = np.where(entries > UNUSED, entries, 0.0).min(axis=1, initial=0.0)
     agrees = np.where(found, np.abs(inside - own) <= TOLERANCE, own <= lowest + TOLERANCE)
-    likelihood = np.where(found, inside, record.tail_log_prob[at])
+    drawn, weight = np.zeros(len(at), bool), inside
     samples, weights = record.samples()
     if samples.shape[1]:
         weight, drawn = _entry(samples[at], weights[at], labels)
-        likelihood = np.where(found, inside, np.where(drawn, weight, record.tail_log_prob[at] + UNDRAWN))
+    elsewhere = np.where(drawn, weight, record.tail_log_prob[at] + ELSEWHERE)
+    likelihood = np.where(found, inside, elsewhere)
     return ShiftScore(float(agrees.sum()), float(np.maximum(likelihood, -100.0).sum()), len(at))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +21,6 @@ from data.export.teacher import Scorer, score
 LOOKAHEAD = 8  # batches begun while a block is written
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class _Scored(NamedTuple):
-    """The windows of a batch, by number, and the fields of their scores, each [rows, T, …]."""
-
-    windows: range
-    fields: dict[str, Array]
 
 
 @contextmanager
@@ -57,14 +50,34 @@ def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ah
         yield begun.popleft().result()
 
 
-def _uniforms(plan: CachePlan, window: int, positions: int) -> Array:
-    """The random numbers behind a window's samples: a function of the seed and the window's own content."""
-    found = plan.windows[window]
-    seeds = [plan.export.seed, found.start, *np.frombuffer(found.document.encode(), np.uint8).tolist()]
-    return np.random.default_rng(seeds).random((positions, plan.export.selection.draws))
+def uniforms_of(plan: CachePlan, number: int) -> Array:
+    """The random numbers behind a window's samples, [T, draws]: a function of the seed and the window itself."""
+    window = plan.windows[number]
+    seeds = [plan.export.seed, window.start, *window.document.encode()]
+    return np.random.default_rng(seeds).random((window.positions, plan.export.selection.draws))
 
 
-def _score(model: Scorer, plan: CachePlan, batch: range) -> _Scored:
+def _record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
+    """The record of a window, from its own scores [T, …]."""
+    window, selection = plan.windows[number], plan.export.selection
+    return Record(
+        name=f"{number:08d}",
+        document=window.document,
+        start=window.start,
+        token_ids=np.asarray(window.token_ids, np.int32),
+        loss_mask=np.asarray(window.loss_mask, np.uint8),
+        topk_token_ids=scores["ids"],
+        topk_log_probs=scores["log_probs"],
+        tail_log_prob=scores["tail_log_prob"],
+        label_log_prob=scores["label_log_prob"],
+        tempered_tails={t: scores["tempered_tails"][:, i] for i, t in enumerate(selection.tail_temperatures)},
+        sampled_token_ids=scores["sampled_ids"] if selection.draws else None,
+        sampled_log_weights=scores["sampled_log_weights"] if selection.draws else None,
+    )
+
+
+def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
+    """Records of the windows that these are the numbers of, scored together."""
     windows, device = [plan.windows[i] for i in batch], model.device
     T = max(window.positions for window in windows)
     tokens = torch.zeros(len(windows), T + 1, dtype=torch.int64)
@@ -74,38 +87,20 @@ def _score(model: Scorer, plan: CachePlan, batch: range) -> _Scored:
         tokens[row, : window.positions + 1] = torch.from_numpy(window.token_ids)
         documents[row, : window.positions] = row
         if uniforms.shape[2]:
-            uniforms[row, : window.positions] = torch.from_numpy(_uniforms(plan, number, window.positions))
+            uniforms[row, : window.positions] = torch.from_numpy(uniforms_of(plan, number))
     drawn = uniforms.flatten(0, 1).to(device)
     scores = score(model, tokens.to(device), documents.to(device), plan.export.selection, drawn)
     fields = {name: field.unflatten(0, documents.shape).cpu().numpy() for name, field in scores._asdict().items()}
-    return _Scored(batch, fields)
-
-
-def _records(scored: _Scored, plan: CachePlan) -> Iterator[Record]:
-    selection = plan.export.selection
-    for row, number in enumerate(scored.windows):
-        window = plan.windows[number]
-        own = {name: field[row, : window.positions] for name, field in scored.fields.items()}
-        tails = {t: own["tempered_tails"][:, i] for i, t in enumerate(selection.tail_temperatures)}
-        yield Record(
-            name=f"{number:08d}",
-            document=window.document,
-            start=window.start,
-            token_ids=np.asarray(window.token_ids, np.int32),
-            loss_mask=np.asarray(window.loss_mask, np.uint8),
-            topk_token_ids=own["ids"],
-            topk_log_probs=own["log_probs"],
-            tail_log_prob=own["tail_log_prob"],
-            label_log_prob=own["label_log_prob"],
-            tempered_tails=tails,
-            sampled_token_ids=own["sampled_ids"] if selection.draws else None,
-            sampled_log_weights=own["sampled_log_weights"] if selection.draws else None,
-        )
+    records: list[Record] = []
+    for row, number in enumerate(batch):
+        own = slice(None, plan.windows[number].positions)
+        records.append(_record(plan, number, {name: field[row, own] for name, field in fields.items()}))
+    return records
 
 
 def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
     """Records of the windows of each run; batches never reach from one run into another."""
     rows = plan.export.batch_rows
     batches = (run[at : at + rows] for run in runs for at in range(0, len(run), rows))
-    for scored in _in_order(executor, partial(_score, model, plan), batches, ahead=LOOKAHEAD):
-        yield from _records(scored, plan)
+    for records in _in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
+        yield from records

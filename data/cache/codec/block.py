@@ -62,7 +62,7 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple
     members = {name: compress(planes[name]) for name in coding.members[1:]}
     again = decode_block({"json": json.dumps(header).encode(), **members}, coding)
     header["audit"] = audit(columns, Columns.of(again, selection.tail_temperatures))
-    return {"json": json.dumps(header, sort_keys=True).encode(), **members}, header["audit"]
+    return {"json": json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), **members}, header["audit"]
 
 
 def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:
