@@ -17,6 +17,7 @@ from einops import rearrange
 from data.export import export as steps
 from data.export.corpus import Corpus
 from data.export.plan import CachePlan, TeacherExport, claim, make_plans
+from data.export.teacher import DecoderScorer, Scorer
 from kd_core.students.decoder import Decoder
 
 TOKENS = 8192
@@ -43,7 +44,7 @@ def bare_forward(model: Decoder, plans: list[CachePlan], rows: int) -> None:
             model(tokens, positions, torch.zeros_like(tokens), head)
 
 
-def export_once(export: TeacherExport, plans: list[CachePlan], model: Decoder) -> None:
+def export_once(export: TeacherExport, plans: list[CachePlan], model: Scorer) -> None:
     """All that the command does once plans and teacher are there."""
     for plan in plans:
         claim(plan)
@@ -55,16 +56,17 @@ def main() -> None:
     teacher, corpus = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
     export = TeacherExport(Corpus(corpus), teacher, train_tokens=TOKENS, validation_tokens=512)
-    model = steps.load_teacher(export, torch.device("cpu"))
+    scorer = steps.load_teacher(export, torch.device("cpu"))
+    assert isinstance(scorer, DecoderScorer)
     times: dict[str, list[float]] = {"bare": [], "export": []}
     plans: list[CachePlan] = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             plans = make_plans(export, Path(folder))
             started = time.perf_counter()
-            bare_forward(model, plans, export.batch_rows)
+            bare_forward(scorer.model, plans, export.batch_rows)
             between = time.perf_counter()
-            export_once(export, plans, model)
+            export_once(export, plans, scorer)
             times["bare"].append(between - started)
             times["export"].append(time.perf_counter() - between)
     scored = sum(len(window.token_ids) - 1 for plan in plans for window in plan.windows)

@@ -67,8 +67,12 @@ def main() -> None:
         from data.export.plan import make_plans
 
         for plan in make_plans(export, Path(OUT.value)):
-            positions = sum(len(window.token_ids) - 1 for window in plan.windows)
-            print(f"{plan.folder}: {len(plan.windows)} records, {positions} positions, {len(plan.shards())} shards")
+            positions = sum(window.positions for window in plan.windows)
+            scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
+            print(
+                f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
+                f"{len(plan.shards())} shards"
+            )
         return
     _export(export, Path(OUT.value))
 

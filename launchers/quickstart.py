@@ -67,7 +67,7 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
 
 def _fetch_teacher(folder: Path) -> str:
     from data.export import sources
-    from kd_core.errors import UsageError
+    from data.export.huggingface import HUB, local_folder
     from kd_core.files import new_folder
     from kd_core.students.gguf import convert_gguf
 
@@ -75,18 +75,7 @@ def _fetch_teacher(folder: Path) -> str:
     if TEACHER.value and Path(TEACHER.value).is_dir():
         return TEACHER.value
     if TEACHER.value:
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError:
-            raise UsageError(
-                f"--teacher={TEACHER.value}: not a folder; a hub id needs the extra: pip install '.[hf]'."
-            ) from None
-        try:
-            return snapshot_download(TEACHER.value, allow_patterns=["*.json", "*.jinja", "*.safetensors"])
-        except Exception as error:  # the client raises its own, the network's and the cache's
-            raise UsageError(
-                f"--teacher={TEACHER.value}: neither a folder nor to be had from the hub ({error})."
-            ) from None
+        return str(local_folder(HUB + TEACHER.value))
     if not target.is_dir():
         sources.fetch(sources.TEACHER, folder / "downloads", folder / "teacher_gguf")
         with new_folder(target) as partial:

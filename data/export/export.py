@@ -11,10 +11,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,24 +23,23 @@ from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest, Shard
 from data.cache.schema import Record
 from data.cache.writer import write_shard
+from data.export.huggingface import local_folder
 from data.export.plan import DTYPES, CachePlan, TeacherExport
-from data.export.teacher import score
+from data.export.scorers import load_scorer
+from data.export.teacher import Scorer, score
 from data.export.windows import Window
 from data.stream.shards import decode_all
 from kd_core.errors import UsageError
 from kd_core.files import sha256
-from kd_core.students.decoder import Decoder
-from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained
 
 LOOKAHEAD = 8  # batches begun while a shard is written
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def load_teacher(export: TeacherExport, device: torch.device) -> Decoder:
+def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
     """The teacher, ready to score."""
-    return Pretrained(export.teacher).build(device, seed=0).to(DTYPES[export.dtype]).eval()
+    return load_scorer(local_folder(export.teacher), export.scorer, DTYPES[export.dtype], device)
 
 
 class _Together(NamedTuple):
@@ -65,8 +62,8 @@ class _Scored(NamedTuple):
     fields: list[np.ndarray[Any, Any]]
 
 
-def _score(model: Decoder, top_k: int, batch: _Together) -> _Scored:
-    device, windows = model.embed_tokens.weight.device, batch.windows
+def _score(model: Scorer, top_k: int, batch: _Together) -> _Scored:
+    device, windows = model.device, batch.windows
     longest = max(len(window.token_ids) for window in windows)
     tokens = torch.zeros(len(windows), longest, dtype=torch.int64)
     documents = torch.full((len(windows), longest - 1), -1, dtype=torch.int64)
@@ -128,7 +125,7 @@ def _batches(plan: CachePlan, shards: Sequence[tuple[str, int]], rows: int) -> I
             yield _Together(name, first + at, part[at : at + rows])
 
 
-def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder, rank: int, ranks: int) -> None:
+def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Scorer, rank: int, ranks: int) -> None:
     """Score and write this rank's share of the shards that are not there; the teacher goes on while one is written."""
     own = [shard for i, shard in enumerate(plan.shards()) if i % ranks == rank]
     missing = [(name, first) for name, first in own if not (plan.folder / name).exists()]
@@ -142,7 +139,7 @@ def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder,
             yield from _records(each)
             bar.update(each.batch.positions)
 
-    with bar, scoring_threads(model.embed_tokens.weight.device) as executor:
+    with bar, scoring_threads(model.device) as executor:
         batches = _batches(plan, missing, export.batch_rows)
         scored = _in_order(executor, partial(_score, model, export.top_k), batches, ahead=LOOKAHEAD)
         for name, of_shard in groupby(scored, key=lambda each: each.batch.shard):
@@ -151,29 +148,31 @@ def write_missing_shards(plan: CachePlan, export: TeacherExport, model: Decoder,
 
 def finish(plan: CachePlan, export: TeacherExport) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
-    arch = read_architecture(Path(export.teacher))
     shards: list[Shard] = []
     nll = mass = 0.0
+    scored = 0
     for name, start in plan.shards():
         path = plan.folder / name
-        records = decode_all(path, arch.vocab_size)
+        records = decode_all(path, plan.teacher.vocab_size)
         wanted = [len(w.token_ids) - 1 for w in plan.windows[start : start + export.records_per_shard]]
         lengths = [record.positions for record in records]
         if lengths != wanted:
             raise UsageError(f"{path}: holds records of {lengths} positions, wanted {wanted}. Delete it and run again.")
         check_alignment(records, str(path))
-        nll -= sum(float(record.label_log_prob.astype(np.float64).sum()) for record in records)
-        mass += sum(float(np.exp(record.topk_log_probs.astype(np.float64)).sum()) for record in records)
+        for record in records:
+            mask = record.loss_mask.astype(np.float64)
+            scored += int(mask.sum())
+            nll -= float((record.label_log_prob * mask).sum())
+            mass += float((np.exp(record.topk_log_probs.astype(np.float64)).sum(axis=1) * mask).sum())
         shards.append(Shard(name, path.stat().st_size, sha256(path), tuple(lengths)))
-    positions = sum(sum(shard.lengths) for shard in shards)
     manifest = Manifest(
-        vocab_size=arch.vocab_size,
+        vocab_size=plan.teacher.vocab_size,
         tokenizer=plan.plan["tokenizer"],
-        teacher={**plan.plan["teacher"], "architecture": asdict(arch), "dtype": export.dtype},
+        teacher={**plan.plan["teacher"], "architecture": plan.teacher.architecture, "dtype": export.dtype},
         top_k=export.top_k,
         row_length=export.row_length,
         codec="zstd of plain arrays, lossless",
-        statistics={"teacher_nll": nll / positions, "teacher_mass": mass / positions},
+        statistics={"teacher_nll": nll / scored, "teacher_mass": mass / scored},
         plan=plan.plan,
         shards=tuple(shards),
     )

@@ -13,10 +13,11 @@ import torch
 from data.cache.manifest import read_manifest
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
+from data.export.huggingface import local_folder
+from data.export.scorers import SCORERS, TeacherFacts, read_facts
 from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, read_json, sha256, write_json
-from kd_core.students.families import read_architecture
 from kd_core.students.weights import weight_files
 
 SPLITS = ("train", "validation")
@@ -38,12 +39,15 @@ class TeacherExport:
     validation_share: float = 0.1
     seed: int = 0
     dtype: str = "float32"
+    scorer: str = "auto"
     records_per_shard: int = 16
     batch_rows: int = 2
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype: got {self.dtype!r}; wanted one of {', '.join(DTYPES)}.")
+        if self.scorer not in SCORERS:
+            raise UsageError(f"scorer: got {self.scorer!r}; wanted one of {', '.join(SCORERS)}.")
         if not 0 < self.validation_share < 1:
             raise UsageError(f"validation_share: got {self.validation_share}; wanted between 0 and 1.")
         for name in ("top_k", "row_length", "records_per_shard", "batch_rows"):
@@ -58,9 +62,10 @@ class TeacherExport:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """One cache to be: its windows, and the plan that is written beside it and into its manifest."""
+    """One cache to be: its windows, its teacher, and the plan that is written beside it and into its manifest."""
 
     folder: Path
+    teacher: TeacherFacts
     windows: list[Window]
     plan: dict[str, Any]
 
@@ -97,12 +102,12 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
-    folder = Path(export.teacher)
-    arch, encoder = read_architecture(folder), Encoder(folder)
-    if export.top_k >= arch.vocab_size:
-        raise UsageError(f"top_k: got {export.top_k}; the teacher's vocabulary has {arch.vocab_size} tokens.")
-    if export.row_length > arch.max_positions:
-        raise UsageError(f"row_length: got {export.row_length}; the teacher's context is {arch.max_positions}.")
+    folder = local_folder(export.teacher)
+    teacher, encoder = read_facts(folder, export.scorer), Encoder(folder)
+    if export.top_k >= teacher.vocab_size:
+        raise UsageError(f"top_k: got {export.top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
+    if teacher.max_positions is not None and export.row_length > teacher.max_positions:
+        raise UsageError(f"row_length: got {export.row_length}; the teacher's context is {teacher.max_positions}.")
     documents = _scored_documents(export.corpus, encoder)
     sides = split_documents(documents, export.validation_share, export.seed)
     settings = asdict(export)
@@ -117,6 +122,7 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
         },
         "tokenizer": encoder.tokenizer.fingerprint(),
         **settings,
+        "scorer": teacher.scorer,
     }
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
@@ -127,12 +133,12 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
                 f"{tokens} tokens. Give more text, or a larger {split}_tokens."
             )
         largest = max(int(window.token_ids.max()) for window in windows)
-        if largest >= arch.vocab_size:
+        if largest >= teacher.vocab_size:
             raise UsageError(
-                f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {arch.vocab_size - 1}. "
+                f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {teacher.vocab_size - 1}. "
                 "Tokenizer and model do not belong together."
             )
-        plans.append(CachePlan(out / split, windows, {**shared, "split": split, "tokens": tokens}))
+        plans.append(CachePlan(out / split, teacher, windows, {**shared, "split": split, "tokens": tokens}))
     return plans
 
 

@@ -18,6 +18,7 @@ from data.export.windows import choose_windows, windows_of
 from data.stream.shards import decode_all
 from kd_core.errors import UsageError
 from kd_core.students.families import read_architecture
+from kd_core.students.starts import Pretrained
 from tests.tiny import ROW_LENGTH, Tiny, write_caches
 
 
@@ -54,7 +55,7 @@ def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
 
 
 def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny) -> None:
-    teacher = steps.load_teacher(tiny.export(), torch.device("cpu")).double()
+    teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0).double()
     for record in decode_all(tiny.train / "shard-000000.tar", teacher.arch.vocab_size):
         tokens = torch.from_numpy(record.token_ids.astype(np.int64))
         T = record.positions
