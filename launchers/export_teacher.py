@@ -2,13 +2,15 @@
 
     python -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
     python -m launchers.export_teacher --config=quickstart_export --config=corpus.path=my/texts --out=my/cache
+    python -m launchers.export_teacher --config=chat_export --config=corpus.path=my/chats.jsonl --out=my/cache
     torchrun --nproc-per-node 2 -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
 
 Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
 with the first shard that is missing, and ends with the same bytes; so do more ranks.
 
 --config may be repeated: an export of experiments/, then path=value, e.g. top_k=32, teacher=my/model,
-train_tokens=none (all of the corpus), corpus.text_field=content.
+teacher=hub:OWNER/NAME, scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content,
+overlap=128.
 """
 
 from contextlib import ExitStack
