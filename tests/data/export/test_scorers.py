@@ -217,6 +217,7 @@ def test_models_that_cannot_speak_or_lack_weights_are_refused(tiny: Tiny, tmp_pa
     with pytest.raises(UsageError, match="1 weights are missing or of another shape, the first is .*mlp.c_fc.weight"):
         load_scorer(folder, "auto", torch.float32, CPU)
     (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")  # a pickle may run what it likes
     with pytest.raises(UsageError, match="cannot load it as a causal language model"):
         load_scorer(folder, "auto", torch.float32, CPU)
     config = json.loads((folder / "config.json").read_text())
