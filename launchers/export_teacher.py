@@ -2,13 +2,22 @@
 
     python -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
     python -m launchers.export_teacher --config=quickstart_export --config=corpus.path=my/texts --out=my/cache
+    python -m launchers.export_teacher --config=chat_export --config=corpus.path=my/chats.jsonl --out=my/cache
     torchrun --nproc-per-node 2 -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
 
 Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
 with the first shard that is missing, and ends with the same bytes; so do more ranks.
 
---config may be repeated: an export of experiments/, then path=value, e.g. selection.top_k=32, teacher=my/model,
-train_tokens=none (all of the corpus), corpus.text_field=content.
+--config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
+scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and
+
+    selection.top_k=32                           entries of a position
+    selection.min_prob=3e-3                      only those of at least this probability
+    selection.mass=0.9                           only until they hold this mass
+    selection.top_k=0 selection.draws=12         12 samples in place of entries: the smallest caches, forward KL alone
+    selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
+    codec=compact                                5 bytes less a position at three times the (small) error; or lossless
+    shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
 """
 
 from contextlib import ExitStack

@@ -22,7 +22,9 @@ from absl import flags
 from launchers import app
 
 TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder or hub id; default SmolLM2-135M-Instruct, fetched.")
-CORPUS = flags.DEFINE_string("corpus", None, "Your own .txt or .jsonl files, one or a folder; default fetched.")
+CORPUS = flags.DEFINE_string(
+    "corpus", None, "Your own .txt, .jsonl or .parquet files, one or a folder; default fetched."
+)
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to the training experiment, path=value.")
 RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
 FOLDER = flags.DEFINE_string("folder", "quickstart", "Folder for downloads, teacher, corpus and caches.")

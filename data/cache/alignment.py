@@ -17,6 +17,7 @@ SHIFTS: tuple[int, ...] = (-1, 0, 1)
 TOLERANCE = 0.05  # nats between a label's log-probability and its entry's: any codec is closer
 WANTED_AGREEMENT = 0.99
 ELSEWHERE = -5.0  # nats from the tail's mass to that of a token in it
+CLEAR = 0.05  # of agreement above every other shift: then a teacher that knows nothing yet may find another likelier
 LIKELIHOOD_MARGIN = 0.05  # nats by which chance may favour a wrong shift under a teacher that knows nothing
 
 
@@ -72,7 +73,8 @@ def check_alignment(records: Iterable[Record], where: str) -> None:
     likelihood = {shift: likelihood[shift] / max(1, positions[shift]) for shift in SHIFTS}
     best = max(SHIFTS, key=lambda shift: likelihood[shift])
     likelier = best != 0 and positions[best] > 0 and likelihood[best] > likelihood[0] + LIKELIHOOD_MARGIN
-    if agreement[0] < WANTED_AGREEMENT or likelier:
+    decided = agreement[0] >= max(agreement[shift] for shift in SHIFTS if shift) + CLEAR
+    if agreement[0] < WANTED_AGREEMENT or (likelier and not decided):
         shown = "; ".join(f"shift {s:+d}: agreement {agreement[s]:.3f}, {likelihood[s]:.3f} nats" for s in SHIFTS)
         raise UsageError(
             f"{where}: labels are shifted against the teacher, or do not belong to it. {shown}. Wanted shift 0 to "

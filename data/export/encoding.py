@@ -1,7 +1,6 @@
 """Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,9 @@ from data.export.documents import Document
 from data.export.template import ChatTemplate, Span
 from data.tokenizer import Pieces, Tokenizer
 
-BATCH = 256  # documents that are held as text at a time
+# What is held as text at a time.
+BATCH_DOCUMENTS = 256
+BATCH_CHARACTERS = 1 << 20
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -24,14 +25,32 @@ class Encoded(NamedTuple):
     loss_mask: Array
 
 
-def _encoded(name: str, pieces: Pieces, spans: Sequence[Span] | None) -> Encoded:
-    """A token is scored when a character of it lies in a span (None: everywhere)."""
-    ids = np.asarray(pieces.ids, np.int32)
-    scored = np.full(len(ids), spans is None, np.uint8)
+class _LaidOut(NamedTuple):
+    """A document as one text; `spans` are the characters to score (None: all)."""
+
+    name: str
+    text: str
+    spans: list[Span] | None
+
+
+def _batches(documents: Iterable[_LaidOut]) -> Iterator[list[_LaidOut]]:
+    batch: list[_LaidOut] = []
+    for document in documents:
+        batch.append(document)
+        if sum(len(each.text) for each in batch) >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _scored(pieces: Pieces, spans: Sequence[Span]) -> Array:
+    """Which tokens have a character in a span."""
+    scored = np.zeros(len(pieces.ids), np.uint8)
     starts, ends = np.asarray(pieces.offsets, np.int64).reshape(-1, 2).T
-    for start, end in spans or ():
+    for start, end in spans:
         scored |= ((starts < end) & (ends > start)).astype(np.uint8)
-    return Encoded(name, ids, scored[1:])
+    return scored
 
 
 class Encoder:
@@ -42,12 +61,26 @@ class Encoder:
         self.tokenizer = Tokenizer(folder)
         self.template: ChatTemplate | None = None
 
-    def _laid_out(self, document: Document) -> tuple[str, list[Span] | None]:
+    def _laid_out(self, document: Document) -> _LaidOut:
         if not isinstance(document.content, Conversation):
-            return document.content, None
+            return _LaidOut(document.name, document.content, None)
         if self.template is None:
             self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
-        return self.template.render(document.content, document.name)
+        return _LaidOut(document.name, *self.template.render(document.content, document.name))
+
+    def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
+        """Offsets, which take far more room than ids, only where there are spans."""
+        texts = [each.text for each in batch if each.spans is None]
+        plain = iter(self.tokenizer.encode(texts))
+        chats = iter(self.tokenizer.encode_with_offsets([each.text for each in batch if each.spans is not None]))
+        for each in batch:
+            if each.spans is None:
+                ids = np.asarray(next(plain), np.int32)
+                scored = np.ones(len(ids), np.uint8)
+            else:
+                pieces = next(chats)
+                ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, each.spans)
+            yield Encoded(each.name, ids, scored[1:])
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """Each document, in order; a few are text at a time.
@@ -55,9 +88,5 @@ class Encoder:
         Raises:
             UsageError: there is no chat template for a conversation, or it cannot render it.
         """
-        rest = iter(documents)
-        while some := list(islice(rest, BATCH)):
-            laid_out = [self._laid_out(document) for document in some]
-            pieces = self.tokenizer.encode_with_offsets([text for text, _ in laid_out])
-            for document, found, (_, spans) in zip(some, pieces, laid_out, strict=True):
-                yield _encoded(document.name, found, spans)
+        for batch in _batches(self._laid_out(document) for document in documents):
+            yield from self._encoded(batch)

@@ -20,7 +20,7 @@ from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.tables import fit_tables
 from data.cache.manifest import TABLES, Audit, Manifest, Shard
-from data.cache.record import Record
+from data.cache.record import UNUSED, Record
 from data.cache.writer import block_bytes, write_shard, write_tables
 from data.export.huggingface import local_folder
 from data.export.plan import DTYPES, CachePlan, PlannedShard, TeacherExport
@@ -115,11 +115,11 @@ class _Totals:
         """Count a block in."""
         positions = sum(written.block.lengths)
         for record in written.records:
-            probs = np.exp(record.topk_log_probs.astype(np.float64))
-            self.nll -= float(record.label_log_prob.astype(np.float64).sum())
-            self.mass += float(probs.sum())
-            self.entries += int((probs > 0).sum()) + int((record.samples()[1] > -np.inf).sum())
-            self.scored += int(record.loss_mask.sum())
+            mask = record.loss_mask.astype(bool)
+            self.nll -= float(record.label_log_prob[mask].astype(np.float64).sum())
+            self.mass += float(np.exp(record.topk_log_probs[mask].astype(np.float64)).sum())
+            self.entries += sum(int((logs > UNUSED).sum()) for logs in (record.topk_log_probs, record.samples()[1]))
+            self.scored += int(mask.sum())
         audit = written.header.audit
         self.positions += positions
         self.kl += positions * audit["kl_mean"]
@@ -131,10 +131,13 @@ class _Totals:
         return Audit(self.kl / self.positions, self.kl_worst, self.mass_error)
 
     def statistics(self) -> dict[str, float]:
-        """Of the teacher, a position."""
-        n = self.positions
-        means = {"teacher_nll": self.nll, "teacher_mass": self.mass, "entries": self.entries, "scored": self.scored}
-        return {name: value / n for name, value in means.items()}
+        """Of the teacher over scored positions; entries stored a position, and the share that is scored."""
+        return {
+            "teacher_nll": self.nll / self.scored,
+            "teacher_mass": self.mass / self.scored,
+            "entries": self.entries / self.positions,
+            "scored": self.scored / self.positions,
+        }
 
 
 def finish(plan: CachePlan) -> Manifest:

@@ -76,8 +76,9 @@ class HuggingFaceScorer(NamedTuple):
             UsageError: transformers has no such causal language model, or weights are missing.
         """
         config = read_config(folder)
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
+        from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415 (an extra)
 
+        logging.disable_progress_bar()  # each rank would show its own
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -37,13 +37,12 @@ def windows_of(documents: Iterable[Encoded], row_length: int, overlap: int = 0) 
     """The windows of each document in order, without those that score nothing; neighbours share a token at least."""
     for document in documents:
         positions = len(document.loss_mask)
-        # A window beyond the first is there for labels behind its overlapped head.
-        for start in range(0, max(positions - overlap, min(1, positions)), row_length - overlap):
+        for start in range(0, positions, row_length - overlap):
             end = min(start + row_length, positions)
             mask = document.loss_mask[start:end]
             if start and overlap:
                 mask = np.concatenate([np.zeros(overlap, mask.dtype), mask[overlap:]])
-            if mask.any():
+            if mask.any():  # a last window may be all head
                 yield Window(document.name, start, document.token_ids[start : end + 1], mask)
 
 

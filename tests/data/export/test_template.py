@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from data.cache.manifest import read_manifest
 from data.export.chat import Conversation, Message
 from data.export.corpus import Corpus
 from data.export.documents import Document
@@ -182,6 +183,11 @@ def test_an_export_of_conversations_masks_and_overlaps(tiny: Tiny, tmp_path: Pat
     wanted = sum(int(d.loss_mask.sum()) for d in Encoder(Path(export.teacher)).encode(corpus.documents()))
     records = [r for split in ("train", "validation") for r in tiny.records(tmp_path / "out" / split)]
     assert sum(int(record.loss_mask.sum()) for record in records) == wanted
+    manifest = read_manifest(tmp_path / "out" / "train")
+    train = tiny.records(tmp_path / "out" / "train")
+    mask = np.concatenate([record.loss_mask for record in train]) > 0
+    label = np.concatenate([record.label_log_prob for record in train])
+    assert manifest.statistics["teacher_nll"] == pytest.approx(-label[mask].mean(), rel=1e-5)
     assert all(record.loss_mask.any() and not record.loss_mask.all() for record in records)
 
 
