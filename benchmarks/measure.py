@@ -1,0 +1,87 @@
+"""Time side by side in one process; peak memory each in its own."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.inputs import Inputs, Point, Step, make_inputs
+
+
+class Seen(NamedTuple):
+    """Median seconds of forward and backward, and MiB at the peak over the inputs."""
+
+    seconds: float
+    mib: float | None = None
+
+
+def once(step: Step, given: Inputs, precision: str) -> float:
+    """Seconds of one forward and backward pass; the device has finished before and after."""
+    given.hidden.grad = given.weight.grad = None
+    device = given.hidden.device
+    _wait(device)
+    started = time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+        loss = step(given)
+    if loss.requires_grad:
+        loss.backward()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def times(
+    point: Point, precision: str, steps: dict[str, Step], rounds: int, device: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Medians by name, and what became of the candidates that failed.
+
+    Every round runs each candidate once, in turn, so that a slow minute of the machine hits all.
+    """
+    given, seen, failed = make_inputs(point, precision, device), dict[str, list[float]](), dict[str, str]()
+    for name, step in steps.items():
+        try:
+            once(step, given, precision)
+        except (RuntimeError, NotImplementedError) as error:
+            failed[name] = str(error).splitlines()[0][:80]
+            continue
+        seen[name] = []
+    for _ in range(rounds):
+        for name, values in seen.items():
+            values.append(once(steps[name], given, precision))
+    return {name: median(values) for name, values in seen.items()}, failed
+
+
+def peak_mib(point: Point, precision: str, step: Step, device: str) -> float:
+    """Growth of this process's peak over the inputs; meant for a process that does nothing else."""
+    given = make_inputs(point, precision, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        once(step, given, precision)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _resident_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the inputs
+    once(step, given, precision)
+    return (_resident_kib("VmHWM") - before) / 1024
+
+
+def _resident_kib(field: str) -> int:
+    """VmRSS is what is resident now, VmHWM the most that was (since `clear_refs`), by Linux."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0])
+
+
+def peak_mib_of_a_child(arguments: list[str], name: str) -> float | None:
+    """`peak_mib` of one candidate by a process of its own; None where it fails."""
+    command = [sys.executable, "-m", "benchmarks.losses", *arguments, f"--child={name}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else None
