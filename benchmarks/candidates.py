@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import unfused
 from benchmarks.inputs import Inputs, Step, factors
 from benchmarks.peers import axolotl, distillkit, megatron, nemo, trl, verl
 from benchmarks.peers.installed import INSTALLED
@@ -72,6 +73,7 @@ def _basics() -> list[Candidate | Absent]:
         Candidate(CE, "basics", "cross-entropy", lambda: _as_users_write_it),
         Candidate("CE, logits to float32", "basics", "cross-entropy", lambda: _as_users_write_it_float32),
         chunked if has_chunked else Absent(name, f"not in torch {torch.__version__}"),
+        Candidate("KD unfused, closed form", "basics", "tail_bucket", lambda: unfused.tail_bucket),
         Candidate(MATMULS, "basics", "none", lambda: _bare_matmuls),
     ]
 

@@ -6,8 +6,9 @@
     python -m benchmarks.losses --device cuda          # N=8192, V=151936, D=4096, bfloat16
 
 `bfloat16` is hidden states and weight in it; `autocast` a float32 weight under autocast, as training has it.
-Every round runs each candidate once, in turn, so that a slow minute of the machine hits all; the table shows
-medians, and ratios of medians to `F.cross_entropy(hidden @ weight.T)` as users write it. Forward and backward.
+Every round runs each candidate once, in turn, so that a slow minute of the machine hits all (what takes more than
+`--limit` times as long as CE runs once only, and has a star). The table shows medians, and ratios of medians to
+`F.cross_entropy(hidden @ weight.T)` as users write it. Forward and backward.
 Groups: `basics` (cross-entropies, and the matmuls alone), `fused` (ours), `same` (other projects' losses with the
 objective of our default, the tail bucket), `others` (with objectives of their own). `benchmarks/peers/` says what
 each is. The bars (`benchmarks/bars.py`) stand at the end.
@@ -23,7 +24,7 @@ import torch
 from benchmarks import bars
 from benchmarks.candidates import CE, FUSED_CE, Absent, Candidate, candidates, select, without_what_is_not_installed
 from benchmarks.inputs import Point
-from benchmarks.measure import Seen, peak_mib, peak_mib_of_a_child, times
+from benchmarks.measure import Seen, Times, peak_mib, peak_mib_of_a_child, times
 
 GROUPS = ("basics", "fused", "same", "others")
 CPU_POINT, CUDA_POINT = Point(2048, 32768, 512, 64), Point(8192, 151936, 4096, 64)
@@ -55,19 +56,21 @@ def child_arguments(args: argparse.Namespace, point: Point, precision: str) -> l
     return [*(f"--{name}={value}" for name, value in named.items()), f"--dtypes={precision}", f"--device={args.device}"]
 
 
-def report(run: bars.Run, rows: list[Candidate], failed: dict[str, str]) -> None:
-    """The table of one run."""
+def report(run: bars.Run, rows: list[Candidate], found: Times) -> None:
+    """The table of one run; a star marks what ran once only."""
     base, fused = run.seen[CE], run.seen.get(FUSED_CE)
     print(f"\n{run.precision}, {run.threads} thread{'s' * (run.threads > 1)}: {run.point}")
     print(f"{'':27}{'objective':23}{'seconds':>9}{'/ CE':>8}{'/ fused CE':>12}{'peak MiB':>10}{'/ CE':>8}")
     for row in rows:
-        if row.name in failed:
-            print(f"{row.name:27}{row.objective:23}  failed: {failed[row.name]}")
+        if row.name in found.failed:
+            print(f"{row.name:27}{row.objective:23}  failed: {found.failed[row.name]}")
             continue
         seconds, mib = run.seen[row.name]
         to_fused = f"{seconds / fused.seconds:12.3f}" if fused else f"{'':12}"
         memory = "" if mib is None else f"{mib:10.0f}" + (f"{mib / base.mib:8.3f}" if base.mib else "")
-        print(f"{row.name:27}{row.objective:23}{seconds:9.3f}{seconds / base.seconds:8.3f}{to_fused}{memory}".rstrip())
+        star = "*" if row.name in found.slow else " "
+        line = f"{row.name:27}{row.objective:23}{seconds:8.3f}{star}{seconds / base.seconds:8.3f}{to_fused}{memory}"
+        print(line.rstrip())
 
 
 def measure(args: argparse.Namespace, job: Job, rows: list[Candidate | Absent]) -> list[bars.Run]:
@@ -81,10 +84,10 @@ def measure(args: argparse.Namespace, job: Job, rows: list[Candidate | Absent]) 
         for threads in (int(n) for n in args.threads.split(",")):
             torch.set_num_threads(threads)
             steps = {row.name: row.make() for row in chosen}
-            medians, failed = times(job.point, precision, steps, args.rounds, args.device)
-            seen = {name: Seen(value, memory.get(name)) for name, value in medians.items()}
+            found = times(job.point, precision, steps, args.rounds, args.device, args.limit)
+            seen = {name: Seen(value, memory.get(name)) for name, value in found.seconds.items()}
             runs.append(bars.Run(job.point, precision, threads, seen))
-            report(runs[-1], chosen, failed)
+            report(runs[-1], chosen, found)
     return runs
 
 
@@ -100,6 +103,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every point of the matrix")
     parser.add_argument("--groups", nargs="*", choices=GROUPS, help="default: all; with --all as the point needs")
     parser.add_argument("--only", nargs="*", help="candidates to run beside CE as users write it, by name")
+    parser.add_argument("--limit", type=float, default=4.0, help="slower than this many times CE: once only")
     parser.add_argument("--memory", choices=("yes", "no"), default="yes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -40,25 +40,42 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def times(
-    point: Point, precision: str, steps: dict[str, Step], rounds: int, device: str
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Medians by name, and what became of the candidates that failed.
+class Times(NamedTuple):
+    """Median seconds by name; the names that ran once only, because they are slow; what became of those that failed."""
 
-    Every round runs each candidate once, in turn, so that a slow minute of the machine hits all.
+    seconds: dict[str, float]
+    slow: set[str]
+    failed: dict[str, str]
+
+
+def times(point: Point, precision: str, steps: dict[str, Step], rounds: int, device: str, limit: float) -> Times:
+    """Every round runs each candidate once, in turn, so that a slow minute of the machine hits all.
+
+    Each round begins with another one, so that none always follows the same neighbour. Whoever takes `limit` times
+    as long as the first candidate in a first pass keeps that pass's time and enters no round.
     """
-    given, seen, failed = make_inputs(point, precision, device), dict[str, list[float]](), dict[str, str]()
+    given, found = make_inputs(point, precision, device), Times({}, set(), {})
+    small, seen = make_inputs(WARM_UP, precision, device), dict[str, list[float]]()
     for name, step in steps.items():
         try:
-            once(step, given, precision)
+            once(step, small, precision)
+            first = once(step, given, precision)
         except (RuntimeError, NotImplementedError) as error:
-            failed[name] = str(error).splitlines()[0][:80]
+            found.failed[name] = str(error).splitlines()[0][:80]
             continue
-        seen[name] = []
-    for _ in range(rounds):
-        for name, values in seen.items():
-            values.append(once(steps[name], given, precision))
-    return {name: median(values) for name, values in seen.items()}, failed
+        base = found.seconds.setdefault(next(iter(steps)), first)
+        found.seconds[name] = first
+        if first > limit * base:
+            found.slow.add(name)
+        else:
+            seen[name] = []
+    for turn in range(rounds):
+        names = list(seen)
+        start = turn * 7 % max(1, len(names))
+        for name in names[start:] + names[:start]:
+            seen[name].append(once(steps[name], given, precision))
+    found.seconds.update({name: median(values) for name, values in seen.items()})
+    return found
 
 
 def peak_mib(point: Point, precision: str, step: Step, device: str) -> float:

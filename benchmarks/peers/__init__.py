@@ -2,8 +2,7 @@
 
 Each function takes `Inputs` and returns the mean loss. What a project does to memory (logits of all positions or
 chunks, what it recomputes, in which precision it adds up) is kept, for that is what is compared; tensor parallelism,
-temperature (1 here) and metrics are left out, and no pass over the vocabulary is kept that the formula does not
-need: a peer's number here is what it could reach, not more than it costs.
+temperature (1 here) and metrics are left out, so that a peer is at most as slow here as it is at home.
 
 `tests/benchmarks/test_peers.py` holds each one's value and gradient against the combination that it is in our terms:
 
@@ -18,7 +17,7 @@ need: a peer's number here is what it could reach, not more than it costs.
 | | `chunked` | `renormalized` | chunks of 1,024, gradient in the forward pass |
 | `verl.py` | `fsdp` | `unnormalized` | all |
 | | `veomni` | `unnormalized` | chunks of 1,024, again in the backward pass |
-| `megatron.py` | `ghost_token` | `tail_bucket` | all, softmax kept, gradient in its place |
+| `megatron.py` | `ghost_token` | `tail_bucket` | all, in float32, and their log-softmax |
 | `trl.py` | `chunked_tail` | `tail_bucket` | chunks of 256, again in the backward pass |
 | | `server_tail` | `tail_bucket` | all, in float32 |
 | | `dense_teacher` | `uniform_tail` | all, and the teacher's |

@@ -1,13 +1,14 @@
 """The benchmarks run, every candidate of them, and their verdicts follow from what was measured."""
 
 import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import bars, losses, step
 from benchmarks.candidates import CE, FUSED_CE, FUSED_KD, MATMULS, Candidate, candidates
-from benchmarks.inputs import Point, make_inputs
+from benchmarks.inputs import Inputs, Point, Step, make_inputs
 from benchmarks.measure import Seen, peak_mib, times
 
 TINY = Point(24, 512, 16, 4)
@@ -50,18 +51,35 @@ def test_a_bar_that_nothing_speaks_of_is_not_called_reached() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 def test_every_candidate_runs_in_every_precision(precision: str) -> None:
     steps = {row.name: row.make() for row in ROWS if not row.name.startswith(INSTALLED)}
-    medians, failed = times(TINY, precision, steps, 1, "cpu")
-    assert not failed
-    assert medians.keys() == steps.keys()
+    found = times(TINY, precision, steps, 1, "cpu", limit=1e9)
+    assert not found.failed
+    assert found.seconds.keys() == steps.keys()
 
 
 def test_a_candidate_that_fails_is_reported_and_the_others_go_on() -> None:
     def broken(_: object) -> torch.Tensor:
         raise RuntimeError("no such kernel\nand a trace")
 
-    steps = {"broken": broken, MATMULS: next(row for row in ROWS if row.name == MATMULS).make()}
-    medians, failed = times(TINY, "float32", steps, 1, "cpu")
-    assert (list(medians), failed) == ([MATMULS], {"broken": "no such kernel"})
+    steps = {MATMULS: next(row for row in ROWS if row.name == MATMULS).make(), "broken": broken}
+    found = times(TINY, "float32", steps, 1, "cpu", limit=1e9)
+    assert (list(found.seconds), found.failed) == ([MATMULS], {"broken": "no such kernel"})
+
+
+def test_what_is_slow_beside_the_first_runs_once_only() -> None:
+    calls: list[str] = []
+
+    def of(name: str, seconds: float) -> Step:
+        def step(given: Inputs) -> torch.Tensor:
+            calls.append(name)
+            time.sleep(seconds * (len(given.hidden) == TINY.positions))
+            return torch.zeros(())
+
+        return step
+
+    found = times(TINY, "float32", {"first": of("first", 0.01), "slow": of("slow", 0.2)}, 3, "cpu", limit=4)
+    assert found.slow == {"slow"}
+    assert found.seconds["slow"] >= 0.2
+    assert [calls.count(name) for name in ("first", "slow")] == [5, 2]  # both with a pass to warm up
 
 
 def test_the_command_prints_a_table_a_precision_and_the_bars(
@@ -103,7 +121,7 @@ def test_a_training_step_is_measured_under_each_objective(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_time_and_memory_on_a_gpu() -> None:
     step_of = {row.name: row.make() for row in ROWS if row.name in (CE, FUSED_KD)}
-    medians, failed = times(TINY, "bfloat16", step_of, 1, "cuda")
-    assert not failed
-    assert all(value > 0 for value in medians.values())
+    found = times(TINY, "bfloat16", step_of, 1, "cuda", limit=1e9)
+    assert not found.failed
+    assert all(value > 0 for value in found.seconds.values())
     assert all(peak_mib(TINY, "bfloat16", each, "cuda") > 0 for each in step_of.values())

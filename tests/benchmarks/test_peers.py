@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import unfused
 from benchmarks.inputs import Inputs, Step
 from benchmarks.peers import axolotl, distillkit, megatron, nemo, trl, verl
 from benchmarks.peers.installed import liger, stand_in_teacher, trl_dense, trl_tail
@@ -30,6 +31,7 @@ PEERS: list[tuple[Step, str]] = [
     (trl.chunked_tail, "tail_bucket"),
     (trl.server_tail, "tail_bucket"),
     (trl.dense_teacher, "uniform_tail"),
+    (unfused.tail_bucket, "tail_bucket"),
 ]
 
 
