@@ -104,7 +104,10 @@ def _resident_kib(field: str) -> int:
 
 
 def peak_mib_of_a_child(arguments: list[str], name: str) -> float | None:
-    """`peak_mib` of one candidate by a process of its own; None where it fails."""
+    """`peak_mib` of one candidate by a process of its own; None where it fails (the reason goes to stderr)."""
     command = [sys.executable, "-m", "benchmarks.losses", *arguments, f"--child={name}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+    if done.returncode:
+        print(f"{name}: no peak memory: {done.stderr.strip()[-200:]}", file=sys.stderr)
+        return None
+    return float(done.stdout)
