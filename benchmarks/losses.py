@@ -1,177 +1,145 @@
-"""What distillation costs against cross-entropy: time side by side, peak memory in processes of their own.
+"""What distillation costs against cross-entropy and against other projects' losses, in time and in peak memory.
 
-    python -m benchmarks.losses                      # V=32768, D=512, K=64, one and two threads
-    python -m benchmarks.losses --vocab 131072 --width 1024 --top-k 8 --rounds 3
+    python -m benchmarks.losses                        # V=32768, D=512, K=64, one and two threads
+    python -m benchmarks.losses --vocab 131072 --width 1024 --top-k 8 --rounds 3 --groups basics fused same
+    python -m benchmarks.losses --all                  # every point of the matrix: hours; the bars at the end
+    python -m benchmarks.losses --device cuda          # N=8192, V=151936, D=4096, bfloat16
 
 `bfloat16` is hidden states and weight in it; `autocast` a float32 weight under autocast, as training has it.
-Every round runs each candidate once, in turn, so that a slow minute of the machine hits all; the table shows
-medians, and ratios of medians to `F.cross_entropy(hidden @ weight.T)` as users write it. Forward and backward.
+Every round runs each candidate once, in turn, so that a slow minute of the machine hits all (what takes more than
+`--limit` times as long as CE runs once only, and has a star). The table shows medians, and ratios of medians to
+`F.cross_entropy(hidden @ weight.T)` as users write it. Forward and backward.
+Groups: `basics` (cross-entropies, and the matmuls alone), `fused` (ours), `same` (other projects' losses with the
+objective of our default, the tail bucket), `others` (with objectives of their own). `benchmarks/peers/` says what
+each is. The bars (`benchmarks/bars.py`) stand at the end.
 """
 
 import argparse
 import os
 import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from kd_core.losses.fused import fused_loss
-from kd_core.losses.objective import CrossEntropy, Distillation, Objective, Term
-from kd_core.types import TeacherTopK
+from benchmarks import bars
+from benchmarks.candidates import CE, FUSED_CE, Absent, Candidate, candidates, select, without_what_is_not_installed
+from benchmarks.inputs import Point
+from benchmarks.measure import Seen, Times, peak_mib, peak_mib_of_a_child, times
 
-Inputs = tuple[Tensor, Tensor, TeacherTopK, Tensor, Tensor]
-Step = Callable[[Inputs], Tensor]
-
-
-def inputs(args: argparse.Namespace, precision: str) -> Inputs:
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    n, v, d, k = args.positions, args.vocab, args.width, args.top_k
-    hidden = torch.randn(n, d).to(dtype).requires_grad_()
-    weight = (torch.randn(v, d) / d**0.5).to(dtype).requires_grad_()
-    log_probs, _ = torch.randn(n, k).log_softmax(dim=1).sub(0.1).sort(dim=1, descending=True)
-    # Distinct in each row; drawn without a permutation of V a row, whose memory the peak would hide behind.
-    ids = (torch.randint(v, (n, 1)) + 97 * torch.arange(k)) % v
-    tail = torch.log1p(-log_probs.exp().sum(dim=1))
-    return hidden, weight, TeacherTopK(ids, log_probs, tail), torch.randint(v, (n,)), torch.ones(n).bool()
+GROUPS = ("basics", "fused", "same", "others")
+CPU_POINT, CUDA_POINT = Point(2048, 32768, 512, 64), Point(8192, 151936, 4096, 64)
 
 
-def ours(chunk: int, **terms: Term) -> Step:
-    objective = Objective(terms, chunk_tokens=chunk)
-    return lambda given: fused_loss(*given, objective, 1.0 / len(given[0])).total
+class Job(NamedTuple):
+    """One point and which candidates run there."""
+
+    point: Point
+    groups: tuple[str, ...]
 
 
-def as_users_write_it(given: Inputs) -> Tensor:
-    return F.cross_entropy(given[0] @ given[1].T, given[3])
+def matrix() -> list[Job]:
+    """Every V, D and K. At the larger V with half the positions, so that logits of all of them fit beside copies.
+
+    Peers with other objectives run at K = 64 and the smaller V alone: no bar speaks of them elsewhere.
+    """
+    jobs = []
+    for vocab, positions in ((32768, 2048), (131072, 1024)):
+        for width in (512, 1024):
+            for top_k in (64, 8, 256):
+                everything = vocab == 32768 and top_k == 64
+                jobs.append(Job(Point(positions, vocab, width, top_k), GROUPS if everything else GROUPS[:3]))
+    return jobs
 
 
-def as_users_write_it_float32(given: Inputs) -> Tensor:
-    return F.cross_entropy((given[0] @ given[1].T).float(), given[3])
+def child_arguments(args: argparse.Namespace, point: Point, precision: str) -> list[str]:
+    named = {**dict(zip(("positions", "vocab", "width", "top-k"), point, strict=True)), "chunk": args.chunk}
+    return [*(f"--{name}={value}" for name, value in named.items()), f"--dtypes={precision}", f"--device={args.device}"]
 
 
-def bare_matmuls(given: Inputs) -> Tensor:
-    """The limit: the three matmuls alone, in chunks of the same size."""
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else given[1].dtype
-    hidden, weight = given[0].detach().to(dtype), given[1].detach().to(dtype)
-    of_weight = torch.zeros_like(weight)
-    for rows in torch.arange(len(hidden)).split(512):
-        logits = hidden[rows] @ weight.T
-        _ = logits @ weight
-        of_weight.addmm_(logits.T, hidden[rows])
-    return hidden.sum()
+def report(run: bars.Run, rows: list[Candidate], found: Times) -> None:
+    """The table of one run; a star marks what ran once only."""
+    base, fused = run.seen[CE], run.seen.get(FUSED_CE)
+    print(f"\n{run.precision}, {run.threads} thread{'s' * (run.threads > 1)}: {run.point}")
+    print(f"{'':27}{'objective':23}{'seconds':>9}{'/ CE':>8}{'/ fused CE':>12}{'peak MiB':>10}{'/ CE':>8}")
+    for row in rows:
+        if row.name in found.failed:
+            print(f"{row.name:27}{row.objective:23}  failed: {found.failed[row.name]}")
+            continue
+        seconds, mib = run.seen[row.name]
+        to_fused = f"{seconds / fused.seconds:12.3f}" if fused else f"{'':12}"
+        memory = "" if mib is None else f"{mib:10.0f}" + (f"{mib / base.mib:8.3f}" if base.mib else "")
+        star = "*" if row.name in found.slow else " "
+        line = f"{row.name:27}{row.objective:23}{seconds:8.3f}{star}{seconds / base.seconds:8.3f}{to_fused}{memory}"
+        print(line.rstrip())
 
 
-def candidates(chunk: int) -> dict[str, Step]:
-    kd, sft = Distillation, CrossEntropy
-    found: dict[str, Step] = {
-        "CE as users write it": as_users_write_it,
-        "CE, logits to float32": as_users_write_it_float32,
-        "bare matmuls": bare_matmuls,
-        "fused CE": ours(chunk, sft=sft()),
-        "fused KD": ours(chunk, kd=kd()),
-        "fused KD + CE": ours(chunk, kd=kd(weight=0.9), sft=sft(weight=0.1)),
-        "fused JSD": ours(chunk, kd=kd(divergence="jsd")),
-        "fused AKL": ours(chunk, kd=kd(divergence="adaptive_kl")),
-        "fused renormalized": ours(chunk, kd=kd(tail="renormalized")),
-        "fused uniform tail": ours(chunk, kd=kd(tail="uniform_tail")),
-        "fused KD at tau 2 + CE": ours(chunk, kd=kd(tail="truncated", temperature=2.0), sft=sft(weight=0.1)),
-    }
-    return found
+def measure(args: argparse.Namespace, job: Job, rows: list[Candidate | Absent]) -> list[bars.Run]:
+    """All precisions and thread counts at one point, each printed as soon as it is there."""
+    chosen, runs = select(rows, job.groups, args.only), []
+    for precision in args.dtypes.split(","):
+        memory: dict[str, float | None] = {}
+        if args.memory == "yes":
+            settings = child_arguments(args, job.point, precision)
+            memory = {row.name: peak_mib_of_a_child(settings, row.name) for row in chosen}
+        for threads in (int(n) for n in args.threads.split(",")):
+            torch.set_num_threads(threads)
+            steps = {row.name: row.make() for row in chosen}
+            found = times(job.point, precision, steps, args.rounds, args.device, args.limit)
+            seen = {name: Seen(value, memory.get(name)) for name, value in found.seconds.items()}
+            runs.append(bars.Run(job.point, precision, threads, seen))
+            report(runs[-1], chosen, found)
+    return runs
 
 
-def once(step: Step, given: Inputs, precision: str) -> float:
-    given[0].grad = given[1].grad = None
-    started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        loss = step(given)
-    if loss.requires_grad:
-        loss.backward()
-    return time.perf_counter() - started
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in Point._fields:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", help="default: float32,bfloat16,autocast; on cuda bfloat16")
+    parser.add_argument("--threads", help="default: 1,2; on cuda 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--all", action="store_true", help="every point of the matrix")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, help="default: all; with --all as the point needs")
+    parser.add_argument("--only", nargs="*", help="candidates to run beside CE as users write it, by name")
+    parser.add_argument("--limit", type=float, default=4.0, help="slower than this many times CE: once only")
+    parser.add_argument("--memory", choices=("yes", "no"), default="yes")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
+    args.dtypes = args.dtypes or ("bfloat16" if cuda else "float32,bfloat16,autocast")
+    args.threads = args.threads or ("1" if cuda else "1,2")
+    return args
 
 
-def times(args: argparse.Namespace, precision: str, steps: dict[str, Step]) -> dict[str, float]:
-    given = inputs(args, precision)
-    for step in steps.values():
-        once(step, given, precision)
-    seen: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            seen[name].append(once(step, given, precision))
-    return {name: median(values) for name, values in seen.items()}
-
-
-def peak_mib(args: argparse.Namespace, dtype: str, name: str) -> float:
-    """Growth of the resident peak over the inputs, in a child that does nothing else."""
-    settings = [
-        f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("positions", "vocab", "width", "top_k", "chunk")
-    ]
-    command = [sys.executable, "-m", "benchmarks.losses", *settings, f"--dtypes={dtype}", f"--child={name}"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def resident_kib(field: str) -> int:
-    """VmRSS is what is resident now, VmHWM the most that was (since `clear_refs`), by Linux."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0])
-
-
-def child(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    given = inputs(args, args.dtypes)
-    before = resident_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the inputs
-    once(candidates(args.chunk)[args.child], given, args.dtypes)
-    print((resident_kib("VmHWM") - before) / 1024)
-
-
-def report(args: argparse.Namespace, dtype: str, threads: int, memory: dict[str, float]) -> None:
-    torch.set_num_threads(threads)
-    steps = {name: step for name, step in candidates(args.chunk).items() if args.only is None or name in args.only}
-    found = times(args, dtype, steps)
-    base, ce = found["CE as users write it"], found.get("fused CE", float("nan"))
-    print(
-        f"\n{dtype}, {threads} thread{'s' * (threads > 1)}: "
-        f"N={args.positions} V={args.vocab} D={args.width} K={args.top_k}"
-    )
-    print(f"{'':24}{'seconds':>9}{'/ CE':>8}{'/ fused CE':>12}{'peak MiB':>10}")
-    for name, value in found.items():
-        mib = f"{memory[name]:10.0f}" if name in memory else ""
-        print(f"{name:24}{value:9.3f}{value / base:8.3f}{value / ce:12.3f}{mib}")
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """The matrix, or one point: the device's, but for what is given."""
+    if args.all:
+        return [Job(job.point, tuple(args.groups or job.groups)) for job in matrix()]
+    default = CUDA_POINT if args.device == "cuda" else CPU_POINT
+    given = {name: getattr(args, name) for name in Point._fields if getattr(args, name) is not None}
+    return [Job(default._replace(**given), tuple(args.groups or GROUPS))]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("positions", 2048),
-        ("vocab", 32768),
-        ("width", 512),
-        ("top-k", 64),
-        ("chunk", 512),
-        ("rounds", 5),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtypes", default="float32,bfloat16,autocast")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--only", nargs="*", help="candidates to run; CE as users write it must be one")
-    parser.add_argument("--memory", choices=("yes", "no"), default="yes")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed()
+    rows, jobs = candidates(args.chunk), jobs_of(args)
     if args.child:
-        return child(args)
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, medians of {args.rounds}")
-    for dtype in args.dtypes.split(","):
-        names = [name for name in candidates(args.chunk) if args.only is None or name in args.only]
-        memory = {name: peak_mib(args, dtype, name) for name in names} if args.memory == "yes" else {}
-        for threads in args.threads.split(","):
-            report(args, dtype, int(threads), memory)
-    return None
+        torch.set_num_threads(1)
+        (row,) = (row for row in rows if row.name == args.child and isinstance(row, Candidate))
+        print(peak_mib(jobs[0].point, args.dtypes, row.make(), args.device))
+        return
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    rows = without_what_is_not_installed(rows)
+    print(f"torch {torch.__version__}, {where}, medians of {args.rounds}, chunks of {args.chunk}")
+    for row in rows:
+        if isinstance(row, Absent):
+            print(f"{row.name}: {row.why}")
+    runs = [run for job in jobs for run in measure(args, job, rows)]
+    print("\n" + bars.table(runs, [row for row in rows if isinstance(row, Candidate)]))
 
 
 if __name__ == "__main__":
