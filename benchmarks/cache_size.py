@@ -27,8 +27,9 @@ from data.cache.selection import Selection
 from data.cache.tar import padded, read_members
 from data.cache.writer import block_bytes, write_shard, write_tables
 from data.export import export as steps
+from data.export.claim import claim
 from data.export.corpus import Corpus
-from data.export.plan import CachePlan, TeacherExport, claim, make_plans
+from data.export.plan import CachePlan, TeacherExport, make_plans
 from data.export.scoring import score_batch
 from data.export.teacher import Scorer
 

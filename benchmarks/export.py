@@ -15,8 +15,9 @@ import torch
 from einops import rearrange
 
 from data.export import export as steps
+from data.export.claim import claim
 from data.export.corpus import Corpus
-from data.export.plan import CachePlan, TeacherExport, claim, make_plans
+from data.export.plan import CachePlan, TeacherExport, make_plans
 from data.export.teacher import DecoderScorer, Scorer
 from kd_core.students.decoder import Decoder
 

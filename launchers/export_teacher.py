@@ -8,6 +8,8 @@
 Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
 with the first shard that is missing, and ends with the same bytes; so do more ranks.
 
+With --extend, complete caches grow by the documents (by name) that they do not have; no old shard is touched.
+
 --config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
 scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and
 
@@ -31,30 +33,38 @@ from launchers import app, catalog
 KIND = "TeacherExport"
 app.define_config_flags(KIND)
 OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
+EXTEND = flags.DEFINE_bool(
+    "extend", False, "Add documents that are new to complete caches; old shards stay as they are."
+)
 
 
 def _export(export: Any, out: Path) -> None:
     from data.export import export as steps
-    from data.export.plan import claim, make_plans
+    from data.export.claim import claim, claim_growth
+    from data.export.growth import begin_growth, end_growth
+    from data.export.plan import make_plans
     from kd_core.files import owned
     from kd_core.parallel.mesh import joined_world
 
     with joined_world() as world, ExitStack() as stack:
         world.on_first(lambda: stack.enter_context(owned(out)))
-        plans = world.on_first(lambda: make_plans(export, out))
-        wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: claim(plan))]
+        plans = world.on_first(lambda: make_plans(export, out, begin_growth(out) if EXTEND.value else None))
+        take = claim_growth if EXTEND.value else claim
+        wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
+        if EXTEND.value and not plans:
+            app.log.info("%s: every document of the corpus is there already", out)
         for plan in plans:
             if plan not in wanted:
                 app.log.info("%s: already complete, reused", plan.folder)
-        if not wanted:
-            return
-        model = steps.load_teacher(export, world.device)
+        model: Any = steps.load_teacher(export, world.device) if wanted else None
         for plan in wanted:
             pilot: list[Any] = []
             world.on_first(lambda plan=plan, pilot=pilot: pilot.extend(steps.make_tables(plan, model)))
             steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
             world.barrier()
             app.log.info("%s", world.on_first(lambda plan=plan: steps.finish(plan)).summary(plan.folder))
+        if EXTEND.value:
+            world.on_first(lambda: end_growth(out))
 
 
 def main() -> None:

@@ -11,8 +11,10 @@ from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.export import export as steps
+from data.export.claim import claim, claim_growth
 from data.export.corpus import Corpus
-from data.export.plan import TeacherExport, claim, make_plans
+from data.export.growth import begin_growth, end_growth
+from data.export.plan import TeacherExport, make_plans
 from data.stream.shards import ShardReader
 from kd_core.files import write_json
 from kd_core.students.decoder import Architecture, Decoder
@@ -154,17 +156,19 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
     return folder
 
 
-def write_caches(export: TeacherExport, out: Path, ranks: int = 1) -> None:
+def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool = False) -> None:
     """Both caches, as the command writes them."""
-    plans = make_plans(export, out)
+    plans = make_plans(export, out, begin_growth(out) if extend else None)
     for plan in plans:
-        if claim(plan):
+        if (claim_growth if extend else claim)(plan):
             continue
         model = steps.load_teacher(export, torch.device("cpu"))
         pilot = steps.make_tables(plan, model)
         for rank in range(ranks):
             steps.write_missing_shards(plan, model, pilot, rank, ranks)
         steps.finish(plan)
+    if extend:
+        end_growth(out)
 
 
 def make_tiny(root: Path) -> Tiny:

@@ -19,15 +19,16 @@ from tqdm import tqdm
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.tables import fit_tables
-from data.cache.manifest import TABLES, Audit, Manifest, Shard
-from data.cache.record import UNUSED, Record
+from data.cache.manifest import TABLES, Manifest, Shard
+from data.cache.record import Record
 from data.cache.writer import block_bytes, write_shard, write_tables
 from data.export.huggingface import local_folder
 from data.export.plan import DTYPES, CachePlan, PlannedShard, TeacherExport
 from data.export.scorers import load_scorer
 from data.export.scoring import score_windows, scoring_threads
 from data.export.teacher import Scorer
-from data.stream.shards import WrittenBlock, read_tables, read_written
+from data.export.totals import Totals
+from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import sha256
 
@@ -80,7 +81,7 @@ def _blocks(shard: PlannedShard, records: Iterator[Record], plan: CachePlan, cod
     for block in shard.blocks:
         own = [next(records) for _ in block]
         try:
-            yield block_bytes(block.start, own, coding, plan.export.max_codec_kl)
+            yield block_bytes(plan.first_record + block.start, own, coding, plan.export.max_codec_kl)
         except ValueError as error:
             raise UsageError(f"{plan.folder / shard.name}: {error}") from None
 
@@ -103,47 +104,10 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
             write_shard(plan.folder / shard.name, _blocks(shard, records, plan, coding))
 
 
-class _Totals:
-    """Sums over all positions of a cache, for its manifest."""
-
-    def __init__(self) -> None:
-        self.positions = self.entries = self.scored = 0
-        self.nll = self.mass = self.kl = 0.0
-        self.kl_worst = self.mass_error = 0.0
-
-    def add(self, written: WrittenBlock) -> None:
-        """Count a block in."""
-        positions = sum(written.block.lengths)
-        for record in written.records:
-            mask = record.loss_mask.astype(bool)
-            self.nll -= float(record.label_log_prob[mask].astype(np.float64).sum())
-            self.mass += float(np.exp(record.topk_log_probs[mask].astype(np.float64)).sum())
-            self.entries += sum(int((logs > UNUSED).sum()) for logs in (record.topk_log_probs, record.samples()[1]))
-            self.scored += int(mask.sum())
-        audit = written.header.audit
-        self.positions += positions
-        self.kl += positions * audit["kl_mean"]
-        self.kl_worst = max(self.kl_worst, audit["kl_worst"])
-        self.mass_error = max(self.mass_error, audit["mass_error"])
-
-    def audit(self) -> Audit:
-        """Of the codec."""
-        return Audit(self.kl / self.positions, self.kl_worst, self.mass_error)
-
-    def statistics(self) -> dict[str, float]:
-        """Of the teacher over scored positions; entries stored a position, and the share that is scored."""
-        return {
-            "teacher_nll": self.nll / self.scored,
-            "teacher_mass": self.mass / self.scored,
-            "entries": self.entries / self.positions,
-            "scored": self.scored / self.positions,
-        }
-
-
 def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
-    totals, coding = _Totals(), _coding(plan)
+    totals, coding = Totals.of(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
         for written, windows in zip(read_written(path, coding), planned.blocks, strict=True):
@@ -167,8 +131,8 @@ def finish(plan: CachePlan) -> Manifest:
         audit=totals.audit(),
         statistics=totals.statistics(),
         tables=_file_facts(plan.folder / TABLES),
-        plans=(plan.plan,),
-        shards=tuple(shards),
+        plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
+        shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
     )
     manifest.write(plan.folder)
     return manifest

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import torch
 
 from data.cache.codec.levels import CODECS
-from data.cache.manifest import read_manifest
+from data.cache.manifest import Manifest
 from data.cache.selection import Selection
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
+from data.export.growth import SPLITS, Growth
 from data.export.huggingface import local_folder
 from data.export.scorers import SCORERS, TeacherFacts, read_facts
 from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, read_json, sha256, write_json
+from kd_core.files import content_fingerprint, sha256
 from kd_core.students.weights import weight_files
 
-SPLITS = ("train", "validation")
 log = logging.getLogger("kd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -110,6 +110,12 @@ class CachePlan:
     teacher: TeacherFacts
     windows: list[Window]
     plan: dict[str, Any]
+    grown_from: Manifest | None = None
+
+    @property
+    def first_record(self) -> int:
+        """The number of the first record: those of a cache that grows stand before it."""
+        return self.grown_from.records if self.grown_from else 0
 
     @cached_property
     def shards(self) -> list[PlannedShard]:
@@ -120,7 +126,7 @@ class CachePlan:
         sizes = [sum(self.windows[i].positions for i in block) for block in blocks]
         return [
             PlannedShard(f"shard-{number:06d}.tar", tuple(blocks[i] for i in shard))
-            for number, shard in enumerate(_runs(sizes, most))
+            for number, shard in enumerate(_runs(sizes, most), len(self.grown_from.shards) if self.grown_from else 0)
         ]
 
     def missing(self) -> list[PlannedShard]:
@@ -168,26 +174,22 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
-    """Read, tokenize, split and draw; every rank comes to the same plans.
-
-    Raises:
-        UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
-    """
-    folder = local_folder(export.teacher)
-    teacher, encoder = read_facts(folder, export.scorer), Encoder(folder)
-    if export.selection.top_k >= teacher.vocab_size:
-        raise UsageError(
-            f"selection.top_k: got {export.selection.top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens."
-        )
+def _facts(export: TeacherExport, folder: Path) -> TeacherFacts:
+    """Facts of the teacher, which must bear the export's settings."""
+    teacher, top_k = read_facts(folder, export.scorer), export.selection.top_k
+    if top_k >= teacher.vocab_size:
+        raise UsageError(f"selection.top_k: got {top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
     if teacher.max_positions is not None and export.row_length > teacher.max_positions:
         raise UsageError(f"row_length: got {export.row_length}; the teacher's context is {teacher.max_positions}.")
-    documents = _scored_documents(export.corpus, encoder)
-    sides = split_documents(documents, export.validation_share, export.seed)
+    return teacher
+
+
+def _settings(export: TeacherExport, folder: Path, teacher: TeacherFacts, encoder: Encoder) -> dict[str, Any]:
+    """All that decides what the caches hold, but for split and tokens."""
     settings = asdict(export)
     for name in ("corpus", "teacher", "train_tokens", "validation_tokens"):
         del settings[name]
-    shared = {
+    return {
         "corpus": export.corpus.identity(),
         "chat_template": encoder.template.fingerprint() if encoder.template else None,
         "teacher": {
@@ -198,9 +200,33 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
         **settings,
         "scorer": teacher.scorer,
     }
+
+
+def _sides(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
+    """Documents by split; of a growth those that are new, and one alone goes to training."""
+    if growth:
+        documents = [document for document in documents if document.name not in growth.documents]
+        if len(documents) < 2:
+            return {"train": documents, "validation": []}
+    return split_documents(documents, export.validation_share, export.seed)
+
+
+def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -> list[CachePlan]:
+    """Read, tokenize, split and draw; every rank comes to the same plans. A growth has new documents alone,
+    and no plan for a cache to which nothing is new.
+
+    Raises:
+        UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
+    """
+    folder = local_folder(export.teacher)
+    teacher, encoder = _facts(export, folder), Encoder(folder)
+    sides = _sides(export, _scored_documents(export.corpus, encoder), growth)
+    settings = _settings(export, folder, teacher, encoder)
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
         windows = choose_windows(list(windows_of(sides[split], export.row_length, export.overlap)), tokens, export.seed)
+        if growth and not windows:
+            continue
         if not windows:
             raise UsageError(
                 f"corpus {export.corpus.path}: the {split} split has no window of two tokens or more within "
@@ -212,35 +238,9 @@ def make_plans(export: TeacherExport, out: Path) -> list[CachePlan]:
                 f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {teacher.vocab_size - 1}. "
                 "Tokenizer and model do not belong together."
             )
-        plans.append(
-            CachePlan(out / split, export, teacher, windows, plain({**shared, "split": split, "tokens": tokens}))
+        plan, before = (
+            plain({**settings, "split": split, "tokens": tokens}),
+            growth.manifests[split] if growth else None,
         )
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before))
     return plans
-
-
-def claim(plan: CachePlan) -> bool:
-    """Write the plan beside the cache to be, or check that it is the same; True where the cache is complete.
-
-    Raises:
-        UsageError: the folder holds an export of another plan.
-    """
-    path = plan.folder / "plan.json"
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    for half_written in plan.folder.glob("*.partial"):
-        half_written.unlink()
-    if not path.exists():
-        write_json(path, plan.plan)
-    found = read_json(path, "the plan of an export")
-    differing = [name for name in sorted({*found, *plan.plan}) if found.get(name) != plan.plan.get(name)]
-    if differing:
-        name = differing[0]
-        raise UsageError(
-            f"{plan.folder}: holds an export with another {name} ({found.get(name)}; now {plan.plan.get(name)}). "
-            "Name another --out, or delete the folder."
-        )
-    if not (plan.folder / "manifest.json").exists():
-        return False
-    read_manifest(plan.folder)
-    if plan.missing():
-        (plan.folder / "manifest.json").unlink()
-    return not plan.missing()

@@ -10,10 +10,11 @@ import torch
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
+from data.export.claim import claim
 from data.export.corpus import Corpus, split_documents
 from data.export.documents import Document
 from data.export.encoding import Encoded, Encoder
-from data.export.plan import claim, make_plans
+from data.export.plan import make_plans
 from data.export.select import select
 from data.export.windows import choose_windows, windows_of
 from kd_core.errors import UsageError

@@ -1,0 +1,65 @@
+"""Whose a cache's folder is: the plan that is written beside it, or none yet; and whether it is complete."""
+
+from data.cache.manifest import read_manifest
+from data.export.growth import GROWING
+from data.export.plan import CachePlan
+from kd_core.errors import UsageError
+from kd_core.files import read_json, write_json
+
+# What may differ between the exports that a cache grew by: all else decides what its records are.
+MAY_GROW = ("corpus", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
+
+
+def claim(plan: CachePlan) -> bool:
+    """Write the plan beside the cache to be, or check that it is the same; True where the cache is complete.
+
+    Raises:
+        UsageError: the folder holds an export of another plan.
+    """
+    path = plan.folder / "plan.json"
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    for half_written in plan.folder.glob("*.partial"):
+        half_written.unlink()
+    if not path.exists():
+        write_json(path, plan.plan)
+    found = read_json(path, "the plan of an export")
+    differing = [name for name in sorted({*found, *plan.plan}) if found.get(name) != plan.plan.get(name)]
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"{plan.folder}: holds an export with another {name} ({found.get(name)}; now {plan.plan.get(name)}). "
+            "Name another --out, delete the folder, or add documents that are new to it with --extend."
+        )
+    if not (plan.folder / "manifest.json").exists():
+        return False
+    read_manifest(plan.folder)
+    if plan.missing():
+        (plan.folder / "manifest.json").unlink()
+    return not plan.missing()
+
+
+def claim_growth(plan: CachePlan) -> bool:
+    """Check that a cache can grow by a plan; True where it has already.
+
+    Raises:
+        UsageError: the export differs in what may not.
+    """
+    assert plan.grown_from
+    before, now = plan.grown_from.plans[-1], read_manifest(plan.folder)
+    for half_written in plan.folder.glob("*.partial"):
+        half_written.unlink()
+    for name in sorted({*before, *plan.plan} - set(MAY_GROW)):
+        if before.get(name) != plan.plan.get(name):
+            raise UsageError(
+                f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.plan.get(name)}). "
+                "A cache grows with the settings that it has; name another --out for others."
+            )
+    path = plan.folder / GROWING
+    if not path.exists():
+        write_json(path, plan.plan)
+    if read_json(path, "the plan of a growth") != plan.plan:
+        raise UsageError(
+            f"{plan.folder}: is growing already, by another corpus or other settings. Finish that export first, by its "
+            f"own command; or give it up: delete {path}, the shards that the manifest does not name, and growth.json."
+        )
+    return len(now.plans) > len(plan.grown_from.plans)
