@@ -20,6 +20,9 @@ from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.view import SparseView
 
 OBSERVED = ("student_entropy",)
+# What `observations.py` sums at every step; of the student only in a pass over the vocabulary.
+OF_TEACHER = ("teacher_mass", "teacher_entropy", "label_in_support")
+OF_STUDENT = ("student_mass", "top1_agreement", "topk_agreement", "acceptance")
 
 
 class CacheFacts(NamedTuple):
@@ -46,6 +49,11 @@ class Term(ABC):
     def needs_tail_mean(self) -> bool:
         """Whether `values` reads `student_tail_mean`, which costs a pass over the vocabulary."""
         return False
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """Whether `values` reads more of the student than its logits on the support, up to a number a position."""
+        return True
 
     @property
     def positions(self) -> KeepUncertain | None:
@@ -106,6 +114,12 @@ class Distillation(Term):
     def needs_tail_mean(self) -> bool:
         """True for `uniform_tail` alone."""
         return self.tail == "uniform_tail"
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """False for `renormalized`, but where positions are selected by the student's entropy."""
+        selects = self.keep is not None and self.keep.signal == "student_entropy"
+        return self.tail != "renormalized" or selects
 
     @property
     def positions(self) -> KeepUncertain | None:
@@ -207,8 +221,14 @@ class Objective:
         for name, term in self.terms.items():
             term.check_cache(f"loss.terms.{name}", cache)
 
+    @property
+    def needs_vocabulary(self) -> bool:
+        """Whether a pass needs logits of the whole vocabulary, or those of the teacher's entries alone."""
+        return bool(self.observe) or any(term.needs_vocabulary for term in self.terms.values())
+
     def sum_names(self) -> list[str]:
-        """Names of the sums that every pass over a batch returns."""
-        observed = ["loss", "teacher_mass", "student_mass", "top1_agreement", "topk_agreement"]
-        observed += ["teacher_entropy", "label_in_support", "acceptance", *self.observe]
+        """Names of the sums that every pass over a batch returns: without the vocabulary fewer."""
+        observed = ["loss", *OF_TEACHER]
+        if self.needs_vocabulary:
+            observed += [*OF_STUDENT, *self.observe]
         return observed + [f"{name}_loss" for name in self.terms]

@@ -14,23 +14,14 @@ logsumexp, never from 1 − Σ q, which rounding destroys where the support hold
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from kd_core.losses.job import Positions
 from kd_core.losses.view import SparseView
-from kd_core.types import TeacherTopK
 
 # Rows at a time where a pass over the vocabulary needs a second copy of them.
 BLOCK_ROWS = 32
-
-
-class Positions(NamedTuple):
-    """A chunk of n positions: the student's hidden states and its targets."""
-
-    hidden: Float[Tensor, "n D"]
-    teacher: TeacherTopK
-    labels: Int[Tensor, " n"]
-    mask: Bool[Tensor, " n"]
 
 
 class Reduced(NamedTuple):
