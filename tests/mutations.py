@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant("mixture by logaddexp alone", "divergences", "return torch.where(beyond, far, near)", "return far"),
     Mutant("adaptive shares differentiated", "divergences", "events.student_probs().detach()", "events.student_probs()"),
     Mutant("head and tail weights swapped", "divergences", "parameters.head_weight * within + parameters.tail_weight * between", "parameters.tail_weight * within + parameters.head_weight * between"),
-    Mutant("padding takes probability", "head", "V = len(weight) if head.vocab_size is None else head.vocab_size", "V = len(weight)"),
+    Mutant("padding takes probability", "head", "V = len(weight) if form.vocab_size is None else form.vocab_size", "V = len(weight)"),
     Mutant("soft cap without its slope", "vocabulary", "by_logits.mul_(slope)", "pass"),
     Mutant("scale not in the gradient", "matmuls", "by_logits.mul_(self.head.scale)", "pass"),
     Mutant("only the last chunk's gradient", "matmuls", "gradients.weight[:V].addmm_(by_logits.t(), hidden)", "gradients.weight[:V].addmm_(by_logits.t(), hidden, beta=0)"),
