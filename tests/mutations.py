@@ -61,13 +61,12 @@ MUTANTS = [
     Mutant("loss of selected positions not scaled", "selection", "scored / max(1, kept)", "1.0"),
     Mutant("the least uncertain kept", "selection", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
     Mutant("weights ignored", "job", "loss + weights[name] * value", "loss + value"),
-    Mutant("scale ignored in the gradient", "reduction", "torch.full_like(loss, scale)", "torch.ones_like(loss)"),
+    Mutant("scale ignored in the gradient", "reduction", "scaled = loss * scale", "scaled = 1 * loss"),
     Mutant("repeated ids counted again, support alone", "support", "return used & torch", "return used | torch"),
     Mutant("a term that needs more taken to the support", "objective", "return self.tail != \"renormalized\" or selects", "return self.tail != \"renormalized\""),
     Mutant("only the last chunk's rows", "support", "gradients.weight.index_add_(0, ids, by_rows.flatten(0, 1))", "gradients.weight.index_copy_(0, ids, by_rows.flatten(0, 1))"),
     Mutant("soft cap without its slope, support alone", "support", "by_logits = by_logits * slope", "pass"),
     Mutant("scale not in the gradient, support alone", "support", "by_logits = by_logits * self.head.scale", "pass"),
-    Mutant("scale ignored in the gradient, support alone", "support", "torch.full_like(loss, job.scale)", "torch.ones_like(loss)"),
     Mutant("top-1 from the support alone", "observations", "inside & (of_favourite >= best)", "of_favourite >= best"),
 ]  # fmt: skip
 

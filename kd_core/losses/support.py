@@ -17,6 +17,7 @@ from torch import Tensor
 from kd_core.losses.head import Head, HeadGradients
 from kd_core.losses.job import Job, Positions
 from kd_core.losses.observations import observe_teacher
+from kd_core.losses.reduction import Gradients
 from kd_core.losses.view import SparseView
 
 # Rows of the head that are gathered at a time: enough to keep the machine busy, few enough to stay in its cache.
@@ -37,7 +38,7 @@ def _view(logits: Tensor, chunk: Positions, size: int) -> SparseView:
     distinct = _distinct(teacher.ids, used)
     on_support = torch.where(distinct, logits, -torch.inf).logsumexp(dim=1, keepdim=True)
     within = torch.where(used, logits - on_support, -torch.inf)
-    unknown = torch.full_like(on_support.squeeze(1), torch.nan)
+    unknown = torch.full_like(on_support.squeeze(1), torch.nan).requires_grad_()
     return SparseView(
         teacher_log_probs=teacher.log_probs,
         teacher_tail=teacher.tail_log_prob,
@@ -103,7 +104,7 @@ def sums_over_support(job: Job, head: Head, gradients: HeadGradients | None) -> 
         sums |= observe_teacher(view, chunk.mask)
         totals = {name: total + sums[name].double() for name, total in totals.items()}
         if gradients is not None:
-            (by_logits,) = torch.autograd.grad(loss, view.student_log_probs, torch.full_like(loss, job.scale))
+            by_logits = Gradients.of(loss, job.scale, [view])[0].entries
             if slope is not None:
                 by_logits = by_logits * slope
             rows.add_gradients_(gradients, at, hidden, by_logits)

@@ -6,6 +6,7 @@ import torch.utils.checkpoint
 
 from kd_core.losses.combinations import ALLOWED
 from kd_core.losses.fused import fused_loss
+from kd_core.losses.matmuls import round_
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, leaves, make, plain, reference
 
@@ -62,6 +63,16 @@ def naive_bfloat16(case: Case) -> Result:
     assert hidden.grad is not None
     assert weight.grad is not None
     return Result(loss=loss.detach(), hidden=hidden.grad, weight=weight.grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 33), (64, 100)])
+def test_rounding_in_place_is_rounding(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(shape)
+    wanted = values.to(torch.bfloat16)
+    found = round_(values, torch.bfloat16)
+    assert torch.equal(found, wanted)
+    assert found.data_ptr() == values.data_ptr()
 
 
 @pytest.mark.parametrize("size", [(33, 257, 8, 64), (64, 1000, 16, 32)])
