@@ -75,7 +75,7 @@ class Distillation(Term):
 
     `temperature` is the teacher's, and the student's too unless `student_temperature` is given. The value
     (and so the gradient) is multiplied by both, τ² where they are one, so that the gradient keeps its size as τ
-    grows; `temperature_scaling="none"` leaves that out. The last six are parameters of single divergences.
+    grows; `temperature_scaling="none"` leaves that out. The last seven are parameters of single divergences.
     """
 
     divergence: str = "forward_kl"
@@ -88,6 +88,7 @@ class Distillation(Term):
     skew: float = Parameters().skew
     reverse_share: float = Parameters().reverse_share
     head_mass: float = Parameters().head_mass
+    head_size: int = Parameters().head_size
     head_weight: float = Parameters().head_weight
     tail_weight: float = Parameters().tail_weight
 

@@ -37,15 +37,16 @@ def _view(logits: Tensor, chunk: Positions, size: int) -> SparseView:
     teacher, used = chunk.teacher, chunk.teacher.log_probs > -torch.inf
     distinct = _distinct(teacher.ids, used)
     on_support = torch.where(distinct, logits, -torch.inf).logsumexp(dim=1, keepdim=True)
-    within = torch.where(used, logits - on_support, -torch.inf)
+    support = torch.where(used, logits, -torch.inf)
     unknown = torch.full_like(on_support.squeeze(1), torch.nan).requires_grad_()
     return SparseView(
         teacher_log_probs=teacher.log_probs,
         teacher_tail=teacher.tail_log_prob,
         tempered_tails=teacher.tempered_tails,
-        student_log_probs=within.clone().requires_grad_(),
-        student_within=within,
+        student_log_probs=(support - on_support).requires_grad_(),
+        student_logits=support,
         student_tail=unknown,
+        student_tail_logit=unknown.detach(),
         student_label=unknown,
         student_log_normaliser=unknown,
         student_tail_mean=unknown,

@@ -17,7 +17,7 @@ NUMBERS = {
     "skew_reverse_kl": {"skew": 0.2},
     "mixed_kl": {"reverse_share": 0.3},
     "adaptive_kl": {"head_mass": 0.6},
-    "decoupled_kl": {"head_weight": 0.5, "tail_weight": 3.0},
+    "decoupled_kl": {"head_size": 2, "head_weight": 0.5, "tail_weight": 3.0},
 }
 
 
