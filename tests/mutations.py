@@ -1,6 +1,6 @@
 """Do the tests of the losses notice? Breaks a copy of the code in one place after another and runs them.
 
-    make mutations            # a table; ends with 1 where a mutant survives; ten minutes of one core
+    make mutations            # a table; ends with 1 where a mutant survives; ten to twenty minutes of one core
 
 Each mutant is one replacement, of the first match in one file. Left out are the tests of what lies around the loss
 (`test_composition.py`), which take long and see nothing that the others do not.
