@@ -193,7 +193,7 @@ class CrossEntropy(Term):
 class Objective:
     """Σ weight · term. `chunk_tokens` positions at a time hold logits of the full vocabulary.
 
-    On a CPU 256 take a third less memory than 512, and 1 to 3% more time; a GPU wants more.
+    On a CPU 256 take a quarter less memory than 512, and 1 to 3% more time; a GPU wants more.
     `observe` names numbers that cost more passes over the vocabulary (`student_entropy`); evaluation asks for them.
     """
 
