@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow check format golden tensorboard clean
+.PHONY: quickstart test test-slow mutations check format golden tensorboard clean
 
 # The package in its own virtual environment; again only when its settings change.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ test: $(VENV)/.dev
 # With the real teacher and corpus (after `make quickstart`).
 test-slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600 $(ARGS)
+
+# Do the tests of the losses notice? Breaks the code in one place after another; ten minutes.
+mutations: $(VENV)/.dev
+	@$(BIN)/python -m tests.mutations
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -50,6 +50,7 @@ class DecoderScorer(NamedTuple):
             return rearrange(hidden, "B T D -> (B T) D"), weight
 
         hidden, weight = self.model(tokens, positions, document_ids, parts)
+        weight = weight[: self.model.arch.vocab_size]  # rows beyond the real vocabulary are padding
         buffer = torch.empty(min(len(hidden), CHUNK_TOKENS), len(weight), device=hidden.device, dtype=hidden.dtype)
         for chunk in hidden.split(CHUNK_TOKENS):
             yield torch.mm(chunk, weight.t(), out=buffer[: len(chunk)]).float()

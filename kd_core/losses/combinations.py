@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sampled": ("forward_kl", "cross_entropy"),
 }
 REASONS = {
-    "renormalized": "there is no tail left whose weight could be decoupled",
+    "renormalized": "most of the tail that it weighs apart is not there",
     "truncated": "it weighs events by the student, whose mass outside the entries this tail leaves out",
     "unnormalized": "it weighs events by the student, whose mass outside the entries this tail leaves out",
     "uniform_tail": "the guessed tail is known on average only, which forward KL alone can use",
@@ -33,7 +33,12 @@ USES = {
     "skew_reverse_kl": ("skew",),
     "mixed_kl": ("reverse_share",),
     "adaptive_kl": ("head_mass",),
-    "decoupled_kl": ("head_weight", "tail_weight"),
+    "decoupled_kl": ("head_size", "head_weight", "tail_weight"),
+}
+RANGES = {
+    "head_size": (1, float("inf"), "at least 1"),
+    "head_weight": (0, float("inf"), "at least 0"),
+    "tail_weight": (0, float("inf"), "at least 0"),
 }
 
 
@@ -71,9 +76,9 @@ def check_parameters(divergence: str, parameters: Parameters) -> None:
     """Refuse a parameter out of its range, or one that this divergence does not use."""
     default = Parameters()
     for name, value in parameters._asdict().items():
-        share = not name.endswith("weight")
-        if not (0 <= value <= 1 if share else value >= 0):
-            raise UsageError(f"loss: {name}: got {value}; wanted {'0 to 1' if share else 'at least 0'}.")
+        lowest, highest, wanted = RANGES.get(name, (0, 1, "0 to 1"))
+        if not lowest <= value <= highest:
+            raise UsageError(f"loss: {name}: got {value}; wanted {wanted}.")
         if value != getattr(default, name) and name not in USES.get(divergence, ()):
             users = [user for user, names in USES.items() if name in names]
             raise UsageError(f"loss: {name}={value}: {divergence!r} does not use it; {' and '.join(users)} does.")

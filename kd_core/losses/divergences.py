@@ -22,6 +22,7 @@ class Parameters(NamedTuple):
     skew: float = 0.1  # skew_kl, skew_reverse_kl
     reverse_share: float = 0.5  # mixed_kl
     head_mass: float = 0.5  # adaptive_kl
+    head_size: int = 10  # decoupled_kl
     head_weight: float = 1.0  # decoupled_kl
     tail_weight: float = 1.0  # decoupled_kl
 
@@ -97,9 +98,10 @@ def mixed_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
 def adaptive_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
     """g_head/(g_head + g_rest) KL(p‖q) + g_rest/(g_head + g_rest) KL(q‖p) (AKL, arXiv 2404.02657).
 
-    The head is the teacher's likeliest events up to a cumulated mass of `head_mass`, and always the first; g is
-    the sum of |p − q| over head and rest. The two shares are constants to the gradient, as in the paper. The
-    bucket of a tail counts as an event like the others.
+    The head is the teacher's likeliest events whose cumulated mass is at most `head_mass` (μ), and always the first;
+    g is the sum of |p − q| over head and rest. The two shares are constants to the gradient. Both as in the authors'
+    code (wutaiqiang/LLM_KD_AKL), which is 0/0 where p = q: there each gets a half. The bucket of a tail counts as
+    an event like the others.
     """
     p, q = events.teacher_probs(), events.student_probs().detach()
     ranked, order = p.sort(dim=1, descending=True, stable=True)
@@ -118,20 +120,20 @@ def total_variation(events: Events, _: Parameters) -> Float[Tensor, " n"]:
 
 
 def decoupled_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
-    """w_head · M KL(p/M ‖ q/A) + w_tail · (M log M/A + r log r/s): forward KL by the chain rule, in two weights.
+    """w_head · (Σ_head p log p/q + r log r/s) + w_tail · r KL(p/r ‖ q/s), r and s the masses outside the head.
 
-    After "Don't Ignore the Tail" (arXiv 2602.20816), as far as one number for the tail allows: that paper also
-    weighs the divergence inside the tail, which the tail bucket does not see. The last event is the bucket. With
-    both weights 1 it is forward KL.
+    "Don't Ignore the Tail" (arXiv 2602.20816, eq. 3) with the teacher's `head_size` likeliest entries as head; the
+    other entries and the bucket, one event, are its tail, so a head of all K entries leaves forward KL. That is
+    also what both weights at 1 give. The paper's w_tail is β over the sequence's mean r (β = 2, a head of 10): a
+    position knows no sequence here, so divide β by the mean over the cache.
     """
     assert events.student_relative is not None, "decoupled_kl is for the tail bucket alone"
-    p, used = events.teacher_probs(), events.used[:, :-1]
-    whole = p * events.log_ratio()
-    within_p, within_q = (log_softmax_over(side, used) for side in (events.teacher[:, :-1], events.student_relative))
-    within = (p[:, :-1] * (within_p - within_q)).sum(dim=1)
-    # Σ p log p/q over the head = M log M/A + within; the first two terms are what is left of the whole.
-    between = (whole[:, :-1] - p[:, :-1] * (within_p - within_q)).sum(dim=1) + whole[:, -1]
-    return parameters.head_weight * within + parameters.tail_weight * between
+    p = events.teacher_probs()
+    rank = p[:, :-1].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    in_tail = torch.nn.functional.pad(rank >= parameters.head_size, (0, 1), value=True) & events.used
+    tail_p, tail_q = (log_softmax_over(side, in_tail) for side in (events.teacher, events.student_relative))
+    within = p * (tail_p - tail_q)
+    return (parameters.head_weight * (p * events.log_ratio() - within) + parameters.tail_weight * within).sum(dim=1)
 
 
 DIVERGENCES: dict[str, Callable[[Events, Parameters], Tensor]] = {

@@ -1,33 +1,24 @@
-"""The objective fused with the output head: logits of all positions never exist at once.
+"""The objective fused with the output head: hidden states [N, D], head weight [V, D] and the sparse teacher go in,
+sums and gradients come out.
 
-Hidden states [N, D], head weight [V, D] and the sparse teacher go in; sums and gradients come out:
-
-    (uncertainty of all positions, where a term selects by it)
-    for a chunk of positions:
-        logits [n, V] into the one buffer                            head.py
-        sparse view, and the softmax over the tail in their place    reduction.py
-        the terms on [n, K], and their derivatives by autograd       objective.py, tails.py, divergences.py
-        dL/dlogits into the same buffer                              reduction.py
-        two matmuls: gradients by hidden states and by weight        head.py
-
-A term at a student temperature other than 1 costs one more buffer and softmax. Sums are float32 over a chunk and
+Two passes over chunks of positions share this signature: over the whole vocabulary (`vocabulary.py`), and, where no
+term of the objective needs it, over the teacher's K entries alone (`support.py`). Sums are float32 over a chunk and
 float64 over chunks; with float64 inputs everything is float64.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kd_core.losses.head import HeadGradients, LogitHead, Precision, Weights, matmul_in
+from kd_core.losses.head import Head, HeadGradients, LogitHead, Precision, matmul_in
+from kd_core.losses.job import Job, Positions
 from kd_core.losses.objective import Objective
-from kd_core.losses.observations import observe
-from kd_core.losses.reduction import Gradients, Positions, Reduced, reduce_, student_entropy, write_gradient_
-from kd_core.losses.selection import teacher_entropy
+from kd_core.losses.support import sums_over_support
+from kd_core.losses.vocabulary import sums_over_vocabulary
 from kd_core.types import TeacherTopK
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,117 +29,6 @@ class LossSums(NamedTuple):
 
     total: Float[Tensor, ""]
     sums: dict[str, Tensor]
-
-
-def _rows(data: Positions, rows: slice) -> Positions:
-    """A chunk; what is not scored is silenced in the hidden states too."""
-    teacher, mask = data.teacher, data.mask[rows]
-    hidden = torch.where(mask[:, None], data.hidden[rows], 0.0)
-    tempered = tuple((temperature, tail[rows]) for temperature, tail in teacher.tempered_tails)
-    entries = TeacherTopK(teacher.ids[rows], teacher.log_probs[rows], teacher.tail_log_prob[rows], tempered)
-    return Positions(hidden, entries, data.labels[rows], mask)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One call of the loss: its inputs and its buffers."""
-
-    data: Positions
-    head: Weights
-    objective: Objective
-    scale: float
-    buffers: dict[float, Tensor]
-
-    @classmethod
-    def make(cls, data: Positions, head: Weights, objective: Objective, scale: float) -> "_Job":
-        """Buffers for one chunk, one a temperature of the student."""
-        shape = (min(len(data.hidden), objective.chunk_tokens), len(head.weight))
-        terms = objective.terms.values()
-        temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
-        device, dtype = data.hidden.device, head.precision.keep
-        buffers = {at: torch.empty(shape, device=device, dtype=dtype) for at in temperatures}
-        return cls(data, head, objective, scale, buffers)
-
-    def slices(self) -> Iterator[slice]:
-        """Chunk by chunk."""
-        size = self.objective.chunk_tokens
-        return (slice(start, start + size) for start in range(0, len(self.data.hidden), size))
-
-    def reduce(self, chunk: Positions) -> tuple[dict[float, Reduced], Tensor | None]:
-        """Logits into the first buffer, and all buffers reduced; also the slope of a soft cap."""
-        n = len(chunk.hidden)
-        logits = self.buffers[1.0][:n]
-        slope = self.head.logits_(chunk.hidden, logits)
-        for temperature, buffer in self.buffers.items():
-            if temperature != 1:
-                torch.div(logits, temperature, out=buffer[:n])
-        means = {term.view_temperature for term in self.objective.terms.values() if term.needs_tail_mean}
-        reduced = {at: reduce_(buffer[:n], chunk, at in means) for at, buffer in self.buffers.items()}
-        return reduced, slope
-
-    def position_weights(self) -> dict[str, Tensor]:
-        """Factors of all positions for each term that selects."""
-        keeps = {name: term.positions for name, term in self.objective.terms.items() if term.positions}
-        signals = {keep.signal for keep in keeps.values()}
-        uncertainty: dict[str, Tensor] = {}
-        if "teacher_entropy" in signals:
-            uncertainty["teacher_entropy"] = teacher_entropy(self.data.teacher)
-        if "student_entropy" in signals:
-            entropies = [self.buffers[1.0].new_empty(0)]
-            for rows in self.slices():
-                chunk = _rows(self.data, rows)
-                view = self.reduce(chunk)[0][1.0].view
-                entropies.append(student_entropy(self.buffers[1.0][: len(chunk.hidden)], view))
-            uncertainty["student_entropy"] = torch.cat(entropies)
-        return {name: keep.weights(uncertainty[keep.signal], self.data.mask) for name, keep in keeps.items()}
-
-    def losses(
-        self, reduced: dict[float, Reduced], mask: Tensor, factors: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of a chunk (differentiable) and its sums."""
-        loss, sums, weights = torch.zeros((), device=mask.device), {}, self.objective.weights()
-        for name, term in self.objective.terms.items():
-            each = term.values(reduced[term.view_temperature].view)
-            if name in factors:
-                each = each * factors[name]
-            value = torch.where(mask, each, 0.0).sum()
-            sums[f"{name}_loss"] = value.detach()
-            loss = loss + weights[name] * value
-        return loss, {"loss": loss.detach(), **sums}
-
-    def write_gradient(self, chunk: Positions, reduced: dict[float, Reduced], loss: Tensor) -> Tensor:
-        """dL/dlogits of a chunk, in the first buffer."""
-        views = [each.view for each in reduced.values()]
-        n = len(chunk.hidden)
-        for (temperature, buffer), view, by_view in zip(
-            self.buffers.items(), views, Gradients.of(loss, self.scale, views), strict=True
-        ):
-            write_gradient_(buffer[:n], chunk, view, by_view)
-            if temperature != 1:
-                self.buffers[1.0][:n].add_(buffer[:n], alpha=1 / temperature)
-        return self.buffers[1.0][:n]
-
-    def run(self, gradients: HeadGradients | None) -> dict[str, Tensor]:
-        """The sums; fills the gradients where they are wanted."""
-        totals = dict.fromkeys(self.objective.sum_names(), torch.zeros((), dtype=torch.float64))
-        factors = self.position_weights()
-        for rows in self.slices():
-            chunk = _rows(self.data, rows)
-            reduced, slope = self.reduce(chunk)
-            with torch.enable_grad():
-                loss, sums = self.losses(reduced, chunk.mask, {name: each[rows] for name, each in factors.items()})
-            sums |= observe(reduced[1.0], chunk.mask)
-            if "student_entropy" in self.objective.observe:
-                entropy = student_entropy(self.buffers[1.0][: len(chunk.hidden)], reduced[1.0].view)
-                sums["student_entropy"] = torch.where(chunk.mask, entropy, 0.0).sum()
-            totals = {name: total + sums[name].double() for name, total in totals.items()}
-            if gradients is None:
-                continue
-            by_logits = self.write_gradient(chunk, reduced, loss)
-            if slope is not None:
-                by_logits.mul_(slope)
-            gradients.add_(rows, chunk.hidden, by_logits, self.head)
-        return totals
 
 
 def _outside_compiled_graphs(function: F) -> F:
@@ -194,9 +74,10 @@ class _FusedHead(torch.autograd.Function):
         if call.with_grad and any(ctx.needs_input_grad[:3]):
             gradients = HeadGradients.zeros(hidden, weight, bias, precision.keep)
         with torch.autocast(device.type, enabled=False), matmul_in(precision, device):
-            head = Weights.of(weight, bias, call.head, precision)
-            data = Positions(hidden, call.teacher, call.labels, call.mask)
-            sums |= _Job.make(data, head, call.objective, call.scale).run(gradients)
+            head = Head.of(weight, bias, call.head, precision)
+            job = Job(Positions(hidden, call.teacher, call.labels, call.mask), call.objective, call.scale)
+            over = sums_over_vocabulary if call.objective.needs_vocabulary else sums_over_support
+            sums |= over(job, head, gradients)
         ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return (sums["loss"] * call.scale).to(device=device, dtype=precision.keep)
 

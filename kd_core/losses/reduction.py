@@ -14,23 +14,14 @@ logsumexp, never from 1 − Σ q, which rounding destroys where the support hold
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from kd_core.losses.job import Positions
 from kd_core.losses.view import SparseView
-from kd_core.types import TeacherTopK
 
 # Rows at a time where a pass over the vocabulary needs a second copy of them.
 BLOCK_ROWS = 32
-
-
-class Positions(NamedTuple):
-    """A chunk of n positions: the student's hidden states and its targets."""
-
-    hidden: Float[Tensor, "n D"]
-    teacher: TeacherTopK
-    labels: Int[Tensor, " n"]
-    mask: Bool[Tensor, " n"]
 
 
 class Reduced(NamedTuple):
@@ -53,8 +44,9 @@ class Gradients(NamedTuple):
     def of(cls, loss: Tensor, scale: float, views: list[SparseView]) -> "list[Gradients]":
         """By each of the views."""
         leaves = [leaf for view in views for leaf in view.student_leaves()]
-        start = torch.full_like(loss, scale)
-        found = torch.autograd.grad(loss, leaves, start, allow_unused=True, materialize_grads=True)
+        with torch.enable_grad():  # a gradient to start from would have torch import sympy: 40 MiB
+            scaled = loss * scale
+        found = torch.autograd.grad(scaled, leaves, allow_unused=True, materialize_grads=True)
         return [cls(*found[at : at + 5]) for at in range(0, len(found), 5)]
 
 
@@ -102,8 +94,9 @@ def reduce_(logits: Tensor, chunk: Positions, needs_tail_mean: bool) -> Reduced:
         teacher_tail=teacher.tail_log_prob,
         tempered_tails=teacher.tempered_tails,
         student_log_probs=(support - normaliser[:, None]).requires_grad_(),
-        student_within=support - on_support[:, None],
+        student_logits=support,
         student_tail=(tail - normaliser).requires_grad_(),
+        student_tail_logit=tail,
         student_label=(label - normaliser).requires_grad_(),
         student_log_normaliser=normaliser.requires_grad_(),
         student_tail_mean=torch.where(exists & needs_tail_mean, mean - normaliser.detach(), 0.0).requires_grad_(),

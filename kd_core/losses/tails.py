@@ -47,7 +47,7 @@ def tail_bucket(view: SparseView, at: Temperatures) -> Events:
         torch.cat([entries, tail[:, None]], dim=1),
         torch.cat([view.student_log_probs, view.student_tail[:, None]], dim=1),
         torch.cat([view.used(), exists], dim=1),
-        view.student_relative(),
+        torch.cat([view.student_relative(), view.tail_relative()[:, None]], dim=1),
     )
 
 

@@ -7,6 +7,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def _as_differentiated(log_probs: Tensor, values: Tensor, used: Tensor) -> Tensor:
+    """The values, with the gradient of log-probabilities; 0 where they are not used."""
+    return torch.where(used, log_probs - log_probs.detach(), 0.0) + torch.where(used, values, 0.0)
+
+
 class SparseView(NamedTuple):
     """Teacher and student at n positions, in nats. A loss is differentiated by the five student fields.
 
@@ -22,10 +27,12 @@ class SparseView(NamedTuple):
     """As in `TeacherTopK`."""
     student_log_probs: Float[Tensor, "n K"]
     """log q of each entry; −inf where it is not used."""
-    student_within: Float[Tensor, "n K"]
-    """log of q renormalised on the support, without a gradient: exact also where log q itself is −1e4."""
+    student_logits: Float[Tensor, "n K"]
+    """Logit / τ of each entry, without a gradient: exact also where log q is −1e4; −inf where it is not used."""
     student_tail: Float[Tensor, " n"]
     """log of the student's mass on the tail; −inf where the support is the whole vocabulary."""
+    student_tail_logit: Float[Tensor, " n"]
+    """logsumexp of the tail's logits / τ, without a gradient; −inf where there are none."""
     student_label: Float[Tensor, " n"]
     """log q of the label."""
     student_log_normaliser: Float[Tensor, " n"]
@@ -45,9 +52,11 @@ class SparseView(NamedTuple):
 
     def student_relative(self) -> Float[Tensor, "n K"]:
         """log q up to a number of each row, at full precision, for what renormalises it; gradient as log q has it."""
-        return torch.where(self.used(), self.student_log_probs - self.student_log_probs.detach(), 0.0) + torch.where(
-            self.used(), self.student_within, 0.0
-        )
+        return _as_differentiated(self.student_log_probs, self.student_logits, self.used())
+
+    def tail_relative(self) -> Float[Tensor, " n"]:
+        """The same of the tail, up to the same number."""
+        return _as_differentiated(self.student_tail, self.student_tail_logit, self.tail_size > 0)
 
     def student_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What a loss is differentiated by, in the order of `Gradients`."""
@@ -66,8 +75,8 @@ class Events(NamedTuple):
     teacher: Float[Tensor, "n E"]
     student: Float[Tensor, "n E"]
     used: Bool[Tensor, "n E"]
-    student_relative: Float[Tensor, "n K"] | None = None
-    """As in `SparseView`, where the first K events are the entries as they are."""
+    student_relative: Float[Tensor, "n E"] | None = None
+    """As in `SparseView`, where the events are the entries as they are and the tail."""
 
     def teacher_probs(self) -> Float[Tensor, "n E"]:
         """P of each event; 0 where it is not used."""

@@ -1,4 +1,4 @@
-"""A Llama-family decoder: grouped-query attention, RoPE, RMSNorm, SwiGLU, tied or untied embeddings.
+"""A Llama-family decoder: grouped-query attention, RoPE, RMSNorm, SwiGLU, tied or untied embeddings, Granite's scales.
 
 Parameter names are those of Hugging Face's Llama without the leading `model.`, so that weights need no map.
 Built on the meta device, then materialised and loaded (`weights.py`).
@@ -20,7 +20,11 @@ Segment = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that fix a decoder's shape and arithmetic."""
+    """The numbers that fix a decoder's shape and arithmetic.
+
+    `padded_vocab_size` is how many rows embedding and head have, where that is more than the real vocabulary: the
+    others are no tokens. The scales are Granite's; `attention_scale` is 1/√head_dim where it is None.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -33,6 +37,16 @@ class Architecture:
     norm_eps: float
     tie_embeddings: bool
     max_positions: int
+    padded_vocab_size: int | None = None
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head."""
+        return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
 
 
 class RMSNorm(nn.Module):
@@ -75,15 +89,23 @@ def document_segments(document_ids: Int[Tensor, "B T"]) -> list[Segment] | None:
     return [(row, start, end) for (row, start), end in zip(begins, ends, strict=True)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment] | None) -> Float[Tensor, "B H T d"]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: list[Segment] | None, scale: float | None = None
+) -> Float[Tensor, "B H T d"]:
     """Causal attention inside each document; no T x T mask is made, and no position sees a neighbour document."""
     if segments is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     rows: list[list[Tensor]] = [[] for _ in range(len(q))]
     for row, start, end in segments:
         of_q, of_k, of_v = (x[row : row + 1, :, start:end] for x in (q, k, v))
-        rows[row].append(F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True, enable_gqa=True))
+        found = F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True, scale=scale, enable_gqa=True)
+        rows[row].append(found)
     return torch.cat([torch.cat(row, dim=2) for row in rows])
+
+
+def scaled(x: Tensor, by: float) -> Tensor:
+    """The product, without a pass over `x` where nothing changes."""
+    return x if by == 1 else x * by
 
 
 class Attention(nn.Module):
@@ -91,7 +113,7 @@ class Attention(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.head_dim = arch.head_dim
+        self.head_dim, self.scale = arch.head_dim, arch.attention_scale
         width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         self.q_proj = nn.Linear(arch.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=False)
@@ -104,7 +126,7 @@ class Attention(nn.Module):
             rearrange(proj(x), "B T (H d) -> B H T d", d=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, self.scale)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))
 
 
@@ -131,11 +153,12 @@ class Block(nn.Module):
         self.self_attn = Attention(arch)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp = SwiGLU(arch)
+        self.residual_scale = arch.residual_scale
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + scaled(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
+        return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 
 
 class Decoder(nn.Module):
@@ -144,10 +167,10 @@ class Decoder(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embed_tokens = nn.Embedding(arch.vocab_rows, arch.hidden_size)
         self.layers = nn.ModuleList(Block(arch) for _ in range(arch.num_layers))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_rows, bias=False)
         self.tie()
 
     def tie(self) -> None:
@@ -168,18 +191,20 @@ class Decoder(nn.Module):
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
-        """Logits [B, T, V], or `head(hidden [B, T, D], weight [V, D])`.
+        """Logits [B, T, V], or `head(hidden [B, T, D], weight)`: logits are their product, of the first V rows.
+
+        A scale of the logits is on the hidden states already, so that whoever multiplies gets it.
 
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
         inside the root module's forward.
         """
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta)
         segments = document_segments(document_ids)
-        x = self.embed_tokens(tokens)
+        x = scaled(self.embed_tokens(tokens), self.arch.embedding_scale)
         for block in self.layers:
             x = block(x, cos, sin, segments)
-        hidden = self.norm(x)
-        return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
+        hidden = scaled(self.norm(x), self.arch.logit_scale)
+        return self.lm_head(hidden)[..., : self.arch.vocab_size] if head is None else head(hidden, self.lm_head.weight)
 
 
 def parameter_count(arch: Architecture) -> int:

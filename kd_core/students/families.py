@@ -7,7 +7,7 @@ from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.students.decoder import Architecture
 
-FAMILIES = {"llama": "LlamaForCausalLM"}
+FAMILIES = {"llama": "LlamaForCausalLM", "granite": "GraniteForCausalLM"}
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
@@ -19,6 +19,31 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if config.get(name, value) != value:
             raise UsageError(f"{path}: {name} is {config[name]!r}; only {value!r} is supported.")
+
+
+def _scales(config: dict[str, Any]) -> dict[str, Any]:
+    """What a Granite multiplies by; it divides its logits."""
+    if config["model_type"] != "granite":
+        return {}
+    return {
+        "embedding_scale": float(config.get("embedding_multiplier", 1.0)),
+        "attention_scale": float(config.get("attention_multiplier", 1.0)),
+        "residual_scale": float(config.get("residual_multiplier", 1.0)),
+        "logit_scale": 1.0 / float(config.get("logits_scaling", 1.0)),
+    }
+
+
+def _multipliers(arch: Architecture) -> dict[str, Any]:
+    """The family that has what an architecture multiplies by, and its fields for them."""
+    found = {
+        "embedding_multiplier": arch.embedding_scale,
+        "residual_multiplier": arch.residual_scale,
+        "logits_scaling": 1.0 / arch.logit_scale,
+    }
+    if arch.attention_scale is None and set(found.values()) == {1.0}:
+        return {"architectures": [FAMILIES["llama"]], "model_type": "llama"}
+    scale = arch.head_dim**-0.5 if arch.attention_scale is None else arch.attention_scale
+    return {"architectures": [FAMILIES["granite"]], "model_type": "granite", "attention_multiplier": scale, **found}
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -47,6 +72,7 @@ def read_architecture(folder: Path) -> Architecture:
             norm_eps=float(config["rms_norm_eps"]),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_positions=int(config["max_position_embeddings"]),
+            **_scales(config),
         )
     except KeyError as error:
         raise UsageError(f"{path}: field {error} is missing.") from None
@@ -55,9 +81,8 @@ def read_architecture(folder: Path) -> Architecture:
 def config_of(arch: Architecture, bos: int | None, eos: int | None) -> dict[str, Any]:
     """The `config.json` of an architecture, as transformers reads it."""
     return {
-        "architectures": [FAMILIES["llama"]],
-        "model_type": "llama",
-        "vocab_size": arch.vocab_size,
+        **_multipliers(arch),
+        "vocab_size": arch.vocab_rows,
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.intermediate_size,
         "num_hidden_layers": arch.num_layers,

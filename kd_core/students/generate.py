@@ -11,7 +11,7 @@ def continue_greedily(model: Decoder, prompt: list[int], tokens: int) -> list[in
     """The `tokens` likeliest next tokens, one after the other."""
 
     def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-        return hidden[:, -1] @ weight.t()
+        return hidden[:, -1] @ weight[: model.arch.vocab_size].t()
 
     ids = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     for _ in range(tokens):

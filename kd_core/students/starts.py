@@ -33,10 +33,14 @@ class Start(Protocol):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order."""
+    """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
+
+    `vocab_size` is the real vocabulary, where the folder's weights are padded beyond it (its config does not say).
+    """
 
     folder: str
     keep_layers: tuple[int, ...] | None = None
+    vocab_size: int | None = None
 
     def _kept(self, stored: Architecture) -> tuple[int, ...]:
         kept = tuple(range(stored.num_layers)) if self.keep_layers is None else self.keep_layers
@@ -50,7 +54,14 @@ class Pretrained:
     def architecture(self) -> Architecture:
         """The folder's architecture with as many layers as are kept."""
         stored = read_architecture(Path(self.folder))
-        return replace(stored, num_layers=len(self._kept(stored)))
+        arch = replace(stored, num_layers=len(self._kept(stored)))
+        if self.vocab_size is None:
+            return arch
+        if not 0 < self.vocab_size <= stored.vocab_size:
+            raise UsageError(
+                f"student.vocab_size: got {self.vocab_size}; wanted 1 to the {stored.vocab_size} rows of {self.folder}."
+            )
+        return replace(arch, vocab_size=self.vocab_size, padded_vocab_size=stored.vocab_size)
 
     def build(self, device: torch.device, seed: int) -> Decoder:
         """Load the kept layers; `seed` is not used, for nothing is random."""

@@ -21,9 +21,16 @@ STANDARD = {
 }
 
 
+def _measured(objective: Objective) -> Objective:
+    """With the standard terms, whose cross-entropy also makes every pass one over the whole vocabulary."""
+    return replace(objective, terms={**objective.terms, **STANDARD}, observe=("student_entropy",))
+
+
 def metric_names(objective: Objective) -> set[str]:
     """Names of what `evaluate` returns."""
-    return {f"val/{name}" for name in (*objective.sum_names(), *STANDARD, "student_entropy", "teacher_nll", "tokens")}
+    standard = {f"{name}_loss" for name in STANDARD}
+    sums = (name for name in _measured(objective).sum_names() if name not in standard)
+    return {f"val/{name}" for name in (*sums, *STANDARD, "teacher_nll", "tokens")}
 
 
 @torch.no_grad()
@@ -31,7 +38,7 @@ def evaluate(
     model: Decoder, batches: Iterable[Batch], objective: Objective, parallel: Parallel, world: World
 ) -> dict[str, float]:
     """Means per scored token under `val/`: the objective's terms, `nll`, `kl`, `teacher_nll`, masses, agreement."""
-    measured = replace(objective, terms={**objective.terms, **STANDARD}, observe=("student_entropy",))
+    measured = _measured(objective)
     losses: list[LossSums] = []
     own = {"tokens": 0.0, "teacher_nll": 0.0}
     for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=not world.is_first):

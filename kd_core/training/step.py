@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kd_core.errors import NonFiniteError
 from kd_core.losses.fused import LossSums, fused_loss
+from kd_core.losses.head import LogitHead
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
@@ -28,10 +29,12 @@ class StepSums:
 def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
     """The objective over one batch, through the model's own forward."""
 
+    real = LogitHead(vocab_size=model.arch.vocab_size)
+
     def head(hidden: Tensor, weight: Tensor) -> LossSums:
         flat = rearrange(hidden, "B T D -> (B T) D")
         labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
-        return fused_loss(flat, weight, batch.teacher(), labels, mask, objective, scale)
+        return fused_loss(flat, weight, batch.teacher(), labels, mask, objective, scale, real)
 
     return model(batch.tokens, batch.position_ids, batch.document_ids, head)
 

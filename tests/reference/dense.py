@@ -112,16 +112,18 @@ def adaptive(p: Tensor, q: Tensor, head_mass: float = 0.5) -> Tensor:
     return share * kl(p, q) + (1 - share) * kl(q, p)
 
 
-def decoupled(p: Tensor, q: Tensor, bucket: bool, head_weight: float, tail_weight: float) -> Tensor:
-    """The bucket is the last event, where there is one; then head and the choice between head and bucket."""
-    heads = len(p) - 1 if bucket else len(p)
-    between = kl(p[heads:], q[heads:])
-    within = torch.zeros((), dtype=torch.float64)
-    if heads:
-        mass_p, mass_q = p[:heads].logsumexp(0), q[:heads].logsumexp(0)
-        within = mass_p.exp() * kl(p[:heads] - mass_p, q[:heads] - mass_q)
-        between = between + mass_p.exp() * (mass_p - mass_q)
-    return head_weight * within + tail_weight * between
+def decoupled(p: Tensor, q: Tensor, bucket: bool, head_size: int, head_weight: float, tail_weight: float) -> Tensor:
+    """The bucket is the last event, where there is one, and never in the head: head and rest as one, then the rest."""
+    entries = len(p) - 1 if bucket else len(p)
+    head = sorted(range(entries), key=lambda event: -float(p[event]))[:head_size]
+    rest = [event for event in range(len(p)) if event not in head]
+    first = kl(p[head], q[head])
+    if not rest:
+        return head_weight * first
+    mass_p, mass_q = p[rest].logsumexp(0), q[rest].logsumexp(0)
+    first = first + mass_p.exp() * (mass_p - mass_q)
+    second = mass_p.exp() * kl(p[rest] - mass_p, q[rest] - mass_q)
+    return head_weight * first + tail_weight * second
 
 
 def divergence(name: str, p: Tensor, q: Tensor, **numbers: float) -> Tensor:
@@ -149,7 +151,7 @@ def position_loss(position: Position, name: str, tail: str, **numbers: float) ->
     q = torch.stack([log_q for _, log_q in events])
     if name == "decoupled_kl":
         weights = numbers.get("head_weight", 1.0), numbers.get("tail_weight", 1.0)
-        return decoupled(p, q, bool(outside(position)), *weights)
+        return decoupled(p, q, bool(outside(position)), int(numbers.get("head_size", 10)), *weights)
     return divergence(name, p, q, **numbers)
 
 

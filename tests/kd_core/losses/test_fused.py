@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.utils.checkpoint
 
 from kd_core.losses.combinations import ALLOWED
 from kd_core.losses.fused import fused_loss
+from kd_core.losses.matmuls import round_
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, leaves, make, plain, reference
+from tests.kd_core.losses.cases import CASES, Result, error, fused, leaves, make, reference
 
 PAIRS = [(divergence, tail) for tail, divergences in ALLOWED.items() for divergence in divergences]
 NUMBERS = {
@@ -16,7 +16,7 @@ NUMBERS = {
     "skew_reverse_kl": {"skew": 0.2},
     "mixed_kl": {"reverse_share": 0.3},
     "adaptive_kl": {"head_mass": 0.6},
-    "decoupled_kl": {"head_weight": 0.5, "tail_weight": 3.0},
+    "decoupled_kl": {"head_size": 2, "head_weight": 0.5, "tail_weight": 3.0},
 }
 
 
@@ -50,42 +50,14 @@ def test_cross_entropy_equals_torch(name: str) -> None:
     assert error(found, wanted) < 1e-10
 
 
-def naive_bfloat16(case: Case) -> Result:
-    """Forward KL with the tail bucket as users write it: logits in bfloat16, the rest in float32."""
-    hidden, weight = leaves(case)
-    log_q = (hidden @ weight.T).float().log_softmax(dim=1)
-    on_support = log_q.gather(1, case.teacher.ids)
-    tail = torch.log1p(-on_support.exp().sum(dim=1)).nan_to_num(neginf=-30.0)
-    p = torch.cat([case.teacher.log_probs, case.teacher.tail_log_prob[:, None]], dim=1)
-    loss = (p.exp() * (p - torch.cat([on_support, tail[:, None]], dim=1))).sum()
-    loss.backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return Result(loss=loss.detach(), hidden=hidden.grad, weight=weight.grad)
-
-
-@pytest.mark.parametrize("size", [(33, 257, 8, 64), (64, 1000, 16, 32)])
-def test_bfloat16_is_no_worse_than_the_naive_dense_code(size: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (17, 33), (64, 100)])
+def test_rounding_in_place_is_rounding(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    case = plain(*size)
-    case = Case(case.hidden, case.weight / 4, case.teacher, case.labels, torch.ones(size[0]).bool())
-    case = case.to(torch.bfloat16)
-    term = Distillation()
-    truth = reference(case, term)
-    found, _ = fused(case, term, chunk_tokens=16)
-    naive = naive_bfloat16(case)
-    for name, value in truth.items():
-        ours, theirs = ((each[name].double() - value).norm() for each in (found, naive))
-        assert ours <= 1.05 * theirs + 1e-4 * value.norm()
-
-
-def test_autocast_multiplies_in_bfloat16_and_keeps_float32() -> None:
-    case = make("odd sizes").to(torch.float32)
-    exact, _ = fused(case, Distillation())
-    with torch.autocast("cpu", torch.bfloat16):
-        found, _ = fused(case, Distillation())
-    assert found["weight"].dtype == torch.float32
-    assert error(found, exact) < 0.03
+    values = torch.randn(shape)
+    wanted = values.to(torch.bfloat16)
+    found = round_(values, torch.bfloat16)
+    assert torch.equal(found, wanted)
+    assert found.data_ptr() == values.data_ptr()
 
 
 def test_terms_add_up_by_their_weights() -> None:
@@ -122,26 +94,3 @@ def test_the_scale_is_on_total_and_gradient_but_not_on_the_sums() -> None:
     scaled = Result(loss=3 * found.total.detach(), hidden=hidden.grad, weight=weight.grad)
     assert error(scaled, Result({name: 3 * 0.125 * value for name, value in whole.items()})) < 1e-14
     assert found.sums == sums.sums
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # read by torch.compile itself
-def test_it_composes_with_activation_checkpointing_and_with_a_compiled_caller() -> None:
-    """`torch.compile` leaves a clean graph break around the loss; recomputed activations change nothing."""
-    case, objective = make("odd sizes").to(torch.float32), Objective({"kd": Distillation()}, chunk_tokens=3)
-
-    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return fused_loss(2 * hidden, weight, case.teacher, case.labels, case.mask, objective).total * 3
-
-    def checkpointed(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
-
-    results = []
-    for run in (loss, checkpointed, torch.compile(loss, backend="eager")):
-        hidden, weight = leaves(case)
-        total = run(hidden, weight)
-        total.backward()
-        assert hidden.grad is not None
-        assert weight.grad is not None
-        results.append(Result(loss=total.detach(), hidden=hidden.grad, weight=weight.grad))
-    assert error(results[1], results[0]) == 0
-    assert error(results[2], results[0]) == 0

@@ -37,3 +37,9 @@ def test_a_row_of_the_table(divergence: str, tail: str, nats: str) -> None:
 def test_the_gradient_by_hand() -> None:
     found, _ = fused(four_tokens(), Distillation())
     assert found["hidden"][0].tolist() == pytest.approx([-0.25, 0.0, 0.1875, 0.0625], abs=1e-12)
+
+
+def test_the_two_parts_of_the_decoupled_form_by_hand() -> None:
+    for weights, nats in (({"tail_weight": 0.0}, 0.1438), ({"head_weight": 0.0}, 0.0294), ({}, 0.1733)):
+        found, _ = fused(four_tokens(), Distillation(divergence="decoupled_kl", head_size=1, **weights))
+        assert float(found["loss"]) == pytest.approx(nats, abs=5.1e-5)

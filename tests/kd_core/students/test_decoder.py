@@ -1,5 +1,6 @@
 """Our decoder against transformers, on random weights; the real teacher is in tests/test_real_teacher.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 import transformers
 
 from kd_core.errors import UsageError
+from kd_core.files import write_json
 from kd_core.students.decoder import document_segments
+from kd_core.students.families import config_of
+from kd_core.students.generate import continue_greedily
 from kd_core.students.starts import Pretrained, Random
 from kd_core.students.weights import save_pretrained
 from tests.tiny import Tiny, make_teacher
@@ -29,6 +33,40 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, tied: bool) -> None:
     tokens, positions, documents = _rows(ours.arch.vocab_size)
     with torch.no_grad():
         assert (ours(tokens, positions, documents) - theirs(tokens).logits).abs().max() < TOLERANCE
+
+
+def test_granite_multiplies_and_divides_as_transformers_does(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "teacher", ["some text to train a tokenizer on"] * 20)
+    llama = Pretrained(str(folder)).build(torch.device("cpu"), seed=0)
+    arch = replace(llama.arch, embedding_scale=6.0, attention_scale=0.2, residual_scale=0.22, logit_scale=1 / 8)
+    write_json(folder / "config.json", config_of(arch, 0, 0))
+    ours = Pretrained(str(folder)).build(torch.device("cpu"), seed=0)
+    assert ours.arch == arch
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "GraniteForCausalLM"
+    tokens, positions, documents = _rows(arch.vocab_size)
+    with torch.no_grad():
+        found = ours(tokens, positions, documents)
+        assert (found - theirs(tokens).logits).abs().max() < TOLERANCE
+        # What scores a teacher multiplies itself.
+        assert torch.equal(ours(tokens, positions, documents, lambda hidden, weight: hidden @ weight.t()), found)
+        assert (found - llama(tokens, positions, documents)).abs().max() > 0.1
+
+
+def test_rows_beyond_the_real_vocabulary_are_no_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    """They are kept in the weights, and enter neither logits nor a continuation."""
+    rows = Pretrained(str(tiny.teacher)).architecture().vocab_size
+    start = Pretrained(str(tiny.teacher), vocab_size=rows - 3)
+    padded, whole = (each.build(torch.device("cpu"), seed=0) for each in (start, Pretrained(str(tiny.teacher))))
+    tokens, positions, documents = _rows(rows - 3)
+    with torch.no_grad():
+        assert torch.equal(padded(tokens, positions, documents), whole(tokens, positions, documents)[..., : rows - 3])
+        padded.lm_head.weight[rows - 3 :] = 100 * padded.norm.weight
+    assert max(continue_greedily(padded, [1, 2, 3], 4)) < rows - 3
+    save_pretrained(padded, tmp_path / "export", tiny.teacher)
+    assert Pretrained(str(tmp_path / "export"), vocab_size=rows - 3).architecture() == padded.arch
+    with pytest.raises(UsageError, match=r"student\.vocab_size"):
+        Pretrained(str(tiny.teacher), vocab_size=rows + 1).architecture()
 
 
 def test_an_exported_folder_gives_transformers_the_same_student_and_tokenizer(tiny: Tiny, tmp_path: Path) -> None:

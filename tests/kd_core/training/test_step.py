@@ -16,7 +16,7 @@ from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
 from kd_core.students.starts import Pretrained
 from kd_core.training.evaluation import evaluate
-from kd_core.training.step import train_step
+from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
 from tests.tiny import ROW_LENGTH, Tiny
 
@@ -96,6 +96,25 @@ def test_micro_batches_packing_and_padding_do_not_change_the_gradient(tiny: Tiny
         other_loss, other = _gradient(tiny, batches)
         assert other_loss == pytest.approx(loss, rel=1e-6), name
         assert (other - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_rows_beyond_the_real_vocabulary_neither_count_nor_learn(tiny: Tiny) -> None:
+    """A student whose head has rows that are no tokens has the loss and gradient of one without them."""
+    batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)[:4]])
+    small = _model(tiny)
+    arch = replace(small.arch, padded_vocab_size=small.arch.vocab_size + 5)
+    padded = Decoder(arch)
+    state = small.state_dict()
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, 5), value=9.0)
+    padded.load_state_dict(state)
+    found = []
+    for model in (small, padded):
+        loss = batch_loss(model, batch, OBJECTIVE, 1.0)
+        loss.total.backward()
+        found.append((float(loss.total.detach()), model.lm_head.weight.grad))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[1][1], torch.nn.functional.pad(found[0][1], (0, 0, 0, 5)))
 
 
 def test_a_non_finite_loss_moves_nothing(tiny: Tiny) -> None:
