@@ -9,14 +9,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from data.cache.alignment import check_alignment
-from data.cache.manifest import Manifest, read_manifest
+from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.stream.collate import Collate
+from data.stream.location import Location
 from data.stream.order import Row, epoch_rows
-from data.stream.shards import ShardReader
+from data.stream.shards import ShardReader, manifest_at
 from kd_core.errors import UsageError
 from kd_core.types import Batch
 
@@ -25,10 +25,10 @@ ALIGNMENT_RECORDS = 8
 
 @dataclass(frozen=True)
 class Shards:
-    """A teacher cache on disk, and how much of each position is read.
+    """A teacher cache, and how much of each position is read.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or the URL of one (http, https, gs, ais).
         top_k: at most so many entries (None: all that are stored).
         min_prob: only entries of at least this probability.
         mass: entries until they hold this mass.
@@ -47,6 +47,7 @@ class Shards:
     def __post_init__(self) -> None:
         if (self.top_k is not None and self.top_k < 1) or self.shuffle_shards < 1:
             raise UsageError("shards: wanted top_k ≥ 1 (or None) and shuffle_shards ≥ 1.")
+        Location(self.path)
         if not (0 <= self.min_prob < 1 and 0 < self.mass <= 1):
             raise UsageError(
                 f"shards: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1, 0 < mass ≤ 1."
@@ -55,11 +56,11 @@ class Shards:
     @cached_property
     def manifest(self) -> Manifest:
         """The cache's manifest."""
-        return read_manifest(Path(self.path))
+        return manifest_at(Location(self.path))
 
     def reader(self) -> ShardReader:
         """A reader of the cache's shards."""
-        return ShardReader(Path(self.path), self.manifest)
+        return ShardReader(self.path, self.manifest)
 
     def check(self, vocab_size: int, tokenizer: str) -> None:
         """Refuse a cache of another vocabulary or tokenizer, an empty one, or one whose labels are shifted."""
@@ -76,11 +77,11 @@ class Shards:
             raise UsageError(f"shards.top_k: got {self.top_k}; the cache {self.path} holds {kept.top_k} entries.")
         if not kept.top_k and not self.samples:
             raise UsageError(f"shards.samples: the cache {self.path} holds nothing but samples. Read it with them.")
-        reader = self.reader()
         blocks = [(s, b) for s, shard in enumerate(found.shards) for b in range(len(shard.blocks))]
         if not blocks:
             raise UsageError(f"{self.path}: the cache holds no record.")
-        check_alignment(reader.block(blocks[0])[:ALIGNMENT_RECORDS], self.path)
+        with self.reader() as reader:
+            check_alignment(reader.block(blocks[0])[:ALIGNMENT_RECORDS], self.path)
 
     def cut(self, record: Record) -> Record:
         """What is read of a record."""
@@ -126,20 +127,20 @@ def training_steps(  # noqa: PLR0913 (the cache, the shape of a step, and which 
     rank: int, ranks: int,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each step, this rank's micro-batches of at most `micro_batch` rows; endless."""
-    reader = shards.reader()
     order = _endless_rows(shards, collate.row_length, seed, start_row)
-    while True:
-        step = list(itertools.islice(order, rows_per_step))
-        reader.keep_only(set().union(*(row.window for row in step)))
-        own = [_read_row(reader, row, shards) for row in step[rank::ranks]]
-        yield _micro_batches(own, collate, micro_batch)
+    with shards.reader() as reader:
+        while True:
+            step = list(itertools.islice(order, rows_per_step))
+            reader.keep_only(set().union(*(row.window for row in step)))
+            own = [_read_row(reader, row, shards) for row in step[rank::ranks]]
+            yield _micro_batches(own, collate, micro_batch)
 
 
 def all_batches(shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int) -> Iterator[Batch]:
     """Every record once, in stored order: this rank's share, for evaluation."""
-    reader = shards.reader()
     own = shards.rows(collate.row_length, None, 0)[rank::ranks]
-    for start in range(0, len(own), micro_batch):
-        some = own[start : start + micro_batch]
-        reader.keep_only(set().union(*(row.window for row in some)))
-        yield collate([_read_row(reader, row, shards) for row in some])
+    with shards.reader() as reader:
+        for start in range(0, len(own), micro_batch):
+            some = own[start : start + micro_batch]
+            reader.keep_only(set().union(*(row.window for row in some)))
+            yield collate([_read_row(reader, row, shards) for row in some])
