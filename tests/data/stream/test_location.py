@@ -10,7 +10,8 @@ from data.stream import location
 from data.stream.collate import Collate
 from data.stream.location import Location, RemoteFile
 from data.stream.shards import ShardReader
-from data.stream.stream import Shards, all_batches
+from data.stream.source import Shards
+from data.stream.stream import all_batches
 from kd_core.errors import UsageError
 from tests.data.stream.server import serving
 from tests.tiny import ROW_LENGTH, Tiny
@@ -122,7 +123,7 @@ def test_leaving_in_the_middle_ends_the_transfer(tiny: Tiny) -> None:
     with serving(tiny.root) as (url, _):
         batches = all_batches(Shards(f"{url}/cache/train"), Collate(ROW_LENGTH), micro_batch=2, rank=0, ranks=1)
         list(islice(batches, 2))
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
 
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
