@@ -4,7 +4,7 @@ shards ─► collate ─► Batch ─► student ─► loss ─► one step (o
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,7 @@ class Experiment:
     def _data(self, world: World) -> Data:
         share = {"rank": world.rank, "ranks": world.size}
 
-        def steps_from(row: int) -> Iterator[list[Batch]]:
+        def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
                 self.shards, self.collate, seed=self.seed, start_row=row, rows_per_step=self.rows_per_step,
                 micro_batch=self.parallel.micro_batch_rows, **share,

@@ -28,10 +28,10 @@ class Collate:
 
     def __call__(self, rows: Sequence[Sequence[Record]]) -> Batch:
         """A batch of the rows. Padding has `loss_mask` false, `document_ids` −1 and no teacher entry."""
-        longest = max(sum(record.positions for record in row) for row in rows)
+        longest = max(1, *(sum(record.positions for record in row) for row in rows))
         T = self.row_length if self.padding == "row_length" else longest
         entries = [[_entries(record) for record in row] for row in rows]
-        B, K = len(rows), max(1, *(ids.shape[1] for row in entries for ids, _, _ in row))
+        B, K = len(rows), max((1, *(ids.shape[1] for row in entries for ids, _, _ in row)))
         flat = {name: np.zeros((B, T), np.int64) for name in ("tokens", "labels", "position_ids", "loss_mask")}
         documents = np.full((B, T), -1, np.int64)
         ids, log_probs = np.zeros((B, T, K), np.int32), np.full((B, T, K), -np.inf, np.float32)

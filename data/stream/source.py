@@ -15,10 +15,11 @@ from data.cache.record import Record
 from data.stream.location import Location
 from data.stream.mix import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
-from data.stream.shards import ShardReader, manifest_at
+from data.stream.shards import DamagedError, ShardReader, manifest_at
 from kd_core.errors import UsageError
 
 ALIGNMENT_RECORDS = 8
+ON_DAMAGE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Shards:
         samples: whether a cache's samples are read as entries in place of the tail; without them a cache of head and
             samples is one of its head.
         shuffle_shards: shards that are read side by side and shuffled together.
+        on_damage: what to do when training meets a damaged block: stop, or skip it. Its records are then left out of
+            their rows, and `data/damaged_blocks` counts it. Evaluation always stops.
+        max_damaged_blocks: a rank that has skipped more of a cache since its start stops, and names them all.
+        prefetch: steps that a thread reads and decodes ahead (0: none). Each takes the memory of its batches.
+        timeout: seconds to wait for a step that is read ahead.
     """
 
     path: str
@@ -41,6 +47,10 @@ class Shards:
     mass: float = 1.0
     samples: bool = True
     shuffle_shards: int = 16
+    on_damage: str = "stop"
+    max_damaged_blocks: int = 8
+    prefetch: int = 2
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if (self.top_k is not None and self.top_k < 1) or self.shuffle_shards < 1:
@@ -49,6 +59,10 @@ class Shards:
             raise UsageError(
                 f"shards: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1, 0 < mass ≤ 1."
             )
+        if self.on_damage not in ON_DAMAGE:
+            raise UsageError(f"shards.on_damage: got {self.on_damage!r}; wanted one of {', '.join(ON_DAMAGE)}.")
+        if self.max_damaged_blocks < 0 or self.prefetch < 0 or not self.timeout > 0:
+            raise UsageError("shards: wanted max_damaged_blocks ≥ 0, prefetch ≥ 0 and timeout > 0.")
         Location(self.path)
 
     @property
@@ -80,11 +94,21 @@ class Shards:
             raise UsageError(f"shards.top_k: got {self.top_k}; the cache {self.path} holds {kept.top_k} entries.")
         if not kept.top_k and not self.samples:
             raise UsageError(f"shards.samples: the cache {self.path} holds nothing but samples. Read it with them.")
-        blocks = [(s, b) for s, shard in enumerate(found.shards) for b in range(len(shard.blocks))]
-        if not blocks:
+        if not found.records:
             raise UsageError(f"{self.path}: the cache holds no record.")
         with self.reader() as reader:
-            check_alignment(reader.block(blocks[0])[:ALIGNMENT_RECORDS], self.path)
+            check_alignment(self._first_block(reader)[:ALIGNMENT_RECORDS], self.path)
+
+    def _first_block(self, reader: ShardReader) -> list[Record]:
+        """The first block; the first that is not damaged where such are skipped."""
+        blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.blocks))]
+        allowed = self.max_damaged_blocks if self.on_damage == "skip" else 0
+        for ref in blocks[:allowed]:
+            try:
+                return reader.block(ref)
+            except DamagedError:
+                continue
+        return reader.block(blocks[min(allowed, len(blocks) - 1)])
 
     def cut(self, record: Record) -> Record:
         """What is read of a record."""
@@ -146,6 +170,16 @@ class Mixture:
     def parts(self) -> tuple[Shards, ...]:
         """The caches, by name: the order in which they are written down means nothing."""
         return tuple(self.caches[name] for name in sorted(self.caches))
+
+    @property
+    def prefetch(self) -> int:
+        """Steps ahead: as many as any cache wants."""
+        return max(part.prefetch for part in self.parts)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds to wait: as many as any cache wants."""
+        return max(part.timeout for part in self.parts)
 
     def order(self, row_length: int, seed: int) -> Iterator[Row]:
         """The rows of all parts' epochs, interleaved."""

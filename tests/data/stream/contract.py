@@ -54,6 +54,7 @@ def same_step(one: list[Batch], other: list[Batch]) -> bool:
     """Whether two steps hold the same, to the bit."""
     fields = [name for name, value in vars(one[0]).items() if isinstance(value, torch.Tensor)]
     return len(one) == len(other) and all(
-        a.record_names == b.record_names and all(torch.equal(getattr(a, name), getattr(b, name)) for name in fields)
+        (a.record_names, a.damaged_blocks) == (b.record_names, b.damaged_blocks)
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in fields)
         for a, b in zip(one, other, strict=True)
     )
