@@ -4,12 +4,13 @@ shards ─► collate ─► Batch ─► student ─► loss ─► one step (o
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.stream.collate import Collate
-from data.stream.stream import Shards, all_batches, training_steps
+from data.stream.source import Mixture, Shards, epochs
+from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, Objective
@@ -57,7 +58,7 @@ class Experiment:
     """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
 
     student: Start
-    shards: Shards
+    shards: Shards | Mixture
     collate: Collate
     loss: Objective
     optimizer: AdamW
@@ -93,26 +94,27 @@ class Experiment:
         """
         arch = self.student.architecture()
         tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
-        for shards in (self.shards, self.evaluation.shards):
+        for shards in (*self.shards.parts, self.evaluation.shards):
             shards.check(arch.vocab_size, tokenizer)
             temperatures = (1.0, *shards.manifest.selection.tail_temperatures)
             self.loss.check_cache(CacheFacts(arch.vocab_size, shards.entries, temperatures, shards.sampled))
         if (best := self.checkpoint.best_metric) not in (known := metric_names(self.loss)):
             raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
-        rows = len(self.shards.rows(self.collate.row_length, self.seed, 0))
+        caches = [part.manifest for part in self.shards.parts]
+        rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
             "student": f"{parameter_count(arch) / 1e6:.1f}M parameters, "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
-            "training cache": f"{self.shards.manifest.records} records, {self.shards.manifest.positions} positions",
+            "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
             "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
-            "the run": f"{self.steps} steps, {self.steps * self.rows_per_step / rows:.2f} epochs of {rows} rows",
+            "the run": f"{self.steps} steps, {rows}",
         }
 
     def _data(self, world: World) -> Data:
         share = {"rank": world.rank, "ranks": world.size}
 
-        def steps_from(row: int) -> Iterator[list[Batch]]:
+        def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
                 self.shards, self.collate, seed=self.seed, start_row=row, rows_per_step=self.rows_per_step,
                 micro_batch=self.parallel.micro_batch_rows, **share,

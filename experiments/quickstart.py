@@ -15,7 +15,7 @@ from data.cache.selection import Selection
 from data.export.corpus import Corpus
 from data.export.plan import TeacherExport
 from data.stream.collate import Collate
-from data.stream.stream import Shards
+from data.stream.source import Shards
 from experiments.experiment import Evaluation, Experiment, Logger
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.plan import Parallel

@@ -32,7 +32,10 @@ class TeacherTopK(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents with the teacher's entries. `document_ids` is −1 on padding."""
+    """Rows of packed documents with the teacher's entries. `document_ids` is −1 on padding.
+
+    `damaged_blocks` counts blocks of a cache whose records were left out of rows such as these.
+    """
 
     tokens: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
@@ -44,11 +47,12 @@ class Batch:
     tail_log_prob: Float[Tensor, "B T"]
     label_log_prob: Float[Tensor, "B T"]
     record_names: tuple[str, ...] = ()
+    damaged_blocks: int = 0
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "record_names"}
-        return replace(self, **moved)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
 
     def teacher(self) -> TeacherTopK:
         """The teacher's entries, flattened to N positions."""

@@ -50,7 +50,8 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
 def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: str, world: Any) -> dict[str, float]:
     """The numbers of `SHOWN` for a model in memory."""
     from data.stream.collate import Collate
-    from data.stream.stream import Shards, all_batches
+    from data.stream.source import Shards
+    from data.stream.stream import all_batches
     from data.tokenizer import Tokenizer
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.plan import Parallel

@@ -1,4 +1,4 @@
-"""Rows of records into one `Batch`: packed, padded explicitly, positions restarted with each document."""
+"""Rows of records into one `Batch`: packed, padded explicitly, positions and attention restarted with each document."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,59 +15,106 @@ PADDINGS = ("row_length", "longest")
 
 @dataclass(frozen=True)
 class Collate:
-    """Rows of `row_length` positions, padded to it or to the longest row of the batch."""
+    """Rows of at most `row_length` positions as a batch; what ends with a document, each on its own.
+
+    A document ends where its record does. With `eod_id`, it also ends after each input token of that id, as in caches
+    whose records hold several documents.
+
+    Args:
+        row_length: positions of a row, for packing.
+        padding: row_length, or longest: the longest row of the batch.
+        multiple: rows are padded on to a multiple of this.
+        reset_position_ids: each document's positions count from 0; else a row's.
+        reset_attention_mask: a document's positions see no other document; else they see all of the row before them.
+        eod_mask_loss: no loss where the input is `eod_id`: there the label is the first token of another document.
+        eod_id: the end-of-document token.
+    """
 
     row_length: int = 512
     padding: str = "row_length"
+    multiple: int = 1
+    reset_position_ids: bool = True
+    reset_attention_mask: bool = True
+    eod_mask_loss: bool = False
+    eod_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.row_length < 1:
-            raise UsageError(f"collate.row_length: got {self.row_length}; wanted at least 1.")
+        if self.row_length < 1 or self.multiple < 1:
+            raise UsageError(
+                f"collate: row_length={self.row_length}, multiple={self.multiple}; wanted both at least 1."
+            )
         if self.padding not in PADDINGS:
             raise UsageError(f"collate.padding: got {self.padding!r}; wanted one of {', '.join(PADDINGS)}.")
+        if self.eod_mask_loss and self.eod_id is None:
+            raise UsageError("collate.eod_mask_loss: wanted collate.eod_id, the end-of-document token.")
 
     def __call__(self, rows: Sequence[Sequence[Record]]) -> Batch:
         """A batch of the rows. Padding has `loss_mask` false, `document_ids` −1 and no teacher entry."""
-        longest = max(sum(record.positions for record in row) for row in rows)
-        T = self.row_length if self.padding == "row_length" else longest
-        entries = [[_entries(record) for record in row] for row in rows]
-        B, K = len(rows), max(1, *(ids.shape[1] for row in entries for ids, _, _ in row))
-        flat = {name: np.zeros((B, T), np.int64) for name in ("tokens", "labels", "position_ids", "loss_mask")}
-        documents = np.full((B, T), -1, np.int64)
-        ids, log_probs = np.zeros((B, T, K), np.int32), np.full((B, T, K), -np.inf, np.float32)
-        tail, label = np.zeros((B, T), np.float32), np.zeros((B, T), np.float32)
+        filled = [sum(record.positions for record in row) for row in rows]
+        least = max(1, self.row_length if self.padding == "row_length" else max(filled))
+        T = -(-least // self.multiple) * self.multiple
+        tokens, labels, starts, loss_mask = (np.zeros((len(rows), T), t) for t in (np.int64, np.int64, bool, bool))
+        label_logs = np.zeros((len(rows), T), np.float32)
         for b, row in enumerate(rows):
             start = 0
-            for document, record in enumerate(row):
-                at = slice(start, start := start + record.positions)
-                own_ids, own_logs, tail[b, at] = entries[b][document]
-                k = own_ids.shape[1]
-                flat["tokens"][b, at] = record.token_ids[:-1]
-                flat["labels"][b, at] = record.token_ids[1:]
-                flat["position_ids"][b, at] = np.arange(record.positions)
-                flat["loss_mask"][b, at] = record.loss_mask
-                documents[b, at] = document
-                ids[b, at, :k], log_probs[b, at, :k] = own_ids, own_logs
-                label[b, at] = record.label_log_prob
+            for record in row:
+                at = slice(start, start + record.positions)
+                tokens[b, at], labels[b, at] = record.token_ids[:-1], record.token_ids[1:]
+                loss_mask[b, at], label_logs[b, at] = record.loss_mask, record.label_log_prob
+                starts[b, start] = True
+                start = at.stop
+        padding = np.arange(T) >= np.array(filled)[:, None]
+        ids, log_probs, tail = _entries(rows, T)
+        if self.eod_id is not None:
+            ends = (tokens == self.eod_id) & ~padding
+            starts[:, 1:] |= ends[:, :-1]
+            loss_mask &= ~(ends & self.eod_mask_loss)
         return Batch(
-            tokens=torch.from_numpy(flat["tokens"]),
-            labels=torch.from_numpy(flat["labels"]),
-            loss_mask=torch.from_numpy(flat["loss_mask"]).bool(),
-            position_ids=torch.from_numpy(flat["position_ids"]),
-            document_ids=torch.from_numpy(documents),
+            tokens=torch.from_numpy(tokens),
+            labels=torch.from_numpy(labels),
+            loss_mask=torch.from_numpy(loss_mask),
+            position_ids=torch.from_numpy(_positions(starts & self.reset_position_ids, padding)),
+            document_ids=torch.from_numpy(_documents(starts & self.reset_attention_mask, padding)),
             topk_token_ids=torch.from_numpy(ids),
             topk_log_probs=torch.from_numpy(log_probs),
             tail_log_prob=torch.from_numpy(tail),
-            label_log_prob=torch.from_numpy(label),
+            label_log_prob=torch.from_numpy(label_logs),
             record_names=tuple(record.name for row in rows for record in row),
         )
 
 
-def _entries(record: Record) -> tuple[Array, Array, Array]:
-    """Ids, log-probabilities and tail; samples, where there are any, are entries in the place of the tail."""
-    samples, weights = record.samples()
-    if not samples.shape[1]:
-        return record.topk_token_ids, record.topk_log_probs, record.tail_log_prob
-    ids = np.concatenate([record.topk_token_ids, samples], axis=1)
-    logs = np.concatenate([record.topk_log_probs, weights], axis=1)
-    return ids, logs, np.full(record.positions, UNUSED, np.float32)
+def _positions(starts: Array, padding: Array) -> Array:
+    """How far each position is from the latest start before it; 0 on padding."""
+    at = np.arange(starts.shape[1])
+    return np.where(padding, 0, at - np.maximum.accumulate(np.where(starts, at, 0), axis=1))
+
+
+def _documents(starts: Array, padding: Array) -> Array:
+    """How many starts there are up to each position after the first; −1 on padding."""
+    later = starts.copy()
+    later[:, 0] = False
+    return np.where(padding, -1, np.cumsum(later, axis=1, dtype=np.int64))
+
+
+def _entries(rows: Sequence[Sequence[Record]], length: int) -> tuple[Array, Array, Array]:
+    """Ids, log-probabilities and tail; samples, where there are any, are entries in the place of the tail.
+
+    Nothing is written twice: this is most of a batch's bytes.
+    """
+    drawn = {id(record): record.samples() for row in rows for record in row}
+    K = max((1, *(r.topk_token_ids.shape[1] + drawn[id(r)][0].shape[1] for row in rows for r in row)))
+    ids, logs = np.empty((len(rows), length, K), np.int32), np.empty((len(rows), length, K), np.float32)
+    tail = np.zeros((len(rows), length), np.float32)
+    for b, row in enumerate(rows):
+        start = 0
+        for record in row:
+            at, (samples, weights) = slice(start, start := start + record.positions), drawn[id(record)]
+            k = record.topk_token_ids.shape[1]
+            end = k + samples.shape[1]
+            ids[b, at, :k], logs[b, at, :k] = record.topk_token_ids, record.topk_log_probs
+            if end > k:
+                ids[b, at, k:end], logs[b, at, k:end] = samples, weights
+            ids[b, at, end:], logs[b, at, end:] = 0, UNUSED
+            tail[b, at] = UNUSED if end > k else record.tail_log_prob
+        ids[b, start:], logs[b, start:] = 0, UNUSED
+    return ids, logs, tail

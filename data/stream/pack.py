@@ -1,4 +1,4 @@
-"""Packing: which records share a row. Best fit over the open rows, in the order given."""
+"""Packing: which records share a row. Best fit over the open rows, the longest record first."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -7,16 +7,18 @@ from kd_core.errors import UsageError
 
 
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, none over `row_length`; rows stand in the order of their first record.
+    """Rows of indices into `lengths`, none over `row_length`; rows and what is in them stand in the order given.
 
-    Each record goes to the open row that it fills best. Runs in O(n log n).
+    Each record goes to the open row that it fills best, the longest first: short ones then close the gaps. Runs in
+    O(n log n).
 
     Raises:
         UsageError: a record is longer than a row.
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free positions, row), sorted
-    for index, length in enumerate(lengths):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
         if length > row_length:
             raise UsageError(
                 f"a record of the cache has {length} positions, a row {row_length} (collate.row_length). "
@@ -29,4 +31,4 @@ def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
         rows[row].append(index)
         if free > length:
             insort(open_rows, (free - length, row))
-    return rows
+    return sorted(sorted(row) for row in rows)

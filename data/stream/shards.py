@@ -1,75 +1,75 @@
-"""Blocks of a cache in, records out, through webdataset's opener, expander and grouper. The one module that knows it.
+"""Blocks of a cache in, records out, each block verified first.
 
     url of a tar → opened → the bytes of one block → verified → (member name, bytes) → one sample → decoded strictly
 
-No byte is looked at before its block's hash is right. `pipe:` and the like never reach webdataset, and none of its
-decoders is used: members stay bytes until ours.
+No byte is looked at before its block's hash is right.
 """
 
 import hashlib
-import io
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from typing import Any, NamedTuple, Self
 
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.tables import Tables
-from data.cache.manifest import TABLES, Block, Manifest, Shard
+from data.cache.manifest import TABLES, Block, Manifest, Shard, parse_manifest, read_manifest
 from data.cache.record import Record
 from data.cache.tar import END, read_members
+from data.stream import webdata
+from data.stream.location import Location, RemoteFile
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
-
-def _reraise(error: Exception) -> bool:
-    raise error
-
-
-def _sample(data: bytes, url: str) -> dict[str, Any]:
-    """The one sample of a block's bytes, by webdataset."""
-    sources = [{"url": url, "stream": io.BytesIO(data + END)}]
-    samples = list(group_by_keys(tar_file_expander(sources, handler=_reraise), handler=_reraise))
-    if len(samples) != 1:
-        raise ValueError(f"holds {len(samples)} samples, wanted 1")
-    return samples[0]
-
-
-def _members(data: bytes, url: str) -> dict[str, bytes]:
-    """Members of a block by suffix."""
-    names = [member.name for member in read_members(data)]  # refuses all but plain files first
-    if len(set(names)) != len(names):
-        raise ValueError(f"has a member twice: {sorted(names)}")
-    sample = _sample(data, url)
-    return {suffix: payload for suffix, payload in sample.items() if not suffix.startswith("__")}
+MOST_MANIFEST = 1 << 28  # bytes
 
 
 def _why(data: bytes, coding: Coding, url: str) -> str:
     """What is wrong with bytes whose hash is not the manifest's, as far as they tell."""
     try:
         names = [member.name for member in read_members(data)]
-        decode_block(_members(data, url), coding)
+        decode_block(webdata.members_of(data, url), coding)
     except Exception as error:  # anything may be in damaged bytes
         return str(error)
     return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
 
 
-def read_tables(folder: Path, wanted: dict[str, Any]) -> Tables:
+class DamagedError(UsageError):
+    """A block is not what the manifest says."""
+
+
+def manifest_at(location: Location) -> Manifest:
+    """The manifest of a cache, wherever it lies.
+
+    Raises:
+        UsageError: it cannot be had, or is of another format or version.
+    """
+    if not location.remote:
+        return read_manifest(location.folder)
+    url = location.of("manifest.json")
+    try:
+        return parse_manifest(json.loads(location.read("manifest.json", MOST_MANIFEST)), url)
+    except (ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
+
+
+def read_tables(folder: Path | str, wanted: dict[str, Any]) -> Tables:
     """The tables of a cache.
 
     Raises:
         UsageError: missing, or not those of the manifest.
     """
-    path = folder / TABLES
-    if not path.is_file():
+    location = Location(str(folder))
+    path = location.of(TABLES)
+    if not location.remote and not Path(path).is_file():
         raise UsageError(f"{path}: no such file; the manifest wants it. Restore it, or export the cache again.")
-    data = path.read_bytes()
+    data = location.read(TABLES, int(wanted["bytes"])) if location.remote else Path(path).read_bytes()
     found = hashlib.sha256(data).hexdigest()
     try:
         members = {member.name: member.payload for member in read_members(data)}
@@ -81,18 +81,40 @@ def read_tables(folder: Path, wanted: dict[str, Any]) -> Tables:
 
 
 class ShardReader:
-    """Reads blocks of one cache, each verified, and holds the decoded records of those in use."""
+    """Reads blocks of one cache, each verified, and holds the decoded records of those in use.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    A remote shard stays open as long as a block of it is held, for the blocks after it; `close` ends that.
+    """
+
+    def __init__(self, folder: Path | str, manifest: Manifest) -> None:
+        self.location, self.manifest = Location(str(folder)), manifest
         tables = read_tables(folder, manifest.tables)
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
+        self.transfers: dict[int, RemoteFile] = {}
+        self.doing = "nothing was asked for"  # for who waits
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all transfers; by the thread that reads."""
+        self.keep_only(set())
+
+    def stop(self) -> None:
+        """End all transfers, from any thread; who reads gets an error."""
+        for transfer in list(self.transfers.values()):
+            transfer.stop()
 
     def keep_only(self, blocks: set[BlockRef]) -> None:
         """Forget all blocks but these."""
         for ref in set(self.held) - blocks:
             del self.held[ref]
+        for shard in set(self.transfers) - {shard for shard, _ in blocks}:
+            self.transfers.pop(shard).close()
 
     def record(self, ref: RecordRef) -> Record:
         """One record."""
@@ -103,7 +125,8 @@ class ShardReader:
         """The records of a block, read where it is not held.
 
         Raises:
-            UsageError: it is not what the manifest says, down to the last bit.
+            DamagedError: it is not what the manifest says, down to the last bit.
+            UsageError: it cannot be had.
         """
         if ref not in self.held:
             self.held[ref] = self._read(ref)
@@ -111,36 +134,47 @@ class ShardReader:
 
     def records(self) -> Iterator[Record]:
         """Every record in stored order, a block at a time."""
-        for index, shard in enumerate(self.manifest.shards):
-            for block in range(len(shard.blocks)):
-                yield from self.block((index, block))
-                self.keep_only({(index, block)})
+        with self:
+            for index, shard in enumerate(self.manifest.shards):
+                for block in range(len(shard.blocks)):
+                    yield from self.block((index, block))
+                    self.keep_only({(index, block)})
 
     def _read(self, ref: BlockRef) -> list[Record]:
-        shard = self.manifest.shards[ref[0]]
-        block, path = shard.blocks[ref[1]], self.folder / shard.name
-        data = self._bytes(shard, ref[1])
+        shard, index = self.manifest.shards[ref[0]], ref[1]
+        block, path = shard.blocks[index], self.location.of(shard.name)
+        self.doing = f"{path}: block {index}"
+        data = self._bytes(ref)
         if hashlib.sha256(data).hexdigest() != block.sha256:
-            raise _damaged(path, ref[1], _why(data, self.coding, str(path)))
+            raise _damaged(path, index, _why(data, self.coding, path))
         try:
-            records = decode_block(_members(data, str(path)), self.coding)
+            records = decode_block(webdata.members_of(data, path), self.coding)
         except Exception as error:  # what webdataset raises is not narrowed down
-            raise _damaged(path, ref[1], str(error)) from None
+            raise _damaged(path, index, str(error)) from None
         if (found := tuple(record.positions for record in records)) != block.lengths:
-            raise _damaged(path, ref[1], f"holds records of {found} positions; the manifest wants {block.lengths}")
+            raise _damaged(path, index, f"holds records of {found} positions; the manifest wants {block.lengths}")
         return records
 
-    def _bytes(self, shard: Shard, block: int) -> bytes:
+    def _bytes(self, ref: BlockRef) -> bytes:
         """The bytes of a block."""
-        path = self.folder / shard.name
-        if not path.is_file():
+        shard, index = self.manifest.shards[ref[0]], ref[1]
+        path, offset, size = self.location.of(shard.name), offset_of(shard, index), shard.blocks[index].bytes
+        if self.location.remote:
+            transfer = self.transfers.setdefault(ref[0], RemoteFile(path))
+            data = transfer.read(offset, size)
+            if len(data) < size:
+                raise _damaged(
+                    path, index, f"the shard ends after {transfer.at} bytes; the manifest wants {shard.bytes}"
+                )
+            return data
+        local = Path(path)
+        if not local.is_file():
             raise UsageError(f"{path}: no such shard; the manifest wants it. Run the same export again to restore it.")
-        if path.stat().st_size != shard.bytes:
-            raise _damaged(path, block, f"the shard has {path.stat().st_size} bytes; the manifest wants {shard.bytes}")
-        opened: Any = gopen(str(path.absolute()))
-        with closing(opened) as stream:
-            stream.seek(offset_of(shard, block))
-            return stream.read(shard.blocks[block].bytes)
+        if (found := local.stat().st_size) != shard.bytes:
+            raise _damaged(path, index, f"the shard has {found} bytes; the manifest wants {shard.bytes}")
+        with closing(webdata.opened(str(local.absolute()))) as stream:
+            stream.seek(offset)
+            return stream.read(size)
 
 
 def offset_of(shard: Shard, block: int) -> int:
@@ -148,8 +182,8 @@ def offset_of(shard: Shard, block: int) -> int:
     return sum(each.bytes for each in shard.blocks[:block])
 
 
-def _damaged(path: Path, block: int, why: str) -> UsageError:
-    return UsageError(
+def _damaged(path: Path | str, block: int, why: str) -> DamagedError:
+    return DamagedError(
         f"{path}: damaged: block {block}: {why}. Delete the shard and manifest.json and run the same export again."
     )
 
@@ -173,7 +207,7 @@ def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
         edges = [*sorted(starts.values()), len(data) - len(END)]
         for start, end in itertools.pairwise(edges):
-            members = _members(data[start:end], str(path))
+            members = webdata.members_of(data[start:end], str(path))
             records = decode_block(members, coding)
             lengths = tuple(record.positions for record in records)
             digest = hashlib.sha256(data[start:end]).hexdigest()

@@ -8,8 +8,8 @@ was killed and resumed computes what it would have computed.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Recipe:
 class Data:
     """Where batches come from: `steps_from(rows)` yields a step's micro-batches, `validation()` all held-out ones."""
 
-    steps_from: Callable[[int], Iterator[Sequence[Batch]]]
+    steps_from: Callable[[int], Generator[Sequence[Batch]]]
     validation: Callable[[], Iterable[Batch]]
 
 
@@ -111,6 +111,7 @@ class _Run:
         seconds = time.perf_counter() - started
         return {
             **per_token("train", result.sums, result.tokens),
+            "data/damaged_blocks": float(result.damaged_blocks),
             "train/lr": lr,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
@@ -160,7 +161,7 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
             held_out = this.validate(0)
             if metrics:
                 metrics.add(0, held_out)
-        batches_of = data.steps_from(restored.rows if restored else 0)
+        batches_of = stack.enter_context(closing(data.steps_from(restored.rows if restored else 0)))
         for step in range(done + 1, recipe.steps + 1):
             values = this.take_step(step, next(batches_of))
             held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else None

@@ -24,6 +24,7 @@ class StepSums:
     sums: dict[str, float]
     tokens: int
     grad_norm: float
+    damaged_blocks: int = 0
 
 
 def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
@@ -39,10 +40,14 @@ def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float)
     return model(batch.tokens, batch.position_ids, batch.document_ids, head)
 
 
-def count_tokens(batches: Sequence[Batch], world: World) -> int:
-    """Scored positions of all batches on all ranks."""
-    own = sum(int(batch.loss_mask.sum()) for batch in batches)
-    return int(world.sum_floats({"tokens": float(own)})["tokens"])
+def count(batches: Sequence[Batch], world: World) -> tuple[int, int]:
+    """Scored positions, and damaged blocks, of all batches on all ranks."""
+    own = {
+        "tokens": float(sum(int(batch.loss_mask.sum()) for batch in batches)),
+        "damaged_blocks": float(sum(batch.damaged_blocks for batch in batches)),
+    }
+    total = world.sum_floats(own)
+    return int(total["tokens"]), int(total["damaged_blocks"])
 
 
 def sum_over(batch_sums: Sequence[LossSums], names: Sequence[str], world: World) -> dict[str, float]:
@@ -66,7 +71,7 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     Raises:
         NonFiniteError: loss or gradient is not finite, on any rank; no rank has moved then.
     """
-    tokens = count_tokens(batches, world)
+    tokens, damaged_blocks = count(batches, world)
     losses: list[LossSums] = []
     for batch in batches:
         on_device = batch.to(world.device)
@@ -82,4 +87,4 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
         raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad()
-    return StepSums(sums, tokens, norm)
+    return StepSums(sums, tokens, norm, damaged_blocks)

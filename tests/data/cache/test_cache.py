@@ -12,7 +12,7 @@ from data.cache.alignment import check_alignment
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.stream.shards import ShardReader
-from data.stream.stream import Shards
+from data.stream.source import Shards
 from kd_core.errors import UsageError
 from tests.tiny import Tiny, write_caches
 

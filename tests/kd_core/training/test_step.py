@@ -146,3 +146,21 @@ def test_evaluation_does_not_depend_on_batches(tiny: Tiny) -> None:
     whole = evaluate(model, [collate([[r] for r in records])], OBJECTIVE, FLOAT32, World())
     parts = evaluate(model, [collate([[r]]) for r in records], OBJECTIVE, FLOAT32, World())
     assert whole == pytest.approx(parts, rel=1e-6)
+
+
+def test_a_step_whose_records_are_all_damaged_moves_nothing_and_counts_them(tiny: Tiny) -> None:
+    model = _model(tiny)
+    before = [parameter.clone() for parameter in model.parameters()]
+    batch = replace(Collate(ROW_LENGTH)([[], []]), damaged_blocks=3)
+    assert not batch.loss_mask.any()
+    found = train_step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        [batch, batch],
+        objective=OBJECTIVE,
+        clip_norm=1.0,
+        parallel=FLOAT32,
+        world=World(),
+    )
+    assert (found.tokens, found.damaged_blocks) == (0, 6)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

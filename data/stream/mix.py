@@ -1,0 +1,23 @@
+"""Rows of several caches in one order, in exact shares: a pure function of their orders and weights.
+
+The next row is always of the cache that is furthest behind its share, so at no time is any cache ahead or behind by
+more than about a row. A cursor is one number here too: who begins in the middle counts from the start.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from data.stream.order import Row
+
+
+def interleave(orders: Sequence[Iterator[Row]], costs: Sequence[float]) -> Iterator[Row]:
+    """Rows of endless orders, so that positions · cost stay as equal over the orders as rows allow.
+
+    With cost = (scored share of a cache's positions) / weight, scored positions stand in the ratio of the weights.
+    """
+    taken = [0] * len(orders)
+    while True:
+        part = min(range(len(orders)), key=lambda i: taken[i] * costs[i])
+        row = next(orders[part])
+        taken[part] += row.positions
+        yield replace(row, part=part)

@@ -1,0 +1,22 @@
+"""Does a student that learns from two caches do better on one of them than from that one alone?
+
+Command:  torchrun --nproc-per-node 1 -m launchers.train --config='cache_mix(second="other/cache/train")'
+Expected: with much more text in the second cache, a lower held-out KL on the first once its epochs are several.
+Seen:     not run yet.
+"""
+
+import fiddle as fdl
+
+from data.stream.source import Mixture, Shards
+from experiments.experiment import Experiment
+from experiments.quickstart import quickstart
+
+
+def cache_mix(
+    first: str = "quickstart/cache/train", second: str = "quickstart/more/train", share: float = 0.75
+) -> fdl.Config[Experiment]:
+    """The quick start on two caches: of the scored positions, `share` from the first, the others from the second."""
+    config = quickstart()
+    caches = {name: fdl.Config(Shards, path=path) for name, path in (("first", first), ("second", second))}
+    config.shards = fdl.Config(Mixture, caches=caches, weights={"first": share, "second": 1 - share})
+    return config

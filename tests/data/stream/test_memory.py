@@ -1,0 +1,16 @@
+"""Memory while a cache of 100 shards is read: flat, and bounded."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reading import read_epoch
+from tests.synthetic import write_cache
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_100_shards(tmp_path: Path) -> None:
+    found = read_epoch(write_cache(tmp_path / "cache", 100, 2, row_length=1024), prefetch=2)
+    quarters = [found[f"mb_above_start_in_quarter_{i}"] for i in range(1, 5)]
+    assert max(quarters) <= 300
+    assert quarters[3] <= quarters[0] + 50
