@@ -53,6 +53,12 @@ class Evaluation:
             raise UsageError(f"evaluation.every: got {self.every}; wanted at least 1.")
 
 
+def cache_facts(shards: Shards) -> CacheFacts:
+    """What the losses must know of what is read of a cache."""
+    found = shards.manifest
+    return CacheFacts(found.vocab_size, shards.entries, (1.0, *found.selection.tail_temperatures), shards.sampled)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
@@ -96,9 +102,10 @@ class Experiment:
         tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
         for shards in (*self.shards.parts, self.evaluation.shards):
             shards.check(arch.vocab_size, tokenizer)
-            temperatures = (1.0, *shards.manifest.selection.tail_temperatures)
-            self.loss.check_cache(CacheFacts(arch.vocab_size, shards.entries, temperatures, shards.sampled))
-        if (best := self.checkpoint.best_metric) not in (known := metric_names(self.loss)):
+        for shards in self.shards.parts:
+            self.loss.check_cache(cache_facts(shards))
+        known = metric_names(self.loss, cache_facts(self.evaluation.shards))
+        if (best := self.checkpoint.best_metric) not in known:
             raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
         caches = [part.manifest for part in self.shards.parts]
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
@@ -124,7 +131,7 @@ class Experiment:
             micro_batch = self.parallel.micro_batch_rows
             return all_batches(self.evaluation.shards, self.collate, micro_batch=micro_batch, **share)
 
-        return Data(steps_from, validation)
+        return Data(steps_from, validation, cache_facts(self.evaluation.shards))
 
     def run(self, folder: RunFolder, world: World) -> None:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is."""

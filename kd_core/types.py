@@ -46,16 +46,22 @@ class Batch:
     topk_log_probs: Float[Tensor, "B T K"]
     tail_log_prob: Float[Tensor, "B T"]
     label_log_prob: Float[Tensor, "B T"]
+    tempered_tails: tuple[tuple[float, Float[Tensor, "B T"]], ...] = ()
     record_names: tuple[str, ...] = ()
     damaged_blocks: int = 0
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        tails = tuple((temperature, tail.to(device)) for temperature, tail in self.tempered_tails)
+        return replace(self, **moved, tempered_tails=tails)
 
     def teacher(self) -> TeacherTopK:
         """The teacher's entries, flattened to N positions."""
         return TeacherTopK(
-            self.topk_token_ids.flatten(0, 1).long(), self.topk_log_probs.flatten(0, 1), self.tail_log_prob.flatten()
+            self.topk_token_ids.flatten(0, 1).long(),
+            self.topk_log_probs.flatten(0, 1),
+            self.tail_log_prob.flatten(),
+            tuple((temperature, tail.flatten()) for temperature, tail in self.tempered_tails),
         )

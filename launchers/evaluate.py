@@ -23,6 +23,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
     "nll": "NLL, nats per token",
     "kl": "KL(teacher‖student), nats per token",
+    "teacher_cross_entropy": "cross-entropy to the teacher's samples, nats",
     "top1_agreement": "top-1 agreement",
     "student_mass": "student mass on the teacher's entries",
     "teacher_mass": "teacher mass on them",
@@ -53,6 +54,7 @@ def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: st
     from data.stream.source import Shards
     from data.stream.stream import all_batches
     from data.tokenizer import Tokenizer
+    from experiments.experiment import cache_facts
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.plan import Parallel
     from kd_core.training.evaluation import evaluate
@@ -62,8 +64,9 @@ def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: st
     parallel, collate = Parallel(precision=precision), Collate(shards.manifest.row_length)
     share = {"rank": world.rank, "ranks": world.size}
     batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
-    found = evaluate(model, batches, Objective({"sft": CrossEntropy()}), parallel, world)
-    return {name: found[f"val/{name}"] for name in SHOWN}
+    objective, facts = Objective({"sft": CrossEntropy()}), cache_facts(shards)
+    found = evaluate(model, batches, facts, objective=objective, parallel=parallel, world=world)
+    return {name: found[f"val/{name}"] for name in SHOWN if f"val/{name}" in found}
 
 
 def main() -> None:
@@ -81,7 +84,7 @@ def main() -> None:
     if JSON.value:
         print(json.dumps(found))
         return
-    for name, words in SHOWN.items():
+    for name, words in ((name, words) for name, words in SHOWN.items() if name in found):
         print(f"{words:<40} {found[name]:.5f}" if name != "tokens" else f"{words:<40} {found[name]:.0f}")
 
 

@@ -102,12 +102,12 @@ def _draw(tail: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"], temperatur
 def _inverse(weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"]) -> tuple[Tensor, Tensor]:
     """The inverse of the cumulated weights at `uniforms`, and their sum; first the run, then the token in it.
 
-    Runs are added up in float64: over a whole vocabulary, float32 would lose the rare tokens.
+    Runs are cumulated in float64: over a whole vocabulary, float32 would lose the rare tokens.
     """
     n, V = weights.shape
     whole = V // RUN * RUN
-    sums = weights[:, :whole].view(n, -1, RUN).sum(dim=2, dtype=torch.float64)
-    sums = torch.cat([sums, weights[:, whole:].sum(dim=1, dtype=torch.float64)[:, None]], dim=1)
+    sums = torch.cat([weights[:, :whole].view(n, -1, RUN).sum(dim=2), weights[:, whole:].sum(dim=1)[:, None]], dim=1)
+    sums = sums.double()
     ends = sums.cumsum(dim=1)
     target = uniforms.double() * ends[:, -1:]
     run = torch.searchsorted(ends, target, right=True).clamp(max=sums.shape[1] - 1)

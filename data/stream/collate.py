@@ -79,8 +79,22 @@ class Collate:
             topk_log_probs=torch.from_numpy(log_probs),
             tail_log_prob=torch.from_numpy(tail),
             label_log_prob=torch.from_numpy(label_logs),
+            tempered_tails=_tempered(rows, T),
             record_names=tuple(record.name for row in rows for record in row),
         )
+
+
+def _tempered(rows: Sequence[Sequence[Record]], length: int) -> tuple[tuple[float, torch.Tensor], ...]:
+    """Tails at the further temperatures that every record has; 0 on padding."""
+    captured = [set(record.tempered_tails) for row in rows for record in row]
+    tails: dict[float, Array] = {}
+    for temperature in sorted(set[float]().union(*captured).intersection(*captured)):
+        tails[temperature] = np.zeros((len(rows), length), np.float32)
+        for b, row in enumerate(rows):
+            end = 0
+            for record in row:
+                tails[temperature][b, end : (end := end + record.positions)] = record.tempered_tails[temperature]
+    return tuple((temperature, torch.from_numpy(tail)) for temperature, tail in tails.items())
 
 
 def _positions(starts: Array, padding: Array) -> Array:

@@ -218,6 +218,18 @@ class Objective:
         """The number that each term is multiplied by."""
         return {name: value_of(term.weight) for name, term in self.terms.items()}
 
+    def fitting(self, cache: CacheFacts) -> dict[str, Term]:
+        """The terms that a cache can score; held-out text may lie in a cache of another kind than the trained one."""
+
+        def fits(name: str, term: Term) -> bool:
+            try:
+                term.check_cache(name, cache)
+            except UsageError:
+                return False
+            return True
+
+        return {name: term for name, term in self.terms.items() if fits(name, term)}
+
     def check_cache(self, cache: CacheFacts) -> None:
         """Refuse terms that cannot be trained on such a cache (a `UsageError` with what to use instead)."""
         for name, term in self.terms.items():

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from kd_core.errors import NonFiniteError
-from kd_core.losses.objective import Objective
+from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
@@ -31,7 +31,7 @@ from kd_core.training.step import train_step
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
-SHOWN = ("loss", "nll", "kl", "top1_agreement")
+SHOWN = ("loss", "nll", "kl", "teacher_cross_entropy", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from: `steps_from(rows)` yields a step's micro-batches, `validation()` all held-out ones."""
+    """Where batches come from: `steps_from(rows)` yields a step's micro-batches, `validation()` all held-out ones,
+    out of a cache of which `validation_facts` tells what can be scored."""
 
     steps_from: Callable[[int], Generator[Sequence[Batch]]]
     validation: Callable[[], Iterable[Batch]]
+    validation_facts: CacheFacts
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class _Run:
         """Numbers on the held-out cache."""
         recipe = self.recipe
         objective = recipe.loss.at(step, recipe.steps)
-        found = evaluate(self.model, self.data.validation(), objective, recipe.parallel, self.world)
-        log.info("validation at step %d: %s", step, ", ".join(f"{n} {found[f'val/{n}']:.4f}" for n in SHOWN))
+        found = evaluate(
+            self.model, self.data.validation(), self.data.validation_facts,
+            objective=objective, parallel=recipe.parallel, world=self.world,
+        )  # fmt: skip
+        shown = ", ".join(f"{name} {found[f'val/{name}']:.4f}" for name in SHOWN if f"val/{name}" in found)
+        log.info("validation at step %d: %s", step, shown)
         return found
 
     def take_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:

@@ -11,11 +11,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_core.files import owned
-from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
 from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run
-from tests.tiny import Tiny
+from tests.tiny import VOCAB, Tiny
 
 
 def _values(run_dir: Path) -> list[dict[str, float]]:
@@ -56,7 +56,7 @@ def test_the_loss_falls_and_every_promised_number_is_there(whole_run: Path) -> N
             assert f"{split}/{name}" in found
     assert {"train/lr", "train/grad_norm"} <= lines[1].keys()
     assert {name for name in lines[-1] if name.startswith("val/")} == metric_names(
-        Objective({"kd": Distillation(), "sft": CrossEntropy()})
+        Objective({"kd": Distillation(), "sft": CrossEntropy()}), CacheFacts(VOCAB, 8)
     )
     assert lines[4]["train/loss"] == pytest.approx(0.9 * lines[4]["train/kd_loss"] + 0.1 * lines[4]["train/sft_loss"])
 

@@ -10,7 +10,7 @@ from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.stream.collate import Collate
 from kd_core.errors import NonFiniteError
-from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
@@ -18,10 +18,11 @@ from kd_core.students.starts import Pretrained
 from kd_core.training.evaluation import evaluate
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
-from tests.tiny import ROW_LENGTH, Tiny
+from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
 OBJECTIVE = Objective({"kd": Distillation(weight=0.9), "sft": CrossEntropy(weight=0.1)}, chunk_tokens=13)
 FLOAT32 = Parallel(precision="float32")
+FACTS = CacheFacts(vocab_size=VOCAB, top_k=8)
 
 
 def _model(tiny: Tiny) -> Decoder:
@@ -133,7 +134,7 @@ def test_a_non_finite_loss_moves_nothing(tiny: Tiny) -> None:
 def test_the_teacher_against_its_own_cache_has_no_divergence(tiny: Tiny) -> None:
     teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)])
-    found = evaluate(teacher, [batch], OBJECTIVE, FLOAT32, World())
+    found = evaluate(teacher, [batch], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World())
     assert found["val/kl"] < 2 * read_manifest(tiny.train).audit.kl_mean < 1e-3
     assert found["val/top1_agreement"] == 1
     assert found["val/nll"] == pytest.approx(found["val/teacher_nll"], rel=1e-3)
@@ -143,8 +144,12 @@ def test_the_teacher_against_its_own_cache_has_no_divergence(tiny: Tiny) -> None
 def test_evaluation_does_not_depend_on_batches(tiny: Tiny) -> None:
     model, records = _model(tiny), _records(tiny)
     collate = Collate(ROW_LENGTH)
-    whole = evaluate(model, [collate([[r] for r in records])], OBJECTIVE, FLOAT32, World())
-    parts = evaluate(model, [collate([[r]]) for r in records], OBJECTIVE, FLOAT32, World())
+    whole = evaluate(
+        model, [collate([[r] for r in records])], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World()
+    )
+    parts = evaluate(
+        model, [collate([[r]]) for r in records], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World()
+    )
     assert whole == pytest.approx(parts, rel=1e-6)
 
 
