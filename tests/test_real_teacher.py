@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from data.cache.manifest import read_manifest
-from data.stream.shards import decode_all
+from data.stream.shards import ShardReader
 from kd_core.parallel.mesh import World
 from kd_core.students.starts import Pretrained
 from launchers.evaluate import measure_model
@@ -23,7 +23,7 @@ def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
     ours = Pretrained(str(TEACHER)).build(torch.device("cpu"), seed=0)
-    record = decode_all(next(CACHE.glob("*.tar")), ours.arch.vocab_size)[0]
+    record = next(ShardReader(CACHE, read_manifest(CACHE)).records())
     ids = torch.from_numpy(record.token_ids[:300].astype("int64"))[None]
     positions = torch.cat([torch.arange(120), torch.arange(180)])[None]
     with torch.no_grad():
@@ -39,12 +39,11 @@ def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> No
     theirs = transformers.AutoModelForCausalLM.from_pretrained(EXPORT).eval()
     manifest = read_manifest(CACHE)
     nll = 0.0
-    for path in sorted(CACHE.glob("*.tar")):
-        for record in decode_all(path, manifest.vocab_size):
-            ids = torch.from_numpy(record.token_ids.astype("int64"))[None]
-            with torch.no_grad():
-                log_probs = torch.log_softmax(theirs(ids[:, :-1]).logits.double(), dim=-1)
-            nll -= log_probs.gather(2, ids[:, 1:, None]).sum().item()
+    for record in ShardReader(CACHE, manifest).records():
+        ids = torch.from_numpy(record.token_ids.astype("int64"))[None]
+        with torch.no_grad():
+            log_probs = torch.log_softmax(theirs(ids[:, :-1]).logits.double(), dim=-1)
+        nll -= log_probs.gather(2, ids[:, 1:, None]).sum().item()
     ours = Pretrained(str(EXPORT)).build(torch.device("cpu"), seed=0)
     found = measure_model(ours, EXPORT, CACHE, "float32", World())
     assert found["nll"] == pytest.approx(nll / manifest.positions, abs=1e-3)
