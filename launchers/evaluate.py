@@ -17,7 +17,7 @@ from absl import flags
 from launchers import app
 
 STUDENT = flags.DEFINE_string("student", None, "Hugging Face folder, or a checkpoint of a run; required.")
-CACHE = flags.DEFINE_string("cache", None, "Folder of a teacher's cache; required.")
+CACHE = flags.DEFINE_string("cache", None, "Folder or URL of a teacher's cache; required.")
 PRECISION = flags.DEFINE_string("precision", "float32", "What matmuls multiply in: float32 or bfloat16.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
@@ -48,7 +48,9 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     return model, Path(start.folder)
 
 
-def measure_model(model: Any, tokenizer_folder: Path, cache: Path, precision: str, world: Any) -> dict[str, float]:
+def measure_model(
+    model: Any, tokenizer_folder: Path, cache: Path | str, precision: str, world: Any
+) -> dict[str, float]:
     """The numbers of `SHOWN` for a model in memory."""
     from data.stream.collate import Collate
     from data.stream.source import Shards
@@ -78,7 +80,7 @@ def main() -> None:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
     with joined_world() as world:
         model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
-        found = measure_model(model, tokenizer_folder, Path(CACHE.value), PRECISION.value, world)
+        found = measure_model(model, tokenizer_folder, CACHE.value, PRECISION.value, world)
     if not world.is_first:
         return
     if JSON.value:

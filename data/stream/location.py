@@ -33,7 +33,7 @@ FINAL = (3, 6, 22)  # of curl, which tries again by itself where a server says t
 
 
 class _TransferError(Exception):
-    """A transfer that died; `final` where another attempt would die too."""
+    """A transfer that died; `final` where another attempt would, too."""
 
     def __init__(self, why: str, final: bool) -> None:
         super().__init__(why)
@@ -138,6 +138,8 @@ class RemoteFile:
             self.close()
         if self.stream is None:
             self.stream = self._opened()
+        if self.stopped:
+            raise _TransferError("it was stopped", True)
         while self.at < offset:
             skipped = len(self._part(min(PART, offset - self.at)))
             if not skipped:

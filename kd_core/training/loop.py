@@ -171,7 +171,8 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
         for step in range(done + 1, recipe.steps + 1):
             values = this.take_step(step, next(batches_of))
             held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else None
-            if metrics and (held_out or recipe.due(step, recipe.log_every)):
+            counts = values["data/damaged_blocks"] > 0  # is never left out, so that the lines add up
+            if metrics and (held_out or counts or recipe.due(step, recipe.log_every)):
                 metrics.add(step, {**values, **(held_out or {})})
             if recipe.due(step, recipe.checkpoint.every):
                 this.save(step, held_out)

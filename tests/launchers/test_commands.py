@@ -1,7 +1,9 @@
 """Commands end to end on the tiny teacher: train, resume after SIGKILL, ranks, mistakes."""
 
+import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.stream.source import Shards
 from kd_core.files import owned
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
 from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run
-from tests.tiny import VOCAB, Tiny
+from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
 
 def _values(run_dir: Path) -> list[dict[str, float]]:
@@ -240,3 +243,22 @@ def test_a_disk_that_is_full_is_said_and_what_was_complete_is_kept(tiny: Tiny, t
     assert "Traceback" not in done.stderr
     assert "error: " in done.stderr
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+def test_damage_that_is_skipped_is_counted_in_the_metrics_of_all_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.train, tmp_path / "cache")
+    shard = tmp_path / "cache" / "shard-000000.tar"
+    payload = bytearray(shard.read_bytes())
+    payload[700] ^= 1
+    shard.write_bytes(payload)
+    items = [*tiny.train_items(2), f"shards.path={tmp_path / 'cache'}", "tokens_per_step=1920", "logger.every=2"]
+    stopped = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'stopped'}")
+    assert stopped.returncode != 0
+    assert "shard-000000.tar: damaged: block 0" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    items += ["shards.on_damage=skip", "shards.max_damaged_blocks=1", "schedule.warmup_steps=1"]
+    done = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'run'}", nproc=2)
+    assert done.returncode == 0, done.stderr
+    counts = [found.get("data/damaged_blocks", 0.0) for found in _values(tmp_path / "run")]
+    rows = itertools.islice(Shards(str(tiny.train)).order(ROW_LENGTH, 0), 2 * 1920 // ROW_LENGTH)
+    assert sum(counts) == sum((0, 0, 0) in row.records for row in rows) > 0

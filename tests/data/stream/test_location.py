@@ -11,7 +11,7 @@ from data.stream.collate import Collate
 from data.stream.location import Location, RemoteFile
 from data.stream.shards import ShardReader
 from data.stream.source import Shards
-from data.stream.stream import all_batches
+from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
 from tests.data.stream.server import serving
 from tests.tiny import ROW_LENGTH, Tiny
@@ -124,6 +124,13 @@ def test_leaving_in_the_middle_ends_the_transfer(tiny: Tiny) -> None:
         batches = all_batches(Shards(f"{url}/cache/train"), Collate(ROW_LENGTH), micro_batch=2, rank=0, ranks=1)
         list(islice(batches, 2))
         batches.close()
+        ahead = training_steps(
+            Shards(f"{url}/cache/train"), Collate(ROW_LENGTH), seed=0, start_row=0, rows_per_step=2, micro_batch=2,
+            rank=0, ranks=1,
+        )  # fmt: skip
+        list(islice(ahead, 2))
+        ahead.close()
+        assert not any(task.read_text().strip() for task in Path("/proc/self/task").glob("*/children"))
 
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
