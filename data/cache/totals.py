@@ -54,7 +54,10 @@ class Totals:
             "audit.kl_worst": manifest.audit.kl_worst,
             "audit.mass_error": manifest.audit.mass_error,
         }
-        return [
+        missing = [
+            f"{name} is missing; the blocks give {value:.9g}" for name, value in found.items() if name not in wanted
+        ]
+        return missing + [
             f"{name} is {wanted[name]:.9g}; the blocks give {value:.9g}"
             for name, value in found.items()
             if name in wanted and not abs(wanted[name] - value) <= ABSOLUTE + RELATIVE * abs(value)

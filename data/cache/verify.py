@@ -3,8 +3,9 @@
 manifest → tables → every shard's bytes, hashes, members, records → ids, mass, labels → the manifest's own figures
 """
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.cache.codec.coding import Coding
 from data.cache.columns import Columns
 from data.cache.manifest import TABLES, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
+from data.cache.strict import shown
 from data.cache.totals import Totals
 from data.cache.walk import Visited, blocks, read_coding
 from kd_core.errors import UsageError
@@ -106,6 +108,14 @@ def _compare(found: Findings, totals: Totals, manifest: Manifest) -> None:
         found.report("manifest.json", f"says {manifest.records} records of {manifest.positions} positions; {read}")
     if not manifest.shards:
         found.report("manifest.json", "has no shards")
+    # What a plan asked for and the manifest says besides must be the same.
+    said = json.loads(json.dumps(asdict(replace(manifest, shards=(), plans=()))))
+    said = {name: said[name] for name in ("tokenizer", "selection", "row_length", "codec")}
+    said["dtype"] = manifest.teacher.get("dtype")
+    for plan in manifest.plans:
+        for name in sorted(said.keys() & plan.keys()):
+            if plan[name] != said[name]:
+                found.report("manifest.json", f"{name} is {shown(said[name])}; that of its plan is {shown(plan[name])}")
 
 
 def _check_folder(folder: Path, found: Findings) -> None:

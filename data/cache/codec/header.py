@@ -56,7 +56,7 @@ class Header:
         if len(payload) > MAX_JSON_BYTES:
             raise ValueError(f"json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
         try:
-            value = fields(json.loads(payload), "it")
+            value = fields(json.loads(payload.decode()), "it")
             # The audit is added once the block is encoded and decoded again.
             value = fields({"audit": {}, **value}, "it", ("audit", "entries", "first", "planes", "records", "samples"))
             records = [_record(each) for each in items(value["records"], "records")]

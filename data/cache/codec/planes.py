@@ -11,6 +11,7 @@ import numpy as np
 import zstandard
 
 Array = np.ndarray[Any, np.dtype[Any]]
+MOST_OF_NOTHING = 64  # bytes of an empty frame, at the most
 LEVEL = 1  # entropy coding is all there is to gain; higher levels search for matches that are not there
 
 
@@ -50,6 +51,15 @@ def compress(planes: Sequence[Array]) -> bytes:
     return b"".join([*parts, stream.flush()])
 
 
+def _empty(payload: bytes) -> bytes:
+    """What a frame of nothing holds: `decompress` would not look at it, nor at what follows."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    raw = frame.decompress(payload[:MOST_OF_NOTHING])
+    if not frame.eof or frame.unused_data or len(payload) > MOST_OF_NOTHING:
+        raise ValueError("a frame of nothing is followed by something, or cut off")
+    return raw
+
+
 def decompress(payload: bytes, sizes: Sequence[int]) -> list[Array]:
     """The planes of a frame; allocates what `sizes` declare, so they must be in bounds.
 
@@ -61,7 +71,7 @@ def decompress(payload: bytes, sizes: Sequence[int]) -> list[Array]:
         declared = zstandard.get_frame_parameters(payload).content_size
         if declared != wanted:
             raise ValueError(f"holds {declared} bytes; the header's planes have {wanted}")
-        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False) if wanted else _empty(payload)
     except zstandard.ZstdError as error:
         raise ValueError(f"not one whole zstd frame ({error})") from None
     if len(raw) != wanted:

@@ -155,7 +155,7 @@ def _bounded(payload: bytes) -> tuple[int, int, int, int]:
     """V, ids written, L and C of `tables.json`."""
     if len(payload) > MAX_JSON_BYTES:
         raise ValueError(f"tables.json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
-    value = fields(json.loads(payload), "tables.json", ("candidates", "global", "tokens", "vocab_size"))
+    value = fields(json.loads(payload.decode()), "tables.json", ("candidates", "global", "tokens", "vocab_size"))
     V = integer(value["vocab_size"], "vocab_size", 1, MAX_VOCABULARY)
     return (
         V,

@@ -140,6 +140,14 @@ def test_a_frame_that_holds_more_than_it_declares_is_refused() -> None:
         decompress(bytes(lying), [700])
 
 
+def test_an_empty_frame_is_looked_at_too() -> None:
+    empty = compress([np.zeros(0, np.uint8)])
+    assert [len(plane) for plane in decompress(empty, [0])] == [0]
+    for damaged in (empty + b"x", empty[:-1], empty + bytes(100), empty + empty, empty[:-1] + bytes([empty[-1] ^ 1])):
+        with pytest.raises(ValueError, match="nothing is followed|zstd frame"):
+            decompress(damaged, [0])
+
+
 def test_a_frame_without_a_size_is_refused() -> None:
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     frame = stream.compress(bytes(100)) + stream.flush()
