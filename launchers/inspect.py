@@ -12,7 +12,9 @@ is held (mass at K = 1, 8, 64 and all), and records as text, each position with 
 names all that is wrong, with shard, block and member, and ends with status 1 if anything is.
 """
 
+import os
 import shutil
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -195,7 +197,17 @@ def check(folder: Path) -> None:
 
 def main(cache: str) -> None:
     """Show or verify."""
-    (check if VERIFY.value else show)(Path(cache))
+    folder = Path(cache)
+    if not (folder / "manifest.json").exists() and (inside := sorted(folder.glob("*/manifest.json"))):
+        from kd_core.errors import UsageError
+
+        named = ", ".join(str(path.parent) for path in inside[:4])
+        raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {named}.")
+    try:
+        (check if VERIFY.value else show)(folder)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

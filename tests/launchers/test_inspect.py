@@ -1,7 +1,10 @@
 """`launchers.inspect`: shows a cache, writes its page, verifies it, and refuses in one message."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from data.cache.readable import columns, fit, spots, visible, words_of
 from data.cache.selection import Selection
 from launchers.records_page import Tables, html_page, terminal_lines
-from tests.launchers.command import run
+from tests.launchers.command import ENVIRONMENT, ROOT, run
 from tests.tiny import Tiny, write_caches
 
 
@@ -84,6 +87,22 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
         assert done.returncode == status
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_caches_names_them(tiny: Tiny) -> None:
+    done = run("launchers.inspect", str(tiny.train.parent))
+    assert done.returncode == 1
+    assert f"Name one: {tiny.train}, {tiny.validation}." in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny: Tiny) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "launchers.inspect", str(tiny.train)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT, check=False)
+    os.close(write)
+    assert done.returncode == 0
+    assert b"rror" not in done.stderr
 
 
 class _Tags(HTMLParser):

@@ -107,6 +107,15 @@ def test_at_64_entries_the_mean_kl_is_what_the_codec_promises(codec: str, bound:
     assert encode_block(0, records, coding)[1]["kl_mean"] < bound
 
 
+def test_a_window_of_thousands_of_positions_beside_one_of_a_single_one() -> None:
+    case = Case(5, 400, (1, 5000, 1), Selection(top_k=5, mass=0.9), "standard", 3.0, ragged=True)
+    records, coding = make(case)
+    again = decode_block(encode_block(0, records, coding)[0], coding)
+    assert [record.positions for record in again] == [1, 5000, 1]
+    for before, after in zip(records, again, strict=True):
+        _exact(before, after)
+
+
 def test_a_vocabulary_of_three_bytes() -> None:
     case = Case(3, 300_000, (9, 1, 30), Selection(top_k=12, draws=3), "standard", 2.0, ragged=True)
     records, coding = make(case)
