@@ -84,11 +84,6 @@ def costs(survey: "Survey") -> list[tuple[str, int, float]]:
     return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
 
 
-def coverage(survey: "Survey") -> list[tuple[str, float]]:
-    """The teacher's mean mass on the likeliest K entries."""
-    return [(name, mass / max(1, survey.positions)) for name, mass in survey.mass.items()]
-
-
 def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
     """The teacher's tokenizer: that of --tokenizer, or of a teacher's folder beside the cache.
 
@@ -150,8 +145,10 @@ def show(folder: Path) -> None:
     print("\n  bytes                              all   a position")
     for name, size, each in costs(survey):
         print(f"  {name:<26} {size:>12,} {each:>10.2f}")
-    print("\n  teacher's mass on its likeliest")
-    for name, mass in coverage(survey):
+    coverage = survey.coverage(manifest.selection.top_k)
+    if coverage:
+        print("\n  teacher's mass on its likeliest")
+    for name, mass in coverage:
         print(f"  {name:<14} {mass:.4f}")
     width = shutil.get_terminal_size((100, 24)).columns
     for record in records[: RECORDS.value]:
@@ -159,7 +156,7 @@ def show(folder: Path) -> None:
         for line in records_page.terminal_lines(record, words, ALTERNATIVES.value, width):
             print(line)
     if HTML.value:
-        tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage(survey))
+        tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage)
         page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)
         write_text(Path(HTML.value), page)
         print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")

@@ -116,7 +116,9 @@ def html_page(tables: Tables, records: Sequence[Record], words: Words, most: int
         _table(
             ["bytes", "all", "a position"], [(name, f"{size:,}", f"{each:.2f}") for name, size, each in tables.costs]
         ),
-        _table(["teacher's mass", "on its likeliest"], [(name, f"{mass:.4f}") for name, mass in tables.coverage]),
+        _table(["likeliest", "teacher's mass"], [(name, f"{mass:.4f}") for name, mass in tables.coverage])
+        if tables.coverage
+        else "",
         "<p>A token is the redder the less the teacher expected it. Point at one for what was expected in its place; "
         "pale ones are not scored.</p>",
         *(_record(record, words, most) for record in records),

@@ -52,7 +52,7 @@ class Survey:
     scored: int = 0
     nll: float = 0.0
     inside: int = 0
-    mass: dict[str, float] = field(default_factory=dict)
+    mass: dict[int | None, float] = field(default_factory=dict)
     entries: Spread = field(default_factory=Spread)
     samples: Spread = field(default_factory=Spread)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -82,14 +82,19 @@ class Survey:
         self.scored += int(record.loss_mask.sum())
         self.nll -= float(record.label_log_prob.astype(np.float64).sum())
         probs = -np.sort(-np.exp(record.topk_log_probs.astype(np.float64)), axis=1)
-        for name, width in {**{f"K = {k}": k for k in AT if k < probs.shape[1]}, "all stored": probs.shape[1]}.items():
-            self.mass[name] = self.mass.get(name, 0.0) + float(probs[:, :width].sum())
+        for width in (*AT, None):  # a block may be narrower than the selection
+            self.mass[width] = self.mass.get(width, 0.0) + float(probs[:, :width].sum())
         self.entries.add((record.topk_log_probs > UNUSED).sum(axis=1))
         ids, weights = record.samples()
         self.samples.add((weights > UNUSED).sum(axis=1))
         labels = record.token_ids[1:, None]
         found = ((record.topk_token_ids == labels) & (record.topk_log_probs > UNUSED)).any(axis=1)
         self.inside += int((found | ((ids == labels) & (weights > UNUSED)).any(axis=1)).sum())
+
+    def coverage(self, top_k: int) -> list[tuple[str, float]]:
+        """The teacher's mean mass on its likeliest K entries, as far as `top_k` of them can be there."""
+        named = [(f"K = {k}" if k else "all stored", mass) for k, mass in self.mass.items() if k is None or k < top_k]
+        return [(name, mass / max(1, self.positions)) for name, mass in named] if top_k else []
 
     @property
     def total_bytes(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data.cache.manifest import read_manifest
@@ -14,6 +15,7 @@ from data.cache.selection import Selection
 from data.cache.survey import Survey
 from data.cache.verify import Findings, verify
 from data.cache.walk import blocks, read_coding
+from data.stream.shards import ShardReader
 from tests.tiny import Tiny, write_caches
 
 
@@ -135,6 +137,11 @@ def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(cache: Path) -> None:
     assert "shard-000001.tar: is no file; the manifest wants one" in _verify(cache).problems
 
 
+def tiny_top(folder: Path) -> np.ndarray:
+    records = ShardReader(folder, read_manifest(folder)).records()
+    return np.concatenate([record.topk_log_probs.max(axis=1) for record in records]).astype(np.float64)
+
+
 def test_the_survey_counts_every_byte_and_position(cache: Path) -> None:
     def refuse(where: str, what: str) -> None:
         raise AssertionError(f"{where}: {what}")
@@ -146,5 +153,9 @@ def test_the_survey_counts_every_byte_and_position(cache: Path) -> None:
     assert survey.total_bytes == sum(path.stat().st_size for path in cache.iterdir())
     assert (survey.records, survey.positions) == (manifest.records, manifest.positions)
     assert survey.nll / survey.positions == pytest.approx(manifest.statistics["teacher_nll"], rel=1e-9)
-    assert survey.mass["all stored"] / survey.positions == pytest.approx(manifest.statistics["teacher_mass"], rel=1e-9)
+    coverage = dict(survey.coverage(8))
+    assert list(coverage) == ["K = 1", "all stored"]
+    assert coverage["all stored"] == pytest.approx(manifest.statistics["teacher_mass"], rel=1e-9)
+    assert coverage["K = 1"] == pytest.approx(np.exp(tiny_top(cache)).mean(), rel=1e-6)
+    assert Survey().coverage(0) == []
     assert (survey.entries.least, survey.entries.most, survey.entries.mean) == (8, 8, 8.0)
