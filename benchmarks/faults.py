@@ -59,7 +59,7 @@ def limit_memory() -> None:
 def _meaning(data: bytes) -> Any:
     """A manifest without what it says of the teacher's name, numbers of figures rounded; None where it is no JSON."""
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_float=lambda text: float(text) + 0.0)  # no −0
         for name in ("statistics", "audit"):
             value[name] = {key: f"{each:.5g}" if type(each) is float else each for key, each in value[name].items()}
         value["teacher"] = value["teacher"].get("dtype")  # all else that is said of it is free

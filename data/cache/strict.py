@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, cast
 
+LARGEST = 1 << 64
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -17,7 +18,8 @@ def integer(value: Any, name: str, least: int, most: int) -> int:
 
 def number(value: Any, name: str) -> float:
     """A finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    # The size is asked for first: an integer of hundreds of digits is no float.
+    if type(value) not in (int, float) or (type(value) is int and abs(value) > LARGEST) or not math.isfinite(value):
         raise ValueError(f"{name}: {shown(value)}; wanted a finite number")
     return value
 

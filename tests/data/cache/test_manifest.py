@@ -72,6 +72,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "temperatures as words": (_at("selection", "tail_temperatures")("22"), "'22'; wanted a list"),
     "an endless temperature": (_at("selection", "proposal_temperature")(float("inf")), "wanted a finite number"),
     "an error that is no number": (_at("audit", "kl_mean")(float("nan")), "audit.kl_mean: nan"),
+    "an error of hundreds of digits": (_at("audit", "kl_mean")(10**400), "audit.kl_mean: a number of 1329 bits"),
     "a figure of words": (_at("statistics", "teacher_nll")("low"), "statistics.teacher_nll: 'low'"),
     "a figure missing": (lambda m: m["statistics"].pop("teacher_mass"), "teacher_mass is missing"),
     "endless tables": (_at("tables", "bytes")(1 << 50), "tables.bytes"),

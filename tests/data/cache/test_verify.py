@@ -131,6 +131,13 @@ def test_a_plan_of_another_export_is_found(cache: Path) -> None:
     assert _verify(cache).problems == ["plan.json: is none of the plans in the manifest"]
 
 
+def test_a_plan_that_stands_twice_or_is_only_equal_to_python_is_found(cache: Path) -> None:
+    _manifest(cache, lambda m: m["plans"].append(m["plans"][0]))
+    assert _verify(cache).problems == ["manifest.json: has a plan twice"]
+    _manifest(cache, lambda m: (m["plans"].pop(), m["plans"][0].update(seed=False)))
+    assert _verify(cache).problems == ["plan.json: is none of the plans in the manifest"]
+
+
 def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(cache: Path) -> None:
     (cache / "shard-000001.tar").unlink()
     os.mkfifo(cache / "shard-000001.tar")
