@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import CODECS
@@ -188,13 +188,13 @@ def _manifest(value: dict[str, Any]) -> Manifest:
     )
 
 
-def parse_manifest(value: dict[str, Any], path: str) -> Manifest:
+def parse_manifest(value: Any, path: str) -> Manifest:
     """A manifest from its JSON, every field of its exact type and in bounds.
 
     Raises:
         UsageError: another format or version, or a field that is missing, unknown or out of bounds.
     """
-    rest = dict(value)
+    rest = dict(cast(dict[str, Any], value)) if isinstance(value, dict) else {}
     kind, version = rest.pop("format", None), rest.pop("version", None)
     if kind != FORMAT or type(version) is not int or version != VERSION:
         raise UsageError(

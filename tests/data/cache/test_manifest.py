@@ -92,6 +92,12 @@ def test_it_is_refused_by_name(tiny: Tiny, name: str) -> None:
     assert len(str(found.value)) < 400
 
 
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1], [["format", 1]]])
+def test_another_value_than_an_object_is_no_manifest(value: object) -> None:
+    with pytest.raises(UsageError, match="format and version are"):
+        parse_manifest(value, "cache/manifest.json")
+
+
 TEXTS = [
     b"",
     b"[]",
