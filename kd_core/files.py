@@ -46,7 +46,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file, wanted {what}. Check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists in lists
         raise UsageError(f"{path}: not valid JSON ({error}), wanted {what}. Restore or remake it.") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: holds a {type(value).__name__}, wanted {what} (a JSON object).")

@@ -84,8 +84,11 @@ def _refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def start(main: Callable[[], None], module: str, doc: str, kind: str | None = None) -> None:
-    """Run `main` as the command `module`."""
+def start(
+    main: Callable[..., None], module: str, doc: str, kind: str | None = None, arguments: Sequence[str] = ()
+) -> None:
+    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags."""
+    FLAGS.set_gnu_getopt(bool(arguments))
     prog = module.removeprefix("launchers.")
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -98,12 +101,15 @@ def start(main: Callable[[], None], module: str, doc: str, kind: str | None = No
             _refuse(prog, f"{error}. Try --help.")
 
     def run(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            _refuse(prog, f"unexpected argument {argv[1]!r}. Flags begin with --; try --help.")
+        given = argv[1:]
+        if len(given) > len(arguments):
+            _refuse(prog, f"unexpected argument {given[len(arguments)]!r}. Flags begin with --; try --help.")
+        if len(given) < len(arguments):
+            _refuse(prog, f"no {arguments[len(given)]} given. Try --help.")
         log.setLevel(logging.DEBUG)
         log.propagate = False  # absl's own handler would say everything twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
-        raise SystemExit(_guarded(main, prog))
+        raise SystemExit(_guarded(lambda: main(*given), prog))
 
     app.run(run, argv=sys.argv, flags_parser=parse)

@@ -71,7 +71,9 @@ class Columns:
         if (np.abs(mass - 1) > MASS_ROUNDING).any():
             raise ValueError(f"entries and tail sum to {mass[np.abs(mass - 1).argmax()]:.6f}, wanted 1")
         entries = self.label_entries()
-        apart = (entries > UNUSED) & (np.abs(entries - self.label_logs) > LABEL_TOLERANCE)
+        inside = entries > UNUSED
+        distance = np.subtract(entries, self.label_logs, where=inside, out=np.zeros_like(entries))
+        apart = inside & (np.abs(distance) > LABEL_TOLERANCE)
         if selection.top_k and apart.any():
             at = int(apart.argmax())
             raise ValueError(

@@ -2,15 +2,22 @@
 
 import re
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from data.cache.codec.header import MAX_POSITIONS
+from data.cache.codec.levels import CODECS
+from data.cache.codec.tables import MAX_VOCABULARY
 from data.cache.selection import Selection
+from data.cache.strict import digest, fields, integer, items, number, shown, text
+from data.cache.tar import END
 from kd_core.errors import UsageError
 from kd_core.files import read_json, write_json
 
 FORMAT = "kd-workspace teacher cache"
 VERSION = 2
+MAX_MANIFEST_BYTES, MAX_TABLES_BYTES, MAX_BLOCK_BYTES, MAX_SHARD_BYTES = 1 << 28, 1 << 26, 1 << 29, 1 << 50
 TABLES = "tables.tar"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
@@ -96,35 +103,108 @@ class Manifest:
         write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **asdict(self)})
 
 
-def _shard(value: dict[str, Any]) -> Shard:
-    name = str(value["name"])
-    if not SHARD_NAME.fullmatch(name):
-        raise ValueError(f"shard name {name!r} is none")
-    blocks = tuple(Block(int(b["bytes"]), str(b["sha256"]), tuple(map(int, b["lengths"]))) for b in value["blocks"])
-    return Shard(name, int(value["bytes"]), str(value["sha256"]), blocks)
+def _shard(value: Any) -> Shard:
+    found = fields(value, "a shard", ("blocks", "bytes", "name", "sha256"))
+    name = text(found["name"], "a shard's name")
+    if not SHARD_NAME.fullmatch(name) or name == TABLES:
+        raise ValueError(f"a shard's name is {shown(name)}; wanted a plain one, as shard-000000.tar")
+    blocks = tuple(_block(each, name) for each in items(found["blocks"], f"{name}: blocks"))
+    size = integer(found["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
+    if size != (wanted := sum(block.bytes for block in blocks) + len(END)):
+        raise ValueError(f"{name}: has {size} bytes; its blocks and the tar's end have {wanted}")
+    return Shard(name, size, digest(found["sha256"], f"{name}: sha256"), blocks)
 
 
-def parse_manifest(value: dict[str, Any], path: str) -> Manifest:
-    """A manifest from its JSON.
+def _block(value: Any, name: str) -> Block:
+    found = fields(value, f"{name}: a block", ("bytes", "lengths", "sha256"))
+    lengths = items(found["lengths"], f"{name}: lengths")
+    if not lengths:
+        raise ValueError(f"{name}: a block has no records")
+    return Block(
+        integer(found["bytes"], f"{name}: a block's bytes", 1, MAX_BLOCK_BYTES),
+        digest(found["sha256"], f"{name}: a block's sha256"),
+        tuple(integer(length, f"{name}: a record's positions", 1, MAX_POSITIONS) for length in lengths),
+    )
+
+
+def _selection(value: Any) -> Selection:
+    found = fields(value, "selection", (each.name for each in dataclass_fields(Selection)))
+    return Selection(
+        top_k=integer(found["top_k"], "selection.top_k", 0, 65535),
+        min_prob=number(found["min_prob"], "selection.min_prob"),
+        mass=number(found["mass"], "selection.mass"),
+        draws=integer(found["draws"], "selection.draws", 0, 65535),
+        proposal_temperature=number(found["proposal_temperature"], "selection.proposal_temperature"),
+        tail_temperatures=tuple(
+            number(each, "selection.tail_temperatures")
+            for each in items(found["tail_temperatures"], "selection.tail_temperatures")
+        ),
+    )
+
+
+def _audit(value: Any) -> Audit:
+    found = fields(value, "audit", (each.name for each in dataclass_fields(Audit)))
+    return Audit(**{name: number(error, f"audit.{name}") for name, error in found.items()})
+
+
+def _tables(value: Any) -> dict[str, Any]:
+    found = fields(value, "tables", ("bytes", "sha256"))
+    integer(found["bytes"], "tables.bytes", 1, MAX_TABLES_BYTES)
+    digest(found["sha256"], "tables.sha256")
+    return found
+
+
+def _statistics(value: Any) -> dict[str, float]:
+    found = {name: number(each, f"statistics.{name}") for name, each in fields(value, "statistics").items()}
+    if missing := {"teacher_nll", "teacher_mass"} - set(found):
+        raise ValueError(f"statistics: {min(missing)} is missing")
+    return found
+
+
+def _codec(value: Any) -> str:
+    if text(value, "codec") not in CODECS:
+        raise ValueError(f"codec: {shown(value)}; wanted one of {', '.join(CODECS)}")
+    return value
+
+
+def _manifest(value: dict[str, Any]) -> Manifest:
+    found = fields(value, "it", (each.name for each in dataclass_fields(Manifest)))
+    shards = tuple(_shard(each) for each in items(found["shards"], "shards"))
+    names = [shard.name for shard in shards]
+    if len(set(names)) != len(names):
+        raise ValueError(f"shards: {max(names, key=names.count)} stands twice")
+    return Manifest(
+        vocab_size=integer(found["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
+        tokenizer=text(found["tokenizer"], "tokenizer"),
+        teacher=fields(found["teacher"], "teacher"),
+        selection=_selection(found["selection"]),
+        row_length=integer(found["row_length"], "row_length", 1, MAX_POSITIONS),
+        codec=_codec(found["codec"]),
+        audit=_audit(found["audit"]),
+        statistics=_statistics(found["statistics"]),
+        tables=_tables(found["tables"]),
+        plans=tuple(fields(plan, "a plan") for plan in items(found["plans"], "plans")),
+        shards=shards,
+    )
+
+
+def parse_manifest(value: Any, path: str) -> Manifest:
+    """A manifest from its JSON, every field of its exact type and in bounds.
 
     Raises:
-        UsageError: another format or version, or a field that is missing, unknown or none.
+        UsageError: another format or version, or a field that is missing, unknown or out of bounds.
     """
-    found = (value.pop("format", None), value.pop("version", None))
-    if found != (FORMAT, VERSION):
-        raise UsageError(f"{path}: format and version are {found}; wanted {(FORMAT, VERSION)}. Export the cache again.")
+    rest = dict(cast(dict[str, Any], value)) if isinstance(value, dict) else {}
+    kind, version = rest.pop("format", None), rest.pop("version", None)
+    if kind != FORMAT or type(version) is not int or version != VERSION:
+        raise UsageError(
+            f"{path}: format and version are {shown(kind)} and {shown(version)}; wanted {FORMAT!r} and {VERSION}. "
+            "Export the cache again."
+        )
     try:
-        selection = dict(value.pop("selection"))
-        selection["tail_temperatures"] = tuple(selection["tail_temperatures"])
-        parts: dict[str, Any] = {
-            "selection": Selection(**selection),
-            "audit": Audit(**value.pop("audit")),
-            "plans": tuple(value.pop("plans")),
-            "shards": tuple(_shard(each) for each in value.pop("shards")),
-        }
-        return Manifest(**value, **parts)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: a field is missing, unknown or none ({error}). Export the cache again.") from None
+        return _manifest(rest)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}. Restore it, or export the cache again.") from None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -138,6 +218,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError(
             f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."
         )
+    if path.exists() and path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise UsageError(f"{path}: has {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read. Restore it.")
     return parse_manifest(
         read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)"), str(path)
     )

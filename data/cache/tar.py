@@ -76,6 +76,6 @@ def _plain_file(header: bytes, at: int) -> tuple[str, int]:
         raise ValueError(f"member {found.name!r}, offset {at}: wanted a plain name, as 00000000.json")
     if found.size < 0:
         raise ValueError(f"member {found.name}, offset {at}: declares {found.size} bytes")
-    if found.tobuf(tarfile.USTAR_FORMAT) != header:
+    if found.linkname or found.tobuf(tarfile.USTAR_FORMAT) != header:
         raise ValueError(f"member {found.name}, offset {at}: its header has fields that a plain file has not")
     return found.name, found.size

@@ -21,13 +21,13 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.tables import fit_tables
 from data.cache.manifest import TABLES, Manifest, Shard
 from data.cache.record import Record
+from data.cache.totals import Totals
 from data.cache.writer import block_bytes, write_shard, write_tables
 from data.export.huggingface import local_folder
 from data.export.plan import DTYPES, CachePlan, PlannedShard, TeacherExport
 from data.export.scorers import load_scorer
 from data.export.scoring import score_windows, scoring_threads
 from data.export.teacher import Scorer
-from data.export.totals import Totals
 from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import sha256
@@ -118,7 +118,7 @@ def finish(plan: CachePlan) -> Manifest:
                     "Delete it and run again."
                 )
             check_alignment(written.records, str(path))
-            totals.add(written)
+            totals.add(written.header, written.records)
             blocks.append(written.block)
         shards.append(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)))
     manifest = Manifest(

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.cache.codec.coding import Coding
 from data.cache.codec.entries import Entries, decode_entries
-from data.cache.codec.header import Header
+from data.cache.codec.header import Header, check_size
 from data.cache.codec.log_probs import LogProbs, decode_log_probs, log_prob_planes
 from data.cache.codec.planes import compress, decompress, join, split, width_of
 from data.cache.codec.ranks import Ragged
@@ -26,6 +26,7 @@ from data.cache.codec.samples import decode_weights, plane_count, weight_planes
 from data.cache.codec.tables import Tables
 from data.cache.columns import Columns, audit
 from data.cache.record import Record
+from data.cache.strict import fields
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Planes = list[Array]
@@ -41,6 +42,7 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple
     tables, selection = coding.tables, coding.selection
     columns = Columns.of(records, selection.tail_temperatures)
     columns.check(tables.vocab_size, selection)
+    check_size(len(columns.tokens), max(columns.heads.shape[1], columns.samples.shape[1]))
     order = coding.order_of(columns.tokens)
     head = Entries(columns.tokens, columns.heads, columns.head_logs, tables)
     drawn = Entries(columns.tokens, columns.samples, columns.sample_logs, tables)
@@ -76,16 +78,18 @@ def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:
         raise ValueError(f"has members {sorted(members)}; wanted {sorted(coding.members)}")
     header, member = Header.of(members["json"]), "json"
     try:
+        fields(header.planes, "planes", coding.members[1:])
         planes: dict[str, Planes] = {}
         for member in coding.members[1:]:
-            planes[member] = decompress(members[member], header.planes.get(member, []))
+            sizes = header.sizes(member, len(coding.selection.tail_temperatures))
+            planes[member] = decompress(members[member], sizes)
         member = "tokens.zst"
         token_ids, masks = _decode_tokens(planes[member], header, coding.tables)
         tokens, labels = (np.concatenate([ids[part] for ids in token_ids]) for part in (INPUTS, LABELS))
         member = "entries.zst"
         ids, rows = _decode_head(planes, tokens, header, coding)
         member = "log_probs.zst"
-        logs = decode_log_probs(planes[member], ids, labels, rows, coding.levels)
+        logs = decode_log_probs(planes[member], ids, labels, rows, coding)
         member = "samples.zst"
         samples = _decode_samples(planes, tokens, logs.tail, header, coding)
     except (ValueError, IndexError, TypeError) as error:
@@ -107,6 +111,8 @@ def _slices(header: Header) -> Iterator[slice]:
 def _decode_tokens(planes: Planes, header: Header, tables: Tables) -> tuple[list[Array], list[Array]]:
     """Token ids and loss mask of each record."""
     *ranks, bits = planes
+    if len(ranks) != width_of(tables.vocab_size):
+        raise ValueError(f"has {len(planes)} planes, wanted {width_of(tables.vocab_size) + 1}")
     lengths = np.array([positions for _, _, positions in header.records])
     flat = join(ranks)
     if len(flat) != (lengths + 1).sum() or len(bits) != (lengths.sum() + 7) // 8:

@@ -43,6 +43,8 @@ def decode_entries(planes: Planes, tokens: Array, widest: int, coding: Coding) -
     Raises:
         ValueError: the planes do not belong together, or hold what is no id.
     """
+    if len(planes) < 2:
+        raise ValueError(f"has {len(planes)} planes, too few")
     counts = join(planes[:2]).astype(np.int64)
     if len(counts) != len(tokens) or int(counts.max(initial=0)) != widest:
         raise ValueError(f"has counts of {len(counts)} positions up to {counts.max(initial=0)}; wanted {widest}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from data.cache.codec.coding import Coding
 from data.cache.codec.entries import Entries
 from data.cache.codec.fixed import fixed_planes, float_planes, from_fixed, from_floats
 from data.cache.codec.levels import Levels
@@ -61,11 +62,19 @@ def _decode_floats(planes: Planes, rows: Ragged) -> LogProbs:
     head = rows.padded(flat)
     if rows.used is not None:
         head[~rows.used] = UNUSED
+    _check_mass(np.exp(head).sum(axis=1) + np.exp(tail))
     return LogProbs(head, tail, labels, list(tempered))
+
+
+def _check_mass(total: Array) -> None:
+    if not (apart := np.abs(total - 1) <= LEVEL_ERROR).all():  # so asked, NaN does not pass
+        raise ValueError(f"entries and tail sum to {total[apart.argmin()]:.3f}, wanted 1")
 
 
 def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, levels: Levels) -> LogProbs:
     classes, flat, *fixed = planes
+    if len(classes) != len(ids):
+        raise ValueError(f"has row classes of {len(classes)} positions, wanted {len(ids)}")
     order = _row_order(classes, rows)
     codes = np.empty(ids.shape, np.uint8)
     codes[order] = rows.rows(order).padded(flat)
@@ -76,8 +85,7 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
     if rows.used is not None:
         head[~rows.used], probs[~rows.used] = UNUSED, 0.0
     total = probs.sum(axis=1) + np.exp(tail)
-    if (np.abs(total - 1) > LEVEL_ERROR).any():
-        raise ValueError(f"levels and tail sum to {total[np.abs(total - 1).argmax()]:.3f}, wanted 1")
+    _check_mass(total)
     shift = np.log(total)
     head -= shift[:, None]
     label_logs = np.full(len(labels), np.nan, np.float32)
@@ -93,12 +101,16 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
     return LogProbs(head, tail - shift, label_logs, list(tempered))
 
 
-def decode_log_probs(planes: Planes, ids: Array, labels: Array, rows: Ragged, levels: Levels | None) -> LogProbs:
+def decode_log_probs(planes: Planes, ids: Array, labels: Array, rows: Ragged, coding: Coding) -> LogProbs:
     """What `log_prob_planes` wrote; entries and tail sum to 1.
 
     Raises:
         ValueError: the planes do not belong together.
     """
+    levels, further = coding.levels, len(coding.selection.tail_temperatures)
+    wanted = 12 + 4 * further if levels is None else 6 + 2 * further
+    if len(planes) != wanted:
+        raise ValueError(f"has {len(planes)} planes, wanted {wanted}")
     found = _decode_floats(planes, rows) if levels is None else _decode_levels(planes, ids, labels, rows, levels)
     if {len(each) for each in (found.tail, found.labels, *found.tempered)} != {len(labels)}:
         raise ValueError(f"holds tails or labels of another number of positions than {len(labels)}")

@@ -11,7 +11,7 @@ import numpy as np
 import zstandard
 
 Array = np.ndarray[Any, np.dtype[Any]]
-MAX_MEMBER_BYTES = 1 << 30
+MOST_OF_NOTHING = 64  # bytes of an empty frame, at the most
 LEVEL = 1  # entropy coding is all there is to gain; higher levels search for matches that are not there
 
 
@@ -22,7 +22,13 @@ def split(values: Array, width: int) -> list[Array]:
 
 
 def join(planes: Sequence[Array]) -> Array:
-    """The numbers again, as uint32."""
+    """The numbers again, as uint32.
+
+    Raises:
+        ValueError: the planes are of different lengths.
+    """
+    if len({len(plane) for plane in planes}) != 1:
+        raise ValueError(f"planes of one number have {[len(plane) for plane in planes]} bytes; wanted equally many")
     total = planes[0].astype(np.uint32)
     for byte, plane in enumerate(planes[1:], 1):
         total |= plane.astype(np.uint32) << (8 * byte)
@@ -45,21 +51,30 @@ def compress(planes: Sequence[Array]) -> bytes:
     return b"".join([*parts, stream.flush()])
 
 
+def _empty(payload: bytes) -> bytes:
+    """What a frame of nothing holds: `decompress` would not look at it, nor at what follows."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    raw = frame.decompress(payload[:MOST_OF_NOTHING])
+    if not frame.eof or frame.unused_data or len(payload) > MOST_OF_NOTHING:
+        raise ValueError("a frame of nothing is followed by something, or cut off")
+    return raw
+
+
 def decompress(payload: bytes, sizes: Sequence[int]) -> list[Array]:
-    """The planes of a frame.
+    """The planes of a frame; allocates what `sizes` declare, so they must be in bounds.
 
     Raises:
         ValueError: it declares another size than that of the planes, or is damaged.
     """
     wanted = sum(sizes)
-    if wanted > MAX_MEMBER_BYTES:
-        raise ValueError(f"planes of {wanted} bytes; at most {MAX_MEMBER_BYTES} are read")
     try:
         declared = zstandard.get_frame_parameters(payload).content_size
         if declared != wanted:
             raise ValueError(f"holds {declared} bytes; the header's planes have {wanted}")
-        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False) if wanted else _empty(payload)
     except zstandard.ZstdError as error:
         raise ValueError(f"not one whole zstd frame ({error})") from None
+    if len(raw) != wanted:
+        raise ValueError(f"holds {len(raw)} bytes and declares {wanted}")
     data = np.frombuffer(raw, np.uint8)
     return np.split(data, np.cumsum(sizes)[:-1])

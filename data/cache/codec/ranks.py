@@ -15,6 +15,7 @@ from data.cache.codec.planes import join, split, width_of
 Array = np.ndarray[Any, np.dtype[Any]]
 ESCAPE = 255
 GROUPS = 4
+LARGEST_INT = np.iinfo(np.int32).max
 
 
 class Ragged(NamedTuple):
@@ -53,8 +54,10 @@ class Ragged(NamedTuple):
         width = len(range(*columns.indices(self.K)))
         if self.used is None:
             return flat.reshape(len(self.counts), width)
-        full = np.zeros((len(self.counts), width), flat.dtype)
-        full[self.used[:, columns]] = flat
+        full, used = np.zeros((len(self.counts), width), flat.dtype), self.used[:, columns]
+        if len(flat) != np.count_nonzero(used):  # numpy would spread a single one
+            raise ValueError(f"has {len(flat)} values for {np.count_nonzero(used)} entries")
+        full[used] = flat
         return full
 
 
@@ -71,25 +74,35 @@ def gap_planes(ranks: Array, rows: Ragged, largest: int) -> list[Array]:
     return planes
 
 
+def _gaps(planes: Sequence[Array], largest: int) -> Array:
+    """The gaps of a column group, flat."""
+    flat, aside = planes[0].astype(np.int32), join(planes[1:]).astype(np.int32)
+    marked = planes[0] == ESCAPE
+    if int(np.count_nonzero(marked)) != len(aside):
+        raise ValueError(f"{np.count_nonzero(marked)} gaps are marked as written aside, {len(aside)} are")
+    if len(aside):
+        if not 0 <= int(aside.min()) <= int(aside.max()) <= largest:
+            raise ValueError(f"holds a gap that leads beyond rank {largest}")
+        np.place(flat, marked, aside)
+    return flat
+
+
 def ranks_of(planes: Sequence[Array], rows: Ragged, largest: int) -> Array:
     """Ranks [T, K], 0 where unused.
 
     Raises:
-        ValueError: a rank is beyond `largest`, or escapes and marks do not match.
+        ValueError: a rank is beyond `largest`, escapes and marks do not match, or there are more or fewer planes.
     """
     width, gaps = width_of(largest), np.empty((len(rows.counts), rows.K), np.int32)
-    for index, columns in enumerate(rows.groups()):
+    groups = list(rows.groups())
+    if len(planes) != len(groups) * (width + 1):
+        raise ValueError(f"has {len(planes)} planes of gaps, wanted {len(groups) * (width + 1)}")
+    for index, columns in enumerate(groups):
         at = index * (width + 1)
-        if at + width >= len(planes):
-            raise ValueError(f"has {len(planes)} planes of gaps, too few")
-        flat, aside = planes[at].astype(np.int32), join(planes[at + 1 : at + 1 + width]).astype(np.int32)
-        marked = planes[at] == ESCAPE
-        if int(np.count_nonzero(marked)) != len(aside):
-            raise ValueError(f"{np.count_nonzero(marked)} gaps are marked as written aside, {len(aside)} are")
-        if len(aside):
-            np.place(flat, marked, aside)
-        gaps[:, columns] = rows.padded(flat, columns)
+        gaps[:, columns] = rows.padded(_gaps(planes[at : at + 1 + width], largest), columns)
     gaps[:, 1:] += 1
+    if rows.K * (largest + 1) > LARGEST_INT and int(gaps.sum(axis=1, dtype=np.int64).max(initial=0)) > LARGEST_INT:
+        raise ValueError(f"holds ranks beyond {largest}")  # as int32 they would come round again
     ranks = np.cumsum(gaps, axis=1, out=gaps)
     if rows.used is not None:
         ranks[~rows.used] = 0

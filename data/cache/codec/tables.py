@@ -21,6 +21,7 @@ import numpy as np
 
 from data.cache.codec.planes import compress, decompress, join, split, width_of
 from data.cache.record import UNUSED, Record
+from data.cache.strict import fields, integer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CANDIDATES = 256
@@ -28,7 +29,9 @@ MAX_LISTS = 2048
 POSITIONS_PER_LIST = 768  # a list costs some 300 bytes and saves 2 to 4 a position; half a byte a position is spent
 POSITIONS_PER_RANKED = 4
 LEAST_SEEN = 8  # pilot positions below which a token's list would be noise
-MAX_VOCABULARY = 1 << 24
+MAX_VOCABULARY = 1 << 22
+MAX_JSON_BYTES = 4096
+MEMBERS = ("tables.json", "global.zst", "tokens.zst", "lists.zst")
 
 
 @dataclass(frozen=True)
@@ -128,24 +131,38 @@ class Tables:
             ValueError: a member is missing or damaged, or holds what no table can.
         """
         try:
-            header = json.loads(members["tables.json"])
-            V, written, L, C = (int(header[name]) for name in ("vocab_size", "global", "tokens", "candidates"))
-            if not (0 < V <= MAX_VOCABULARY and 0 <= written <= V and 0 <= L <= MAX_LISTS and 0 <= C <= CANDIDATES):
-                raise ValueError(f"tables.json: {header} is out of bounds")
+            fields(members, "members", MEMBERS)
+            V, written, L, C = _bounded(members["tables.json"])
             sizes = {"global.zst": written, "tokens.zst": L, "lists.zst": L * C}
             found: dict[str, Array] = {}
             for name, size in sizes.items():
                 found[name] = join(decompress(members[name], [size] * width_of(V)))
                 if size and int(found[name].max()) >= V:
                     raise ValueError(f"{name}: holds {found[name].max()}; the vocabulary has {V}")
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"a member or field is missing or unreadable ({error!r})") from None
+        except RecursionError as error:
+            raise ValueError(f"tables.json: {error}") from None
         for name in ("global.zst", "tokens.zst"):
             if len(np.unique(found[name])) != len(found[name]):
                 raise ValueError(f"{name}: holds an id twice")
         plain = cls(V, found["global.zst"].astype(np.int32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
         lists = plain.ids[found["lists.zst"].astype(np.int64)].reshape(L, C)
+        if (np.diff(np.sort(lists, axis=1), axis=1) == 0).any():
+            raise ValueError("lists.zst: a list holds an id twice")
         return cls(V, plain.by_rank, found["tokens.zst"].astype(np.int32), lists)
+
+
+def _bounded(payload: bytes) -> tuple[int, int, int, int]:
+    """V, ids written, L and C of `tables.json`."""
+    if len(payload) > MAX_JSON_BYTES:
+        raise ValueError(f"tables.json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
+    value = fields(json.loads(payload.decode()), "tables.json", ("candidates", "global", "tokens", "vocab_size"))
+    V = integer(value["vocab_size"], "vocab_size", 1, MAX_VOCABULARY)
+    return (
+        V,
+        integer(value["global"], "global", 0, V),
+        integer(value["tokens"], "tokens", 0, min(V, MAX_LISTS)),
+        integer(value["candidates"], "candidates", 0, min(V, CANDIDATES)),
+    )
 
 
 def _likeliest(counts: Array, most: int) -> Array:

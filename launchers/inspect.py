@@ -1,0 +1,211 @@
+"""What is in a teacher's cache, and is it whole?
+
+    python -m launchers.inspect quickstart/cache/train
+    python -m launchers.inspect quickstart/cache/train --records=3 --tokenizer=quickstart/teacher
+    python -m launchers.inspect quickstart/cache/train --html=cache.html
+    python -m launchers.inspect quickstart/cache/train --verify
+
+Shows who spoke over what, what is kept of a position and how, what a position costs by part, how much of the teacher
+is held (mass at K = 1, 8, 64 and all), and records as text, each position with the teacher's alternatives.
+
+--verify reads every byte and checks hashes, members, counts, ids, masses, labels and the manifest's own figures; it
+names all that is wrong, with shard, block and member, and ends with status 1 if anything is.
+"""
+
+import os
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from absl import flags
+
+from launchers import app
+
+if TYPE_CHECKING:
+    from data.cache.manifest import Manifest
+    from data.cache.record import Record
+    from data.cache.survey import Survey
+    from data.tokenizer import Tokenizer
+
+VERIFY = flags.DEFINE_bool("verify", False, "Read and check every byte; nothing else is shown.")
+RECORDS = flags.DEFINE_integer("records", 1, "Records shown in the terminal.", lower_bound=0)
+HTML = flags.DEFINE_string("html", None, "Write one HTML page, with everything in it, to this file.")
+HTML_RECORDS = flags.DEFINE_integer("html_records", 20, "Records in the HTML page.", lower_bound=0)
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of the teacher's tokenizer (else the one beside the cache).")
+ALTERNATIVES = flags.DEFINE_integer("alternatives", 5, "Alternatives shown of a position.", lower_bound=1)
+
+
+def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
+    """What a cache is, line by line."""
+    audit, selection, n = manifest.audit, manifest.selection, max(1, survey.positions)
+    teacher = manifest.teacher
+    shape = teacher["architecture"] if isinstance(teacher.get("architecture"), dict) else {}
+    layers = f"{shape.get('num_layers')} layers of {shape.get('hidden_size')}, " if "num_layers" in shape else ""
+    lines = [
+        ("teacher", f"{layers}{teacher.get('dtype', '')}, weights {str(teacher.get('weights'))[:12]}…"),
+        ("tokenizer", f"{manifest.tokenizer[:12]}…, vocabulary of {manifest.vocab_size:,}"),
+        ("kept", selection.words() + _further(selection)),
+        ("codec", f"{manifest.codec}; KL(original‖decoded) mean {audit.kl_mean:.1e}, worst {audit.kl_worst:.1e} nats"),
+        ("", f"mass of the entries off by {audit.mass_error:.1e} at the most"),
+        ("size", f"{survey.records:,} records, {survey.positions:,} positions ({survey.scored / n:.1%} scored)"),
+        ("", f"{len(manifest.shards)} shards, {sum(len(s.blocks) for s in manifest.shards)} blocks"),
+        ("entries", _spread(survey.entries) if selection.top_k else "none"),
+        ("samples", _spread(survey.samples) if selection.draws else "none"),
+        ("teacher NLL", f"{survey.nll / n:.4f} nats a position"),
+        ("label is kept", f"at {survey.inside / n:.1%} of positions"),
+    ]
+    return [*lines, *(("plan", _plan(plan)) for plan in manifest.plans)]
+
+
+def _further(selection: Any) -> str:
+    drawn = f", drawn at temperature {selection.proposal_temperature:g}" if selection.proposal_temperature != 1 else ""
+    tails = ", ".join(f"{t:g}" for t in selection.tail_temperatures)
+    return drawn + (f"; tail also at temperature {tails}" if tails else "")
+
+
+def _spread(spread: Any) -> str:
+    return f"{spread.mean:.2f} a position (from {spread.least} to {spread.most})"
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    corpus = plan.get("corpus")
+    found = corpus.get("fingerprint", corpus) if isinstance(corpus, dict) else corpus
+    tokens = "all" if plan.get("tokens") is None else plan["tokens"]
+    return f"{plan.get('split')} of corpus {str(found)[:12]}…, {tokens} tokens, seed {plan.get('seed')}"
+
+
+def costs(survey: "Survey") -> list[tuple[str, int, float]]:
+    """Part, bytes, bytes a position; the largest first, the sum last."""
+    n = max(1, survey.positions)
+    parts = sorted(survey.bytes.items(), key=lambda part: -part[1])
+    return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
+
+
+def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
+    """The teacher's tokenizer: that of --tokenizer, or of a teacher's folder beside the cache.
+
+    Raises:
+        UsageError: that of --tokenizer is another.
+    """
+    from data.tokenizer import Tokenizer
+    from kd_core.errors import UsageError
+
+    if TOKENIZER.value is not None:
+        found = Tokenizer(Path(TOKENIZER.value))
+        if found.fingerprint() != fingerprint:
+            raise UsageError(
+                f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "
+                f"{fingerprint[:12]}…. Name the teacher's folder."
+            )
+        return found
+    for beside in (folder.absolute().parents[i] / "teacher" for i in range(min(2, len(folder.absolute().parents)))):
+        if (beside / "tokenizer.json").is_file() and (found := Tokenizer(beside)).fingerprint() == fingerprint:
+            return found
+    return None
+
+
+def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
+    """Read the whole cache; the first records are kept."""
+    from tqdm import tqdm
+
+    from data.cache.manifest import read_manifest
+    from data.cache.survey import Survey
+    from data.cache.walk import blocks, read_coding
+    from kd_core.errors import UsageError
+
+    def refuse(where: str, what: str) -> NoReturn:
+        raise UsageError(f"{folder / where}: {what}. See all that is wrong by --verify.")
+
+    manifest, survey, kept = read_manifest(folder), Survey(), list["Record"]()
+    coding = read_coding(folder, manifest, refuse)
+    with tqdm(total=manifest.positions, unit="pos", unit_scale=True, delay=1, desc="reading", leave=False) as bar:
+        for visited in blocks(folder, manifest, coding, refuse):
+            survey.add(visited)
+            kept += visited.records[: most - len(kept)]
+            bar.update(visited.header.positions)
+    survey.add_files(folder, manifest)
+    return manifest, survey, kept
+
+
+def show(folder: Path) -> None:
+    """Print what is in the cache, and write the page."""
+    from data.cache.readable import visible, words_of
+    from kd_core.files import write_text
+    from launchers import records_page
+
+    wanted = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
+    manifest, survey, records = _look(folder, wanted)
+    words = words_of(find_tokenizer(folder, manifest.tokenizer))
+    print(f"{folder}\n")
+    for name, line in facts(manifest, survey):
+        print(f"  {name:<14} {visible(line)}")
+    print("\n  bytes                              all   a position")
+    for name, size, each in costs(survey):
+        print(f"  {name:<26} {size:>12,} {each:>10.2f}")
+    coverage = survey.coverage(manifest.selection.top_k)
+    if coverage:
+        print("\n  teacher's mass on its likeliest")
+    for name, mass in coverage:
+        print(f"  {name:<14} {mass:.4f}")
+    width = shutil.get_terminal_size((100, 24)).columns
+    for record in records[: RECORDS.value]:
+        print()
+        for line in records_page.terminal_lines(record, words, ALTERNATIVES.value, width):
+            print(line)
+    if HTML.value:
+        tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage)
+        page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)
+        write_text(Path(HTML.value), page)
+        print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")
+
+
+def check(folder: Path) -> None:
+    """Verify, print all that is wrong, and end with status 1 if anything is."""
+    from tqdm import tqdm
+
+    from data.cache.manifest import read_manifest
+    from data.cache.readable import visible
+    from data.cache.verify import verify
+
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        total = read_manifest(folder).positions
+        bar = stack.enter_context(
+            tqdm(total=total, unit="pos", unit_scale=True, delay=1, desc="verifying", leave=False)
+        )
+        found = verify(folder, bar.update)
+    seconds = time.perf_counter() - started
+    for problem in found.problems:
+        print(visible(problem))
+    if found.more:
+        print(f"and {found.more} more")
+    wrong = len(found.problems) + found.more
+    print(
+        f"{folder}: {f'{wrong} problems' if wrong else 'whole'}; verified {found.bytes} bytes, "
+        f"{found.records} records, {found.positions} positions in {seconds:.1f} s "
+        f"({found.bytes / seconds / 1e6:.1f} MB/s, {found.positions / seconds:,.0f} positions/s)"
+    )
+    if wrong:
+        raise SystemExit(1)
+
+
+def main(cache: str) -> None:
+    """Show or verify."""
+    folder = Path(cache)
+    if not (folder / "manifest.json").exists() and (inside := sorted(folder.glob("*/manifest.json"))):
+        from kd_core.errors import UsageError
+
+        named = ", ".join(str(path.parent) for path in inside[:4])
+        raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {named}.")
+    try:
+        (check if VERIFY.value else show)(folder)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.inspect", __doc__ or "", arguments=("CACHE",))
