@@ -74,17 +74,17 @@ def gap_planes(ranks: Array, rows: Ragged, largest: int) -> list[Array]:
     return planes
 
 
-def _gaps(planes: Sequence[Array], largest: int) -> Array:
-    """The gaps of a column group, flat."""
-    flat, aside = planes[0].astype(np.int32), join(planes[1:]).astype(np.int32)
-    marked = planes[0] == ESCAPE
-    if int(np.count_nonzero(marked)) != len(aside):
-        raise ValueError(f"{np.count_nonzero(marked)} gaps are marked as written aside, {len(aside)} are")
+def _steps(planes: Sequence[Array], largest: int) -> Array:
+    """The gaps of a column group and one more, flat: from rank to rank."""
+    steps, aside = np.add(planes[0], 1, dtype=np.int32), join(planes[1:]).astype(np.int32)
+    marked = np.flatnonzero(planes[0] == ESCAPE)
+    if len(marked) != len(aside):
+        raise ValueError(f"{len(marked)} gaps are marked as written aside, {len(aside)} are")
     if len(aside):
         if not 0 <= int(aside.min()) <= int(aside.max()) <= largest:
             raise ValueError(f"holds a gap that leads beyond rank {largest}")
-        np.place(flat, marked, aside)
-    return flat
+        steps[marked] = aside + 1
+    return steps
 
 
 def ranks_of(planes: Sequence[Array], rows: Ragged, largest: int) -> Array:
@@ -99,8 +99,8 @@ def ranks_of(planes: Sequence[Array], rows: Ragged, largest: int) -> Array:
         raise ValueError(f"has {len(planes)} planes of gaps, wanted {len(groups) * (width + 1)}")
     for index, columns in enumerate(groups):
         at = index * (width + 1)
-        gaps[:, columns] = rows.padded(_gaps(planes[at : at + 1 + width], largest), columns)
-    gaps[:, 1:] += 1
+        gaps[:, columns] = rows.padded(_steps(planes[at : at + 1 + width], largest), columns)
+    gaps[:, :1] -= 1
     if rows.K * (largest + 1) > LARGEST_INT and int(gaps.sum(axis=1, dtype=np.int64).max(initial=0)) > LARGEST_INT:
         raise ValueError(f"holds ranks beyond {largest}")  # as int32 they would come round again
     ranks = np.cumsum(gaps, axis=1, out=gaps)
