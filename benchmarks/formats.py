@@ -2,8 +2,10 @@
 
 A record is a sample (JSONL: a line; Parquet: a row of lists; safetensors: a slice of its shard's tensors). Ids are
 uint16 where the vocabulary allows it, else uint32, log-probabilities float16: each format's best natural choice.
-`read` gives one epoch: shards permuted, by the library where it does that, then records of a window permuted, by
-the library where it does that, else by `shuffled`.
+Label, tail and mask stand beside them (float16, uint8); ours keeps all of that too. `read` gives one epoch: shards
+permuted, by the library where it does that, then records of a window permuted, by the library where it does that,
+else by `shuffled`. A MDS epoch begins with the compressed files, as a first one does: those it decompressed are deleted
+between epochs; without compression it reads the raw files and no hash.
 """
 
 import importlib
@@ -21,6 +23,7 @@ import numpy as np
 
 from benchmarks.cached_records import shards_of
 from data.cache.record import Array, Record
+from kd_core.files import sha256
 
 WINDOW_RECORDS = 256
 COLUMNS = ("token_ids", "loss_mask", "topk_token_ids", "topk_log_probs", "tail_log_prob", "label_log_prob")
@@ -156,8 +159,8 @@ def _streaming() -> Any:
             module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
             module.__path__ = []
             sys.modules[module.__name__] = module
-        sys.modules["torchvision.datasets"].VisionDataset = object  # pyright: ignore
-        sys.modules["torchvision.transforms.functional"].to_tensor = None  # pyright: ignore
+        vars(sys.modules["torchvision.datasets"])["VisionDataset"] = object
+        vars(sys.modules["torchvision.transforms.functional"])["to_tensor"] = None
     return importlib.import_module("streaming")
 
 
@@ -205,10 +208,26 @@ def _write_safetensors(folder: Path, records: Sequence[Record], ids: type) -> No
 
 
 def _read_safetensors(folder: Path, seed: int) -> Iterator[Record]:
+    return _safetensors(folder, seed, {})
+
+
+def _write_hashed_safetensors(folder: Path, records: Sequence[Record], ids: type) -> None:
+    _write_safetensors(folder, records, ids)
+    hashes = {path.name: sha256(path) for path in folder.glob("*.safetensors")}
+    (folder / "hashes.json").write_text(json.dumps(hashes))
+
+
+def _read_hashed_safetensors(folder: Path, seed: int) -> Iterator[Record]:
+    return _safetensors(folder, seed, json.loads((folder / "hashes.json").read_text()))
+
+
+def _safetensors(folder: Path, seed: int, hashes: dict[str, str]) -> Iterator[Record]:
     from safetensors import safe_open
 
     def in_order() -> Iterator[Record]:
         for path in permuted(folder, ".safetensors", seed):
+            if hashes and sha256(path) != hashes[path.name]:
+                raise ValueError(f"{path}: damaged")
             with safe_open(path, "np") as file:
                 whole, first = file.get_tensors(), int(file.metadata()["first"])
             ends = np.cumsum(whole["positions"])
@@ -257,14 +276,23 @@ def _read_jsonl(folder: Path, seed: int) -> Iterator[Record]:
     return shuffled(in_order(), seed)
 
 
-OURS, LIBRARYS = "our window", "its own"
+OURS, THEIRS = "our window", "its own"
 FORMATS = [
-    Format("npz deflated, webdataset", "webdataset", "CRC-32", LIBRARYS, _write_npz(np.savez_compressed), _read_npz),
-    Format("npz stored, webdataset", "webdataset", "CRC-32", LIBRARYS, _write_npz(np.savez), _read_npz),
+    Format("npz deflated, webdataset", "webdataset", "CRC-32", THEIRS, _write_npz(np.savez_compressed), _read_npz),
+    Format("npz stored, webdataset", "webdataset", "CRC-32", THEIRS, _write_npz(np.savez), _read_npz),
     Format("Parquet zstd, pyarrow", "pyarrow", "CRC-32 a page", OURS, _write_parquet("zstd"), _read_parquet),
     Format("Parquet raw, pyarrow", "pyarrow", "CRC-32 a page", OURS, _write_parquet("none"), _read_parquet),
-    Format("MDS zstd, streaming", "streaming", "xxh64", LIBRARYS, _write_mds("zstd"), _read_mds, _fresh_mds),
-    Format("MDS raw, streaming", "streaming", "nothing", LIBRARYS, _write_mds(None), _read_mds),
+    Format("MDS zstd, streaming", "streaming", "xxh64", THEIRS, _write_mds("zstd"), _read_mds, _fresh_mds),
+    Format("MDS raw, streaming", "streaming", "nothing", THEIRS, _write_mds(None), _read_mds),
     Format("safetensors", "safetensors", "nothing", OURS, _write_safetensors, _read_safetensors),
+    Format(
+        "safetensors, hashed by us",
+        "safetensors",
+        "sha256 a file",
+        OURS,
+        _write_hashed_safetensors,
+        _read_hashed_safetensors,
+    ),
     Format("JSON lines", "json", "nothing", OURS, _write_jsonl, _read_jsonl),
 ]
+UNVERIFIED = {each.name for each in FORMATS if each.verified == "nothing"}

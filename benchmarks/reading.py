@@ -6,19 +6,21 @@
 
 Every candidate reads one epoch of the same records, opening of files and (ours) tables included, from a warm page
 cache: shards permuted, records permuted within a window, packed into rows by our `pack_rows`, collated into batches
-by our `Collate`. One process pinned to one core, no workers; a thread that reads ahead shares that core. Every round
-runs each candidate once, in turn; the table shows medians. KL is KL(original‖read) a position, in nats, over records
-that were found equal otherwise. `benchmarks/formats.py` says what each peer is.
+by our `Collate`; verified where the format can (a column says by what). One process pinned to one core, no workers;
+a thread that reads ahead shares that core. Every round runs each candidate once, in turn; the table shows medians.
+KL is KL(original‖read) a position, in nats, over records found equal otherwise. `benchmarks/formats.py` says what
+each peer stores.
 """
 
 import argparse
 import cProfile
+import itertools
 import os
 import platform
 import pstats
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -74,32 +76,27 @@ class Candidate:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
-def peer_batches(records: Iterator[Record], collate: Collate, micro_batch: int) -> Iterator[Batch]:
-    """Batches of a stream of records: so many positions at a time are packed together."""
-
-    def rows(held: Sequence[Record]) -> Iterator[list[Record]]:
-        packed = pack_rows([record.positions for record in held], collate.row_length)
-        return ([held[i] for i in row] for row in packed)
-
-    def windows() -> Iterator[list[Record]]:
-        held, total = list[Record](), 0
-        for record in records:
-            held.append(record)
-            total += record.positions
-            if total >= PACKED_POSITIONS:
-                yield held
-                held, total = [], 0
-        if held:
+def _windows(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Runs of a stream of records that are packed together."""
+    held, total = list[Record](), 0
+    for record in records:
+        held.append(record)
+        total += record.positions
+        if total >= PACKED_POSITIONS:
             yield held
+            held, total = [], 0
+    if held:
+        yield held
 
-    some: list[list[Record]] = []
-    for window in windows():
-        for row in rows(window):
-            some.append(row)
-            if len(some) == micro_batch:
-                yield collate(some)
-                some = []
-    if some:
+
+def peer_batches(records: Iterator[Record], collate: Collate, micro_batch: int) -> Iterator[Batch]:
+    """Batches of a stream of records."""
+    rows = (
+        [held[i] for i in row]
+        for held in _windows(records)
+        for row in pack_rows([record.positions for record in held], collate.row_length)
+    )
+    while some := list(itertools.islice(rows, micro_batch)):
         yield collate(some)
 
 
@@ -228,7 +225,10 @@ def bars(speeds: dict[str, float]) -> str:
         return ""
     own, others = speeds[STANDARD], {n: s for n, s in speeds.items() if not n.startswith("ours")}
     lines = [("positions/s", WANTED, own, ""), ("positions/s, aim", AIM, own, "")]
-    for words, names in (("fastest peer", others), ("fastest compressed peer", _compressed(others))):
+    verified = {n: s for n, s in others.items() if n not in formats.UNVERIFIED}
+    compressed = {n: s for n, s in others.items() if "zstd" in n or "deflated" in n}
+    groups = {"fastest peer": others, "fastest verified peer": verified, "fastest compressed peer": compressed}
+    for words, names in groups.items():
         if names:
             peer = max(names, key=lambda name: names[name])
             lines.append((f"times the {words}", TIMES_PEER, own / names[peer], f"  {peer}"))
@@ -238,16 +238,12 @@ def bars(speeds: dict[str, float]) -> str:
     )
 
 
-def _compressed(speeds: dict[str, float]) -> dict[str, float]:
-    return {name: speed for name, speed in speeds.items() if "zstd" in name or "deflated" in name}
-
-
-def profile(candidate: Candidate, positions: int) -> str:
+def profile(candidate: Candidate, positions: int, clock: Callable[[], float]) -> str:
     """Microseconds a position by part, of one epoch under cProfile in this thread."""
-    epoch(candidate, positions, 0)
-    profiler = cProfile.Profile()
+    epoch(candidate, positions, 0, clock)
+    profiler = cProfile.Profile(clock)
     profiler.enable()
-    seconds, read = epoch(candidate, positions, 1)
+    seconds, read = epoch(candidate, positions, 1, clock)
     profiler.disable()
     stats: dict[tuple[str, int, str], tuple[int, int, float, float, object]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     lines, known = [f"{candidate.name}: {1e6 * seconds / read:.3f} µs a position"], 0.0
@@ -299,10 +295,10 @@ def run(args: argparse.Namespace) -> str:
     records, vocab_size = records_of(args)
     positions = sum(record.positions for record in records)
     candidates = ours(records, vocab_size, args)
-    if args.profile:
-        return "\n\n".join(profile(candidate, positions) for candidate in candidates)
-    candidates += peers(records, vocab_size, args)
     clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.profile:
+        return "\n\n".join(profile(candidate, positions, clock) for candidate in candidates)
+    candidates += peers(records, vocab_size, args)
     speeds = measure(candidates, positions, args.rounds, clock)
     where = f"{platform.machine()}, one core; load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"
     what = f"{positions} positions of {args.cache or 'made-up records'}, V = {vocab_size}, rows of {args.row_length}"
