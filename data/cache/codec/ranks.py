@@ -82,14 +82,13 @@ def ranks_of(planes: Sequence[Array], rows: Ragged, largest: int) -> Array:
         at = index * (width + 1)
         if at + width >= len(planes):
             raise ValueError(f"has {len(planes)} planes of gaps, too few")
-        flat, aside = planes[at].astype(np.int32), join(planes[at + 1 : at + 1 + width]).astype(np.int32)
-        marked = planes[at] == ESCAPE
-        if int(np.count_nonzero(marked)) != len(aside):
-            raise ValueError(f"{np.count_nonzero(marked)} gaps are marked as written aside, {len(aside)} are")
-        if len(aside):
-            np.place(flat, marked, aside)
-        gaps[:, columns] = rows.padded(flat, columns)
-    gaps[:, 1:] += 1
+        steps, aside = np.add(planes[at], 1, dtype=np.int32), join(planes[at + 1 : at + 1 + width]).astype(np.int32)
+        marked = np.flatnonzero(planes[at] == ESCAPE)
+        if len(marked) != len(aside):
+            raise ValueError(f"{len(marked)} gaps are marked as written aside, {len(aside)} are")
+        steps[marked] = aside + 1
+        gaps[:, columns] = rows.padded(steps, columns)
+    gaps[:, :1] -= 1
     ranks = np.cumsum(gaps, axis=1, out=gaps)
     if rows.used is not None:
         ranks[~rows.used] = 0

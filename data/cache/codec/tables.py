@@ -93,16 +93,16 @@ class Tables:
         return ranks
 
     def to_ids(self, tokens: Array, ranks: Array) -> Array:
-        """Ids of ranks [T, K] after the input tokens [T]; int32."""
+        """Ids of ranks [T, K], all below `ranks`, after the input tokens [T]; int32."""
         C = self.candidates
         if not C:
-            return self.ids.take(ranks)
+            return self.ids.take(ranks, mode="wrap")  # the quickest way to take: nothing is beyond
         beyond = np.int32(len(self.tokens) * C)
         at = (ranks < C).astype(np.int32)  # a product is quicker here than a choice
         at *= (self._list_of.take(tokens) * C - beyond)[:, None]
         at += ranks
         at += beyond
-        return self._flat.take(at)
+        return self._flat.take(at, mode="wrap")
 
     def members(self) -> dict[str, bytes]:
         """The members of `tables.tar`."""
