@@ -72,7 +72,8 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
     if int(codes.max(initial=0)) >= len(levels.log_probs):
         raise ValueError(f"holds level {codes.max()}; there are {len(levels.log_probs)}")
     tail, outside, *tempered = (from_fixed(fixed[i : i + 2]) for i in range(0, len(fixed), 2))
-    head, probs = levels.log_probs.take(codes), levels.probs.take(codes)
+    at = codes.astype(np.intp)  # what taking wants; else each would make its own
+    head, probs = levels.log_probs.take(at, mode="wrap"), levels.probs.take(at, mode="wrap")
     if rows.used is not None:
         head[~rows.used], probs[~rows.used] = UNUSED, 0.0
     total = probs.sum(axis=1) + np.exp(tail)
@@ -83,9 +84,8 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
     label_logs = np.full(len(labels), np.nan, np.float32)
     if rows.K:
         own = (ids == labels[:, None]) if rows.used is None else (ids == labels[:, None]) & rows.used
-        column = own.argmax(axis=1)
-        at = np.flatnonzero(own[np.arange(len(labels)), column])
-        label_logs[at] = head[at, column[at]]
+        entry = np.flatnonzero(own)
+        label_logs[entry // rows.K] = head.ravel()[entry]
     missing = np.isnan(label_logs)
     if int(missing.sum()) != len(outside):
         raise ValueError(f"has {len(outside)} labels of their own; {missing.sum()} are no entry")
