@@ -18,6 +18,7 @@ import itertools
 import os
 import platform
 import pstats
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -156,6 +157,19 @@ def wanted(args: argparse.Namespace, name: str) -> bool:
     return not args.only or any(part in name for part in args.only)
 
 
+def _unwritten(each: formats.Format, folder: Path, records: list[Record], ids: type) -> str:
+    """Write a format's folder, whole or not at all; why its library cannot, or nothing."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        each.write(partial, records, ids)
+    except ImportError as error:
+        return str(error)
+    partial.rename(folder)
+    return ""
+
+
 def peers(records: list[Record], vocab_size: int, args: argparse.Namespace) -> list[Candidate]:
     """The formats whose library is there; says which are not."""
     ids, collate = np.uint16 if vocab_size <= 1 << 16 else np.uint32, Collate(args.row_length)
@@ -168,9 +182,9 @@ def peers(records: list[Record], vocab_size: int, args: argparse.Namespace) -> l
             print(f"{each.name}: {each.library} is not installed")
             continue
         folder = Path(args.folder) / each.name.replace(" ", "_")
-        if not folder.exists():
-            folder.mkdir()
-            each.write(folder, records, ids)
+        if not folder.exists() and (why := _unwritten(each, folder, records, ids)):
+            print(f"{each.name}: {why}")
+            continue
         found.append(
             Candidate(
                 each.name, each.verified, each.shuffle, folder,
