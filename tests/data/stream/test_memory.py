@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reading import read_epoch
+from benchmarks.reading_memory import read_epoch
 from tests.synthetic import write_cache
 
 
