@@ -134,6 +134,8 @@ def write_cache(folder: Path, records: Sequence[Record], vocab_size: int, select
         shards.append(Shard(path.name, path.stat().st_size, sha256(path), tuple(blocks)))
     facts = {"bytes": (folder / TABLES).stat().st_size, "sha256": sha256(folder / TABLES)}
     longest = max(record.positions for record in records)
+    unmeasured = dict.fromkeys(("teacher_nll", "teacher_mass", "entries"), 0.0)
     Manifest(
-        vocab_size, "none", {}, selection, longest, codec, Audit(0, 0, 0), {}, facts, ({},), tuple(shards)
+        vocab_size, "none", {}, selection, longest, codec, Audit(0, 0, 0), {**unmeasured, "scored": 1.0}, facts, ({},),
+        tuple(shards),
     ).write(folder)  # fmt: skip

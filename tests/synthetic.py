@@ -64,7 +64,8 @@ def write_cache(
     raw = (folder / TABLES).read_bytes()
     Manifest(
         vocab_size=VOCAB, tokenizer="synthetic", teacher={}, selection=selection, row_length=row_length,
-        codec="standard", audit=Audit(0, 0, 0), statistics={"scored": 1.0, "teacher_nll": 0.0, "teacher_mass": 0.9},
+        codec="standard", audit=Audit(0, 0, 0),
+        statistics={"scored": 1.0, "teacher_nll": 0.0, "teacher_mass": 0.9, "entries": float(K)},
         tables={"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}, plans=(), shards=tuple(listed),
     ).write(folder)  # fmt: skip
     return folder

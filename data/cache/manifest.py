@@ -156,7 +156,7 @@ def _tables(value: Any) -> dict[str, Any]:
 
 def _statistics(value: Any) -> dict[str, float]:
     found = {name: number(each, f"statistics.{name}") for name, each in fields(value, "statistics").items()}
-    if missing := {"teacher_nll", "teacher_mass"} - set(found):
+    if missing := {"teacher_nll", "teacher_mass", "entries", "scored"} - set(found):
         raise ValueError(f"statistics: {min(missing)} is missing")
     return found
 

@@ -173,7 +173,7 @@ def read_block(members: dict[str, bytes], manifest: dict, tables: Tables) -> Ite
     if manifest["codec"] == "lossless":
         found = read_lossless(planes["log_probs.zst"], ids)
     else:
-        step = {"standard": 0.0035, "compact": 0.0056}[manifest["codec"]]
+        step = {"standard": 0.0037, "compact": 0.0056}[manifest["codec"]]
         found = read_levels(planes["log_probs.zst"], ids, labels, step)
     sampled = (
         read_samples(planes["samples.zst"], tokens, found["tail"], selection, tables) if selection["draws"] else None

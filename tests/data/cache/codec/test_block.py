@@ -101,7 +101,7 @@ def _close(before: Record, after: Record, heads: list, heads_after: list, step: 
         assert after.label_log_prob[at] == after.topk_log_probs[at][own[at]][0], "one rule for entry and label"
 
 
-@pytest.mark.parametrize(("codec", "bound"), [("standard", 1.3e-4), ("compact", 3.3e-4)])
+@pytest.mark.parametrize(("codec", "bound"), [("standard", 1.5e-4), ("compact", 3.3e-4)])
 def test_at_64_entries_the_mean_kl_is_what_the_codec_promises(codec: str, bound: float) -> None:
     records, coding = make(Case(7, 3000, (400, 400), Selection(top_k=64), codec, 2.5))
     assert encode_block(0, records, coding)[1]["kl_mean"] < bound
