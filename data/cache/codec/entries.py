@@ -49,7 +49,7 @@ def decode_entries(planes: Planes, tokens: Array, widest: int, coding: Coding) -
     if len(counts) != len(tokens) or int(counts.max(initial=0)) != widest:
         raise ValueError(f"has counts of {len(counts)} positions up to {counts.max(initial=0)}; wanted {widest}")
     rows, order = Ragged.of(counts, widest), coding.order_of(tokens)
-    ids = np.empty((len(tokens), widest), np.int32)
+    ids = np.empty((len(tokens), widest), coding.tables.narrow)
     # In this order neighbours share a list, which then is in the processor's cache.
     ids[order] = coding.tables.to_ids(tokens[order], ranks_of(planes[2:], rows.rows(order), coding.tables.ranks - 1))
     return ids, rows

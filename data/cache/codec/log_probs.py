@@ -91,7 +91,8 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
     head -= shift[:, None]
     label_logs = np.full(len(labels), np.nan, np.float32)
     if rows.K:
-        own = (ids == labels[:, None]) if rows.used is None else (ids == labels[:, None]) & rows.used
+        own = ids == labels.astype(ids.dtype)[:, None]  # of one type: else all ids are converted first
+        own = own if rows.used is None else own & rows.used
         entry = np.flatnonzero(own)
         label_logs[entry // rows.K] = head.ravel()[entry]
     missing = np.isnan(label_logs)

@@ -77,7 +77,12 @@ class Tables:
     @cached_property
     def _flat(self) -> Array:
         """All lists, that of the globally likeliest, and the global list, end to end."""
-        return np.concatenate([self.lists.ravel(), self.ids[: self.candidates], self.ids]).astype(np.int32)
+        return np.concatenate([self.lists.ravel(), self.ids[: self.candidates], self.ids]).astype(self.narrow)
+
+    @property
+    def narrow(self) -> type[np.uint16 | np.int32]:
+        """What holds an id in least memory, which is what reading is short of."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
     def to_ranks(self, tokens: Array, ids: Array) -> Array:
         """Ranks of ids [T, K] after the input tokens [T]."""
@@ -96,10 +101,10 @@ class Tables:
         return ranks
 
     def to_ids(self, tokens: Array, ranks: Array) -> Array:
-        """Ids of ranks [T, K], all below `ranks`, after the input tokens [T]; int32."""
+        """Ids of ranks [T, K], all below `ranks`, after the input tokens [T]; `narrow`."""
         C = self.candidates
         if not C:
-            return self.ids.take(ranks, mode="wrap")  # the quickest way to take: nothing is beyond
+            return self._flat.take(ranks, mode="wrap")  # the quickest way to take: nothing is beyond
         beyond = np.int32(len(self.tokens) * C)
         at = (ranks < C).astype(np.int32)  # a product is quicker here than a choice
         at *= (self._list_of.take(tokens) * C - beyond)[:, None]
