@@ -6,8 +6,9 @@
 
 Every candidate reads one epoch of the same records, opening of files and (ours) tables included, from a warm page
 cache: shards permuted, records permuted within a window, packed into rows by our `pack_rows`, collated into batches
-by our `Collate`; verified where the format can (a column says by what). One process pinned to one core, no workers
-and no thread that reads ahead, which is for a core that would be idle. Every round runs each candidate once, in turn; the table shows medians.
+by our `Collate`; verified where the format can (a column says by what). One process pinned to one core, no
+workers, and no thread that reads ahead, which is for a core that would be idle. Every round runs each candidate once,
+in turn; the table shows medians.
 KL is KL(original‖read) a position, in nats, over records found equal otherwise. `benchmarks/formats.py` says what
 each peer stores.
 """
@@ -104,8 +105,8 @@ def peer_batches(records: Iterator[Record], collate: Collate, micro_batch: int) 
 def our_batches(folder: Path, collate: Collate, micro_batch: int, seed: int) -> Iterator[Batch]:
     """Batches as training has them; endless."""
     steps = training_steps(
-        Shards(str(folder), prefetch=0), collate, seed=seed, start_row=0, rows_per_step=micro_batch, micro_batch=micro_batch,
-        rank=0, ranks=1,
+        Shards(str(folder), prefetch=0), collate, seed=seed, start_row=0, rows_per_step=micro_batch,
+        micro_batch=micro_batch, rank=0, ranks=1,
     )  # fmt: skip
     return (batch for step in steps for batch in step)
 

@@ -73,7 +73,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
 
 def _coding(plan: CachePlan) -> Coding:
     path = plan.folder / TABLES
-    tables = read_tables(plan.folder, {"sha256": sha256(path)})
+    tables = read_tables(plan.folder, _file_facts(path))
     return Coding(tables, plan.export.selection, plan.export.codec)
 
 

@@ -69,6 +69,10 @@ def read_tables(folder: Path | str, wanted: dict[str, Any]) -> Tables:
     path = location.of(TABLES)
     if not location.remote and not Path(path).is_file():
         raise UsageError(f"{path}: no such file; the manifest wants it. Restore it, or export the cache again.")
+    if not location.remote and (size := Path(path).stat().st_size) != wanted["bytes"]:
+        raise UsageError(
+            f"{path}: damaged: has {size} bytes, the manifest wants {wanted['bytes']}. Restore it, or export again."
+        )
     data = location.read(TABLES, int(wanted["bytes"])) if location.remote else Path(path).read_bytes()
     found = hashlib.sha256(data).hexdigest()
     try:
@@ -89,6 +93,11 @@ class ShardReader:
     def __init__(self, folder: Path | str, manifest: Manifest) -> None:
         self.location, self.manifest = Location(str(folder)), manifest
         tables = read_tables(folder, manifest.tables)
+        if tables.vocab_size != manifest.vocab_size:
+            raise UsageError(
+                f"{self.location.of(TABLES)}: is of a vocabulary of {tables.vocab_size}, the manifest of "
+                f"{manifest.vocab_size}. Restore it, or export the cache again."
+            )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
         self.transfers: dict[int, RemoteFile] = {}
@@ -145,8 +154,11 @@ class ShardReader:
         block, path = shard.blocks[index], self.location.of(shard.name)
         self.doing = f"{path}: block {index}"
         data = self._bytes(ref)
+        data, end = data[: block.bytes], data[block.bytes :]
         if hashlib.sha256(data).hexdigest() != block.sha256:
             raise _damaged(path, index, _why(data, self.coding, path))
+        if index == len(shard.blocks) - 1 and end != END:
+            raise _damaged(path, index, f"behind it wanted the {len(END)} zeros that end a tar")
         try:
             records = decode_block(webdata.members_of(data, path), self.coding)
         except Exception as error:  # what webdataset raises is not narrowed down
@@ -156,9 +168,10 @@ class ShardReader:
         return records
 
     def _bytes(self, ref: BlockRef) -> bytes:
-        """The bytes of a block."""
+        """The bytes of a block, and behind the last one those that end the shard."""
         shard, index = self.manifest.shards[ref[0]], ref[1]
         path, offset, size = self.location.of(shard.name), offset_of(shard, index), shard.blocks[index].bytes
+        size += len(END) if index == len(shard.blocks) - 1 else 0
         if self.location.remote:
             transfer = self.transfers.setdefault(ref[0], RemoteFile(path))
             data = transfer.read(offset, size)

@@ -54,7 +54,7 @@ def test_a_missing_shard_is_named(tiny: Tiny, tmp_path: Path) -> None:
 def test_tables_of_another_cache_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.train, tmp_path / "cache")
     shutil.copy(tiny.validation / "tables.tar", tmp_path / "cache")
-    with pytest.raises(UsageError, match="tables.tar: damaged: sha256"):
+    with pytest.raises(UsageError, match="tables.tar: damaged: (sha256|has)"):
         ShardReader(tmp_path / "cache", read_manifest(tmp_path / "cache"))
 
 
