@@ -33,6 +33,9 @@ from launchers import app, catalog
 KIND = "TeacherExport"
 app.define_config_flags(KIND)
 OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
+SHARD_BYTES = flags.DEFINE_integer(
+    "shard_bytes", None, "About the size of a shard; the same as --config=shard_bytes=…."
+)
 EXTEND = flags.DEFINE_bool(
     "extend", False, "Add documents that are new to complete caches; old shards stay as they are."
 )
@@ -75,7 +78,8 @@ def main() -> None:
     from kd_core.errors import UsageError
     from launchers import config_items
 
-    resolved = config_items.resolve(app.FLAGS.config, KIND)
+    sizes = [] if SHARD_BYTES.value is None else [f"shard_bytes={SHARD_BYTES.value}"]
+    resolved = config_items.resolve([*app.FLAGS.config, *sizes], KIND)
     if app.FLAGS.print_config:
         print(config_items.describe(resolved), end="")
         return
