@@ -56,7 +56,8 @@ class Evaluation:
 def cache_facts(shards: Shards) -> CacheFacts:
     """What the losses must know of what is read of a cache."""
     found = shards.manifest
-    return CacheFacts(found.vocab_size, shards.entries, (1.0, *found.selection.tail_temperatures), shards.sampled)
+    temperatures, tail_known = (1.0, *found.selection.tail_temperatures), "tail" not in found.unknown
+    return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
     "nll": "NLL, nats per token",
     "kl": "KL(teacher‖student), nats per token",
+    "renormalized_kl": "KL on the teacher's entries alone, nats per token",
     "teacher_cross_entropy": "cross-entropy to the teacher's samples, nats",
     "top1_agreement": "top-1 agreement",
     "student_mass": "student mass on the teacher's entries",

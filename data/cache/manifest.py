@@ -60,6 +60,8 @@ class Manifest:
     """A cache: who spoke, over which vocabulary, what was kept and how it is coded, and the shards.
 
     `plans` are what its exports were asked for (corpus, split, selection, teacher), one for each time it grew.
+    `unknown` is what another system's cache, from which it was converted, did not say: `tail`, `tokenizer`,
+    `label_log_prob` (of labels that are no entry: an upper bound stands there).
     """
 
     vocab_size: int
@@ -73,6 +75,7 @@ class Manifest:
     tables: dict[str, Any]
     plans: tuple[dict[str, Any], ...]
     shards: tuple[Shard, ...]
+    unknown: tuple[str, ...] = ()
 
     @property
     def records(self) -> int:
@@ -185,6 +188,7 @@ def _manifest(value: dict[str, Any]) -> Manifest:
         tables=_tables(found["tables"]),
         plans=tuple(fields(plan, "a plan") for plan in items(found["plans"], "plans")),
         shards=shards,
+        unknown=tuple(text(each, "unknown") for each in items(found["unknown"], "unknown")),
     )
 
 

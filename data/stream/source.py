@@ -4,6 +4,7 @@ Both are used alike: `parts` are the caches, `order` the rows of all epochs, eac
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from data.stream.order import Row, endless_rows, epoch_rows
 from data.stream.shards import DamagedError, ShardReader, manifest_at
 from kd_core.errors import UsageError
 
+log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
 ON_DAMAGE = ("stop", "skip")
 
@@ -84,7 +86,11 @@ class Shards:
         found = self.manifest
         if found.vocab_size != vocab_size:
             raise UsageError(f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size}.")
-        if found.tokenizer != tokenizer:
+        if "tokenizer" in found.unknown:
+            log.warning(
+                "%s: converted without a tokenizer; that the student's is the same cannot be checked", self.path
+            )
+        elif found.tokenizer != tokenizer:
             raise UsageError(
                 f"{self.path}: written with tokenizer {found.tokenizer[:12]}…, the student's is {tokenizer[:12]}…. "
                 "Export the cache with the student's tokenizer, or take a student of the teacher's."

@@ -32,6 +32,7 @@ class CacheFacts(NamedTuple):
     top_k: int
     tail_temperatures: tuple[float, ...] = (1.0,)
     sampled: bool = False
+    tail_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ class Distillation(Term):
             kind = "sampled entries" if cache.sampled else "the likeliest entries"
             instead = "sampled" if cache.sampled else "tail_bucket"
             raise UsageError(f"{where}.tail: {self.tail!r} on a cache of {kind}. Use {instead!r}, or another cache.")
+        if self.tail not in ("renormalized", "truncated") and not cache.tail_known:
+            raise UsageError(
+                f"{where}.tail: {self.tail!r} on a cache whose source did not say what mass its entries have. Use "
+                "'renormalized', which compares nothing else, or export with a teacher of your own."
+            )
         if self.tail in ("tail_bucket", "uniform_tail", "residual_to_label") and cache.top_k >= cache.vocab_size:
             raise UsageError(
                 f"{where}.tail: {self.tail!r} on a cache of all {cache.vocab_size} tokens, which has no tail. "

@@ -24,6 +24,8 @@ def standard_terms(cache: CacheFacts) -> dict[str, Term]:
             "nll": CrossEntropy(weight=0.0),
             "teacher_cross_entropy": Distillation(weight=0.0, divergence="cross_entropy", tail="sampled"),
         }
+    if not cache.tail_known:
+        return {"nll": CrossEntropy(weight=0.0), "renormalized_kl": Distillation(weight=0.0, tail="renormalized")}
     tail = "tail_bucket" if cache.top_k < cache.vocab_size else "unnormalized"
     return {"nll": CrossEntropy(weight=0.0), "kl": Distillation(weight=0.0, divergence="forward_kl", tail=tail)}
 

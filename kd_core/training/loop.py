@@ -31,7 +31,7 @@ from kd_core.training.step import train_step
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
-SHOWN = ("loss", "nll", "kl", "teacher_cross_entropy", "top1_agreement")
+SHOWN = ("loss", "nll", "kl", "renormalized_kl", "teacher_cross_entropy", "top1_agreement")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Caches of other systems into ours.
+
+    python -m launchers.convert --format=nemo_aligner --source='data/train_CHUNK_ID.jsonl' --model=my/student \\
+        --out=my/cache/train
+    python -m launchers.convert --format=jsonl --source=server_output.jsonl --model=my/student --out=my/cache/train
+
+nemo_aligner is NeMo-Aligner's chunked JSONL: tokens, labels, loss_mask, topk_logits, topk_token_ids and, where it is
+there, log_sum_exp_logits. CHUNK_ID in the path stands for 0, 1, ….
+
+jsonl is what any inference server gives, an object a line: tokens (T + 1 ids), top_ids and top_log_probs (T rows: true
+log-probabilities of token t + 1 after tokens 0 … t, as many as there are); if wanted loss_mask (T times 0 or 1),
+label_log_probs (T), document (a name).
+
+--model is a Hugging Face folder with the tokenizer that the source was made with: its vocabulary and fingerprint go
+into the cache, and a student of another one is refused. Without it, --vocab_size says how many tokens there are.
+
+What the source does not say (the tail, the tokenizer, labels' log-probabilities) stands in the manifest as unknown, and
+losses that need the tail are refused. One pass, a shard in memory; interrupted, it is to be started again.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from launchers import app
+
+FORMAT = flags.DEFINE_string("format", None, "nemo_aligner or jsonl; required.")
+SOURCE = flags.DEFINE_string("source", None, "A file, a folder of .jsonl files, or a path with CHUNK_ID; required.")
+OUT = flags.DEFINE_string("out", None, "Folder for the cache; required.")
+MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of the vocabulary, where there is no --model.")
+CODEC = flags.DEFINE_string("codec", "standard", "standard, compact or lossless.")
+SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of a shard.")
+
+
+def main() -> None:
+    """Convert, and show what came of it."""
+    from data.importers.convert import UNKNOWN, Conversion, convert
+    from data.tokenizer import Tokenizer
+    from kd_core.errors import UsageError
+    from kd_core.files import read_json
+
+    kind, source, out = FORMAT.value, SOURCE.value, OUT.value
+    if kind is None or source is None or out is None or (MODEL.value is None) == (VOCAB_SIZE.value is None):
+        raise UsageError("wanted --format, --source, --out, and either --model or --vocab_size. Try --help.")
+    vocab_size, tokenizer = VOCAB_SIZE.value or 0, UNKNOWN
+    if MODEL.value is not None:
+        folder = Path(MODEL.value)
+        vocab_size = int(read_json(folder / "config.json", "a Hugging Face model configuration")["vocab_size"])
+        tokenizer = Tokenizer(folder).fingerprint()
+    job = Conversion(kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0)
+    manifest = convert(job, Path(out))
+    app.log.info("%s", manifest.summary(Path(out)))
+    if manifest.unknown:
+        app.log.info("%s: not known from the source: %s", out, ", ".join(manifest.unknown))
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.convert", __doc__ or "")

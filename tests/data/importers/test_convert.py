@@ -1,0 +1,158 @@
+"""Other systems' caches: what they say comes back, what they do not say is refused or stated, bad lines are named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.cache.manifest import read_manifest
+from data.cache.record import UNUSED, Record
+from data.cache.verify import verify
+from data.importers.convert import UNKNOWN, Conversion, convert
+from data.importers.lines import files_of
+from data.stream.source import Shards
+from data.tokenizer import Tokenizer
+from experiments.experiment import cache_facts
+from kd_core.errors import UsageError
+from kd_core.losses.objective import Distillation, Objective
+from kd_core.students.starts import Pretrained
+from kd_core.training.metrics import read_metrics
+from tests.launchers.command import configs, run
+from tests.tiny import Tiny
+
+K = 6
+
+
+def _logits(tiny: Tiny, record: Record) -> torch.Tensor:
+    teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    T = record.positions
+    tokens = torch.from_numpy(record.token_ids[:-1].astype(np.int64))[None]
+    with torch.no_grad():
+        return teacher(tokens, torch.arange(T)[None], torch.zeros(1, T, dtype=torch.int64))[0]
+
+
+def _nemo(tiny: Tiny, record: Record, sums: bool) -> dict[str, Any]:
+    logits = _logits(tiny, record)
+    best = logits.topk(K)
+    line = {
+        "tokens": record.token_ids[:-1].tolist(),
+        "labels": record.token_ids[1:].tolist(),
+        "loss_mask": [0.0] + [1.0] * (record.positions - 1),
+        "topk_logits": best.values.tolist(),
+        "topk_token_ids": best.indices.tolist(),
+        "index": 3,
+    }
+    return {**line, "log_sum_exp_logits": logits.logsumexp(1).tolist()} if sums else line
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _job(tiny: Tiny, kind: str, source: Path | str, **settings: Any) -> Conversion:
+    size, known = read_manifest(tiny.train).vocab_size, settings.pop("tokenizer_known", True)
+    tokenizer = Tokenizer(tiny.teacher).fingerprint() if known else UNKNOWN
+    return Conversion(kind, str(source), size, tokenizer, **{"codec": "lossless", "block_positions": 64, **settings})
+
+
+def test_nemo_aligners_chunks_come_back_as_true_log_probabilities(tiny: Tiny, tmp_path: Path) -> None:
+    records = tiny.records()[:6]
+    for chunk in range(2):
+        _write(tmp_path / f"train_{chunk}.jsonl", [_nemo(tiny, r, True) for r in records[3 * chunk : 3 * chunk + 3]])
+    manifest = convert(_job(tiny, "nemo_aligner", tmp_path / "train_CHUNK_ID.jsonl"), tmp_path / "cache")
+    assert manifest.selection.top_k == K
+    assert manifest.unknown in ((), ("label_log_prob",))
+    for found, record in zip(tiny.records(tmp_path / "cache"), records, strict=True):
+        truth = torch.log_softmax(_logits(tiny, record).double(), dim=1)
+        assert found.token_ids.tolist() == record.token_ids.tolist()
+        assert found.loss_mask.tolist() == [0] + [1] * (record.positions - 1)
+        own = truth.gather(1, torch.from_numpy(found.topk_token_ids.astype(np.int64))).numpy()
+        assert np.abs(own - found.topk_log_probs).max() < 1e-4
+        rest = 1 - truth.topk(K).values.exp().sum(1).numpy()
+        assert np.abs(np.exp(found.tail_log_prob) - rest).max() < 1e-4
+    assert not verify(tmp_path / "cache", lambda _: None).problems
+    Shards(str(tmp_path / "cache")).check(manifest.vocab_size, manifest.tokenizer)
+
+
+def test_without_the_normaliser_the_tail_is_unknown_and_losses_that_need_it_refuse(tiny: Tiny, tmp_path: Path) -> None:
+    source = _write(tmp_path / "a.jsonl", [_nemo(tiny, record, False) for record in tiny.records()[:6]])
+    manifest = convert(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
+    assert "tail" in manifest.unknown
+    facts = cache_facts(Shards(str(tmp_path / "cache")))
+    Objective({"kd": Distillation(tail="renormalized")}).check_cache(facts)
+    with pytest.raises(UsageError, match="did not say what mass its entries have"):
+        Objective({"kd": Distillation()}).check_cache(facts)
+
+
+def test_a_servers_top_log_probabilities_of_any_length(tiny: Tiny, tmp_path: Path) -> None:
+    lines = []
+    for record in tiny.records()[:4]:
+        order = np.argsort(-record.topk_log_probs, axis=1)
+        keep = [1 + t % 5 for t in range(record.positions)]
+        lines.append(
+            {
+                "tokens": record.token_ids.tolist(),
+                "top_ids": [record.topk_token_ids[t, order[t, :k]].tolist() for t, k in enumerate(keep)],
+                "top_log_probs": [record.topk_log_probs[t, order[t, :k]].tolist() for t, k in enumerate(keep)],
+                "label_log_probs": record.label_log_prob.tolist(),
+            }
+        )
+    job = _job(tiny, "jsonl", _write(tmp_path / "a.jsonl", lines), tokenizer_known=False)
+    manifest = convert(job, tmp_path / "cache")
+    assert manifest.unknown == ("tokenizer",)
+    for found, record in zip(tiny.records(tmp_path / "cache"), tiny.records(), strict=False):
+        assert (found.topk_log_probs > UNUSED).sum(axis=1).tolist() == [1 + t % 5 for t in range(record.positions)]
+        assert np.abs(found.label_log_prob - record.label_log_prob).max() < 1e-5
+    Shards(str(tmp_path / "cache")).check(manifest.vocab_size, "any")
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "labels not shifted": (lambda v: v.update(labels=v["tokens"]), "position 1: the label is"),
+    "an id outside": (lambda v: v["topk_token_ids"][2].__setitem__(0, 10**6), r"the vocabulary has"),
+    "a row short": (lambda v: v["topk_logits"].pop(), "rows of ids"),
+    "an entry twice": (lambda v: v["topk_token_ids"].__setitem__(0, [5] * K), "an id twice"),
+    "too much mass": (lambda v: v.update(log_sum_exp_logits=[0.0] * len(v["tokens"])), "wanted probabilities"),
+    "no field": (lambda v: v.pop("topk_logits"), "no field 'topk_logits'"),
+    "a mask of halves": (lambda v: v.update(loss_mask=[0.5] * len(v["tokens"])), "each 0 or 1"),
+    "words": (lambda v: v.update(tokens="abc"), "wanted a list of token ids"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_line_is_named_and_nothing_is_left(tiny: Tiny, tmp_path: Path, bad: str) -> None:
+    damage, message = BAD[bad]
+    lines = [_nemo(tiny, record, True) for record in tiny.records()[:3]]
+    damage(lines[1])
+    source = _write(tmp_path / "a.jsonl", lines)
+    with pytest.raises(UsageError, match=rf"a\.jsonl:2: .*{message}"):
+        convert(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_missing_chunk_is_named(tmp_path: Path) -> None:
+    for number in (0, 1, 3):
+        (tmp_path / f"c{number}.jsonl").write_text("")
+    with pytest.raises(UsageError, match="c2.jsonl: no such chunk"):
+        files_of(str(tmp_path / "cCHUNK_ID.jsonl"))
+    with pytest.raises(UsageError, match="no such file"):
+        files_of(str(tmp_path / "other.jsonl"))
+
+
+def test_the_command_converts_and_its_cache_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", [_nemo(tiny, record, False) for record in tiny.records()])
+    flags = ["--format=nemo_aligner", f"--source={tmp_path / 'a.jsonl'}", f"--model={tiny.teacher}"]
+    done = run("launchers.convert", *flags, f"--out={tmp_path / 'cache'}")
+    assert done.returncode == 0, done.stderr
+    assert "not known from the source: " in done.stderr
+    items = [item for item in tiny.train_items(2) if not item.startswith("shards")]
+    items += [f"shards.path={tmp_path / 'cache'}", f"evaluation.shards.path={tmp_path / 'cache'}"]
+    items += ["loss.terms.kd.tail=renormalized", "checkpoint.best_metric=val/renormalized_kl"]
+    done = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["val/renormalized_kl"] < lines[0]["val/renormalized_kl"]
