@@ -25,6 +25,7 @@ from benchmarks import bars
 from benchmarks.candidates import CE, FUSED_CE, Absent, Candidate, candidates, select, without_what_is_not_installed
 from benchmarks.inputs import Point
 from benchmarks.measure import Seen, Times, peak_mib, peak_mib_of_a_child, times
+from kd_core.losses.objective import Objective
 
 GROUPS = ("basics", "fused", "same", "others")
 CPU_POINT, CUDA_POINT = Point(2048, 32768, 512, 64), Point(8192, 151936, 4096, 64)
@@ -95,7 +96,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in Point._fields:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=Objective.chunk_tokens)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", help="default: float32,bfloat16,autocast; on cuda bfloat16")
     parser.add_argument("--threads", help="default: 1,2; on cuda 1")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -132,7 +133,7 @@ def convert(job: Conversion, out: Path) -> Manifest:
 
 
 def _manifest(
-    job: Conversion, counted: _Counted, totals: Totals, tables: dict[str, object], shards: tuple[Shard, ...]
+    job: Conversion, counted: _Counted, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
 ) -> Manifest:
     unknown = counted.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
     selection = Selection(top_k=counted.widest)
