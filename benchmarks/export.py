@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
+from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.claim import claim
 from data.export.corpus import Corpus
@@ -45,18 +46,26 @@ def bare_forward(model: Decoder, plans: list[CachePlan], rows: int) -> None:
             model(tokens, positions, torch.zeros_like(tokens), head)
 
 
-def export_once(export: TeacherExport, plans: list[CachePlan], model: Scorer) -> None:
+def export_once(plans: list[CachePlan], model: Scorer) -> None:
     """All that the command does once plans and teacher are there."""
     for plan in plans:
         claim(plan)
-        steps.write_missing_shards(plan, export, model, 0, 1)
-        steps.finish(plan, export)
+        pilot = steps.make_tables(plan, model)
+        steps.write_missing_shards(plan, model, pilot, rank=0, ranks=1)
+        steps.finish(plan)
 
 
 def main() -> None:
     teacher, corpus = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
-    export = TeacherExport(Corpus(corpus), teacher, train_tokens=TOKENS, validation_tokens=512)
+    export = TeacherExport(
+        Corpus(corpus),
+        teacher,
+        train_tokens=TOKENS,
+        validation_tokens=512,
+        selection=Selection(64),
+        shard_bytes=900_000,
+    )
     scorer = steps.load_teacher(export, torch.device("cpu"))
     assert isinstance(scorer, DecoderScorer)
     times: dict[str, list[float]] = {"bare": [], "export": []}
@@ -67,13 +76,15 @@ def main() -> None:
             started = time.perf_counter()
             bare_forward(scorer.model, plans, export.batch_rows)
             between = time.perf_counter()
-            export_once(export, plans, scorer)
+            export_once(plans, scorer)
             times["bare"].append(between - started)
             times["export"].append(time.perf_counter() - between)
     scored = sum(len(window.token_ids) - 1 for plan in plans for window in plan.windows)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [e / b for e, b in zip(times["export"], times["bare"], strict=True)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {scored} tokens, K = {export.top_k}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {scored} tokens, {export.selection.words()}, codec {export.codec}"
+    )
     print(f"bare forward with head  {medians['bare']:.2f} s   {scored / medians['bare']:.0f} tokens/s")
     print(f"export                  {medians['export']:.2f} s   {scored / medians['export']:.0f} tokens/s")
     print(f"ratio (median of pairs) {statistics.median(ratios):.3f}   (from {min(ratios):.3f} to {max(ratios):.3f})")
