@@ -58,10 +58,11 @@ def export_once(plans: list[CachePlan], model: Scorer) -> None:
 def main() -> None:
     teacher, corpus = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
+    tokens = int(sys.argv[4]) if len(sys.argv) > 4 else TOKENS
     export = TeacherExport(
         Corpus(corpus),
         teacher,
-        train_tokens=TOKENS,
+        train_tokens=tokens,
         validation_tokens=512,
         selection=Selection(64),
         shard_bytes=900_000,
@@ -82,9 +83,8 @@ def main() -> None:
     scored = sum(len(window.token_ids) - 1 for plan in plans for window in plan.windows)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [e / b for e, b in zip(times["export"], times["bare"], strict=True)]
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {scored} tokens, {export.selection.words()}, codec {export.codec}"
-    )
+    kept = f"{export.selection.words()}, codec {export.codec}"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {scored} tokens, {kept}")
     print(f"bare forward with head  {medians['bare']:.2f} s   {scored / medians['bare']:.0f} tokens/s")
     print(f"export                  {medians['export']:.2f} s   {scored / medians['export']:.0f} tokens/s")
     print(f"ratio (median of pairs) {statistics.median(ratios):.3f}   (from {min(ratios):.3f} to {max(ratios):.3f})")
