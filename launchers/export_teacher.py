@@ -18,7 +18,7 @@ scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=co
     selection.mass=0.9                           only until they hold this mass
     selection.top_k=0 selection.draws=12         12 samples in place of entries: the smallest caches, forward KL alone
     selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
-    codec=compact                                5 bytes less a position at three times the (small) error; or lossless
+    codec=compact                                4 bytes less a position at twice the (small) error; or lossless
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
 """
 

@@ -9,6 +9,7 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.tables import Tables
 from data.cache.record import Record
 from data.cache.tar import END, member_bytes, write_tar
+from kd_core.files import sha256
 
 
 def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
@@ -46,6 +47,11 @@ def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
         yield END
 
     write_whole(path, parts())
+
+
+def file_facts(path: Path) -> dict[str, int | str]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_tables(path: Path, tables: Tables) -> None:

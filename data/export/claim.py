@@ -32,10 +32,15 @@ def claim(plan: CachePlan) -> bool:
         )
     if not (plan.folder / "manifest.json").exists():
         return False
-    read_manifest(plan.folder)
-    if plan.missing():
+    found_manifest, missing = read_manifest(plan.folder), plan.missing()
+    if missing and len(found_manifest.plans) > 1:
+        raise UsageError(
+            f"{plan.folder / missing[0].name}: no such shard, in a cache that has grown since its first export, which "
+            "would make a cache without what was added. Restore the shard."
+        )
+    if missing:
         (plan.folder / "manifest.json").unlink()
-    return not plan.missing()
+    return not missing
 
 
 def claim_growth(plan: CachePlan) -> bool:

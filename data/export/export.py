@@ -9,7 +9,6 @@ holds is fixed by the plan and the tables, so neither ranks nor interruptions ch
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -22,7 +21,7 @@ from data.cache.codec.tables import fit_tables
 from data.cache.manifest import TABLES, Manifest, Shard
 from data.cache.record import Record
 from data.cache.totals import Totals
-from data.cache.writer import block_bytes, write_shard, write_tables
+from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
 from data.export.huggingface import local_folder
 from data.export.plan import DTYPES, CachePlan, PlannedShard, TeacherExport
 from data.export.scorers import load_scorer
@@ -73,7 +72,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
 
 def _coding(plan: CachePlan) -> Coding:
     path = plan.folder / TABLES
-    tables = read_tables(plan.folder, _file_facts(path))
+    tables = read_tables(plan.folder, file_facts(path))
     return Coding(tables, plan.export.selection, plan.export.codec)
 
 
@@ -130,13 +129,9 @@ def finish(plan: CachePlan) -> Manifest:
         codec=plan.export.codec,
         audit=totals.audit(),
         statistics=totals.statistics(),
-        tables=_file_facts(plan.folder / TABLES),
+        tables=file_facts(plan.folder / TABLES),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
     )
     manifest.write(plan.folder)
     return manifest
-
-
-def _file_facts(path: Path) -> dict[str, object]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

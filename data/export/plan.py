@@ -40,7 +40,7 @@ class TeacherExport:
         train_tokens: positions of the training cache (None: all that the corpus has).
         validation_tokens: positions of the held-out cache.
         selection: what is kept of a position.
-        codec: `standard` (a KL of about 1e-4 at 64 entries), `compact` (3e-4, 5 bytes less), or `lossless`.
+        codec: `standard` (a KL of about 1.5e-4 at 64 entries), `compact` (3e-4, 4 bytes less), or `lossless`.
         max_codec_kl: the export stops where a block's mean KL(original‖decoded) is above this, in nats.
         row_length: positions of a window.
         overlap: positions at a window's head that are context only, scored in the window before.

@@ -21,7 +21,7 @@ from data.cache.manifest import TABLES, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.totals import Totals
-from data.cache.writer import block_bytes, write_shard, write_tables
+from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
 from data.importers.lines import KINDS, Line, files_of, read_lines
 from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
@@ -115,7 +115,7 @@ def convert(job: Conversion, out: Path) -> Manifest:
     with new_folder(out) as folder:
         about = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
         write_tables(folder / TABLES, fit_tables(pilot, job.vocab_size, about))
-        facts = {"bytes": (folder / TABLES).stat().st_size, "sha256": sha256(folder / TABLES)}
+        facts = file_facts(folder / TABLES)
         coding = Coding(read_tables(folder, facts), Selection(top_k=1), job.codec)
         shards, totals = list[Shard](), Totals()
         for number, parts in enumerate(_shards(chain([pilot], blocks), coding, job)):

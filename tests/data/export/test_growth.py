@@ -78,3 +78,14 @@ def test_a_growth_with_other_settings_is_refused(grown: tuple[Path, TeacherExpor
     with pytest.raises(UsageError, match="add documents that are new to it with --extend"):
         write_caches(more, folder)
     write_caches(export, folder)
+
+
+def test_a_shard_lost_from_a_grown_cache_does_not_cost_what_was_added(
+    grown: tuple[Path, TeacherExport, TeacherExport],
+) -> None:
+    folder, export, more = grown
+    write_caches(more, folder, extend=True)
+    (folder / "train" / "shard-000000.tar").unlink()
+    with pytest.raises(UsageError, match="shard-000000.tar: no such shard, in a cache that has grown"):
+        write_caches(export, folder)
+    assert len(read_manifest(folder / "train").plans) == 2
