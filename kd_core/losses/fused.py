@@ -72,7 +72,10 @@ class _FusedHead(torch.autograd.Function):
         device = hidden.device
         gradients = None
         if call.with_grad and any(ctx.needs_input_grad[:3]):
-            gradients = HeadGradients.zeros(hidden, weight, bias, precision.keep)
+            of_weight, of_bias = (part if needed else None for part, needed in zip(
+                (weight, bias), ctx.needs_input_grad[1:3], strict=True
+            ))  # fmt: skip
+            gradients = HeadGradients.zeros(hidden, of_weight, of_bias, precision.keep)
         with torch.autocast(device.type, enabled=False), matmul_in(precision, device):
             head = Head.of(weight, bias, call.head, precision)
             job = Job(Positions(hidden, call.teacher, call.labels, call.mask), call.objective, call.scale)
@@ -124,7 +127,7 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
 
     Args:
         hidden: last hidden states.
-        weight: the output head.
+        weight: the output head, or the rows of it that `head.part` says.
         teacher: its entries at the same positions.
         labels: the next token of each position; ignored where `mask` is false.
         mask: positions that are scored. All others give exactly 0, whatever they hold.

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.losses.part import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class LogitHead:
         vocab_size: the real vocabulary; rows of `weight` beyond it are padding and enter no softmax.
         scale: factor on the product (Cohere, Granite).
         soft_cap: logits are squeezed into ±this (Gemma 2: 30). Costs one more buffer of logits.
+        part: which rows of the head `weight` and `bias` are, where tensor parallelism divides them.
     """
 
     bias: Float[Tensor, " V"] | None = None
     vocab_size: int | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+    part: Part = WHOLE
 
     def __post_init__(self) -> None:
         if self.soft_cap is not None and not self.soft_cap > 0:
@@ -73,22 +76,28 @@ def matmul_in(precision: Precision, device: torch.device) -> Generator[None]:
 
 
 class Head(NamedTuple):
-    """A head of the real vocabulary's rows alone: weight as it is, bias in the dtype that is kept."""
+    """A head of the real vocabulary's rows alone: weight as it is, bias in the dtype that is kept.
+
+    `vocab_size` counts the rows of all parts, `weight` has those of this one.
+    """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     soft_cap: float | None
     precision: Precision
+    part: Part
+    vocab_size: int
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, form: LogitHead, precision: Precision) -> "Head":
         """Cut to the real vocabulary."""
         V = len(weight) if form.vocab_size is None else form.vocab_size
-        if len(weight) < V:
+        if form.part.group is None and len(weight) < V:
             raise UsageError(f"head.vocab_size: got {V}; wanted at most the {len(weight)} rows of the weight.")
-        cut = None if bias is None else bias[:V].to(precision.keep)
-        return cls(weight[:V], cut, form.scale, form.soft_cap, precision)
+        rows = form.part.rows(len(weight), V)
+        cut = None if bias is None else bias[:rows].to(precision.keep)
+        return cls(weight[:rows], cut, form.scale, form.soft_cap, precision, form.part, V)
 
     def finish_(self, product: Tensor, bias: Tensor | None) -> Tensor | None:
         """Turn hidden @ weight.T into logits; returns what their gradient is multiplied by, where capped."""
@@ -105,14 +114,14 @@ class Head(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
-    """By hidden states, weight and bias, added up over chunks in the dtype that is kept."""
+    """By hidden states, weight and bias, added up over chunks in the dtype that is kept; None for what is frozen."""
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: torch.dtype) -> "HeadGradients":
+    def zeros(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, keep: torch.dtype) -> "HeadGradients":
         """Nothing added yet; `hidden` is written chunk by chunk."""
-        of_bias = None if bias is None else torch.zeros_like(bias, dtype=keep)
-        return cls(torch.empty_like(hidden, dtype=keep), torch.zeros_like(weight, dtype=keep), of_bias)
+        of_weight, of_bias = (None if part is None else torch.zeros_like(part, dtype=keep) for part in (weight, bias))
+        return cls(torch.empty_like(hidden, dtype=keep), of_weight, of_bias)

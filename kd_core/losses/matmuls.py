@@ -76,15 +76,17 @@ class Matmuls:
         hidden = hidden.to(factor.dtype)
         if factor.dtype == keep:
             gradients.hidden[at] = torch.mm(by_logits, factor)
-            gradients.weight[:V].addmm_(by_logits.t(), hidden)
+            if gradients.weight is not None:
+                gradients.weight[:V].addmm_(by_logits.t(), hidden)
             return
         if factor.device.type != "cpu":
             rounded = self._kept("rounded", by_logits.shape, factor).copy_(by_logits)
             gradients.hidden[at] = torch.mm(rounded, factor, out_dtype=keep)
-            gradients.weight[:V] += torch.mm(rounded.t(), hidden, out_dtype=keep)
+            if gradients.weight is not None:
+                gradients.weight[:V] += torch.mm(rounded.t(), hidden, out_dtype=keep)
             return
         rounded = round_(by_logits, factor.dtype)
         gradients.hidden[at] = torch.mm(rounded, factor)
-        for block in _blocks(V):
+        for block in _blocks(V if gradients.weight is not None else 0):
             product = self._kept("product", factor[block].shape, factor)
             gradients.weight[block] += torch.mm(rounded[:, block].t(), hidden, out=product)

@@ -37,7 +37,7 @@ def observe(reduced: Reduced, mask: Tensor) -> dict[str, Tensor]:
     topk_agreement               the student's likeliest token is one of the teacher's entries
     acceptance                   Σ min(p, q) over the entries: what a speculative decoder accepts (a lower bound)
     """
-    view, outside = reduced
+    view, outside = reduced.view, reduced.largest_outside
     student = view.student_log_probs.detach()
     p, q = view.teacher_log_probs.exp(), student.exp()
     favourite = view.teacher_log_probs.argmax(dim=1, keepdim=True)

@@ -17,8 +17,10 @@ from torch import Tensor
 from kd_core.losses.head import Head, HeadGradients
 from kd_core.losses.job import Job, Positions
 from kd_core.losses.observations import observe_teacher
+from kd_core.losses.part import Located
 from kd_core.losses.reduction import Gradients
 from kd_core.losses.view import SparseView
+from kd_core.types import TeacherTopK
 
 # Rows of the head that are gathered at a time: enough to keep the machine busy, few enough to stay in its cache.
 GATHERED_ROWS = 8192
@@ -58,33 +60,39 @@ def _view(logits: Tensor, chunk: Positions, size: int) -> SparseView:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The head's rows at a chunk's ids [n, K, D], in the dtype that is kept; the gradient by them takes their place."""
+    """The head's rows at a chunk's ids [n, K, D], in the dtype that is kept; the gradient by them takes their place.
+
+    Where ranks share the vocabulary, a row that is another's is some row of this one, and its logit counts as 0.
+    """
 
     head: Head
-    ids: Tensor
+    at: Located
     rows: Tensor
 
     @classmethod
-    def gather(cls, head: Head, ids: Tensor) -> "_Rows":
+    def gather(cls, head: Head, teacher: TeacherTopK) -> "_Rows":
         """Rows are multiplied in the dtype that is kept: these products cost their memory, not their arithmetic."""
-        rows = head.weight.index_select(0, ids.flatten()).to(head.precision.keep)
-        return cls(head, ids, rows.view(*ids.shape, -1))
+        at = head.part.locate(teacher.ids, teacher.log_probs > -torch.inf, len(head.weight))
+        rows = head.weight.index_select(0, at.columns.flatten()).to(head.precision.keep)
+        return cls(head, at, rows.view(*at.columns.shape, -1))
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [n, K] and the slope of a soft cap."""
         product = torch.bmm(self.rows, hidden[:, :, None]).squeeze(2)
-        bias = None if self.head.bias is None else self.head.bias[self.ids]
-        return product, self.head.finish_(product, bias)
+        bias = None if self.head.bias is None else self.head.bias[self.at.columns]
+        slope = self.head.finish_(product, bias)
+        return self.head.part.sum_(torch.where(self.at.own, product, 0.0)), slope
 
     def add_gradients_(self, gradients: HeadGradients, at: slice, hidden: Tensor, by_logits: Tensor) -> None:
         """Add a chunk: `by_logits` [n, K] is the gradient by scale · hidden @ weight.T + bias."""
-        ids = self.ids.flatten()
+        ids, by_logits = self.at.columns.flatten(), torch.where(self.at.own, by_logits, 0.0)
         if gradients.bias is not None:
             gradients.bias.index_add_(0, ids, by_logits.flatten())
         by_logits = by_logits * self.head.scale
         gradients.hidden[at] = torch.bmm(by_logits[:, None], self.rows).squeeze(1)
-        by_rows = torch.mul(by_logits[:, :, None], hidden[:, None], out=self.rows)
-        gradients.weight.index_add_(0, ids, by_rows.flatten(0, 1))
+        if gradients.weight is not None:
+            by_rows = torch.mul(by_logits[:, :, None], hidden[:, None], out=self.rows)
+            gradients.weight.index_add_(0, ids, by_rows.flatten(0, 1))
 
 
 def _needs_no_vocabulary() -> Tensor:
@@ -98,9 +106,9 @@ def sums_over_support(job: Job, head: Head, gradients: HeadGradients | None) -> 
     for at in job.slices(max(1, min(job.objective.chunk_tokens, GATHERED_ROWS // K))):
         chunk = job.chunk(at)
         hidden = chunk.hidden.to(keep)
-        rows = _Rows.gather(head, chunk.teacher.ids)
+        rows = _Rows.gather(head, chunk.teacher)
         logits, slope = rows.logits(hidden)
-        view = _view(logits, chunk, len(head.weight))
+        view = _view(logits, chunk, head.vocab_size)
         loss, sums = job.losses({1.0: view}, chunk.mask, {name: each[at] for name, each in factors.items()})
         sums |= observe_teacher(view, chunk.mask)
         totals = {name: total + sums[name].double() for name, total in totals.items()}

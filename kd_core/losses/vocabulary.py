@@ -50,12 +50,13 @@ class _Pass:
             if temperature != 1:
                 torch.div(logits, temperature, out=buffer[:n])
         means = {term.view_temperature for term in self.job.objective.terms.values() if term.needs_tail_mean}
-        reduced = {at: reduce_(buffer[:n], chunk, at in means) for at, buffer in self.buffers.items()}
+        part = self.matmuls.head.part
+        reduced = {at: reduce_(buffer[:n], chunk, part, at in means) for at, buffer in self.buffers.items()}
         return reduced, slope
 
     def entropy(self, chunk: Positions, reduced: dict[float, Reduced]) -> Tensor:
         """The student's, of a chunk that was just reduced."""
-        return student_entropy(self.buffers[1.0][: len(chunk.hidden)], reduced[1.0].view)
+        return student_entropy(self.buffers[1.0][: len(chunk.hidden)], reduced[1.0], self.matmuls.head.part)
 
     def entropies(self) -> Tensor:
         """The student's at all positions, which costs the logits of all of them."""
@@ -69,10 +70,10 @@ class _Pass:
         """dL/dlogits of a chunk, in the first buffer."""
         views = [each.view for each in reduced.values()]
         n = len(chunk.hidden)
-        for (temperature, buffer), view, by_view in zip(
-            self.buffers.items(), views, Gradients.of(loss, self.job.scale, views), strict=True
+        for (temperature, buffer), each, by_view in zip(
+            self.buffers.items(), reduced.values(), Gradients.of(loss, self.job.scale, views), strict=True
         ):
-            write_gradient_(buffer[:n], chunk, view, by_view)
+            write_gradient_(buffer[:n], each, by_view)
             if temperature != 1:
                 self.buffers[1.0][:n].add_(buffer[:n], alpha=1 / temperature)
         return self.buffers[1.0][:n]
