@@ -57,6 +57,10 @@ class Batch:
         tails = tuple((temperature, tail.to(device)) for temperature, tail in self.tempered_tails)
         return replace(self, **moved, tempered_tails=tails)
 
+    def unscored(self) -> Self:
+        """The same shape with nothing to learn from, for a rank that takes part in a pass without rows of its own."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask), record_names=(), damaged_blocks=0)
+
     def teacher(self) -> TeacherTopK:
         """The teacher's entries, flattened to N positions."""
         return TeacherTopK(

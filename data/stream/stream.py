@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import NamedTuple
 
 from data.stream.ahead import ahead
 from data.stream.collate import Collate
@@ -20,21 +21,36 @@ from data.stream.source import Shards, Source
 from kd_core.types import Batch
 
 
+class Share(NamedTuple):
+    """Which rows are a rank's: `rank`, `rank` + `ranks`, …."""
+
+    rank: int
+    ranks: int
+
+
 def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
     read = [readers.read(row) for row in rows]
     return replace(collate([records for records, _ in read]), damaged_blocks=sum(damaged for _, damaged in read))
 
 
+def _shared(readers: Readers, rows: list[Row], collate: Collate, micro_batch: int, share: Share) -> Generator[Batch]:
+    """A rank's batches of some rows: as many on every rank, for all take part in each pass. What is missing on this
+    one is made of any row, unscored."""
+    own, most = rows[share.rank :: share.ranks], -(-len(rows) // share.ranks)
+    for at in range(0, most, micro_batch):
+        some = own[at : at + micro_batch]
+        yield _batch(readers, some, collate) if some else _batch(readers, rows[:1], collate).unscored()
+
+
 def _steps(
-    readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, slice]
+    readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, Share]
 ) -> Generator[list[Batch]]:
     rows_per_step, micro_batch, share = shape
     with closing(readers):
         while True:
             step = list(itertools.islice(order, rows_per_step))
             readers.hold(step)
-            own = step[share]
-            yield [_batch(readers, own[at : at + micro_batch], collate) for at in range(0, len(own), micro_batch)]
+            yield list(_shared(readers, step, collate, micro_batch, share))
 
 
 def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which share of it)
@@ -47,7 +63,7 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which
     """
     readers = Readers(source.parts)
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
-    steps = _steps(readers, order, collate, (rows_per_step, micro_batch, slice(rank, None, ranks)))
+    steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)))
     if source.prefetch:
         steps = ahead(steps, source.prefetch, source.timeout, readers.doing, readers.stop)
     with closing(steps):
@@ -56,8 +72,8 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which
 
 def all_batches(shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int) -> Generator[Batch]:
     """Every record once, in stored order: this rank's share, for evaluation. What is damaged stops it."""
-    own = itertools.islice(shards.rows(collate.row_length, None, 0), rank, None, ranks)
+    order = shards.rows(collate.row_length, None, 0)
     with closing(Readers([shards], may_skip=False)) as readers:
-        while some := list(itertools.islice(own, micro_batch)):
+        while some := list(itertools.islice(order, micro_batch * ranks)):
             readers.hold(some)
-            yield _batch(readers, some, collate)
+            yield from _shared(readers, some, collate, micro_batch, Share(rank, ranks))

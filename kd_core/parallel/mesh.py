@@ -1,7 +1,4 @@
-"""The processes of a run: who am I, on which device, and the few sums that ranks share.
-
-Data parallelism alone for now: every rank holds the whole student. The tensor-parallel dimension belongs here.
-"""
+"""The processes of a run: who am I, on which device, in which place of the mesh, and the few sums that ranks share."""
 
 import contextlib
 import ctypes
@@ -9,53 +6,82 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kd_core.errors import EchoedError, RankError, UsageError
+from kd_core.parallel.layout import Layout
 
 R = TypeVar("R")
+ALONE = Layout()
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the data-parallel ranks of a run. A world of one needs no process group."""
+    """This process among those of a run. A world of one needs no process group.
+
+    Until it is laid out, every rank has the whole student and reads rows of its own. Laid out, `mesh` has the
+    dimensions dp_replicate, dp_shard and tp; ranks of one tensor-parallel group read the same rows.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    layout: Layout = ALONE
+    mesh: DeviceMesh | None = None
+
+    def laid_out(self, layout: Layout) -> Self:
+        """The same processes as a mesh; one process stays as it is."""
+        assert layout.size == self.size
+        if self.size == 1:
+            return self
+        sizes, names = (layout.replicas, layout.shards, layout.tensor), ("dp_replicate", "dp_shard", "tp")
+        mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        if layout.tensor > 1:
+            # A norm over both is then one reduction, the same on every rank, instead of two in some order.
+            mesh["dp_shard", "tp"]._flatten("dp_shard_tp")  # pyright: ignore[reportPrivateUsage] (it has no other name)
+        return replace(self, layout=layout, mesh=mesh)
 
     @property
     def is_first(self) -> bool:
         """True on the one rank that writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def tp_rank(self) -> int:
+        """Which part of the tensors this rank has."""
+        return self.rank % self.layout.tensor
+
+    @property
+    def dp_rank(self) -> int:
+        """Which rows this rank reads, of `dp_size`."""
+        return self.rank // self.layout.tensor
+
+    @property
+    def dp_size(self) -> int:
+        """How many ranks read different rows."""
+        return self.size // self.layout.tensor
+
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add the ranks' tensors up, in place."""
+        """Add up the tensors of ranks that read different rows, in place; every rank has the same sum."""
+        if self.tp_rank > 0:
+            tensor.zero_()
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
-        """Add up one number a name, in float64; every rank has the same names."""
+        """Add up one number a name, in float64, as `sum_` does; every rank has the same names."""
         names = sorted(values)
         total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device))
         return dict(zip(names, total.tolist(), strict=True))
-
-    def sum_gradients_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up the ranks' gradients, in place; a rank without positions counts as zero."""
-        if self.size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
 
     def barrier(self) -> None:
         """Wait for every rank."""

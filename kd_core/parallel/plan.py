@@ -1,32 +1,69 @@
-"""How a run is laid out: precision, rows a micro-batch, and the place of tensor parallelism."""
+"""How a run is spread over ranks and memory: a declaration, checked by itself; `sharding.py` carries it out."""
 
 from dataclasses import dataclass
 
 import torch
 
 from kd_core.errors import UsageError
+from kd_core.parallel.layout import Layout, lay_out
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARDINGS = ("none", "gradients", "full")
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """`precision` is what matmuls multiply in; weights, optimiser and reductions stay float32."""
+    """Which ranks share what. Whatever is chosen, a run trains the same student; `README.md` says which to take.
+
+    Args:
+        precision: what matmuls multiply in; weights, optimiser and reductions stay float32.
+        micro_batch_rows: rows of one forward and backward pass on a rank; gradients of a step's passes add up.
+        tensor_parallel: ranks that share each layer's heads, feed-forward and vocabulary; best on one machine.
+        sequence_parallel: norms and residuals of those ranks are shared by position, instead of repeated.
+        shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
+            moments, and weights are gathered once a step. full: gathered for each block, again in the backward pass.
+        replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
+        recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
+        compile: compile each block, around its attention.
+        timeout: seconds without progress on a rank after which the run ends, naming it.
+    """
 
     precision: str = "bfloat16"
     micro_batch_rows: int = 4
     tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    shard: str = "gradients"
+    replicas: int = 1
+    recompute: str = "none"
+    compile: bool = False
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UsageError(f"parallel.precision: got {self.precision!r}; wanted one of {', '.join(PRECISIONS)}.")
-        if self.micro_batch_rows < 1:
-            raise UsageError(f"parallel.micro_batch_rows: got {self.micro_batch_rows}; wanted at least 1.")
-        if self.tensor_parallel != 1:
-            raise UsageError(
-                f"parallel.tensor_parallel: got {self.tensor_parallel}; only 1 is there yet (data parallelism alone). "
-                "Leave it at 1 and start more ranks with torchrun --nproc-per-node."
-            )
+        if self.shard not in SHARDINGS:
+            raise UsageError(f"parallel.shard: got {self.shard!r}; wanted one of {', '.join(SHARDINGS)}.")
+        for name in ("micro_batch_rows", "tensor_parallel", "replicas"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"parallel.{name}: got {getattr(self, name)}; wanted at least 1.")
+        if self.replicas > 1 and self.shard == "none":
+            raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
+        if not self.timeout > 0:
+            raise UsageError(f"parallel.timeout: got {self.timeout}; wanted seconds, more than 0.")
+        self.recomputed_every()
+
+    def layout(self, size: int) -> Layout:
+        """Of so many ranks; errors as in `lay_out`."""
+        return lay_out(size, self.tensor_parallel, None if self.shard == "none" else self.replicas)
+
+    def recomputed_every(self) -> int | None:
+        """Every how many blocks activations are computed again; None is never."""
+        kind, _, every = self.recompute.partition(":")
+        if self.recompute in ("none", "full"):
+            return {"none": None, "full": 1}[self.recompute]
+        if kind != "every" or not every.isdecimal() or int(every) < 1:
+            raise UsageError(f"parallel.recompute: got {self.recompute!r}; wanted none, full, or every:N with N ≥ 1.")
+        return int(every)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context that forward passes run in."""

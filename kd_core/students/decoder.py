@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 R = TypeVar("R")
 Segment = tuple[int, int, int]
@@ -114,6 +115,7 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.head_dim, self.scale = arch.head_dim, arch.attention_scale
+        self.own_kv_heads: slice | None = None  # where tensor parallelism repeats key and value heads
         width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         self.q_proj = nn.Linear(arch.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=False)
@@ -126,6 +128,8 @@ class Attention(nn.Module):
             rearrange(proj(x), "B T (H d) -> B H T d", d=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.own_kv_heads is not None:
+            k, v = k[:, self.own_kv_heads], v[:, self.own_kv_heads]
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, self.scale)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))
 
@@ -145,7 +149,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual."""
+    """Attention and feed-forward, each behind a norm and beside a residual.
+
+    With `recompute`, activations inside are not kept for the backward pass but computed again.
+    """
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -154,9 +161,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp = SwiGLU(arch)
         self.residual_scale = arch.residual_scale
+        self.recompute = False
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
         """[B, T, D] to [B, T, D]."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, cos, sin, segments, use_reentrant=False)
+        return self.run(x, cos, sin, segments)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+        """What `forward` computes."""
         x = x + scaled(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
         return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 

@@ -1,11 +1,13 @@
 """One optimiser step: count, forward and backward over micro-batches, one sum over ranks, check, move."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from kd_core.errors import NonFiniteError
 from kd_core.losses.fused import LossSums, fused_loss
@@ -13,6 +15,8 @@ from kd_core.losses.head import LogitHead
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
+from kd_core.parallel.sharding import gradients_wait
+from kd_core.parallel.vocabulary import local_head
 from kd_core.students.decoder import Decoder
 from kd_core.types import Batch
 
@@ -30,12 +34,12 @@ class StepSums:
 def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
     """The objective over one batch, through the model's own forward."""
 
-    real = LogitHead(vocab_size=model.arch.vocab_size)
-
     def head(hidden: Tensor, weight: Tensor) -> LossSums:
-        flat = rearrange(hidden, "B T D -> (B T) D")
+        here = local_head(hidden, weight)
+        flat = rearrange(here.hidden, "B T D -> (B T) D")
+        form = LogitHead(vocab_size=model.arch.vocab_size, part=here.part)
         labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
-        return fused_loss(flat, weight, batch.teacher(), labels, mask, objective, scale, real)
+        return fused_loss(flat, here.weight, batch.teacher(), labels, mask, objective, scale, form)
 
     return model(batch.tokens, batch.position_ids, batch.document_ids, head)
 
@@ -56,6 +60,12 @@ def sum_over(batch_sums: Sequence[LossSums], names: Sequence[str], world: World)
     return world.sum_floats(own)
 
 
+def clip_(parameters: Iterable[Parameter], most: float) -> float:
+    """Scale all gradients so that their common norm is at most so much; returns what it was, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     model: Decoder,
     optimizer: torch.optim.Optimizer,
@@ -74,14 +84,14 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     tokens, damaged_blocks = count(batches, world)
     losses: list[LossSums] = []
     for batch in batches:
+        gradients_wait(model, batch is not batches[-1])
         on_device = batch.to(world.device)
         with parallel.autocast(world.device):
             loss = batch_loss(model, on_device, objective, 1.0 / max(1, tokens))
         loss.total.backward()
         losses.append(loss)
-    world.sum_gradients_(model.parameters())
     sums = sum_over(losses, objective.sum_names(), world)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or torch.inf))
+    norm = clip_(model.parameters(), clip_norm or torch.inf)
     if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
         optimizer.zero_grad()
         raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")

@@ -1,0 +1,224 @@
+"""One experiment, any layout: the losses of many steps and the gradient of the first are those of one process."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.parallel.mesh import World
+from kd_core.parallel.plan import Parallel
+from kd_core.parallel.sharding import spread
+from kd_core.students.decoder import Architecture, Decoder
+from kd_core.training.optimizer import AdamW
+from kd_core.training.step import batch_loss, train_step
+from kd_core.types import Batch
+from tests.ranks import run_ranks
+
+STEPS, ROWS, T, K = 20, 8, 12, 5
+ARCH = Architecture(
+    vocab_size=51,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_positions=64,
+    padded_vocab_size=53,
+    embedding_scale=1.5,
+)
+OBJECTIVE = Objective({"kd": Distillation(weight=0.9), "sft": CrossEntropy(weight=0.1)}, chunk_tokens=7)
+PLAIN = Parallel(precision="float32", micro_batch_rows=2)
+OF_TWO = {
+    "dp 2": replace(PLAIN, shard="full"),
+    "dp 2, whole copies": replace(PLAIN, shard="none"),
+    "tp 2": replace(PLAIN, tensor_parallel=2),
+    "tp 2, by position": replace(PLAIN, tensor_parallel=2, sequence_parallel=True),
+}
+OF_FOUR = {
+    "dp 4": PLAIN,
+    "dp 4, three rows a pass": replace(PLAIN, micro_batch_rows=3, shard="full"),
+    "dp 2 × tp 2": replace(PLAIN, tensor_parallel=2, shard="full"),
+    "dp 2 × tp 2, by position, recomputed": replace(
+        PLAIN, tensor_parallel=2, sequence_parallel=True, recompute="every:2", micro_batch_rows=1
+    ),
+    "hybrid": replace(PLAIN, replicas=2, shard="full"),
+    "copies of tp 2": replace(PLAIN, tensor_parallel=2, shard="none", recompute="full"),
+    "tp 4, kv heads repeated": replace(PLAIN, tensor_parallel=4),
+    "tp 4, by position": replace(PLAIN, tensor_parallel=4, sequence_parallel=True),
+}
+
+
+def first_weights(arch: Architecture) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Decoder(arch)
+    return {
+        name: 1 + 0.1 * torch.randn(p.shape) if p.ndim == 1 else 0.2 * torch.randn(p.shape)
+        for name, p in model.named_parameters()
+    }
+
+
+def rows_of(step: int, rows: Iterable[int]) -> Batch:
+    """Rows of a step's batch: two documents each, some positions unscored, one row not at all."""
+    torch.manual_seed(step)
+    log_p = (2 * torch.randn(ROWS, T, 51)).log_softmax(dim=-1)
+    ranked, ids = log_p.topk(K, dim=-1)
+    border = torch.randint(1, T, (ROWS, 1))
+    positions = torch.arange(T).expand(ROWS, T)
+    mask = torch.rand(ROWS, T) < 0.8
+    mask[3] = False
+    whole = Batch(
+        tokens=torch.randint(51, (ROWS, T)),
+        labels=torch.randint(51, (ROWS, T)),
+        loss_mask=mask,
+        position_ids=torch.where(positions < border, positions, positions - border),
+        document_ids=(positions >= border).long(),
+        topk_token_ids=ids,
+        topk_log_probs=ranked,
+        tail_log_prob=torch.log1p(-ranked.exp().sum(dim=-1)),
+        label_log_prob=torch.full((ROWS, T), -3.0),
+    )
+    at = torch.tensor(list(rows))
+    return replace(whole, **{k: v[at] for k, v in vars(whole).items() if isinstance(v, Tensor)})
+
+
+def batches(step: int, parallel: Parallel, world: World) -> list[Batch]:
+    own = range(world.dp_rank, ROWS, world.dp_size)
+    each = parallel.micro_batch_rows
+    return [rows_of(step, own[at : at + each]) for at in range(0, len(own), each)]
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def first_gradient(model: Decoder, parallel: Parallel, world: World) -> dict[str, Tensor]:
+    """As the step computes it; read off SGD, whose rate of one turns it into the way of the weights."""
+    before = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    train_step(
+        model,
+        optimizer,
+        batches(0, parallel, world),
+        objective=OBJECTIVE,
+        clip_norm=0.0,
+        parallel=parallel,
+        world=world,
+    )
+    return {name: before[name] - whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def student(arch: Architecture, parallel: Parallel, world: World) -> tuple[Decoder, World]:
+    world = world.laid_out(parallel.layout(world.size))
+    with torch.device("meta"):
+        model = Decoder(arch)
+    model = spread(model, parallel, world)
+    weights = first_weights(arch)
+    for name, parameter in model.named_parameters():
+        put(parameter, weights[name])
+    return model, world
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> None:
+    """This rank's part of the values: first what tensor parallelism divides, then what sharding divides of that."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(values)
+        return
+    mesh, placements = parameter.device_mesh, parameter.placements
+    names = mesh.mesh_dim_names or ()
+    for at in sorted(range(len(names)), key=lambda i: names[i] != "tp"):
+        placement = placements[at]
+        if not placement.is_replicate():
+            parts = values.chunk(mesh.size(at), dim=placement.dim)
+            mine = mesh.get_local_rank(at)
+            values = parts[mine] if mine < len(parts) else values[:0]
+    parameter.to_local().copy_(values)
+
+
+def trajectory(model: Decoder, parallel: Parallel, world: World) -> list[float]:
+    """Losses and gradient norms of all steps."""
+    optimizer, seen = AdamW(lr=1e-3).build(model), []
+    for step in range(STEPS):
+        found = train_step(
+            model,
+            optimizer,
+            batches(step, parallel, world),
+            objective=OBJECTIVE,
+            clip_norm=1.0,
+            parallel=parallel,
+            world=world,
+        )
+        seen += [found.sums["loss"] / found.tokens, found.grad_norm]
+    return seen
+
+
+def compare(world: World, arch: Architecture, layouts: dict[str, Parallel]) -> None:
+    alone = World()
+    wanted = trajectory(*(student(arch, PLAIN, alone)[0], PLAIN, alone))
+    gradient = first_gradient(student(arch, PLAIN, alone)[0], PLAIN, alone)
+    for name, parallel in layouts.items():
+        model, laid_out = student(arch, parallel, world)
+        found = first_gradient(model, parallel, laid_out)
+        assert found.keys() == gradient.keys()
+        for parameter, value in gradient.items():
+            assert value.abs().max() > 0
+            assert (found[parameter] - value).norm() < 1e-5 * value.norm(), (name, parameter)
+        model, laid_out = student(arch, parallel, world)
+        assert trajectory(model, parallel, laid_out) == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_two_ranks_train_as_one() -> None:
+    run_ranks(2, compare, ARCH, OF_TWO)
+
+
+def test_four_ranks_train_as_one() -> None:
+    run_ranks(4, compare, ARCH, OF_FOUR)
+
+
+def test_a_head_of_its_own() -> None:
+    """Embedding and head apart: each is divided by rows, and both are in the root's group."""
+    some = {name: OF_FOUR[name] for name in ("dp 2 × tp 2", "tp 4, by position")}
+    run_ranks(4, compare, replace(ARCH, tie_embeddings=False), some)
+
+
+def rounded(world: World) -> None:
+    """In bfloat16 a layout rounds elsewhere; the loss stays that of one process, up to rounding."""
+    for parallel in (
+        Parallel(tensor_parallel=2, micro_batch_rows=2),
+        Parallel(shard="full", recompute="full", micro_batch_rows=2),
+    ):
+        model, laid_out = student(ARCH, parallel, world)
+        alone = Parallel(micro_batch_rows=2)
+        wanted = trajectory(student(ARCH, alone, World())[0], alone, World())
+        assert trajectory(model, parallel, laid_out) == pytest.approx(wanted, rel=2e-2)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_bfloat16_on_two_ranks() -> None:
+    run_ranks(2, rounded)
+
+
+def test_recomputed_and_accumulated_alone() -> None:
+    alone = World()
+    wanted = trajectory(student(ARCH, PLAIN, alone)[0], PLAIN, alone)
+    for parallel in (replace(PLAIN, recompute="full"), replace(PLAIN, micro_batch_rows=8)):
+        assert trajectory(student(ARCH, parallel, alone)[0], parallel, alone) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_gradient_of_the_loss_alone_needs_no_ranks() -> None:
+    """The oracle of this file: one backward pass over the whole step, without the step's code."""
+    alone = World()
+    found = first_gradient(student(ARCH, PLAIN, alone)[0], PLAIN, alone)
+    model, batch = student(ARCH, PLAIN, alone)[0], rows_of(0, range(ROWS))
+    batch_loss(model, batch, OBJECTIVE, 1 / float(batch.loss_mask.sum())).total.backward()
+    for name, parameter in model.named_parameters():
+        assert (found[name] - whole(parameter.grad)).norm() < 1e-5 * whole(parameter.grad).norm()
