@@ -16,9 +16,9 @@ from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
-from kd_core.students.decoder import parameter_count
-from kd_core.students.starts import Start
-from kd_core.students.weights import save_pretrained
+from kd_core.students.decoder import Decoder
+from kd_core.students.saving import save_pretrained
+from kd_core.students.starts import Start, build
 from kd_core.training.checkpoint import Checkpoint, newest_progress
 from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
@@ -60,6 +60,11 @@ def cache_facts(shards: Shards) -> CacheFacts:
     return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
+def _millions(model: Decoder, *, trained: bool = False) -> str:
+    count = sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
+    return f"{count / 1e6:.1f}M"
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
@@ -99,7 +104,8 @@ class Experiment:
         Raises:
             UsageError: parts that do not fit.
         """
-        arch = self.student.architecture()
+        student = self.student.decoder()  # without memory
+        arch = student.arch
         tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
         for shards in (*self.shards.parts, self.evaluation.shards):
             shards.check(arch.vocab_size, tokenizer)
@@ -111,7 +117,7 @@ class Experiment:
         caches = [part.manifest for part in self.shards.parts]
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
-            "student": f"{parameter_count(arch) / 1e6:.1f}M parameters, "
+            "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
             "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
@@ -152,6 +158,6 @@ class Experiment:
             log_every=self.logger.every,
             evaluate_every=self.evaluation.every,
         )
-        model = self.student.build(world.device, self.seed)
+        model = build(self.student, world.device, self.seed)
         run(model, self._data(world), recipe, folder, world)
-        world.on_first(lambda: save_pretrained(model, folder.export, Path(self.student.folder)))
+        save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)
