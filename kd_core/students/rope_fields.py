@@ -27,26 +27,24 @@ KNOWN_FIELDS = {
 
 def _fields(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The kind of scaling and its fields, theta among them, of either form."""
-    both = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
-    if any(not isinstance(fields, dict) or any(isinstance(v, dict) for v in fields.values()) for fields in both):
-        raise UsageError(f"{path}: rope_parameters is {both[0]!r}; only one setting for all layers is supported.")
-    merged: dict[str, Any] = {}
-    for fields in both:
-        merged |= fields
-    names = {str(merged.pop(name)) for name in ("rope_type", "type") if name in merged} or {"default"}
-    kind = names.pop()
-    if names or kind not in KINDS:
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise UsageError(f"{path}: rope_parameters is {found!r}; only one setting for all layers is supported.")
+    fields: dict[str, Any] = {**found}
+    older = fields.pop("type", None)
+    kind = str(fields.pop("rope_type", older) or "default")
+    if kind not in KINDS:
         why = f" ({NOT_OURS[kind]})" if kind in NOT_OURS else ""
         raise UsageError(f"{path}: rope_type is {kind!r}{why}; only {', '.join(KINDS)} are supported.")
-    merged.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
-    share = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    fields.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
+    share = fields.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if share not in (None, 1, 1.0):
         raise UsageError(f"{path}: partial_rotary_factor is {share}; only 1.0 is supported.")
-    unknown = sorted(set(merged) - KNOWN_FIELDS[kind] - {"rope_theta"})
+    unknown = sorted(set(fields) - KNOWN_FIELDS[kind] - {"rope_theta"})
     # Files of models that never were stretched carry fields of other kinds along; with `default` they do nothing.
     if unknown and kind != "default":
         raise UsageError(f"{path}: rope_type {kind!r} has {unknown[0]!r}, which is not supported.")
-    return kind, merged
+    return kind, fields
 
 
 def _yarn_amplitude(fields: dict[str, Any], factor: float) -> float:
