@@ -14,11 +14,13 @@ from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, Objective
+from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
-from kd_core.students.decoder import parameter_count
+from kd_core.parallel.sharding import held, spread
+from kd_core.students.decoder import Decoder
+from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
-from kd_core.students.weights import save_pretrained
 from kd_core.training.checkpoint import Checkpoint, newest_progress
 from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
@@ -60,6 +62,11 @@ def cache_facts(shards: Shards) -> CacheFacts:
     return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
+def _millions(model: Decoder, *, trained: bool = False) -> str:
+    count = sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
+    return f"{count / 1e6:.1f}M"
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
@@ -93,13 +100,15 @@ class Experiment:
         """Rows of an optimiser step, over all ranks."""
         return self.tokens_per_step // self.collate.row_length
 
-    def check(self) -> dict[str, str]:
-        """Check the parts against each other and the caches; returns what a dry run shows.
+    def check(self, ranks: int = 1) -> dict[str, str]:
+        """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
 
         Raises:
             UsageError: parts that do not fit.
         """
-        arch = self.student.architecture()
+        student = self.student.decoder()  # without memory
+        placed = self._check_layout(student, ranks)
+        arch = student.arch
         tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
         for shards in (*self.shards.parts, self.evaluation.shards):
             shards.check(arch.vocab_size, tokenizer)
@@ -111,16 +120,36 @@ class Experiment:
         caches = [part.manifest for part in self.shards.parts]
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
-            "student": f"{parameter_count(arch) / 1e6:.1f}M parameters, "
+            "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
             "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
-            "the run": f"{self.steps} steps, {rows}",
+            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
+            **placed,
+        }
+
+    def _check_layout(self, student: Decoder, ranks: int) -> dict[str, str]:
+        parallel, arch = self.parallel, student.arch
+        layout = parallel.layout(ranks)
+        T = self.collate.row_length if self.collate.padding == "row_length" else self.collate.multiple
+        shape = Shape(
+            arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size, arch.vocab_rows,
+            -(-T // self.collate.multiple) * self.collate.multiple,
+        )  # fmt: skip
+        check_shape(parallel.tensor_parallel, parallel.sequence_parallel, shape)
+        holds = held(student, layout, parallel.sequence_parallel)
+        own = -(-self.rows_per_step // layout.data)
+        passes = -(-own // parallel.micro_batch_rows)
+        return {
+            "layout": f"{ranks} ranks: {layout}",
+            "a rank": f"at most {own} rows a step in {passes} passes of {parallel.micro_batch_rows}; holds "
+            f"{holds.parameters / 1e6:.2f}M parameters ({4 * holds.parameters / 1e9:.3f} GB in float32) and "
+            f"{holds.optimizer_bytes / 1e9:.3f} GB of moments",
         }
 
     def _data(self, world: World) -> Data:
-        share = {"rank": world.rank, "ranks": world.size}
+        share = {"rank": world.dp_rank, "ranks": world.dp_size}
 
         def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
@@ -152,6 +181,8 @@ class Experiment:
             log_every=self.logger.every,
             evaluate_every=self.evaluation.every,
         )
-        model = self.student.build(world.device, self.seed)
+        world = world.laid_out(self.parallel.layout(world.size))
+        model = spread(self.student.decoder(), self.parallel, world)
+        self.student.fill(model, self.seed)
         run(model, self._data(world), recipe, folder, world)
-        world.on_first(lambda: save_pretrained(model, folder.export, Path(self.student.folder)))
+        save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)

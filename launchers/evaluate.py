@@ -37,14 +37,14 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     """A model and the folder of its tokenizer, from a Hugging Face folder or a checkpoint of a run."""
     import fiddle as fdl
 
-    from kd_core.students.starts import Pretrained
+    from kd_core.students.starts import Pretrained, build
     from kd_core.training import checkpoint
     from launchers.config_items import load_record
 
     if not (path / "progress.json").exists():
-        return Pretrained(str(path)).build(device, seed=0), path
+        return build(Pretrained(str(path)), device, seed=0), path
     start: Any = fdl.build(load_record(path.parent.parent / "config.json").student)
-    model = start.build(device, seed=0)
+    model = build(start, device, seed=0)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)
 

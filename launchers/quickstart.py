@@ -114,7 +114,7 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     from data.tokenizer import Tokenizer
     from kd_core.parallel.mesh import joined_world
     from kd_core.students.generate import continue_greedily
-    from kd_core.students.starts import Pretrained
+    from kd_core.students.starts import Pretrained, build
     from launchers.config_items import load_record
     from launchers.evaluate import measure_model
 
@@ -129,7 +129,7 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"prompt": PROMPT.value, "models": []}
     with joined_world() as world:
         for name, start in starts.items():
-            model = start.build(world.device, seed=0)
+            model = build(start, world.device, seed=0)
             numbers = measure_model(model, Path(start.folder), cache, "float32", world)
             said = tokenizer.decode(continue_greedily(model, prompt, PROMPT_TOKENS))
             report["models"].append({"name": name, **numbers, "continuation": said})

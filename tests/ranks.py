@@ -1,4 +1,4 @@
-"""A function on several processes at once, joined by gloo: `function(world, *args)`, and any rank's error is the test's.
+"""A function on several processes joined by gloo: `function(world, *args)`, and any rank's error is the test's.
 
 A process takes three seconds to start, so a test does much in one call.
 """

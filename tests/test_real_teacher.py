@@ -12,7 +12,7 @@ import transformers
 from data.cache.manifest import read_manifest
 from data.stream.shards import ShardReader
 from kd_core.parallel.mesh import World
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 from launchers.evaluate import measure_model
 
 TEACHER, EXPORT, CACHE = Path("quickstart/teacher"), Path("runs/quickstart/export"), Path("quickstart/cache/validation")
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXPORT.exists(), reason="
 def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    ours = Pretrained(str(TEACHER)).build(torch.device("cpu"), seed=0)
+    ours = build(Pretrained(str(TEACHER)), torch.device("cpu"), seed=0)
     record = ShardReader(CACHE, read_manifest(CACHE)).block((0, 0))[0]
     ids = torch.from_numpy(record.token_ids[:300].astype("int64"))[None]
     positions = torch.cat([torch.arange(120), torch.arange(180)])[None]
@@ -44,6 +44,6 @@ def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> No
         with torch.no_grad():
             log_probs = torch.log_softmax(theirs(ids[:, :-1]).logits.double(), dim=-1)
         nll -= log_probs.gather(2, ids[:, 1:, None]).sum().item()
-    ours = Pretrained(str(EXPORT)).build(torch.device("cpu"), seed=0)
+    ours = build(Pretrained(str(EXPORT)), torch.device("cpu"), seed=0)
     found = measure_model(ours, EXPORT, CACHE, "float32", World())
     assert found["nll"] == pytest.approx(nll / manifest.positions, abs=1e-3)

@@ -17,10 +17,11 @@ from data.export.growth import begin_growth, end_growth
 from data.export.plan import TeacherExport, make_plans
 from data.stream.shards import ShardReader
 from kd_core.files import write_json
-from kd_core.students.decoder import Architecture, Decoder
+from kd_core.students.architecture import Architecture
+from kd_core.students.decoder import Decoder
 from kd_core.students.families import config_of
-from kd_core.students.starts import Random
-from kd_core.students.weights import save_pretrained
+from kd_core.students.saving import save_pretrained
+from kd_core.students.starts import Random, build
 
 ROW_LENGTH = 32
 VOCAB = 320
@@ -148,7 +149,7 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
         max_positions=256,
     )
     write_json(folder / "config.json", config_of(arch, 0, 0))
-    model = Random(str(folder), 32, 48, 4, 4, 2, init_std=0.1).build(torch.device("cpu"), seed=1)
+    model = build(Random(str(folder), 32, 48, 4, 4, 2, init_std=0.1), torch.device("cpu"), seed=1)
     _teach(model, Tokenizer.from_file(str(folder / "tokenizer.json")), texts)
     temporary = folder.with_name(folder.name + "_made")
     save_pretrained(model, temporary, folder)

@@ -13,7 +13,7 @@ from data.export.teacher import DecoderScorer, Scorer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 
 SCORERS = ("auto", "decoder", "transformers")
 log = logging.getLogger("kd")
@@ -61,4 +61,4 @@ def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.dev
     """The teacher in `folder`, ready to score."""
     if read_facts(folder, scorer).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device)
-    return DecoderScorer(Pretrained(str(folder)).build(device, seed=0).to(dtype).eval())
+    return DecoderScorer(build(Pretrained(str(folder)), device, seed=0).to(dtype).eval())

@@ -6,14 +6,13 @@ term of the objective needs it, over the teacher's K entries alone (`support.py`
 float64 over chunks; with float64 inputs everything is float64.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kd_core.compiling import outside_compiled_graphs
 from kd_core.losses.head import Head, HeadGradients, LogitHead, Precision, matmul_in
 from kd_core.losses.job import Job, Positions
 from kd_core.losses.objective import Objective
@@ -21,27 +20,12 @@ from kd_core.losses.support import sums_over_support
 from kd_core.losses.vocabulary import sums_over_vocabulary
 from kd_core.types import TeacherTopK
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 class LossSums(NamedTuple):
     """`total` (differentiable, already times `scale`), and the detached sums over scored positions, in nats."""
 
     total: Float[Tensor, ""]
     sums: dict[str, Tensor]
-
-
-def _outside_compiled_graphs(function: F) -> F:
-    """A compiled caller's graph breaks here: inside are matmuls and single passes, nothing that a compiler fuses."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **settings: Any) -> Any:
-        # Asked at the call, because `disable` imports the compiler, which takes a second.
-        inner: Any = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
-        return inner(*args, **settings)
-
-    wrapped: Any = called
-    return wrapped
 
 
 class _Call(NamedTuple):
@@ -112,7 +96,7 @@ def _silenced(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> Teacher
     )
 
 
-@_outside_compiled_graphs
+@outside_compiled_graphs
 def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the objective, its scale, the head's form)
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],

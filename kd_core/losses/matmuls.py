@@ -7,6 +7,7 @@ place.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,25 +69,31 @@ class Matmuls:
 
     def add_gradients_(self, gradients: HeadGradients, at: slice, hidden: Tensor, by_logits: Tensor) -> None:
         """Add a chunk: `by_logits` [n, V] is the gradient by scale · hidden @ weight.T + bias, and is used up."""
-        factor, keep, V = self.factor, self.head.precision.keep, len(self.factor)
+        factor, keep = self.factor, self.head.precision.keep
         if gradients.bias is not None:
-            gradients.bias[:V] += by_logits.sum(dim=0)
+            gradients.bias[: len(factor)] += by_logits.sum(dim=0)
         if self.head.scale != 1:
             by_logits.mul_(self.head.scale)
-        hidden = hidden.to(factor.dtype)
-        if factor.dtype == keep:
-            gradients.hidden[at] = torch.mm(by_logits, factor)
-            if gradients.weight is not None:
-                gradients.weight[:V].addmm_(by_logits.t(), hidden)
-            return
-        if factor.device.type != "cpu":
-            rounded = self._kept("rounded", by_logits.shape, factor).copy_(by_logits)
-            gradients.hidden[at] = torch.mm(rounded, factor, out_dtype=keep)
-            if gradients.weight is not None:
-                gradients.weight[:V] += torch.mm(rounded.t(), hidden, out_dtype=keep)
-            return
-        rounded = round_(by_logits, factor.dtype)
-        gradients.hidden[at] = torch.mm(rounded, factor)
-        for block in _blocks(V if gradients.weight is not None else 0):
-            product = self._kept("product", factor[block].shape, factor)
-            gradients.weight[block] += torch.mm(rounded[:, block].t(), hidden, out=product)
+        if factor.dtype != keep:
+            by_logits = self._rounded(by_logits)
+        wide: dict[str, Any] = {"out_dtype": keep} if factor.dtype != keep and factor.device.type != "cpu" else {}
+        gradients.hidden[at] = torch.mm(by_logits, factor, **wide)
+        if gradients.weight is not None:
+            self._add_by_weight_(gradients.weight[: len(factor)], hidden.to(factor.dtype), by_logits, wide)
+
+    def _rounded(self, by_logits: Tensor) -> Tensor:
+        """In the dtype of the backward matmuls; on a CPU in the same memory."""
+        if self.factor.device.type == "cpu":
+            return round_(by_logits, self.factor.dtype)
+        return self._kept("rounded", by_logits.shape, self.factor).copy_(by_logits)
+
+    def _add_by_weight_(self, total: Tensor, hidden: Tensor, by_logits: Tensor, wide: dict[str, Any]) -> None:
+        """Add by_logitsᵀ @ hidden; rounded products on a CPU in blocks."""
+        if by_logits.dtype == total.dtype:
+            total.addmm_(by_logits.t(), hidden)
+        elif wide:
+            total += torch.mm(by_logits.t(), hidden, **wide)
+        else:
+            for block in _blocks(len(total)):
+                product = self._kept("product", total[block].shape, hidden)
+                total[block] += torch.mm(by_logits[:, block].t(), hidden, out=product)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ class World:
             return self
         sizes, names = (layout.replicas, layout.shards, layout.tensor), ("dp_replicate", "dp_shard", "tp")
         mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of gathers at an export
         if layout.tensor > 1:
             # A norm over both is then one reduction, the same on every rank, instead of two in some order.
             mesh["dp_shard", "tp"]._flatten("dp_shard_tp")  # pyright: ignore[reportPrivateUsage] (it has no other name)

@@ -95,8 +95,8 @@ def _shard(decoder: Decoder, parallel: Parallel, world: World) -> None:
     rounded = MixedPrecisionPolicy(PRECISIONS[parallel.precision], torch.float32, cast_forward_inputs=False)
     for block in decoder.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=rounded)
-    root = fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
-    for module in root.modules():
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
+    for module in decoder.modules():
         if isinstance(module, FSDPModule):
             # The step has divided by the tokens of all ranks already.
             module.set_gradient_divide_factor(1.0)

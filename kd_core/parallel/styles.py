@@ -32,7 +32,8 @@ class Divided(ParallelStyle):
     gradient: Placement | None = None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._place, self._receive, self._give)
+        give: Any = self._give  # annotated there as if it returned nothing
+        return distribute_module(module, device_mesh, self._place, self._receive, give)
 
     def _place(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         del name

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.students.decoder import Architecture
+from kd_core.students.architecture import Architecture
 from kd_core.students.families import config_of
 
 SPECIAL = 3  # GGUF's token type of control tokens

@@ -1,21 +1,30 @@
-"""Where a student comes from: a folder, a folder with layers dropped, or random numbers."""
+"""Where a student comes from: a folder, whole or fewer of its layers, or random numbers.
+
+A start makes a student in two steps, so that it can be spread over processes between them: `decoder` gives names and
+shapes without memory, `fill` writes the first values in place.
+"""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.students.decoder import Architecture, Decoder
+from kd_core.students.adapters import base_parameters
+from kd_core.students.architecture import Architecture
+from kd_core.students.decoder import Decoder, materialised, meta_decoder
 from kd_core.students.families import read_architecture
-from kd_core.students.weights import empty_decoder, load_weights
+from kd_core.students.placement import put, stopping_together
+from kd_core.students.weights import load_weights
 
 
 @runtime_checkable
 class Start(Protocol):
-    """Anything that names an architecture and gives a decoder with its first weights."""
+    """Anything that names an architecture and gives a decoder its first weights."""
 
     @property
     def folder(self) -> str:
@@ -26,16 +35,36 @@ class Start(Protocol):
         """The student's shape; reads `config.json` alone."""
         ...
 
-    def build(self, device: torch.device, seed: int) -> Decoder:
-        """The student with its first weights, float32, on `device`."""
+    def decoder(self) -> Decoder:
+        """The student on the meta device, with its adapters, and with `requires_grad` off where it is frozen."""
         ...
+
+    def fill(self, model: Decoder, seed: int) -> None:
+        """Write the first weights in place, whatever the layout; every process calls it, and writes its own part."""
+        ...
+
+
+def build(start: Start, device: torch.device, seed: int) -> Decoder:
+    """The student with its first weights, float32, whole on `device`, by one process."""
+    model = materialised(start.decoder(), device)
+    start.fill(model, seed)
+    return model
+
+
+def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+    """Fill a parameter from a generator seeded by (seed, name): drawn whole, so that no layout changes the numbers."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    values = draw(torch.empty(parameter.shape), generator)
+    put(parameter, lambda box: values[box])
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
 
-    `vocab_size` is the real vocabulary, where the folder's weights are padded beyond it (its config does not say).
+    Which layers to keep is measured by `python -m launchers.importance`. `vocab_size` is the real vocabulary, where
+    the folder's weights are padded beyond it (its config does not say).
     """
 
     folder: str
@@ -54,7 +83,7 @@ class Pretrained:
     def architecture(self) -> Architecture:
         """The folder's architecture with as many layers as are kept."""
         stored = read_architecture(Path(self.folder))
-        arch = replace(stored, num_layers=len(self._kept(stored)))
+        arch = stored.with_layers(self._kept(stored))
         if self.vocab_size is None:
             return arch
         if not 0 < self.vocab_size <= stored.vocab_size:
@@ -63,13 +92,17 @@ class Pretrained:
             )
         return replace(arch, vocab_size=self.vocab_size, padded_vocab_size=stored.vocab_size)
 
-    def build(self, device: torch.device, seed: int) -> Decoder:
+    def decoder(self) -> Decoder:
+        """See `Start`."""
+        return meta_decoder(self.architecture())
+
+    def fill(self, model: Decoder, seed: int) -> None:
         """Load the kept layers; `seed` is not used, for nothing is random."""
         del seed
-        stored = read_architecture(Path(self.folder))
-        model = empty_decoder(self.architecture(), device)
-        load_weights(model, Path(self.folder), self._kept(stored))
-        return model
+        parameters = base_parameters(model)
+        with stopping_together(parameters.values()):
+            kept = self._kept(read_architecture(Path(self.folder)))
+            load_weights(parameters, Path(self.folder), kept)
 
 
 @dataclass(frozen=True)
@@ -85,26 +118,32 @@ class Random:
     init_std: float = 0.02
 
     def architecture(self) -> Architecture:
-        """The folder's architecture with our sizes."""
+        """The folder's architecture with our sizes; where its layers see different windows, these go on in turn."""
+        stored = read_architecture(Path(self.folder))
+        turns = tuple(layer % stored.num_layers for layer in range(self.num_layers))
         return replace(
-            read_architecture(Path(self.folder)),
+            stored.with_layers(turns),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            num_layers=self.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.hidden_size // self.num_heads,
         )
 
-    def build(self, device: torch.device, seed: int) -> Decoder:
-        """Normal weights, each parameter from a generator seeded by (seed, name), so no layout changes them."""
-        model = empty_decoder(self.architecture(), device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.fill_(1.0)
-                    continue
-                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, self.init_std, generator=generator))
-        return model
+    def decoder(self) -> Decoder:
+        """See `Start`."""
+        return meta_decoder(self.architecture())
+
+    def fill(self, model: Decoder, seed: int) -> None:
+        """Normal weights, each parameter from a generator seeded by (seed, name); norms of 1, biases of 0."""
+
+        def normal(values: Tensor, generator: torch.Generator) -> Tensor:
+            return values.normal_(0.0, self.init_std, generator=generator)
+
+        parameters = base_parameters(model)
+        for name, parameter in parameters.items():
+            if name.endswith(("norm.weight", ".bias")):
+                with torch.no_grad():
+                    parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                fill_random(parameter, name, seed, normal)

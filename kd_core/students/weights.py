@@ -1,26 +1,18 @@
-"""Weights in and out of Hugging Face folders (safetensors, one file or sharded)."""
+"""Weights out of Hugging Face folders (safetensors, one file or sharded), each process only its own part of them."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, read_json, write_json
-from kd_core.students.decoder import Architecture, Decoder
-from kd_core.students.families import config_of
+from kd_core.files import read_json
+from kd_core.students.placement import Box, put
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
+IGNORED = ".rotary_emb.inv_freq"  # a buffer that older files carry along; it follows from config.json
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -40,70 +32,84 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name.removeprefix("model."), file.get_tensor(name)
-        except SafetensorError as error:
-            raise UsageError(f"{path}: damaged weights ({error}). Fetch or export the folder again.") from None
+class Stored:
+    """A tensor in a safetensors file, of which any box can be read alone."""
+
+    def __init__(self, file: Any, path: Path, name: str) -> None:
+        self.path, self.name, self.slice = path, name, file.get_slice(name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.slice.get_shape())
+
+    def read(self, box: Box) -> Tensor:
+        """The values of a box.
+
+        Raises:
+            UsageError: they are not finite.
+        """
+        if any(part.start >= part.stop for part in box):
+            return self.slice[:0].new_empty([part.stop - part.start for part in box])
+        values: Tensor = self.slice[box]
+        if not values.isfinite().all():
+            raise UsageError(f"{self.path}: {self.name} holds NaN or infinite values. Fetch the folder again.")
+        return values
+
+    def fill(self, parameter: Tensor) -> None:
+        """Copy it into a parameter of the same shape.
+
+        Raises:
+            UsageError: it has another shape, or values that are not finite.
+        """
+        if self.shape != tuple(parameter.shape):
+            raise UsageError(
+                f"{self.path}: found {self.name} of shape {self.shape}; wanted shape {tuple(parameter.shape)}."
+            )
+        put(parameter, self.read)
 
 
-def _new_name(name: str, position_of: dict[int, int]) -> str | None:
+def stored_tensors(files: list[Path]) -> Iterator[Stored]:
+    """All tensors of safetensors files, each to be read before the next.
+
+    Raises:
+        UsageError: a file is damaged.
+    """
+    for path in files:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(safe_open(path, "pt"))
+                for name in sorted(file.keys()):
+                    yield Stored(file, path, name)
+            except SafetensorError as error:
+                raise UsageError(f"{path}: damaged weights ({error}). Fetch or export the folder again.") from None
+
+
+def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
     """The student's name of a stored tensor; None where its layer was dropped."""
+    name = name.removeprefix("model.")
     if not name.startswith("layers."):
         return name
     _, layer, rest = name.split(".", 2)
     return f"layers.{position_of[int(layer)]}.{rest}" if int(layer) in position_of else None
 
 
-def load_weights(model: Decoder, folder: Path, keep_layers: tuple[int, ...]) -> None:
-    """Copy the folder's weights into `model`, whose layer i is the folder's layer `keep_layers[i]`.
+def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
+    """Copy the folder's weights into `parameters` by name, whose layer i is the folder's layer `keep_layers[i]`.
+
+    A stored head is left out where there is none to fill, for then the embedding is the head.
 
     Raises:
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
     """
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
-    wanted = dict(model.named_parameters())
-    for stored_name, tensor in _stored_tensors(folder):
-        name = _new_name(stored_name, position_of)
-        if name is None or (name == "lm_head.weight" and model.arch.tie_embeddings):
+    wanted = dict(parameters)
+    for stored in stored_tensors(weight_files(folder)):
+        name = _new_name(stored.name, position_of)
+        if name is None or name.endswith(IGNORED) or (name == "lm_head.weight" and name not in parameters):
             continue
-        parameter = wanted.pop(name, None)
-        if parameter is None or parameter.shape != tensor.shape:
-            want = "no such tensor" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise UsageError(f"{folder}: found {stored_name} of shape {tuple(tensor.shape)}; wanted {want}.")
-        if not tensor.isfinite().all():
-            raise UsageError(f"{folder}: {stored_name} holds NaN or infinite values. Fetch the folder again.")
-        with torch.no_grad():
-            parameter.copy_(tensor)
+        if name not in wanted:
+            raise UsageError(f"{folder}: found {stored.name} of shape {stored.shape}; wanted no such tensor.")
+        stored.fill(wanted.pop(name))
     if wanted:
         raise UsageError(f"{folder}: {len(wanted)} tensors are missing, the first is {min(wanted)}.")
-
-
-def empty_decoder(arch: Architecture, device: torch.device) -> Decoder:
-    """A decoder built on the meta device and materialised, in float32, without values yet."""
-    with torch.device("meta"):
-        model = Decoder(arch)
-    model = model.to_empty(device=device)
-    model.tie()
-    return model
-
-
-def save_pretrained(model: Decoder, folder: Path, tokenizer_folder: Path) -> None:
-    """Write a folder that transformers loads: config, weights, and the tokenizer's files copied along."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if model.arch.tie_embeddings:
-        del state["lm_head.weight"]
-    files = {name: f"model.{name}" if name != "lm_head.weight" else name for name in state}
-    tokenizer_files = [tokenizer_folder / name for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()]
-    source = json.loads((tokenizer_folder / "config.json").read_text())
-    with new_folder(folder) as partial:
-        write_json(
-            partial / "config.json",
-            config_of(model.arch, source.get("bos_token_id"), source.get("eos_token_id")),
-        )
-        for file in tokenizer_files:
-            (partial / file.name).write_bytes(file.read_bytes())
-        save_file({files[k]: v for k, v in state.items()}, partial / "model.safetensors", metadata={"format": "pt"})

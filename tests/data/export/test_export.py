@@ -19,7 +19,7 @@ from data.export.select import select
 from data.export.windows import choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 from tests.tiny import ROW_LENGTH, Tiny, write_caches
 
 
@@ -56,7 +56,7 @@ def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
 
 
 def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny, tmp_path: Path) -> None:
-    teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0).double()
+    teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0).double()
     write_caches(tiny.export(codec="lossless"), tmp_path)
     for record in tiny.records(tmp_path / "train"):
         tokens = torch.from_numpy(record.token_ids.astype(np.int64))

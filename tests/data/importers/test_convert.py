@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from experiments.experiment import cache_facts
 from kd_core.errors import UsageError
 from kd_core.losses.objective import Distillation, Objective
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 from kd_core.training.metrics import read_metrics
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
@@ -28,7 +28,7 @@ K = 6
 
 
 def _logits(tiny: Tiny, record: Record) -> torch.Tensor:
-    teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     T = record.positions
     tokens = torch.from_numpy(record.token_ids[:-1].astype(np.int64))[None]
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """One experiment, any layout: the losses of many steps and the gradient of the first are those of one process."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,9 @@ from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.parallel.sharding import spread
-from kd_core.students.decoder import Architecture, Decoder
+from kd_core.students.adapters import LoraLinear, LowRank
+from kd_core.students.architecture import Architecture
+from kd_core.students.decoder import Decoder, meta_decoder
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
@@ -56,12 +58,31 @@ OF_FOUR = {
 }
 
 
-def first_weights(arch: Architecture) -> dict[str, Tensor]:
+def tied() -> Decoder:
+    return meta_decoder(ARCH)
+
+
+def untied() -> Decoder:
+    return meta_decoder(replace(ARCH, tie_embeddings=False))
+
+
+def adapted() -> Decoder:
+    """All that a family may have: biases, norms of queries and keys, windows; frozen, with adapters."""
+    biases = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+    arch = replace(ARCH, **biases, qk_norm=True, windows=(4, None, 4), family="qwen3")
+    model = meta_decoder(arch).requires_grad_(False)
+    for name, module in list(model.layers.named_modules(prefix="layers")):
+        if isinstance(module, torch.nn.Linear) and "1" not in name:
+            parent, last = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), last, LoraLinear(module, LowRank(3, 3.0, 0.0, False)))
+    return model.train()
+
+
+def first_weights(make: Callable[[], Decoder]) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = Decoder(arch)
     return {
         name: 1 + 0.1 * torch.randn(p.shape) if p.ndim == 1 else 0.2 * torch.randn(p.shape)
-        for name, p in model.named_parameters()
+        for name, p in make().named_parameters()
     }
 
 
@@ -100,28 +121,26 @@ def whole(tensor: Tensor | None) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
+class Looks(torch.optim.SGD):
+    """Keeps the gradients that a step is taken by."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        self.seen = [whole(parameter.grad) for group in self.param_groups for parameter in group["params"]]
+
+
 def first_gradient(model: Decoder, parallel: Parallel, world: World) -> dict[str, Tensor]:
-    """As the step computes it; read off SGD, whose rate of one turns it into the way of the weights."""
-    before = {name: whole(p.detach()) for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, batches_of_rank = Looks(named.values()), batches(0, parallel, world)
     train_step(
-        model,
-        optimizer,
-        batches(0, parallel, world),
-        objective=OBJECTIVE,
-        clip_norm=0.0,
-        parallel=parallel,
-        world=world,
-    )
-    return {name: before[name] - whole(p.detach()) for name, p in model.named_parameters()}
+        model, optimizer, batches_of_rank, objective=OBJECTIVE, clip_norm=0.0, parallel=parallel, world=world
+    )  # fmt: skip
+    return dict(zip(named, optimizer.seen, strict=True))
 
 
-def student(arch: Architecture, parallel: Parallel, world: World) -> tuple[Decoder, World]:
+def student(make: Callable[[], Decoder], parallel: Parallel, world: World) -> tuple[Decoder, World]:
     world = world.laid_out(parallel.layout(world.size))
-    with torch.device("meta"):
-        model = Decoder(arch)
-    model = spread(model, parallel, world)
-    weights = first_weights(arch)
+    model = spread(make(), parallel, world)
+    weights = first_weights(make)
     for name, parameter in model.named_parameters():
         put(parameter, weights[name])
     return model, world
@@ -161,33 +180,39 @@ def trajectory(model: Decoder, parallel: Parallel, world: World) -> list[float]:
     return seen
 
 
-def compare(world: World, arch: Architecture, layouts: dict[str, Parallel]) -> None:
+def compare(world: World, make: Callable[[], Decoder], layouts: dict[str, Parallel]) -> None:
     alone = World()
-    wanted = trajectory(*(student(arch, PLAIN, alone)[0], PLAIN, alone))
-    gradient = first_gradient(student(arch, PLAIN, alone)[0], PLAIN, alone)
+    wanted = trajectory(*(student(make, PLAIN, alone)[0], PLAIN, alone))
+    gradient = first_gradient(student(make, PLAIN, alone)[0], PLAIN, alone)
+    size = float(torch.stack([value.norm() for value in gradient.values()]).norm())
     for name, parallel in layouts.items():
-        model, laid_out = student(arch, parallel, world)
+        model, laid_out = student(make, parallel, world)
         found = first_gradient(model, parallel, laid_out)
         assert found.keys() == gradient.keys()
         for parameter, value in gradient.items():
             assert value.abs().max() > 0
-            assert (found[parameter] - value).norm() < 1e-5 * value.norm(), (name, parameter)
-        model, laid_out = student(arch, parallel, world)
+            assert (found[parameter] - value).norm() < 1e-5 * value.norm() + 1e-8 * size, (name, parameter)
+        model, laid_out = student(make, parallel, world)
         assert trajectory(model, parallel, laid_out) == pytest.approx(wanted, rel=1e-5), name
 
 
 def test_two_ranks_train_as_one() -> None:
-    run_ranks(2, compare, ARCH, OF_TWO)
+    run_ranks(2, compare, tied, OF_TWO)
 
 
 def test_four_ranks_train_as_one() -> None:
-    run_ranks(4, compare, ARCH, OF_FOUR)
+    run_ranks(4, compare, tied, OF_FOUR)
 
 
 def test_a_head_of_its_own() -> None:
     """Embedding and head apart: each is divided by rows, and both are in the root's group."""
     some = {name: OF_FOUR[name] for name in ("dp 2 × tp 2", "tp 4, by position")}
-    run_ranks(4, compare, replace(ARCH, tie_embeddings=False), some)
+    run_ranks(4, compare, untied, some)
+
+
+def test_adapters_biases_and_norms_of_heads() -> None:
+    names = ("dp 2 × tp 2, by position, recomputed", "tp 4, kv heads repeated")
+    run_ranks(4, compare, adapted, {name: OF_FOUR[name] for name in names})
 
 
 def rounded(world: World) -> None:
@@ -196,9 +221,9 @@ def rounded(world: World) -> None:
         Parallel(tensor_parallel=2, micro_batch_rows=2),
         Parallel(shard="full", recompute="full", micro_batch_rows=2),
     ):
-        model, laid_out = student(ARCH, parallel, world)
+        model, laid_out = student(tied, parallel, world)
         alone = Parallel(micro_batch_rows=2)
-        wanted = trajectory(student(ARCH, alone, World())[0], alone, World())
+        wanted = trajectory(student(tied, alone, World())[0], alone, World())
         assert trajectory(model, parallel, laid_out) == pytest.approx(wanted, rel=2e-2)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -209,16 +234,16 @@ def test_bfloat16_on_two_ranks() -> None:
 
 def test_recomputed_and_accumulated_alone() -> None:
     alone = World()
-    wanted = trajectory(student(ARCH, PLAIN, alone)[0], PLAIN, alone)
+    wanted = trajectory(student(tied, PLAIN, alone)[0], PLAIN, alone)
     for parallel in (replace(PLAIN, recompute="full"), replace(PLAIN, micro_batch_rows=8)):
-        assert trajectory(student(ARCH, parallel, alone)[0], parallel, alone) == pytest.approx(wanted, rel=1e-5)
+        assert trajectory(student(tied, parallel, alone)[0], parallel, alone) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_gradient_of_the_loss_alone_needs_no_ranks() -> None:
     """The oracle of this file: one backward pass over the whole step, without the step's code."""
     alone = World()
-    found = first_gradient(student(ARCH, PLAIN, alone)[0], PLAIN, alone)
-    model, batch = student(ARCH, PLAIN, alone)[0], rows_of(0, range(ROWS))
+    found = first_gradient(student(tied, PLAIN, alone)[0], PLAIN, alone)
+    model, batch = student(tied, PLAIN, alone)[0], rows_of(0, range(ROWS))
     batch_loss(model, batch, OBJECTIVE, 1 / float(batch.loss_mask.sum())).total.backward()
     for name, parameter in model.named_parameters():
         assert (found[name] - whole(parameter.grad)).norm() < 1e-5 * whole(parameter.grad).norm()

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from data.tokenizer import Tokenizer as OurTokenizer
 from kd_core.students.decoder import Decoder
 from kd_core.students.gguf import TENSOR_NAMES, convert_gguf
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 from tests.tiny import Tiny
 
 
@@ -67,11 +67,11 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
 
 
 def test_a_gguf_gives_the_model_and_the_tokenizer_that_it_was_made_from(tiny: Tiny, tmp_path: Path) -> None:
-    model = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     _write_gguf(model, Tokenizer.from_file(str(tiny.teacher / "tokenizer.json")), tmp_path / "model.gguf")
     (tmp_path / "folder").mkdir()
     convert_gguf(tmp_path / "model.gguf", tmp_path / "folder")
-    back = Pretrained(str(tmp_path / "folder")).build(torch.device("cpu"), seed=0)
+    back = build(Pretrained(str(tmp_path / "folder")), torch.device("cpu"), seed=0)
     assert back.arch == model.arch
     for (name, ours), theirs in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -6,7 +6,7 @@ import torch
 from kd_core.errors import UsageError
 from kd_core.files import write_json
 from kd_core.parallel.mesh import World
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 from kd_core.training import checkpoint
 from kd_core.training.checkpoint import Checkpoint, Progress
 from kd_core.training.optimizer import AdamW
@@ -14,7 +14,7 @@ from tests.tiny import Tiny
 
 
 def _moved(tiny: Tiny) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     optimizer = AdamW().build(model)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ def _moved(tiny: Tiny) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def test_parameters_and_moments_come_back_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     model, optimizer = _moved(tiny)
     checkpoint.save(tmp_path, Progress(7, 28, 1.5), model, optimizer, World())
-    fresh = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    fresh = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     other = AdamW().build(fresh)
     assert checkpoint.load(tmp_path / "step_00000007", fresh, other) == Progress(7, 28, 1.5)
     for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):

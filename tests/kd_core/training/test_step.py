@@ -14,7 +14,7 @@ from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Obj
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
-from kd_core.students.starts import Pretrained
+from kd_core.students.starts import Pretrained, build
 from kd_core.training.evaluation import evaluate
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
@@ -26,7 +26,7 @@ FACTS = CacheFacts(vocab_size=VOCAB, top_k=8)
 
 
 def _model(tiny: Tiny) -> Decoder:
-    return Pretrained(str(tiny.teacher), keep_layers=(0, 3)).build(torch.device("cpu"), seed=0)
+    return build(Pretrained(str(tiny.teacher), keep_layers=(0, 3)), torch.device("cpu"), seed=0)
 
 
 def _records(tiny: Tiny) -> list[Record]:
@@ -132,7 +132,7 @@ def test_a_non_finite_loss_moves_nothing(tiny: Tiny) -> None:
 
 
 def test_the_teacher_against_its_own_cache_has_no_divergence(tiny: Tiny) -> None:
-    teacher = Pretrained(str(tiny.teacher)).build(torch.device("cpu"), seed=0)
+    teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)])
     found = evaluate(teacher, [batch], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World())
     assert found["val/kl"] < 2 * read_manifest(tiny.train).audit.kl_mean < 1e-3

@@ -1,0 +1,54 @@
+"""The numbers that fix a decoder: its shape and its arithmetic. `families.py` reads them out of a `config.json`."""
+
+from dataclasses import dataclass, replace
+
+from kd_core.students.rope import RopeScaling
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers that fix a decoder's shape and arithmetic.
+
+    `padded_vocab_size` is how many rows embedding and head have, where that is more than the real vocabulary: the
+    others are no tokens. The scales are Granite's; `attention_scale` is 1/√head_dim where it is None. `windows` has
+    how many positions each layer sees, its own included (None: all before it); None where every layer sees all.
+    `family` is the name under which the student is saved; the arithmetic does not ask for it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    max_positions: int
+    padded_vocab_size: int | None = None
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] | None = None
+    rope_scaling: RopeScaling | None = None
+    family: str = "llama"
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head."""
+        return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a layer sees; None: all."""
+        return None if self.windows is None else self.windows[layer]
+
+    def with_layers(self, kept: tuple[int, ...]) -> "Architecture":
+        """Only these layers, in this order."""
+        windows = None if self.windows is None else tuple(self.windows[layer] for layer in kept)
+        return replace(self, num_layers=len(kept), windows=windows)

@@ -1,0 +1,24 @@
+"""Root-mean-square norm."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Scale each position to unit root mean square, then by the weight.
+
+        Rounded to the type of `x` before the weight and again after it, as transformers has it: so a bfloat16 model
+        gives its logits.
+        """
+        unit = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return (self.weight * unit).to(x.dtype)

@@ -1,0 +1,33 @@
+"""Names by pattern: shell-like (`layers.3.*`, `q_proj`), and a pattern that matches nothing is a mistake."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from kd_core.errors import UsageError
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the pattern fits the whole name, or what stands behind one of its dots."""
+    return any(fnmatch.fnmatchcase(ending, pattern) for ending in _endings(name))
+
+
+def matching(names: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
+    """The names that any pattern fits, in their order.
+
+    Raises:
+        UsageError: a pattern fits none; tells the nearest names.
+    """
+    names = list(names)
+    endings = {ending for name in names for ending in _endings(name)}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(ending, pattern) for ending in endings):
+            near = difflib.get_close_matches(pattern, sorted(endings), n=3, cutoff=0.4)
+            hint = f"Near it: {', '.join(near)}." if near else f"Names are like {', '.join(names[:2])}."
+            raise UsageError(f"{where}: {pattern!r} matches nothing. {hint}")
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]

@@ -1,0 +1,158 @@
+"""A student into a Hugging Face folder: adapters merged, and again beside it in PEFT's format.
+
+Where parameters are spread over processes, all of them take part, one whole tensor at a time; the first one writes.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd_core.errors import UsageError
+from kd_core.files import new_folder, read_json, write_json
+from kd_core.students.adapters import adapted_layers, base_parameters
+from kd_core.students.decoder import Decoder
+from kd_core.students.families import config_of, read_architecture
+from kd_core.students.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
+from kd_core.students.placement import stopping_together, whole
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_FILE_BYTES = 5_000_000_000
+ADAPTER = "adapter"
+
+
+class _Piece(NamedTuple):
+    """A tensor to be stored, and how every rank takes part in making it whole."""
+
+    name: str
+    numbers: int
+    values: Callable[[], Tensor]
+
+
+class _File(NamedTuple):
+    """A file of the folder, and what is to lie in it."""
+
+    name: str
+    pieces: list[_Piece]
+
+
+def _model_pieces(model: Decoder) -> list[_Piece]:
+    """By transformers' names, adapters merged; a tied head is not stored."""
+    adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+    return [
+        _Piece(
+            name if name == "lm_head.weight" else f"model.{name}",
+            parameter.numel(),
+            adapted[name].merged_weight if name in adapted else functools.partial(whole, parameter),
+        )
+        for name, parameter in base_parameters(model).items()
+    ]
+
+
+def _adapter_pieces(model: Decoder) -> list[_Piece]:
+    return [
+        _Piece(stored_name(name, which), parameter.numel(), functools.partial(whole, parameter))
+        for name, layer in adapted_layers(model).items()
+        for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+    ]
+
+
+def _split(pieces: list[_Piece], most: int) -> list[_File]:
+    """Files of at most so many numbers each, but of one tensor at least."""
+    groups: list[list[_Piece]] = [[]]
+    for piece in pieces:
+        if groups[-1] and sum(each.numbers for each in groups[-1]) + piece.numbers > most:
+            groups.append([])
+        groups[-1].append(piece)
+    if len(groups) == 1:
+        return [_File("model.safetensors", groups[0])]
+    return [_File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def _gathered(files: list[_File]) -> Iterator[Tensor]:
+    """The whole tensors in order; every step is one that all ranks take."""
+    for file in files:
+        for piece in file.pieces:
+            yield piece.values()
+
+
+def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
+    for file in files:
+        state = {piece.name: next(tensors).to("cpu", dtype).contiguous() for piece in file.pieces}
+        try:
+            save_file(state, folder / file.name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UsageError(
+                f"{folder / file.name}: cannot be written ({error}). Free some space and run the same again."
+            ) from None
+
+
+def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
+    places = {piece.name: file.name for file in files for piece in file.pieces}
+    size = sum(piece.numbers for file in files for piece in file.pieces) * dtype.itemsize
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _write_about(model: Decoder, folder: Path, tokenizer_folder: Path, dtype: str) -> None:
+    """All that is no weight."""
+    source = read_json(tokenizer_folder / "config.json", "a Hugging Face model configuration")
+    ids = source.get("bos_token_id"), source.get("eos_token_id")
+    write_json(folder / "config.json", config_of(model.arch, *ids, dtype))
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file():
+            (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
+    layers = adapted_layers(model)
+    if layers:
+        rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
+        base = str(tokenizer_folder) if read_architecture(tokenizer_folder) == rows else None  # None: layers dropped
+        (folder / ADAPTER).mkdir()
+        write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
+
+
+def save_pretrained(
+    model: Decoder,
+    folder: Path,
+    tokenizer_folder: Path,
+    *,
+    dtype: str = "float32",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    first: bool = True,
+) -> None:
+    """Write a folder that transformers loads: config, weights, the tokenizer's files, and `adapter/` for PEFT.
+
+    Every process calls it, the one that writes with `first`; an error of that one stops all. More than
+    `max_file_bytes` of weights become several files with an index. Memory: one file's weights, on the first alone.
+
+    Raises:
+        UsageError: a dtype that we do not write, or files that cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: got {dtype!r}; wanted one of {', '.join(DTYPES)}.")
+    files = _split(_model_pieces(model), max_file_bytes // DTYPES[dtype].itemsize)
+    adapters = [_File(f"{ADAPTER}/{WEIGHTS}", pieces)] if (pieces := _adapter_pieces(model)) else []
+    tensors = _gathered([*files, *adapters])
+    with stopping_together(model.parameters()):
+        try:
+            if first:
+                with new_folder(folder) as partial:
+                    _write_about(model, partial, tokenizer_folder, dtype)
+                    _write_weights(partial, files, tensors, DTYPES[dtype])
+                    _write_weights(partial, adapters, tensors, torch.float32)
+                    if len(files) > 1:
+                        _write_index(partial, files, DTYPES[dtype])
+        finally:
+            for _ in tensors:  # the others' part, and what an error of the first has left over
+                pass

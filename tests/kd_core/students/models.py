@@ -1,0 +1,101 @@
+"""Small random models made by transformers, and their folders; rows of tokens to compare logits on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kd_core.students.decoder import Decoder
+from kd_core.students.starts import Pretrained, build
+
+CPU = torch.device("cpu")
+VOCAB = 96
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+# Every family, with each of its settings that changes arithmetic at work.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied, with biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama, wide heads, theta": ("Llama", {"head_dim": 12, "rope_parameters": {"rope_theta": 5e5}}),
+    "llama, one key head": ("Llama", {"num_key_value_heads": 1}),
+    "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama 3": (
+        "Llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1e3, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama, yarn": ("Llama", {"head_dim": 16, "rope_parameters": YARN}),
+    "llama, yarn, not rounded": (
+        "Llama", {"head_dim": 16, "rope_parameters": {**YARN, "truncate": False, "beta_fast": 8.0, "beta_slow": 0.5}},
+    ),
+    "llama, yarn, mscale": (
+        "Llama", {"head_dim": 16, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3, layer types": (
+        "Qwen3",
+        {
+            "head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 7.0},
+    ),
+}  # fmt: skip
+
+
+def their_model(name: str, **changes: Any) -> Any:
+    """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
+    family, settings = FAMILIES[name]
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **changes})
+    torch.manual_seed(1)
+    # `eager` attention computes in float32 what sdpa does; masks are theirs.
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def load(folder: Path) -> Decoder:
+    """A folder as our decoder."""
+    return build(Pretrained(str(folder)), CPU, seed=0).eval()
+
+
+def rows(B: int = 2, T: int = 40, vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, positions and document ids of rows that are one document each."""
+    tokens = torch.randint(vocab, (B, T), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.arange(T).expand(B, T), torch.zeros(B, T, dtype=torch.int64)
+
+
+@torch.no_grad()
+def difference(ours: Decoder, theirs: Any) -> float:
+    """The largest difference of logits, on rows longer than any window and than the original context."""
+    tokens, positions, documents = rows()
+    return float((ours(tokens, positions, documents) - theirs(tokens).logits).abs().max())
