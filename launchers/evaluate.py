@@ -43,7 +43,7 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
 
     if not (path / "progress.json").exists():
         return Pretrained(str(path)).build(device, seed=0), path
-    start: Any = fdl.build(load_record(path.parent.parent / "config.json").student)
+    start: Any = fdl.build(load_record(path / "config.json").student)
     model = start.build(device, seed=0)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)
