@@ -21,12 +21,13 @@ from kd_core.parallel.sharding import held, spread
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
-from kd_core.training.checkpoint import Checkpoint, newest_progress
+from kd_core.training.checkpoint import Checkpoint, is_complete
 from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.schedule import WarmupCosine
+from kd_core.training.stopping import Stopping
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
@@ -163,12 +164,14 @@ class Experiment:
 
         return Data(steps_from, validation, cache_facts(self.evaluation.shards))
 
-    def run(self, folder: RunFolder, world: World) -> None:
-        """Train, or go on training, in `folder`; then export the student. A finished run is left as it is."""
-        done = world.on_first(lambda: newest_progress(folder.checkpoints).step)
-        if done == self.steps and folder.export.is_dir():
+    def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:
+        """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
+
+        False where it was told to stop before the end; what is done is saved then.
+        """
+        if world.on_first(lambda: is_complete(folder.checkpoints, self.steps) and folder.export.is_dir()):
             log.info("%s: already complete, reused", folder.path)
-            return
+            return True
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,
@@ -184,5 +187,7 @@ class Experiment:
         world = world.laid_out(self.parallel.layout(world.size))
         model = spread(self.student.decoder(), self.parallel, world)
         self.student.fill(model, self.seed)
-        run(model, self._data(world), recipe, folder, world)
+        if not run(model, self._data(world), recipe, folder, world, stopping=stopping):
+            return False
         save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)
+        return True

@@ -26,6 +26,15 @@ def write_bytes(path: Path, payload: bytes) -> None:
     partial.rename(path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have what is named in `folder` survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for UTF-8 text."""
     write_bytes(path, text.encode())

@@ -43,7 +43,7 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
 
     if not (path / "progress.json").exists():
         return build(Pretrained(str(path)), device, seed=0), path
-    start: Any = fdl.build(load_record(path.parent.parent / "config.json").student)
+    start: Any = fdl.build(load_record(path / "config.json").student)
     model = build(start, device, seed=0)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)

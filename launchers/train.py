@@ -3,9 +3,12 @@
     torchrun --nproc-per-node 2 -m launchers.train --config=quickstart
     python -m launchers.train --config=quickstart --config=optimizer.lr=6e-4 --run_dir=runs/faster
     python -m launchers.train --config=quickstart --config=loss.terms.kd.tail=renormalized --dry_run
+    python -m launchers.train --config=quickstart --config=parallel.tensor_parallel=3 --dry_run --world=24
     python -m launchers.train --config=run:runs/quickstart --print_config
 
-Run the same line again and it resumes: from the newest checkpoint of the run folder, or, once finished, it says so.
+Run the same line again and it resumes: from the newest whole checkpoint of the run folder, or, once finished, it says
+so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGTERM, SIGUSR1, Ctrl-C and the end of
+--max_time_per_run save after the step under way, and end with status 0.
 
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
@@ -25,27 +28,42 @@ from launchers import app, catalog
 KIND = "Experiment"
 app.define_config_flags(KIND)
 RUN_DIR = flags.DEFINE_string("run_dir", None, "Folder of the run; default runs/NAME.")
+WORLD = flags.DEFINE_integer(
+    "world", 1, "With --dry_run: the ranks to check a layout for; none is started.", lower_bound=1
+)
+MAX_TIME = flags.DEFINE_string(
+    "max_time_per_run", None, "Save and stop after so long, as DD:HH:MM:SS, HH:MM:SS or seconds; of this start alone."
+)
 
 
 def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
     from kd_core.files import owned
+    from kd_core.parallel.agreement import prove_same, together
     from kd_core.parallel.mesh import joined_world
     from kd_core.training.run_folder import RunFolder
+    from kd_core.training.stopping import Stopping, seconds_of
+    from launchers import proof
 
     run_folder = RunFolder(folder)
-    with joined_world() as world, ExitStack() as stack:
+    max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
+    patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
+    with Stopping(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
+
+        def check() -> dict[str, str]:
+            stack.enter_context(owned(folder))
+            return experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
 
         def claim() -> None:
-            stack.enter_context(owned(folder))
-            facts = experiment.check()  # before the record is written: a mistake must not occupy the folder
             run_folder.claim(record, text)
             run_folder.begin_attempt(world)
             for name, value in facts.items():
                 app.log.info("%s: %s", name, value)
 
+        facts = world.on_first(check)
+        prove_same(world, together(world, lambda: proof.facts(text, experiment))[world.rank])
         world.on_first(claim)
-        experiment.run(run_folder, world)
-        app.log.info("done: %s", folder)
+        if experiment.run(run_folder, world, stopping):
+            app.log.info("done: %s", folder)
 
 
 def main() -> None:
@@ -63,12 +81,15 @@ def main() -> None:
     import fiddle as fdl
 
     experiment = fdl.build(resolved.config)
+    folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     if app.FLAGS.dry_run:
-        for name, value in experiment.check().items():
+        where = {"checkpoints": str(folder / "checkpoints")}
+        for name, value in (experiment.check(WORLD.value) | where).items():
             print(f"{name}: {value}")
         return
-    folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
-    _train(experiment, folder, config_items.record(resolved.config), text)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(_train)(experiment, folder, config_items.record(resolved.config), text)
 
 
 if __name__ == "__main__":

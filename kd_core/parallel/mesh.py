@@ -15,13 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import (
+    PrefixStore,
+    Store,
+    _get_default_store,  # pyright: ignore[reportPrivateUsage]
+)
+from torch.distributed.rendezvous import rendezvous
 
 from kd_core.errors import EchoedError, RankError, UsageError
 from kd_core.parallel.layout import Layout
 
 R = TypeVar("R")
 ALONE = Layout()
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,25 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def _store() -> Store:
+    """Where ranks meet. After an elastic restart torchrun offers the same store again, with keys of the dead ranks in
+    it; each attempt has its own names there.
+    """
+    store, _, _ = next(iter(rendezvous("env://")))
+    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def own_store() -> Store:
+    """Another connection to the store where ranks met, for a thread of its own."""
+    return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextlib.contextmanager
-def joined_world() -> Generator[World]:
-    """Join the processes that torchrun started (or stand alone), and share this machine's cores between them."""
+def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
+    """Join the processes that torchrun started (or stand alone), and share this machine's cores between them.
+
+    `timeout`: seconds after which a collective that a rank does not come to is an error.
+    """
     _die_with_launcher()
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_size, local_rank = (
@@ -132,7 +154,9 @@ def joined_world() -> Generator[World]:
         yield World(device=device)
         return
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend, store=_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
+    )
     try:
         yield World(rank, size, device)
     except UsageError as error:

@@ -1,65 +1,104 @@
-"""Checkpoints that are complete or absent: written by DCP into `step_N.partial`, renamed when whole.
+"""Checkpoints that are complete or absent, and checked byte by byte before anything is taken from them.
 
-Holds parameters, optimiser moments, the step, and how far the data was read. The schedule and the random state
-are functions of the step (`schedule.py`, `loop.py`), so they are restored with it.
+    step_N.partial ─ every rank: its part, by DCP ─ hashes of all files ─ the first rank: rename ─► step_N
+
+A checkpoint holds trained parameters and moments (`state.py`), the step, how far the data was read, and the run's
+record. The schedule and the random state are functions of the step, so they are restored with it.
 """
 
 import contextlib
+import fcntl
+import logging
+import os
 import shutil
 import warnings
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, read_json, write_json
+from kd_core.files import read_json, sha256, sync_folder, write_json, write_text
+from kd_core.parallel.agreement import gathered, stop_alike, together
 from kd_core.parallel.mesh import World
 from kd_core.students.decoder import Decoder
+from kd_core.training.state import (
+    State,
+    check_frozen,
+    empty_moments,
+    frozen_norms,
+    model_state,
+    put_back,
+    stored_names,
+)  # fmt: skip
+
+log = logging.getLogger("kd")
+HASHES = "files.json"
+MODES = ("min", "max")
+# That one process reads and writes alone is what we mean where there is one.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When to save (every `every` steps and at the end), and how many to keep: the newest, and the best."""
+    """When to save, how, and what to keep.
+
+    Args:
+        every: so many steps; also after the last, and when the run is told to stop.
+        asynchronous: training waits for a copy in memory alone, and a thread writes it. The bytes are the same.
+        keep_newest: so many of the newest are kept.
+        keep_best: so many of the best are kept besides, of those whose step was validated.
+        best_metric: what "best" means.
+        best_mode: whether its smallest values are the best (min) or its largest (max).
+    """
 
     every: int = 10
+    asynchronous: bool = True
     keep_newest: int = 1
     keep_best: int = 1
     best_metric: str = "val/loss"
+    best_mode: str = "min"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_newest < 1 or self.keep_best < 0:
             raise UsageError("checkpoint: wanted every ≥ 1, keep_newest ≥ 1 and keep_best ≥ 0.")
+        if self.best_mode not in MODES:
+            raise UsageError(f"checkpoint.best_mode: got {self.best_mode!r}; wanted one of {', '.join(MODES)}.")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, rows of the global order that they took, and the metric of the checkpoint."""
+    """Where a run stands: steps done, rows of the global order that they took, the metric of the checkpoint, and
+    how many of the steps did not move the student."""
 
     step: int = 0
     rows: int = 0
     metric: float | None = None
+    skipped: int = 0
 
 
-@contextlib.contextmanager
-def _one_process() -> Generator[None]:
-    """DCP warns that no process group exists; that one process reads and writes is what we mean."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+@dataclass(frozen=True)
+class Content:
+    """What is written: tensors, progress, norms of what is not trained, and the run's config.json."""
+
+    state: State
+    progress: Progress
+    frozen: dict[str, float] = field(default_factory=dict)
+    record: str = ""
 
 
 @contextlib.contextmanager
 def _said_as_usage_error(folder: Path, what: str, then: str) -> Generator[None]:
     """DCP's own exception is no `Exception`, and hides the reason in a dictionary."""
     try:
-        yield
+        with torch.no_grad():
+            yield
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
         reason = f"{type(failure).__name__} {failure}".strip().splitlines()[0]
@@ -70,20 +109,119 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
 
-def _state(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": dict(model.named_parameters()), "optimizer": get_optimizer_state_dict(model, optimizer)}
+def _described(files: list[Path]) -> dict[str, dict[str, int | str]]:
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
-def save(root: Path, progress: Progress, model: Decoder, optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Write `step_N`; on return it is complete on disk. The first rank writes, for every rank holds the same."""
+def write(root: Path, content: Content, world: World, group: dist.ProcessGroup | None) -> Path:
+    """Write `step_N`, all ranks together; on return it is complete on disk.
 
-    def write() -> None:
-        with new_folder(root / f"step_{progress.step:08d}") as partial:
-            with _one_process(), _said_as_usage_error(partial, "written", "Free some space and run the same again"):
-                dcp_save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
-            write_json(partial / "progress.json", vars(progress))
+    Raises:
+        UsageError: it cannot be written. Nothing is left under its name.
+    """
+    folder = root / f"step_{content.progress.step:08d}"
+    partial = folder.with_name(folder.name + ".partial")
 
-    world.on_first(write)
+    def begin() -> None:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def end(hashes: dict[str, dict[str, int | str]]) -> None:
+        if not world.is_first:
+            return
+        write_json(partial / "progress.json", vars(content.progress))
+        write_json(partial / "frozen.json", content.frozen)
+        write_text(partial / "config.json", content.record)
+        own = [partial / name for name in (".metadata", "progress.json", "frozen.json", "config.json")]
+        write_json(partial / HASHES, {**hashes, **_described(own)})
+        sync_folder(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync_folder(root)
+
+    together(world, begin, group)
+    with _said_as_usage_error(partial, "written", "Free some space and run the same again"):
+        dcp_save(content.state, checkpoint_id=partial, process_group=group, no_dist=world.size == 1)
+    parts = together(world, lambda: _described(sorted(partial.glob(f"__{world.rank}_*"))), group)
+    together(world, lambda: end({name: found for part in parts for name, found in part.items()}), group)
+    return folder
+
+
+def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
+    """What is wrong with a checkpoint's files; nothing if it is whole. `share` of them is read, all are measured."""
+    try:
+        wanted = read_json(folder / HASHES, "the hashes of a checkpoint")
+    except UsageError as error:
+        return [str(error)]
+    wrong: list[str] = []
+    for name, found in sorted(wanted.items())[share]:
+        beat()
+        file = folder / name
+        if not file.is_file():
+            wrong.append(f"{name} is missing")
+        elif file.stat().st_size != found["bytes"]:
+            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {found['bytes']}")
+        elif sha256(file) != found["sha256"]:
+            wrong.append(f"{name} has other bytes than were written (sha256)")
+    return wrong
+
+
+def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:
+    """The newest checkpoint without damage; None where none was ever written. Damaged ones are renamed, and named.
+
+    Raises:
+        UsageError: there are damaged ones, and none that is whole.
+    """
+
+    def put_aside(folder: Path, wrong: list[str]) -> None:
+        aside = folder.with_name(folder.name + ".damaged")
+        log.error("%s is damaged: %s. It is now %s; the one before it is taken.", folder, "; ".join(wrong), aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+    while (folder := world.on_first(lambda: newest(root))) is not None:
+        own = damage(folder, slice(world.rank, None, world.size), beat)
+        wrong = list(dict.fromkeys(found for some in gathered(world, own) for found in some))
+        if not wrong:
+            return folder
+        world.on_first(lambda folder=folder, wrong=wrong: put_aside(folder, wrong))
+    damaged = world.on_first(lambda: sorted(path.name for path in root.glob("step_*.damaged")))
+    if damaged:
+        stop_alike(world, f"{root}: {', '.join(damaged)}, and no whole checkpoint is left. Restore one (without "
+                   ".damaged in its name), or delete the run's folder to begin anew.")  # fmt: skip
+    return None
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Generator[None]:
+    """Keep a checkpoint from being deleted while it is read."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _delete(folder: Path) -> None:
+    """By rename first, so that nothing half deleted is found under a checkpoint's name. Not if it is in use."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + ".partial")))
+    except BlockingIOError:
+        log.info("%s is being read, and kept for now", folder)
+    finally:
+        os.close(handle)
+
+
+def _metric(folder: Path) -> float | None:
+    """A checkpoint's metric; None also where its progress cannot be read, which `newest_whole` will say."""
+    try:
+        return read_progress(folder).metric
+    except (UsageError, TypeError):
+        return None
 
 
 def keep_some(root: Path, policy: Checkpoint) -> None:
@@ -91,10 +229,11 @@ def keep_some(root: Path, policy: Checkpoint) -> None:
     for partial in root.glob("step_*.partial"):
         shutil.rmtree(partial)
     folders = _folders(root)
-    scored = [(read_progress(folder).metric, folder) for folder in folders]
-    best = sorted((metric, folder) for metric, folder in scored if metric is not None)[: policy.keep_best]
-    for folder in set(folders[: -policy.keep_newest]) - {folder for _, folder in best}:
-        shutil.rmtree(folder)
+    sign = 1 if policy.best_mode == "min" else -1
+    scored = [(sign * metric, folder) for folder in folders if (metric := _metric(folder)) is not None]
+    best = {folder for _, folder in sorted(scored)[: policy.keep_best]}
+    for folder in sorted(set(folders[: -policy.keep_newest]) - best):
+        _delete(folder)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -103,34 +242,40 @@ def read_progress(folder: Path) -> Progress:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest complete checkpoint."""
+    """The newest complete checkpoint, damaged or not."""
     folders = _folders(root)
     return folders[-1] if folders else None
 
 
-def newest_progress(root: Path) -> Progress:
-    """How far the newest complete checkpoint is; the start where there is none."""
-    folder = newest(root)
-    return read_progress(folder) if folder else Progress()
+def is_complete(root: Path, step: int) -> bool:
+    """Whether there is a checkpoint of `step`."""
+    return (root / f"step_{step:08d}").is_dir()
 
 
-def _read_into(state: dict[str, Any], folder: Path) -> None:
-    with _one_process(), _said_as_usage_error(folder, "read", "Delete it to go on from the one before"):
-        dcp_load(state, checkpoint_id=folder, no_dist=True)
-
-
-def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore `model` and `optimizer` in place.
+def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+    """Restore `model`, and `optimizer` where there is one, in place; each rank reads what it holds.
 
     Raises:
-        UsageError: the checkpoint is damaged or of another student.
+        UsageError: the checkpoint cannot be read, is of another student, or of one with another start.
     """
-    state = _state(model, optimizer)
-    _read_into(state, folder)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    with _said_as_usage_error(folder, "read", "It is of another student, or of another version of this code"):
+        metadata = FileSystemReader(folder).read_metadata()
+        state = model_state(model)
+        if missing := sorted(stored_names(metadata) ^ state.keys()):
+            raise UsageError(f"{folder}: is of another student; {missing[0]} is not in both.")
+        check_frozen(read_json(folder / "frozen.json", "norms of what is not trained"), frozen_norms(model))
+        moments = empty_moments(model, metadata) if optimizer else {}
+        for name, tensors in moments.items():
+            state.update({f"optimizer.{name}.{key}": tensor for key, tensor in tensors.items()})
+        dcp_load(state, checkpoint_id=folder, no_dist=True)
+    if optimizer:
+        put_back(model, optimizer, moments)
     return read_progress(folder)
 
 
 def load_model(folder: Path, model: Decoder) -> None:
-    """Restore the parameters of `model` alone, in place; errors as in `load`."""
-    _read_into({"model": dict(model.named_parameters())}, folder)
+    """Restore the parameters of `model` alone, after a look at every byte; errors as in `load`, or what is damaged."""
+    with in_use(folder):
+        if wrong := damage(folder):
+            raise UsageError(f"{folder}: damaged: {'; '.join(wrong)}. Take another checkpoint.")
+        load(folder, model)

@@ -1,6 +1,6 @@
-"""The loop: from the newest checkpoint, or from the start, to the last step.
+"""The loop: from the newest whole checkpoint, or from the start, to the last step.
 
-    batches of a step → train_step → (validation) → metrics → (checkpoint)
+    batches of a step → train_step → (validation) → metrics → (checkpoint) → (told to stop?)
 
 Everything that varies with the step (learning rate, random state, rows read) is a function of it, so a run that
 was killed and resumed computes what it would have computed.
@@ -10,13 +10,15 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 from kd_core.errors import NonFiniteError
 from kd_core.losses.objective import CacheFacts, Objective
+from kd_core.parallel.agreement import gathered, prove_same
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
@@ -26,8 +28,11 @@ from kd_core.training.evaluation import evaluate
 from kd_core.training.metrics import MetricLog, per_token
 from kd_core.training.optimizer import AdamW, set_lr
 from kd_core.training.run_folder import RunFolder, write_failed_batch
+from kd_core.training.saver import Saver
 from kd_core.training.schedule import WarmupCosine
-from kd_core.training.step import train_step
+from kd_core.training.step import count, train_step
+from kd_core.training.stopping import Stopping
+from kd_core.training.watch import Pulse, watched
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
@@ -64,9 +69,9 @@ class Data:
     validation_facts: CacheFacts
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """What stays the same over a run."""
+    """A run under way: `progress` is what of it is done."""
 
     model: Decoder
     optimizer: torch.optim.Optimizer
@@ -74,20 +79,35 @@ class _Run:
     recipe: Recipe
     folder: RunFolder
     world: World
+    pulse: Pulse
+    progress: Progress = field(default_factory=Progress)
+    metrics: MetricLog | None = None
 
-    def restore(self) -> Progress | None:
-        """Load the newest checkpoint, where there is one."""
-        newest = self.world.on_first(lambda: checkpoint.newest(self.folder.checkpoints))
-        if newest is None:
-            return None
-        progress = checkpoint.load(newest, self.model, self.optimizer)
-        log.info("resumed from %s: %d of %d steps are done", newest, progress.step, self.recipe.steps)
-        return progress
+    def restore(self) -> bool:
+        """Load the newest whole checkpoint, where there is one."""
+        self.pulse.enter("loading a checkpoint")
+        newest = checkpoint.newest_whole(self.folder.checkpoints, self.world, self.pulse.moved)
+        if newest is not None:
+            self.progress = checkpoint.load(newest, self.model, self.optimizer)
+            log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.recipe.steps)
+        cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
+        prove_same(self.world, cursor)
+        return newest is not None
+
+    def steps(self) -> Generator[tuple[int, Sequence[Batch], float]]:
+        """The steps that are left, with their batches and the seconds that each waited for them."""
+        with closing(self.data.steps_from(self.progress.rows)) as batches_of:
+            for step in range(self.progress.step + 1, self.recipe.steps + 1):
+                self.pulse.enter(f"reading data of step {step}")
+                started = time.perf_counter()
+                batches = next(batches_of)
+                yield step, batches, time.perf_counter() - started
 
     def validate(self, step: int) -> dict[str, float]:
         """Numbers on the held-out cache."""
         recipe = self.recipe
         objective = recipe.loss.at(step, recipe.steps)
+        self.pulse.enter(f"in validation at step {step}")
         found = evaluate(
             self.model, self.data.validation(), self.data.validation_facts,
             objective=objective, parallel=recipe.parallel, world=self.world,
@@ -99,9 +119,11 @@ class _Run:
     def take_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimiser step and its numbers."""
         recipe, started = self.recipe, time.perf_counter()
-        torch.manual_seed(recipe.seed * 1_000_003 + step * 1_009 + self.world.rank)
+        self.pulse.enter(f"in forward and backward of step {step}")
+        torch.manual_seed(recipe.seed * 1_000_003 + step * 1_009 + self.world.dp_rank)
         lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
         set_lr(self.optimizer, lr)
+        done = replace(self.progress, step=step, rows=step * recipe.rows_per_step, metric=None)
         try:
             result = train_step(
                 self.model,
@@ -113,69 +135,95 @@ class _Run:
                 world=self.world,
             )
         except NonFiniteError as error:
-            raise self._report(error, step, batches) from None
+            self.progress = replace(done, skipped=done.skipped + 1)
+            return self._skipped(error, step, batches)
+        self.progress = done
         seconds = time.perf_counter() - started
         return {
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
+            "train/skipped_steps": float(done.skipped),
             "train/lr": lr,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
             "speed/step_seconds": seconds,
         }
 
-    def _report(self, error: NonFiniteError, step: int, batches: Sequence[Batch]) -> NonFiniteError:
+    def _skipped(self, error: NonFiniteError, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """Note the records of a step that did not move the student; go on without it, or stop."""
         names = [name for batch in batches for name in batch.record_names]
         path = write_failed_batch(self.folder.path, step, self.world.rank, names, str(error))
-        return NonFiniteError(
-            f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
-            f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''} (all in {path}). Look at them, lower "
-            "optimizer.lr, or run with parallel.precision=float32; the last checkpoint is kept."
-        )
+        gathered(self.world, None)  # every rank has written before any of them stops
+        shown = f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        said = f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
+        said += f"{shown} (all in {path})"
+        settings = self.recipe.optimizer
+        if settings.on_non_finite == "stop" or self.progress.skipped > settings.max_skipped:
+            skipped = f" Steps skipped: {self.progress.skipped}." if settings.on_non_finite == "skip" else ""
+            raise NonFiniteError(
+                f"{said}.{skipped} Look at them, lower optimizer.lr, run with parallel.precision=float32, or skip "
+                "such steps (optimizer.on_non_finite=skip); the last checkpoint is kept."
+            )
+        log.warning("%s; the step is skipped", said)
+        _, damaged_blocks = count(batches, self.world)
+        return {"data/damaged_blocks": float(damaged_blocks), "train/skipped_steps": float(self.progress.skipped)}
 
-    def save(self, step: int, held_out: dict[str, float] | None) -> None:
-        """A checkpoint after `step`, with the metric by which the best are kept where this step was validated."""
-        policy = self.recipe.checkpoint
-        metric = held_out[policy.best_metric] if held_out else None
-        progress = Progress(step, step * self.recipe.rows_per_step, metric)
-        checkpoint.save(self.folder.checkpoints, progress, self.model, self.optimizer, self.world)
-        self.world.on_first(lambda: checkpoint.keep_some(self.folder.checkpoints, policy))
+    def note(self, step: int, values: dict[str, float], held_out: dict[str, float]) -> None:
+        """Write the numbers of a step where they are due; counts that add up over the lines are never left out."""
+        due = held_out or values.get("data/damaged_blocks") or self.recipe.due(step, self.recipe.log_every)
+        if self.metrics and due:
+            self.metrics.add(step, {**values, **held_out})
+
+    def save(self, saver: Saver, held_out: dict[str, float]) -> None:
+        """A checkpoint of what is done, with the metric by which the best are kept where the step was validated."""
+        self.pulse.enter(f"in saving step {self.progress.step}")
+        metric = held_out.get(self.recipe.checkpoint.best_metric)
+        saver.save(replace(self.progress, metric=metric), self.model, self.optimizer)
 
 
-def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World) -> None:
-    """Train to `recipe.steps`.
+def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World, *, stopping: Stopping) -> bool:
+    """Train to `recipe.steps`; False where the run was stopped before, and saved.
 
     Raises:
-        NonFiniteError: loss or gradient was not finite; nothing was saved for that step.
+        NonFiniteError: loss or gradient was not finite, more often than is allowed.
+        UsageError: no checkpoint is whole, or one cannot be written.
     """
-    this = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world)
-    restored = this.restore()
-    done = restored.step if restored else 0
-    if done == recipe.steps:
-        log.info("nothing left to train")
-        return
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(
-                total=recipe.steps, initial=done, unit="step", desc="distil", mininterval=1, disable=not world.is_first
-            )
-        )
-        metrics = None
+        pulse = stack.enter_context(watched(world, recipe.parallel.timeout))
+        stack.callback(model.register_forward_pre_hook(pulse.seen).remove)  # each micro-batch is progress
+        this = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world, pulse)
+        resumed = this.restore()
+        if this.progress.step == recipe.steps:
+            log.info("nothing left to train")
+            return True
+        saver = stack.enter_context(Saver(folder.checkpoints, recipe.checkpoint, folder.record(), world, pulse))
+        bar = stack.enter_context(_bar(recipe.steps, this.progress.step, world))
         if world.is_first:
-            metrics = stack.enter_context(MetricLog(folder.path, restored.step if restored else None))
-        if restored is None:
-            held_out = this.validate(0)
-            if metrics:
-                metrics.add(0, held_out)
-        batches_of = stack.enter_context(closing(data.steps_from(restored.rows if restored else 0)))
-        for step in range(done + 1, recipe.steps + 1):
-            values = this.take_step(step, next(batches_of))
-            held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else None
-            counts = values["data/damaged_blocks"] > 0  # is never left out, so that the lines add up
-            if metrics and (held_out or counts or recipe.due(step, recipe.log_every)):
-                metrics.add(step, {**values, **(held_out or {})})
-            if recipe.due(step, recipe.checkpoint.every):
-                this.save(step, held_out)
-            shown = {"loss": f"{values['train/loss']:.3f}", "tok/s": f"{values['speed/tokens_per_second']:.0f}"}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
+            this.metrics = stack.enter_context(MetricLog(folder.path, this.progress.step if resumed else None))
+        if not resumed:
+            this.note(0, {}, this.validate(0))
+        for step, batches, waited in stack.enter_context(closing(this.steps())):
+            values = this.take_step(step, batches) | {"speed/data_wait_seconds": waited}
+            held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else {}
+            this.note(step, values, held_out)
+            told = stopping.agreed(world)
+            if told or recipe.due(step, recipe.checkpoint.every):
+                this.save(saver, held_out)
+            _show(bar, values)
+            if told and step < recipe.steps:
+                saver.wait()
+                log.info("stopped after step %d of %d, %s; it is saved. Run the same command again to go on.",
+                         step, recipe.steps, told)  # fmt: skip
+                return False
+        return True
+
+
+def _bar(steps: int, done: int, world: World) -> "tqdm[NoReturn]":
+    return tqdm(total=steps, initial=done, unit="step", desc="distil", mininterval=1, disable=not world.is_first)
+
+
+def _show(bar: "tqdm[NoReturn]", values: dict[str, float]) -> None:
+    if "train/loss" in values:
+        shown = {"loss": f"{values['train/loss']:.3f}", "tok/s": f"{values['speed/tokens_per_second']:.0f}"}
+        bar.set_postfix(shown, refresh=False)
+    bar.update()

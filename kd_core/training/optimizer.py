@@ -5,16 +5,34 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kd_core.errors import UsageError
+
+ON_NON_FINITE = ("stop", "skip")
+
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW (arXiv 1711.05101). Weight decay on matrices only; the gradient is clipped to `clip_norm` (0: never)."""
+    """AdamW (arXiv 1711.05101). Weight decay on matrices only; the gradient is clipped to `clip_norm` (0: never).
+
+    A step whose loss or gradient is not finite never moves the student. The run then stops, or skips the step
+    (`on_non_finite`) and goes on with the next rows, up to `max_skipped` times.
+    """
 
     lr: float = 4e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    on_non_finite: str = "stop"
+    max_skipped: int = 8
+
+    def __post_init__(self) -> None:
+        if self.on_non_finite not in ON_NON_FINITE:
+            raise UsageError(
+                f"optimizer.on_non_finite: got {self.on_non_finite!r}; wanted one of {', '.join(ON_NON_FINITE)}."
+            )
+        if self.max_skipped < 0:
+            raise UsageError(f"optimizer.max_skipped: got {self.max_skipped}; wanted at least 0.")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of `model`'s trainable parameters."""

@@ -42,6 +42,10 @@ class RunFolder:
         """The finished student as a Hugging Face folder."""
         return self.path / "export"
 
+    def record(self) -> str:
+        """The frozen configuration of the run, as `claim` wrote it."""
+        return (self.path / "config.json").read_text()
+
     def claim(self, config_json: str, config_text: str) -> None:
         """Write the record of the experiment, or check that the folder is of the same one.
 

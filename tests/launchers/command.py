@@ -5,20 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from kd_core.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 # One thread each; a torchrun of the tests' own Python.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
-def line(module: str, *arguments: str, nproc: int | None = None) -> list[str]:
-    """The command line."""
+def line(module: str, *arguments: str, nproc: int | None = None, torchrun: Sequence[str] = ()) -> list[str]:
+    """The command line, under torchrun with some options of its own where there is an `nproc`."""
     if nproc is None:
         return [sys.executable, "-m", module, *arguments]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    return [sys.executable, *launcher, "-m", module, *arguments]
+    return [sys.executable, *launcher, *torchrun, "-m", module, *arguments]
 
 
 def run(
@@ -48,3 +50,9 @@ def kill_when(command: list[str], ready: Callable[[], bool], cwd: Path | None = 
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return alive
+
+
+def values(run_dir: Path) -> list[dict[str, float]]:
+    """A run's numbers as far as a repeated run repeats them: everything but times."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in found.items() if not name.startswith("speed/")} for found in lines]

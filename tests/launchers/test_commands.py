@@ -17,14 +17,8 @@ from kd_core.files import owned
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
-from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run
+from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
-
-
-def _values(run_dir: Path) -> list[dict[str, float]]:
-    """What a repeated run repeats: everything but times."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in found.items() if not name.startswith("speed/")} for found in lines]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +45,7 @@ def test_a_run_leaves_its_folder_as_the_readme_draws_it(whole_run: Path) -> None
 
 
 def test_the_loss_falls_and_every_promised_number_is_there(whole_run: Path) -> None:
-    lines = _values(whole_run)
+    lines = values(whole_run)
     assert [found["step"] for found in lines] == list(range(11))
     assert lines[-1]["val/kl"] < lines[0]["val/kl"]
     for split, found in (("train", lines[1]), ("val", lines[-1])):
@@ -87,7 +81,7 @@ def test_killed_and_resumed_it_has_the_same_numbers_bit_for_bit(
     assert kill_when(line("launchers.train", *flags, nproc=1), reached)
     done = run("launchers.train", *flags, nproc=1)
     assert done.returncode == 0, done.stderr
-    assert _values(folder) == _values(whole_run)
+    assert values(folder) == values(whole_run)
     assert (folder / "export" / "model.safetensors").read_bytes() == (
         whole_run / "export" / "model.safetensors"
     ).read_bytes()
@@ -108,12 +102,12 @@ def test_run_again_it_says_that_nothing_is_left(tiny: Tiny, whole_run: Path) -> 
 def test_more_ranks_give_the_same_losses(tiny: Tiny, whole_run: Path, tmp_path: Path, ranks: int) -> None:
     done = run("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={tmp_path / 'run'}", nproc=ranks)
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(_values(tmp_path / "run"), _values(whole_run), strict=True):
+    for ours, theirs in zip(values(tmp_path / "run"), values(whole_run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_evaluate_gives_the_runs_last_validation_and_reads_checkpoints(tiny: Tiny, whole_run: Path) -> None:
-    wanted = _values(whole_run)[-1]
+    wanted = values(whole_run)[-1]
     for student in (whole_run / "export", whole_run / "checkpoints" / "step_00000010"):
         done = run("launchers.evaluate", f"--student={student}", f"--cache={tiny.validation}", "--json")
         assert done.returncode == 0, done.stderr
@@ -259,6 +253,6 @@ def test_damage_that_is_skipped_is_counted_in_the_metrics_of_all_ranks(tiny: Tin
     items += ["shards.on_damage=skip", "shards.max_damaged_blocks=1", "schedule.warmup_steps=1"]
     done = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'run'}", nproc=2)
     assert done.returncode == 0, done.stderr
-    counts = [found.get("data/damaged_blocks", 0.0) for found in _values(tmp_path / "run")]
+    counts = [found.get("data/damaged_blocks", 0.0) for found in values(tmp_path / "run")]
     rows = itertools.islice(Shards(str(tiny.train)).order(ROW_LENGTH, 0), 2 * 1920 // ROW_LENGTH)
     assert sum(counts) == sum((0, 0, 0) in row.records for row in rows) > 0

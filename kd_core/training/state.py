@@ -1,0 +1,116 @@
+"""A run's tensors by name, as a checkpoint holds them: trained parameters, and what the optimiser keeps of each.
+
+Parameters that are not trained are those of the student's start; their norms tell whether it still is the same.
+Tensors may be DTensors of any layout: a name means the whole tensor, whoever holds which part of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from kd_core.errors import UsageError
+
+State = dict[str, Tensor]
+CLOSE = 1e-6  # relative; norms of one and the same tensor differ by the layout's order of adding up
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def model_state(model: nn.Module) -> State:
+    """The trained parameters themselves, not copies."""
+    return {f"model.{name}": parameter.detach() for name, parameter in _trained(model).items()}
+
+
+def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The trained parameters and the optimiser's tensors; of one that has not stepped yet, none."""
+    state = model_state(model)
+    for name, parameter in _trained(model).items():
+        kept: Mapping[str, Tensor] = optimizer.state.get(parameter, {})
+        state.update({f"optimizer.{name}.{key}": value for key, value in kept.items()})
+    return state
+
+
+def frozen_norms(model: nn.Module) -> dict[str, float]:
+    """The norm of each parameter that is not trained, in float64."""
+    norms: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64)
+            norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norms
+
+
+def check_frozen(stored: Mapping[str, float], here: Mapping[str, float]) -> None:
+    """Refuse a start that is not the one beside which a checkpoint was trained.
+
+    Raises:
+        UsageError: a parameter that is not trained is another.
+    """
+    for name in sorted({*stored, *here}):
+        was, found = stored.get(name), here.get(name)
+        if was is None or found is None or abs(was - found) > CLOSE * max(abs(was), abs(found)):
+            raise UsageError(
+                f"{name}, which is not trained, has norm {found} here, and had {was} when the checkpoint was written. "
+                "The student's folder has changed: restore it."
+            )
+
+
+def _like(parameter: Tensor, stored: TensorStorageMetadata) -> Tensor:
+    """Empty memory for a tensor of the optimiser: laid out as its parameter where it has its shape."""
+    if stored.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=stored.properties.dtype)
+    return torch.empty(stored.size, dtype=stored.properties.dtype)
+
+
+def stored_names(metadata: Metadata) -> set[str]:
+    """Names of the model's tensors in a checkpoint."""
+    return {name for name in metadata.state_dict_metadata if name.startswith("model.")}
+
+
+def empty_moments(model: nn.Module, metadata: Metadata) -> dict[str, State]:
+    """By parameter, memory for all that a checkpoint holds of the optimiser for it."""
+    trained = _trained(model)
+    moments: dict[str, State] = {name: {} for name in trained}
+    for full_name, stored in metadata.state_dict_metadata.items():
+        name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
+        if full_name.startswith("optimizer.") and name in trained and isinstance(stored, TensorStorageMetadata):
+            moments[name][key] = _like(trained[name].detach(), stored)
+    return moments
+
+
+def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, State]) -> None:
+    """Give the optimiser its tensors; rates and the like stay those that it was built with."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = optimizer.state_dict()["param_groups"]
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept: dict[int, Any] = {i: moments[names[parameter]] for i, parameter in enumerate(ordered)}
+    optimizer.load_state_dict({"state": {i: tensors for i, tensors in kept.items() if tensors}, "param_groups": groups})
+
+
+def staged(state: State, buffers: State) -> State:
+    """A copy in this machine's memory, kept in `buffers`, which the next copy uses again."""
+    copies: State = {}
+    for name, tensor in state.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if name not in buffers:
+            pinned = local.device.type == "cuda"
+            buffers[name] = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=pinned)
+        buffers[name].copy_(local, non_blocking=True)
+        copies[name] = _in_place_of(tensor, buffers[name])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _in_place_of(tensor: Tensor, copy: Tensor) -> Tensor:
+    """The copy as the same part of the same whole. (`from_local` would move it to the mesh's device.)"""
+    if not isinstance(tensor, DTensor):
+        return copy
+    spec = tensor._spec  # pyright: ignore[reportPrivateUsage]
+    return DTensor(copy, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,188 @@
+"""Runs in processes of their own that are told to stop, killed, stopped in the middle, or not alike."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.command import ENVIRONMENT, configs, line, run, values
+from tests.tiny import Tiny
+
+pytestmark = pytest.mark.timeout(180)
+STEPS = 60
+
+
+def _items(tiny: Tiny, steps: int = STEPS) -> list[str]:
+    return [*tiny.train_items(steps), "evaluation.every=20", "checkpoint.every=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run("launchers.train", *configs(_items(tiny)), f"--run_dir={folder}", nproc=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _at(folder: Path, step: int) -> Callable[[], bool]:
+    path = folder / "metrics.jsonl"
+    return lambda: path.exists() and path.read_text().count("\n") > step
+
+
+def _start(command: list[str], ready: Callable[[], bool]) -> subprocess.Popen[str]:
+    """The command, once it is `ready`."""
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "never ready"
+        time.sleep(0.002)
+    return process
+
+
+def _ranks(torchrun: subprocess.Popen[str]) -> list[int]:
+    """Process ids, by rank: torchrun starts them in order."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return sorted(int(child) for child in children)
+
+
+def _same(ours: Path, theirs: Path) -> None:
+    assert values(ours) == values(theirs)
+    exported = Path("export") / "model.safetensors"
+    assert (ours / exported).read_bytes() == (theirs / exported).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_and_ends_well_and_goes_on(tiny: Tiny, tmp_path: Path, number: signal.Signals) -> None:
+    flags = [*configs(_items(tiny)), "--config=checkpoint.every=1000", f"--run_dir={tmp_path / 'run'}"]
+    process = _start(line("launchers.train", *flags), _at(tmp_path / "run", 3))
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    step = int(re.search(rf"stopped after step (\d+) of {STEPS}, told to by {number.name}", said)[1])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    assert not (tmp_path / "run" / "export").exists()
+    assert run("launchers.train", *flags).returncode == 0
+    assert [found["step"] for found in values(tmp_path / "run")] == list(range(STEPS + 1))
+
+
+def test_torchrun_told_to_stop_has_all_ranks_save_and_go_on_with_the_same_bits(
+    tiny: Tiny, tmp_path: Path, whole: Path
+) -> None:
+    flags = [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"]
+    process = _start(line("launchers.train", *flags, nproc=2), _at(tmp_path / "run", 7))
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert len(re.findall("stopped after step .* told to by SIGTERM", said)) == 1, said
+    assert run("launchers.train", *flags, nproc=2).returncode == 0
+    _same(tmp_path / "run", whole)
+
+
+def test_its_time_over_it_saves_and_ends_well(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"]
+    done = run("launchers.train", *flags, "--max_time_per_run=00:00:00.1", nproc=2)
+    assert done.returncode == 0, done.stderr
+    assert f"stopped after step 1 of {STEPS}, its time is over" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_the_job_goes_on_by_itself_with_the_same_bits(
+    tiny: Tiny, tmp_path: Path, whole: Path, rank: int
+) -> None:
+    flags = [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"]
+    command = line("launchers.train", *flags, nproc=2, torchrun=["--max-restarts=2"])
+    process = _start(command, _at(tmp_path / "run", 12))
+    os.kill(_ranks(process)[rank], signal.SIGKILL)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert sorted(path.name for path in (tmp_path / "run" / "attempts").iterdir()) == ["001", "002"]
+    assert "resumed from" in (tmp_path / "run" / "attempts" / "002" / "log.txt").read_text()
+    _same(tmp_path / "run", whole)
+
+
+def _scripted(code: str, flags: list[str], tmp_path: Path) -> list[str]:
+    """Training under torchrun on two ranks, after `code`, which knows its `rank`."""
+    script = tmp_path / "script.py"
+    run_it = "runpy.run_module('launchers.train', run_name='__main__')"
+    script.write_text(f"import os, runpy, sys, time\nrank = int(os.environ['RANK'])\n{code}\n{run_it}\n")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [sys.executable, *launcher, str(script), *flags]
+
+
+def test_a_rank_that_is_stopped_in_the_middle_is_named_in_time(tiny: Tiny, tmp_path: Path) -> None:
+    timeout = 6.0
+    flags = [*configs(_items(tiny, 100_000)), f"--config=parallel.timeout={timeout}", f"--run_dir={tmp_path / 'run'}"]
+    process = _start(line("launchers.train", *flags, nproc=2), _at(tmp_path / "run", 12))
+    began, stopped = time.monotonic(), _ranks(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    assert process.stderr is not None
+    said = next(text for text in process.stderr if text.startswith("error: "))
+    assert time.monotonic() - began < timeout + 10
+    assert re.match(rf"error: waited {timeout:g} s for rank 1 on \S+, not answering .*last seen .*step \d+", said), said
+    os.kill(stopped, signal.SIGKILL)  # torchrun would wait half a minute before it does
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "error: waited" not in rest, "said once"
+
+
+def test_a_rank_that_sleeps_over_its_data_is_named_with_where_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    code = """
+import data.stream.stream as stream
+made = stream._batch
+def slow(*args):
+    slow.calls = getattr(slow, "calls", 0) + 1
+    if rank == 1 and slow.calls > 8:
+        time.sleep(1000)
+    return made(*args)
+stream._batch = slow
+"""
+    flags = [*configs(_items(tiny)), "--config=parallel.timeout=4", f"--run_dir={tmp_path / 'run'}"]
+    command = _scripted(code, flags, tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False)
+    assert done.returncode != 0
+    said = re.findall("^error: .*", done.stderr, flags=re.MULTILINE)
+    assert len(said) == 1, done.stderr
+    assert re.search(r"waited 4 s for rank 1 on .* reading data of step \d+ \(data/stream/ahead\.py:\d+\)", said[0])
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("sys.argv += ['--config=optimizer.lr=1e-3'] * rank", "config optimizer.lr: 0.0004 on rank 0, 0.001 on rank 1"),
+        ("import launchers.proof as p; p.version = lambda name: f'{name} of rank {rank}'", "the version of "),
+    ],
+)
+def test_ranks_that_are_not_alike_do_not_start(tiny: Tiny, tmp_path: Path, code: str, said: str) -> None:
+    command = _scripted(code, [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"], tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False)
+    assert done.returncode != 0
+    messages = re.findall("^train: error: .*", done.stderr, flags=re.MULTILINE)
+    assert len(messages) == 1, done.stderr
+    assert "rank 1 differs from rank 0 in " + said in messages[0]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_with_the_same_bits(
+    tiny: Tiny, tmp_path: Path, whole: Path
+) -> None:
+    flags = [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"]
+    process = _start(line("launchers.train", *flags, nproc=2), _at(tmp_path / "run", 33))
+    process.terminate()
+    process.communicate(timeout=60)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    part = newest / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:-100])
+    done = run("launchers.train", *flags, nproc=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest.name} is damaged: __0_0.distcp has" in done.stderr
+    _same(tmp_path / "run", whole)
