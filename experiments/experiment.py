@@ -11,16 +11,16 @@ from pathlib import Path
 from data.stream.collate import Collate
 from data.stream.source import Mixture, Shards, epochs
 from data.stream.stream import all_batches, training_steps
-from data.tokenizer import Tokenizer
+from experiments import checks
+from experiments.identity import identities
 from kd_core.errors import UsageError
-from kd_core.losses.objective import CacheFacts, Objective
+from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import parameter_count
 from kd_core.students.starts import Start
 from kd_core.students.weights import save_pretrained
 from kd_core.training.checkpoint import Checkpoint, newest_progress
-from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
@@ -51,13 +51,6 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UsageError(f"evaluation.every: got {self.every}; wanted at least 1.")
-
-
-def cache_facts(shards: Shards) -> CacheFacts:
-    """What the losses must know of what is read of a cache."""
-    found = shards.manifest
-    temperatures, tail_known = (1.0, *found.selection.tail_temperatures), "tail" not in found.unknown
-    return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
 @dataclass(frozen=True)
@@ -93,21 +86,20 @@ class Experiment:
         """Rows of an optimiser step, over all ranks."""
         return self.tokens_per_step // self.collate.row_length
 
+    def training_caches(self) -> dict[str, Shards]:
+        """The caches that are trained on, by their paths in the experiment."""
+        if isinstance(self.shards, Mixture):
+            return {f"shards.caches.{name}": self.shards.caches[name] for name in sorted(self.shards.caches)}
+        return {"shards": self.shards}
+
     def check(self) -> dict[str, str]:
         """Check the parts against each other and the caches; returns what a dry run shows.
 
         Raises:
             UsageError: parts that do not fit.
         """
+        checks.check(self)
         arch = self.student.architecture()
-        tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
-        for shards in (*self.shards.parts, self.evaluation.shards):
-            shards.check(arch.vocab_size, tokenizer)
-        for shards in self.shards.parts:
-            self.loss.check_cache(cache_facts(shards))
-        known = metric_names(self.loss, cache_facts(self.evaluation.shards))
-        if (best := self.checkpoint.best_metric) not in known:
-            raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
         caches = [part.manifest for part in self.shards.parts]
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
@@ -118,6 +110,10 @@ class Experiment:
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
             "the run": f"{self.steps} steps, {rows}",
         }
+
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """Path and sha256 of all that the run reads, for its record."""
+        return identities(self)
 
     def _data(self, world: World) -> Data:
         share = {"rank": world.rank, "ranks": world.size}
@@ -132,7 +128,7 @@ class Experiment:
             micro_batch = self.parallel.micro_batch_rows
             return all_batches(self.evaluation.shards, self.collate, micro_batch=micro_batch, **share)
 
-        return Data(steps_from, validation, cache_facts(self.evaluation.shards))
+        return Data(steps_from, validation, checks.cache_facts(self.evaluation.shards))
 
     def run(self, folder: RunFolder, world: World) -> None:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is."""
@@ -152,6 +148,7 @@ class Experiment:
             log_every=self.logger.every,
             evaluate_every=self.evaluation.every,
         )
+        checks.warn_of_layout(self.rows_per_step, world.size)
         model = self.student.build(world.device, self.seed)
         run(model, self._data(world), recipe, folder, world)
         world.on_first(lambda: save_pretrained(model, folder.export, Path(self.student.folder)))

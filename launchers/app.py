@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -24,7 +24,29 @@ def define_config_flags(kind: str) -> None:
     flags.DEFINE_multi_string("config", [], f"The {name}, then changes to it; applied in order (see above).")
     flags.DEFINE_bool("list", False, f"List every {name} and fiddler with its first docstring line, and exit.")
     flags.DEFINE_bool("print_config", False, "Print every value and who set it, and exit.")
+    flags.DEFINE_bool("diff", False, "Print only what differs from the base (the first --config), and exit.")
+    flags.DEFINE_string("base", None, "For --diff: another base, NAME or run:RUN_DIR.")
     flags.DEFINE_bool("dry_run", False, "Check the parts against each other and the files, and exit.")
+
+
+def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
+    """The config of the flags (and of `more` items); None once the flags' wish to be shown something is fulfilled."""
+    if FLAGS.list:
+        print(catalog.listing(kind))
+        return None
+    from launchers import config_items
+
+    items = [*FLAGS.config, *more]
+    resolved = config_items.resolve(items, kind)
+    if FLAGS.diff:
+        base = FLAGS.base or items[0]
+        lines = config_items.differences(config_items.resolve([base], kind), resolved)
+        print(lines or f"nothing differs from {base}\n", end="")
+        return None
+    if FLAGS.print_config:
+        print(config_items.describe(resolved), end="")
+        return None
+    return resolved
 
 
 def _help(doc: str, kind: str | None) -> str:
