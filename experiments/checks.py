@@ -43,8 +43,8 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
         if longest > row_length:
             raise UsageError(
                 f"collate.row_length: got {row_length}; {where}.path {shards.path} has a record of {longest} "
-                f"positions, and none is cut. Set tag:RowLength={longest} here (tokens_per_step is a multiple of it), or export "
-                f"with --config=tag:RowLength={row_length}."
+                f"positions, and none is cut. Set tag:RowLength={longest} here (tokens_per_step is a multiple of it), "
+                f"or export with --config=tag:RowLength={row_length}."
             )
 
 

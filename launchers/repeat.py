@@ -26,6 +26,13 @@ def _layout(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.get("world", {}).items() if name != "pid"}
 
 
+def _of_code(then: str, now: str) -> Iterator[str]:
+    """The commits; equal names say nothing where changes were not committed."""
+    yield from _pairs("code", {"commit": then}, {"commit": now})
+    if then == now and now.endswith("-dirty"):
+        yield f"code commit: {now} both times, with changes that are not committed and may differ"
+
+
 def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> Iterator[str]:
     """Items given after `run:`; settings that are newer than the record; defaults that are others today."""
     for place in walk(resolved.config):
@@ -46,7 +53,7 @@ def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> It
 def differences(resolved: Resolved, facts: dict[str, Any], then: dict[str, Any], config_text: str) -> list[str]:
     """A line each: code, versions, layout, data, settings and defaults."""
     return [
-        *_pairs("code", {"commit": then.get("commit")}, {"commit": facts["commit"]}),
+        *_of_code(then.get("commit", "not recorded"), facts["commit"]),
         *_pairs("version of", {"python": then.get("python")}, {"python": facts["python"]}),
         *_pairs("version of", then.get("versions", {}), facts["versions"]),
         *_pairs("layout", _layout(then), _layout(facts)),

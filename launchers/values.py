@@ -65,7 +65,10 @@ class Place(typing.NamedTuple):
             return f"default of {fdl.get_callable(self.node).__name__}"
         if not isinstance(self.node, fdl.Buildable):
             return "the experiment"
-        location = self.node.__argument_history__[self.name][-1].location
+        history = self.node.__argument_history__[self.name]
+        if not history:
+            return "a record"
+        location = history[-1].location
         return f"{short_path(location.filename)}:{location.line_number}"
 
 
