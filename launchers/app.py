@@ -107,9 +107,18 @@ def _refuse(prog: str, message: str) -> NoReturn:
 
 
 def start(
-    main: Callable[..., None], module: str, doc: str, kind: str | None = None, arguments: Sequence[str] = ()
+    main: Callable[..., None],
+    module: str,
+    doc: str,
+    kind: str | None = None,
+    *,
+    arguments: Sequence[str] = (),
+    more: bool = False,
 ) -> None:
-    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags."""
+    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags.
+
+    With `more`, the last of them may be repeated.
+    """
     FLAGS.set_gnu_getopt(bool(arguments))
     prog = module.removeprefix("launchers.")
 
@@ -124,7 +133,7 @@ def start(
 
     def run(argv: Sequence[str]) -> None:
         given = argv[1:]
-        if len(given) > len(arguments):
+        if len(given) > len(arguments) and not more:
             _refuse(prog, f"unexpected argument {given[len(arguments)]!r}. Flags begin with --; try --help.")
         if len(given) < len(arguments):
             _refuse(prog, f"no {arguments[len(given)]} given. Try --help.")
