@@ -86,7 +86,8 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
-def _guarded(main: Callable[[], None], prog: str) -> int:
+def guarded(main: Callable[[], None], prog: str) -> int:
+    """The exit status of `main`; a user's mistake is printed, as `prog`'s, by one rank."""
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -141,6 +142,6 @@ def start(
         log.propagate = False  # absl's own handler would say everything twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
-        raise SystemExit(_guarded(lambda: main(*given), prog))
+        raise SystemExit(guarded(lambda: main(*given), prog))
 
     app.run(run, argv=sys.argv, flags_parser=parse)
