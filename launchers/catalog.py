@@ -1,8 +1,8 @@
 """What a command line can name: found by reading the files of `experiments/` as text, so that `--help` imports nothing.
 
-A base function's kind is its return annotation (`fdl.Config[Experiment]`, `fdl.Config[TeacherExport]`); a fiddler
-takes such a config as its first parameter and returns None; a tag is a subclass of `fdl.Tag`. A file that cannot be
-read as Python hides only its own names.
+A base function's kind is its return annotation (`fdl.Config[Experiment]`, `fdl.Config[TeacherExport]`), so is a
+sweep's (`Sweep`); a fiddler takes such a config as its first parameter and returns None; a tag is a subclass of
+`fdl.Tag`. A file that cannot be read as Python hides only its own names.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 from kd_core.errors import UsageError
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-FIDDLER, TAG = "fiddler", "tag"
+FIDDLER, TAG, SWEEP = "fiddler", "tag", "Sweep"
 PREFIXES = {FIDDLER: "fiddler:", TAG: "tag:"}
 WORDS = {"Experiment": ("experiment", "launchers.train"), "TeacherExport": ("export", "launchers.export_teacher")}
 
@@ -37,9 +37,9 @@ class Entry:
         return getattr(importlib.import_module(self.module), self.name)
 
 
-def _config_kind(annotation: ast.expr | None) -> str:
+def _kind(annotation: ast.expr | None) -> str:
     text = ast.unparse(annotation) if annotation else ""
-    return text.removeprefix("fdl.Config[").removesuffix("]") if text.startswith("fdl.Config[") else ""
+    return SWEEP if text == SWEEP else text[11:-1] if text.startswith("fdl.Config[") else ""
 
 
 def _entry(node: ast.stmt, module: str) -> Entry | None:
@@ -50,9 +50,9 @@ def _entry(node: ast.stmt, module: str) -> Entry | None:
         is_tag = "fdl.Tag" in [ast.unparse(base) for base in node.bases]
         return Entry(node.name, module, TAG, summary) if is_tag else None
     names = [each.arg for each in (*node.args.args, *node.args.kwonlyargs)]
-    if (kind := _config_kind(node.returns)) in WORDS:
+    if (kind := _kind(node.returns)) in (*WORDS, SWEEP):
         return Entry(node.name, module, kind, summary, arguments=tuple(names))
-    takes = _config_kind(node.args.args[0].annotation) if node.args.args else ""
+    takes = _kind(node.args.args[0].annotation) if node.args.args else ""
     if takes and node.returns is not None and ast.unparse(node.returns) == "None":
         return Entry(node.name, module, FIDDLER, summary, takes, tuple(names[1:]))
     return None
@@ -128,7 +128,8 @@ def _not_here(entry: Entry) -> str:
 def listing(kind: str) -> str:
     """Names with their first docstring lines, a line each, and files that cannot be read."""
     everything, broken = _read()
-    shown = [entry for entry in everything if entry.kind in (kind, TAG) or entry.takes == kind]
+    shown = [entry for entry in everything if kind in (entry.kind, entry.takes)]
+    shown += [entry for entry in everything if entry.kind == TAG and kind != SWEEP]
     shown.sort(key=lambda entry: (entry.kind == TAG, entry.kind == FIDDLER))
     names = [PREFIXES.get(entry.kind, "") + entry.name for entry in shown]
     width = max(map(len, names), default=0)

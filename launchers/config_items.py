@@ -118,7 +118,8 @@ def _shown(place: Place) -> str:
     return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else repr(place.value)
 
 
-def _apply_fiddler(resolved: Resolved, item: str, kind: str) -> None:
+def _apply_fiddler(resolved: Resolved, item: str) -> None:
+    kind = fdl.get_callable(resolved.config).__name__
     name, arguments = _parse_call(item.removeprefix("fiddler:"), item)
     before = {path: _shown(place) for path, place in _leaves(resolved.config).items()}
     user_code.call(find(name, FIDDLER, kind), arguments, f"--config={item}", resolved.config)
@@ -140,12 +141,13 @@ def _apply_tag(resolved: Resolved, item: str) -> None:
         resolved.set_by[place.path] = f"--config={item}"
 
 
-def _apply(resolved: Resolved, item: str, kind: str) -> None:
+def apply(resolved: Resolved, item: str) -> None:
+    """Apply an item that names no experiment, in place; errors as for `resolve`."""
     _refuse_unknown_prefix(item)
     if not _is_change(item):
         raise UsageError(f"--config={item}: only the first --config names an experiment; wanted path=value.")
     if item.startswith("fiddler:"):
-        _apply_fiddler(resolved, item, kind)
+        _apply_fiddler(resolved, item)
     elif item.startswith("tag:"):
         _apply_tag(resolved, item)
     else:
@@ -162,7 +164,7 @@ def resolve(items: Sequence[str], kind: str) -> Resolved:
         raise UsageError("no --config given. Name an experiment: --config=NAME (--list shows them).")
     resolved = _first(items[0], kind)
     for item in items[1:]:
-        _apply(resolved, item, kind)
+        apply(resolved, item)
     check_values(resolved.config)
     return resolved
 

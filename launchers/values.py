@@ -135,6 +135,17 @@ def _takes(wanted: Any, kind: type) -> bool:
     return wanted is kind or kind in typing.get_args(wanted)
 
 
+def _fitted(value: Any, wanted: Any, said: str, shown: object) -> Any:
+    """The value as the type that is wanted: a list as a tuple, a whole number as a float."""
+    if isinstance(value, list) and typing.get_origin(wanted) is not list:
+        value = tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and _takes(wanted, float) and not _takes(wanted, int):
+        value = float(value)
+    if not is_of_type(value, wanted):
+        raise UsageError(f"{said}: got {shown!r}, wanted {shown_type(wanted)}.")
+    return value
+
+
 def parse_value(text: str, wanted: Any, said: str) -> Any:
     """A value of text, as the annotation wants it: text needs no quotes, a list is a tuple, 3 is 3.0.
 
@@ -146,13 +157,7 @@ def parse_value(text: str, wanted: Any, said: str) -> Any:
     value: Any = text
     with contextlib.suppress(SyntaxError, ValueError):
         value = WORDS[text] if text in WORDS else ast.literal_eval(text)
-    if isinstance(value, list) and typing.get_origin(wanted) is not list:
-        value = tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and _takes(wanted, float) and not _takes(wanted, int):
-        value = float(value)
-    if not is_of_type(value, wanted):
-        raise UsageError(f"{said}: got {text!r}, wanted {shown_type(wanted)}.")
-    return value
+    return _fitted(value, wanted, said, text)
 
 
 def set_path(config: fdl.Config[Any], item: str) -> str:
@@ -164,11 +169,32 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
     path, text = item.split("=", 1)
     said = f"--config={item}"
     place = find(config, path, said)
-    if place.is_part:
-        inner = ", ".join(f"{path}.{name}" for name in children(place.value))
-        raise UsageError(f"{said}: {path} is a part, not a value. Set one of its values: {inner}.")
+    _refuse_part(place, said)
     place.put(parse_value(text, place.wanted, said))
     return path
+
+
+def _refuse_part(place: Place, said: str) -> None:
+    if place.is_part:
+        inner = ", ".join(f"{place.path}.{name}" for name in children(place.value))
+        raise UsageError(f"{said}: {place.path} is a part, not a value. Set one of its values: {inner}.")
+
+
+def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None:
+    """Set what stands at `path` to a Python value, or to a config (which is copied); `said` begins the error.
+
+    Raises:
+        UsageError: as for `set_path`.
+    """
+    place = find(config, path, said)
+    if isinstance(value, fdl.Buildable):
+        made = fdl.get_callable(value).__name__
+        if not is_of_type(value, place.wanted):
+            raise UsageError(f"{said}: got a {made}, wanted {shown_type(place.wanted)}.")
+        place.put(value.__deepcopy__({}))
+        return
+    _refuse_part(place, said)
+    place.put(_fitted(value, place.wanted, said, value))
 
 
 def check_values(config: fdl.Config[Any]) -> None:

@@ -2,14 +2,12 @@
 without a traceback, with the nearest name where there is one.
 """
 
-import importlib
 import sys
 from pathlib import Path
 
 import fiddle as fdl
 import pytest
 
-import experiments
 from launchers import app, catalog, config_items
 from tests.launchers.command import configs, run
 
@@ -104,23 +102,6 @@ def _message(items: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(("items", "wanted"), ON_THE_COMMAND_LINE.values(), ids=ON_THE_COMMAND_LINE)
 def test_a_mistake_on_the_command_line(items: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert wanted in _message(items, capsys)
-
-
-@pytest.fixture
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An `experiments/` folder with a user's files besides our own."""
-    folder = tmp_path / "experiments"
-    folder.mkdir()
-    for path in catalog.FOLDER.glob("*.py"):
-        (folder / path.name).write_text(path.read_text())
-    monkeypatch.setattr(catalog, "FOLDER", folder)
-    for module in ("launchers.user_code", "launchers.values"):
-        monkeypatch.setattr(importlib.import_module(module), "FOLDER", folder)
-    monkeypatch.setattr(experiments, "__path__", [str(folder)])
-    for name in [name for name in sys.modules if name.startswith("experiments.user_")]:
-        monkeypatch.delitem(sys.modules, name)
-    importlib.invalidate_caches()
-    return folder
 
 
 def _write(folder: Path, line: str, name: str = "user_file") -> None:
