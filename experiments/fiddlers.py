@@ -4,7 +4,7 @@ import fiddle as fdl
 
 from experiments.bases import read
 from experiments.experiment import Experiment
-from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.losses.objective import CrossEntropy, Distillation
 from kd_core.training.optimizer import AdamW
 from kd_core.training.schedule import WarmupCosine
 
@@ -24,12 +24,9 @@ def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
 
 def nemo_aligner(config: fdl.Config[Experiment]) -> None:
     """NeMo-Aligner's defaults: `kd_loss: bwd_kl` (forward KL on the renormalised top-k), its AdamW and its schedule."""
-    config.loss = fdl.Config(
-        Objective,
-        terms={
-            "kd": fdl.Config(Distillation, weight=1.0, divergence="forward_kl", tail="renormalized"),
-            "sft": fdl.Config(CrossEntropy, weight=0.0),
-        },
-    )
+    config.loss.terms = {
+        "kd": fdl.Config(Distillation, weight=1.0, divergence="forward_kl", tail="renormalized"),
+        "sft": fdl.Config(CrossEntropy, weight=0.0),
+    }
     config.optimizer = fdl.Config(AdamW, lr=3e-5, betas=(0.9, 0.98), weight_decay=0.01)
     config.schedule = fdl.Config(WarmupCosine, warmup_steps=10, constant_steps=1000, min_ratio=9e-7 / 3e-5)

@@ -14,7 +14,7 @@ from kd_core.students.starts import Random
 
 
 def pretraining() -> fdl.Config[Experiment]:
-    """A random student of 13M parameters: forward KL alone on packed plain text, four epochs, cosine to a tenth."""
+    """A random student of 12M parameters: forward KL alone on packed plain text, four epochs, cosine to a tenth."""
     config = quickstart()
     config.student = fdl.Config(
         Random, folder="quickstart/teacher",
