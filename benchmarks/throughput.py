@@ -56,9 +56,10 @@ def arithmetic(rows: int, length: int) -> float:
 def matmul_rate(positions: int, precision: str) -> float:
     """The machine's best rate in operations a second over some shapes, each the faster of two runs."""
     arch, best = STUDENT, 0.0
-    shapes = [(2048, 2048, 2048), (positions, arch.hidden_size, arch.intermediate_size),
-              (positions, arch.intermediate_size, arch.hidden_size), (positions, arch.hidden_size, arch.vocab_size)]  # fmt: skip
-    for m, k, n in shapes:
+    D, wide = arch.hidden_size, arch.intermediate_size
+    for m, k, n in (
+        (2048, 2048, 2048), (positions, D, wide), (positions, wide, D), (positions, D, arch.vocab_size)
+    ):  # fmt: skip
         left, right = (torch.randn(shape, dtype=PRECISIONS[precision]) for shape in ((m, k), (k, n)))
         out = torch.mm(left, right)
         for _ in range(2):

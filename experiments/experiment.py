@@ -11,18 +11,17 @@ from pathlib import Path
 from data.stream.collate import Collate
 from data.stream.source import Mixture, Shards, epochs
 from data.stream.stream import all_batches, training_steps
-from data.tokenizer import Tokenizer
+from experiments import checks
+from experiments.identity import identities
 from kd_core.errors import UsageError
-from kd_core.losses.objective import CacheFacts, Objective
-from kd_core.parallel.layout import Shape, check_shape
+from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import held, spread
+from kd_core.parallel.sharding import spread
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
 from kd_core.training.checkpoint import Checkpoint, is_complete
-from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
@@ -54,13 +53,6 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UsageError(f"evaluation.every: got {self.every}; wanted at least 1.")
-
-
-def cache_facts(shards: Shards) -> CacheFacts:
-    """What the losses must know of what is read of a cache."""
-    found = shards.manifest
-    temperatures, tail_known = (1.0, *found.selection.tail_temperatures), "tail" not in found.unknown
-    return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
 def _millions(model: Decoder, *, trained: bool = False) -> str:
@@ -101,23 +93,21 @@ class Experiment:
         """Rows of an optimiser step, over all ranks."""
         return self.tokens_per_step // self.collate.row_length
 
+    def training_caches(self) -> dict[str, Shards]:
+        """The caches that are trained on, by their paths in the experiment."""
+        if isinstance(self.shards, Mixture):
+            return {f"shards.caches.{name}": self.shards.caches[name] for name in sorted(self.shards.caches)}
+        return {"shards": self.shards}
+
     def check(self, ranks: int = 1) -> dict[str, str]:
         """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
 
         Raises:
             UsageError: parts that do not fit.
         """
+        checks.check(self)
         student = self.student.decoder()  # without memory
-        placed = self._check_layout(student, ranks)
         arch = student.arch
-        tokenizer = Tokenizer(Path(self.student.folder)).fingerprint()
-        for shards in (*self.shards.parts, self.evaluation.shards):
-            shards.check(arch.vocab_size, tokenizer)
-        for shards in self.shards.parts:
-            self.loss.check_cache(cache_facts(shards))
-        known = metric_names(self.loss, cache_facts(self.evaluation.shards))
-        if (best := self.checkpoint.best_metric) not in known:
-            raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
         caches = [part.manifest for part in self.shards.parts]
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
@@ -127,27 +117,12 @@ class Experiment:
             "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
             "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
-            **placed,
+            **checks.check_layout(self, student, ranks),
         }
 
-    def _check_layout(self, student: Decoder, ranks: int) -> dict[str, str]:
-        parallel, arch = self.parallel, student.arch
-        layout = parallel.layout(ranks)
-        T = self.collate.row_length if self.collate.padding == "row_length" else self.collate.multiple
-        shape = Shape(
-            arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size, arch.vocab_rows,
-            -(-T // self.collate.multiple) * self.collate.multiple,
-        )  # fmt: skip
-        check_shape(parallel.tensor_parallel, parallel.sequence_parallel, shape)
-        holds = held(student, layout, parallel.sequence_parallel)
-        own = -(-self.rows_per_step // layout.data)
-        passes = -(-own // parallel.micro_batch_rows)
-        return {
-            "layout": f"{ranks} ranks: {layout}",
-            "a rank": f"at most {own} rows a step in {passes} passes of {parallel.micro_batch_rows}; holds "
-            f"{holds.parameters / 1e6:.2f}M parameters ({4 * holds.parameters / 1e9:.3f} GB in float32) and "
-            f"{holds.optimizer_bytes / 1e9:.3f} GB of moments",
-        }
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """Path and sha256 of all that the run reads, for its record."""
+        return identities(self)
 
     def _data(self, world: World) -> Data:
         share = {"rank": world.dp_rank, "ranks": world.dp_size}
@@ -162,7 +137,7 @@ class Experiment:
             micro_batch = self.parallel.micro_batch_rows
             return all_batches(self.evaluation.shards, self.collate, micro_batch=micro_batch, **share)
 
-        return Data(steps_from, validation, cache_facts(self.evaluation.shards))
+        return Data(steps_from, validation, checks.cache_facts(self.evaluation.shards))
 
     def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
@@ -185,6 +160,7 @@ class Experiment:
             evaluate_every=self.evaluation.every,
         )
         world = world.laid_out(self.parallel.layout(world.size))
+        checks.warn_of_layout(self.rows_per_step, world.dp_size)
         model = spread(self.student.decoder(), self.parallel, world)
         self.student.fill(model, self.seed)
         if not run(model, self._data(world), recipe, folder, world, stopping=stopping):

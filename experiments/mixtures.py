@@ -7,7 +7,8 @@ Seen:     not run yet.
 
 import fiddle as fdl
 
-from data.stream.source import Mixture, Shards
+from data.stream.source import Mixture
+from experiments.bases import read
 from experiments.experiment import Experiment
 from experiments.quickstart import quickstart
 
@@ -17,6 +18,6 @@ def cache_mix(
 ) -> fdl.Config[Experiment]:
     """The quick start on two caches: of the scored positions, `share` from the first, the others from the second."""
     config = quickstart()
-    caches = {name: fdl.Config(Shards, path=path) for name, path in (("first", first), ("second", second))}
+    caches = {name: read(path) for name, path in (("first", first), ("second", second))}
     config.shards = fdl.Config(Mixture, caches=caches, weights={"first": share, "second": 1 - share})
     return config

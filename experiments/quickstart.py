@@ -15,15 +15,9 @@ import fiddle as fdl
 from data.cache.selection import Selection
 from data.export.corpus import Corpus
 from data.export.plan import TeacherExport
-from data.stream.collate import Collate
-from data.stream.source import Shards
-from experiments.experiment import Evaluation, Experiment, Logger
-from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.parallel.plan import Parallel
-from kd_core.students.starts import Pretrained
-from kd_core.training.checkpoint import Checkpoint
-from kd_core.training.optimizer import AdamW
-from kd_core.training.schedule import WarmupCosine
+from experiments.bases import distill
+from experiments.experiment import Experiment
+from experiments.tags import RowLength, TopK
 
 # The layers of SmolLM2-135M that matter most on this corpus: dropping the other 15 costs least.
 KEEP_LAYERS = (0, 1, 8, 9, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)
@@ -31,30 +25,19 @@ KEEP_LAYERS = (0, 1, 8, 9, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)
 
 def quickstart() -> fdl.Config[Experiment]:
     """SmolLM2-135M-Instruct into an 81M student: 0.9 forward KL with the tail bucket + 0.1 cross-entropy."""
-    return fdl.Config(
-        Experiment,
-        student=fdl.Config(Pretrained, folder="quickstart/teacher", keep_layers=KEEP_LAYERS),
-        shards=fdl.Config(Shards, path="quickstart/cache/train"),
-        collate=fdl.Config(Collate, row_length=512),
-        loss=fdl.Config(
-            Objective,
-            terms={"kd": fdl.Config(Distillation, weight=0.9), "sft": fdl.Config(CrossEntropy, weight=0.1)},
-        ),
-        optimizer=fdl.Config(AdamW, lr=4e-4),
-        schedule=fdl.Config(WarmupCosine, warmup_steps=5),
-        parallel=fdl.Config(Parallel, precision="bfloat16"),
-        checkpoint=fdl.Config(Checkpoint, every=20),
-        logger=fdl.Config(Logger),
-        evaluation=fdl.Config(Evaluation, shards=fdl.Config(Shards, path="quickstart/cache/validation"), every=20),
-        steps=60,
-        seed=0,
-        tokens_per_step=1024,
-    )
+    config = distill(model="quickstart/teacher", cache="quickstart/cache")
+    config.student.keep_layers = KEEP_LAYERS
+    config.optimizer.lr = 4e-4
+    config.schedule.warmup_steps = 5
+    config.checkpoint.every = config.evaluation.every = 20
+    config.steps = 60
+    config.tokens_per_step = 1024
+    return config
 
 
 def quickstart_export() -> fdl.Config[TeacherExport]:
     """61k training and 8k held-out tokens of the State of the Union addresses, top 64 of SmolLM2-135M-Instruct."""
-    return fdl.Config(
+    config = fdl.Config(
         TeacherExport,
         corpus=fdl.Config(Corpus, path="quickstart/corpus"),
         teacher="quickstart/teacher",
@@ -63,3 +46,6 @@ def quickstart_export() -> fdl.Config[TeacherExport]:
         validation_tokens=8_192,
         shard_bytes=900_000,
     )
+    fdl.add_tag(config, "row_length", RowLength)
+    fdl.add_tag(config.selection, "top_k", TopK)
+    return config

@@ -40,9 +40,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(value: Any) -> str:
+    """Sorted, indented JSON, so that equal values give equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of sorted, indented JSON, so that equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """`write_text` of `json_text`."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

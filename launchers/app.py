@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -24,7 +24,29 @@ def define_config_flags(kind: str) -> None:
     flags.DEFINE_multi_string("config", [], f"The {name}, then changes to it; applied in order (see above).")
     flags.DEFINE_bool("list", False, f"List every {name} and fiddler with its first docstring line, and exit.")
     flags.DEFINE_bool("print_config", False, "Print every value and who set it, and exit.")
+    flags.DEFINE_bool("diff", False, "Print only what differs from the base (the first --config), and exit.")
+    flags.DEFINE_string("base", None, "For --diff: another base, NAME or run:RUN_DIR.")
     flags.DEFINE_bool("dry_run", False, "Check the parts against each other and the files, and exit.")
+
+
+def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
+    """The config of the flags (and of `more` items); None once the flags' wish to be shown something is fulfilled."""
+    if FLAGS.list:
+        print(catalog.listing(kind))
+        return None
+    from launchers import config_items
+
+    items = [*FLAGS.config, *more]
+    resolved = config_items.resolve(items, kind)
+    if FLAGS.diff:
+        base = FLAGS.base or items[0]
+        lines = config_items.differences(config_items.resolve([base], kind), resolved)
+        print(lines or f"nothing differs from {base}\n", end="")
+        return None
+    if FLAGS.print_config:
+        print(config_items.describe(resolved), end="")
+        return None
+    return resolved
 
 
 def _help(doc: str, kind: str | None) -> str:
@@ -64,7 +86,8 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
-def _guarded(main: Callable[[], None], prog: str) -> int:
+def guarded(main: Callable[[], None], prog: str) -> int:
+    """The exit status of `main`; a user's mistake is printed, as `prog`'s, by one rank."""
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -85,9 +108,18 @@ def _refuse(prog: str, message: str) -> NoReturn:
 
 
 def start(
-    main: Callable[..., None], module: str, doc: str, kind: str | None = None, arguments: Sequence[str] = ()
+    main: Callable[..., None],
+    module: str,
+    doc: str,
+    kind: str | None = None,
+    *,
+    arguments: Sequence[str] = (),
+    more: bool = False,
 ) -> None:
-    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags."""
+    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags.
+
+    With `more`, the last of them may be repeated.
+    """
     FLAGS.set_gnu_getopt(bool(arguments))
     prog = module.removeprefix("launchers.")
 
@@ -102,7 +134,7 @@ def start(
 
     def run(argv: Sequence[str]) -> None:
         given = argv[1:]
-        if len(given) > len(arguments):
+        if len(given) > len(arguments) and not more:
             _refuse(prog, f"unexpected argument {given[len(arguments)]!r}. Flags begin with --; try --help.")
         if len(given) < len(arguments):
             _refuse(prog, f"no {arguments[len(given)]} given. Try --help.")
@@ -110,6 +142,6 @@ def start(
         log.propagate = False  # absl's own handler would say everything twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
-        raise SystemExit(_guarded(lambda: main(*given), prog))
+        raise SystemExit(guarded(lambda: main(*given), prog))
 
     app.run(run, argv=sys.argv, flags_parser=parse)

@@ -3,15 +3,15 @@
     NAME  NAME(arg=v)            a base function of experiments/ (first item)
     config_file:F  run:RUN_DIR   a frozen record (first item)
     fiddler:NAME(arg=v)          a function that changes the config
+    tag:NAME=value               all values that carry the tag, since they must agree
     path=value                   one value; text needs no quotes
 
-Fiddle's long forms `config:NAME` and `set:path=value` mean the same. Paths and types are checked before anything
-is built.
+Fiddle's long forms `config:NAME` and `set:path=value` mean the same. Names, paths and types are checked before
+anything is built.
 """
 
 import ast
-import contextlib
-import typing
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,22 +19,25 @@ from typing import Any
 
 import fiddle as fdl
 from fiddle.experimental import serialization
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from kd_core.errors import UsageError
-from launchers.catalog import FIDDLER, did_you_mean, find
+from launchers import user_code
+from launchers.catalog import FIDDLER, TAG, find, nearest
+from launchers.values import Place, check_values, parse_value, set_path, walk
 
 OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
-WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+BASE_PREFIXES = ("config:", "run:", "config_file:")
+CHANGE_PREFIXES = ("set:", "fiddler:", "tag:")
 
 
 @dataclass
 class Resolved:
-    """A config, the name it began with, and which flag set which path."""
+    """A config, the name of its run, which flag set which path, and the run that it repeats."""
 
     config: fdl.Config[Any]
     name: str
     set_by: dict[str, str] = field(default_factory=dict)
+    repeats: Path | None = None
 
 
 class _OurPackagesOnly(serialization.DefaultPyrefPolicy):
@@ -59,15 +62,6 @@ def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
     raise UsageError(f"--config={item}: cannot be read. Wanted NAME, NAME(arg=value) or path=value.")
 
 
-def _call(kind: str, text: str, item: str, *args: Any) -> Any:
-    name, arguments = _parse_call(text, item)
-    function = find(name, kind).function()
-    try:
-        return function(*args, **arguments)
-    except TypeError as error:
-        raise UsageError(f"--config={item}: {error}.") from None
-
-
 def load_record(path: Path) -> fdl.Config[Any]:
     """A frozen config.
 
@@ -84,91 +78,84 @@ def load_record(path: Path) -> fdl.Config[Any]:
         raise UsageError(f"{path}: not a record of this version's experiments ({error}).") from None
 
 
-def _children(node: Any) -> dict[str, Any]:
-    if isinstance(node, fdl.Buildable):
-        arguments = fdl.ordered_arguments(node, include_defaults=True, include_unset=True)
-        return {str(name): value for name, value in arguments.items()}
-    if isinstance(node, dict):
-        return {str(key): value for key, value in node.items()}
-    return {}
+def _from_record(item: str, kind: str) -> Resolved:
+    prefix, target = item.split(":", 1)
+    folder = Path(target) if prefix == "run" else None
+    config = load_record(folder / "config.json" if folder else Path(target))
+    found = fdl.get_callable(config).__name__
+    if found != kind:
+        raise UsageError(f"--config={item}: holds a {found}, wanted a {kind}.")
+    name = f"{Path(target).resolve().name}_again" if folder else Path(target).stem
+    return Resolved(config, name, {place.path: f"--config={item}" for place in walk(config)}, folder)
 
 
-def _wanted_type(node: Any, name: str) -> Any:
-    if isinstance(node, fdl.Buildable):
-        return typing.get_type_hints(fdl.get_callable(node)).get(name, Any)
-    return Any
+def _is_change(item: str) -> bool:
+    return item.startswith(CHANGE_PREFIXES) or "=" in item.split("(", maxsplit=1)[0]
 
 
-def _is_of_type(value: Any, wanted: Any) -> bool:
-    """Every item of a collection is looked at; a bool is no number."""
-    try:
-        check_type(value, wanted, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except TypeCheckError:
-        return False
-    return not (isinstance(value, bool) and wanted in (int, float))
-
-
-def _parse_value(text: str, wanted: Any, item: str) -> Any:
-    if wanted is str:
-        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-    value: Any = text
-    with contextlib.suppress(SyntaxError, ValueError):
-        value = WORDS[text] if text in WORDS else ast.literal_eval(text)
-    if isinstance(value, list) and typing.get_origin(wanted) is not list:
-        value = tuple(value)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not _is_of_type(value, wanted):
-        shown = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
-        raise UsageError(f"--config={item}: got {text!r}, wanted {shown}.")
-    return value
-
-
-def set_path(config: fdl.Config[Any], item: str) -> str:
-    """Apply `path=value`; returns the path.
-
-    Raises:
-        UsageError: no such path, a path to a part and not to a value, or a value of another type.
-    """
-    path, text = item.split("=", 1)
-    node: Any = config
-    *parents, last = path.split(".")
-    for depth, name in enumerate([*parents, last]):
-        children = _children(node)
-        if name not in children:
-            where = ".".join(path.split(".")[:depth]) or "the experiment"
-            raise UsageError(f"--config={item}: {where} has no {name!r}. {did_you_mean(name, children)}")
-        if depth < len(parents):
-            node = children[name]
-    current = _children(node)[last]
-    if isinstance(current, (fdl.Buildable, dict)):
-        inner = ", ".join(f"{path}.{name}" for name in _children(current))
-        raise UsageError(f"--config={item}: {path} is a part, not a value. Set one of its values: {inner}.")
-    value = _parse_value(text, _wanted_type(node, last), item)
-    if isinstance(node, dict):
-        node[last] = value
-    else:
-        setattr(node, last, value)
-    return path
+def _refuse_unknown_prefix(item: str) -> None:
+    prefix = re.match(r"\w+:", item)
+    if prefix and prefix[0] not in (known := (*BASE_PREFIXES, *CHANGE_PREFIXES)):
+        others = nearest(prefix[0], known) or f"Known: {', '.join(known)}."
+        raise UsageError(f"--config={item}: unknown form {prefix[0]!r}. {others}")
 
 
 def _first(item: str, kind: str) -> Resolved:
+    _refuse_unknown_prefix(item)
     if item.startswith(("run:", "config_file:")):
-        prefix, target = item.split(":", 1)
-        path = Path(target) / "config.json" if prefix == "run" else Path(target)
-        config = load_record(path)
-        found = fdl.get_callable(config).__name__
-        if found != kind:
-            raise UsageError(f"--config={item}: holds a {found}, wanted a {kind}.")
-        return Resolved(config, Path(target).name)
-    text = item.removeprefix("config:")
-    if "=" in text.split("(")[0] or text.startswith(("fiddler:", "set:")):
+        return _from_record(item, kind)
+    if _is_change(item):
         raise UsageError(f"--config={item}: the first --config must name an experiment (--list shows them).")
-    return Resolved(_call(kind, text, item), _parse_call(text, item)[0])
+    name, arguments = _parse_call(item.removeprefix("config:"), item)
+    return Resolved(user_code.call(find(name, kind), arguments, f"--config={item}"), name)
+
+
+def _leaves(config: fdl.Config[Any]) -> dict[str, Place]:
+    return {place.path: place for place in walk(config)}
+
+
+def _shown(place: Place) -> str:
+    return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else repr(place.value)
+
+
+def _apply_fiddler(resolved: Resolved, item: str) -> None:
+    kind = fdl.get_callable(resolved.config).__name__
+    name, arguments = _parse_call(item.removeprefix("fiddler:"), item)
+    before = {path: _shown(place) for path, place in _leaves(resolved.config).items()}
+    user_code.call(find(name, FIDDLER, kind), arguments, f"--config={item}", resolved.config)
+    for path, place in _leaves(resolved.config).items():
+        if before.get(path) != _shown(place):
+            resolved.set_by[path] = f"{place.set_at()}, --config={item}"
+
+
+def _apply_tag(resolved: Resolved, item: str) -> None:
+    name, equals, text = item.removeprefix("tag:").partition("=")
+    if not equals:
+        raise UsageError(f"--config={item}: no value. Wanted tag:{name}=value.")
+    tag = user_code.load(find(name, TAG), f"--config={item}")
+    places = [place for place in walk(resolved.config) if tag in place.tags]
+    if not places:
+        raise UsageError(f"--config={item}: no value of this experiment carries the tag. --print_config shows tags.")
+    for place in places:
+        place.put(parse_value(text, place.wanted, f"--config={item}: {place.path}"))
+        resolved.set_by[place.path] = f"--config={item}"
+
+
+def apply(resolved: Resolved, item: str) -> None:
+    """Apply an item that names no experiment, in place; errors as for `resolve`."""
+    _refuse_unknown_prefix(item)
+    if not _is_change(item):
+        raise UsageError(f"--config={item}: only the first --config names an experiment; wanted path=value.")
+    if item.startswith("fiddler:"):
+        _apply_fiddler(resolved, item)
+    elif item.startswith("tag:"):
+        _apply_tag(resolved, item)
+    else:
+        resolved.set_by[set_path(resolved.config, item.removeprefix("set:"))] = f"--config={item}"
 
 
 def resolve(items: Sequence[str], kind: str) -> Resolved:
-    """One config out of all items.
+    """One config out of all items, every value of the annotated type.
 
     Raises:
         UsageError: any mistake in them, with the item and what would be right.
@@ -177,58 +164,46 @@ def resolve(items: Sequence[str], kind: str) -> Resolved:
         raise UsageError("no --config given. Name an experiment: --config=NAME (--list shows them).")
     resolved = _first(items[0], kind)
     for item in items[1:]:
-        text = item.removeprefix("set:")
-        if item.startswith("fiddler:"):
-            _call(FIDDLER, item.removeprefix("fiddler:"), item, resolved.config)
-        elif "=" in text.split("(")[0]:
-            resolved.set_by[set_path(resolved.config, text)] = f"--config={item}"
-        else:
-            raise UsageError(f"--config={item}: only the first --config names an experiment; wanted path=value.")
+        apply(resolved, item)
+    check_values(resolved.config)
     return resolved
 
 
 def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
     """A copy in which every default is an explicit value, so that a change of defaults cannot change the record."""
     config = config.__deepcopy__({})
-
-    def expand(node: Any) -> None:
-        if isinstance(node, fdl.Buildable):
-            for name, value in fdl.ordered_arguments(node, include_defaults=True).items():
-                setattr(node, str(name), value)
-        for child in _children(node).values():
-            expand(child)
-
-    expand(config)
+    for place in list(walk(config)):
+        if isinstance(place.node, fdl.Buildable):
+            place.put(place.value)
     return config
 
 
-def _who(node: Any, name: str, path: str, set_by: dict[str, str]) -> str:
-    if path in set_by:
-        return set_by[path]
-    if isinstance(node, fdl.Buildable):
-        if name not in node.__arguments__:
-            return f"default of {fdl.get_callable(node).__name__}"
-        location = node.__argument_history__[name][-1].location
-        return f"{Path(location.filename).name}:{location.line_number}"
-    return "the experiment"
+def _who(place: Place, set_by: dict[str, str]) -> str:
+    tags = "".join(f", tag:{tag.name.rsplit('.', 1)[-1]}" for tag in place.tags)
+    return set_by.get(place.path, place.set_at()) + tags
 
 
 def describe(resolved: Resolved) -> str:
     """One line a leaf: path = value, and who set it."""
-    lines: list[str] = []
-
-    def visit(node: Any, prefix: str) -> None:
-        for name, value in _children(node).items():
-            path = f"{prefix}.{name}" if prefix else name
-            if isinstance(value, (fdl.Buildable, dict)):
-                if isinstance(value, fdl.Buildable):
-                    lines.append(f"{path} = {fdl.get_callable(value).__name__}  # {_who(node, name, path, {})}")
-                visit(value, path)
-            else:
-                lines.append(f"{path} = {value!r}  # {_who(node, name, path, resolved.set_by)}")
-
-    visit(resolved.config, "")
+    lines = [
+        f"{place.path} = {_shown(place)}  # {_who(place, resolved.set_by)}"
+        for place in walk(resolved.config)
+        if not isinstance(place.value, dict)
+    ]
     return "\n".join(lines) + "\n"
+
+
+def differences(base: Resolved, changed: Resolved) -> str:
+    """One line a leaf that is not the same in both: path = value, what it was, and who set it."""
+    was = {path: _shown(place) for path, place in _leaves(base.config).items()}
+    now = _leaves(changed.config)
+    lines = [
+        f"{path} = {_shown(place)}  (was {was.get(path, 'absent')})  # {_who(place, changed.set_by)}"
+        for path, place in now.items()
+        if not isinstance(place.value, dict) and was.get(path) != _shown(place)
+    ]
+    lines += [f"{path} is absent  (was {value})" for path, value in was.items() if path not in now]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def record(config: fdl.Config[Any]) -> str:

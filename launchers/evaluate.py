@@ -57,7 +57,7 @@ def measure_model(
     from data.stream.source import Shards
     from data.stream.stream import all_batches
     from data.tokenizer import Tokenizer
-    from experiments.experiment import cache_facts
+    from experiments.checks import cache_facts
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.plan import Parallel
     from kd_core.training.evaluation import evaluate

@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from launchers import app, catalog
+from launchers import app
 
 KIND = "TeacherExport"
 app.define_config_flags(KIND)
@@ -72,22 +72,17 @@ def _export(export: Any, out: Path) -> None:
 
 def main() -> None:
     """Resolve the flags, then list, print, check or export."""
-    if app.FLAGS.list:
-        print(catalog.listing(KIND))
+    sizes = [] if SHARD_BYTES.value is None else [f"shard_bytes={SHARD_BYTES.value}"]
+    resolved = app.resolve_flags(KIND, sizes)
+    if resolved is None:
         return
     from kd_core.errors import UsageError
-    from launchers import config_items
 
-    sizes = [] if SHARD_BYTES.value is None else [f"shard_bytes={SHARD_BYTES.value}"]
-    resolved = config_items.resolve([*app.FLAGS.config, *sizes], KIND)
-    if app.FLAGS.print_config:
-        print(config_items.describe(resolved), end="")
-        return
     if OUT.value is None:
         raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
     import fiddle as fdl
 
-    export = fdl.build(resolved.config)
+    export: Any = fdl.build(resolved.config)
     if app.FLAGS.dry_run:
         from data.export.plan import make_plans
 

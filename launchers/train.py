@@ -4,7 +4,8 @@
     python -m launchers.train --config=quickstart --config=optimizer.lr=6e-4 --run_dir=runs/faster
     python -m launchers.train --config=quickstart --config=loss.terms.kd.tail=renormalized --dry_run
     python -m launchers.train --config=quickstart --config=parallel.tensor_parallel=3 --dry_run --world=24
-    python -m launchers.train --config=run:runs/quickstart --print_config
+    python -m launchers.train --config=quickstart --config=fiddler:nemo_aligner --diff
+    python -m launchers.train --config=run:runs/quickstart --run_dir=runs/again
 
 Run the same line again and it resumes: from the newest whole checkpoint of the run folder, or, once finished, it says
 so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGTERM, SIGUSR1, Ctrl-C and the end of
@@ -12,9 +13,12 @@ so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGT
 
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
-    run:DIR, config_file:F the frozen record of a run (the first item)
+    run:DIR, config_file:F the frozen record of a run (the first item); run: first says what differs since
     path=value             one value, e.g. steps=60, loss.terms.kd.weight=1.0, student.folder=my/model
-    fiddler:NAME(arg=v)    a function of experiments/ that changes the config
+    tag:NAME=value         all values that must agree, e.g. tag:RowLength=1024
+    fiddler:NAME(arg=v)    a function of experiments/ that changes the config, e.g. 'fiddler:cache(folder="my/cache")'
+
+Your own experiment is a function in a file of your own under experiments/; it needs no registration.
 """
 
 from contextlib import ExitStack
@@ -23,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from launchers import app, catalog
+from launchers import app
 
 KIND = "Experiment"
 app.define_config_flags(KIND)
@@ -36,15 +40,16 @@ MAX_TIME = flags.DEFINE_string(
 )
 
 
-def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
+def _train(experiment: Any, folder: Path, resolved: Any) -> None:
     from kd_core.files import owned
     from kd_core.parallel.agreement import prove_same, together
     from kd_core.parallel.mesh import joined_world
-    from kd_core.training.run_folder import RunFolder
+    from kd_core.parallel.plan import LAYOUT_SETTINGS
+    from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stopping import Stopping, seconds_of
-    from launchers import proof
+    from launchers import config_items, proof, repeat
 
-    run_folder = RunFolder(folder)
+    run_folder, text = RunFolder(folder), config_items.describe(resolved)
     max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
     patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
     with Stopping(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
@@ -54,12 +59,17 @@ def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
             return experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
 
         def claim() -> None:
-            run_folder.claim(record, text)
-            run_folder.begin_attempt(world)
-            for name, value in facts.items():
-                app.log.info("%s: %s", name, value)
+            facts = attempt_facts(world, experiment.inputs())
+            said = repeat.report(resolved, facts) if resolved.repeats else ""  # of the attempts before this one
+            may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
+            changed = run_folder.claim(config_items.record(resolved.config), text, may_change)
+            run_folder.begin_attempt({**facts, "changed": changed})
+            for name, how in changed.items():
+                app.log.info("resumed with another layout: %s is %s", name, how)
+            for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
+                app.log.info("%s", line)
 
-        facts = world.on_first(check)
+        shown = world.on_first(check)
         prove_same(world, together(world, lambda: proof.facts(text, experiment))[world.rank])
         world.on_first(claim)
         if experiment.run(run_folder, world, stopping):
@@ -68,19 +78,12 @@ def _train(experiment: Any, folder: Path, record: str, text: str) -> None:
 
 def main() -> None:
     """Resolve the flags, then list, print, check or train."""
-    if app.FLAGS.list:
-        print(catalog.listing(KIND))
-        return
-    from launchers import config_items
-
-    resolved = config_items.resolve(app.FLAGS.config, KIND)
-    text = config_items.describe(resolved)
-    if app.FLAGS.print_config:
-        print(text, end="")
+    resolved = app.resolve_flags(KIND)
+    if resolved is None:
         return
     import fiddle as fdl
 
-    experiment = fdl.build(resolved.config)
+    experiment: Any = fdl.build(resolved.config)
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     if app.FLAGS.dry_run:
         where = {"checkpoints": str(folder / "checkpoints")}
@@ -89,7 +92,7 @@ def main() -> None:
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(_train)(experiment, folder, config_items.record(resolved.config), text)
+    record(_train)(experiment, folder, resolved)
 
 
 if __name__ == "__main__":

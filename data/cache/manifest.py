@@ -13,7 +13,7 @@ from data.cache.selection import Selection
 from data.cache.strict import digest, fields, integer, items, number, shown, text
 from data.cache.tar import END
 from kd_core.errors import UsageError
-from kd_core.files import read_json, write_json
+from kd_core.files import json_text, read_json, write_text
 
 FORMAT = "kd-workspace teacher cache"
 VERSION = 2
@@ -101,9 +101,13 @@ class Manifest:
             f"codec's KL {self.audit.kl_mean:.1e}"
         )
 
+    def as_json(self) -> str:
+        """The text of `manifest.json`; its sha256 is the cache's identity, for it holds those of all its files."""
+        return json_text({"format": FORMAT, "version": VERSION, **asdict(self)})
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        write_json(folder / "manifest.json", {"format": FORMAT, "version": VERSION, **asdict(self)})
+        write_text(folder / "manifest.json", self.as_json())
 
 
 def _shard(value: Any) -> Shard:

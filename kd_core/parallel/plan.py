@@ -8,6 +8,10 @@ from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, lay_out
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a run may have otherwise when it is resumed: it trains the same student.
+LAYOUT_SETTINGS = (
+    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
+)  # fmt: skip
 SHARDINGS = ("none", "gradients", "full")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import write_json, write_text
@@ -18,12 +19,26 @@ log = logging.getLogger("kd")
 PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
 
 
-def _first_differences(old: str, new: str, most: int = 3) -> str:
-    lines = ([line.split("  # ")[0] for line in text.splitlines()] for text in (old, new))
-    was, wants = (dict(line.split(" = ", 1) for line in some) for some in lines)
+def read_settings(config_text: str) -> dict[str, tuple[str, str]]:
+    """Of a `config.txt`, by path: the value, and who set it."""
+    settings: dict[str, tuple[str, str]] = {}
+    for line in config_text.splitlines():
+        path, _, rest = line.partition(" = ")
+        value, _, who = rest.rpartition("  # ")
+        settings[path] = (value, who)
+    return settings
+
+
+def _differences(old: str, new: str) -> dict[str, str]:
+    """By path, what two `config.txt` say differently."""
+    was, wants = ({path: value for path, (value, _) in read_settings(text).items()} for text in (old, new))
     names = [name for name in sorted({*was, *wants}) if was.get(name) != wants.get(name)]
-    shown = [f"{name} is {was.get(name, 'absent')} there, {wants.get(name, 'absent')} now" for name in names[:most]]
-    return "; ".join(shown) + (f"; and {len(names) - most} more" if len(names) > most else "")
+    return {name: f"{was.get(name, 'absent')} there, {wants.get(name, 'absent')} now" for name in names}
+
+
+def _listed(differences: dict[str, str], most: int = 3) -> str:
+    shown = [f"{name} is {how}" for name, how in list(differences.items())[:most]]
+    return "; ".join(shown) + (f"; and {len(differences) - most} more" if len(differences) > most else "")
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,10 @@ class RunFolder:
         """The frozen configuration of the run, as `claim` wrote it."""
         return (self.path / "config.json").read_text()
 
-    def claim(self, config_json: str, config_text: str) -> None:
+    def claim(self, config_json: str, config_text: str, may_change: frozenset[str] = frozenset()) -> dict[str, str]:
         """Write the record of the experiment, or check that the folder is of the same one.
+
+        `may_change` are paths of settings that a resumed run may have otherwise; returns those that it has.
 
         Raises:
             UsageError: the folder belongs to another experiment.
@@ -56,31 +73,44 @@ class RunFolder:
         if not record.exists():
             write_text(text, config_text)
             write_text(record, config_json)
-        elif record.read_text() != config_json:
-            differences = _first_differences(text.read_text(), config_text) or "its config.json differs"
+            return {}
+        if record.read_text() == config_json:
+            return {}
+        differences = _differences(text.read_text(), config_text)
+        if not differences or not may_change.issuperset(differences):
+            others = {name: how for name, how in differences.items() if name not in may_change}
             raise UsageError(
-                f"{self.path}: holds a run of another experiment ({differences}). "
+                f"{self.path}: holds a run of another experiment ({_listed(others) or 'its config.json differs'}). "
                 "Name another --run_dir, or the same settings to resume."
             )
+        return differences
 
-    def begin_attempt(self, world: World) -> Path:
-        """Make `attempts/NNN` with command, versions, commit and layout; the log goes there too."""
-        done = sorted((self.path / "attempts").glob("[0-9]*"))
-        folder = self.path / "attempts" / f"{len(done) + 1:03d}"
+    def attempts(self) -> list[Path]:
+        """The folders of all starts, in order."""
+        return sorted((self.path / "attempts").glob("[0-9]*"))
+
+    def begin_attempt(self, facts: dict[str, Any]) -> Path:
+        """Make `attempts/NNN` with the facts; the log goes there too."""
+        folder = self.path / "attempts" / f"{len(self.attempts()) + 1:03d}"
         folder.mkdir(parents=True)
-        facts = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in PACKAGES},
-            "commit": _commit(),
-            "world": {"size": world.size, "device": world.device.type, "pid": os.getpid()},
-        }
         write_json(folder / "attempt.json", facts)
         handler = logging.FileHandler(folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         return folder
+
+
+def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Of this start: command, versions, commit, layout, and path and sha256 of what it reads."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "world": {"size": world.size, "device": world.device.type, "pid": os.getpid()},
+        "inputs": inputs,
+    }
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""Every experiment, export and fiddler of experiments/ builds, and its values are those of its golden text.
+"""Every experiment, export, fiddler and tag of experiments/ builds, and its values are those of its golden text.
 
 After a wanted change: `make golden`, and read the diff.
 """
@@ -9,36 +9,80 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
+from experiments.experiment import Experiment
+from kd_core.errors import UsageError
 from launchers import catalog, config_items
 from launchers.catalog import Entry
+from launchers.values import walk
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-BASES = [entry for entry in catalog.entries() if entry.kind != catalog.FIDDLER]
+BASES = [entry for entry in catalog.entries() if entry.kind in catalog.WORDS]
+FIDDLERS = [entry for entry in catalog.entries() if entry.kind == catalog.FIDDLER]
+TAGS = [entry for entry in catalog.entries() if entry.kind == catalog.TAG]
+ARGUMENTS = {"cache": '(folder="other/cache")'}  # of fiddlers whose arguments have no defaults
+LARGE = ("gpus8", "nodes64")
 
 
-def _values(entry: Entry) -> str:
-    resolved = config_items.resolve([entry.name], entry.kind)
-    return "".join(line.split("  # ")[0] + "\n" for line in config_items.describe(resolved).splitlines())
+def _without_places(text: str) -> str:
+    return "".join(line.split("  # ")[0] + "\n" for line in text.splitlines())
+
+
+def _check_golden(name: str, text: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert path.read_text() == text, "values changed: if that is wanted, run `make golden` and read the diff"
 
 
 @pytest.mark.parametrize("entry", BASES, ids=lambda entry: entry.name)
 def test_it_builds_and_equals_its_golden_text(entry: Entry) -> None:
-    fdl.build(entry.function()())
-    path = GOLDEN / f"{entry.name}.txt"
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(_values(entry))
-    assert path.read_text() == _values(entry), "values changed: if that is wanted, run `make golden` and read the diff"
+    resolved = config_items.resolve([entry.name], entry.kind)
+    fdl.build(resolved.config)
+    _check_golden(entry.name, _without_places(config_items.describe(resolved)))
+
+
+@pytest.mark.parametrize("entry", FIDDLERS, ids=lambda entry: entry.name)
+def test_a_fiddler_changes_what_its_golden_text_says(entry: Entry) -> None:
+    items = ["quickstart", "steps=2000"]
+    changed = config_items.resolve([*items, f"fiddler:{entry.name}{ARGUMENTS.get(entry.name, '')}"], entry.takes)
+    fdl.build(changed.config)
+    _check_golden(
+        f"fiddler_{entry.name}",
+        _without_places(config_items.differences(config_items.resolve(items, entry.takes), changed)),
+    )
+
+
+@pytest.mark.parametrize("entry", TAGS, ids=lambda entry: entry.name)
+def test_a_tag_is_carried_and_set_everywhere_at_once(entry: Entry) -> None:
+    items = ["quickstart", f"tag:{entry.name}=256"]
+    places = [place for place in walk(config_items.resolve(items, "Experiment").config) if entry.load() in place.tags]
+    assert places
+    assert {place.value for place in places} == {256}
+
+
+@pytest.mark.parametrize("entry", [*BASES, *FIDDLERS, *TAGS], ids=lambda entry: entry.name)
+def test_it_has_a_summary(entry: Entry) -> None:
+    assert entry.summary.endswith(".")
 
 
 @pytest.mark.parametrize("entry", BASES, ids=lambda entry: entry.name)
-def test_it_has_a_summary_and_a_record_that_gives_it_back(entry: Entry, tmp_path: Path) -> None:
-    assert entry.summary.endswith(".")
-    config = entry.function()()
+def test_its_record_gives_it_back(entry: Entry, tmp_path: Path) -> None:
+    config = entry.load()()
     (tmp_path / "config.json").write_text(config_items.record(config))
     back = config_items.load_record(tmp_path / "config.json")
     assert back == config_items.frozen(config)
     assert config_items.record(back) == config_items.record(config)
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_a_dry_run_of_a_large_recipe_names_the_folders_that_are_missing(name: str) -> None:
+    experiment: Experiment = fdl.build(config_items.resolve([name], "Experiment").config)
+    with pytest.raises(UsageError) as error:
+        experiment.check()
+    for folder in ("student.folder: models/student-1b", "shards.path: caches/teacher-8b/train", "evaluation.shards"):
+        assert folder in str(error.value)
+
+
 def test_every_golden_text_has_its_config() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.txt")} == {entry.name for entry in BASES}
+    wanted = {entry.name for entry in BASES} | {f"fiddler_{entry.name}" for entry in FIDDLERS}
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == wanted

@@ -161,7 +161,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tiny: Tiny, tmp_path: Pa
 def test_a_mistake_is_said_once_by_one_rank(tiny: Tiny, tmp_path: Path, nproc: int | None) -> None:
     items = [*tiny.train_items(), f"shards.path={tmp_path / 'none'}"]
     message = _refused(*configs(items), f"--run_dir={tmp_path / 'run'}", nproc=nproc)
-    assert "no such file, wanted the manifest" in message
+    assert "no such folder: shards.path: " in message
     assert not (tmp_path / "run" / "config.json").exists(), "the corrected command must find the folder free"
 
 

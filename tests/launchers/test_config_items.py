@@ -31,13 +31,13 @@ def _lines(*items: str) -> list[str]:
     ],
 )
 def test_a_value_is_set_and_who_set_it_is_known(item: str, path: str, value: object) -> None:
-    assert f"{path} = {value!r}  # --config={item}" in _lines(item)
+    assert any(line.startswith(f"{path} = {value!r}  # --config={item}") for line in _lines(item))
 
 
 def test_defaults_and_the_experiments_own_values_name_their_place() -> None:
     lines = _lines()
     assert "optimizer.eps = 1e-08  # default of AdamW" in lines
-    assert any(line.startswith("steps = ") and "# quickstart.py:" in line for line in lines)
+    assert any(line.startswith("steps = ") and "# experiments/quickstart.py:" in line for line in lines)
 
 
 def test_later_items_win() -> None:
@@ -50,7 +50,7 @@ MISTAKES = [
     (["steps=3"], "first --config must name an experiment"),
     (["fiddler:x"], "first --config must name an experiment"),
     (["quickstart", "quickstart"], "only the first --config names an experiment"),
-    (["quickstart(lr=3)"], "unexpected keyword"),
+    (["quickstart(lr=3)"], "no argument 'lr'. It takes none"),
     (["quickstart(lr=)"], "cannot be read"),
     (["quickstart(3)"], "cannot be read"),
     (["quickstart", "optimzer.lr=1"], "Did you mean 'optimizer'"),

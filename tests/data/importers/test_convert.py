@@ -16,7 +16,7 @@ from data.importers.convert import UNKNOWN, Conversion, convert
 from data.importers.lines import files_of
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
-from experiments.experiment import cache_facts
+from experiments.checks import cache_facts
 from kd_core.errors import UsageError
 from kd_core.losses.objective import Distillation, Objective
 from kd_core.students.starts import Pretrained, build

@@ -1,0 +1,116 @@
+"""What an experiment's parts must be to each other, checked before anything is trained; each failure is one message."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.stream.location import Location
+from data.stream.source import Shards
+from data.tokenizer import Tokenizer
+from experiments.unused import unused_settings
+from kd_core.errors import UsageError
+from kd_core.losses.objective import CacheFacts
+from kd_core.parallel.layout import Shape, check_shape
+from kd_core.parallel.sharding import held
+from kd_core.students.decoder import Decoder
+from kd_core.training.evaluation import metric_names
+
+if TYPE_CHECKING:
+    from experiments.experiment import Experiment
+
+log = logging.getLogger("kd")
+
+
+def cache_facts(shards: Shards) -> CacheFacts:
+    """What the losses must know of what is read of a cache."""
+    found = shards.manifest
+    temperatures, tail_known = (1.0, *found.selection.tail_temperatures), "tail" not in found.unknown
+    return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
+
+
+def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
+    """All that is missing at once, so that it is made at once."""
+    wanted = {"student.folder": (experiment.student.folder, "a Hugging Face folder")}
+    for where, shards in caches.items():
+        if not Location(shards.path).remote:
+            wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
+    missing = [f"{where}: {folder} ({what})" for where, (folder, what) in wanted.items() if not Path(folder).is_dir()]
+    if missing:
+        raise UsageError(f"no such folder: {'; '.join(missing)}. Make what is missing, or name what is there.")
+
+
+def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
+    """A record is never cut, so a row must hold the longest."""
+    for where, shards in caches.items():
+        longest = max(length for shard in shards.manifest.shards for length in shard.lengths)
+        if longest > row_length:
+            raise UsageError(
+                f"collate.row_length: got {row_length}; {where}.path {shards.path} has a record of {longest} "
+                f"positions, and none is cut. Set tag:RowLength={longest} here (tokens_per_step is a multiple of it), "
+                f"or export with --config=tag:RowLength={row_length}."
+            )
+
+
+def _check_metric(experiment: "Experiment") -> None:
+    known = metric_names(experiment.loss, cache_facts(experiment.evaluation.shards))
+    if (best := experiment.checkpoint.best_metric) not in known:
+        raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
+
+
+def check(experiment: "Experiment") -> None:
+    """Check the parts against each other and the files; settings that change nothing are warned of.
+
+    Raises:
+        UsageError: parts that do not fit, or files that are missing.
+    """
+    caches = {**experiment.training_caches(), "evaluation.shards": experiment.evaluation.shards}
+    _check_folders(experiment, caches)
+    vocabulary = experiment.student.architecture().vocab_size
+    tokenizer = Tokenizer(Path(experiment.student.folder)).fingerprint()
+    for where, shards in caches.items():
+        try:
+            shards.check(vocabulary, tokenizer)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    _check_rows(experiment.collate.row_length, caches)
+    for shards in experiment.training_caches().values():
+        experiment.loss.check_cache(cache_facts(shards))
+    _check_metric(experiment)
+    for setting in unused_settings(experiment):
+        log.warning("unused: %s.", setting)
+
+
+def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict[str, str]:
+    """Whether so many ranks can be laid out for a student without memory; what each does and holds.
+
+    Raises:
+        UsageError: a layout that does not fit, with what would.
+    """
+    parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
+    layout = parallel.layout(ranks)
+    longest = collate.row_length if collate.padding == "row_length" else collate.multiple
+    T = -(-longest // collate.multiple) * collate.multiple
+    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size, arch.vocab_rows)
+    check_shape(parallel.tensor_parallel, parallel.sequence_parallel, Shape(*sizes, T))
+    holds = held(student, layout, parallel.sequence_parallel)
+    rows = -(-experiment.rows_per_step // layout.data)
+    passes = -(-rows // parallel.micro_batch_rows)
+    return {
+        "layout": f"{ranks} ranks: {layout}",
+        "a rank": f"at most {rows} rows a step in {passes} passes; holds {holds.parameters / 1e6:.2f}M parameters "
+        f"({4 * holds.parameters / 1e9:.3f} GB in float32) and {holds.optimizer_bytes / 1e9:.3f} GB of moments",
+    }
+
+
+def warn_of_layout(rows_per_step: int, ranks: int) -> None:
+    """Say when data-parallel ranks have nothing to do, or wait for others."""
+    if rows_per_step < ranks:
+        log.warning(
+            "tokens_per_step: a step has %d rows for %d data-parallel ranks; %d of them are idle. Raise it, or start "
+            "fewer.", rows_per_step, ranks, ranks - rows_per_step,
+        )  # fmt: skip
+    elif rows_per_step % ranks:
+        log.warning(
+            "tokens_per_step: a step has %d rows for %d data-parallel ranks; some wait while others take one row more.",
+            rows_per_step, ranks,
+        )  # fmt: skip

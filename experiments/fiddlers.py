@@ -1,0 +1,32 @@
+"""Changes that go together, by one name: `--config=fiddler:NAME(arg=v)` applies them to any experiment."""
+
+import fiddle as fdl
+
+from experiments.bases import read
+from experiments.experiment import Experiment
+from kd_core.losses.objective import CrossEntropy, Distillation
+from kd_core.training.optimizer import AdamW
+from kd_core.training.schedule import WarmupCosine
+
+
+def cache(config: fdl.Config[Experiment], folder: str) -> None:
+    """Train on `folder`/train and validate on `folder`/validation, as launchers.export_teacher writes them."""
+    config.shards = read(f"{folder}/train")
+    config.evaluation.shards.path = f"{folder}/validation"
+
+
+def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
+    """Only a few steps, to see that everything runs: validated at the ends, saved after the last."""
+    config.steps = steps
+    config.schedule.warmup_steps, config.schedule.constant_steps = 1, 0
+    config.checkpoint.every = config.evaluation.every = steps
+
+
+def nemo_aligner(config: fdl.Config[Experiment]) -> None:
+    """NeMo-Aligner's defaults: `kd_loss: bwd_kl` (forward KL on the renormalised top-k), its AdamW and its schedule."""
+    config.loss.terms = {
+        "kd": fdl.Config(Distillation, weight=1.0, divergence="forward_kl", tail="renormalized"),
+        "sft": fdl.Config(CrossEntropy, weight=0.0),
+    }
+    config.optimizer = fdl.Config(AdamW, lr=3e-5, betas=(0.9, 0.98), weight_decay=0.01)
+    config.schedule = fdl.Config(WarmupCosine, warmup_steps=10, constant_steps=1000, min_ratio=9e-7 / 3e-5)

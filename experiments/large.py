@@ -1,0 +1,42 @@
+"""Recipes for machines that this repository was never run on: an 8B teacher into a 1B student of its family.
+
+Command:  torchrun --nproc-per-node 8 -m launchers.train --config=gpus8
+          srun torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 \\
+              -m launchers.train --config=nodes64
+Expected: a start that a team would tune, not a result: the step's size, the layout and the precision fit the machines.
+Seen:     never run; `--dry_run` checks the parts and names the folders that are to be made.
+"""
+
+import fiddle as fdl
+
+from experiments.bases import distill
+from experiments.experiment import Experiment
+
+
+def gpus8() -> fdl.Config[Experiment]:
+    """8 GPUs, never run: a 1B student on a cache of an 8B teacher, 0.5M tokens a step in rows of 4,096, 10B tokens."""
+    config = distill(model="models/student-1b", cache="caches/teacher-8b")
+    config.collate.row_length = 4096
+    config.tokens_per_step = 4096 * 128
+    config.loss.chunk_tokens = 4096
+    config.optimizer.lr = 2e-4
+    config.optimizer.weight_decay = 0.1
+    config.schedule.warmup_steps = 500
+    config.schedule.min_ratio = 0.1
+    config.parallel.micro_batch_rows = 4
+    config.checkpoint.every = config.evaluation.every = 500
+    config.checkpoint.keep_newest = 2
+    config.logger.every = 10
+    config.steps = 20_000
+    return config
+
+
+def nodes64() -> fdl.Config[Experiment]:
+    """64 nodes of 8 GPUs, never run: as `gpus8`, 4M tokens a step, 100B tokens."""
+    config = gpus8()
+    config.tokens_per_step = 4096 * 1024
+    config.optimizer.lr = 4e-4
+    config.schedule.warmup_steps = 1000
+    config.parallel.micro_batch_rows = 2
+    config.steps = 24_000
+    return config

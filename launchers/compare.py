@@ -1,0 +1,65 @@
+"""Runs side by side: settings that differ, provenance, last and best numbers, curves. Also while they are running.
+
+    python -m launchers.compare runs/quickstart runs/faster
+    python -m launchers.compare runs/* --html=runs.html
+    python -m launchers.compare runs/quickstart runs/again --all
+
+Differences are to the first run. --html writes one page with a plot for each number, that needs nothing else.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from launchers import app
+
+HTML = flags.DEFINE_string("html", None, "Write a page to this file, too.")
+ALL = flags.DEFINE_bool("all", False, "Show what is the same, too.")
+X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "Across the curves: steps, or positions read.")
+SHOWN = ("val/loss", "val/kl", "val/nll", "train/loss")
+MOST_RUNS = 26
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], none: str) -> None:
+    print(f"\n{title}" if rows else f"\n{title}: {none}")
+    if not rows:
+        return
+    lines = [("", list(head)), *rows]
+    first = max(len(name) for name, _ in lines)
+    room = max(16, (shutil.get_terminal_size((120, 24)).columns - first - 2) // len(head) - 2)
+    cut = [(name, [cell if len(cell) <= room else cell[: room - 1] + "…" for cell in cells]) for name, cells in lines]
+    widths = [max(len(cells[column]) for _, cells in cut) for column in range(len(head))]
+    for name, cells in cut:
+        padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"  {name:<{first}}  {'  '.join(padded)}".rstrip())
+
+
+def main(*folders: str) -> None:
+    """Read the runs; print tables; write the page."""
+    from kd_core.errors import UsageError
+    from kd_core.files import write_text
+    from launchers.compare_page import page
+    from launchers.plots import sparkline
+    from launchers.run_records import labels, metric_names, metric_rows, provenance_rows, read_run, settings_rows
+
+    if len(folders) > MOST_RUNS:
+        raise UsageError(f"{len(folders)} runs given; wanted at most {MOST_RUNS}.")
+    runs = [read_run(Path(folder)) for folder in folders]
+    names = labels(runs)
+    for name, run in zip(names, runs, strict=True):
+        note = "" if run.lines else "  (no number logged yet)"
+        print(f"{name}: {run.folder}, step {run.step} of {run.steps}{note}")
+    _table("Settings that differ", names, settings_rows(runs, ALL.value), "none.")
+    _table("Provenance", names, provenance_rows(runs, ALL.value), "nothing differs.")
+    _table("Numbers, last (and difference to A)", names, metric_rows(runs, ALL.value), "no run has logged any yet.")
+    shown = [name for name in metric_names(runs) if name in SHOWN]
+    _table("Curves", names, [(name, [sparkline(run.curve(name)) for run in runs]) for name in shown], "none yet.")
+    if HTML.value:
+        write_text(Path(HTML.value), page(runs, ALL.value, X.value == "tokens"))
+        print(f"\n{HTML.value}: written")
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.compare", __doc__ or "", arguments=["RUN"], more=True)

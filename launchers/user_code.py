@@ -1,0 +1,86 @@
+"""Functions of experiment files, imported and called so that a mistake in one is a message with its file and line."""
+
+import inspect
+import re
+import traceback
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fiddle as fdl
+
+from kd_core.errors import UsageError
+from launchers.catalog import FOLDER, Entry, did_you_mean, nearest
+from launchers.values import is_of_type, short_path, shown_type, walk
+
+R = TypeVar("R")
+
+
+def _place(error: Exception) -> tuple[str, dict[str, Any]]:
+    """File and line of the innermost frame that is in an experiment file, and what its names stand for."""
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if Path(frame.f_code.co_filename).is_relative_to(FOLDER)
+    ]
+    if not frames:
+        return "", {}
+    frame, line = frames[-1]
+    return f"{short_path(frame.f_code.co_filename)}:{line}: ", dict(frame.f_locals)
+
+
+def _hint(error: Exception, names: dict[str, Any]) -> str:
+    """The nearest name among those of the configs that the failing line had at hand."""
+    if not isinstance(error, (AttributeError, KeyError)):
+        return ""
+    wrong = re.search(r"'(\w+)'", str(error))
+    configs = [value for value in names.values() if isinstance(value, fdl.Buildable)]
+    known = {place.name for config in configs for place in walk(config)}
+    return nearest(wrong[1], known) if wrong else ""
+
+
+def _guarded(work: Callable[[], R], said: str) -> R:
+    try:
+        return work()
+    except UsageError as error:
+        where, _ = _place(error)
+        raise UsageError(f"{said}: {where}{error}") from error
+    except SyntaxError as error:
+        raise UsageError(f"{said}: {short_path(error.filename or '')}:{error.lineno}: {error.msg}.") from error
+    except Exception as error:
+        where, names = _place(error)
+        text = traceback.TracebackException.from_exception(error).format_exception_only()
+        line = re.sub(r" has been set on <Config\[.*", " is there.", "".join(text).split("\n", 1)[0].strip())
+        raise UsageError(f"{said}: {where}{line} {_hint(error, names)}".rstrip()) from error
+
+
+def _check_arguments(function: Callable[..., Any], arguments: dict[str, Any], skip: int, said: str) -> None:
+    """Refuse arguments that the function does not have, or of another type."""
+    known = list(inspect.signature(function).parameters.values())[skip:]
+    hints = typing.get_type_hints(function)
+    for name, value in arguments.items():
+        if name not in {each.name for each in known}:
+            takes = did_you_mean(name, (each.name for each in known)) if known else "It takes none."
+            raise UsageError(f"{said}: no argument {name!r}. {takes}")
+        if not is_of_type(value, hints.get(name, Any)):
+            raise UsageError(f"{said}: {name}: got {value!r}, wanted {shown_type(hints[name])}.")
+    missing = [each.name for each in known if each.default is each.empty and each.name not in arguments]
+    if missing:
+        raise UsageError(f"{said}: {missing[0]!r} has no default. Give it: ({missing[0]}=…).")
+
+
+def call(entry: Entry, arguments: dict[str, Any], said: str, *args: Any) -> Any:
+    """What the function returns for `args` and `arguments`.
+
+    Raises:
+        UsageError: wrong arguments, or anything that its file raises, with file and line.
+    """
+    function = _guarded(entry.load, said)
+    _check_arguments(function, arguments, len(args), said)
+    return _guarded(lambda: function(*args, **arguments), said)
+
+
+def load(entry: Entry, said: str) -> Any:
+    """Import it; errors as in `call`."""
+    return _guarded(entry.load, said)

@@ -1,0 +1,212 @@
+"""Values of a config by their paths: found, made of text, and checked against annotations before anything is built."""
+
+import ast
+import contextlib
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+from fiddle._src.tagging import TagType
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from kd_core.errors import UsageError
+from launchers.catalog import FOLDER, did_you_mean
+
+WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+
+
+def children(node: Any) -> dict[str, Any]:
+    """What stands below a node of a config, by name, defaults included."""
+    if isinstance(node, fdl.Buildable):
+        arguments = fdl.ordered_arguments(node, include_defaults=True, include_unset=True)
+        return {str(name): value for name, value in arguments.items()}
+    if isinstance(node, dict):
+        return {str(key): value for key, value in node.items()}
+    return {}
+
+
+class Place(typing.NamedTuple):
+    """A value of a config: its path, the node that holds it under `name`, itself, and what its annotation wants."""
+
+    path: str
+    node: Any
+    name: str
+    value: Any
+    wanted: Any
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it has values of its own."""
+        return isinstance(self.value, (fdl.Buildable, dict))
+
+    @property
+    def tags(self) -> list[TagType]:
+        """The tags that it carries."""
+        return sorted(fdl.get_tags(self.node, self.name), key=str) if isinstance(self.node, fdl.Buildable) else []
+
+    @property
+    def is_set(self) -> bool:
+        """Whether somebody set it; a default stands there otherwise."""
+        return not isinstance(self.node, fdl.Buildable) or self.name in self.node.__arguments__
+
+    def put(self, value: Any) -> None:
+        """Set it."""
+        if isinstance(self.node, dict):
+            self.node[self.name] = value
+        else:
+            setattr(self.node, self.name, value)
+
+    def set_at(self) -> str:
+        """File and line where it was set last; of a default, whose it is."""
+        if not self.is_set:
+            return f"default of {fdl.get_callable(self.node).__name__}"
+        if not isinstance(self.node, fdl.Buildable):
+            return "the experiment"
+        history = self.node.__argument_history__[self.name]
+        if not history:
+            return "a record"
+        location = history[-1].location
+        return f"{short_path(location.filename)}:{location.line_number}"
+
+
+def short_path(filename: str) -> str:
+    """A file's path from the project's folder on; elsewhere its name."""
+    path, root = Path(filename), FOLDER.parent
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
+def walk(node: Any, prefix: str = "", wanted: Any = Any) -> Iterator[Place]:
+    """All places below a node, parts before what is in them."""
+    hints = typing.get_type_hints(fdl.get_callable(node)) if isinstance(node, fdl.Buildable) else {}
+    inner = [*typing.get_args(wanted), Any][1] if len(typing.get_args(wanted)) == 2 else Any  # of a mapping
+    for name, value in children(node).items():
+        place = Place(f"{prefix}{name}", node, name, value, hints.get(name, Any) if hints else inner)
+        yield place
+        if place.is_part:
+            yield from walk(value, f"{place.path}.", place.wanted)
+
+
+def find(config: fdl.Config[Any], path: str, said: str) -> Place:
+    """The place of a path; `said` begins the error.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
+    places = {place.path: place for place in walk(config)}
+    if path in places:
+        return places[path]
+    parent, name = "", ""
+    for name in path.split("."):
+        if f"{parent}{name}" not in places:
+            break
+        parent += f"{name}."
+    whole = [known for known in places if known.endswith(f".{path}")]
+    beside = [known.removeprefix(parent) for known in places if known.startswith(parent)]
+    meant = (
+        f"Did you mean {whole[0]!r}?" if len(whole) == 1 else did_you_mean(name, {x for x in beside if "." not in x})
+    )
+    raise UsageError(f"{said}: {parent[:-1] or 'the experiment'} has no {name!r}. {meant}")
+
+
+def shown_type(wanted: Any) -> str:
+    """An annotation as its author wrote it."""
+    text = wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)
+    return re.sub(r"\b(?:[a-z_0-9]+\.)+(?=[A-Za-z])", "", text)
+
+
+def is_of_type(value: Any, wanted: Any) -> bool:
+    """Every item of a collection is looked at; a bool is no number."""
+    if isinstance(value, bool) and wanted in (int, float):
+        return False
+    if isinstance(value, fdl.Buildable):
+        made = fdl.get_callable(value)
+        value, wanted = made, type[wanted] if wanted is not Any and isinstance(made, type) else Any
+    try:
+        check_type(value, wanted, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return True
+
+
+def _takes(wanted: Any, kind: type) -> bool:
+    return wanted is kind or kind in typing.get_args(wanted)
+
+
+def _fitted(value: Any, wanted: Any, said: str, shown: object) -> Any:
+    """The value as the type that is wanted: a list as a tuple, a whole number as a float."""
+    if isinstance(value, list) and typing.get_origin(wanted) is not list:
+        value = tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and _takes(wanted, float) and not _takes(wanted, int):
+        value = float(value)
+    if not is_of_type(value, wanted):
+        raise UsageError(f"{said}: got {shown!r}, wanted {shown_type(wanted)}.")
+    return value
+
+
+def parse_value(text: str, wanted: Any, said: str) -> Any:
+    """A value of text, as the annotation wants it: text needs no quotes, a list is a tuple, 3 is 3.0.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    if wanted is str:
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    value: Any = text
+    with contextlib.suppress(SyntaxError, ValueError):
+        value = WORDS[text] if text in WORDS else ast.literal_eval(text)
+    return _fitted(value, wanted, said, text)
+
+
+def set_path(config: fdl.Config[Any], item: str) -> str:
+    """Apply `path=value`; returns the path.
+
+    Raises:
+        UsageError: no such path, a path to a part and not to a value, or a value of another type.
+    """
+    path, text = item.split("=", 1)
+    said = f"--config={item}"
+    place = find(config, path, said)
+    _refuse_part(place, said)
+    place.put(parse_value(text, place.wanted, said))
+    return path
+
+
+def _refuse_part(place: Place, said: str) -> None:
+    if place.is_part:
+        inner = ", ".join(f"{place.path}.{name}" for name in children(place.value))
+        raise UsageError(f"{said}: {place.path} is a part, not a value. Set one of its values: {inner}.")
+
+
+def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None:
+    """Set what stands at `path` to a Python value, or to a config (which is copied); `said` begins the error.
+
+    Raises:
+        UsageError: as for `set_path`.
+    """
+    place = find(config, path, said)
+    if isinstance(value, fdl.Buildable):
+        made = fdl.get_callable(value).__name__
+        if not is_of_type(value, place.wanted):
+            raise UsageError(f"{said}: got a {made}, wanted {shown_type(place.wanted)}.")
+        place.put(value.__deepcopy__({}))
+        return
+    _refuse_part(place, said)
+    place.put(_fitted(value, place.wanted, said, value))
+
+
+def check_values(config: fdl.Config[Any]) -> None:
+    """Refuse values of another type than the annotation, and values that nobody has set.
+
+    Raises:
+        UsageError: with the file and line that set it.
+    """
+    for place in walk(config):
+        if place.value is fdl.NO_VALUE:
+            raise UsageError(f"{place.path}: not set, and has no default; wanted {shown_type(place.wanted)}. Set it.")
+        if not place.is_set or isinstance(place.value, dict) or is_of_type(place.value, place.wanted):
+            continue
+        made = fdl.get_callable(place.value).__name__ if place.is_part else repr(place.value)
+        raise UsageError(f"{place.set_at()}: {place.path}: got {made}, wanted {shown_type(place.wanted)}.")

@@ -1,0 +1,89 @@
+"""Parts that do not fit are refused with their path; settings that nothing reads are warned of, and no others."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import fiddle as fdl
+import pytest
+
+from experiments.checks import warn_of_layout
+from experiments.experiment import Experiment
+from experiments.unused import unused_settings
+from kd_core.errors import UsageError
+from launchers import config_items
+from tests.tiny import Tiny
+
+
+def _experiment(tiny: Tiny, *items: str) -> Experiment:
+    return fdl.build(config_items.resolve([*tiny.train_items(), *items], "Experiment").config)
+
+
+REFUSED = {
+    "rows too short": (["tag:RowLength=16"], r"collate.row_length: got 16; shards.path .* has a record of 32"),
+    "K above the cache's": (["shards.top_k=9"], r"shards: shards.top_k: got 9; the cache .* holds 8"),
+    "K of validation": (["evaluation.shards.top_k=9"], "evaluation.shards: shards.top_k: got 9"),
+    "a tail that is not there": (["loss.terms.kd.tail=sampled"], "loss.terms.kd.tail: 'sampled' on a cache of"),
+    "a vocabulary": (["student.vocab_size=300"], r"vocabulary of 305, the student's is 300"),
+    "no student": (["student.folder=none/there"], "no such folder: student.folder: none/there"),
+    "steps too few": (["schedule.constant_steps=9"], "constant_steps 9 is more than steps 6"),
+    "a step of half rows": (["tokens_per_step=48"], "multiple of collate.row_length 32"),
+    "no such metric": (["checkpoint.best_metric=val/los"], "checkpoint.best_metric: got 'val/los'"),
+}
+
+
+@pytest.mark.parametrize(("items", "message"), REFUSED.values(), ids=REFUSED)
+def test_parts_that_do_not_fit_are_refused_by_path(tiny: Tiny, items: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _experiment(tiny, *items).check()
+
+
+def test_a_student_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.teacher, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="shards: .* written with tokenizer"):
+        _experiment(tiny, f"student.folder={tmp_path / 'other'}").check()
+
+
+UNUSED = {
+    "waiting for nothing": (["shards.prefetch=0", "shards.timeout=5"], "shards.timeout=5.0"),
+    "a limit of none": (["shards.max_damaged_blocks=1"], "shards.max_damaged_blocks=1"),
+    "samples of none": (["shards.samples=False"], "shards.samples=False"),
+    "order of validation": (["evaluation.shards.shuffle_shards=2"], "evaluation.shards.shuffle_shards=2"),
+    "damage in validation": (["evaluation.shards.on_damage=skip"], "evaluation.shards.on_damage=skip"),
+    "scaling by 1": (["loss.terms.kd.temperature_scaling=none"], "loss.terms.kd.temperature_scaling=none"),
+    "an end without effect": (
+        ["collate.eod_id=0", "collate.reset_position_ids=False", "collate.reset_attention_mask=False"],
+        "collate.eod_id=0",
+    ),
+    "the best of one": (["checkpoint.every=4", "evaluation.every=5"], "meet at step 20"),
+}
+
+
+@pytest.mark.parametrize(("items", "message"), UNUSED.values(), ids=UNUSED)
+def test_a_setting_that_nothing_reads_is_warned_of(
+    tiny: Tiny, items: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("kd").propagate = True
+    _experiment(tiny, *items).check()
+    assert [record.getMessage() for record in caplog.records if message in record.getMessage()]
+
+
+@pytest.mark.parametrize("items", [[], ["shards.timeout=5"], ["checkpoint.every=6", "evaluation.every=6"]])
+def test_settings_that_are_read_are_not(tiny: Tiny, items: list[str]) -> None:
+    assert unused_settings(_experiment(tiny, *items)) == []
+
+
+@pytest.mark.parametrize(("rows", "ranks", "message"), [(3, 4, "1 of them are idle"), (5, 2, "some wait"), (4, 2, "")])
+def test_ranks_without_rows_are_warned_of(
+    rows: int, ranks: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("kd").propagate = True
+    warn_of_layout(rows, ranks)
+    assert bool(caplog.records) == bool(message)
+    assert message in caplog.text

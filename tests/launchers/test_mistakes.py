@@ -1,0 +1,176 @@
+"""Mistakes that users make on a command line and in experiment files: each is one message that names the right place,
+without a traceback, with the nearest name where there is one.
+"""
+
+import sys
+from pathlib import Path
+
+import fiddle as fdl
+import pytest
+
+from launchers import app, catalog, config_items
+from tests.launchers.command import configs, run
+
+FILE = '''"""A user's file."""
+import fiddle as fdl
+
+from experiments.experiment import Experiment
+from experiments.quickstart import quickstart
+from kd_core.training.schedule import WarmupCosine
+
+
+def mine(lr: float = 1e-3) -> fdl.Config[Experiment]:
+    """Mine."""
+    config = quickstart()
+    config.optimizer.lr = lr
+    {line}
+    return config
+
+
+def changed(config: fdl.Config[Experiment], factor: float) -> None:
+    """A fiddler."""
+    config.optimizer.lr *= factor
+'''
+ON_THE_COMMAND_LINE = {
+    "no experiment": ([], "no --config given. Name an experiment"),
+    "a name mistyped": (["quickstrat"], "no such experiment in experiments/. Did you mean 'quickstart'?"),
+    "an export in its place": (["quickstart_export"], "It is an export: python -m launchers.export_teacher"),
+    "a fiddler in its place": (["nemo_aligner"], "It is a fiddler of an experiment: --config=fiddler:nemo_aligner"),
+    "a value first": (["steps=3"], "the first --config must name an experiment"),
+    "a second experiment": (["quickstart", "sampled"], "only the first --config names an experiment"),
+    "an unknown form": (["quickstart", "fidler:short"], "unknown form 'fidler:'. Did you mean 'fiddler:'?"),
+    "a fiddler mistyped": (["quickstart", "fiddler:nemo_alinger"], "Did you mean 'nemo_aligner'?"),
+    "a fiddler's argument": (["quickstart", "fiddler:short(step=1)"], "no argument 'step'. Did you mean 'steps'?"),
+    "its type": (["quickstart", "fiddler:short(steps='two')"], "steps: got 'two', wanted int."),
+    "an argument that is missing": (["quickstart", "fiddler:cache"], "'folder' has no default. Give it: (folder=…)."),
+    "an argument by place": (["cache_mix(0.5)"], "cannot be read. Wanted NAME, NAME(arg=value) or path=value."),
+    "a tag mistyped": (["quickstart", "tag:RowLenght=64"], "no such tag in experiments/. Did you mean 'RowLength'?"),
+    "a tag without a value": (["quickstart", "tag:RowLength"], "no value. Wanted tag:RowLength=value."),
+    "a tag's type": (["quickstart", "tag:RowLength=long"], "collate.row_length: got 'long', wanted int."),
+    "a path mistyped": (["quickstart", "optimizer.lrr=1"], "optimizer has no 'lrr'. Did you mean 'lr'?"),
+    "half a path": (["quickstart", "kd.weight=1"], "Did you mean 'loss.terms.kd.weight'?"),
+    "text for a number": (["quickstart", "steps=many"], "--config=steps=many: got 'many', wanted int."),
+    "half a step": (["quickstart", "steps=1.5"], "got '1.5', wanted int."),
+    "one of two": (["quickstart", "optimizer.betas=0.9"], "got '0.9', wanted tuple[float, float]."),
+    "a part": (
+        ["quickstart", "optimizer=AdamW"],
+        "optimizer is a part, not a value. Set one of its values: optimizer.",
+    ),
+    "no such run": (["run:no/such/run"], "no/such/run/config.json: no such file; wanted the config.json of a run."),
+    "no such tail": (["quickstart", "loss.terms.kd.tail=bucket"], "(At loss.terms['kd'] in the config.)"),
+    "a loss that makes no sense": (
+        ["quickstart", "loss.terms.kd.divergence=reverse_kl", "loss.terms.kd.tail=truncated"],
+        "Use tail 'tail_bucket'",
+    ),
+    "a parameter of another loss": (["quickstart", "loss.terms.kd.beta=0.1"], "jsd does"),
+    "all weights nothing": (["pretraining", "loss.terms.kd.weight=0.0"], "every weight is 0"),
+    "a warm-up longer than the run": (["quickstart", "steps=4"], "warmup_steps 5 + constant_steps 0 is more than"),
+    "no such precision": (["quickstart", "parallel.precision=fp16"], "wanted one of float32, bfloat16"),
+}
+IN_A_FILE = {
+    "an attribute mistyped": ("config.optimizr.lr = 1.0", "experiments/user_file.py:13: AttributeError: No parameter "
+                              "'optimizr' is there. Did you mean 'optimizer'?"),
+    "a value mistyped": ("config.optimizer.lrate = 1.0", "experiments/user_file.py:13: AttributeError: No parameter "
+                         "named 'lrate' exists"),
+    "a term mistyped": ('config.loss.terms["kdd"].weight = 1.0', "user_file.py:13: KeyError: 'kdd' Did you mean 'kd'?"),
+    "a wrong type": ('config.steps = "many"', "experiments/user_file.py:13: steps: got 'many', wanted int."),
+    "a wrong part": ("config.optimizer = fdl.Config(WarmupCosine)", "user_file.py:13: optimizer: got WarmupCosine, "
+                     "wanted AdamW."),
+    "a part without its value": ("del config.steps", "steps: not set, and has no default; wanted int."),
+    "a name that is not there": ("config.steps = stepz", "user_file.py:13: NameError: name 'stepz' is not defined"),
+    "an error of its own": ("config.steps = 1 // 0", "experiments/user_file.py:13: ZeroDivisionError: "),
+    "an import that fails": ("import kd_core.loses", "user_file.py:13: ModuleNotFoundError: No module named "
+                             "'kd_core.loses'"),
+    "a parenthesis": ("config.steps = (3", "experiments/user_file.py:13 cannot be read: '(' was never closed."),
+}  # fmt: skip
+
+
+def _message(items: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of a mistake: from the flags' items to the built graph, through its own guard."""
+
+    def work() -> None:
+        fdl.build(config_items.resolve(items, "Experiment").config)
+
+    assert app.guarded(work, "train") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train: error: ")
+    assert "Traceback" not in said
+    assert said.count("\n") == 1, "one message, on one line"
+    return said
+
+
+@pytest.mark.parametrize(("items", "wanted"), ON_THE_COMMAND_LINE.values(), ids=ON_THE_COMMAND_LINE)
+def test_a_mistake_on_the_command_line(items: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wanted in _message(items, capsys)
+
+
+def _write(folder: Path, line: str, name: str = "user_file") -> None:
+    (folder / f"{name}.py").write_text(FILE.replace("{line}", line))
+    sys.modules.pop(f"experiments.{name}", None)
+
+
+@pytest.mark.parametrize(("line", "wanted"), IN_A_FILE.values(), ids=IN_A_FILE)
+def test_a_mistake_in_an_experiment_file(
+    user_folder: Path, line: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(user_folder, line)
+    assert wanted in _message(["mine"], capsys)
+
+
+def test_a_users_file_is_found_and_its_values_name_its_lines(user_folder: Path) -> None:
+    _write(user_folder, "config.steps = 7")
+    resolved = config_items.resolve(["mine(lr=2e-3)", "fiddler:changed(factor=2.0)"], "Experiment")
+    lines = config_items.describe(resolved).splitlines()
+    assert "steps = 7  # experiments/user_file.py:13" in lines
+    assert "optimizer.lr = 0.004  # experiments/user_file.py:19, --config=fiddler:changed(factor=2.0)" in lines
+    base = config_items.resolve(["mine(lr=2e-3)"], "Experiment")
+    assert config_items.differences(base, resolved) == (
+        "optimizer.lr = 0.004  (was 0.002)  # experiments/user_file.py:19, --config=fiddler:changed(factor=2.0)\n"
+    )
+
+
+def test_a_broken_file_hides_its_own_names_alone(user_folder: Path) -> None:
+    _write(user_folder, "config.steps = (3")
+    assert config_items.resolve(["quickstart"], "Experiment").name == "quickstart"
+    assert "experiments/user_file.py:13 cannot be read" in catalog.listing("Experiment")
+
+
+def test_a_name_that_stands_twice_is_refused(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(user_folder, "pass")
+    _write(user_folder, "pass", "user_other")
+    assert "stands in experiments.user_file and experiments.user_other" in _message(["mine"], capsys)
+
+
+def test_a_fiddler_of_experiments_is_refused_for_an_export(user_folder: Path) -> None:
+    _write(user_folder, "pass")
+    assert "fiddler:changed" in catalog.listing("Experiment")
+    assert "fiddler:changed" not in catalog.listing("TeacherExport")
+
+
+@pytest.mark.parametrize(
+    ("items", "flags", "wanted"),
+    [
+        (["quickstrat"], [], "Did you mean 'quickstart'?"),
+        (["quickstart", "optimizer.lrr=1"], ["--print_config"], "Did you mean 'lr'?"),
+        (["gpus8"], ["--dry_run"], "no such folder: student.folder: models/student-1b"),
+        (["quickstart"], ["--diff", "--base=quickstrat"], "Did you mean 'quickstart'?"),
+        (["quickstart"], ["--confg=steps=3"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+    ],
+)
+def test_the_command_itself_says_it_once(items: list[str], flags: list[str], wanted: str, in_tmp: Path) -> None:
+    done = run("launchers.train", *configs(items), *flags, cwd=in_tmp)
+    assert done.returncode != 0
+    assert done.stderr.startswith("train: error: ")
+    assert wanted in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_diff_of_the_command() -> None:
+    done = run("launchers.train", "--config=quickstart", "--config=steps=61", "--config=set:seed=0", "--diff")
+    assert done.stdout == "steps = 61  (was 60)  # --config=steps=61\n", done.stderr
+    done = run("launchers.train", "--config=sampled", "--diff", "--base=quickstart")
+    assert [line.split("  #")[0] for line in done.stdout.splitlines()] == [
+        "shards.path = 'quickstart/sampled/train'  (was 'quickstart/cache/train')",
+        "loss.terms.kd.tail = 'sampled'  (was 'tail_bucket')",
+    ]
