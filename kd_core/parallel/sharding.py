@@ -124,6 +124,13 @@ def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
     return spread_out
 
 
+def let_go(decoder: Decoder) -> None:
+    """Back to the parts that each rank keeps, where passes without a backward have left weights gathered."""
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gradients_wait(decoder: Decoder, more_to_come: bool) -> None:
     """Whether the next backward pass keeps its gradients on the rank, for another follows before the step."""
     if isinstance(decoder, FSDPModule):

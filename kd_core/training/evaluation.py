@@ -10,6 +10,7 @@ from kd_core.losses.fused import LossSums
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
+from kd_core.parallel.sharding import let_go
 from kd_core.students.decoder import Decoder
 from kd_core.training.metrics import per_token
 from kd_core.training.step import batch_loss, sum_over
@@ -67,6 +68,7 @@ def evaluate(
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
         own["tokens"] += float(batch.loss_mask.sum())
         own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
+    let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
     for name in standard_terms(cache):
         sums[name] = sums.pop(f"{name}_loss")
