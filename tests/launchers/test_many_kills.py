@@ -89,8 +89,8 @@ def test_training(tiny: Tiny, tmp_path: Path) -> None:
 
     Equal numbers of every step mean that each record was seen once, in its place.
     """
-    flags = configs([*tiny.train_items(1500), "checkpoint.every=20", "evaluation.every=100"])
-    whole = run("launchers.train", *flags, f"--run_dir={tmp_path / 'whole'}", nproc=2)
+    flags = configs([*tiny.train_items(800), "checkpoint.every=20", "evaluation.every=100"])
+    whole = run("launchers.train", *flags, f"--run_dir={tmp_path / 'whole'}", nproc=2, timeout=600)
     assert whole.returncode == 0, whole.stderr
     cut = tmp_path / "cut"
     torchrun = [f"--max-restarts={KILLS}"]
@@ -98,12 +98,13 @@ def test_training(tiny: Tiny, tmp_path: Path) -> None:
     choice, struck = random.Random(0), Counter[str]()
     while sum(struck.values()) < KILLS:
         what = choice.choice(["rank", "launcher", "saving"])
-        wanted = job.lines() + choice.randint(1, 40)
+        wanted = job.lines() + choice.randint(1, 25)
         if not _until(job, lambda wanted=wanted: job.lines() >= wanted):
             break
         if what == "saving" and not _until(job, job.saving):
             break
         struck[what] += job.kill(what, choice)
+        (tmp_path / "struck.txt").write_text(f"{struck}, at line {job.lines()}, start {job.starts}")
         time.sleep(choice.uniform(0, 2))
     assert sum(struck.values()) == KILLS, f"the run ended after {struck}"
     assert min(struck.values()) > KILLS // 10, struck

@@ -67,16 +67,17 @@ def _same(ours: Path, theirs: Path) -> None:
 
 
 def test_told_to_stop_it_saves_and_ends_well_and_goes_on(tiny: Tiny, tmp_path: Path) -> None:
-    flags = [*configs(_items(tiny)), "--config=checkpoint.every=1000", f"--run_dir={tmp_path / 'run'}"]
+    steps = 30
+    flags = [*configs(_items(tiny, steps)), "--config=checkpoint.every=1000", f"--run_dir={tmp_path / 'run'}"]
     with _started(line("launchers.train", *flags), _at(tmp_path / "run", 3)) as process:
         process.send_signal(signal.SIGUSR1)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    step = int(re.search(rf"stopped after step (\d+) of {STEPS}, told to by SIGUSR1", said)[1])
+    step = int(re.search(rf"stopped after step (\d+) of {steps}, told to by SIGUSR1", said)[1])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     assert not (tmp_path / "run" / "export").exists()
     assert run("launchers.train", *flags).returncode == 0
-    assert [found["step"] for found in values(tmp_path / "run")] == list(range(STEPS + 1))
+    assert [found["step"] for found in values(tmp_path / "run")] == list(range(steps + 1))
 
 
 def test_torchrun_told_to_stop_and_then_the_newest_checkpoint_damaged_it_ends_with_the_same_bits(
