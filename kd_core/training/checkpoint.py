@@ -52,7 +52,7 @@ class Checkpoint:
     Args:
         every: so many steps; also after the last, and when the run is told to stop.
         asynchronous: training waits for a copy in memory alone, and a thread writes it. The bytes are the same.
-        keep_newest: so many of the newest are kept.
+        keep_newest: so many of the newest are kept; the one before the newest is for the day that it is damaged.
         keep_best: so many of the best are kept besides, of those whose step was validated.
         best_metric: what "best" means.
         best_mode: whether its smallest values are the best (min) or its largest (max).
@@ -60,7 +60,7 @@ class Checkpoint:
 
     every: int = 10
     asynchronous: bool = True
-    keep_newest: int = 1
+    keep_newest: int = 2
     keep_best: int = 1
     best_metric: str = "val/loss"
     best_mode: str = "min"

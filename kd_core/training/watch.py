@@ -151,7 +151,7 @@ class _Watch:
         if time.monotonic() - self.pulse.at <= self.timeout:  # it moved while we looked
             return
         if self.store.add("watch/said", 1) == 1:
-            print(f"error: {verdict(reports, self.timeout)}", file=sys.stderr, flush=True)
+            print(f"\nerror: {verdict(reports, self.timeout)}", file=sys.stderr, flush=True)  # below the progress bar
         else:
             time.sleep(2.0)  # whoever speaks must not be ended by torchrun before it has spoken
         os._exit(STATUS)

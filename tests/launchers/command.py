@@ -24,11 +24,13 @@ def line(module: str, *arguments: str, nproc: int | None = None, torchrun: Seque
 
 
 def run(
-    module: str, *arguments: str, nproc: int | None = None, cwd: Path | None = None
+    module: str, *arguments: str, nproc: int | None = None, cwd: Path | None = None, timeout: float = 100
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
     command = line(module, *arguments, nproc=nproc)
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=100, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=timeout, check=False
+    )
 
 
 def configs(items: list[str]) -> list[str]:

@@ -100,7 +100,7 @@ def test_an_error_of_the_writing_thread_is_raised_in_the_training_by_name(tiny: 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     (tmp_path / "step_00000009.partial").mkdir()
     assert newest_whole(tmp_path, World()) is None
-    keep_some(tmp_path, Checkpoint())
+    keep_some(tmp_path, Checkpoint(keep_newest=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,10 +116,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, mode: str, best: int) 
 def test_one_that_is_being_read_is_not_deleted(tiny: Tiny, tmp_path: Path) -> None:
     _write(tiny, tmp_path, 1, 2, 3)
     with in_use(tmp_path / "step_00000001"):
-        keep_some(tmp_path, Checkpoint())
+        keep_some(tmp_path, Checkpoint(keep_newest=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
     assert checkpoint.damage(tmp_path / "step_00000001") == []
-    keep_some(tmp_path, Checkpoint())
+    keep_some(tmp_path, Checkpoint(keep_newest=1))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
