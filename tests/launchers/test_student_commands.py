@@ -1,8 +1,9 @@
 """Students that train in part, and layers measured, as commands on the tiny teacher."""
 
+import itertools
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 import fiddle as fdl
 import peft
@@ -14,10 +15,12 @@ from kd_core.parallel.mesh import World
 from kd_core.students.importance import LayerwiseText, block_influence, drop_greedily, nll_of, nll_without_each
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Pretrained, build
+from kd_core.training import loop
 from kd_core.training.metrics import read_metrics
-from launchers.config_items import resolve
+from kd_core.training.run_folder import RunFolder
+from launchers.config_items import describe, record, resolve
 from launchers.evaluate import load_student, measure_model
-from tests.launchers.command import configs, kill_when, line, run
+from tests.launchers.command import run
 from tests.tiny import Tiny
 
 
@@ -31,21 +34,40 @@ def _numbers(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in found.items() if not name.startswith("speed/")} for found in lines]
 
 
+def _train(tiny: Tiny, folder: Path) -> None:
+    """As the command does, in this process."""
+    resolved = resolve(_lora_items(tiny), "Experiment")
+    experiment = fdl.build(resolved.config)
+    assert "0.0M trained" in experiment.check()["student"]
+    folder.mkdir(exist_ok=True)
+    RunFolder(folder).claim(record(resolved.config), describe(resolved))
+    experiment.run(RunFolder(folder), World())
+
+
 @pytest.fixture(scope="module")
 def adapted_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps that train adapters, which nothing disturbed."""
     folder = tmp_path_factory.mktemp("adapted") / "run"
-    done = run("launchers.train", *configs(_lora_items(tiny)), f"--run_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"student: [\d.]+M parameters \([\d.]+M trained\)", done.stderr)
+    _train(tiny, folder)
     return folder
 
 
-def test_adapters_killed_and_resumed_have_the_same_numbers(tiny: Tiny, adapted_run: Path, tmp_path: Path) -> None:
-    """Dropout too: its mask follows from the step."""
-    flags = [*configs(_lora_items(tiny)), f"--run_dir={tmp_path}"]
-    assert kill_when(line("launchers.train", *flags), (tmp_path / "checkpoints" / "step_00000004").is_dir)
-    assert run("launchers.train", *flags).returncode == 0
+def test_adapters_interrupted_and_resumed_have_the_same_numbers(
+    tiny: Tiny, adapted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout too: its mask follows from the step. (Kills are in test_commands.py.)"""
+    steps, real = itertools.count(1), loop.train_step
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        if next(steps) == 6:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tiny, tmp_path)
+    assert not (tmp_path / "export").exists()
+    _train(tiny, tmp_path)
     assert _numbers(tmp_path) == _numbers(adapted_run)
 
 
