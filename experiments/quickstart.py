@@ -19,7 +19,9 @@ from experiments.bases import distill
 from experiments.experiment import Experiment
 from experiments.tags import RowLength, TopK
 
-# The layers of SmolLM2-135M that matter most on this corpus: dropping the other 15 costs least.
+# The layers of SmolLM2-135M of the highest influence on this corpus, as `python -m launchers.importance --keep=15
+# --measure=influence` finds them: NLL 6.28 before training (2,048 tokens in rows of 256, bfloat16), where all 30 layers
+# have 3.73, the 15 whose own loss costs most (--measure=alone) 6.02, and 15 evenly spaced ones 15.54.
 KEEP_LAYERS = (0, 1, 8, 9, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)
 
 

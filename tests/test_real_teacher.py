@@ -12,6 +12,7 @@ import transformers
 from data.cache.manifest import read_manifest
 from data.stream.shards import ShardReader
 from kd_core.parallel.mesh import World
+from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Pretrained, build
 from launchers.evaluate import measure_model
 
@@ -32,6 +33,18 @@ def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
         assert (whole - theirs(ids).logits).abs().max() < 1e-4
         assert (packed[:, :120] - theirs(ids[:, :120]).logits).abs().max() < 1e-4
         assert (packed[:, 120:] - theirs(ids[:, 120:]).logits).abs().max() < 1e-4
+
+
+def test_in_parts_and_bfloat16_transformers_reads_the_same_numbers(tmp_path: Path) -> None:
+    """Several files with an index; what is read back is the teacher, rounded once."""
+    ours = build(Pretrained(str(TEACHER)), torch.device("cpu"), seed=0)
+    save_pretrained(ours, tmp_path / "parts", TEACHER, dtype="bfloat16", max_file_bytes=60_000_000)
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 3
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
+    back = build(Pretrained(str(tmp_path / "parts")), torch.device("cpu"), seed=0)
+    for (name, one), other in zip(back.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other.float()), name
+        assert torch.equal(one, ours.get_parameter(name).bfloat16().float()), name
 
 
 def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> None:

@@ -60,7 +60,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        x = dropped(input, self.settings.dropout if self.training else 0.0)
+        learns = self.training and torch.is_grad_enabled()  # nothing else in a student has modes: nobody sets them
+        x = dropped(input, self.settings.dropout if learns else 0.0)
         beside = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return F.linear(input, self.weight, self.bias) + self.settings.scale * beside
 

@@ -163,6 +163,8 @@ def test_dropout_is_a_function_of_the_random_state_and_rests_in_evaluation() -> 
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+    with torch.no_grad():  # whoever evaluates wants no gradient
+        assert torch.equal(run(1), run(2))
     layer.eval()
     assert torch.equal(run(1), run(2))
     kept = dropped(torch.ones(100, 1000), 0.25)

@@ -1,0 +1,137 @@
+"""Measure which layers of a teacher matter on your text, to begin a student with those alone.
+
+    python -m launchers.importance --teacher=quickstart/teacher --cache=quickstart/cache/train --keep=15
+    python -m launchers.importance --teacher=my/teacher --text=my/corpus.txt --keep=16 --tokens=8192 --measure=influence
+
+Prints a table of all layers, and the line that says what to keep, to be written into an experiment:
+
+    --config='student.keep_layers=(0, 1, 8, …)'
+
+--measure is greedy (default: the layer without which the NLL is lowest is dropped, and again among those left; the
+best and the dearest, about layers² / 4 passes through the model), alone (each layer's own rise of the NLL; a pass a
+layer), or influence (ShortGPT's 1 − cosine of a layer's input and output; one pass). --out also writes all as JSON.
+
+The text is the first --tokens of a cache's records, or of a text file in rows of --row_length.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launchers import app
+
+TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder of the model to measure; required.")
+CACHE = flags.DEFINE_string("cache", None, "A teacher's cache whose text is used; or --text.")
+TEXT = flags.DEFINE_string("text", None, "A text file; or --cache.")
+KEEP = flags.DEFINE_integer("keep", None, "How many layers to keep; default half of them.", lower_bound=1)
+MEASURE = flags.DEFINE_enum("measure", "greedy", ["greedy", "alone", "influence"], "How; see above.")
+TOKENS = flags.DEFINE_integer("tokens", 2048, "How many tokens to measure on.", lower_bound=2)
+ROW_LENGTH = flags.DEFINE_integer("row_length", 256, "Tokens of a row.", lower_bound=2)
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "What is multiplied in.")
+OUT = flags.DEFINE_string("out", None, "A JSON file for all numbers.")
+
+
+def _documents(teacher: Path) -> Iterator[list[int]]:
+    """Tokens of the text, a document at a time."""
+    from data.tokenizer import Tokenizer
+    from kd_core.errors import UsageError
+
+    if (CACHE.value is None) == (TEXT.value is None):
+        raise UsageError("wanted either --cache=DIR or --text=FILE.")
+    tokenizer = Tokenizer(teacher)
+    if TEXT.value is not None:
+        yield tokenizer.encode([Path(TEXT.value).read_text()])[0]
+        return
+    from data.cache.manifest import read_manifest
+    from data.stream.shards import ShardReader
+
+    folder = Path(CACHE.value or "")
+    manifest = read_manifest(folder)
+    if manifest.tokenizer != tokenizer.fingerprint():
+        raise UsageError(f"{folder}: was made with another tokenizer than that of {teacher}. Name its own teacher.")
+    for record in ShardReader(folder, manifest).records():
+        yield record.token_ids.tolist()
+
+
+def _rows(teacher: Path) -> Any:
+    """Rows of one document each, [B, S]."""
+    import torch
+
+    from kd_core.errors import UsageError
+
+    length = ROW_LENGTH.value or 0
+    rows: list[list[int]] = []
+    for tokens in _documents(teacher):
+        rows += [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
+        if len(rows) * length >= (TOKENS.value or 0):
+            break
+    wanted = max(1, (TOKENS.value or 0) // length)
+    if not rows:
+        raise UsageError(f"--row_length={length}: no document of the text is that long. Lower it.")
+    return torch.tensor(rows[:wanted])
+
+
+def _measured(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:
+    """A score a layer, more where it matters more, and what to keep."""
+    from kd_core.students.importance import block_influence, drop_greedily, kept_of, nll_of, nll_without_each
+
+    layers = range(text.model.arch.num_layers)
+    if MEASURE.value == "influence":
+        scores = block_influence(text)
+        return scores, kept_of(scores, keep)
+    if MEASURE.value == "alone":
+        base = nll_of(text, layers)
+        scores = [drop.nll - base for drop in nll_without_each(text, layers)]
+        return scores, kept_of(scores, keep)
+    dropped = drop_greedily(
+        text, keep, lambda drop: app.log.info("without layer %d too: NLL %.3f", drop.layer, drop.nll)
+    )
+    order = [drop.layer for drop in dropped]
+    scores = [float(order.index(layer) + 1) if layer in order else float(len(order) + 1) for layer in layers]
+    return scores, tuple(layer for layer in layers if layer not in order)
+
+
+def main() -> None:
+    """Load, measure, print."""
+    import torch
+
+    from kd_core.errors import UsageError
+    from kd_core.files import write_json
+    from kd_core.students.importance import LayerwiseText, nll_of
+    from kd_core.students.starts import Pretrained, build
+
+    if TEACHER.value is None:
+        raise UsageError("wanted --teacher=DIR. Try --help.")
+    teacher = Path(TEACHER.value)
+    rows = _rows(teacher)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(Pretrained(str(teacher)), device, seed=0).to(getattr(torch, DTYPE.value or "")).eval()
+    count = model.arch.num_layers
+    keep = KEEP.value or count // 2
+    if not 0 < keep < count:
+        raise UsageError(f"--keep={keep}: wanted 1 to {count - 1}, for {teacher} has {count} layers.")
+    with torch.no_grad():
+        text = LayerwiseText(model, rows.to(device))
+    scores, kept = _measured(text, keep)
+    even = tuple(round(i * (count - 1) / max(1, keep - 1)) for i in range(keep))
+    found = {
+        f"all {count} layers": nll_of(text, range(count)),
+        f"the {keep} kept": nll_of(text, kept),
+        f"{keep} evenly spaced": nll_of(text, even),
+    }
+    words = {"greedy": "dropped as number (more: kept)", "alone": "rise of NLL without it", "influence": "influence"}
+    print(f"layer  {words[MEASURE.value or '']}")
+    for layer, score in enumerate(scores):
+        print(f"{layer:>5}  {score:<8.4g} {'kept' if layer in kept else ''}".rstrip())
+    print(f"\nNLL on {rows.numel()} tokens, nats per token, before any training:")
+    for name, nll in found.items():
+        print(f"  {name:<22} {nll:.3f}")
+    print(f"\n--config='student.keep_layers={kept}'")
+    if OUT.value:
+        write_json(Path(OUT.value), {"measure": MEASURE.value, "keep_layers": kept, "scores": scores, "nll": found})
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.importance", __doc__ or "")
