@@ -49,6 +49,8 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
             run_folder.begin_attempt(facts)
             for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
+            for setting in experiment.unused():
+                app.log.warning("unused: %s.", setting)
 
         world.on_first(claim)
         experiment.run(run_folder, world)
@@ -66,6 +68,8 @@ def main() -> None:
     if app.FLAGS.dry_run:
         for name, value in experiment.check().items():
             print(f"{name}: {value}")
+        for setting in experiment.unused():
+            print(f"unused: {setting}.")
         return
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     _train(experiment, folder, resolved)
