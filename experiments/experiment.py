@@ -13,6 +13,7 @@ from data.stream.source import Mixture, Shards, epochs
 from data.stream.stream import all_batches, training_steps
 from experiments import checks
 from experiments.identity import identities
+from experiments.unused import unused_settings
 from kd_core.errors import UsageError
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
@@ -119,6 +120,10 @@ class Experiment:
             "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
             **checks.check_layout(self, student, ranks),
         }
+
+    def unused(self) -> list[str]:
+        """A sentence for each setting that changes nothing in this run."""
+        return unused_settings(self)
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""
