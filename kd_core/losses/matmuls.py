@@ -96,4 +96,5 @@ class Matmuls:
         else:
             for block in _blocks(len(total)):
                 product = self._kept("product", total[block].shape, hidden)
-                total[block] += torch.mm(by_logits[:, block].t(), hidden, out=product)
+                # Not `total[block] += …`, which also copies the block onto itself.
+                total[block].add_(torch.mm(by_logits[:, block].t(), hidden, out=product))

@@ -3,11 +3,16 @@
 import json
 from pathlib import Path
 
+import fiddle as fdl
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd_core.errors import UsageError
+from kd_core.parallel.plan import LAYOUT_SETTINGS
 from kd_core.training.metrics import read_metrics
+from kd_core.training.run_folder import RunFolder
+from launchers import config_items
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
@@ -56,11 +61,20 @@ def test_saved_on_four_ranks_and_resumed_on_any_other_layout(tiny: Tiny, tmp_pat
 
 
 def test_another_precision_is_another_experiment(tiny: Tiny, tmp_path: Path) -> None:
-    _train(tiny, tmp_path / "run", [], None)
-    items = [*tiny.train_items(6), "checkpoint.keep_newest=9", "parallel.precision=bfloat16"]
-    done = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'run'}")
-    assert done.returncode == 1
-    assert "parallel.precision is 'float32' there, 'bfloat16' now" in done.stderr
+    """What may change on the way is the layout, and nothing else."""
+    may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
+    folder = RunFolder(tmp_path)
+
+    def claim(*changes: str) -> dict[str, str]:
+        resolved = config_items.resolve([*tiny.train_items(), *changes], "Experiment")
+        return folder.claim(config_items.record(resolved.config), config_items.describe(resolved), may_change)
+
+    assert claim() == claim() == {}
+    assert claim("parallel.shard=full") == {"parallel.shard": "'gradients' there, 'full' now"}
+    with pytest.raises(
+        UsageError, match=r"another experiment \(parallel.precision is 'float32' there, 'bfloat16' now\)"
+    ):
+        claim("parallel.shard=full", "parallel.precision=bfloat16")
 
 
 def test_a_dry_run_tells_what_a_rank_of_any_world_holds(tiny: Tiny) -> None:
@@ -69,7 +83,15 @@ def test_a_dry_run_tells_what_a_rank_of_any_world_holds(tiny: Tiny) -> None:
     assert done.returncode == 0, done.stderr
     assert "512 ranks: 1 replicas × 256 shards × 2 tensor-parallel" in done.stdout
     assert "checkpoints: runs/quickstart/checkpoints" in done.stdout
-    refused = run("launchers.train", *configs(items), "--dry_run", "--world=7")
-    assert "7 ranks are not divided by it" in refused.stderr
-    refused = run("launchers.train", *configs([*items, "parallel.tensor_parallel=3"]), "--dry_run", "--world=6")
-    assert "Fitting: 1, 2, 4" in refused.stderr
+
+
+@pytest.mark.parametrize(("change", "ranks", "said"), [
+    ("parallel.tensor_parallel=2", 7, "7 ranks are not divided by it. Start a multiple of 2"),
+    ("parallel.tensor_parallel=3", 6, "does not divide the student's 4 heads.*Fitting: 1, 2, 4"),
+    ("parallel.replicas=3", 8, "make 4, which is not divided by it. Take one of 1, 2, 4"),
+    ("collate.multiple=3", 4, "rows of 33 positions are not divided by tensor_parallel 2"),
+])  # fmt: skip
+def test_layouts_that_do_not_fit(tiny: Tiny, change: str, ranks: int, said: str) -> None:
+    config = config_items.resolve([*tiny.train_items(6), *FOUR, change], "Experiment").config
+    with pytest.raises(UsageError, match=said):
+        fdl.build(config).check(ranks)

@@ -18,6 +18,7 @@ from kd_core.students.starts import Pretrained, build
 from kd_core.training import loop
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
+from kd_core.training.stopping import Stopping
 from launchers.config_items import describe, record, resolve
 from launchers.evaluate import load_student, measure_model
 from tests.launchers.command import run
@@ -41,7 +42,7 @@ def _train(tiny: Tiny, folder: Path) -> None:
     assert "0.0M trained" in experiment.check()["student"]
     folder.mkdir(exist_ok=True)
     RunFolder(folder).claim(record(resolved.config), describe(resolved))
-    experiment.run(RunFolder(folder), World())
+    experiment.run(RunFolder(folder), World(), Stopping())
 
 
 @pytest.fixture(scope="module")
