@@ -60,6 +60,11 @@ def cache_facts(shards: Shards) -> CacheFacts:
     return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
+def is_complete(folder: RunFolder, steps: int) -> bool:
+    """Whether a run of so many steps has ended there and left its student."""
+    return newest_progress(folder.checkpoints).step == steps and folder.export.is_dir()
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
@@ -105,7 +110,7 @@ class Experiment:
             shards.check(arch.vocab_size, tokenizer)
         for shards in self.shards.parts:
             self.loss.check_cache(cache_facts(shards))
-        known = metric_names(self.loss, cache_facts(self.evaluation.shards))
+        known = self.validation_metrics()
         if (best := self.checkpoint.best_metric) not in known:
             raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
         caches = [part.manifest for part in self.shards.parts]
@@ -118,6 +123,10 @@ class Experiment:
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
             "the run": f"{self.steps} steps, {rows}",
         }
+
+    def validation_metrics(self) -> set[str]:
+        """Names of the numbers that validation gives, known before anything runs."""
+        return metric_names(self.loss, cache_facts(self.evaluation.shards))
 
     def _data(self, world: World) -> Data:
         share = {"rank": world.rank, "ranks": world.size}
@@ -136,8 +145,7 @@ class Experiment:
 
     def run(self, folder: RunFolder, world: World) -> None:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is."""
-        done = world.on_first(lambda: newest_progress(folder.checkpoints).step)
-        if done == self.steps and folder.export.is_dir():
+        if world.on_first(lambda: is_complete(folder, self.steps)):
             log.info("%s: already complete, reused", folder.path)
             return
         recipe = Recipe(

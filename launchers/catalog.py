@@ -1,7 +1,7 @@
 """What can be named on a command line: found by reading `experiments/*.py` as text, so that `--help` imports nothing.
 
-A base function's kind is its return annotation (`fdl.Config[Experiment]`, `fdl.Config[TeacherExport]`); a fiddler
-takes such a config as its first parameter and returns None.
+A base function's kind is its return annotation (`fdl.Config[Experiment]`, `fdl.Config[TeacherExport]`), so is a
+sweep's (`Sweep`); a fiddler takes such a config as its first parameter and returns None.
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Any
 from kd_core.errors import UsageError
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-FIDDLER = "fiddler"
+FIDDLER, SWEEP = "fiddler", "Sweep"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def _kind(function: ast.FunctionDef) -> str | None:
     returns = ast.unparse(function.returns) if function.returns else ""
     if returns.startswith("fdl.Config["):
         return returns.removeprefix("fdl.Config[").removesuffix("]")
+    if returns == SWEEP:
+        return SWEEP
     first = function.args.args[0].annotation if function.args.args else None
     if returns == "None" and first is not None and ast.unparse(first).startswith("fdl.Config["):
         return FIDDLER

@@ -108,20 +108,53 @@ def _is_of_type(value: Any, wanted: Any) -> bool:
     return not (isinstance(value, bool) and wanted in (int, float))
 
 
-def _parse_value(text: str, wanted: Any, item: str) -> Any:
-    if wanted is str:
-        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-    value: Any = text
-    with contextlib.suppress(SyntaxError, ValueError):
-        value = WORDS[text] if text in WORDS else ast.literal_eval(text)
+def _checked(value: Any, wanted: Any, said: str, shown: str) -> Any:
+    """The value as the type that is wanted: a list as a tuple, a whole number as a float."""
     if isinstance(value, list) and typing.get_origin(wanted) is not list:
         value = tuple(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not _is_of_type(value, wanted):
-        shown = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
-        raise UsageError(f"--config={item}: got {text!r}, wanted {shown}.")
+        name = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+        raise UsageError(f"{said}: got {shown}, wanted {name}.")
     return value
+
+
+def _parse_value(text: str, wanted: Any, said: str) -> Any:
+    if wanted is str:
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    value: Any = text
+    with contextlib.suppress(SyntaxError, ValueError):
+        value = WORDS[text] if text in WORDS else ast.literal_eval(text)
+    return _checked(value, wanted, said, repr(text))
+
+
+def _find(config: fdl.Config[Any], path: str, said: str) -> tuple[Any, str]:
+    """The node that holds the last name of `path`, and that name; `said` begins the error."""
+    node: Any = config
+    *parents, last = path.split(".")
+    for depth, name in enumerate([*parents, last]):
+        children = _children(node)
+        if name not in children:
+            where = ".".join(path.split(".")[:depth]) or "the experiment"
+            raise UsageError(f"{said}: {where} has no {name!r}. {did_you_mean(name, children)}")
+        if depth < len(parents):
+            node = children[name]
+    return node, last
+
+
+def _put(node: Any, name: str, value: Any) -> None:
+    if isinstance(node, dict):
+        node[name] = value
+    else:
+        setattr(node, name, value)
+
+
+def _refuse_part(node: Any, name: str, path: str, said: str) -> None:
+    current = _children(node)[name]
+    if isinstance(current, (fdl.Buildable, dict)):
+        inner = ", ".join(f"{path}.{name}" for name in _children(current))
+        raise UsageError(f"{said}: {path} is a part, not a value. Set one of its values: {inner}.")
 
 
 def set_path(config: fdl.Config[Any], item: str) -> str:
@@ -131,25 +164,40 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
         UsageError: no such path, a path to a part and not to a value, or a value of another type.
     """
     path, text = item.split("=", 1)
-    node: Any = config
-    *parents, last = path.split(".")
-    for depth, name in enumerate([*parents, last]):
-        children = _children(node)
-        if name not in children:
-            where = ".".join(path.split(".")[:depth]) or "the experiment"
-            raise UsageError(f"--config={item}: {where} has no {name!r}. {did_you_mean(name, children)}")
-        if depth < len(parents):
-            node = children[name]
-    current = _children(node)[last]
-    if isinstance(current, (fdl.Buildable, dict)):
-        inner = ", ".join(f"{path}.{name}" for name in _children(current))
-        raise UsageError(f"--config={item}: {path} is a part, not a value. Set one of its values: {inner}.")
-    value = _parse_value(text, _wanted_type(node, last), item)
-    if isinstance(node, dict):
-        node[last] = value
-    else:
-        setattr(node, last, value)
+    said = f"--config={item}"
+    node, last = _find(config, path, said)
+    _refuse_part(node, last, path, said)
+    _put(node, last, _parse_value(text, _wanted_type(node, last), said))
     return path
+
+
+def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None:
+    """Set what stands at `path` to a Python value, or to a config (which is copied); `said` begins the error.
+
+    Raises:
+        UsageError: as for `set_path`.
+    """
+    node, last = _find(config, path, said)
+    wanted = _wanted_type(node, last)
+    if isinstance(value, fdl.Buildable):
+        made = fdl.get_callable(value)
+        if isinstance(wanted, type) and isinstance(made, type) and not _makes(made, wanted):
+            raise UsageError(f"{said}: got a {made.__name__}, wanted {wanted.__name__}.")
+        _put(node, last, value.__deepcopy__({}))
+        return
+    _refuse_part(node, last, path, said)
+    _put(node, last, _checked(value, wanted, said, repr(value)))
+
+
+def _makes(made: type, wanted: type) -> bool:
+    """Whether a config of `made` may stand where `wanted` is annotated; a protocol shows itself only when built."""
+    return getattr(wanted, "_is_protocol", False) or issubclass(made, wanted)
+
+
+def value_at(config: fdl.Config[Any], path: str, said: str) -> Any:
+    """What stands at `path`, a default included; errors as for `set_path`."""
+    node, last = _find(config, path, said)
+    return _children(node)[last]
 
 
 def _first(item: str, kind: str) -> Resolved:
@@ -177,14 +225,19 @@ def resolve(items: Sequence[str], kind: str) -> Resolved:
         raise UsageError("no --config given. Name an experiment: --config=NAME (--list shows them).")
     resolved = _first(items[0], kind)
     for item in items[1:]:
-        text = item.removeprefix("set:")
-        if item.startswith("fiddler:"):
-            _call(FIDDLER, item.removeprefix("fiddler:"), item, resolved.config)
-        elif "=" in text.split("(")[0]:
-            resolved.set_by[set_path(resolved.config, text)] = f"--config={item}"
-        else:
-            raise UsageError(f"--config={item}: only the first --config names an experiment; wanted path=value.")
+        apply(resolved, item)
     return resolved
+
+
+def apply(resolved: Resolved, item: str) -> None:
+    """Apply an item that names no experiment, in place; errors as for `resolve`."""
+    text = item.removeprefix("set:")
+    if item.startswith("fiddler:"):
+        _call(FIDDLER, item.removeprefix("fiddler:"), item, resolved.config)
+    elif "=" in text.split("(")[0]:
+        resolved.set_by[set_path(resolved.config, text)] = f"--config={item}"
+    else:
+        raise UsageError(f"--config={item}: only the first --config names an experiment; wanted path=value.")
 
 
 def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
@@ -208,7 +261,10 @@ def _who(node: Any, name: str, path: str, set_by: dict[str, str]) -> str:
     if isinstance(node, fdl.Buildable):
         if name not in node.__arguments__:
             return f"default of {fdl.get_callable(node).__name__}"
-        location = node.__argument_history__[name][-1].location
+        history = node.__argument_history__[name]
+        if not history:  # a record keeps values, not who set them
+            return "the record"
+        location = history[-1].location
         return f"{Path(location.filename).name}:{location.line_number}"
     return "the experiment"
 

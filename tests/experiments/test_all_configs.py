@@ -13,7 +13,7 @@ from launchers import catalog, config_items
 from launchers.catalog import Entry
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-BASES = [entry for entry in catalog.entries() if entry.kind != catalog.FIDDLER]
+BASES = [entry for entry in catalog.entries() if entry.kind not in (catalog.FIDDLER, catalog.SWEEP)]
 
 
 def _values(entry: Entry) -> str:
