@@ -44,19 +44,9 @@ MORE = flags.DEFINE_multi_string("slurm", [], "slurm: any other option of sbatch
 
 
 def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
-    """Points to run: neither finished nor, without --retry_failed, failed."""
-    from launchers.sweeping.folder import FAILED, FINISHED
-
-    left: list[Point] = []
-    counts = {FINISHED: 0, FAILED: 0}
-    for point in points:
-        state = folder.status(point).state
-        if state == FINISHED or (state == FAILED and not RETRY.value):
-            counts[state] += 1
-        else:
-            left.append(point)
-    app.log.info("%d points: %d finished, %d failed before, %d to run",
-                 len(points), counts[FINISHED], counts[FAILED], len(left))  # fmt: skip
+    """Points to run, with a line that counts them."""
+    left = folder.left(points, RETRY.value)
+    app.log.info("%d points: %d to run, %d finished or failed before", len(points), len(left), len(points) - len(left))
     return left
 
 

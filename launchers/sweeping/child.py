@@ -1,17 +1,14 @@
 """A point's training as a process of its own: its command line, its share of the machine, and its end with ours."""
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kd_core.training.run_folder import RunFolder
+from launchers.sweeping import tied
 from launchers.sweeping.folder import SweepFolder
-
-SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 
 @dataclass(frozen=True)
@@ -63,25 +60,14 @@ def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot
     environment = dict(os.environ)
     if slot.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a scheduler's warning is for us, who pass it on
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-            if slot.cores:
-                os.sched_setaffinity(0, slot.cores)
-            if os.getppid() != parent:  # it died in between
-                os._exit(1)
-
+    prefix = [sys.executable, "-I", tied.__file__, str(os.getpid()), ",".join(map(str, slot.cores))]
     folder.log(point_id).parent.mkdir(parents=True, exist_ok=True)
     with folder.log(point_id).open("ab") as log:
         return subprocess.Popen(
-            command,
+            [*prefix, *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=before_exec,  # noqa: PLW1509 (a few system calls; we start no threads)
         )

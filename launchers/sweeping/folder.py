@@ -103,6 +103,11 @@ class SweepFolder:
             return Status(FINISHED, known.starts, 0, known.last_line, known.job)
         return known
 
+    def left(self, points: Sequence[Point], retry_failed: bool) -> list[Point]:
+        """Points to run: neither finished nor, unless they are to be tried again, failed."""
+        done = (FINISHED,) if retry_failed else (FINISHED, FAILED)
+        return [point for point in points if self.status(point).state not in done]
+
     def set_status(self, point_id: str, status: Status) -> None:
         """Write it down."""
         write_json(self._status(point_id), vars(status))

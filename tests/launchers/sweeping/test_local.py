@@ -1,0 +1,294 @@
+"""Sweeps on this machine, in real processes on the tiny teacher: the README's study, failures, kills, extension."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from data.cache.selection import Selection
+from experiments.quickstart import quickstart
+from experiments.sweep import Sweep, grid, seeds
+from kd_core.errors import UsageError
+from kd_core.files import owned, read_json
+from kd_core.training.metrics import read_metrics
+from launchers.sweeping import source
+from launchers.sweeping.child import slots
+from launchers.sweeping.folder import SweepFolder
+from launchers.sweeping.local import Queue
+from launchers.sweeping.plan import check, plan
+from launchers.sweeping.points import Point, resolve
+from launchers.sweeping.results import write_results
+from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run
+from tests.tiny import Tiny, write_caches
+
+STEPS = 4
+
+
+def _study(tmp_path: Path, body: str) -> Path:
+    """A user's file with a sweep `study`."""
+    path = tmp_path / "study.py"
+    path.write_text(
+        "from experiments.quickstart import quickstart\nfrom experiments.sweep import Sweep, grid, seeds\n\n"
+        f"def study() -> Sweep:\n    return {body}\n"
+    )
+    return path
+
+
+def _flags(file: Path, out: Path, tiny: Tiny, steps: int = STEPS, jobs: int = 2) -> list[str]:
+    items = configs(tiny.train_items(steps)[1:])
+    return [f"--sweep={file}:study", f"--out={out}", "--backend=local", f"--jobs={jobs}", *items]
+
+
+def _done(*flags: str) -> subprocess.CompletedProcess[str]:
+    done = run("launchers.sweep", *flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _attempts(out: Path) -> dict[str, int]:
+    return {folder.name: len(list(folder.glob("attempts/*"))) for folder in (out / "points").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def readme_sweep(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The README's study, as it stands there, on a tiny cache of 64 entries a position."""
+    root = tmp_path_factory.mktemp("readme")
+    section = (ROOT / "README.md").read_text().split("\n## Sweeps\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len([text for text in code.splitlines() if text.strip()]) <= 12
+    (root / "study.py").write_text(code)
+    write_caches(tiny.export(selection=Selection(top_k=64)), root / "cache")
+    items = [*tiny.train_items(STEPS)[1:], f"shards.path={root / 'cache' / 'train'}"]
+    flags = [f"--sweep={root / 'study.py'}:by_rate", f"--out={root / 'out'}", *configs(items)]
+    points = resolve(source.find(f"{root / 'study.py'}:by_rate")[1](), items, "by_rate")
+    assert check(points) == []
+    _done(*flags, "--backend=local", "--jobs=2")
+    text = plan(SweepFolder(root / "out"), points, None)
+    assert len(re.findall(r"^[0-9a-f]{12} .* 512 .* finished$", text, flags=re.MULTILINE)) == 6
+    assert "as the finished points ran" in text
+    return root / "out"
+
+
+def test_the_readmes_study_gives_its_tables(readme_sweep: Path) -> None:
+    rows = _rows(readme_sweep / "results.csv")
+    assert [(row["optimizer.lr"], row["seed"]) for row in rows] == [
+        (lr, seed) for lr in ("0.0002", "0.0004", "0.0008") for seed in ("0", "1")
+    ]
+    for row in rows:
+        last = read_metrics(readme_sweep / "points" / row["id"] / "metrics.jsonl")[-1]
+        assert last["step"] == STEPS
+        assert {name: float(row[name]) for name in row if name.startswith("val/")} == {
+            name: value for name, value in last.items() if name.startswith("val/")
+        }
+        record = json.loads((readme_sweep / "points" / row["id"] / "config.json").read_text())
+        assert "reverse_kl" in json.dumps(record)
+    for group, pair in zip(_rows(readme_sweep / "summary.csv"), zip(rows[::2], rows[1::2], strict=True), strict=True):
+        one, other = (float(row["val/kl"]) for row in pair)
+        assert float(group["val/kl"]) == pytest.approx((one + other) / 2, rel=1e-12)
+        # Of two values, the interval is half their distance times t(1) = 12.706.
+        assert float(group["val/kl ±"]) == pytest.approx(abs(one - other) / 2 * 12.7062, rel=1e-4)
+        assert group["n"] == "2"
+    text = (readme_sweep / "results.md").read_text()
+    assert text.startswith("6 of 6 points are finished.")
+    assert "| lr | n | val/loss |" in text
+
+
+def test_tensorboard_knows_all_columns_and_each_points_values(readme_sweep: Path) -> None:
+    root = readme_sweep / "tensorboard"
+    events = EventAccumulator(str(root))
+    events.Reload()
+    content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    experiment = metadata.parse_experiment_plugin_data(content)
+    assert {info.name: [v.number_value for v in info.domain_discrete.values] for info in experiment.hparam_infos} == {
+        "lr": [2e-4, 4e-4, 8e-4],
+        "seed": [0, 1],
+    }
+    rows = _rows(readme_sweep / "results.csv")
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert metrics == {name for name in rows[0] if name.startswith("val/")}
+    for row in rows:
+        (folder,) = root.glob(f"*{row['id']}")
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+        values = metadata.parse_session_start_info_plugin_data(content).hparams
+        assert values["lr"].number_value == float(row["optimizer.lr"])
+        assert values["seed"].number_value == float(row["seed"])
+        for name in metrics:
+            last = events.Scalars(name)[-1]
+            assert (last.step, last.value) == (STEPS, pytest.approx(float(row[name]), rel=1e-6))
+
+
+def _here(sweep: Sweep, out: SweepFolder, items: list[str], retry_failed: bool = False) -> list[Point]:
+    """A sweep run by this process, which saves a start."""
+    points = resolve(sweep, items, "study")
+    out.claim("study", points)
+    left = out.left(points, retry_failed)
+    Queue(out, left, slots(2, 1, [], sorted(os.sched_getaffinity(0))), 1, lambda: write_results(out, points)).run()
+    write_results(out, points)
+    return left
+
+
+def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tmp_path: Path) -> None:
+    folder, moved = SweepFolder(tmp_path / "out"), tmp_path / "moved"
+    items = [item for item in tiny.train_items(STEPS)[1:] if not item.startswith("shards.path")]
+    sweep = Sweep(quickstart) * grid("shards.path", [str(moved), str(tiny.train)])
+    assert len(_here(sweep, folder, items)) == 2
+    bad, good = resolve(sweep, items, "study")
+    assert {row["id"]: row["state"] for row in _rows(folder.path / "results.csv")} == {
+        bad.id: "failed",
+        good.id: "finished",
+    }
+    status = folder.status(bad)
+    assert (status.starts, status.exit_code) == (1, 1)
+    assert "train: error: " in status.last_line
+    moved.symlink_to(tiny.train)
+    # Another value for the one that failed, and the one that finished is no longer in the sweep.
+    wider = Sweep(quickstart) * grid("shards.path", [str(moved)]) * grid("optimizer.lr", [4e-4, 8e-4])
+    (new,) = _here(wider, folder, items)
+    assert new.values["optimizer.lr"] == 8e-4
+    assert folder.status(bad).starts == 1
+    assert _here(wider, folder, items, retry_failed=True) == [resolve(wider, items, "study")[0]]
+    assert [(row["id"], row["state"]) for row in _rows(folder.path / "results.csv")] == [
+        (bad.id, "finished"),
+        (new.id, "finished"),
+    ]
+    assert {point["id"] for point in read_json(folder.path / "sweep.json", "it")["points"]} == {
+        bad.id,
+        new.id,
+        good.id,
+    }
+    assert _attempts(folder.path) == {bad.id: 1, new.id: 1, good.id: 1}  # a failed check is no attempt
+
+
+def test_a_folder_of_another_sweep_is_refused_and_so_is_one_in_use(tiny: Tiny, tmp_path: Path) -> None:
+    points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items()[1:], "study")
+    SweepFolder(tmp_path / "out").claim("other", points)
+    with pytest.raises(UsageError, match="holds the sweep other, not study"):
+        SweepFolder(tmp_path / "out").claim("study", points)
+    with owned(tmp_path / "out"):
+        done = run("launchers.sweep", *_flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), tmp_path / "out", tiny))
+    assert done.returncode == 1
+    assert "another process" in done.stderr
+
+
+def _steps_of(out: Path) -> int:
+    return sum(len(read_metrics(path)) for path in out.glob("points/*/metrics.jsonl"))
+
+
+def _orphans(out: Path) -> list[str]:
+    """Processes that still work in the sweep's folder."""
+    found: list[str] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(out) in text and "launchers.train" in text:
+            found.append(text)
+    return found
+
+
+def _gone_soon(out: Path) -> None:
+    deadline = time.monotonic() + 10
+    while _orphans(out):
+        assert time.monotonic() < deadline, _orphans(out)
+        time.sleep(0.05)
+
+
+def _kill_and_finish(flags: list[str], out: Path, moments: list[Callable[[], bool]]) -> int:
+    """SIGKILL the sweep at each of the moments, then let it end; kills that struck. No finished point starts again."""
+    struck = 0
+    for moment in moments:
+        finished = {path.parent.name for path in out.glob("points/*/export")}
+        attempts = _attempts(out) if (out / "points").exists() else {}
+        struck += kill_when(line("launchers.sweep", *flags), moment)
+        _gone_soon(out)
+        assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
+    finished, attempts = {path.parent.name for path in out.glob("points/*/export")}, _attempts(out)
+    _done(*flags)
+    assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
+    return struck
+
+
+def _ended(out: Path) -> dict[str, int]:
+    """How many starts of each point say that they came to the end."""
+    return {
+        folder.name: sum("done: " in log.read_text() for log in folder.glob("attempts/*/log.txt"))
+        for folder in (out / "points").iterdir()
+    }
+
+
+def _same_tables(one: Path, other: Path) -> None:
+    for name in ("results.csv", "summary.csv", "results.md"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_sweep_killed_twice_ends_with_the_same_tables_and_leaves_no_process(tiny: Tiny, tmp_path: Path) -> None:
+    file = _study(tmp_path, "Sweep(quickstart) * seeds(3)")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    _done(*_flags(file, whole, tiny, steps=40))
+    moments = [lambda: _steps_of(cut) > 12, lambda: _steps_of(cut) > 90]
+    assert _kill_and_finish(_flags(file, cut, tiny, steps=40), cut, moments) == 2
+    _same_tables(whole, cut)
+    assert set(_ended(cut).values()) == {1}
+    assert sum(_attempts(cut).values()) > 3
+
+
+def test_a_sweep_that_is_asked_to_stop_stops_its_children_and_says_how_to_go_on(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), out, tiny, steps=1000, jobs=1)
+    process = subprocess.Popen(line("launchers.sweep", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while _steps_of(out) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Run the same command again" in said
+    assert not _orphans(out)
+    assert {read_json(path, "it")["state"] for path in out.glob("status/*.json")} <= {"stopped", "new"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twelve_points_killed_at_ten_random_moments(tiny: Tiny, tmp_path: Path) -> None:
+    axes = 'grid("loss.terms.kd.tail", ["tail_bucket", "truncated"]) * grid("shards.top_k", [1, 8]) * seeds(3)'
+    file = _study(tmp_path, f"Sweep(quickstart) * {axes}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    started = time.monotonic()
+    _done(*_flags(file, whole, tiny, steps=60))
+    life = time.monotonic() - started
+    moments = random.Random(0)
+
+    def after(seconds: float) -> Callable[[], bool]:
+        begun: list[float] = []
+
+        def over() -> bool:
+            begun.append(time.monotonic())
+            return begun[-1] - begun[0] > seconds
+
+        return over
+
+    # Ten lives of up to a third of an undisturbed one, so that most end within a point's training.
+    draws = [after(moments.uniform(0.05, 0.33) * life) for _ in range(10)]
+    assert _kill_and_finish(_flags(file, cut, tiny, steps=60), cut, draws) >= 5
+    _same_tables(whole, cut)
+    assert max(_ended(cut).values()) == 1
+    assert len(_ended(cut)) == 12
