@@ -20,8 +20,8 @@ from launchers.sweeping.child import Slot
 from launchers.sweeping.folder import FAILED, FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
 from launchers.sweeping.points import Point
 
-# Seconds between Slurm's warning and its kill: time to end a step and to save.
-WARNING = 120
+# Seconds between Slurm's warning and its kill, and those of them that the training has to end a step and to save.
+WARNING, SAVING = 120, 100
 # How often a job may use up its time: each time it got further, so this only ends what does not.
 MOST_TIMEOUTS = 100
 FIRST_PORT, PORTS = 29_500, 1_000
@@ -87,8 +87,10 @@ class PointJob:
 
         if self.process is not None:
             os.kill(self.process.pid, signal.SIGTERM)
-            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            options, deadline = os.WEXITED | os.WNOHANG | os.WNOWAIT, time.monotonic() + SAVING
             while os.waitid(os.P_PID, self.process.pid, options) is None:
+                if time.monotonic() > deadline:
+                    os.killpg(self.process.pid, signal.SIGKILL)
                 time.sleep(PAUSE)
         point = self.folder.load(self.point_id)
         self.folder.set_status(self.point_id, replace(self.folder.status(point), state=SUBMITTED))
