@@ -32,14 +32,20 @@ OUT = flags.DEFINE_string("out", None, "Folder of the sweep; default sweeps/NAME
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to every point: path=value or fiddler:NAME.")
 LIST = flags.DEFINE_bool("list", False, "List every sweep with its first docstring line, and exit.")
 RETRY = flags.DEFINE_bool("retry_failed", False, "Start failed points again, too.")
-NPROC = flags.DEFINE_integer("nproc", None, "Ranks of a point on a machine; default its GPUs under Slurm, else 1.")
-RATE = flags.DEFINE_float("tokens_per_second", None, "plan: the speed of a point, for hours.")
-JOBS = flags.DEFINE_integer("jobs", None, "Points at once; default as many as the GPUs give, else 1 (Slurm: 256).")
+NPROC = flags.DEFINE_integer(
+    "nproc", None, "Ranks of a point on a machine; default its GPUs under Slurm, else 1.", lower_bound=1
+)
+RATE = flags.DEFINE_float("tokens_per_second", None, "plan: the speed of a point, for hours.", lower_bound=1e-9)
+JOBS = flags.DEFINE_integer(
+    "jobs", None, "Points at once; default as many as the GPUs give, else 1 (Slurm: 256).", lower_bound=1
+)
 PARTITION = flags.DEFINE_string("partition", None, "slurm: the partition.")
-MINUTES = flags.DEFINE_integer("minutes", 60, "slurm: time of a job; a point that needs more is put back and resumes.")
-NODES = flags.DEFINE_integer("nodes", 1, "slurm: nodes of a point.")
-GPUS = flags.DEFINE_integer("gpus_per_node", 0, "slurm: GPUs of a point on each node.")
-CPUS = flags.DEFINE_integer("cpus_per_task", None, "slurm: cores of a point on each node.")
+MINUTES = flags.DEFINE_integer(
+    "minutes", 60, "slurm: time of a job; a point that needs more is put back and resumes.", lower_bound=1
+)
+NODES = flags.DEFINE_integer("nodes", 1, "slurm: nodes of a point.", lower_bound=1)
+GPUS = flags.DEFINE_integer("gpus_per_node", 0, "slurm: GPUs of a point on each node.", lower_bound=0)
+CPUS = flags.DEFINE_integer("cpus_per_task", None, "slurm: cores of a point on each node.", lower_bound=1)
 MORE = flags.DEFINE_multi_string("slurm", [], "slurm: any other option of sbatch, NAME=VALUE.")
 
 

@@ -8,14 +8,14 @@ OUT/results.*, summary.csv, tensorboard/   what compares the points
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.experiment import is_complete
 from experiments.sweep import Values
 from kd_core.errors import UsageError
-from kd_core.files import read_json, write_json, write_text
+from kd_core.files import is_owned, read_json, write_json, write_text
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
 from launchers.config_items import load_record
@@ -96,11 +96,16 @@ class SweepFolder:
         return is_complete(self.run_folder(point.id), point.steps)
 
     def status(self, point: Point) -> Status:
-        """How the point stands. That a run is complete is read from its folder; only failures must be remembered."""
+        """How the point stands. That a run is complete is read from its folder; only failures must be remembered.
+
+        What a queue here started has stopped once nobody owns the sweep's folder: points end with their queue.
+        """
         path = self._status(point.id)
         known = Status(**read_json(path, "a point's status")) if path.exists() else Status()
         if self.is_complete(point):
-            return Status(FINISHED, known.starts, 0, known.last_line, known.job)
+            return replace(known, state=FINISHED, exit_code=0)
+        if known.state == RUNNING and not known.job and not is_owned(self.path):
+            return replace(known, state=STOPPED)
         return known
 
     def left(self, points: Sequence[Point], retry_failed: bool) -> list[Point]:

@@ -106,3 +106,13 @@ def test_a_record_cannot_name_code_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match="names code outside this project"):
         resolve([f"run:{tmp_path}"], "Experiment")
+
+
+def test_a_record_is_described_like_the_experiment_that_it_holds(tmp_path: Path) -> None:
+    config = resolve(["quickstart", "steps=7"], "Experiment").config
+    (tmp_path / "config.json").write_text(config_items.record(config))
+    back = config_items.describe(resolve([f"run:{tmp_path}", "seed=3"], "Experiment")).splitlines()
+    assert "steps = 7  # the record" in back
+    assert "seed = 3  # --config=seed=3" in back
+    values = [line.split("  # ")[0] for line in back if not line.startswith("seed")]
+    assert values == [line.split("  # ")[0] for line in _lines("steps=7") if not line.startswith("seed")]

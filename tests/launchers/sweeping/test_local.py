@@ -1,5 +1,6 @@
 """Sweeps on this machine, in real processes on the tiny teacher: the README's study, failures, kills, extension."""
 
+import contextlib
 import csv
 import json
 import os
@@ -188,27 +189,25 @@ def test_a_folder_of_another_sweep_is_refused_and_so_is_one_in_use(tiny: Tiny, t
     assert "another process" in done.stderr
 
 
-def _steps_of(out: Path) -> int:
-    return sum(len(read_metrics(path)) for path in out.glob("points/*/metrics.jsonl"))
+def _steps_of(out: Path, point: str = "*") -> int:
+    return sum(len(read_metrics(path)) for path in out.glob(f"points/{point}/metrics.jsonl"))
 
 
-def _orphans(out: Path) -> list[str]:
-    """Processes that still work in the sweep's folder."""
-    found: list[str] = []
+def _working_in(out: Path) -> list[int]:
+    """Processes that train in the sweep's folder."""
+    found: list[int] = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):
             text = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if str(out) in text and "launchers.train" in text:
-            found.append(text)
+            if str(out) in text and "launchers.train" in text:
+                found.append(int(path.parent.name))
     return found
 
 
-def _gone_soon(out: Path) -> None:
-    deadline = time.monotonic() + 10
-    while _orphans(out):
-        assert time.monotonic() < deadline, _orphans(out)
+def _wait(ready: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "never ready"
         time.sleep(0.05)
 
 
@@ -219,7 +218,7 @@ def _kill_and_finish(flags: list[str], out: Path, moments: list[Callable[[], boo
         finished = {path.parent.name for path in out.glob("points/*/export")}
         attempts = _attempts(out) if (out / "points").exists() else {}
         struck += kill_when(line("launchers.sweep", *flags), moment)
-        _gone_soon(out)
+        _wait(lambda: not _working_in(out), 10)
         assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
     finished, attempts = {path.parent.name for path in out.glob("points/*/export")}, _attempts(out)
     _done(*flags)
@@ -252,20 +251,26 @@ def test_a_sweep_killed_twice_ends_with_the_same_tables_and_leaves_no_process(ti
     assert sum(_attempts(cut).values()) > 3
 
 
-def test_a_sweep_that_is_asked_to_stop_stops_its_children_and_says_how_to_go_on(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing_running(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), out, tiny, steps=1000, jobs=1)
     process = subprocess.Popen(line("launchers.sweep", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while _steps_of(out) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items(1000)[1:], "study")
+    first, second = (point.id for point in points)
+    _wait(lambda: _steps_of(out, first) > 4)
+    os.kill(_working_in(out)[0], signal.SIGKILL)
+    _wait(lambda: second in _attempts(out) and _steps_of(out, second) > 4)  # the next one, while the first one waits
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=100)
     assert process.returncode == 130
+    assert re.search(f"^{first} stopped .*goes on from its checkpoint$", said, flags=re.MULTILINE)
     assert "Run the same command again" in said
-    assert not _orphans(out)
-    assert {read_json(path, "it")["state"] for path in out.glob("status/*.json")} <= {"stopped", "new"}
+    assert not _working_in(out)
+    assert _attempts(out) == {first: 1, second: 1}
+    assert {read_json(path, "it")["state"] for path in out.glob("status/*.json")} == {"stopped"}
 
 
 @pytest.mark.slow
