@@ -1,5 +1,6 @@
 """What a queue shows while it runs: a line an event, and on a terminal a table below them that moves."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -26,9 +27,10 @@ class Live:
         """The table in place of the one before."""
         if self.moves:
             self._erase()
-            text = tables.aligned(self.head, self.rows())
-            self.stream.write(text + "\n")
-            self.drawn = text.count("\n") + 1
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to erase
+            lines = [line[:width] for line in tables.aligned(self.head, self.rows()).splitlines()]
+            self.stream.write("".join(f"{line}\n" for line in lines))
+            self.drawn = len(lines)
         self.stream.flush()
 
     def _erase(self) -> None:

@@ -22,7 +22,6 @@ from launchers.sweeping.points import Point, label, swept_paths
 
 MOST_INTERRUPTIONS = 3
 GRACE, PAUSE, REDRAW = 60.0, 0.05, 1.0
-WIDTH = 60
 
 
 class StoppedError(Exception):
@@ -56,7 +55,7 @@ class Queue:
     def __post_init__(self) -> None:
         self.waiting, self.free = deque(self.points), deque(self.slots)
         self.paths = swept_paths(self.points)
-        self.live = Live(["running", "step", "of", "values"], self._rows)
+        self.live = Live(["running", "step", "of", "loss", "values"], self._rows)
 
     def run(self) -> int:
         """Run them all; returns how many failed.
@@ -143,5 +142,7 @@ class Queue:
         for each in self.running:
             lines = self.folder.metrics(each.point.id)
             step = f"{lines[-1]['step']:.0f}" if lines else ""
-            rows.append([each.point.id, step, str(each.point.steps), label(each.point, self.paths)[:WIDTH]])
-        return [*rows, [f"{len(self.waiting)} wait", "", "", ""]]
+            losses = [line["train/loss"] for line in lines if "train/loss" in line]
+            loss = f"{losses[-1]:.4f}" if losses else ""
+            rows.append([each.point.id, step, str(each.point.steps), loss, label(each.point, self.paths)])
+        return [*rows, [f"{len(self.waiting)} wait", "", "", "", ""]]
