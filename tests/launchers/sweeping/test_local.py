@@ -170,6 +170,9 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
         (bad.id, "finished"),
         (new.id, "finished"),
     ]
+    board = folder.path / "tensorboard"  # has the new column, and no run under the old ones
+    assert {path.name[-12:] for path in board.iterdir() if path.is_dir()} == {bad.id, new.id}
+    assert set(read_json(board / "columns.json", "it")["hparams"]) == {"path", "lr"}
     assert {point["id"] for point in read_json(folder.path / "sweep.json", "it")["points"]} == {
         bad.id,
         new.id,
@@ -217,7 +220,7 @@ def _kill_and_finish(flags: list[str], out: Path, moments: list[Callable[[], boo
     for moment in moments:
         finished = {path.parent.name for path in out.glob("points/*/export")}
         attempts = _attempts(out) if (out / "points").exists() else {}
-        struck += kill_when(line("launchers.sweep", *flags), moment)
+        struck += kill_when(line("launchers.sweep", *flags), moment, seconds=600)
         _wait(lambda: not _working_in(out), 10)
         assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
     finished, attempts = {path.parent.name for path in out.glob("points/*/export")}, _attempts(out)
