@@ -2,7 +2,7 @@
 
 from experiments.quickstart import quickstart
 from experiments.sampled import sampled
-from experiments.sweep import Sweep, grid, log_uniform, random, seeds, together, where
+from experiments.sweep import Sweep, grid, log_uniform, random, seeds, together, where, zipped
 
 
 def tails_by_k() -> Sweep:
@@ -22,7 +22,7 @@ def lr_by_step_size() -> Sweep:
     Expected: larger steps want a higher rate; 1,024 tokens at 4e-4 is near the best (see `quickstart`).
     Seen:     not run yet.
     """
-    sizes = together(grid("tokens_per_step", [512, 1024, 2048]), grid("steps", [120, 60, 30]))
+    sizes = zipped({"tokens_per_step": [512, 1024, 2048], "steps": [120, 60, 30]})
     return Sweep(quickstart) * sizes * grid("optimizer.lr", [2e-4, 4e-4, 8e-4]) * seeds(2)
 
 

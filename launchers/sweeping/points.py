@@ -38,6 +38,12 @@ class Point:
         """Positions that it trains on."""
         return self.steps * int(self.config.tokens_per_step)
 
+    def but_for_the_seed(self) -> str:
+        """The record with a seed of 0: the same for points that differ in nothing else."""
+        config = self.config.__deepcopy__({})
+        config.seed = 0
+        return config_items.record(config)
+
     def build(self) -> Experiment:
         """The experiment.
 
@@ -57,7 +63,7 @@ def shown(value: Any) -> str:
         return f"{fdl.get_callable(value).__name__}({given})"
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

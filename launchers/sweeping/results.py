@@ -69,8 +69,7 @@ def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.final:
-            key = repr([(path, shown(value)) for path, value in row.point.values.items() if path != SEED])
-            found.setdefault(key, []).append(row)
+            found.setdefault(row.point.but_for_the_seed(), []).append(row)
     return [
         Group(
             members[0].point,

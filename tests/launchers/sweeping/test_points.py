@@ -14,6 +14,7 @@ from kd_core.training.schedule import WarmupCosine
 from launchers import config_items
 from launchers.sweeping import source
 from launchers.sweeping.points import Point, label, resolve, short_names, swept_paths
+from launchers.sweeping.results import Row, groups_of
 
 
 def _points(sweep: Sweep, *items: str) -> list[Point]:
@@ -38,6 +39,14 @@ def test_an_identity_is_a_function_of_what_is_trained_alone() -> None:
     other = _points(Sweep(quickstart) * grid("seed", [0, 1]), "steps=30")
     assert one[0].id == other[1].id != other[0].id
     assert _points(Sweep(quickstart) * fiddled(_shorter) * grid("seed", [1]))[0].id == one[0].id
+
+
+def test_points_are_averaged_that_differ_in_their_seed_alone() -> None:
+    rates = [0.1234567, 0.12345678]  # differ beyond the digits that a short form shows
+    points = _points(Sweep(quickstart) * grid("optimizer.lr", rates) * seeds(2))
+    rows = [Row(point, "finished", {"val/kl": float(i)}) for i, point in enumerate(points)]
+    assert [(group.n, group.means["val/kl"].mean) for group in groups_of(rows, ["val/kl"])] == [(2, 0.5), (2, 2.5)]
+    assert [group.n for group in groups_of(rows[:3], ["val/kl"])] == [2, 1]
 
 
 def test_more_values_leave_the_points_there_as_they_are() -> None:
