@@ -26,6 +26,7 @@ from tests.launchers.command import ENVIRONMENT, configs, kill_when, line, run, 
 from tests.tiny import Tiny
 
 STEPS = 4
+pytestmark = pytest.mark.timeout(300)  # a dozen processes start
 
 
 def _study(tmp_path: Path, body: str) -> Path:
@@ -160,7 +161,6 @@ def _same_tables(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-@pytest.mark.timeout(300)
 def test_a_sweep_killed_twice_ends_with_the_same_tables_and_leaves_no_process(tiny: Tiny, tmp_path: Path) -> None:
     file = _study(tmp_path, "Sweep(quickstart) * seeds(3)")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -172,7 +172,6 @@ def test_a_sweep_killed_twice_ends_with_the_same_tables_and_leaves_no_process(ti
     assert sum(_attempts(cut).values()) > 3
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing_running(
     number: signal.Signals, tiny: Tiny, tmp_path: Path

@@ -23,6 +23,7 @@ from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
 STEPS = 120
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
