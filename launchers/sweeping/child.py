@@ -1,6 +1,7 @@
-"""A point's training as a process of its own: its command line, its share of the machine, and its end with ours."""
+"""A point's training as a process of its own: its command line, its share of the machine, its end with ours, and how it ended."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
-from launchers.sweeping.folder import SweepFolder
+from launchers.sweeping.folder import FAILED, FINISHED, STOPPED, SweepFolder
+from launchers.sweeping.points import Point
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,34 @@ def training_line(folder: SweepFolder, point_id: str, launcher: Sequence[str] = 
 def on_this_machine(nproc: int) -> list[str]:
     """torchrun's options for `nproc` ranks here."""
     return ["--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+
+
+def _by_signal(code: int) -> bool:
+    return code < 0 or code > 128
+
+
+def _interrupted(code: int, said: str) -> bool:
+    """Whether it ended by a signal, or by itself to be resumed. torchrun ends with 1 for either, and says which."""
+    rank = re.search(r"Root Cause.*?exitcode *: (-?\d+)", said, flags=re.DOTALL)
+    of_torchrun = "SignalException: " in said or (rank is not None and _by_signal(int(rank[1])))
+    return code == 0 or _by_signal(code) or of_torchrun
+
+
+def _last_words(said: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and "%|" not in line]  # no progress bars
+    telling = [line for line in lines if ": error: " in line or line.startswith("stopped after step ")]
+    return (telling or lines or [""])[-1]
+
+
+def outcome(folder: SweepFolder, point: Point, code: int, since: int) -> tuple[str, str]:
+    """How a start ended that began when the log had `since` bytes: finished, stopped or failed; and its last words.
+
+    Status 0 does not mean finished: a training that is told to stop saves, and ends with it.
+    """
+    said = folder.said(point.id, since)
+    state = FINISHED if folder.is_finished(point) else STOPPED if _interrupted(code, said) else FAILED
+    return state, _last_words(said)
 
 
 def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot) -> subprocess.Popen[bytes]:

@@ -122,11 +122,12 @@ class SweepFolder:
         path = self.run_folder(point_id).path / "metrics.jsonl"
         return read_metrics(path) if path.exists() else []
 
-    def last_words(self, point_id: str) -> str:
-        """The last line that the point's processes printed and that says something."""
-        if not self.log(point_id).exists():
-            return ""
-        text = self.log(point_id).read_text(errors="replace").replace("\r", "\n")
-        lines = [line.strip() for line in text.splitlines() if line.strip() and "%|" not in line]  # no progress bars
-        said = [line for line in lines if ": error: " in line]
-        return (said or lines or [""])[-1]
+    def log_size(self, point_id: str) -> int:
+        """Bytes that the point's processes have printed so far."""
+        return self.log(point_id).stat().st_size if self.log(point_id).exists() else 0
+
+    def said(self, point_id: str, since: int) -> str:
+        """What they printed since it had so many bytes."""
+        with self.log(point_id).open("rb") as file:
+            file.seek(since)
+            return file.read().decode(errors="replace").replace("\r", "\n")

@@ -37,6 +37,7 @@ class _Running:
     point: Point
     slot: Slot
     process: subprocess.Popen[bytes]
+    since: int
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Queue:
         command = child.training_line(self.folder, point.id, child.on_this_machine(self.nproc))
         starts = self.folder.status(point).starts + 1
         self.folder.set_status(point.id, Status(RUNNING, starts))
-        self.running.append(_Running(point, slot, child.start(command, self.folder, point.id, slot)))
+        since = self.folder.log_size(point.id)
+        self.running.append(_Running(point, slot, child.start(command, self.folder, point.id, slot), since))
         self.live.say(f"{point.id} started   {label(point, self.paths)}")
 
     def _settle(self, ended: _Running) -> bool:
@@ -101,8 +103,7 @@ class Queue:
         self.running.remove(ended)
         self.free.append(ended.slot)
         point, code = ended.point, ended.process.returncode
-        state = self._outcome(point, code)
-        words = self.folder.last_words(point.id)
+        state, words = self._outcome(ended)
         known = self.folder.status(point)
         self.folder.set_status(point.id, replace(known, state=state, exit_code=code, last_line=words))
         if state == FINISHED:
@@ -116,12 +117,14 @@ class Queue:
             self.waiting.append(point)
         return state == FAILED
 
-    def _outcome(self, point: Point, code: int) -> str:
-        if self.folder.is_finished(point):
-            return FINISHED
-        interrupted = code <= 0 or code > 128  # by a signal (128 + N from torchrun), or by itself to be resumed
-        count = self.interruptions[point.id] = self.interruptions.get(point.id, 0) + 1
-        return STOPPED if interrupted and count <= MOST_INTERRUPTIONS else FAILED
+    def _outcome(self, ended: _Running) -> tuple[str, str]:
+        """State and last words; a point that is interrupted again and again has failed."""
+        point, code = ended.point, ended.process.returncode
+        state, words = child.outcome(self.folder, point, code, ended.since)
+        if state == STOPPED:
+            count = self.interruptions[point.id] = self.interruptions.get(point.id, 0) + 1
+            state = STOPPED if count <= MOST_INTERRUPTIONS else FAILED
+        return state, words
 
     def _end_children(self) -> None:
         """Ask them to save and stop; after a while, or when asked again, make them."""

@@ -17,7 +17,7 @@ from typing import Any
 from kd_core.errors import UsageError
 from launchers.sweeping import child
 from launchers.sweeping.child import Slot
-from launchers.sweeping.folder import FAILED, FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
+from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, Status, SweepFolder
 from launchers.sweeping.points import Point
 
 # Seconds between Slurm's warning and its kill, and those of them that the training has to end a step and to save.
@@ -67,11 +67,11 @@ class PointJob:
         if speaks:
             self.folder.set_status(point.id, status)
         line = child.training_line(self.folder, point.id, launcher(here.hostnames, self.nproc, here.job_id))
+        since = self.folder.log_size(point.id)
         self.process = child.start(line, self.folder, point.id, Slot())
         while (code := self.process.poll()) is None:
             time.sleep(PAUSE)
-        state = FINISHED if self.folder.is_finished(point) else STOPPED if code <= 0 else FAILED
-        words = self.folder.last_words(point.id)
+        state, words = child.outcome(self.folder, point, code, since)
         if speaks:
             self.folder.set_status(point.id, replace(status, state=state, exit_code=code, last_line=words))
             if state != FINISHED:

@@ -200,6 +200,37 @@ def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing
         assert status["exit_code"] == -signal.SIGKILL
 
 
+def test_a_point_of_two_ranks_goes_on_after_its_torchrun_is_stopped_and_after_a_rank_is_killed(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(1)"), out, tiny, steps=40, jobs=1)
+    process = subprocess.Popen(
+        line("launchers.sweep", *flags, "--nproc=2"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait(lambda: _steps_of(out) > 4)
+    torchrun = min(_working_in(out))
+    os.kill(torchrun, signal.SIGTERM)
+    _wait(lambda: torchrun not in _working_in(out))
+    done = _steps_of(out)
+    _wait(lambda: _steps_of(out) > done + 4)
+    os.kill(max(_working_in(out)), signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert re.findall(r"^\w{12} (started|stopped|finished|failed)", said, flags=re.MULTILINE) == [
+        *("started", "stopped") * 2,
+        "started",
+        "finished",
+    ]
+    (point,) = out.glob("points/*")
+    assert [found["step"] for found in read_metrics(point / "metrics.jsonl")] == list(range(41))
+    assert read_json(out / "status" / f"{point.name}.json", "it")["last_line"] == f"done: {point}"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twelve_points_killed_at_ten_random_moments(tiny: Tiny, tmp_path: Path) -> None:
