@@ -14,7 +14,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	@$(PIP) -e '.[gguf,hf,parquet,dev]'
+	@$(PIP) -e '.[gguf,hf,parquet,slurm,dev]'
 	@touch $@
 
 quickstart: $(VENV)/.core

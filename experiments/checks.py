@@ -12,7 +12,6 @@ from kd_core.losses.objective import CacheFacts
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
 from kd_core.students.decoder import Decoder
-from kd_core.training.evaluation import metric_names
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -51,7 +50,7 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
 
 
 def _check_metric(experiment: "Experiment") -> None:
-    known = metric_names(experiment.loss, cache_facts(experiment.evaluation.shards))
+    known = experiment.validation_metrics()
     if (best := experiment.checkpoint.best_metric) not in known:
         raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
 

@@ -23,6 +23,7 @@ from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
 from kd_core.training.checkpoint import Checkpoint, is_complete
+from kd_core.training.evaluation import metric_names
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
@@ -59,6 +60,11 @@ class Evaluation:
 def _millions(model: Decoder, *, trained: bool = False) -> str:
     count = sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
     return f"{count / 1e6:.1f}M"
+
+
+def is_finished(folder: RunFolder, steps: int) -> bool:
+    """Whether a run of so many steps has ended there and left its student."""
+    return is_complete(folder.checkpoints, steps) and folder.export.is_dir()
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class Experiment:
         """A sentence for each setting that changes nothing in this run."""
         return unused_settings(self)
 
+    def validation_metrics(self) -> set[str]:
+        """Names of the numbers that validation gives, known before anything runs."""
+        return metric_names(self.loss, checks.cache_facts(self.evaluation.shards))
+
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""
         return identities(self)
@@ -149,7 +159,7 @@ class Experiment:
 
         False where it was told to stop before the end; what is done is saved then.
         """
-        if world.on_first(lambda: is_complete(folder.checkpoints, self.steps) and folder.export.is_dir()):
+        if world.on_first(lambda: is_finished(folder, self.steps)):
             log.info("%s: already complete, reused", folder.path)
             return True
         recipe = Recipe(

@@ -104,6 +104,14 @@ def _try_lock(lock: IO[str]) -> bool:
     return True
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a process owns `folder` now."""
+    if not (folder / ".lock").exists():
+        return False
+    with (folder / ".lock").open("a+") as lock:
+        return not _try_lock(lock)
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Generator[None]:
     """Own `folder` while the block runs; the kernel lets go of it when the process dies, however it dies.

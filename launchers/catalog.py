@@ -92,8 +92,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     return nearest(wrong, names) or f"Known: {', '.join(names) or 'none'}."
 
 
-def find(name: str, kind: str, takes: str = "") -> Entry:
-    """The entry of that name and kind; a fiddler also of what it takes.
+def find(name: str, kind: str, takes: str = "", said: str = "") -> Entry:
+    """The entry of that name and kind; a fiddler also of what it takes. `said` begins the error.
 
     Raises:
         UsageError: there is none, or more than one; names the nearest.
@@ -101,7 +101,7 @@ def find(name: str, kind: str, takes: str = "") -> Entry:
     everything, broken = _read()
     known = [entry for entry in everything if entry.kind == kind and entry.takes in ("", takes)]
     found = [entry for entry in known if entry.name == name]
-    item = f"--config={PREFIXES.get(kind, '')}{name}"
+    item = said or f"--config={PREFIXES.get(kind, '')}{name}"
     if len(found) > 1:
         places = " and ".join(entry.module for entry in found)
         raise UsageError(f"{item}: stands in {places}. Give one of them another name.")
@@ -112,7 +112,7 @@ def find(name: str, kind: str, takes: str = "") -> Entry:
         why = _not_here(other)
     else:
         why = " ".join([*broken, did_you_mean(name, (entry.name for entry in known))])
-    raise UsageError(f"{item}: no such {WORDS.get(kind, (kind,))[0]} in experiments/. {why}")
+    raise UsageError(f"{item}: no such {WORDS.get(kind, (kind.lower(),))[0]} in experiments/. {why}")
 
 
 def _not_here(entry: Entry) -> str:
@@ -120,6 +120,8 @@ def _not_here(entry: Entry) -> str:
     if entry.kind in WORDS:
         what, command = WORDS[entry.kind]
         return f"It is an {what}: python -m {command} --config={entry.name}"
+    if entry.kind == SWEEP:
+        return f"It is a sweep: python -m launchers.sweep --sweep={entry.name}"
     if entry.takes:
         return f"It is a fiddler of an {WORDS[entry.takes][0]}: --config=fiddler:{entry.name}, after one."
     return f"It is a {entry.kind}: --config={PREFIXES.get(entry.kind, '')}{entry.name}=…, after an experiment."

@@ -128,15 +128,24 @@ def _apply_fiddler(resolved: Resolved, item: str) -> None:
             resolved.set_by[path] = f"{place.set_at()}, --config={item}"
 
 
+def tagged(config: fdl.Config[Any], name: str, said: str) -> list[Place]:
+    """The places that carry a tag; `said` begins the error.
+
+    Raises:
+        UsageError: there is no such tag, or it is on nothing here.
+    """
+    tag = user_code.load(find(name, TAG, said=said), said)
+    places = [place for place in walk(config) if tag in place.tags]
+    if not places:
+        raise UsageError(f"{said}: no value of this experiment carries the tag. --print_config shows tags.")
+    return places
+
+
 def _apply_tag(resolved: Resolved, item: str) -> None:
     name, equals, text = item.removeprefix("tag:").partition("=")
     if not equals:
         raise UsageError(f"--config={item}: no value. Wanted tag:{name}=value.")
-    tag = user_code.load(find(name, TAG), f"--config={item}")
-    places = [place for place in walk(resolved.config) if tag in place.tags]
-    if not places:
-        raise UsageError(f"--config={item}: no value of this experiment carries the tag. --print_config shows tags.")
-    for place in places:
+    for place in tagged(resolved.config, name, f"--config={item}"):
         place.put(parse_value(text, place.wanted, f"--config={item}: {place.path}"))
         resolved.set_by[place.path] = f"--config={item}"
 

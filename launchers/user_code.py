@@ -1,5 +1,6 @@
 """Functions of experiment files, imported and called so that a mistake in one is a message with its file and line."""
 
+import functools
 import inspect
 import re
 import traceback
@@ -17,12 +18,12 @@ from launchers.values import is_of_type, short_path, shown_type, walk
 R = TypeVar("R")
 
 
-def _place(error: Exception) -> tuple[str, dict[str, Any]]:
-    """File and line of the innermost frame that is in an experiment file, and what its names stand for."""
+def _place(error: Exception, file: str) -> tuple[str, dict[str, Any]]:
+    """File and line of the innermost frame that is in `file` or in experiments/, and what its names stand for."""
     frames = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if Path(frame.f_code.co_filename).is_relative_to(FOLDER)
+        if frame.f_code.co_filename == file or Path(frame.f_code.co_filename).is_relative_to(FOLDER)
     ]
     if not frames:
         return "", {}
@@ -40,16 +41,21 @@ def _hint(error: Exception, names: dict[str, Any]) -> str:
     return nearest(wrong[1], known) if wrong else ""
 
 
-def _guarded(work: Callable[[], R], said: str) -> R:
+def guarded(work: Callable[[], R], said: str, file: str = "") -> R:
+    """What `work` returns, which runs code of experiments/ or of another `file` of the user's.
+
+    Raises:
+        UsageError: for anything that it raises, with file and line.
+    """
     try:
         return work()
     except UsageError as error:
-        where, _ = _place(error)
+        where, _ = _place(error, file)
         raise UsageError(f"{said}: {where}{error}") from error
     except SyntaxError as error:
         raise UsageError(f"{said}: {short_path(error.filename or '')}:{error.lineno}: {error.msg}.") from error
     except Exception as error:
-        where, names = _place(error)
+        where, names = _place(error, file)
         text = traceback.TracebackException.from_exception(error).format_exception_only()
         line = re.sub(r" has been set on <Config\[.*", " is there.", "".join(text).split("\n", 1)[0].strip())
         raise UsageError(f"{said}: {where}{line} {_hint(error, names)}".rstrip()) from error
@@ -76,11 +82,18 @@ def call(entry: Entry, arguments: dict[str, Any], said: str, *args: Any) -> Any:
     Raises:
         UsageError: wrong arguments, or anything that its file raises, with file and line.
     """
-    function = _guarded(entry.load, said)
+    function = guarded(entry.load, said)
     _check_arguments(function, arguments, len(args), said)
-    return _guarded(lambda: function(*args, **arguments), said)
+    return guarded(lambda: function(*args, **arguments), said)
 
 
 def load(entry: Entry, said: str) -> Any:
     """Import it; errors as in `call`."""
-    return _guarded(entry.load, said)
+    return guarded(entry.load, said)
+
+
+def of(function: Callable[..., R], said: str, *args: Any) -> R:
+    """What a function of any file returns; errors as in `guarded`."""
+    plain: Any = function.func if isinstance(function, functools.partial) else function
+    file = str(inspect.getsourcefile(plain)) if inspect.isfunction(plain) else ""
+    return guarded(functools.partial(function, *args), said, file)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, owned, read_json, write_text
+from kd_core.files import is_owned, new_folder, owned, read_json, write_text
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
@@ -29,11 +29,14 @@ with owned(pathlib.Path({str(tmp_path)!r})):
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "mine\n"
+    assert is_owned(tmp_path)
+    assert not is_owned(tmp_path.parent)
     with pytest.raises(UsageError, match=f"another process \\(pid {other.pid}\\)"), owned(tmp_path):
         pass
     other.kill()
     other.wait()
     other.stdout.close()
+    assert not is_owned(tmp_path)
     with owned(tmp_path):
         pass
 

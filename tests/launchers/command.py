@@ -1,5 +1,6 @@
 """Commands as a user starts them, in processes of their own."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -38,12 +39,18 @@ def configs(items: list[str]) -> list[str]:
     return [f"--config={item}" for item in items]
 
 
-def kill_when(command: list[str], ready: Callable[[], bool], cwd: Path | None = None) -> bool:
+def table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def kill_when(command: list[str], ready: Callable[[], bool], cwd: Path | None = None, seconds: float = 90) -> bool:
     """Start, wait until `ready`, and SIGKILL the whole process group; False if the command ended before."""
     process = subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + seconds
     while process.poll() is None and not ready():
         assert time.monotonic() < deadline, "never ready"
         time.sleep(0.002)

@@ -106,6 +106,7 @@ def test_a_mistake_is_one_message(items: list[str], message: str) -> None:
         ("steps=0", "steps: got 0"),
         ("schedule.warmup_steps=1000", "more than steps"),
         ("parallel.recompute=every:0", "wanted none, full, or every:N"),
+        ("parallel.tensor_parallel=0", "parallel.tensor_parallel: got 0"),
         ("parallel.precision=float8", "wanted one of float32, bfloat16"),
         ("checkpoint.every=0", "every ≥ 1"),
         ("evaluation.every=0", "evaluation.every"),
@@ -125,3 +126,13 @@ def test_a_record_cannot_name_code_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match="names code outside this project"):
         resolve([f"run:{tmp_path}"], "Experiment")
+
+
+def test_a_record_is_described_like_the_experiment_that_it_holds(tmp_path: Path) -> None:
+    config = resolve(["quickstart", "steps=7"], "Experiment").config
+    (tmp_path / "config.json").write_text(config_items.record(config))
+    back = config_items.describe(resolve([f"run:{tmp_path}", "seed=3"], "Experiment")).splitlines()
+    assert f"steps = 7  # --config=run:{tmp_path}" in back
+    assert "seed = 3  # --config=seed=3" in back
+    values = [line.split("  # ")[0] for line in back if not line.startswith("seed")]
+    assert values == [line.split("  # ")[0] for line in _lines("steps=7") if not line.startswith("seed")]

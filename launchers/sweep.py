@@ -1,0 +1,170 @@
+"""Run a sweep: many experiments that differ in a few values, and tables that compare them.
+
+    python -m launchers.sweep --sweep=tails_by_k                                  # plan: points, tokens, cost
+    python -m launchers.sweep --sweep=tails_by_k --backend=check                  # every point against its caches
+    python -m launchers.sweep --sweep=tails_by_k --backend=local --jobs=2 --out=sweeps/tails
+    python -m launchers.sweep --sweep=my_study.py:by_rate --backend=local --config=steps=20
+    python -m launchers.sweep --sweep=tails_by_k --backend=slurm --partition=gpu --gpus_per_node=8 --minutes=240
+
+A sweep is a function of experiments/ that returns a Sweep (see experiments/sweep.py), or of a file of your own. Run
+the same line again and it resumes: finished points are left as they are, those that were stopped go on from their
+checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point.
+Tables: OUT/results.md, results.csv, summary.csv (means over seeds); TensorBoard: OUT/tensorboard.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from launchers import app, catalog
+
+if TYPE_CHECKING:
+    from launchers.sweeping.folder import SweepFolder
+    from launchers.sweeping.points import Point
+
+SWEEP = flags.DEFINE_string("sweep", None, "The sweep: NAME, or FILE.py:NAME.")
+BACKEND = flags.DEFINE_enum(
+    "backend", "plan", ["plan", "check", "local", "slurm", "report"], "What to do with its points (see above)."
+)
+OUT = flags.DEFINE_string("out", None, "Folder of the sweep; default sweeps/NAME.")
+CONFIG = flags.DEFINE_multi_string("config", [], "Changes to every point: path=value, tag:NAME=value or fiddler:NAME.")
+LIST = flags.DEFINE_bool("list", False, "List every sweep with its first docstring line, and exit.")
+RETRY = flags.DEFINE_bool("retry_failed", False, "Start failed points again, too.")
+NPROC = flags.DEFINE_integer(
+    "nproc", None, "Ranks of a point on a machine; default its GPUs under Slurm, else 1.", lower_bound=1
+)
+RATE = flags.DEFINE_float("tokens_per_second", None, "plan: the speed of a point, for hours.", lower_bound=1e-9)
+JOBS = flags.DEFINE_integer(
+    "jobs", None, "Points at once; default as many as the GPUs give, else 1 (Slurm: 256).", lower_bound=1
+)
+PARTITION = flags.DEFINE_string("partition", None, "slurm: the partition.")
+MINUTES = flags.DEFINE_integer(
+    "minutes", 60, "slurm: time of a job; a point that needs more is put back and resumes.", lower_bound=1
+)
+NODES = flags.DEFINE_integer("nodes", 1, "slurm: nodes of a point.", lower_bound=1)
+GPUS = flags.DEFINE_integer("gpus_per_node", 0, "slurm: GPUs of a point on each node.", lower_bound=0)
+CPUS = flags.DEFINE_integer("cpus_per_task", None, "slurm: cores of a point on each node.", lower_bound=1)
+MORE = flags.DEFINE_multi_string("slurm", [], "slurm: any other option of sbatch, NAME=VALUE.")
+
+
+def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
+    """Points to run, with a line that counts them."""
+    left = folder.left(points, RETRY.value)
+    app.log.info("%d points: %d to run, %d finished or failed before", len(points), len(left), len(points) - len(left))
+    return left
+
+
+def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
+    """The tables, and an error where points have failed."""
+    from kd_core.errors import UsageError
+    from launchers.sweeping.folder import FAILED
+    from launchers.sweeping.results import write_results
+
+    print(write_results(folder, points, gone))
+    app.log.info("tables: %s/results.md, results.csv, summary.csv; tensorboard --logdir %s/tensorboard",
+                 folder.path, folder.path)  # fmt: skip
+    known = {point.id: folder.status(point) for point in points}
+    wrong = [f"{key} ({status.last_line})" for key, status in known.items() if status.state == FAILED]
+    if wrong:
+        raise UsageError(
+            f"{len(wrong)} of {len(points)} points failed: {'; '.join(wrong)}. Mend what is wrong and run the same "
+            f"with --retry_failed. What they printed: {folder.path}/points/ID/sweep.log."
+        )
+
+
+def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
+    import os
+    import signal
+
+    from kd_core.errors import UsageError
+    from launchers.sweeping import child
+    from launchers.sweeping.local import Queue, StoppedError
+    from launchers.sweeping.results import write_results
+
+    nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), sorted(os.sched_getaffinity(0))
+    slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
+    try:
+        Queue(folder, _left(folder, points), slots, nproc, lambda: write_results(folder, points, gone)).run()
+    except StoppedError as stopped:
+        if stopped.number == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise UsageError(f"stopped by {stopped}. Run the same command again to go on.") from None
+    _report(folder, points, gone)
+
+
+def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
+    from kd_core.errors import UsageError
+    from launchers.sweeping import slurm
+
+    wrong = [option for option in MORE.value if "=" not in option]
+    if wrong:
+        raise UsageError(f"--slurm={wrong[0]}: wanted NAME=VALUE, as in --slurm=account=lab.")
+    more = dict(option.split("=", 1) for option in MORE.value)
+    request = slurm.Request(
+        PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
+    )
+    queued = {point.id for point in points if (job := folder.status(point).job) and slurm.in_queue(job)}
+    left = [point for point in _left(folder, points) if point.id not in queued]
+    app.log.info("%d are in Slurm's queue", len(queued))
+    if left:
+        jobs = slurm.submit(folder, left, name, request, NPROC.value or max(1, GPUS.value))
+        app.log.info("submitted %d: jobs %s to %s. Run the same line again for those that are left over; tables: "
+                     "--backend=report", len(jobs), jobs[0], jobs[-1])  # fmt: skip
+
+
+def _plan(folder: "SweepFolder", points: Sequence["Point"]) -> None:
+    from launchers.sweeping.plan import plan
+
+    print(plan(folder, points, RATE.value))
+
+
+def _check(points: Sequence["Point"]) -> None:
+    from kd_core.errors import UsageError
+    from launchers.sweeping.plan import check
+
+    wrong = check(points, NODES.value * (NPROC.value or max(1, GPUS.value)))
+    if wrong:
+        raise UsageError(f"{len(wrong)} of {len(points)} points are wrong:\n  " + "\n  ".join(wrong))
+    print(f"{len(points)} points: all fit their students, caches and losses")
+
+
+def main() -> None:
+    """Find the sweep, resolve its points, and hand them to the backend."""
+    if LIST.value:
+        print(catalog.listing(catalog.SWEEP))
+        return
+    from kd_core.errors import UsageError
+    from kd_core.files import owned
+    from launchers import user_code
+    from launchers.sweeping import source
+    from launchers.sweeping.folder import SweepFolder
+    from launchers.sweeping.points import resolve
+
+    if not SWEEP.value:
+        raise UsageError("no --sweep given. Name one: --sweep=NAME (--list shows them), or --sweep=FILE.py:NAME.")
+    name, function = source.find(SWEEP.value)
+    points = resolve(user_code.of(function, f"--sweep={SWEEP.value}"), CONFIG.value, name)
+    folder = SweepFolder(Path(OUT.value or f"sweeps/{name}"))
+    if BACKEND.value == "plan":
+        _plan(folder, points)
+        return
+    if BACKEND.value == "check":
+        _check(points)
+        return
+    with owned(folder.path):
+        gone = folder.claim(name, points)
+        if gone:
+            shown = ", ".join(point["id"] for point in gone)
+            app.log.info("%d earlier points are no longer in the sweep; their folders are kept: %s", len(gone), shown)
+        if BACKEND.value == "local":
+            _local(folder, points, len(gone))
+        elif BACKEND.value == "slurm":
+            _slurm(folder, points, name)
+        else:
+            _report(folder, points, len(gone))
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.sweep", f"{__doc__}\nSweeps of experiments/:\n{catalog.listing(catalog.SWEEP)}")

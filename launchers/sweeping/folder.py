@@ -1,0 +1,133 @@
+"""A sweep's folder, and what is known of each of its points.
+
+OUT/sweep.json           the sweep's name, what it sweeps, its points and their values
+OUT/configs/ID.json      a point's frozen record
+OUT/points/ID/           its run folder, and sweep.log with all that it said
+OUT/status/ID.json       how its last start ended
+OUT/results.*, summary.csv, tensorboard/   what compares the points
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.experiment import is_finished
+from experiments.sweep import Values
+from kd_core.errors import UsageError
+from kd_core.files import is_owned, read_json, write_json, write_text
+from kd_core.training.metrics import read_metrics
+from kd_core.training.run_folder import RunFolder
+from launchers.config_items import load_record
+from launchers.sweeping.points import Point, shown, swept_paths
+
+NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED = "new", "running", "stopped", "failed", "finished", "submitted"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a point stands: `starts` so far, how the last one ended, and where a scheduler has it."""
+
+    state: str = NEW
+    starts: int = 0
+    exit_code: int | None = None
+    last_line: str = ""
+    job: str = ""
+
+
+def _plain(values: Values) -> dict[str, Any]:
+    """Values for JSON: numbers and texts as they are, all else as tables show it."""
+    return {
+        path: value if isinstance(value, (str, int, float, bool, type(None))) else shown(value)
+        for path, value in values.items()
+    }
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Paths of a sweep, and the files that tell of its points."""
+
+    path: Path
+
+    def run_folder(self, point_id: str) -> RunFolder:
+        """The point's run folder."""
+        return RunFolder(self.path / "points" / point_id)
+
+    def config(self, point_id: str) -> Path:
+        """The point's frozen record."""
+        return self.path / "configs" / f"{point_id}.json"
+
+    def log(self, point_id: str) -> Path:
+        """Everything that the point's processes printed."""
+        return self.path / "points" / point_id / "sweep.log"
+
+    def load(self, point_id: str) -> Point:
+        """A point from its record alone, without the values that made it."""
+        config = load_record(self.config(point_id))
+        return Point(point_id, {}, config, self.config(point_id).read_text())
+
+    def _status(self, point_id: str) -> Path:
+        return self.path / "status" / f"{point_id}.json"
+
+    def claim(self, name: str, points: Sequence[Point]) -> list[dict[str, Any]]:
+        """Write the records and `sweep.json`; returns earlier points that the sweep no longer has, which are kept.
+
+        Raises:
+            UsageError: the folder holds another sweep.
+        """
+        record, gone = self.path / "sweep.json", list[dict[str, Any]]()
+        now = {point.id for point in points}
+        if record.exists():
+            known = read_json(record, "a sweep's record")
+            if known["sweep"] != name:
+                raise UsageError(f"{self.path}: holds the sweep {known['sweep']}, not {name}. Name another --out.")
+            gone = [point for point in known["points"] if point["id"] not in now]
+        for folder in ("configs", "points", "status"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        for point in points:
+            if not self.config(point.id).exists():
+                write_text(self.config(point.id), point.record)
+        described = [{"id": point.id, "values": _plain(point.values)} for point in points]
+        write_json(record, {"sweep": name, "swept": swept_paths(points), "points": [*described, *gone]})
+        return gone
+
+    def is_finished(self, point: Point) -> bool:
+        """Whether the run's folder says so; a run that was told to stop ends with status 0, too."""
+        return is_finished(self.run_folder(point.id), point.steps)
+
+    def status(self, point: Point) -> Status:
+        """How the point stands. That a run is finished is read from its folder; only failures must be remembered.
+
+        What a queue here started has stopped once nobody owns the sweep's folder: points end with their queue.
+        """
+        path = self._status(point.id)
+        known = Status(**read_json(path, "a point's status")) if path.exists() else Status()
+        if self.is_finished(point):
+            return replace(known, state=FINISHED, exit_code=0)
+        if known.state == RUNNING and not known.job and not is_owned(self.path):
+            return replace(known, state=STOPPED)
+        return known
+
+    def left(self, points: Sequence[Point], retry_failed: bool) -> list[Point]:
+        """Points to run: neither finished nor, unless they are to be tried again, failed."""
+        done = (FINISHED,) if retry_failed else (FINISHED, FAILED)
+        return [point for point in points if self.status(point).state not in done]
+
+    def set_status(self, point_id: str, status: Status) -> None:
+        """Write it down."""
+        write_json(self._status(point_id), vars(status))
+
+    def metrics(self, point_id: str) -> list[dict[str, float]]:
+        """The point's numbers so far."""
+        path = self.run_folder(point_id).path / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    def log_size(self, point_id: str) -> int:
+        """Bytes that the point's processes have printed so far."""
+        return self.log(point_id).stat().st_size if self.log(point_id).exists() else 0
+
+    def said(self, point_id: str, since: int) -> str:
+        """What they printed since it had so many bytes."""
+        with self.log(point_id).open("rb") as file:
+            file.seek(since)
+            return file.read().decode(errors="replace").replace("\r", "\n")

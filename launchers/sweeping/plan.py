@@ -1,0 +1,64 @@
+"""The table of a sweep before it runs, and the check of every point."""
+
+from collections.abc import Sequence
+
+from kd_core.errors import UsageError
+from launchers.sweeping import tables
+from launchers.sweeping.estimate import flops, measured_rate
+from launchers.sweeping.folder import SweepFolder
+from launchers.sweeping.points import Point, label, short_names, shown, swept_paths
+
+
+def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float | None) -> str:
+    """Points with tokens, operations, hours where a rate is given or was measured, and how they stand."""
+    paths = swept_paths(points)
+    short = short_names(paths)
+    rate = None if tokens_per_second else measured_rate(folder, points)
+    rows: list[list[str]] = []
+    total_tokens, total_flops, total_hours = 0, 0.0, 0.0
+    unknown = ""
+    for point in points:
+        cost, why = _cost(point)
+        unknown = unknown or why
+        hours = _hours(point, cost, tokens_per_second, rate)
+        total_tokens += point.tokens
+        total_flops += cost or 0.0
+        total_hours += hours or 0.0
+        values = [shown(point.values[path]) if path in point.values else "" for path in paths]
+        rows.append([point.id, *values, f"{point.tokens:,}", _number(cost, ".2e"), _number(hours, ".2f"),
+                     folder.status(point).state])  # fmt: skip
+    table = tables.aligned(["id", *(short[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
+    source = "given" if tokens_per_second else "as the finished points ran" if rate else ""
+    hours = f", {total_hours:.2f} hours one after another ({source})" if source else "; for hours: --tokens_per_second"
+    known = f"{total_flops:.2e} FLOP{hours}" if not unknown else f"FLOP unknown: {unknown}"
+    return f"{table}\n{len(points)} points, {total_tokens:,} tokens, {known}"
+
+
+def _cost(point: Point) -> tuple[float | None, str]:
+    """Operations, or why they are not known."""
+    try:
+        return flops(point), ""
+    except UsageError as error:
+        return None, str(error)
+
+
+def _hours(point: Point, cost: float | None, tokens_per_second: float | None, rate: float | None) -> float | None:
+    """None where no speed is known."""
+    if tokens_per_second:
+        return point.tokens / tokens_per_second / 3600
+    return cost / rate / 3600 if cost is not None and rate else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)
+
+
+def check(points: Sequence[Point], ranks: int = 1) -> list[str]:
+    """Build every point, check it against its caches and so many ranks; one message a point that is wrong."""
+    paths, wrong = swept_paths(points), list[str]()
+    for point in points:
+        try:
+            point.build().check(ranks)
+        except (UsageError, OSError) as error:
+            wrong.append(f"{point.id} {label(point, paths)}: {error}")
+    return wrong

@@ -1,0 +1,212 @@
+"""What compares the points: `results.csv` (one row a point), `summary.csv` (over seeds), `results.md`, `tensorboard/`.
+
+Made anew from the points' own folders after each one that finishes; nothing in the tables tells when or how often a
+point was started.
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kd_core.errors import UsageError
+from kd_core.files import new_folder, read_json, write_json, write_text
+from kd_core.training.loop import SHOWN
+from kd_core.training.tensorboard import HParam, write_columns, write_session
+from launchers.sweeping import tables
+from launchers.sweeping.folder import FINISHED, SweepFolder
+from launchers.sweeping.points import Point, label, short_names, shown, swept_paths
+from launchers.sweeping.statistics import CONFIDENCE, Mean, mean_of
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point, how it stands, and its numbers after the last step, none before it is finished."""
+
+    point: Point
+    state: str
+    final: dict[str, float]
+
+
+def rows_of(folder: SweepFolder, points: Sequence[Point]) -> list[Row]:
+    """All points in the sweep's order."""
+    rows: list[Row] = []
+    for point in points:
+        state = folder.status(point).state
+        final: dict[str, float] = {}
+        if state == FINISHED:
+            last = folder.metrics(point.id)[-1]
+            final = {name: value for name, value in last.items() if name.startswith("val/")}
+        rows.append(Row(point, state, final))
+    return rows
+
+
+def metric_names(points: Sequence[Point]) -> list[str]:
+    """Names of what validation will give, known before any point runs; those that a run's log shows come first."""
+    known: set[str] = set()
+    for point in points:
+        try:
+            known |= point.build().validation_metrics()
+        except UsageError:
+            continue  # a point that cannot be built has no numbers; `check` tells why
+    first = [f"val/{name}" for name in SHOWN]
+    return [name for name in first if name in known] + sorted(known - set(first))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished points that differ in their seed alone."""
+
+    point: Point
+    means: dict[str, Mean]
+    n: int
+
+
+def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
+    """Groups in the order of their first points."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.final:
+            found.setdefault(row.point.but_for_the_seed(), []).append(row)
+    return [
+        Group(
+            members[0].point,
+            {
+                name: mean_of([row.final[name] for row in members])
+                for name in names
+                if all(name in row.final for row in members)
+            },
+            len(members),
+        )
+        for members in found.values()
+    ]
+
+
+def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0) -> str:
+    """Write all of them; returns the Markdown."""
+    rows, names, paths = rows_of(folder, points), metric_names(points), swept_paths(points)
+    groups = groups_of(rows, names)
+    write_text(folder.path / "results.csv", _points_csv(rows, paths, names))
+    write_text(folder.path / "summary.csv", _groups_csv(groups, paths, names))
+    text = _markdown(rows, groups, paths, names, gone)
+    write_text(folder.path / "results.md", text)
+    _write_tensorboard(folder, rows, paths, names)
+    return text
+
+
+def _values(point: Point, paths: Sequence[str]) -> list[str]:
+    return [shown(point.values[path]) if path in point.values else "" for path in paths]
+
+
+def _points_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
+    lines = [
+        [
+            row.point.id,
+            *_values(row.point, paths),
+            row.state,
+            *(repr(row.final.get(name, "")).strip("'") for name in names),
+        ]
+        for row in rows
+    ]
+    return tables.comma_separated(["id", *paths, "state", *names], lines)
+
+
+def _groups_csv(groups: Sequence[Group], paths: Sequence[str], names: Sequence[str]) -> str:
+    axes = [path for path in paths if path != SEED]
+    head = [*axes, "n", *(each for name in names for each in (name, f"{name} ±"))]
+
+    def cells(mean: Mean | None) -> tuple[str, str]:
+        if mean is None:
+            return "", ""
+        return repr(mean.mean), "" if mean.half is None else repr(mean.half)
+
+    lines = [
+        [*_values(group.point, axes), str(group.n), *(cell for name in names for cell in cells(group.means.get(name)))]
+        for group in groups
+    ]
+    return tables.comma_separated(head, lines)
+
+
+def _with_interval(mean: Mean | None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean.mean:.4f}" + ("" if mean.half is None else f" ± {mean.half:.4f}")
+
+
+def _markdown(
+    rows: Sequence[Row], groups: Sequence[Group], paths: Sequence[str], names: Sequence[str], gone: int
+) -> str:
+    main = [name for name in names if name.removeprefix("val/") in SHOWN]
+    axes = [path for path in paths if path != SEED]
+    short = short_names(paths)
+    by_group = [
+        [*_values(group.point, axes), str(group.n), *(_with_interval(group.means.get(name)) for name in main)]
+        for group in groups
+    ]
+    by_point = [
+        [row.point.id, *_values(row.point, paths), row.state]
+        + [f"{row.final[name]:.4f}" if name in row.final else "" for name in main]
+        for row in rows
+    ]
+    done = sum(row.state == FINISHED for row in rows)
+    parts = [
+        f"{done} of {len(rows)} points are finished."
+        + (
+            f" {gone} earlier points are no longer in the sweep; their folders are kept, they are not shown."
+            if gone
+            else ""
+        ),
+        "## Over seeds",
+        f"Mean ± half of the {CONFIDENCE:.0%} confidence interval (Student's t) over n seeds, after the last step, per "
+        "scored token in nats; of one seed there is no interval.",
+        tables.markdown([*(short[path] for path in axes), "n", *main], by_group),
+        "## Points",
+        tables.markdown(["id", *(short[path] for path in paths), "state", *main], by_point),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _hparams(points: Sequence[Point], paths: Sequence[str]) -> dict[str, dict[str, HParam]]:
+    """Values by path and point, each path's of one type, as TensorBoard wants them."""
+    found: dict[str, dict[str, HParam]] = {}
+    for path in paths:
+        values = {point.id: point.values[path] for point in points if path in point.values}
+        if all(type(value) is bool for value in values.values()):
+            found[path] = values
+        elif all(type(value) in (int, float) for value in values.values()):
+            found[path] = {key: float(value) for key, value in values.items()}
+        else:
+            found[path] = {key: shown(value) for key, value in values.items()}
+    return found
+
+
+def _write_tensorboard(folder: SweepFolder, rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> None:
+    """TensorBoard fixes its columns at the first run that it sees, so they are written before it, and all anew when
+    they change."""
+    short, root = short_names(paths), folder.path / "tensorboard"
+    hparams = _hparams([row.point for row in rows], paths)
+    columns = {short[path]: list(values.values()) for path, values in hparams.items()}
+    wanted = {"hparams": columns, "metrics": list(names)}
+    record = root / "columns.json"
+    if not record.exists() or read_json(record, "the columns") != wanted:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        write_columns(root, columns, names)
+        write_json(record, wanted)
+    for row in rows:
+        name = re.sub(r"[^\w.=+-]+", ",", label(row.point, paths))[:100] + f",{row.point.id}"
+        if row.final and not (root / name).exists():
+            values = {short[path]: each[row.point.id] for path, each in hparams.items() if row.point.id in each}
+            with new_folder(root / name) as partial:
+                write_session(partial, name, values, _validation(folder, row.point))
+
+
+def _validation(folder: SweepFolder, point: Point) -> list[dict[str, float]]:
+    """The point's validation lines, with the step."""
+    lines = [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("val/")}
+        for line in folder.metrics(point.id)
+    ]
+    return [line for line in lines if len(line) > 1]

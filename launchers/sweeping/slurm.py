@@ -1,0 +1,164 @@
+"""Points under Slurm, through submitit: one job array, one job a point, which resumes when it is put back.
+
+Before a job's time ends or its place is taken, Slurm sends SIGUSR2; submitit then calls `PointJob.checkpoint`, which
+asks the training to save and end, and puts the job back into the queue. A job that is killed without a warning is
+put back by Slurm itself (`--requeue`). Either way the same line trains on from the newest checkpoint.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kd_core.errors import UsageError
+from launchers.sweeping import child
+from launchers.sweeping.child import Slot
+from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, Status, SweepFolder
+from launchers.sweeping.points import Point
+
+# Seconds between Slurm's warning and its kill, and those of them that the training has to end a step and to save.
+WARNING, SAVING = 120, 100
+# How often a job may use up its time: each time it got further, so this only ends what does not.
+MOST_TIMEOUTS = 100
+FIRST_PORT, PORTS = 29_500, 1_000
+PAUSE = 0.2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job asks for; `more` are options of sbatch by name."""
+
+    partition: str | None = None
+    minutes: int = 60
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int | None = None
+    at_once: int = 256
+    more: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class PointJob:
+    """A point's training inside of a job; submitit keeps it as a file and calls it on every node."""
+
+    folder: SweepFolder
+    point_id: str
+    nproc: int
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def __call__(self) -> str:
+        """Train to the end, or from where an earlier start came to.
+
+        Raises:
+            RuntimeError: the training failed, so that Slurm counts the job as failed.
+        """
+        from submitit import JobEnvironment
+
+        here = JobEnvironment()
+        point = self.folder.load(self.point_id)
+        if self.folder.is_finished(point):
+            return FINISHED
+        starts = self.folder.status(point).starts + 1
+        status, speaks = Status(RUNNING, starts, job=here.job_id), here.global_rank == 0
+        if speaks:
+            self.folder.set_status(point.id, status)
+        line = child.training_line(self.folder, point.id, launcher(here.hostnames, self.nproc, here.job_id))
+        since = self.folder.log_size(point.id)
+        self.process = child.start(line, self.folder, point.id, Slot())
+        while (code := self.process.poll()) is None:
+            time.sleep(PAUSE)
+        state, words = child.outcome(self.folder, point, code, since)
+        if speaks:
+            self.folder.set_status(point.id, replace(status, state=state, exit_code=code, last_line=words))
+            if state != FINISHED:
+                raise RuntimeError(f"point {point.id} {state} (exit code {code}): {words}")
+        return state
+
+    def checkpoint(self) -> Any:
+        """Called by submitit in a signal's handler: end the training well, and run the same again.
+
+        The process is watched without `Popen.wait`, whose lock the interrupted code may hold.
+        """
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:
+            os.kill(self.process.pid, signal.SIGTERM)
+            options, deadline = os.WEXITED | os.WNOHANG | os.WNOWAIT, time.monotonic() + SAVING
+            while os.waitid(os.P_PID, self.process.pid, options) is None:
+                if time.monotonic() > deadline:
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                time.sleep(PAUSE)
+        point = self.folder.load(self.point_id)
+        self.folder.set_status(self.point_id, replace(self.folder.status(point), state=SUBMITTED))
+        return DelayedSubmission(replace(self))
+
+
+def launcher(hosts: Sequence[str], nproc: int, job: str) -> list[str]:
+    """torchrun's options for `nproc` ranks on each of the hosts; they meet at the first one."""
+    if len(hosts) == 1:
+        return child.on_this_machine(nproc)
+    port = FIRST_PORT + int("".join(filter(str.isdigit, job)) or "0") % PORTS
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", f"{hosts[0]}:{port}"]
+    return ["--nnodes", str(len(hosts)), "--nproc-per-node", str(nproc), *meeting]
+
+
+def in_queue(job: str) -> bool:
+    """Whether Slurm still has the job, waiting or running."""
+    found = subprocess.run(
+        ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, check=False
+    )
+    return found.returncode == 0 and bool(found.stdout.strip())
+
+
+def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError(
+            "--backend=slurm: submitit is not installed. Install the extra `slurm`: pip install 'kd-workspace[slurm]'."
+        ) from None
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UsageError("--backend=slurm: no sbatch and srun on the PATH. Start it where Slurm takes jobs.")
+    executor = submitit.AutoExecutor(
+        folder.path.resolve() / "slurm", cluster="slurm", slurm_max_num_timeout=MOST_TIMEOUTS
+    )
+    wanted = {
+        "name": name,
+        "timeout_min": request.minutes,
+        "nodes": request.nodes,
+        "tasks_per_node": 1,
+        "gpus_per_node": request.gpus_per_node or None,
+        "cpus_per_task": request.cpus_per_task,
+        "slurm_partition": request.partition,
+        "slurm_signal_delay_s": WARNING,
+        "slurm_array_parallelism": request.at_once,
+        "slurm_additional_parameters": {"requeue": True, **request.more},
+    }
+    executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
+    return executor
+
+
+def submit(folder: SweepFolder, points: Sequence[Point], name: str, request: Request, nproc: int) -> list[str]:
+    """One array with a job for each point; returns their numbers.
+
+    Raises:
+        UsageError: without submitit or Slurm, or where Slurm refuses.
+    """
+    executor = _executor(folder, name, request)
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    at = SweepFolder(folder.path.resolve())
+    try:
+        with executor.batch():
+            jobs = [executor.submit(PointJob(at, point.id, nproc)) for point in points]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UsageError(f"--backend=slurm: sbatch refused: {error}") from None
+    for point, job in zip(points, jobs, strict=True):
+        known = folder.status(point)
+        if known.state != RUNNING:  # it may have begun at once
+            folder.set_status(point.id, replace(known, state=SUBMITTED, job=job.job_id))
+    return [str(job.job_id) for job in jobs]

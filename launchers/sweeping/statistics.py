@@ -1,0 +1,46 @@
+"""Means over seeds, with the 95% confidence interval of Student's t."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over `n` values; the interval is mean ± half, where there are values enough to know one."""
+
+    mean: float
+    half: float | None
+    n: int
+
+
+def _within(theta: float, freedom: int) -> float:
+    """P(|t| ≤ √freedom · tan theta) by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(freedom // 2):
+        total += term
+        term *= cosine * cosine * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """The t within which |t| is with that probability, by bisection."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Of one value there is no interval."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Mean(mean, None, n)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return Mean(mean, t_quantile(n - 1) * math.sqrt(variance / n), n)

@@ -1,0 +1,46 @@
+"""Tables as text: aligned columns, Markdown, CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+Rows = Sequence[Sequence[str]]
+
+
+def aligned(head: Sequence[str], rows: Rows) -> str:
+    """Columns two spaces apart; those that hold numbers alone stand right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    right = [all(_is_number(row[i]) for row in rows if row[i]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(cells, widths, right, strict=True)
+        )
+        return "  ".join(placed).rstrip()
+
+    return "\n".join(line(row) for row in (head, *rows))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return False
+    return True
+
+
+def markdown(head: Sequence[str], rows: Rows) -> str:
+    """A pipe table."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def comma_separated(head: Sequence[str], rows: Rows) -> str:
+    """CSV with one header line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,258 @@
+"""Sweeps on this machine, in real processes on the tiny teacher: failures, kills, stops, extension."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.quickstart import quickstart
+from experiments.sweep import Sweep, grid, seeds
+from kd_core.errors import UsageError
+from kd_core.files import owned, read_json
+from kd_core.training.metrics import read_metrics
+from launchers.sweeping.child import slots
+from launchers.sweeping.folder import SweepFolder
+from launchers.sweeping.local import Queue
+from launchers.sweeping.points import Point, resolve
+from launchers.sweeping.results import write_results
+from tests.launchers.command import ENVIRONMENT, configs, kill_when, line, run, table
+from tests.tiny import Tiny
+
+STEPS = 4
+pytestmark = pytest.mark.timeout(300)  # a dozen processes start
+
+
+def _study(tmp_path: Path, body: str) -> Path:
+    """A user's file with a sweep `study`."""
+    path = tmp_path / "study.py"
+    path.write_text(
+        "from experiments.quickstart import quickstart\nfrom experiments.sweep import Sweep, grid, seeds\n\n"
+        f"def study() -> Sweep:\n    return {body}\n"
+    )
+    return path
+
+
+def _flags(file: Path, out: Path, tiny: Tiny, steps: int = STEPS, jobs: int = 2) -> list[str]:
+    items = configs(tiny.train_items(steps)[1:])
+    return [f"--sweep={file}:study", f"--out={out}", "--backend=local", f"--jobs={jobs}", *items]
+
+
+def _done(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = line("launchers.sweep", *flags)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1000, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def _attempts(out: Path) -> dict[str, int]:
+    return {folder.name: len(list(folder.glob("attempts/*"))) for folder in (out / "points").iterdir()}
+
+
+def _here(sweep: Sweep, out: SweepFolder, items: list[str], retry_failed: bool = False) -> list[Point]:
+    """A sweep run by this process, which saves a start."""
+    points = resolve(sweep, items, "study")
+    out.claim("study", points)
+    left = out.left(points, retry_failed)
+    Queue(out, left, slots(2, 1, [], sorted(os.sched_getaffinity(0))), 1, lambda: write_results(out, points)).run()
+    write_results(out, points)
+    return left
+
+
+def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tmp_path: Path) -> None:
+    folder, moved = SweepFolder(tmp_path / "out"), tmp_path / "moved"
+    items = [item for item in tiny.train_items(STEPS)[1:] if not item.startswith("shards.path")]
+    sweep = Sweep(quickstart) * grid("shards.path", [str(moved), str(tiny.train)])
+    assert len(_here(sweep, folder, items)) == 2
+    bad, good = resolve(sweep, items, "study")
+    assert {row["id"]: row["state"] for row in table(folder.path / "results.csv")} == {
+        bad.id: "failed",
+        good.id: "finished",
+    }
+    status = folder.status(bad)
+    assert (status.starts, status.exit_code) == (1, 1)
+    assert "train: error: " in status.last_line
+    moved.symlink_to(tiny.train)
+    # Another value for the one that failed, and the one that finished is no longer in the sweep.
+    wider = Sweep(quickstart) * grid("shards.path", [str(moved)]) * grid("optimizer.lr", [4e-4, 8e-4])
+    (new,) = _here(wider, folder, items)
+    assert new.values["optimizer.lr"] == 8e-4
+    assert folder.status(bad).starts == 1
+    assert _here(wider, folder, items, retry_failed=True) == [resolve(wider, items, "study")[0]]
+    assert [(row["id"], row["state"]) for row in table(folder.path / "results.csv")] == [
+        (bad.id, "finished"),
+        (new.id, "finished"),
+    ]
+    board = folder.path / "tensorboard"  # has the new column, and no run under the old ones
+    assert {path.name[-12:] for path in board.iterdir() if path.is_dir()} == {bad.id, new.id}
+    assert set(read_json(board / "columns.json", "it")["hparams"]) == {"path", "lr"}
+    assert {point["id"] for point in read_json(folder.path / "sweep.json", "it")["points"]} == {
+        bad.id,
+        new.id,
+        good.id,
+    }
+    assert _attempts(folder.path) == {bad.id: 1, new.id: 1, good.id: 1}  # a failed check is no attempt
+
+
+def test_a_folder_of_another_sweep_is_refused_and_so_is_one_in_use(tiny: Tiny, tmp_path: Path) -> None:
+    points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items()[1:], "study")
+    SweepFolder(tmp_path / "out").claim("other", points)
+    with pytest.raises(UsageError, match="holds the sweep other, not study"):
+        SweepFolder(tmp_path / "out").claim("study", points)
+    with owned(tmp_path / "out"):
+        done = run("launchers.sweep", *_flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), tmp_path / "out", tiny))
+    assert done.returncode == 1
+    assert "another process" in done.stderr
+
+
+def _steps_of(out: Path, point: str = "*") -> int:
+    return sum(len(read_metrics(path)) for path in out.glob(f"points/{point}/metrics.jsonl"))
+
+
+def _working_in(out: Path) -> list[int]:
+    """Processes that train in the sweep's folder."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text = path.read_bytes().decode(errors="replace")
+            if str(out) in text and "launchers.train" in text:
+                found.append(int(path.parent.name))
+    return found
+
+
+def _wait(ready: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "never ready"
+        time.sleep(0.05)
+
+
+def _kill_and_finish(flags: list[str], out: Path, moments: list[Callable[[], bool]]) -> int:
+    """SIGKILL the sweep at each of the moments, then let it end; kills that struck. No finished point starts again."""
+    struck = 0
+    for moment in moments:
+        finished = {path.parent.name for path in out.glob("points/*/export")}
+        attempts = _attempts(out) if (out / "points").exists() else {}
+        struck += kill_when(line("launchers.sweep", *flags), moment, seconds=600)
+        _wait(lambda: not _working_in(out), 10)
+        assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
+    finished, attempts = {path.parent.name for path in out.glob("points/*/export")}, _attempts(out)
+    _done(*flags)
+    assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
+    return struck
+
+
+def _ended(out: Path) -> dict[str, int]:
+    """How many starts of each point say that they came to the end."""
+    return {
+        folder.name: sum("done: " in log.read_text() for log in folder.glob("attempts/*/log.txt"))
+        for folder in (out / "points").iterdir()
+    }
+
+
+def _same_tables(one: Path, other: Path) -> None:
+    for name in ("results.csv", "summary.csv", "results.md"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_sweep_killed_twice_ends_with_the_same_tables_and_leaves_no_process(tiny: Tiny, tmp_path: Path) -> None:
+    file = _study(tmp_path, "Sweep(quickstart) * seeds(3)")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    _done(*_flags(file, whole, tiny, steps=20))
+    moments = [lambda: _steps_of(cut) > 6, lambda: _steps_of(cut) > 42]
+    assert _kill_and_finish(_flags(file, cut, tiny, steps=20), cut, moments) == 2
+    _same_tables(whole, cut)
+    assert set(_ended(cut).values()) == {1}
+    assert sum(_attempts(cut).values()) > 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing_running(
+    number: signal.Signals, tiny: Tiny, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), out, tiny, steps=1000, jobs=1)
+    process = subprocess.Popen(line("launchers.sweep", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items(1000)[1:], "study")
+    first, second = (point.id for point in points)
+    _wait(lambda: _steps_of(out, first) > 4)
+    os.kill(_working_in(out)[0], number)
+    _wait(lambda: second in _attempts(out) and _steps_of(out, second) > 4)  # the next one, while the first one waits
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert re.search(f"^{first} stopped .*goes on from its checkpoint$", said, flags=re.MULTILINE)
+    assert "Run the same command again" in said
+    assert not _working_in(out)
+    assert _attempts(out) == {first: 1, second: 1}
+    assert {read_json(path, "it")["state"] for path in out.glob("status/*.json")} == {"stopped"}
+    status = read_json(out / "status" / f"{first}.json", "it")
+    if number == signal.SIGTERM:  # it saved, and ended with 0 far from its last step
+        assert status["exit_code"] == 0
+        assert re.search(r"stopped after step \d+ of 1000, told to by SIGTERM", status["last_line"])
+    else:
+        assert status["exit_code"] == -signal.SIGKILL
+
+
+def test_a_point_of_two_ranks_goes_on_after_its_torchrun_is_stopped_and_after_a_rank_is_killed(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(1)"), out, tiny, steps=40, jobs=1)
+    process = subprocess.Popen(
+        line("launchers.sweep", *flags, "--nproc=2"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait(lambda: _steps_of(out) > 4)
+    torchrun = min(_working_in(out))
+    os.kill(torchrun, signal.SIGTERM)
+    _wait(lambda: torchrun not in _working_in(out))
+    done = _steps_of(out)
+    _wait(lambda: _steps_of(out) > done + 4)
+    os.kill(max(_working_in(out)), signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert re.findall(r"^\w{12} (started|stopped|finished|failed)", said, flags=re.MULTILINE) == [
+        *("started", "stopped") * 2,
+        "started",
+        "finished",
+    ]
+    (point,) = out.glob("points/*")
+    assert [found["step"] for found in read_metrics(point / "metrics.jsonl")] == list(range(41))
+    assert read_json(out / "status" / f"{point.name}.json", "it")["last_line"] == f"done: {point}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twelve_points_killed_at_ten_random_moments(tiny: Tiny, tmp_path: Path) -> None:
+    axes = 'grid("loss.terms.kd.tail", ["tail_bucket", "truncated"]) * grid("shards.top_k", [1, 8]) * seeds(3)'
+    file = _study(tmp_path, f"Sweep(quickstart) * {axes}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    _done(*_flags(file, whole, tiny, steps=60))
+    moments = random.Random(0)
+
+    def after(steps: int, seconds: float) -> Callable[[], bool]:
+        """Some time after so many steps are done, so that it strikes within starts, exports and waits as well."""
+        begun: list[float] = []
+
+        def over() -> bool:
+            if not begun and _steps_of(cut) > steps:
+                begun.append(time.monotonic())
+            return bool(begun) and time.monotonic() - begun[0] > seconds
+
+        return over
+
+    draws = [after(steps, moments.uniform(0, 4)) for steps in sorted(moments.sample(range(12 * 60 - 80), 10))]
+    assert _kill_and_finish(_flags(file, cut, tiny, steps=60), cut, draws) == 10
+    _same_tables(whole, cut)
+    assert set(_ended(cut).values()) <= {0, 1}  # a kill may strike after the export and before it is said
+    assert len(_ended(cut)) == 12

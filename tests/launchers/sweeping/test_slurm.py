@@ -1,0 +1,164 @@
+"""Sweeps under a scheduler that really runs what is submitted (`fake_slurm.py`): the script, preemption, resumption."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from experiments.quickstart import quickstart
+from experiments.sweep import Sweep, seeds
+from kd_core.errors import UsageError
+from kd_core.training.metrics import read_metrics
+from launchers.sweeping import slurm
+from launchers.sweeping.folder import FINISHED, SUBMITTED, SweepFolder
+from launchers.sweeping.points import Point, resolve
+from launchers.sweeping.results import write_results
+from tests.launchers.command import ENVIRONMENT
+from tests.launchers.sweeping import fake_slurm
+from tests.tiny import Tiny
+
+pytest.importorskip("submitit")
+STEPS = 120
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
+    """Its state; its commands are on the PATH of this test."""
+    environment = {**ENVIRONMENT, **fake_slurm.install(tmp_path / "slurm")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    state = Path(environment["FAKE_SLURM"])
+    monkeypatch.setattr(fake_slurm, "STATE", state)
+    yield state
+    fake_slurm.end()
+
+
+def _sweep(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
+    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=5", "evaluation.every=100"]
+    points = resolve(Sweep(quickstart) * seeds(n), items, "study")
+    folder = SweepFolder(out)
+    folder.claim("study", points)
+    return folder, points
+
+
+def _wait(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _steps(folder: SweepFolder, point: Point) -> int:
+    return len(folder.metrics(point.id))
+
+
+def _attempts(folder: SweepFolder, point: Point) -> list[str]:
+    logs = sorted((folder.run_folder(point.id).path / "attempts").glob("*/log.txt"))
+    return [log.read_text() for log in logs]
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path: Path) -> None:
+    folder, points = _sweep(tiny, tmp_path / "out", 2)
+    jobs = slurm.submit(folder, points, "study", slurm.Request(minutes=60, at_once=2), nproc=1)
+    assert jobs == ["100_0", "100_1"]
+    assert all(slurm.in_queue(job) for job in jobs)
+    assert not slurm.in_queue("99")
+    warned, lost = points
+    _wait(lambda: _steps(folder, warned) > 15)
+    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
+    _wait(lambda: _steps(folder, lost) > 15)
+    subprocess.run(["scancel", "--full", "--signal=KILL", jobs[1]], check=True)
+    fake_slurm.wait_until_idle()
+    assert not any(slurm.in_queue(job) for job in jobs)
+    for point in points:
+        assert folder.status(point).state == FINISHED
+        assert folder.status(point).starts == 2
+        first, second = _attempts(folder, point)
+        assert "done: " not in first
+        assert "resumed from" in second
+        assert "done: " in second
+        lines = read_metrics(folder.run_folder(point.id).path / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert "2 of 2 points are finished" in write_results(folder, points)
+    said = "".join(path.read_text() for path in (folder.path / "slurm").glob("*_log.err"))
+    assert "this job is preempted" in said
+
+
+def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_path: Path) -> None:
+    folder, points = _sweep(tiny, tmp_path / "out", 3)
+    executor = slurm._executor(
+        folder, "study", slurm.Request("gpu", 240, 2, 8, 16, at_once=2, more={"account": "lab", "exclude": "n1,n2"})
+    )
+    executor._executor.parameters["map_count"] = len(points)
+    text = executor._executor._make_submission_file_text("COMMAND", "uid")
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line
+    )
+    assert options == {
+        "job-name": "study",
+        "array": "0-2%2",
+        "partition": "gpu",
+        "time": "240",
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "8",
+        "cpus-per-task": "16",
+        "signal": f"USR2@{slurm.WARNING}",
+        "requeue": "",
+        "open-mode": "append",
+        "account": "lab",
+        "exclude": "n1,n2",
+        "wckey": "submitit",
+        "output": str(folder.path / "slurm" / "%A_%a_0_log.out"),
+        "error": str(folder.path / "slurm" / "%A_%a_0_log.err"),
+    }
+    logs = folder.path / "slurm"
+    assert (
+        text.splitlines()[-1]
+        == f"srun --unbuffered --output {logs}/%A_%a_%t_log.out --error {logs}/%A_%a_%t_log.err COMMAND"
+    )
+    assert executor._executor._submitit_command_str == f"{sys.executable} -u -m submitit.core._submit {logs}"
+    assert not list(scheduler.iterdir())
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "study.py").write_text(
+        "from experiments.quickstart import quickstart\nfrom experiments.sweep import Sweep, seeds\n\n"
+        "def study():\n    return Sweep(quickstart) * seeds(1)\n"
+    )
+    items = [f"--config={item}" for item in [*tiny.train_items(STEPS)[1:], "shards.top_k=3"]]
+    out = tmp_path / "out"
+    flags = [f"--sweep={tmp_path / 'study.py'}:study", f"--out={out}", "--backend=slurm", *items]
+    (point,) = resolve(Sweep(quickstart) * seeds(1), [*tiny.train_items(STEPS)[1:], "shards.top_k=3"], "study")
+    (fake_slurm.STATE / "77.state").write_text("PENDING")
+    SweepFolder(out).claim("study", [point])
+    SweepFolder(out).set_status(point.id, slurm.Status(SUBMITTED, job="77"))
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.sweep", *flags],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 are in Slurm's queue" in done.stderr
+    assert "submitted" not in done.stderr
+
+
+def test_without_submitit_or_slurm_the_error_says_what_to_do(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, points = _sweep(tiny, tmp_path / "out", 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="no sbatch and srun on the PATH"):
+        slurm.submit(folder, points, "study", slurm.Request(), 1)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UsageError, match=r"pip install 'kd-workspace\[slurm\]'"):
+        slurm.submit(folder, points, "study", slurm.Request(), 1)
