@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from data.stream.location import Location
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
-from experiments.unused import unused_settings
 from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts
 from kd_core.parallel.layout import Shape, check_shape
@@ -57,7 +56,7 @@ def _check_metric(experiment: "Experiment") -> None:
 
 
 def check(experiment: "Experiment") -> None:
-    """Check the parts against each other and the files; settings that change nothing are warned of.
+    """Check the parts against each other and the files.
 
     Raises:
         UsageError: parts that do not fit, or files that are missing.
@@ -75,8 +74,6 @@ def check(experiment: "Experiment") -> None:
     for shards in experiment.training_caches().values():
         experiment.loss.check_cache(cache_facts(shards))
     _check_metric(experiment)
-    for setting in unused_settings(experiment):
-        log.warning("unused: %s.", setting)
 
 
 def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict[str, str]:

@@ -13,6 +13,7 @@ from data.stream.source import Mixture, Shards, epochs
 from data.stream.stream import all_batches, training_steps
 from experiments import checks
 from experiments.identity import identities
+from experiments.unused import unused_settings
 from kd_core.errors import UsageError
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
@@ -129,6 +130,10 @@ class Experiment:
     def validation_metrics(self) -> set[str]:
         """Names of the numbers that validation gives, known before anything runs."""
         return metric_names(self.loss, checks.cache_facts(self.evaluation.shards))
+
+    def unused(self) -> list[str]:
+        """A sentence for each setting that changes nothing in this run."""
+        return unused_settings(self)
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""

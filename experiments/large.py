@@ -24,6 +24,8 @@ def gpus8() -> fdl.Config[Experiment]:
     config.schedule.warmup_steps = 500
     config.schedule.min_ratio = 0.1
     config.parallel.micro_batch_rows = 4
+    config.parallel.recompute = "every:2"
+    config.parallel.compile = True
     config.checkpoint.every = config.evaluation.every = 500
     config.checkpoint.keep_newest = 2
     config.logger.every = 10
@@ -32,11 +34,14 @@ def gpus8() -> fdl.Config[Experiment]:
 
 
 def nodes64() -> fdl.Config[Experiment]:
-    """64 nodes of 8 GPUs, never run: as `gpus8`, 4M tokens a step, 100B tokens."""
+    """64 nodes of 8 GPUs, never run: as `gpus8`, a sharded copy on each node, 4M tokens a step, 100B tokens."""
     config = gpus8()
     config.tokens_per_step = 4096 * 1024
     config.optimizer.lr = 4e-4
     config.schedule.warmup_steps = 1000
     config.parallel.micro_batch_rows = 2
+    config.parallel.recompute = "none"
+    config.parallel.shard = "full"
+    config.parallel.replicas = 64
     config.steps = 24_000
     return config

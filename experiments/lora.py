@@ -2,8 +2,9 @@
 
 Command:  torchrun --nproc-per-node 1 -m launchers.train --config=lora
 Expected: clearly behind `quickstart` (held-out KL 0.833): half of the layers are gone, and what must take over their
-          work is of rank 32. A tenth of the memory for optimiser state, and an adapter of a few megabytes.
-Seen:     (not run yet)
+          work is of rank 32. A sixteenth of the optimiser's state, and an adapter of 20 MB.
+Seen:     2026-11-24, the first 6 of 20 steps of a short run (not finished; no held-out figure yet): training loss 2.603
+          → 1.623, its KL 2.209 → 1.319, 4.9M of 86.3M parameters trained.
 """
 
 import fiddle as fdl

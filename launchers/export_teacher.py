@@ -13,7 +13,8 @@ With --extend, complete caches grow by the documents (by name) that they do not 
 --config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
 scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and
 
-    selection.top_k=32                           entries of a position
+    selection.top_k=32                           entries of a position; the same as tag:TopK=32
+    tag:RowLength=1024                           positions of a window, as training's rows have them
     selection.min_prob=3e-3                      only those of at least this probability
     selection.mass=0.9                           only until they hold this mass
     selection.top_k=0 selection.draws=12         12 samples in place of entries: the smallest caches, forward KL alone

@@ -160,6 +160,7 @@ def main() -> None:
     """All four stages."""
     from tqdm import tqdm
 
+    from kd_core.errors import UsageError
     from kd_core.files import read_json, write_json
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
@@ -194,6 +195,8 @@ def main() -> None:
         options = [f"--config={item}" for item in [*settings, *CONFIG.value]]
         options = ["--config=quickstart", *_keep_layers(found["teacher"]), *options, f"--run_dir={run_dir}"]
         _under_torchrun("launchers.train", options)
+        if not (run_dir / "export").is_dir():
+            raise UsageError(f"{run_dir}: the training was told to stop; it is saved. Run the same again to go on.")
         return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:

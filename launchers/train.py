@@ -68,6 +68,8 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
                 app.log.info("resumed with another layout: %s is %s", name, how)
             for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
+            for setting in experiment.unused():
+                app.log.warning("unused: %s.", setting)
 
         shown = world.on_first(check)
         prove_same(world, together(world, lambda: proof.facts(text, experiment))[world.rank])
@@ -89,6 +91,8 @@ def main() -> None:
         where = {"checkpoints": str(folder / "checkpoints")}
         for name, value in (experiment.check(WORLD.value) | where).items():
             print(f"{name}: {value}")
+        for setting in experiment.unused():
+            print(f"unused: {setting}.")
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 

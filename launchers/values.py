@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
-from fiddle._src.tagging import TagType
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from kd_core.errors import UsageError
@@ -43,7 +42,7 @@ class Place(typing.NamedTuple):
         return isinstance(self.value, (fdl.Buildable, dict))
 
     @property
-    def tags(self) -> list[TagType]:
+    def tags(self) -> list[Any]:
         """The tags that it carries."""
         return sorted(fdl.get_tags(self.node, self.name), key=str) if isinstance(self.node, fdl.Buildable) else []
 

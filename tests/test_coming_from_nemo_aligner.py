@@ -7,14 +7,18 @@ NeMo-Aligner's guide.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
+from launchers import config_items
+from launchers.values import set_path, walk
 from tests.launchers.command import configs, kill_when, line, run
 from tests.tiny import Tiny
 
@@ -156,3 +160,36 @@ def test_its_settings_give_its_losses(
         for name, value in truth.items():
             assert found[f"train/{name}"] == pytest.approx(value, rel=2e-5), (step, name)
     assert wanted[-1]["loss"] < 0.9999 * wanted[0]["loss"], "the steps moved nothing, so they prove nothing"
+
+
+ROOT = Path(__file__).parent.parent
+NAME = re.compile(r"\.?[a-z_]+(\.[a-z_]+)*(=[a-z0-9_/]+)?")
+
+
+def _settings_of_the_table() -> list[str]:
+    """What the right column of the README's table sets: `a.b`, `a.b=v`, and `.c`, which stands beside the last one."""
+    table = (ROOT / "README.md").read_text().split("## Coming from NeMo-Aligner")[1].split("\n## ")[0]
+    found: list[str] = []
+    for row in table.splitlines():
+        beside = ""
+        for token in re.findall(r"`([^`]+)`", row.split(" | ")[1]) if " | " in row else []:
+            if not NAME.fullmatch(token) or "." not in token or token.startswith(("launchers.", "metrics.")):
+                continue
+            whole = beside + token if token.startswith(".") else token
+            beside = whole.split("=")[0].rpartition(".")[0]
+            found.append(whole)
+    return found
+
+
+def test_the_table_of_the_readme_names_settings_that_are_there() -> None:
+    settings = _settings_of_the_table()
+    assert len(settings) > 30
+    graphs = [config_items.resolve([name], kind).config for name, kind in (("quickstart", "Experiment"),
+              ("quickstart_export", "TeacherExport"))]  # fmt: skip
+    for setting in settings:
+        path, _, value = setting.partition("=")
+        places = [place for graph in graphs for place in walk(graph) if place.path == path]
+        assert places, setting
+        if value:
+            set_path(graphs[0], f"{path}={value}")
+    fdl.build(graphs[0])

@@ -21,6 +21,7 @@ from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
+LOOKED_AT = 5_000  # rows
 ON_DAMAGE = ("stop", "skip")
 
 
@@ -202,13 +203,14 @@ Source = Shards | Mixture
 
 
 def epochs(source: Source, row_length: int, seed: int, rows: int) -> str:
-    """In words, how often a run of so many rows goes through its caches."""
+    """In words, how often a run of so many rows goes through its caches; of a long run by the shares of its start."""
+    looked = min(rows, LOOKED_AT)
     taken: list[int] = [0] * len(source.parts)
-    for row in itertools.islice(source.order(row_length, seed), rows):
+    for row in itertools.islice(source.order(row_length, seed), looked):
         taken[row.part] += 1
     each: list[str] = []
     for count, part in zip(taken, source.parts, strict=True):
         epoch = sum(1 for _ in part.rows(row_length, seed, 0))
         of = f" of {part.path}" if len(taken) > 1 else ""
-        each.append(f"{count / epoch:.2f} epochs of {epoch} rows{of}")
+        each.append(f"{count * rows / looked / epoch:.2f} epochs of {epoch} rows{of}")
     return ", ".join(each)

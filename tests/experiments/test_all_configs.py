@@ -4,6 +4,7 @@ After a wanted change: `make golden`, and read the diff.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import fiddle as fdl
@@ -11,9 +12,12 @@ import pytest
 
 from experiments.experiment import Experiment
 from kd_core.errors import UsageError
+from kd_core.files import write_json
+from kd_core.students.families import config_of, read_architecture
 from launchers import catalog, config_items
 from launchers.catalog import Entry
 from launchers.values import walk
+from tests.tiny import Tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 BASES = [entry for entry in catalog.entries() if entry.kind in catalog.WORDS]
@@ -81,6 +85,25 @@ def test_a_dry_run_of_a_large_recipe_names_the_folders_that_are_missing(name: st
         experiment.check()
     for folder in ("student.folder: models/student-1b", "shards.path: caches/teacher-8b/train", "evaluation.shards"):
         assert folder in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "ranks", "layout"), [
+    ("gpus8", 8, "8 ranks: 1 replicas × 8 shards × 1 tensor-parallel"),
+    ("nodes64", 512, "512 ranks: 64 replicas × 8 shards × 1 tensor-parallel"),
+])  # fmt: skip
+def test_a_dry_run_of_a_large_recipe_tells_what_a_rank_holds(
+    name: str, ranks: int, layout: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """A student of a billion parameters, without its weights, on the tiny caches."""
+    arch = replace(read_architecture(tiny.teacher), hidden_size=2048, intermediate_size=8192, num_layers=16,
+                   num_heads=32, num_kv_heads=8, head_dim=64)  # fmt: skip
+    write_json(tmp_path / "config.json", config_of(arch, 0, 0))
+    (tmp_path / "tokenizer.json").write_bytes((tiny.teacher / "tokenizer.json").read_bytes())
+    items = [f"student.folder={tmp_path}", f"shards.path={tiny.train}", f"evaluation.shards.path={tiny.validation}"]
+    experiment: Experiment = fdl.build(config_items.resolve([name, *items], "Experiment").config)
+    told = experiment.check(ranks)
+    assert told["layout"] == layout
+    assert "holds 121.72M parameters (0.487 GB in float32) and 0.974 GB of moments" in told["a rank"]
 
 
 def test_every_golden_text_has_its_config() -> None:

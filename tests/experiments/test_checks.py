@@ -1,7 +1,6 @@
-"""Parts that do not fit are refused with their path; settings that nothing reads are warned of, and no others."""
+"""Parts that do not fit are refused with their path; settings that nothing reads are named, and no others."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import pytest
 
 from experiments.checks import warn_of_layout
 from experiments.experiment import Experiment
-from experiments.unused import unused_settings
 from kd_core.errors import UsageError
 from launchers import config_items
+from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
 
@@ -66,24 +65,24 @@ UNUSED = {
 
 
 @pytest.mark.parametrize(("items", "message"), UNUSED.values(), ids=UNUSED)
-def test_a_setting_that_nothing_reads_is_warned_of(
-    tiny: Tiny, items: list[str], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    logging.getLogger("kd").propagate = True
-    _experiment(tiny, *items).check()
-    assert [record.getMessage() for record in caplog.records if message in record.getMessage()]
+def test_a_setting_that_nothing_reads_is_named(tiny: Tiny, items: list[str], message: str) -> None:
+    assert [sentence for sentence in _experiment(tiny, *items).unused() if message in sentence]
+
+
+def test_the_command_warns_of_it(tiny: Tiny) -> None:
+    done = run("launchers.train", *configs([*tiny.train_items(), "shards.samples=False"]), "--dry_run")
+    assert "unused: shards.samples=False: " in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("items", [[], ["shards.timeout=5"], ["checkpoint.every=6", "evaluation.every=6"]])
 def test_settings_that_are_read_are_not(tiny: Tiny, items: list[str]) -> None:
-    assert unused_settings(_experiment(tiny, *items)) == []
+    assert _experiment(tiny, *items).unused() == []
 
 
 @pytest.mark.parametrize(("rows", "ranks", "message"), [(3, 4, "1 of them are idle"), (5, 2, "some wait"), (4, 2, "")])
 def test_ranks_without_rows_are_warned_of(
     rows: int, ranks: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("kd").propagate = True
     warn_of_layout(rows, ranks)
     assert bool(caplog.records) == bool(message)
     assert message in caplog.text

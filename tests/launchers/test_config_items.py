@@ -7,8 +7,10 @@ import fiddle as fdl
 import pytest
 
 from kd_core.errors import UsageError
+from kd_core.training.schedule import WarmupCosine
 from launchers import config_items
 from launchers.config_items import resolve
+from launchers.values import set_value
 
 
 def _lines(*items: str) -> list[str]:
@@ -32,6 +34,23 @@ def _lines(*items: str) -> list[str]:
 )
 def test_a_value_is_set_and_who_set_it_is_known(item: str, path: str, value: object) -> None:
     assert any(line.startswith(f"{path} = {value!r}  # --config={item}") for line in _lines(item))
+
+
+def test_a_value_of_python_is_checked_as_one_of_text_and_a_part_is_copied() -> None:
+    config = resolve(["quickstart"], "Experiment").config
+    set_value(config, "optimizer.lr", 1, "here")
+    schedule = fdl.Config(WarmupCosine, warmup_steps=3)
+    set_value(config, "schedule", schedule, "here")
+    schedule.warmup_steps = 9
+    assert (config.optimizer.lr, config.schedule.warmup_steps) == (1.0, 3)
+    for path, value, message in (
+        ("optimizer.lr", "fast", "here: got 'fast', wanted float"),
+        ("optimizer", schedule, "here: got a WarmupCosine, wanted AdamW"),
+        ("optimizer", 3, "optimizer is a part"),
+        ("optimizer.lrr", 3, "Did you mean 'lr'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            set_value(config, path, value, "here")
 
 
 def test_defaults_and_the_experiments_own_values_name_their_place() -> None:

@@ -232,6 +232,31 @@ def test_bfloat16_on_two_ranks() -> None:
     run_ranks(2, rounded)
 
 
+def same_bits(world: World) -> None:
+    for name in ("dp 2 × tp 2", "hybrid"):
+        parallel = OF_FOUR[name]
+        first, again = (trajectory(*with_plan(parallel, world)) for _ in range(2))
+        assert first == again, name
+
+
+def with_plan(parallel: Parallel, world: World) -> tuple[Decoder, Parallel, World]:
+    model, laid_out = student(tied, parallel, world)
+    return model, parallel, laid_out
+
+
+def test_the_same_layout_has_the_same_bits_twice() -> None:
+    run_ranks(4, same_bits)
+
+
+@pytest.mark.slow
+def test_compiled_blocks() -> None:
+    """Alone, and with tensor parallelism by position around recomputation; a minute each."""
+    run_ranks(1, compare, tied, {"alone": replace(PLAIN, compile=True)})
+    names = ("dp 2", "tp 2, by position")
+    layouts = {name: replace(OF_TWO[name], compile=True, recompute="full") for name in names}
+    run_ranks(2, compare, tied, layouts)
+
+
 def test_recomputed_and_accumulated_alone() -> None:
     alone = World()
     wanted = trajectory(student(tied, PLAIN, alone)[0], PLAIN, alone)
