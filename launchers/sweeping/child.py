@@ -1,4 +1,4 @@
-"""A point's training as a process of its own: its command line, its share of the machine, its end with ours, and how it ended."""
+"""A point's training as a process of its own: its command line, its share of the machine, its end."""
 
 import os
 import re

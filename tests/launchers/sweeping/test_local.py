@@ -161,6 +161,7 @@ def _same_tables(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_ends_with_the_same_tables_and_leaves_no_process(tiny: Tiny, tmp_path: Path) -> None:
     file = _study(tmp_path, "Sweep(quickstart) * seeds(3)")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -200,6 +201,7 @@ def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing
         assert status["exit_code"] == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_point_of_two_ranks_goes_on_after_its_torchrun_is_stopped_and_after_a_rank_is_killed(
     tiny: Tiny, tmp_path: Path
 ) -> None:
