@@ -47,7 +47,7 @@ PARTS = {
     AGREE: (Stopping, "agreed"),
     SAVE: (Saver, "save"),
     COPY: (saver, "staged"),
-    VALIDATION: (loop, "evaluate"),
+    VALIDATION: (loop, "evaluate_all"),
 }
 
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tokenizers import Tokenizer as FastTokenizer
 
 from kd_core.errors import UsageError
@@ -66,3 +68,24 @@ class Tokenizer:
         """sha256 over the vocabulary and how it splits a few probes: equal for equal tokenizers, however stored."""
         known = json.dumps([sorted(self.fast.get_vocab().items()), self.encode(PROBES)])
         return hashlib.sha256(known.encode()).hexdigest()
+
+    def byte_lengths(self) -> torch.Tensor:
+        """Of each id, how many bytes of UTF-8 text it stands for: int [V]; special tokens stand for none.
+
+        Byte-level vocabularies have a character for each byte; others write a space as ▁ and a lone byte as <0xNN>.
+        """
+        special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        added = set(self.fast.get_added_tokens_decoder())
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.fast.to_str())["decoder"])
+        vocabulary = self.fast.get_vocab()
+        lengths = torch.zeros(max(vocabulary.values(), default=-1) + 1, dtype=torch.int64)
+        for token, i in vocabulary.items():
+            if i in special:
+                continue
+            if i not in added and byte_level:
+                lengths[i] = len(token)
+            elif i not in added and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("▁", " ").encode())
+        return lengths

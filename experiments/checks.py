@@ -12,6 +12,7 @@ from kd_core.losses.objective import CacheFacts
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
 from kd_core.students.decoder import Decoder
+from kd_core.training.evaluation import metric_names
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -49,7 +50,16 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
             )
 
 
-def _check_metric(experiment: "Experiment") -> None:
+def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
+    evaluation = experiment.evaluation
+    for prompt, ids in zip(evaluation.prompts, tokenizer.encode(evaluation.prompts), strict=True):
+        if not ids:
+            raise UsageError(f"evaluation.prompts: {prompt!r} has no token. Begin with a word.")
+    facts = [cache_facts(shards) for shards in experiment.held_out_caches().values()]
+    own = [metric.__name__ for metric in evaluation.metrics]
+    taken = {name.removeprefix("val/") for each in facts for name in metric_names(experiment.loss, each)}
+    if doubles := sorted({name for name in own if name in taken or own.count(name) > 1}):
+        raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: there is a number of this name. Rename it.")
     known = experiment.validation_metrics()
     if (best := experiment.checkpoint.best_metric) not in known:
         raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
@@ -61,19 +71,20 @@ def check(experiment: "Experiment") -> None:
     Raises:
         UsageError: parts that do not fit, or files that are missing.
     """
-    caches = {**experiment.training_caches(), "evaluation.shards": experiment.evaluation.shards}
+    caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     _check_folders(experiment, caches)
     vocabulary = experiment.student.architecture().vocab_size
-    tokenizer = Tokenizer(Path(experiment.student.folder)).fingerprint()
+    tokenizer = Tokenizer(Path(experiment.student.folder))
+    fingerprint = tokenizer.fingerprint()
     for where, shards in caches.items():
         try:
-            shards.check(vocabulary, tokenizer)
+            shards.check(vocabulary, fingerprint)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     _check_rows(experiment.collate.row_length, caches)
     for shards in experiment.training_caches().values():
         experiment.loss.check_cache(cache_facts(shards))
-    _check_metric(experiment)
+    _check_evaluation(experiment, tokenizer)
 
 
 def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict[str, str]:

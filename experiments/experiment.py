@@ -4,13 +4,15 @@ shards ─► collate ─► Batch ─► student ─► loss ─► one step (o
 """
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.stream.collate import Collate
-from data.stream.source import Mixture, Shards, epochs
+from data.stream.source import Mixture, Shards, Source, epochs
 from data.stream.stream import all_batches, training_steps
+from data.tokenizer import Tokenizer
 from experiments import checks
 from experiments.identity import identities
 from experiments.unused import unused_settings
@@ -23,7 +25,8 @@ from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
 from kd_core.training.checkpoint import Checkpoint, is_complete
-from kd_core.training.evaluation import metric_names
+from kd_core.training.continuations import Prompts
+from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
@@ -36,25 +39,53 @@ log = logging.getLogger("kd")
 
 @dataclass(frozen=True)
 class Logger:
-    """How often numbers are written to `metrics.jsonl` and TensorBoard."""
+    """How often numbers are written to `metrics.jsonl` and TensorBoard.
+
+    Args:
+        every: steps between the numbers of a step.
+        line_every: steps between lines of the log, where stderr is no terminal that shows a line that lives.
+        histograms_every: steps between histograms of parameters and gradients; 0: none.
+    """
 
     every: int = 1
+    line_every: int = 10
+    histograms_every: int = 0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UsageError(f"logger.every: got {self.every}; wanted at least 1.")
+        for name, least in (("every", 1), ("line_every", 1), ("histograms_every", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"logger.{name}: got {getattr(self, name)}; wanted at least {least}.")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation on a cache of held-out text: before the first step, every `every` steps, and after the last."""
+    """Validation on held-out text: before the first step, every `every` steps, and after the last.
 
-    shards: Shards
+    Args:
+        shards: a cache; of several by name, each is reported by itself too, and the whole by their weights.
+        every: steps.
+        prompts: texts that the student continues, greedily, for the reader.
+        continuation_tokens: by how many tokens.
+        metrics: functions of a `SparseView` of n positions to a number each; `val/NAME` is their mean.
+    """
+
+    shards: Shards | Mixture
     every: int = 10
+    prompts: tuple[str, ...] = ()
+    continuation_tokens: int = 24
+    metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UsageError(f"evaluation.every: got {self.every}; wanted at least 1.")
+        for name in ("every", "continuation_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"evaluation.{name}: got {getattr(self, name)}; wanted at least 1.")
+
+
+def caches_of(source: Source, where: str) -> dict[str, Shards]:
+    """The caches of a source, by their paths in the experiment."""
+    if isinstance(source, Mixture):
+        return {f"{where}.caches.{name}": source.caches[name] for name in sorted(source.caches)}
+    return {where: source}
 
 
 def _millions(model: Decoder, *, trained: bool = False) -> str:
@@ -102,9 +133,11 @@ class Experiment:
 
     def training_caches(self) -> dict[str, Shards]:
         """The caches that are trained on, by their paths in the experiment."""
-        if isinstance(self.shards, Mixture):
-            return {f"shards.caches.{name}": self.shards.caches[name] for name in sorted(self.shards.caches)}
-        return {"shards": self.shards}
+        return caches_of(self.shards, "shards")
+
+    def held_out_caches(self) -> dict[str, Shards]:
+        """The caches of validation, by their paths in the experiment."""
+        return caches_of(self.evaluation.shards, "evaluation.shards")
 
     def check(self, ranks: int = 1) -> dict[str, str]:
         """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
@@ -115,13 +148,15 @@ class Experiment:
         checks.check(self)
         student = self.student.decoder()  # without memory
         arch = student.arch
-        caches = [part.manifest for part in self.shards.parts]
+        caches, held_out = (
+            [part.manifest for part in source.parts] for source in (self.shards, self.evaluation.shards)
+        )
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
-            "validation cache": f"{self.evaluation.shards.manifest.positions} positions",
+            "validation cache": " + ".join(f"{cache.positions} positions" for cache in held_out),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
             "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
             **checks.check_layout(self, student, ranks),
@@ -133,7 +168,8 @@ class Experiment:
 
     def validation_metrics(self) -> set[str]:
         """Names of the numbers that validation gives, known before anything runs."""
-        return metric_names(self.loss, checks.cache_facts(self.evaluation.shards))
+        facts = map(checks.cache_facts, self.held_out_caches().values())
+        return set.intersection(*(metric_names(self.loss, each, self.evaluation.metrics) for each in facts))
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""
@@ -148,11 +184,26 @@ class Experiment:
                 micro_batch=self.parallel.micro_batch_rows, **share,
             )  # fmt: skip
 
-        def validation() -> Iterator[Batch]:
-            micro_batch = self.parallel.micro_batch_rows
-            return all_batches(self.evaluation.shards, self.collate, micro_batch=micro_batch, **share)
+        tokenizer = Tokenizer(Path(self.student.folder))
+        return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
 
-        return Data(steps_from, validation, checks.cache_facts(self.evaluation.shards))
+    def _held_out(self, share: dict[str, int]) -> dict[str, HeldOut]:
+        """By the names of a mixture; one cache has none."""
+        source, micro_batch = self.evaluation.shards, self.parallel.micro_batch_rows
+        weights = source.weights if isinstance(source, Mixture) else {"": 1.0}
+        return {
+            name: HeldOut(
+                partial(all_batches, part, self.collate, micro_batch=micro_batch, **share),
+                checks.cache_facts(part),
+                weights[name],
+            )
+            for name, part in zip(sorted(weights), source.parts, strict=True)
+        }
+
+    def _prompts(self, tokenizer: Tokenizer) -> Prompts:
+        texts = self.evaluation.prompts
+        ids = tokenizer.encode(texts)
+        return Prompts(texts, ids, self.evaluation.continuation_tokens, tokenizer.decode)
 
     def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
@@ -172,7 +223,10 @@ class Experiment:
             seed=self.seed,
             rows_per_step=self.rows_per_step,
             log_every=self.logger.every,
+            line_every=self.logger.line_every,
+            histograms_every=self.logger.histograms_every,
             evaluate_every=self.evaluation.every,
+            metrics=self.evaluation.metrics,
         )
         world = world.laid_out(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)

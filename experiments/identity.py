@@ -34,7 +34,7 @@ def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
     """Path and sha256 of all that is read: of a cache, of its manifest, which has those of all its files."""
     student = experiment.student.folder
     found = {"student.folder": {"path": student, "sha256": model_identity(Path(student))}}
-    caches = {**experiment.training_caches(), "evaluation.shards": experiment.evaluation.shards}
+    caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     for where, shards in caches.items():
         digest = hashlib.sha256(shards.manifest.as_json().encode()).hexdigest()
         found[f"{where}.path"] = {"path": shards.path, "sha256": digest}

@@ -32,6 +32,7 @@ def quickstart() -> fdl.Config[Experiment]:
     config.optimizer.lr = 4e-4
     config.schedule.warmup_steps = 5
     config.checkpoint.every = config.evaluation.every = 20
+    config.evaluation.prompts = ("The state of our Union is", "My fellow citizens, the war")
     config.steps = 60
     config.tokens_per_step = 1024
     return config

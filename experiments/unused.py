@@ -33,11 +33,11 @@ def _of_training_shards(where: str, shards: Shards) -> Iterator[str]:
         yield f"{where}.samples=False: {shards.path} has no samples"
 
 
-def _of_held_out_shards(shards: Shards) -> Iterator[str]:
+def _of_held_out_shards(where: str, shards: Shards) -> Iterator[str]:
     for name in ("shuffle_shards", "on_damage", "max_damaged_blocks", "prefetch", "timeout"):
         if _changed(shards, name):
             value = getattr(shards, name)
-            yield f"evaluation.shards.{name}={value}: validation reads in stored order, not ahead, and skips nothing"
+            yield f"{where}.{name}={value}: validation reads in stored order, not ahead, and skips nothing"
 
 
 def _of_loss(experiment: "Experiment") -> Iterator[str]:
@@ -74,9 +74,10 @@ def unused_settings(experiment: "Experiment") -> list[str]:
     found: list[str] = []
     for where, shards in experiment.training_caches().items():
         found += _of_training_shards(where, shards)
+    for where, shards in experiment.held_out_caches().items():
+        found += _of_held_out_shards(where, shards)
     return [
         *found,
-        *_of_held_out_shards(experiment.evaluation.shards),
         *_of_loss(experiment),
         *_of_the_rest(experiment),
     ]

@@ -11,6 +11,7 @@ anything is built.
 """
 
 import ast
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,15 @@ def _leaves(config: fdl.Config[Any]) -> dict[str, Place]:
 
 
 def _shown(place: Place) -> str:
-    return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else repr(place.value)
+    return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else _written(place.value)
+
+
+def _written(value: Any) -> str:
+    """A value as text that is the same in every process: a function by its name."""
+    if isinstance(value, tuple):
+        inner = [_written(each) for each in value]
+        return f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
+    return f"{value.__module__}.{value.__qualname__}" if inspect.isfunction(value) else repr(value)
 
 
 def _apply_fiddler(resolved: Resolved, item: str) -> None:

@@ -4,8 +4,9 @@
     python -m launchers.evaluate --student=runs/quickstart/checkpoints/step_00000030 --cache=quickstart/cache/validation
     python -m launchers.evaluate --student=quickstart/teacher --cache=quickstart/cache/validation
 
-Prints NLL, KL(teacher‖student) with the tail bucket (nats per token), top-1 agreement, and the mass that teacher
-and student put on the teacher's entries. --json prints one JSON object instead.
+Prints NLL, perplexity, bits per byte, both KLs with the tail bucket (nats per token), agreement, what a speculative
+decoder would accept, calibration, and the mass that teacher and student put on the teacher's entries. --json prints
+one JSON object instead.
 """
 
 import json
@@ -22,13 +23,22 @@ PRECISION = flags.DEFINE_string("precision", "float32", "What matmuls multiply i
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
     "nll": "NLL, nats per token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "teacher_nll": "teacher's NLL",
     "kl": "KL(teacher‖student), nats per token",
+    "reverse_kl": "KL(student‖teacher), nats per token",
     "renormalized_kl": "KL on the teacher's entries alone, nats per token",
     "teacher_cross_entropy": "cross-entropy to the teacher's samples, nats",
-    "top1_agreement": "top-1 agreement",
+    "top1_agreement": "likeliest token is the teacher's",
+    "top5_agreement": "likeliest token is among the teacher's five",
+    "acceptance": "Σ min(p, q) on the entries (accepted, at least)",
+    "student_entropy": "student's entropy, nats",
+    "teacher_entropy": "teacher's entropy (at least), nats",
     "student_mass": "student mass on the teacher's entries",
     "teacher_mass": "teacher mass on them",
-    "teacher_nll": "teacher's NLL",
+    "ece": "expected calibration error",
+    "temperature": "temperature that would mend it",
     "tokens": "positions",
 }
 
@@ -60,15 +70,15 @@ def measure_model(
     from experiments.checks import cache_facts
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.plan import Parallel
-    from kd_core.training.evaluation import evaluate
+    from kd_core.training.evaluation import Asked, evaluate
 
-    shards = Shards(str(cache))
-    shards.check(model.arch.vocab_size, Tokenizer(tokenizer_folder).fingerprint())
+    shards, tokenizer = Shards(str(cache)), Tokenizer(tokenizer_folder)
+    shards.check(model.arch.vocab_size, tokenizer.fingerprint())
     parallel, collate = Parallel(precision=precision), Collate(shards.manifest.row_length)
     share = {"rank": world.rank, "ranks": world.size}
     batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
-    objective, facts = Objective({"sft": CrossEntropy()}), cache_facts(shards)
-    found = evaluate(model, batches, facts, objective=objective, parallel=parallel, world=world)
+    asked = Asked(Objective({"sft": CrossEntropy()}), token_bytes=tokenizer.byte_lengths())
+    found = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
     return {name: found[f"val/{name}"] for name in SHOWN if f"val/{name}" in found}
 
 
@@ -88,7 +98,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     for name, words in ((name, words) for name, words in SHOWN.items() if name in found):
-        print(f"{words:<40} {found[name]:.5f}" if name != "tokens" else f"{words:<40} {found[name]:.0f}")
+        print(f"{words:<48} {found[name]:>12.5f}" if name != "tokens" else f"{words:<48} {found[name]:>12.0f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def facts(config_text: str, experiment: Any) -> dict[str, str]:
     """Values of the graph by path, the code by file, versions by package, and caches by what their manifests say."""
     lines = (line.split("  # ")[0].split(" = ", 1) for line in config_text.splitlines())
     files = sorted(path for source in SOURCES for path in (ROOT / source).rglob("*.py"))
-    caches = (*experiment.shards.parts, experiment.evaluation.shards)
+    caches = (*experiment.shards.parts, *experiment.evaluation.shards.parts)
     return {
         **{f"config {path}": value for path, value in lines},
         **{f"the code of {file.relative_to(ROOT)}": sha256(file) for file in files},

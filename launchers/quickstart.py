@@ -113,8 +113,9 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
 
     from data.tokenizer import Tokenizer
     from kd_core.parallel.mesh import joined_world
-    from kd_core.students.generate import continue_greedily
+    from kd_core.parallel.plan import Parallel
     from kd_core.students.starts import Pretrained, build
+    from kd_core.training.continuations import continue_greedily
     from launchers.config_items import load_record
     from launchers.evaluate import measure_model
 
@@ -131,8 +132,8 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
         for name, start in starts.items():
             model = build(start, world.device, seed=0)
             numbers = measure_model(model, Path(start.folder), cache, "float32", world)
-            said = tokenizer.decode(continue_greedily(model, prompt, PROMPT_TOKENS))
-            report["models"].append({"name": name, **numbers, "continuation": said})
+            said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
+            report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})
     return report
 
 

@@ -9,7 +9,7 @@
 
 Run the same line again and it resumes: from the newest whole checkpoint of the run folder, or, once finished, it says
 so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGTERM, SIGUSR1, Ctrl-C and the end of
---max_time_per_run save after the step under way, and end with status 0.
+--max_time_per_run save after the step under way, and end with status 0. --profile=5 traces five steps.
 
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
@@ -38,6 +38,9 @@ WORLD = flags.DEFINE_integer(
 MAX_TIME = flags.DEFINE_string(
     "max_time_per_run", None, "Save and stop after so long, as DD:HH:MM:SS, HH:MM:SS or seconds; of this start alone."
 )
+PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Trace so many steps, from the third of this start on, into the run folder's profile/.", lower_bound=0
+)
 
 
 def _train(experiment: Any, folder: Path, resolved: Any) -> None:
@@ -45,6 +48,7 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
     from kd_core.parallel.agreement import prove_same, together
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import LAYOUT_SETTINGS
+    from kd_core.training.profile import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stopping import Stopping, seconds_of
     from launchers import config_items, proof, repeat
@@ -74,6 +78,7 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
         shown = world.on_first(check)
         prove_same(world, together(world, lambda: proof.facts(text, experiment))[world.rank])
         world.on_first(claim)
+        stack.enter_context(profiled(PROFILE.value, folder / "profile", world.rank))
         if experiment.run(run_folder, world, stopping):
             app.log.info("done: %s", folder)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.losses.calibration import AT_TEMPERATURES, GAPS
 from kd_core.losses.combinations import check_combination, check_parameters, check_temperature, choose
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.schedules import Weight, at_step, largest, value_of
@@ -19,7 +20,13 @@ from kd_core.losses.selection import KeepUncertain
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.view import SparseView
 
-OBSERVED = ("student_entropy",)
+# What costs more than a step pays, and the sums that it gives.
+OBSERVED: Mapping[str, tuple[str, ...]] = {
+    "student_entropy": ("student_entropy",),
+    "top5_agreement": ("top5_agreement",),
+    "calibration": GAPS,
+    "temperature": AT_TEMPERATURES,
+}
 # What `observations.py` sums at every step; of the student only in a pass over the vocabulary.
 OF_TEACHER = ("teacher_mass", "teacher_entropy", "label_in_support")
 OF_STUDENT = ("student_mass", "top1_agreement", "topk_agreement", "acceptance")
@@ -200,7 +207,7 @@ class Objective:
     """Σ weight · term. `chunk_tokens` positions at a time hold logits of the full vocabulary.
 
     On a CPU 256 take a quarter less memory than 512, and 1 to 3% more time; a GPU wants more.
-    `observe` names numbers that cost more passes over the vocabulary (`student_entropy`); evaluation asks for them.
+    `observe` names numbers that cost more passes over the vocabulary (`OBSERVED`); evaluation asks for them.
     """
 
     terms: Mapping[str, Term]
@@ -250,5 +257,5 @@ class Objective:
         """Names of the sums that every pass over a batch returns: without the vocabulary fewer."""
         observed = ["loss", *OF_TEACHER]
         if self.needs_vocabulary:
-            observed += [*OF_STUDENT, *self.observe]
+            observed += [*OF_STUDENT, *(name for asked in self.observe for name in OBSERVED[asked])]
         return observed + [f"{name}_loss" for name in self.terms]

@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_core.losses.head import Head, HeadGradients
 from kd_core.losses.job import Job, Positions
 from kd_core.losses.matmuls import Matmuls
-from kd_core.losses.observations import observe
+from kd_core.losses.observations import observe, observe_further
 from kd_core.losses.reduction import Gradients, Reduced, reduce_, student_entropy, write_gradient_
 
 
@@ -54,16 +54,17 @@ class _Pass:
         reduced = {at: reduce_(buffer[:n], chunk, part, at in means) for at, buffer in self.buffers.items()}
         return reduced, slope
 
-    def entropy(self, chunk: Positions, reduced: dict[float, Reduced]) -> Tensor:
-        """The student's, of a chunk that was just reduced."""
-        return student_entropy(self.buffers[1.0][: len(chunk.hidden)], reduced[1.0], self.matmuls.head.part)
+    def tail_softmax(self, chunk: Positions) -> Tensor:
+        """What a chunk that was just reduced has left in the first buffer."""
+        return self.buffers[1.0][: len(chunk.hidden)]
 
     def entropies(self) -> Tensor:
         """The student's at all positions, which costs the logits of all of them."""
         found = [self.buffers[1.0].new_empty(0)]
         for rows in self.job.slices(self.job.objective.chunk_tokens):
             chunk = self.job.chunk(rows)
-            found.append(self.entropy(chunk, self.reduce(chunk)[0]))
+            reduced, _ = self.reduce(chunk)
+            found.append(student_entropy(self.tail_softmax(chunk), reduced[1.0], self.matmuls.head.part))
         return torch.cat(found)
 
     def write_gradient(self, chunk: Positions, reduced: dict[float, Reduced], loss: Tensor) -> Tensor:
@@ -89,8 +90,7 @@ def sums_over_vocabulary(job: Job, head: Head, gradients: HeadGradients | None) 
         views = {at: each.view for at, each in reduced.items()}
         loss, sums = job.losses(views, chunk.mask, {name: each[rows] for name, each in factors.items()})
         sums |= observe(reduced[1.0], chunk.mask)
-        if "student_entropy" in job.objective.observe:
-            sums["student_entropy"] = torch.where(chunk.mask, this.entropy(chunk, reduced), 0.0).sum()
+        sums |= observe_further(job.objective.observe, reduced[1.0], this.tail_softmax(chunk), head.part, chunk.mask)
         totals = {name: total + sums[name].double() for name, total in totals.items()}
         if gradients is None:
             continue

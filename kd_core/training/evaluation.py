@@ -1,13 +1,21 @@
-"""A student against a teacher's cache: the training objective, and always NLL, KL to the teacher and agreement."""
+"""A student against caches of held-out text: the training objective, what is always measured, and a user's metrics.
 
-from collections.abc import Iterable
-from dataclasses import replace
+batches ─► one fused pass ─► sums over positions, batches and ranks ─► numbers under val/ (`finished`)
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from kd_core.errors import UsageError
+from kd_core.losses.calibration import AT_TEMPERATURES, GAPS, best_temperature, calibration_error
 from kd_core.losses.fused import LossSums
-from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
+from kd_core.losses.objective import OBSERVED, CacheFacts, CrossEntropy, Distillation, Objective, Term
+from kd_core.losses.view import SparseView
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.parallel.sharding import let_go
@@ -16,62 +24,162 @@ from kd_core.training.metrics import per_token
 from kd_core.training.step import batch_loss, sum_over
 from kd_core.types import Batch
 
+Metric = Callable[[SparseView], Tensor]
+"""A user's: of n positions to a number (or a truth) each, [n]; their mean over scored positions is `val/NAME`."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A cache of held-out text: this rank's batches of it, what can be scored, and its share beside other caches."""
+
+    batches: Callable[[], Iterable[Batch]]
+    facts: CacheFacts
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured: the objective's terms, a user's functions, and bits per byte where the bytes that each of V
+    tokens stands for are known (int [V])."""
+
+    objective: Objective
+    metrics: Sequence[Metric] = ()
+    token_bytes: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Users(Term):
+    """A user's metric as a term of no weight."""
+
+    function: Metric
+
+    def values(self, view: SparseView) -> Tensor:
+        """What the function gives.
+
+        Raises:
+            UsageError: it is not one number a position.
+        """
+        found = self.function(view)
+        n = len(view.teacher_tail)
+        if not isinstance(found, Tensor) or found.shape != (n,):  # pyright: ignore[reportUnnecessaryIsInstance]
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(
+                f"evaluation.metrics: {self.function.__name__} gave {got} of {n} positions; wanted a tensor of one "
+                "number each, before any sum."
+            )
+        return found.detach().to(view.teacher_tail.dtype)
+
 
 def standard_terms(cache: CacheFacts) -> dict[str, Term]:
     """Scored on every cache. Samples give no KL, which needs the teacher's own log-probabilities, but its unbiased
     cross-entropy with the student: the KL plus a constant."""
+    nll = CrossEntropy(weight=0.0)
     if cache.sampled:
-        return {
-            "nll": CrossEntropy(weight=0.0),
-            "teacher_cross_entropy": Distillation(weight=0.0, divergence="cross_entropy", tail="sampled"),
-        }
+        sampled = Distillation(weight=0.0, divergence="cross_entropy", tail="sampled")
+        return {"nll": nll, "teacher_cross_entropy": sampled}
     if not cache.tail_known:
-        return {"nll": CrossEntropy(weight=0.0), "renormalized_kl": Distillation(weight=0.0, tail="renormalized")}
-    tail = "tail_bucket" if cache.top_k < cache.vocab_size else "unnormalized"
-    return {"nll": CrossEntropy(weight=0.0), "kl": Distillation(weight=0.0, divergence="forward_kl", tail=tail)}
+        return {"nll": nll, "renormalized_kl": Distillation(weight=0.0, tail="renormalized")}
+    whole = cache.top_k >= cache.vocab_size  # both are exact then
+    forward, reverse = ("unnormalized", "renormalized") if whole else ("tail_bucket", "tail_bucket")
+    return {
+        "nll": nll,
+        "kl": Distillation(weight=0.0, divergence="forward_kl", tail=forward),
+        "reverse_kl": Distillation(weight=0.0, divergence="reverse_kl", tail=reverse),
+    }
 
 
-def _measured(objective: Objective, cache: CacheFacts) -> Objective:
-    """With the standard terms, whose cross-entropy also makes every pass one over the whole vocabulary."""
-    terms = {**objective.fitting(cache), **standard_terms(cache)}
+def _measured(asked: Asked, cache: CacheFacts) -> tuple[Objective, list[str]]:
+    """With the standard terms, whose cross-entropy also makes every pass one over the whole vocabulary, and the user's;
+    and the names of both."""
+    users = {metric.__name__: _Users(weight=0.0, function=metric) for metric in asked.metrics}
+    added = {**standard_terms(cache), **users}
+    terms = {**asked.objective.fitting(cache), **added}
     # Weights of terms that do not fit are gone, and those of the standard ones are 0: one must be more.
     if all(term.weight == 0 for term in terms.values()):
         terms["nll"] = CrossEntropy()
-    return replace(objective, terms=terms, observe=("student_entropy",))
+    observe = tuple(name for name in OBSERVED if not (cache.sampled and name == "top5_agreement"))
+    return replace(asked.objective, terms=terms, observe=observe), list(added)
 
 
-def metric_names(objective: Objective, cache: CacheFacts) -> set[str]:
-    """Names of what `evaluate` returns."""
-    terms = standard_terms(cache)
-    standard = {f"{name}_loss" for name in terms}
-    sums = (name for name in _measured(objective, cache).sum_names() if name not in standard)
-    return {f"val/{name}" for name in (*sums, *terms, "teacher_nll", "tokens")}
+def finished(sums: Mapping[str, float], positions: float) -> dict[str, float]:
+    """Sums over positions as numbers under `val/`: means, and what is no mean of the kind.
+
+    perplexity      e^NLL
+    bits_per_byte   NLL in bits, of all scored labels, over the bytes of text that they stand for; those of special
+                    tokens are none
+    ece             expected calibration error, in probability
+    temperature     of the logits, at which the NLL would be least: above 1, the student is surer than it is right
+    """
+    means = {name: value for name, value in sums.items() if name not in (*GAPS, *AT_TEMPERATURES, "bytes")}
+    numbers = per_token("val", means, positions)
+    nll = numbers["val/nll"]
+    numbers["val/perplexity"] = math.exp(min(nll, 700.0))  # beyond, no float holds it
+    if "bytes" in sums:
+        numbers["val/bits_per_byte"] = sums["nll"] / math.log(2) / max(1.0, sums["bytes"])
+    return {
+        **numbers,
+        "val/ece": calibration_error(sums, positions),
+        "val/temperature": best_temperature(sums),
+    }
 
 
 @torch.no_grad()
-def evaluate(
-    model: Decoder,
-    batches: Iterable[Batch],
-    cache: CacheFacts,
-    *,
-    objective: Objective,
-    parallel: Parallel,
-    world: World,
-) -> dict[str, float]:
-    """Means per scored token under `val/`: the objective's terms that the cache can score, `nll`, `kl` (of samples
-    `teacher_cross_entropy`), `teacher_nll`, masses, agreement."""
-    measured = _measured(objective, cache)
+def _sums(
+    model: Decoder, batches: Iterable[Batch], cache: CacheFacts, asked: Asked, parallel: Parallel, world: World
+) -> tuple[dict[str, float], float]:
+    """Of all batches and ranks, by name; and how many positions they are of."""
+    measured, added = _measured(asked, cache)
     losses: list[LossSums] = []
-    own = {"tokens": 0.0, "teacher_nll": 0.0}
-    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=not world.is_first):
+    own = {"tokens": 0.0, "teacher_nll": 0.0, "bytes": 0.0}
+    hidden = None if world.is_first else True  # None: where stderr is no terminal
+    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=hidden):
         with parallel.autocast(world.device):
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
         own["tokens"] += float(batch.loss_mask.sum())
         own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
+        if asked.token_bytes is not None:
+            own["bytes"] += float(asked.token_bytes[batch.labels[batch.loss_mask].long()].sum())
     let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
-    for name in standard_terms(cache):
+    for name in added:
         sums[name] = sums.pop(f"{name}_loss")
     counted = world.sum_floats(own)
-    sums["teacher_nll"] = counted["teacher_nll"]
-    return per_token("val", sums, int(counted["tokens"]))
+    tokens = counted.pop("tokens")
+    if asked.token_bytes is None:
+        counted.pop("bytes")
+    return sums | counted, tokens
+
+
+def metric_names(objective: Objective, cache: CacheFacts, metrics: Sequence[Metric] = ()) -> set[str]:
+    """Names of what `evaluate` returns where the bytes of tokens are known."""
+    measured, added = _measured(Asked(objective, metrics), cache)
+    sums = {*measured.sum_names(), *added, "teacher_nll", "bytes"} - {f"{name}_loss" for name in added}
+    return set(finished(dict.fromkeys(sums, 0.0), 1.0))
+
+
+def evaluate(
+    model: Decoder, batches: Iterable[Batch], cache: CacheFacts, *, asked: Asked, parallel: Parallel, world: World
+) -> dict[str, float]:
+    """Means per scored token under `val/`: the objective's terms that the cache can score, `nll`, `kl`, `reverse_kl`
+    (of samples `teacher_cross_entropy`), `teacher_nll`, masses, agreement, a user's metrics, and what `finished` adds.
+    """
+    return finished(*_sums(model, batches, cache, asked, parallel, world))
+
+
+def evaluate_all(
+    model: Decoder, held_out: Mapping[str, HeldOut], *, asked: Asked, parallel: Parallel, world: World
+) -> dict[str, float]:
+    """As `evaluate`, over several caches: `val/CACHE/…` for each, and `val/…` of what all of them have, with each
+    cache's mean counted by its weight. One cache alone needs no name."""
+    found = {name: _sums(model, each.batches(), each.facts, asked, parallel, world) for name, each in held_out.items()}
+    if len(found) == 1:
+        return finished(*next(iter(found.values())))
+    positions = sum(count for _, count in found.values())
+    total = sum(each.weight for each in held_out.values())
+    share = {name: each.weight / total * positions / max(1.0, found[name][1]) for name, each in held_out.items()}
+    common = set.intersection(*(set(sums) for sums, _ in found.values()))
+    pooled = {each: sum(share[name] * sums[each] for name, (sums, _) in found.items()) for each in sorted(common)}
+    numbers = finished(pooled, positions)
+    for name, (sums, count) in found.items():
+        numbers |= {key.replace("val/", f"val/{name}/"): value for key, value in finished(sums, count).items()}
+    return numbers

@@ -1,6 +1,6 @@
 """The loop: from the newest whole checkpoint, or from the start, to the last step.
 
-    batches of a step → train_step → (validation) → metrics → (checkpoint) → (told to stop?)
+    batches of a step → train_step → (validation, continuations) → metrics → (checkpoint) → (told to stop?)
 
 Everything that varies with the step (learning rate, random state, rows read) is a function of it, so a run that
 was killed and resumed computes what it would have computed.
@@ -8,23 +8,25 @@ was killed and resumed computes what it would have computed.
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from kd_core.errors import NonFiniteError
-from kd_core.losses.objective import CacheFacts, Objective
+from kd_core.losses.objective import Objective
 from kd_core.parallel.agreement import gathered, prove_same
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
 from kd_core.training import checkpoint
 from kd_core.training.checkpoint import Checkpoint, Progress
-from kd_core.training.evaluation import evaluate
+from kd_core.training.continuations import Prompts, continuations
+from kd_core.training.evaluation import Asked, HeldOut, Metric, evaluate_all
+from kd_core.training.histograms import histograms_of_step
+from kd_core.training.live import Live
 from kd_core.training.metrics import MetricLog, per_token
 from kd_core.training.optimizer import AdamW, set_lr
 from kd_core.training.run_folder import RunFolder, write_failed_batch
@@ -36,7 +38,7 @@ from kd_core.training.watch import Pulse, watched
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
-SHOWN = ("loss", "nll", "kl", "renormalized_kl", "teacher_cross_entropy", "top1_agreement")
+SHOWN = ("loss", "nll", "kl", "renormalized_kl", "teacher_cross_entropy", "top1_agreement", "ece")
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,29 @@ class Recipe:
     seed: int
     rows_per_step: int
     log_every: int
+    line_every: int
+    histograms_every: int
     evaluate_every: int
+    metrics: Sequence[Metric]
 
     def due(self, step: int, every: int) -> bool:
         """Every so many steps, and after the last."""
         return step == self.steps or step % every == 0
 
+    def wants_histograms(self, step: int) -> bool:
+        """Every so many steps; 0 is never."""
+        return self.histograms_every > 0 and self.due(step, self.histograms_every)
+
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from: `steps_from(rows)` yields a step's micro-batches, `validation()` all held-out ones,
-    out of a cache of which `validation_facts` tells what can be scored."""
+    """Where batches come from: `steps_from(rows)` yields a step's micro-batches. Held-out caches by name, how many
+    bytes of text each token stands for, and what is to be continued."""
 
     steps_from: Callable[[int], Generator[Sequence[Batch]]]
-    validation: Callable[[], Iterable[Batch]]
-    validation_facts: CacheFacts
+    held_out: Mapping[str, HeldOut]
+    token_bytes: Tensor
+    prompts: Prompts
 
 
 @dataclass
@@ -106,14 +116,18 @@ class _Run:
     def validate(self, step: int) -> dict[str, float]:
         """Numbers on the held-out cache."""
         recipe = self.recipe
-        objective = recipe.loss.at(step, recipe.steps)
+        asked = Asked(recipe.loss.at(step, recipe.steps), recipe.metrics, self.data.token_bytes)
         self.pulse.enter(f"in validation at step {step}")
-        found = evaluate(
-            self.model, self.data.validation(), self.data.validation_facts,
-            objective=objective, parallel=recipe.parallel, world=self.world,
+        found = evaluate_all(
+            self.model, self.data.held_out, asked=asked, parallel=recipe.parallel, world=self.world
         )  # fmt: skip
         shown = ", ".join(f"{name} {found[f'val/{name}']:.4f}" for name in SHOWN if f"val/{name}" in found)
         log.info("validation at step %d: %s", step, shown)
+        if self.data.prompts.texts:
+            self.pulse.enter(f"in continuations at step {step}")
+            said = continuations(self.model, self.data.prompts, recipe.parallel, self.world)
+            if self.metrics:
+                self.metrics.add_continuations(step, said)
         return found
 
     def take_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
@@ -124,21 +138,26 @@ class _Run:
         lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
         set_lr(self.optimizer, lr)
         done = replace(self.progress, step=step, rows=step * recipe.rows_per_step, metric=None)
+        wanted = recipe.wants_histograms(step)
+        look = histograms_of_step(self.model, self.optimizer, self.world) if wanted else nullcontext({})
         try:
-            result = train_step(
-                self.model,
-                self.optimizer,
-                batches,
-                objective=recipe.loss.at(step, recipe.steps),
-                clip_norm=recipe.optimizer.clip_norm,
-                parallel=recipe.parallel,
-                world=self.world,
-            )
+            with look as histograms:
+                result = train_step(
+                    self.model,
+                    self.optimizer,
+                    batches,
+                    objective=recipe.loss.at(step, recipe.steps),
+                    clip_norm=recipe.optimizer.clip_norm,
+                    parallel=recipe.parallel,
+                    world=self.world,
+                )
         except NonFiniteError as error:
             self.progress = replace(done, skipped=done.skipped + 1)
             return self._skipped(error, step, batches)
         self.progress = done
         seconds = time.perf_counter() - started
+        if histograms and self.metrics:
+            self.metrics.add_histograms(step, histograms)
         return {
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
@@ -197,33 +216,26 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
             log.info("nothing left to train")
             return True
         saver = stack.enter_context(Saver(folder.checkpoints, recipe.checkpoint, folder.record(), world, pulse))
-        bar = stack.enter_context(_bar(recipe.steps, this.progress.step, world))
+        live = stack.enter_context(Live(recipe.steps, this.progress.step, recipe.line_every, world))
         if world.is_first:
             this.metrics = stack.enter_context(MetricLog(folder.path, this.progress.step if resumed else None))
         if not resumed:
             this.note(0, {}, this.validate(0))
         for step, batches, waited in stack.enter_context(closing(this.steps())):
-            values = this.take_step(step, batches) | {"speed/data_wait_seconds": waited}
+            started = time.perf_counter()
+            values = this.take_step(step, batches)
+            values |= live.speed(step, time.perf_counter() - started, waited)
             held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else {}
             this.note(step, values, held_out)
             told = stopping.agreed(world)
             if told or recipe.due(step, recipe.checkpoint.every):
                 this.save(saver, held_out)
-            _show(bar, values)
+            live.show(step, values)
             if told and step < recipe.steps:
                 saver.wait()
                 log.info("stopped after step %d of %d, %s; it is saved. Run the same command again to go on.",
                          step, recipe.steps, told)  # fmt: skip
                 return False
+        if this.metrics:
+            this.metrics.end()
         return True
-
-
-def _bar(steps: int, done: int, world: World) -> "tqdm[NoReturn]":
-    return tqdm(total=steps, initial=done, unit="step", desc="distil", mininterval=1, disable=not world.is_first)
-
-
-def _show(bar: "tqdm[NoReturn]", values: dict[str, float]) -> None:
-    if "train/loss" in values:
-        shown = {"loss": f"{values['train/loss']:.3f}", "tok/s": f"{values['speed/tokens_per_second']:.0f}"}
-        bar.set_postfix(shown, refresh=False)
-    bar.update()

@@ -1,52 +1,94 @@
-"""The run's numbers: one JSON object a logged step, and the same numbers to TensorBoard.
+"""What a run reports, as lines of JSON in its folder, and the same in TensorBoard.
 
-After a resume, lines beyond the checkpoint are cut off and TensorBoard is written anew from the rest, so both
-go on without a gap or a double. What a repeated run cannot repeat (times) stands under `speed/`.
+    metrics.jsonl          the numbers of a logged step
+    continuations.jsonl    what the student says after each prompt, at each validation
+    histograms.jsonl       parameters and gradients, where they are asked for
+
+After a resume, lines beyond the checkpoint are cut off and TensorBoard is written anew from the rest, so all
+go on without a gap or a double. What a repeated run cannot repeat (times, memory) stands under `speed/`.
 """
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from kd_core.files import write_text
+from kd_core.training.run_folder import RunFolder, settings_of
 from kd_core.training.tensorboard import Events
+
+Line = dict[str, Any]
+
+
+class _Lines:
+    """A file of lines, one a step, each also handed to `show`; it exists once there is a line."""
+
+    def __init__(self, path: Path, resume_step: int | None, show: Callable[[Line], None]) -> None:
+        """Start anew, or go on after `resume_step` with everything later forgotten."""
+        self.path, self.show = path, show
+        kept: list[Line] = []
+        if path.exists():
+            if resume_step is not None:
+                kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        for line in kept:
+            show(line)
+        self.file = path.open("a") if path.exists() else None
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        line = {"step": step, **values}
+        self.file = self.file or self.path.open("a")
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.show(line)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl` and to `tensorboard/` of a run folder."""
+    """Appends to the lines of a run folder and to its `tensorboard/`."""
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         """Start anew, or go on after `resume_step` with everything later forgotten."""
-        self.path = folder / "metrics.jsonl"
-        kept: list[dict[str, float]] = []
-        if resume_step is not None and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self.file = self.path.open("a")
         self.events = Events(folder / "tensorboard")
-        for line in kept:
-            self.events.add(line)
+        self.events.begin(settings_of(RunFolder(folder)))
+        self.numbers = _Lines(folder / "metrics.jsonl", resume_step, self.events.add)
+        self.said = _Lines(folder / "continuations.jsonl", resume_step, self.events.add_continuations)
+        self.spreads = _Lines(folder / "histograms.jsonl", resume_step, self.events.add_histograms)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.events.close()
+        with ExitStack() as stack:
+            for each in (self.numbers, self.said, self.spreads, self.events):
+                stack.callback(each.close)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Write one step's numbers."""
-        line: dict[str, float] = {"step": step, **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        self.events.add(line)
+        self.numbers.add(step, values)
+
+    def add_continuations(self, step: int, said: Mapping[str, str]) -> None:
+        """Write what the student said, by prompt."""
+        self.said.add(step, {"continuations": dict(said)})
+
+    def add_histograms(self, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write histograms, by name."""
+        self.spreads.add(step, {"histograms": dict(found)})
+
+    def end(self) -> None:
+        """The run has come to its end."""
+        self.events.end()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[Line]:
     """The lines of a `metrics.jsonl`; a last line that a kill cut short is not one."""
-    lines: list[dict[str, float]] = []
+    lines: list[Line] = []
     for text in path.read_text().splitlines():
         try:
             lines.append(json.loads(text))
@@ -55,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def per_token(prefix: str, sums: dict[str, float], tokens: int) -> dict[str, float]:
+def per_token(prefix: str, sums: Mapping[str, float], tokens: float) -> dict[str, float]:
     """Means over scored tokens, under `prefix/`, with their count as `prefix/tokens`."""
     means = {f"{prefix}/{name}": value / max(1, tokens) for name, value in sums.items()}
     return {**means, f"{prefix}/tokens": float(tokens)}

@@ -100,6 +100,12 @@ class RunFolder:
         return folder
 
 
+def settings_of(folder: RunFolder) -> dict[str, str]:
+    """The values of a run by path, as its `config.txt` has them; none where it is not written yet."""
+    path = folder.path / "config.txt"
+    return {name: value for name, (value, _) in read_settings(path.read_text()).items()} if path.exists() else {}
+
+
 def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Of this start: command, versions, commit, layout, and path and sha256 of what it reads."""
     return {

@@ -32,7 +32,10 @@ def whole_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_its_folder_as_the_readme_draws_it(whole_run: Path) -> None:
     names = {path.name for path in whole_run.iterdir() if not path.name.startswith(".")}
-    assert names == {"config.json", "config.txt", "attempts", "metrics.jsonl", "tensorboard", "checkpoints", "export"}
+    assert names == {
+        "config.json", "config.txt", "attempts", "metrics.jsonl", "continuations.jsonl", "tensorboard", "checkpoints",
+        "export",
+    }  # fmt: skip
     assert {path.name for path in (whole_run / "export").iterdir()} == {
         "config.json",
         "model.safetensors",

@@ -9,11 +9,13 @@ import transformers
 
 from kd_core.errors import UsageError
 from kd_core.files import write_json
+from kd_core.parallel.mesh import World
+from kd_core.parallel.plan import Parallel
 from kd_core.students.attention import document_segments
 from kd_core.students.families import config_of
-from kd_core.students.generate import continue_greedily
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Pretrained, Random, build
+from kd_core.training.continuations import continue_greedily
 from tests.tiny import Tiny, make_teacher
 
 TOLERANCE = 1e-5
@@ -64,7 +66,7 @@ def test_rows_beyond_the_real_vocabulary_are_no_tokens(tiny: Tiny, tmp_path: Pat
     with torch.no_grad():
         assert torch.equal(padded(tokens, positions, documents), whole(tokens, positions, documents)[..., : rows - 3])
         padded.lm_head.weight[rows - 3 :] = 100 * padded.norm.weight
-    assert max(continue_greedily(padded, [1, 2, 3], 4)) < rows - 3
+    assert max(continue_greedily(padded, [[1, 2, 3]], 4, Parallel(precision="float32"), World())[0]) < rows - 3
     save_pretrained(padded, tmp_path / "export", tiny.teacher)
     assert Pretrained(str(tmp_path / "export"), vocab_size=rows - 3).architecture() == padded.arch
     with pytest.raises(UsageError, match=r"student\.vocab_size"):

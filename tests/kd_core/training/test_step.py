@@ -15,7 +15,7 @@ from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.students.decoder import Decoder
 from kd_core.students.starts import Pretrained, build
-from kd_core.training.evaluation import evaluate
+from kd_core.training.evaluation import Asked, evaluate
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
@@ -134,7 +134,7 @@ def test_a_non_finite_loss_moves_nothing(tiny: Tiny) -> None:
 def test_the_teacher_against_its_own_cache_has_no_divergence(tiny: Tiny) -> None:
     teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)])
-    found = evaluate(teacher, [batch], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World())
+    found = evaluate(teacher, [batch], FACTS, asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World())
     assert found["val/kl"] < 2 * read_manifest(tiny.train).audit.kl_mean < 1e-3
     assert found["val/top1_agreement"] == 1
     assert found["val/nll"] == pytest.approx(found["val/teacher_nll"], rel=1e-3)
@@ -145,10 +145,10 @@ def test_evaluation_does_not_depend_on_batches(tiny: Tiny) -> None:
     model, records = _model(tiny), _records(tiny)
     collate = Collate(ROW_LENGTH)
     whole = evaluate(
-        model, [collate([[r] for r in records])], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World()
+        model, [collate([[r] for r in records])], FACTS, asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World()
     )
     parts = evaluate(
-        model, [collate([[r]]) for r in records], FACTS, objective=OBJECTIVE, parallel=FLOAT32, world=World()
+        model, [collate([[r]]) for r in records], FACTS, asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World()
     )
     assert whole == pytest.approx(parts, rel=1e-6)
 
