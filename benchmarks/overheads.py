@@ -117,7 +117,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     args = parser.parse_args()
-    common = [f"steps={args.steps}", f"checkpoint.every={args.every}", "evaluation.every=100000"]
+    common = [
+        f"steps={args.steps}",
+        f"checkpoint.every={args.every}",
+        "evaluation.every=100000",
+        "evaluation.prompts=()",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         if args.quickstart:
             at = Path(args.quickstart)
