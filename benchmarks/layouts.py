@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step import STUDENT, make_batch
+from kd_core.files import read_json, write_json
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
@@ -98,7 +99,7 @@ def _rank(rank: int, size: int, store: str, device: str, args: tuple[Any, ...], 
                                 world_size=size)  # fmt: skip
     found = measure(World(rank, size, at), *args)
     if rank == 0:
-        torch.save(found, out)
+        write_json(Path(out), found)
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -107,9 +108,9 @@ def _rank(rank: int, size: int, store: str, device: str, args: tuple[Any, ...], 
 def in_processes(size: int, device: str, *args: Any) -> dict[str, float]:
     """Each layout in processes of its own, so that none inherits another's memory."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.pt"
+        out = Path(folder) / "found.json"
         torch.multiprocessing.spawn(_rank, (size, f"{folder}/store", device, args, str(out)), nprocs=size)
-        return torch.load(out)
+        return read_json(out, "what rank 0 measured")
 
 
 def main() -> None:

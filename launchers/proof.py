@@ -1,6 +1,5 @@
 """What every rank of a run goes by, as facts by name, so that ranks can prove to each other that they are alike."""
 
-import hashlib
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -14,17 +13,13 @@ SOURCES = ("kd_core", "data", "experiments", "launchers")
 
 
 def facts(config_text: str, experiment: Any) -> dict[str, str]:
-    """Values of the graph by path, the code by file, versions by package, and caches by what their manifests say."""
+    """Values of the graph by path, the code by file, versions by package, and all that is read by its hash."""
     lines = (line.split("  # ")[0].split(" = ", 1) for line in config_text.splitlines())
     files = sorted(path for source in SOURCES for path in (ROOT / source).rglob("*.py"))
-    caches = (*experiment.shards.parts, *experiment.evaluation.shards.parts)
     return {
         **{f"config {path}": value for path, value in lines},
         **{f"the code of {file.relative_to(ROOT)}": sha256(file) for file in files},
         **{f"the version of {name}": version(name) for name in PACKAGES},
         "the version of python": platform.python_version(),
-        **{
-            f"the manifest of {cache.path}": hashlib.sha256(repr(cache.manifest).encode()).hexdigest()
-            for cache in caches
-        },
+        **{f"the contents of {read['path']}": read["sha256"] for read in experiment.inputs().values()},
     }

@@ -25,7 +25,7 @@ class Parallel:
         tensor_parallel: ranks that share each layer's heads, feed-forward and vocabulary; best on one machine.
         sequence_parallel: norms and residuals of those ranks are shared by position, instead of repeated.
         shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
-            moments, and weights are gathered once a step. full: gathered for each block, again in the backward pass.
+            moments, and weights are gathered once a pass. full: gathered for each block, again in the backward pass.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block, around its attention.

@@ -10,7 +10,6 @@ the whole student. Names of parameters do not change.
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
@@ -20,7 +19,7 @@ from kd_core.parallel.layout import Holding, Layout, holding
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import PRECISIONS, Parallel
 from kd_core.parallel.styles import Divided
-from kd_core.students.decoder import Block, Decoder
+from kd_core.students.decoder import Block, Decoder, materialised
 
 WHOLE = Replicate()
 COLUMNS: Mapping[str, Placement] = {"weight": Shard(0), "bias": Shard(0), "lora_A": WHOLE, "lora_B": Shard(0)}
@@ -90,7 +89,7 @@ def _share_tensors(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) 
 def _shard(decoder: Decoder, parallel: Parallel, world: World) -> None:
     assert world.mesh is not None
     mesh = world.mesh["dp_replicate", "dp_shard"] if world.layout.replicas > 1 else world.mesh["dp_shard"]
-    # Embedding, last norm and head are gathered in float32: once a step, and the loss's gradient needs it.
+    # Embedding, last norm and head are gathered in float32: once a pass, and the loss's gradient needs it.
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(PRECISIONS[parallel.precision], torch.float32, cast_forward_inputs=False)
     for block in decoder.layers:
@@ -118,10 +117,7 @@ def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
             block.run = torch.compile(block.run)
     if world.mesh is not None:
         _shard(decoder, parallel, world)
-    spread_out: nn.Module = decoder.to_empty(device=world.device)
-    assert isinstance(spread_out, Decoder)
-    spread_out.tie()
-    return spread_out
+    return materialised(decoder, world.device)
 
 
 def let_go(decoder: Decoder) -> None:
