@@ -20,10 +20,10 @@ def by_the_epoch() -> fdl.Config[Experiment]:
 def objectives() -> Sweep:
     """What does the teacher's distribution add to the labels, on the same tokens, once and three times over them?
 
-    Expected: Once over the cache, everything with a teacher's term ends nearer to the teacher than cross-entropy alone, by
-              0.2 nats of KL and more, with about the same NLL; a tenth of cross-entropy costs no KL and gains NLL over
-              distillation alone. Three times over it, cross-entropy alone learns its labels by heart and its held-out
-              NLL rises or stands still, while distillation, whose targets are distributions, goes on gaining.
+    Expected: Once over the cache, everything with a teacher's term ends nearer to the teacher than cross-entropy alone,
+              by 0.2 nats of KL and more, with about the same NLL; a tenth of cross-entropy costs no KL and gains NLL
+              over distillation alone. Three times over it, cross-entropy alone learns its labels by heart and its
+              held-out NLL rises or stands still, while distillation, whose targets are distributions, goes on gaining.
     Seen:     not run yet.
     """
     weights = zipped({"loss.terms.kd.weight": [0.0, 0.5, 0.9, 1.0], "loss.terms.sft.weight": [1.0, 0.5, 0.1, 0.0]})
