@@ -1,10 +1,10 @@
 """Run a sweep: many experiments that differ in a few values, and tables that compare them.
 
-    python -m launchers.sweep --sweep=tails_by_k                                  # plan: points, tokens, cost
-    python -m launchers.sweep --sweep=tails_by_k --backend=check                  # every point against its caches
-    python -m launchers.sweep --sweep=tails_by_k --backend=local --jobs=2 --out=sweeps/tails
+    python -m launchers.sweep --sweep=objectives                                  # plan: points, tokens, cost
+    python -m launchers.sweep --sweep=objectives --backend=check                  # every point against its caches
+    python -m launchers.sweep --sweep=objectives --backend=local --jobs=2 --out=sweeps/objectives
     python -m launchers.sweep --sweep=my_study.py:by_rate --backend=local --config=steps=20
-    python -m launchers.sweep --sweep=tails_by_k --backend=slurm --partition=gpu --gpus_per_node=8 --minutes=240
+    python -m launchers.sweep --sweep=objectives --backend=slurm --partition=gpu --gpus_per_node=8 --minutes=240
 
 A sweep is a function of experiments/ that returns a Sweep (see experiments/sweep.py), or of a file of your own. Run
 the same line again and it resumes: finished points are left as they are, those that were stopped go on from their

@@ -60,13 +60,13 @@ def continue_greedily(
     # What stands right of a row's last token is seen by none before it, so a row may be padded to any length: under
     # sequence parallelism to one that its ranks can divide.
     ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
-    for _ in range(tokens):
-        T = -(-int(lengths.max()) // world.layout.tensor) * world.layout.tensor
-        seen = torch.nn.functional.pad(ids[:, :T], (0, max(0, T - ids.shape[1])))
-        positions = torch.arange(T, device=world.device).expand_as(seen)
-        with parallel.autocast(world.device):
+    with parallel.autocast(world.device):  # around all tokens: each parameter is rounded once
+        for _ in range(tokens):
+            T = -(-int(lengths.max()) // world.layout.tensor) * world.layout.tensor
+            seen = torch.nn.functional.pad(ids[:, :T], (0, max(0, T - ids.shape[1])))
+            positions = torch.arange(T, device=world.device).expand_as(seen)
             ids[rows, lengths] = model(seen, positions, torch.zeros_like(seen), next_ids)
-        lengths += 1
+            lengths += 1
     let_go(model)
     return [row[len(prompt) : len(prompt) + tokens].tolist() for prompt, row in zip(prompts, ids, strict=True)]
 

@@ -132,13 +132,14 @@ def _sums(
     losses: list[LossSums] = []
     own = {"tokens": 0.0, "teacher_nll": 0.0, "bytes": 0.0}
     hidden = None if world.is_first else True  # None: where stderr is no terminal
-    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=hidden):
-        with parallel.autocast(world.device):
+    shown = tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=hidden)
+    with parallel.autocast(world.device):  # around all batches: each parameter is rounded once
+        for batch in shown:
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
-        own["tokens"] += float(batch.loss_mask.sum())
-        own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
-        if asked.token_bytes is not None:
-            own["bytes"] += float(asked.token_bytes[batch.labels[batch.loss_mask].long()].sum())
+            own["tokens"] += float(batch.loss_mask.sum())
+            own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
+            if asked.token_bytes is not None:
+                own["bytes"] += float(asked.token_bytes[batch.labels[batch.loss_mask].long()].sum())
     let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
     for name in added:

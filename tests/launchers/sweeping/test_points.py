@@ -174,12 +174,12 @@ def test_a_value_that_makes_no_sense_is_refused_when_built() -> None:
 def test_sweeps_are_found_by_name_and_in_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from experiments.sweep import Sweep\n\ndef nothing():\n    return Sweep()\n")
-    assert source.find("tails_by_k")[0] == "tails_by_k"
+    assert source.find("objectives")[0] == "objectives"
     (broken := tmp_path / "broken.py").write_text("x = (\n")
     name, function = source.find(f"{file}:nothing")
     assert (name, len(function())) == ("nothing", 0)
     for text, message in (
-        ("tails_by_kk", "Did you mean 'tails_by_k'"),
+        ("objectivess", "Did you mean 'objectives'"),
         ("quickstart", "--sweep=quickstart: .* It is an experiment: python -m launchers.train"),
         (f"{file}:nothin", "Did you mean 'nothing'"),
         (f"{broken}:nothing", r"broken.py:1: '\(' was never closed"),
