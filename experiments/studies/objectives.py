@@ -31,7 +31,7 @@ def objectives() -> Sweep:
 
 
 def rates() -> Sweep:
-    """Is what `objectives` sees due to the learning rate? Cross-entropy alone and the 0.9 mixture, at half and twice it.
+    """Is what `objectives` sees due to the learning rate? Cross-entropy and the 0.9 mixture at half and at twice it.
 
     Expected: each has its best rate at 4e-4 or half of it, and cross-entropy at its best is still behind in KL.
     Seen:     not run yet.

@@ -59,4 +59,5 @@ def storage() -> Sweep:
     """
     paths, tails = zip(*RUNS, strict=True)
     runs = zipped({"shards.path": [f"{path}/train" for path in paths], "loss.terms.kd.tail": tails})
-    return Sweep(by_the_epoch) * seeds(3) * runs
+    labels_alone = zipped({"loss.terms.kd.weight": [0.0], "loss.terms.sft.weight": [1.0]})
+    return Sweep(by_the_epoch) * seeds(3) * runs + Sweep(by_the_epoch) * seeds(3) * labels_alone
