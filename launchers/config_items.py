@@ -52,15 +52,19 @@ class _OurPackagesOnly(serialization.DefaultPyrefPolicy):
 
 def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
     """`NAME` or `NAME(arg=literal, …)`."""
+    wanted = "Wanted NAME, NAME(arg=value) or path=value."
     try:
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if not node.args:
+                return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            given = ast.unparse(node.args[0])
+            wanted = f"{given} is an argument without a name. Wanted {node.func.id}(NAME={given})."
     except (SyntaxError, ValueError):
         pass
-    raise UsageError(f"--config={item}: cannot be read. Wanted NAME, NAME(arg=value) or path=value.")
+    raise UsageError(f"--config={item}: cannot be read. {wanted}")
 
 
 def load_record(path: Path) -> fdl.Config[Any]:

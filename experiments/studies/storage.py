@@ -48,7 +48,7 @@ def storage() -> Sweep:
     """Quality over bytes: top-k, thresholds and draws of several sizes, and what is done about the tail.
 
     First:    for kind in top_4 top_8 likely draws_6 draws_12 draws_50; do python -m launchers.export_teacher \\
-                  --config="storage_export('$kind')" --out=quickstart/storage/$kind; done
+                  --config="storage_export(kind='$kind')" --out=quickstart/storage/$kind; done
     Then:     python -m launchers.sweep --sweep=storage --backend=local --jobs=2
               python -m benchmarks.plot_storage sweeps/storage experiments/studies/results/storage
     Expected: Draws are unbiased, so 12 of them (14 bytes) end within a hundredth of a nat of the top 64 with the bucket

@@ -43,7 +43,7 @@ ON_THE_COMMAND_LINE = {
     "a fiddler's argument": (["quickstart", "fiddler:short(step=1)"], "no argument 'step'. Did you mean 'steps'?"),
     "its type": (["quickstart", "fiddler:short(steps='two')"], "steps: got 'two', wanted int."),
     "an argument that is missing": (["quickstart", "fiddler:cache"], "'folder' has no default. Give it: (folder=…)."),
-    "an argument by place": (["cache_mix(0.5)"], "cannot be read. Wanted NAME, NAME(arg=value) or path=value."),
+    "an argument by place": (["cache_mix(0.5)"], "0.5 is an argument without a name. Wanted cache_mix(NAME=0.5)."),
     "a tag mistyped": (["quickstart", "tag:RowLenght=64"], "no such tag in experiments/. Did you mean 'RowLength'?"),
     "a tag without a value": (["quickstart", "tag:RowLength"], "no value. Wanted tag:RowLength=value."),
     "a tag's type": (["quickstart", "tag:RowLength=long"], "collate.row_length: got 'long', wanted int."),
