@@ -24,7 +24,7 @@ def objectives() -> Sweep:
               by 0.2 nats of KL and more, with about the same NLL; a tenth of cross-entropy costs no KL and gains NLL
               over distillation alone. Three times over it, cross-entropy alone learns its labels by heart and its
               held-out NLL rises or stands still, while distillation, whose targets are distributions, goes on gaining.
-    Seen:     2026-11-24, 8,165 held-out positions, 3 seeds, 72 minutes on two cores (`results/objectives/`; teacher's NLL
+    Seen:     2026-11-24, 8,165 held-out positions, 3 seeds, 72 minutes on two cores (`results/objectives/`; teacher NLL
               3.505). Once: the nearer to distillation alone, the lower the KL (1.041 ± .010, .896 ± .007, .836 ± .006,
               .837 ± .016); the 0.2 nats are there from 0.9 on, an even mixture has 0.145. NLL is best for the even
               mixture (4.286 ± .018 against 4.336 ± .026 for labels alone and 4.334 ± .007 for 0.9), so "about the
