@@ -24,7 +24,7 @@ from kd_core.parallel.sharding import spread
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
-from kd_core.training.checkpoint import Checkpoint, is_complete
+from kd_core.training.checkpoint import Checkpoint
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
@@ -91,11 +91,6 @@ def caches_of(source: Source, where: str) -> dict[str, Shards]:
 def _millions(model: Decoder, *, trained: bool = False) -> str:
     count = sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
     return f"{count / 1e6:.1f}M"
-
-
-def is_finished(folder: RunFolder, steps: int) -> bool:
-    """Whether a run of so many steps has ended there and left its student."""
-    return is_complete(folder.checkpoints, steps) and folder.export.is_dir()
 
 
 @dataclass(frozen=True)
@@ -210,7 +205,7 @@ class Experiment:
 
         False where it was told to stop before the end; what is done is saved then.
         """
-        if world.on_first(lambda: is_finished(folder, self.steps)):
+        if world.on_first(lambda: folder.is_finished):
             log.info("%s: already complete, reused", folder.path)
             return True
         recipe = Recipe(

@@ -8,7 +8,8 @@
 
 A sweep is a function of experiments/ that returns a Sweep (see experiments/sweep.py), or of a file of your own. Run
 the same line again and it resumes: finished points are left as they are, those that were stopped go on from their
-checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point.
+checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point. The plan
+says how much disk it takes; --nokeep_checkpoints needs the least: a finished point keeps its student alone.
 Tables: OUT/results.md, results.csv, summary.csv (means over seeds); TensorBoard: OUT/tensorboard.
 """
 
@@ -32,6 +33,9 @@ OUT = flags.DEFINE_string("out", None, "Folder of the sweep; default sweeps/NAME
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to every point: path=value, tag:NAME=value or fiddler:NAME.")
 LIST = flags.DEFINE_bool("list", False, "List every sweep with its first docstring line, and exit.")
 RETRY = flags.DEFINE_bool("retry_failed", False, "Start failed points again, too.")
+KEEP = flags.DEFINE_bool(
+    "keep_checkpoints", True, "Keep the checkpoints of finished points; --nokeep_checkpoints deletes them."
+)
 NPROC = flags.DEFINE_integer(
     "nproc", None, "Ranks of a point on a machine; default its GPUs under Slurm, else 1.", lower_bound=1
 )
@@ -56,16 +60,24 @@ def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
     return left
 
 
+def _results(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> str:
+    """Write the tables, and delete what finished points need no longer."""
+    from launchers.sweeping.results import write_results
+
+    if not KEEP.value:
+        folder.drop_checkpoints(points)
+    return write_results(folder, points, gone)
+
+
 def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     """The tables, and an error where points have failed."""
     from kd_core.errors import UsageError
     from launchers.sweeping.folder import FAILED
-    from launchers.sweeping.results import write_results
 
-    print(write_results(folder, points, gone))
+    print(_results(folder, points, gone))
     app.log.info("tables: %s/results.md, results.csv, summary.csv; tensorboard --logdir %s/tensorboard",
                  folder.path, folder.path)  # fmt: skip
-    known = {point.id: folder.status(point) for point in points}
+    known = {point.id: folder.status(point.id) for point in points}
     wrong = [f"{key} ({status.last_line})" for key, status in known.items() if status.state == FAILED]
     if wrong:
         raise UsageError(
@@ -81,12 +93,11 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     from kd_core.errors import UsageError
     from launchers.sweeping import child
     from launchers.sweeping.local import Queue, StoppedError
-    from launchers.sweeping.results import write_results
 
     nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), sorted(os.sched_getaffinity(0))
     slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
     try:
-        Queue(folder, _left(folder, points), slots, nproc, lambda: write_results(folder, points, gone)).run()
+        Queue(folder, _left(folder, points), slots, nproc, lambda: _results(folder, points, gone)).run()
     except StoppedError as stopped:
         if stopped.number == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -105,7 +116,7 @@ def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     request = slurm.Request(
         PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
     )
-    queued = {point.id for point in points if (job := folder.status(point).job) and slurm.in_queue(job)}
+    queued = {point.id for point in points if (job := folder.status(point.id).job) and slurm.in_queue(job)}
     left = [point for point in _left(folder, points) if point.id not in queued]
     app.log.info("%d are in Slurm's queue", len(queued))
     if left:

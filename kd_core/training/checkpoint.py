@@ -247,11 +247,6 @@ def newest(root: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def is_complete(root: Path, step: int) -> bool:
-    """Whether there is a checkpoint of `step`."""
-    return (root / f"step_{step:08d}").is_dir()
-
-
 def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> Progress:
     """Restore `model`, and `optimizer` where there is one, in place; each rank reads what it holds.
 

@@ -216,11 +216,12 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
             log.info("nothing left to train")
             return True
         saver = stack.enter_context(Saver(folder.checkpoints, recipe.checkpoint, folder.record(), world, pulse))
-        live = stack.enter_context(Live(recipe.steps, this.progress.step, recipe.line_every, world))
         if world.is_first:
             this.metrics = stack.enter_context(MetricLog(folder.path, this.progress.step if resumed else None))
         if not resumed:
             this.note(0, {}, this.validate(0))
+        # From here, so that the time that is left does not hold the first validation once for each step to come.
+        live = stack.enter_context(Live(recipe.steps, this.progress.step, recipe.line_every, world))
         for step, batches, waited in stack.enter_context(closing(this.steps())):
             started = time.perf_counter()
             values = this.take_step(step, batches)

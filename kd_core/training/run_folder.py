@@ -57,6 +57,11 @@ class RunFolder:
         """The finished student as a Hugging Face folder."""
         return self.path / "export"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended: the student is written last, and whole. Its checkpoints may be deleted then."""
+        return self.export.is_dir()
+
     def record(self) -> str:
         """The frozen configuration of the run, as `claim` wrote it."""
         return (self.path / "config.json").read_text()

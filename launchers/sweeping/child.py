@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
 from launchers.sweeping.folder import FAILED, FINISHED, STOPPED, SweepFolder
-from launchers.sweeping.points import Point
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,13 @@ def _last_words(said: str) -> str:
     return (telling or lines or [""])[-1]
 
 
-def outcome(folder: SweepFolder, point: Point, code: int, since: int) -> tuple[str, str]:
+def outcome(folder: SweepFolder, point_id: str, code: int, since: int) -> tuple[str, str]:
     """How a start ended that began when the log had `since` bytes: finished, stopped or failed; and its last words.
 
     Status 0 does not mean finished: a training that is told to stop saves, and ends with it.
     """
-    said = folder.said(point.id, since)
-    state = FINISHED if folder.is_finished(point) else STOPPED if _interrupted(code, said) else FAILED
+    said = folder.said(point_id, since)
+    state = FINISHED if folder.run_folder(point_id).is_finished else STOPPED if _interrupted(code, said) else FAILED
     return state, _last_words(said)
 
 

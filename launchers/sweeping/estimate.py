@@ -1,6 +1,7 @@
-"""What a point costs before it runs, and how fast the finished ones were."""
+"""What a point costs before it runs, in operations and on the disk, and how fast the finished ones were."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from launchers.sweeping.folder import FINISHED, SweepFolder
@@ -9,28 +10,45 @@ from launchers.sweeping.points import Point
 # Per parameter and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1): the forward pass and the gradient of its
 # inputs, and the gradient of a parameter that is trained.
 THROUGH, TRAINED = 4, 2
+# Of a checkpoint: a trained parameter and its two moments. Of an exported one: float32.
+SAVED, EXPORTED = 12, 4
 
 
-def flops(point: Point) -> float:
-    """Floating-point operations of the student's training.
+@dataclass(frozen=True)
+class Cost:
+    """Of a point: floating-point operations of its training, and bytes of the student and checkpoints it leaves."""
+
+    flops: float
+    export: int
+    checkpoints: int
+
+
+def cost_of(point: Point) -> Cost:
+    """What the student's training costs.
 
     Raises:
         UsageError: the experiment cannot be built, or its student cannot be read.
     """
-    parameters = list(point.build().student.decoder().parameters())
-    each = sum((THROUGH + TRAINED * parameter.requires_grad) * parameter.numel() for parameter in parameters)
-    return float(each) * point.tokens
+    experiment = point.build()
+    parameters = list(experiment.student.decoder().parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    policy = experiment.checkpoint
+    # The best may be among the newest, and there are no more than the run makes.
+    kept = min(policy.keep_newest + policy.keep_best, -(-point.steps // policy.every))
+    flops = float(THROUGH * count + TRAINED * trained) * point.tokens
+    return Cost(flops, EXPORTED * count, SAVED * trained * kept)
 
 
 def measured_rate(folder: SweepFolder, points: Sequence[Point]) -> float | None:
     """Median FLOP/s of the finished points' steps, of a point at a time; None where none is finished."""
     rates: list[float] = []
     for point in points:
-        if folder.status(point).state == FINISHED:
+        if folder.status(point.id).state == FINISHED:
             speeds = [
                 line["speed/tokens_per_second"]
                 for line in folder.metrics(point.id)
                 if "speed/tokens_per_second" in line
             ]
-            rates.append(flops(point) / point.tokens * median(speeds))
+            rates.append(cost_of(point).flops / point.tokens * median(speeds))
     return median(rates) if rates else None

@@ -7,18 +7,17 @@ OUT/status/ID.json       how its last start ended
 OUT/results.*, summary.csv, tensorboard/   what compares the points
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.experiment import is_finished
 from experiments.sweep import Values
 from kd_core.errors import UsageError
 from kd_core.files import is_owned, read_json, write_json, write_text
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
-from launchers.config_items import load_record
 from launchers.sweeping.points import Point, shown, swept_paths
 
 NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED = "new", "running", "stopped", "failed", "finished", "submitted"
@@ -61,11 +60,6 @@ class SweepFolder:
         """Everything that the point's processes printed."""
         return self.path / "points" / point_id / "sweep.log"
 
-    def load(self, point_id: str) -> Point:
-        """A point from its record alone, without the values that made it."""
-        config = load_record(self.config(point_id))
-        return Point(point_id, {}, config, self.config(point_id).read_text())
-
     def _status(self, point_id: str) -> Path:
         return self.path / "status" / f"{point_id}.json"
 
@@ -91,18 +85,14 @@ class SweepFolder:
         write_json(record, {"sweep": name, "swept": swept_paths(points), "points": [*described, *gone]})
         return gone
 
-    def is_finished(self, point: Point) -> bool:
-        """Whether the run's folder says so; a run that was told to stop ends with status 0, too."""
-        return is_finished(self.run_folder(point.id), point.steps)
-
-    def status(self, point: Point) -> Status:
+    def status(self, point_id: str) -> Status:
         """How the point stands. That a run is finished is read from its folder; only failures must be remembered.
 
         What a queue here started has stopped once nobody owns the sweep's folder: points end with their queue.
         """
-        path = self._status(point.id)
+        path = self._status(point_id)
         known = Status(**read_json(path, "a point's status")) if path.exists() else Status()
-        if self.is_finished(point):
+        if self.run_folder(point_id).is_finished:
             return replace(known, state=FINISHED, exit_code=0)
         if known.state == RUNNING and not known.job and not is_owned(self.path):
             return replace(known, state=STOPPED)
@@ -111,11 +101,17 @@ class SweepFolder:
     def left(self, points: Sequence[Point], retry_failed: bool) -> list[Point]:
         """Points to run: neither finished nor, unless they are to be tried again, failed."""
         done = (FINISHED,) if retry_failed else (FINISHED, FAILED)
-        return [point for point in points if self.status(point).state not in done]
+        return [point for point in points if self.status(point.id).state not in done]
 
     def set_status(self, point_id: str, status: Status) -> None:
         """Write it down."""
         write_json(self._status(point_id), vars(status))
+
+    def drop_checkpoints(self, points: Sequence[Point]) -> None:
+        """Delete those of finished points: nothing goes on from them, and the students stand in `export/`."""
+        for point in points:
+            if (run := self.run_folder(point.id)).is_finished:
+                shutil.rmtree(run.checkpoints, ignore_errors=True)
 
     def metrics(self, point_id: str) -> list[dict[str, float]]:
         """The point's numbers so far."""

@@ -92,7 +92,7 @@ class Queue:
 
     def _start(self, point: Point, slot: Slot) -> None:
         command = child.training_line(self.folder, point.id, child.on_this_machine(self.nproc))
-        starts = self.folder.status(point).starts + 1
+        starts = self.folder.status(point.id).starts + 1
         self.folder.set_status(point.id, Status(RUNNING, starts))
         since = self.folder.log_size(point.id)
         self.running.append(_Running(point, slot, child.start(command, self.folder, point.id, slot), since))
@@ -104,7 +104,7 @@ class Queue:
         self.free.append(ended.slot)
         point, code = ended.point, ended.process.returncode
         state, words = self._outcome(ended)
-        known = self.folder.status(point)
+        known = self.folder.status(point.id)
         self.folder.set_status(point.id, replace(known, state=state, exit_code=code, last_line=words))
         if state == FINISHED:
             self.live.say(f"{point.id} finished  {label(point, self.paths)}")
@@ -120,7 +120,7 @@ class Queue:
     def _outcome(self, ended: _Running) -> tuple[str, str]:
         """State and last words; a point that is interrupted again and again has failed."""
         point, code = ended.point, ended.process.returncode
-        state, words = child.outcome(self.folder, point, code, ended.since)
+        state, words = child.outcome(self.folder, point.id, code, ended.since)
         if state == STOPPED:
             count = self.interruptions[point.id] = self.interruptions.get(point.id, 0) + 1
             state = STOPPED if count <= MOST_INTERRUPTIONS else FAILED
@@ -137,7 +137,7 @@ class Queue:
             if each.process.poll() is None:
                 os.killpg(each.process.pid, signal.SIGKILL)
                 each.process.wait()
-            self.folder.set_status(each.point.id, replace(self.folder.status(each.point), state=STOPPED))
+            self.folder.set_status(each.point.id, replace(self.folder.status(each.point.id), state=STOPPED))
         self.running.clear()
 
     def _rows(self) -> list[list[str]]:

@@ -4,49 +4,59 @@ from collections.abc import Sequence
 
 from kd_core.errors import UsageError
 from launchers.sweeping import tables
-from launchers.sweeping.estimate import flops, measured_rate
+from launchers.sweeping.estimate import Cost, cost_of, measured_rate
 from launchers.sweeping.folder import SweepFolder
 from launchers.sweeping.points import Point, label, short_names, shown, swept_paths
 
 
 def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float | None) -> str:
-    """Points with tokens, operations, hours where a rate is given or was measured, and how they stand."""
+    """Points with tokens, operations, hours where a rate is given or was measured, and how they stand; and the disk."""
     paths = swept_paths(points)
     short = short_names(paths)
     rate = None if tokens_per_second else measured_rate(folder, points)
     rows: list[list[str]] = []
-    total_tokens, total_flops, total_hours = 0, 0.0, 0.0
+    total_tokens, total_hours, costs = 0, 0.0, list[Cost]()
     unknown = ""
     for point in points:
         cost, why = _cost(point)
+        costs += [cost] if cost else []
         unknown = unknown or why
-        hours = _hours(point, cost, tokens_per_second, rate)
+        flops = cost.flops if cost else None
+        hours = _hours(point, flops, tokens_per_second, rate)
         total_tokens += point.tokens
-        total_flops += cost or 0.0
         total_hours += hours or 0.0
         values = [shown(point.values[path]) if path in point.values else "" for path in paths]
-        rows.append([point.id, *values, f"{point.tokens:,}", _number(cost, ".2e"), _number(hours, ".2f"),
-                     folder.status(point).state])  # fmt: skip
+        rows.append([point.id, *values, f"{point.tokens:,}", _number(flops, ".2e"), _number(hours, ".2f"),
+                     folder.status(point.id).state])  # fmt: skip
     table = tables.aligned(["id", *(short[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
     source = "given" if tokens_per_second else "as the finished points ran" if rate else ""
     hours = f", {total_hours:.2f} hours one after another ({source})" if source else "; for hours: --tokens_per_second"
-    known = f"{total_flops:.2e} FLOP{hours}" if not unknown else f"FLOP unknown: {unknown}"
-    return f"{table}\n{len(points)} points, {total_tokens:,} tokens, {known}"
+    known = f"{sum(cost.flops for cost in costs):.2e} FLOP{hours}" if not unknown else f"FLOP unknown: {unknown}"
+    return f"{table}\n{len(points)} points, {total_tokens:,} tokens, {known}" + ("" if unknown else f"\n{_disk(costs)}")
 
 
-def _cost(point: Point) -> tuple[float | None, str]:
-    """Operations, or why they are not known."""
+def _disk(costs: Sequence[Cost]) -> str:
+    """Room for what is left of all points, with and without checkpoints."""
+    exports, checkpoints = sum(cost.export for cost in costs) / 1e9, sum(cost.checkpoints for cost in costs) / 1e9
+    return (
+        f"disk: up to {exports + checkpoints:.1f} GB ({exports:.1f} GB of students, {checkpoints:.1f} GB of "
+        "checkpoints, which --nokeep_checkpoints deletes where a point is finished)"
+    )
+
+
+def _cost(point: Point) -> tuple[Cost | None, str]:
+    """What it costs, or why that is not known."""
     try:
-        return flops(point), ""
+        return cost_of(point), ""
     except UsageError as error:
         return None, str(error)
 
 
-def _hours(point: Point, cost: float | None, tokens_per_second: float | None, rate: float | None) -> float | None:
+def _hours(point: Point, flops: float | None, tokens_per_second: float | None, rate: float | None) -> float | None:
     """None where no speed is known."""
     if tokens_per_second:
         return point.tokens / tokens_per_second / 3600
-    return cost / rate / 3600 if cost is not None and rate else None
+    return flops / rate / 3600 if flops is not None and rate else None
 
 
 def _number(value: float | None, form: str) -> str:

@@ -34,7 +34,7 @@ def rows_of(folder: SweepFolder, points: Sequence[Point]) -> list[Row]:
     """All points in the sweep's order."""
     rows: list[Row] = []
     for point in points:
-        state = folder.status(point).state
+        state = folder.status(point.id).state
         final: dict[str, float] = {}
         if state == FINISHED:
             last = folder.metrics(point.id)[-1]

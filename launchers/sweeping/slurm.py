@@ -59,23 +59,22 @@ class PointJob:
         from submitit import JobEnvironment
 
         here = JobEnvironment()
-        point = self.folder.load(self.point_id)
-        if self.folder.is_finished(point):
+        known = self.folder.status(self.point_id)
+        if known.state == FINISHED:
             return FINISHED
-        starts = self.folder.status(point).starts + 1
-        status, speaks = Status(RUNNING, starts, job=here.job_id), here.global_rank == 0
+        status, speaks = Status(RUNNING, known.starts + 1, job=here.job_id), here.global_rank == 0
         if speaks:
-            self.folder.set_status(point.id, status)
-        line = child.training_line(self.folder, point.id, launcher(here.hostnames, self.nproc, here.job_id))
-        since = self.folder.log_size(point.id)
-        self.process = child.start(line, self.folder, point.id, Slot())
+            self.folder.set_status(self.point_id, status)
+        line = child.training_line(self.folder, self.point_id, launcher(here.hostnames, self.nproc, here.job_id))
+        since = self.folder.log_size(self.point_id)
+        self.process = child.start(line, self.folder, self.point_id, Slot())
         while (code := self.process.poll()) is None:
             time.sleep(PAUSE)
-        state, words = child.outcome(self.folder, point, code, since)
+        state, words = child.outcome(self.folder, self.point_id, code, since)
         if speaks:
-            self.folder.set_status(point.id, replace(status, state=state, exit_code=code, last_line=words))
+            self.folder.set_status(self.point_id, replace(status, state=state, exit_code=code, last_line=words))
             if state != FINISHED:
-                raise RuntimeError(f"point {point.id} {state} (exit code {code}): {words}")
+                raise RuntimeError(f"point {self.point_id} {state} (exit code {code}): {words}")
         return state
 
     def checkpoint(self) -> Any:
@@ -92,8 +91,7 @@ class PointJob:
                 if time.monotonic() > deadline:
                     os.killpg(self.process.pid, signal.SIGKILL)
                 time.sleep(PAUSE)
-        point = self.folder.load(self.point_id)
-        self.folder.set_status(self.point_id, replace(self.folder.status(point), state=SUBMITTED))
+        self.folder.set_status(self.point_id, replace(self.folder.status(self.point_id), state=SUBMITTED))
         return DelayedSubmission(replace(self))
 
 
@@ -158,7 +156,7 @@ def submit(folder: SweepFolder, points: Sequence[Point], name: str, request: Req
     except (FailedJobError, FailedSubmissionError) as error:
         raise UsageError(f"--backend=slurm: sbatch refused: {error}") from None
     for point, job in zip(points, jobs, strict=True):
-        known = folder.status(point)
+        known = folder.status(point.id)
         if known.state != RUNNING:  # it may have begun at once
             folder.set_status(point.id, replace(known, state=SUBMITTED, job=job.job_id))
     return [str(job.job_id) for job in jobs]

@@ -102,11 +102,19 @@ def test_the_readmes_own_experiment_and_sweep_do_what_they_say(user_folder: Path
     points = resolve(sweep(), items, name)
     assert check(points) == []
     # A process of its own looks for names in our own folder, so it is given the file.
-    flags = [f"--sweep={file}:weights", f"--out={out}", "--backend=local", "--jobs=2", *configs(items)]
+    flags = [
+        f"--sweep={file}:weights",
+        f"--out={out}",
+        "--backend=local",
+        "--jobs=2",
+        "--nokeep_checkpoints",
+        *configs(items),
+    ]
     done = run("launchers.sweep", *flags, timeout=250)
     assert done.returncode == 0, done.stderr
     _check_tables(out)
     _check_tensorboard(out)
+    assert not list(out.glob("points/*/checkpoints"))
     text = plan(SweepFolder(out), points, None)
     assert len(re.findall(r"^[0-9a-f]{12} .* 512 .* finished$", text, flags=re.MULTILINE)) == 6
     assert "as the finished points ran" in text

@@ -18,8 +18,10 @@ from kd_core.errors import UsageError
 from kd_core.files import owned, read_json
 from kd_core.training.metrics import read_metrics
 from launchers.sweeping.child import slots
+from launchers.sweeping.estimate import cost_of
 from launchers.sweeping.folder import SweepFolder
 from launchers.sweeping.local import Queue
+from launchers.sweeping.plan import plan
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
 from tests.launchers.command import ENVIRONMENT, configs, kill_when, line, run, table
@@ -75,7 +77,7 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
         bad.id: "failed",
         good.id: "finished",
     }
-    status = folder.status(bad)
+    status = folder.status(bad.id)
     assert (status.starts, status.exit_code) == (1, 1)
     assert "train: error: " in status.last_line
     moved.symlink_to(tiny.train)
@@ -83,7 +85,7 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
     wider = Sweep(quickstart) * grid("shards.path", [str(moved)]) * grid("optimizer.lr", [4e-4, 8e-4])
     (new,) = _here(wider, folder, items)
     assert new.values["optimizer.lr"] == 8e-4
-    assert folder.status(bad).starts == 1
+    assert folder.status(bad.id).starts == 1
     assert _here(wider, folder, items, retry_failed=True) == [resolve(wider, items, "study")[0]]
     assert [(row["id"], row["state"]) for row in table(folder.path / "results.csv")] == [
         (bad.id, "finished"),
@@ -98,6 +100,30 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
         good.id,
     }
     assert _attempts(folder.path) == {bad.id: 1, new.id: 1, good.id: 1}  # a failed check is no attempt
+
+
+def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
+    folder, items = SweepFolder(tmp_path / "out"), [*tiny.train_items(STEPS)[1:], "checkpoint.every=1"]
+    points = _here(Sweep(quickstart) * seeds(2), folder, items)
+    cost = cost_of(points[0])
+    run = folder.run_folder(points[0].id)
+    assert _size(run.export, "*.safetensors") == pytest.approx(cost.export, rel=0.05)
+    kept = len(list(run.checkpoints.iterdir()))  # the best may be one of the newest two
+    assert kept in (2, 3)
+    ratio = _size(run.checkpoints, "*.distcp") / (cost.checkpoints * kept / 3)
+    assert 1 < ratio < 1.5  # a kilobyte a tensor, which this tiny student feels
+    before = write_results(folder, points)
+    folder.drop_checkpoints(points)
+    assert not run.checkpoints.exists()
+    assert folder.left(points, retry_failed=True) == []
+    assert write_results(folder, points) == before
+    text = plan(folder, points, None)
+    total = 2 * (cost.export + cost.checkpoints) / 1e9
+    assert f"disk: up to {total:.1f} GB" in text
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern))
 
 
 def test_a_folder_of_another_sweep_is_refused_and_so_is_one_in_use(tiny: Tiny, tmp_path: Path) -> None:

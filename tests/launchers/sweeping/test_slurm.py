@@ -77,8 +77,8 @@ def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path
     fake_slurm.wait_until_idle()
     assert not any(slurm.in_queue(job) for job in jobs)
     for point in points:
-        assert folder.status(point).state == FINISHED
-        assert folder.status(point).starts == 2
+        assert folder.status(point.id).state == FINISHED
+        assert folder.status(point.id).starts == 2
         first, second = _attempts(folder, point)
         assert "done: " not in first
         assert "resumed from" in second
