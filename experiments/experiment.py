@@ -115,6 +115,8 @@ class Experiment:
         length = self.collate.row_length
         if self.steps < 1:
             raise UsageError(f"steps: got {self.steps}; wanted at least 1.")
+        if self.seed < 0:
+            raise UsageError(f"seed: got {self.seed}; wanted at least 0.")
         if self.tokens_per_step < length or self.tokens_per_step % length:
             raise UsageError(
                 f"tokens_per_step: got {self.tokens_per_step}; wanted a multiple of collate.row_length {length}."

@@ -81,9 +81,10 @@ def entries() -> list[Entry]:
 
 
 def nearest(wrong: str, known: Iterable[str]) -> str:
-    """`Did you mean …?` with the nearest known name, or nothing."""
-    near = difflib.get_close_matches(wrong, sorted(known), n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else ""
+    """`Did you mean …?` with the nearest known name, or nothing; large letters and small are the same."""
+    names = {name.casefold(): name for name in sorted(known)}
+    near = difflib.get_close_matches(wrong.casefold(), names, n=1, cutoff=0.5)
+    return f"Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

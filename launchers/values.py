@@ -102,7 +102,8 @@ def find(config: fdl.Config[Any], path: str, said: str) -> Place:
         if f"{parent}{name}" not in places:
             break
         parent += f"{name}."
-    whole = [known for known in places if known.endswith(f".{path}")]
+    dotted = re.sub(r"""\[['"]?(\w+)['"]?\]""", r".\1", path)  # loss.terms['kd'], as Python and Fiddle write it
+    whole = [known for known in places if known == dotted or known.endswith(f".{dotted}")]
     beside = [known.removeprefix(parent) for known in places if known.startswith(parent)]
     meant = (
         f"Did you mean {whole[0]!r}?" if len(whole) == 1 else did_you_mean(name, {x for x in beside if "." not in x})

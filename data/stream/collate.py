@@ -45,6 +45,8 @@ class Collate:
             )
         if self.padding not in PADDINGS:
             raise UsageError(f"collate.padding: got {self.padding!r}; wanted one of {', '.join(PADDINGS)}.")
+        if self.eod_id is not None and self.eod_id < 0:
+            raise UsageError(f"collate.eod_id: got {self.eod_id}; wanted a token's id, 0 or more.")
         if self.eod_mask_loss and self.eod_id is None:
             raise UsageError("collate.eod_mask_loss: wanted collate.eod_id, the end-of-document token.")
 

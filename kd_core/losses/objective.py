@@ -3,6 +3,7 @@
 A new loss is a divergence in `divergences.py`, a tail in `tails.py`, or a `Term` like those here.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -217,6 +218,9 @@ class Objective:
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
             raise UsageError(f"loss.chunk_tokens: got {self.chunk_tokens}; wanted at least 1.")
+        for name, term in self.terms.items():
+            if not 0 <= largest(term.weight) < math.inf:
+                raise UsageError(f"loss.terms.{name}.weight: got {term.weight}; wanted at least 0, and finite.")
         if all(largest(term.weight) == 0 for term in self.terms.values()):
             raise UsageError("loss.terms: every weight is 0, so nothing would be trained. Give one term a weight.")
         for name in self.observe:

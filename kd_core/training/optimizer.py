@@ -1,5 +1,6 @@
 """Optimisers as plain settings that make a torch optimiser once the student exists."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,14 @@ class AdamW:
             raise UsageError(
                 f"optimizer.on_non_finite: got {self.on_non_finite!r}; wanted one of {', '.join(ON_NON_FINITE)}."
             )
-        if self.max_skipped < 0:
-            raise UsageError(f"optimizer.max_skipped: got {self.max_skipped}; wanted at least 0.")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"optimizer.{name}: got {getattr(self, name)}; wanted more than 0, and finite.")
+        for name in ("weight_decay", "clip_norm", "max_skipped"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"optimizer.{name}: got {getattr(self, name)}; wanted at least 0, and finite.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"optimizer.betas: got {self.betas}; wanted both from 0 to less than 1.")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of `model`'s trainable parameters."""

@@ -18,8 +18,11 @@ class WarmupCosine:
         """Refuse a schedule that does not fit into `steps`.
 
         Raises:
-            UsageError: warm-up and constant part are longer than the run, or the ratio is not in [0, 1].
+            UsageError: warm-up and constant part are negative or longer than the run, or the ratio is not in [0, 1].
         """
+        for name in ("warmup_steps", "constant_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"schedule.{name}: got {getattr(self, name)}; wanted at least 0.")
         if self.warmup_steps + self.constant_steps > steps:
             raise UsageError(
                 f"schedule: warmup_steps {self.warmup_steps} + constant_steps {self.constant_steps} is more than "
