@@ -34,8 +34,11 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     if FLAGS.list:
         print(catalog.listing(kind))
         return None
+    from kd_core.errors import UsageError
     from launchers import config_items
 
+    if FLAGS.base and not FLAGS.diff:
+        raise UsageError(f"--base={FLAGS.base}: is for --diff, which is not given. Add it, or leave --base out.")
     items = [*FLAGS.config, *more]
     resolved = config_items.resolve(items, kind)
     if FLAGS.diff:

@@ -49,8 +49,10 @@ def _export(export: Any, out: Path) -> None:
     from data.export.plan import make_plans
     from kd_core.files import owned
     from kd_core.parallel.mesh import joined_world
+    from launchers.folder_kinds import CACHES, refuse_others
 
     with joined_world() as world, ExitStack() as stack:
+        world.on_first(lambda: refuse_others(out, CACHES, "out"))
         world.on_first(lambda: stack.enter_context(owned(out)))
         plans = world.on_first(lambda: make_plans(export, out, begin_growth(out) if EXTEND.value else None))
         take = claim_growth if EXTEND.value else claim

@@ -10,7 +10,8 @@ A sweep is a function of experiments/ that returns a Sweep (see experiments/swee
 the same line again and it resumes: finished points are left as they are, those that were stopped go on from their
 checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point. The plan
 says how much disk it takes; --nokeep_checkpoints needs the least: a finished point keeps its student alone.
-Tables: OUT/results.md, results.csv, summary.csv (means over seeds); TensorBoard: OUT/tensorboard.
+Tables: OUT/results.md, results.csv, summary.csv (means over seeds), curves.csv (each validation); TensorBoard:
+OUT/tensorboard.
 """
 
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None
     from launchers.sweeping.folder import FAILED
 
     print(_results(folder, points, gone))
-    app.log.info("tables: %s/results.md, results.csv, summary.csv; tensorboard --logdir %s/tensorboard",
+    app.log.info("tables: %s/results.md, results.csv, summary.csv, curves.csv; tensorboard --logdir %s/tensorboard",
                  folder.path, folder.path)  # fmt: skip
     known = {point.id: folder.status(point.id) for point in points}
     wrong = [f"{key} ({status.last_line})" for key, status in known.items() if status.state == FAILED]
@@ -149,6 +150,7 @@ def main() -> None:
     from kd_core.errors import UsageError
     from kd_core.files import owned
     from launchers import user_code
+    from launchers.folder_kinds import A_SWEEP, refuse_others
     from launchers.sweeping import source
     from launchers.sweeping.folder import SweepFolder
     from launchers.sweeping.points import resolve
@@ -164,6 +166,7 @@ def main() -> None:
     if BACKEND.value == "check":
         _check(points)
         return
+    refuse_others(folder.path, A_SWEEP, "out")
     with owned(folder.path):
         gone = folder.claim(name, points)
         if gone:

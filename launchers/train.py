@@ -52,6 +52,7 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
     from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stopping import Stopping, seconds_of
     from launchers import config_items, proof, repeat
+    from launchers.folder_kinds import A_RUN, refuse_others
 
     run_folder, text = RunFolder(folder), config_items.describe(resolved)
     max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
@@ -59,6 +60,7 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
     with Stopping(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
 
         def check() -> dict[str, str]:
+            refuse_others(folder, A_RUN, "run_dir")
             stack.enter_context(owned(folder))
             return experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
 

@@ -4,7 +4,7 @@ OUT/sweep.json           the sweep's name, what it sweeps, its points and their 
 OUT/configs/ID.json      a point's frozen record
 OUT/points/ID/           its run folder, and sweep.log with all that it said
 OUT/status/ID.json       how its last start ended
-OUT/results.*, summary.csv, tensorboard/   what compares the points
+OUT/results.*, summary.csv, curves.csv, tensorboard/   what compares the points
 """
 
 import shutil

@@ -1,4 +1,5 @@
-"""What compares the points: `results.csv` (one row a point), `summary.csv` (over seeds), `results.md`, `tensorboard/`.
+"""What compares the points: `results.csv` (a row a point), `summary.csv` (over seeds), `curves.csv` (every validation),
+`results.md`, `tensorboard/`.
 
 Made anew from the points' own folders after each one that finishes; nothing in the tables tells when or how often a
 point was started.
@@ -90,6 +91,7 @@ def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0) -
     groups = groups_of(rows, names)
     write_text(folder.path / "results.csv", _points_csv(rows, paths, names))
     write_text(folder.path / "summary.csv", _groups_csv(groups, paths, names))
+    write_text(folder.path / "curves.csv", _curves_csv(folder, rows, paths, names))
     text = _markdown(rows, groups, paths, names, gone)
     write_text(folder.path / "results.md", text)
     _write_tensorboard(folder, rows, paths, names)
@@ -100,17 +102,33 @@ def _values(point: Point, paths: Sequence[str]) -> list[str]:
     return [shown(point.values[path]) if path in point.values else "" for path in paths]
 
 
+def _numbers(found: dict[str, float], names: Sequence[str]) -> list[str]:
+    """All digits; nothing where a number is not there."""
+    return [repr(found[name]) if name in found else "" for name in names]
+
+
 def _points_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
     lines = [
         [
             row.point.id,
             *_values(row.point, paths),
             row.state,
-            *(repr(row.final.get(name, "")).strip("'") for name in names),
+            *_numbers(row.final, names),
         ]
         for row in rows
     ]
     return tables.comma_separated(["id", *paths, "state", *names], lines)
+
+
+def _curves_csv(folder: SweepFolder, rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
+    """A row a validation of a finished point."""
+    lines = [
+        [row.point.id, *_values(row.point, paths), f"{found['step']:.0f}", *_numbers(found, names)]
+        for row in rows
+        if row.final
+        for found in _validation(folder, row.point)
+    ]
+    return tables.comma_separated(["id", *paths, "step", *names], lines)
 
 
 def _groups_csv(groups: Sequence[Group], paths: Sequence[str], names: Sequence[str]) -> str:

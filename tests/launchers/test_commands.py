@@ -13,10 +13,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.stream.source import Shards
+from kd_core.errors import UsageError
 from kd_core.files import owned
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
+from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
 from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
@@ -153,6 +155,20 @@ def _refused(*arguments: str, nproc: int | None = None) -> str:
 def test_a_folder_of_another_experiment_is_refused(tiny: Tiny, whole_run: Path) -> None:
     message = _refused(*configs(tiny.train_items(11)), f"--run_dir={whole_run}")
     assert "another experiment (steps is 10 there, 11 now)" in message
+
+
+def test_nothing_is_laid_over_another_kind_of_folder(tiny: Tiny, whole_run: Path, tmp_path: Path) -> None:
+    caches, before = tiny.train.parent, sorted(whole_run.rglob("*"))
+    message = _refused(*configs(tiny.train_items()), f"--run_dir={caches}")
+    assert f"--run_dir={caches}: holds teacher caches (train/plan.json), wanted a run or nothing." in message
+    done = run("launchers.export_teacher", "--config=quickstart_export", f"--out={whole_run}")
+    assert f"--out={whole_run}: holds a run (attempts), wanted teacher caches or nothing." in done.stderr
+    assert sorted(whole_run.rglob("*")) == before
+    for folder, kind in ((tiny.teacher, A_RUN), (tiny.teacher, CACHES), (whole_run, A_SWEEP)):
+        with pytest.raises(UsageError, match="Name another folder"):
+            refuse_others(folder, kind, "out")
+    for folder, kind in ((whole_run, A_RUN), (caches, CACHES), (tiny.train, CACHES), (tmp_path / "new", A_SWEEP)):
+        refuse_others(folder, kind, "out")
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:

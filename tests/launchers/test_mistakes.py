@@ -167,6 +167,7 @@ def test_a_fiddler_of_experiments_is_refused_for_an_export(user_folder: Path) ->
         (["quickstart", "optimizer.lrr=1"], ["--print_config"], "Did you mean 'lr'?"),
         (["gpus8"], ["--dry_run"], "no such folder: student.folder: models/student-1b"),
         (["quickstart"], ["--diff", "--base=quickstrat"], "Did you mean 'quickstart'?"),
+        (["quickstart"], ["--base=sampled"], "--base=sampled: is for --diff, which is not given."),
         (["quickstart"], ["--confg=steps=3"], "Unknown command line flag 'confg'. Did you mean: config ?"),
     ],
 )

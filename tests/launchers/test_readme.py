@@ -48,6 +48,11 @@ def _check_tables(out: Path) -> None:
         }
         record = json.loads((out / "points" / row["id"] / "config.json").read_text())
         assert "skew_reverse_kl" in json.dumps(record)
+    names = [name for name in rows[0] if name.startswith("val/")]
+    for row in rows:
+        curve = [found for found in table(out / "curves.csv") if found["id"] == row["id"]]
+        assert (curve[0]["step"], curve[-1]["step"], curve[-1]["seed"]) == ("0", str(STEPS), row["seed"])
+        assert [curve[-1][name] for name in names] == [row[name] for name in names]
     for group, pair in zip(table(out / "summary.csv"), zip(rows[::2], rows[1::2], strict=True), strict=True):
         one, other = (float(row["val/kl"]) for row in pair)
         assert float(group["val/kl"]) == pytest.approx((one + other) / 2, rel=1e-12)

@@ -183,7 +183,7 @@ def _ended(out: Path) -> dict[str, int]:
 
 
 def _same_tables(one: Path, other: Path) -> None:
-    for name in ("results.csv", "summary.csv", "results.md"):
+    for name in ("results.csv", "summary.csv", "curves.csv", "results.md"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
