@@ -9,7 +9,7 @@ import fiddle as fdl
 
 from kd_core.errors import UsageError
 from kd_core.files import read_json
-from kd_core.training.run_folder import RunFolder, read_settings
+from kd_core.training.run_folder import UNKNOWN_COMMIT, RunFolder, read_settings
 from launchers.config_items import Resolved
 from launchers.values import walk
 
@@ -27,8 +27,10 @@ def _layout(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_code(then: str, now: str) -> Iterator[str]:
-    """The commits; equal names say nothing where changes were not committed."""
+    """The commits; equal names say nothing where changes were not committed, or nothing is known."""
     yield from _pairs("code", {"commit": then}, {"commit": now})
+    if then == now == UNKNOWN_COMMIT:
+        yield "code commit: not known, for neither ran in a git checkout; it may differ"
     if then == now and now.endswith("-dirty"):
         yield f"code commit: {now} both times, with changes that are not committed and may differ"
 

@@ -85,6 +85,18 @@ def _train(experiment: Any, folder: Path, resolved: Any) -> None:
             app.log.info("done: %s", folder)
 
 
+def _repeated(experiment: Any, resolved: Any) -> str:
+    """What a run of `--world` ranks here would differ by from the one that it repeats."""
+    import torch
+
+    from kd_core.parallel.mesh import World
+    from kd_core.training.run_folder import attempt_facts
+    from launchers import repeat
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return repeat.report(resolved, attempt_facts(World(size=WORLD.value, device=device), experiment.inputs()))
+
+
 def main() -> None:
     """Resolve the flags, then list, print, check or train."""
     resolved = app.resolve_flags(KIND)
@@ -100,6 +112,8 @@ def main() -> None:
             print(f"{name}: {value}")
         for setting in experiment.unused():
             print(f"unused: {setting}.")
+        if resolved.repeats:
+            print(_repeated(experiment, resolved))
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -16,6 +16,7 @@ from kd_core.files import write_json, write_text
 from kd_core.parallel.mesh import World
 
 log = logging.getLogger("kd")
+UNKNOWN_COMMIT = "unknown"
 PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
 
 
@@ -125,13 +126,13 @@ def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, 
 
 
 def _commit() -> str:
-    """The commit of the code, with `-dirty` where the tree differs; `unknown` outside a checkout."""
+    """The commit of the code, with `-dirty` where the tree differs; `UNKNOWN_COMMIT` outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        return UNKNOWN_COMMIT
+    return found.stdout.strip() or UNKNOWN_COMMIT
 
 
 def write_failed_batch(folder: Path, step: int, rank: int, records: list[str], reason: str) -> Path:

@@ -35,6 +35,10 @@ def test_a_run_again_from_its_record_has_the_same_numbers(tiny: Tiny, tmp_path: 
     first, again = tmp_path / "first", tmp_path / "again"
     done = run("launchers.train", *configs([*tiny.train_items(4), *more]), f"--run_dir={first}")
     assert done.returncode == 0, done.stderr
+    dry = run("launchers.train", f"--config=run:{first}", "--dry_run", "--world=2", "--config=steps=5")
+    assert f"differs from the run it repeats, {first}:" in dry.stdout, dry.stderr
+    assert "layout size: 1 there, 2 now" in dry.stdout
+    assert "setting steps: 4 there, 5 now (--config=steps=5)" in dry.stdout
     done = run("launchers.train", f"--config=run:{first}", f"--run_dir={again}")
     assert done.returncode == 0, done.stderr
     assert _numbers(again) == _numbers(first)
@@ -88,6 +92,8 @@ def test_uncommitted_changes_are_no_proof_of_the_same_code(
     resolved, facts = recorded
     dirty = {**facts, "commit": "c0ffee-dirty"}
     assert any("not committed" in line for line in repeat.differences(resolved, dirty, dirty, ""))
+    unknown = {**facts, "commit": "unknown"}
+    assert any("commit: not known" in line for line in repeat.differences(resolved, unknown, unknown, ""))
 
 
 def test_a_cache_or_a_student_of_other_bytes_is_another_input(
