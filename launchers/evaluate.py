@@ -1,15 +1,18 @@
-"""Measure a model against a teacher's cache, over every position of it.
+"""Measure a model against a teacher's caches, over every position of them.
 
-    python -m launchers.evaluate --student=runs/quickstart/export --cache=quickstart/cache/validation
+    python -m launchers.evaluate --student=runs/quickstart --cache=quickstart/cache/validation
     python -m launchers.evaluate --student=runs/quickstart/checkpoints/step_00000030 --cache=quickstart/cache/validation
     python -m launchers.evaluate --student=quickstart/teacher --cache=quickstart/cache/validation
+    python -m launchers.evaluate --student=runs/a --cache=news/validation --cache=code/validation --metric=mine.py:surer
 
 Prints NLL, perplexity, bits per byte, both KLs with the tail bucket (nats per token), agreement, what a speculative
-decoder would accept, calibration, and the mass that teacher and student put on the teacher's entries. --json prints
-one JSON object instead.
+decoder would accept, calibration, and the mass that teacher and student put on the teacher's entries, a column a
+cache. --metric adds the mean of a function of your own, from a SparseView of n positions to a number each. --json
+prints one JSON object instead (of several caches, one by each cache's name).
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,11 @@ from absl import flags
 
 from launchers import app
 
-STUDENT = flags.DEFINE_string("student", None, "Hugging Face folder, or a checkpoint of a run; required.")
-CACHE = flags.DEFINE_string("cache", None, "Folder or URL of a teacher's cache; required.")
+STUDENT = flags.DEFINE_string(
+    "student", None, "Hugging Face folder, a run that is finished, or a checkpoint of a run; required."
+)
+CACHE = flags.DEFINE_multi_string("cache", [], "Folder or URL of a teacher's cache; at least one.")
+METRIC = flags.DEFINE_multi_string("metric", [], "FILE.py:NAME: a function of a SparseView, as in evaluation.metrics.")
 PRECISION = flags.DEFINE_string("precision", "float32", "What matmuls multiply in: float32 or bfloat16.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
@@ -44,13 +50,28 @@ SHOWN = {
 
 
 def load_student(path: Path, device: Any) -> tuple[Any, Path]:
-    """A model and the folder of its tokenizer, from a Hugging Face folder or a checkpoint of a run."""
+    """A model and the folder of its tokenizer, from a Hugging Face folder, a finished run or a checkpoint of one.
+
+    Raises:
+        UsageError: it is none of them, or a run without its end.
+    """
     import fiddle as fdl
 
+    from kd_core.errors import UsageError
     from kd_core.students.starts import Pretrained, build
     from kd_core.training import checkpoint
+    from kd_core.training.run_folder import RunFolder
     from launchers.config_items import load_record
 
+    run = RunFolder(path)
+    if run.attempts():
+        if not run.is_finished:
+            newest = checkpoint.newest(run.checkpoints)
+            raise UsageError(
+                f"{path}: a run that is not finished. "
+                + (f"Name a checkpoint: --student={newest}." if newest else "It has no checkpoint yet.")
+            )
+        path = run.export
     if not (path / "progress.json").exists():
         return build(Pretrained(str(path)), device, seed=0), path
     start: Any = fdl.build(load_record(path / "config.json").student)
@@ -60,9 +81,13 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
 
 
 def measure_model(
-    model: Any, tokenizer_folder: Path, cache: Path | str, precision: str, world: Any
-) -> dict[str, float]:
-    """The numbers of `SHOWN` for a model in memory."""
+    model: Any, tokenizer_folder: Path, caches: Sequence[str], precision: str, world: Any, metrics: Sequence[Any] = ()
+) -> dict[str, dict[str, float]]:
+    """By cache, the numbers of `SHOWN`, and of a user's metrics by their names, for a model in memory.
+
+    Raises:
+        UsageError: a cache that cannot be read or is of another vocabulary, before any is measured.
+    """
     from data.stream.collate import Collate
     from data.stream.source import Shards
     from data.stream.stream import all_batches
@@ -72,14 +97,46 @@ def measure_model(
     from kd_core.parallel.plan import Parallel
     from kd_core.training.evaluation import Asked, evaluate
 
-    shards, tokenizer = Shards(str(cache)), Tokenizer(tokenizer_folder)
-    shards.check(model.arch.vocab_size, tokenizer.fingerprint())
-    parallel, collate = Parallel(precision=precision), Collate(shards.manifest.row_length)
-    share = {"rank": world.rank, "ranks": world.size}
-    batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
-    asked = Asked(Objective({"sft": CrossEntropy()}), token_bytes=tokenizer.byte_lengths())
-    found = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
-    return {name: found[f"val/{name}"] for name in SHOWN if f"val/{name}" in found}
+    opened, tokenizer = {cache: Shards(cache) for cache in caches}, Tokenizer(tokenizer_folder)
+    for shards in opened.values():
+        shards.check(model.arch.vocab_size, tokenizer.fingerprint())
+    parallel = Parallel(precision=precision)
+    asked = Asked(Objective({"sft": CrossEntropy()}), metrics, tokenizer.byte_lengths())
+
+    def measured(shards: Shards) -> dict[str, float]:
+        collate = Collate(shards.manifest.row_length)
+        share = {"rank": world.rank, "ranks": world.size}
+        batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
+        found = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
+        names = [*SHOWN, *(metric.__name__ for metric in metrics)]
+        return {name: found[f"val/{name}"] for name in names if f"val/{name}" in found}
+
+    return {cache: measured(shards) for cache, shards in opened.items()}
+
+
+def _user_metrics() -> list[Any]:
+    from launchers import user_code
+
+    wanted = "FILE.py:NAME"
+    return [
+        user_code.function_of(Path(text.rpartition(":")[0]), text.rpartition(":")[2], f"--metric={text}", wanted)
+        for text in METRIC.value
+    ]
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A row a number, a column a cache; the caches' names where there are several."""
+    from launchers.sweeping.tables import aligned
+
+    def cell(name: str, numbers: Mapping[str, float]) -> str:
+        return "" if name not in numbers else f"{numbers[name]:.0f}" if name == "tokens" else f"{numbers[name]:.5f}"
+
+    known = {name for numbers in found.values() for name in numbers}
+    names = [name for name in SHOWN if name in known] + sorted(known - SHOWN.keys())
+    rows = [[SHOWN.get(name, name), *(cell(name, numbers) for numbers in found.values())] for name in names]
+    if len(found) == 1:
+        return aligned(["", ""], rows).split("\n", 1)[1]
+    return aligned(["", *found], rows)
 
 
 def main() -> None:
@@ -87,18 +144,15 @@ def main() -> None:
     from kd_core.errors import UsageError
     from kd_core.parallel.mesh import joined_world
 
-    if STUDENT.value is None or CACHE.value is None:
+    if STUDENT.value is None or not CACHE.value:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
+    metrics = _user_metrics()
     with joined_world() as world:
         model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
-        found = measure_model(model, tokenizer_folder, CACHE.value, PRECISION.value, world)
-    if not world.is_first:
-        return
-    if JSON.value:
-        print(json.dumps(found))
-        return
-    for name, words in ((name, words) for name, words in SHOWN.items() if name in found):
-        print(f"{words:<48} {found[name]:>12.5f}" if name != "tokens" else f"{words:<48} {found[name]:>12.0f}")
+        caches = list(dict.fromkeys(CACHE.value))
+        found = measure_model(model, tokenizer_folder, caches, PRECISION.value, world, metrics)
+    if world.is_first:
+        print((json.dumps(found if len(found) > 1 else found[caches[0]])) if JSON.value else table(found))
 
 
 if __name__ == "__main__":

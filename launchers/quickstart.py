@@ -131,7 +131,7 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     with joined_world() as world:
         for name, start in starts.items():
             model = build(start, world.device, seed=0)
-            numbers = measure_model(model, Path(start.folder), cache, "float32", world)
+            (numbers,) = measure_model(model, Path(start.folder), [str(cache)], "float32", world).values()
             said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
             report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})
     return report

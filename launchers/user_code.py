@@ -1,6 +1,7 @@
 """Functions of experiment files, imported and called so that a mistake in one is a message with its file and line."""
 
 import functools
+import importlib.util
 import inspect
 import re
 import traceback
@@ -90,6 +91,25 @@ def call(entry: Entry, arguments: dict[str, Any], said: str, *args: Any) -> Any:
 def load(entry: Entry, said: str) -> Any:
     """Import it; errors as in `call`."""
     return guarded(entry.load, said)
+
+
+def function_of(path: Path, name: str, said: str, wanted: str) -> Any:
+    """A function of any file, which is imported; `wanted` says what could have been named.
+
+    Raises:
+        UsageError: there is none (names the nearest), or the file cannot be imported.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UsageError(f"{said}: {path} is no Python file. Wanted {wanted}.")
+    module, loader = importlib.util.module_from_spec(spec), spec.loader
+    guarded(lambda: loader.exec_module(module), said, str(spec.origin))
+    functions = {
+        key: each for key, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == path.stem
+    }
+    if name not in functions:
+        raise UsageError(f"{said}: no function {name!r} there. {did_you_mean(name, functions)}")
+    return functions[name]
 
 
 def of(function: Callable[..., R], said: str, *args: Any) -> R:

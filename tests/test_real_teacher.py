@@ -58,5 +58,5 @@ def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> No
             log_probs = torch.log_softmax(theirs(ids[:, :-1]).logits.double(), dim=-1)
         nll -= log_probs.gather(2, ids[:, 1:, None]).sum().item()
     ours = build(Pretrained(str(EXPORT)), torch.device("cpu"), seed=0)
-    found = measure_model(ours, EXPORT, CACHE, "float32", World())
+    (found,) = measure_model(ours, EXPORT, [str(CACHE)], "float32", World()).values()
     assert found["nll"] == pytest.approx(nll / manifest.positions, abs=1e-3)

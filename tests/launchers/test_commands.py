@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.stream.source import Shards
@@ -18,6 +19,7 @@ from kd_core.files import owned
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
+from launchers.evaluate import load_student
 from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
 from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
@@ -113,12 +115,21 @@ def test_more_ranks_give_the_same_losses(tiny: Tiny, whole_run: Path, tmp_path: 
 
 def test_evaluate_gives_the_runs_last_validation_and_reads_checkpoints(tiny: Tiny, whole_run: Path) -> None:
     wanted = values(whole_run)[-1]
-    for student in (whole_run / "export", whole_run / "checkpoints" / "step_00000010"):
+    for student in (whole_run, whole_run / "export", whole_run / "checkpoints" / "step_00000010"):
         done = run("launchers.evaluate", f"--student={student}", f"--cache={tiny.validation}", "--json")
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["nll"] == pytest.approx(wanted["val/nll"], rel=1e-6)
         assert found["kl"] == pytest.approx(wanted["val/kl"], rel=1e-6)
+
+
+def test_evaluate_says_of_a_run_without_its_end_which_checkpoint_there_is(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run / "attempts", tmp_path / "run" / "attempts")
+    with pytest.raises(UsageError, match="is not finished. It has no checkpoint yet"):
+        load_student(tmp_path / "run", torch.device("cpu"))
+    (tmp_path / "run" / "checkpoints").symlink_to(whole_run / "checkpoints")
+    with pytest.raises(UsageError, match=r"Name a checkpoint: --student=.*step_00000010\."):
+        load_student(tmp_path / "run", torch.device("cpu"))
 
 
 def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_adapters_learn_and_are_exported_merged_and_alone(tiny: Tiny, adapted_ru
     assert numbers[-1]["val/kl"] < numbers[0]["val/kl"]
     for at in (adapted_run / "checkpoints" / "step_00000008", adapted_run / "export"):
         model, tokenizer = load_student(at, torch.device("cpu"))
-        found = measure_model(model, tokenizer, tiny.validation, "float32", World())
+        (found,) = measure_model(model, tokenizer, [str(tiny.validation)], "float32", World()).values()
         assert found["kl"] == pytest.approx(numbers[-1]["val/kl"], abs=1e-5)
 
     # The base of the adapter is the teacher's layers 0 and 3, frozen: PEFT on it gives the merged folder's logits.

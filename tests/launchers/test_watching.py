@@ -1,6 +1,7 @@
 """What a run lets a person see, by its command."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from kd_core.training.metrics import read_metrics
+from launchers.evaluate import table
 from tests.launchers.command import ROOT, configs, run
 from tests.tiny import Tiny
 
@@ -90,7 +92,7 @@ def test_a_prompt_without_a_token_is_refused(tiny: Tiny, tmp_path: Path) -> None
 def test_evaluate_prints_a_table_of_all(tiny: Tiny) -> None:
     done = run("launchers.evaluate", f"--student={tiny.teacher}", f"--cache={tiny.validation}")
     assert done.returncode == 0, done.stderr
-    rows = {line[:48].strip(): float(line[48:]) for line in done.stdout.splitlines()}
+    rows = {words: float(number) for words, number in (re.split(r"  +", line) for line in done.stdout.splitlines())}
     assert rows["likeliest token is the teacher's"] == rows["likeliest token is among the teacher's five"] == 1
     assert rows["KL(student‖teacher), nats per token"] < 1e-3
     assert {
@@ -99,6 +101,30 @@ def test_evaluate_prints_a_table_of_all(tiny: Tiny) -> None:
         "expected calibration error",
         "temperature that would mend it",
     } <= rows.keys()
+
+
+def test_evaluate_measures_on_several_caches_and_with_a_users_metric(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def surprise(view):\n    return -view.student_label\n\ndef wrong(view):\n    return 1.0\n")
+    caches = (f"--cache={tiny.validation}", f"--cache={tiny.train}")
+    done = run("launchers.evaluate", f"--student={tiny.teacher}", *caches, f"--metric={file}:surprise", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == [str(tiny.validation), str(tiny.train)]
+    for numbers in found.values():
+        assert numbers["surprise"] == pytest.approx(numbers["nll"], rel=1e-6)
+        assert numbers["nll"] == pytest.approx(numbers["teacher_nll"], abs=2e-3)  # but for the codec
+    head, *lines = table(found).splitlines()
+    assert head.split() == list(found)
+    assert lines[0].split()[-2:] == [f"{numbers['nll']:.5f}" for numbers in found.values()]
+    assert lines[-1].split()[0] == "surprise"
+    for metric, said in {
+        "surprize": "no function 'surprize' there. Did you mean 'surprise'?",
+        "wrong": "evaluation.metrics: wrong gave float of",
+    }.items():
+        done = run("launchers.evaluate", f"--student={tiny.teacher}", caches[0], f"--metric={file}:{metric}")
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def labels_of(text: str, tokenizer: Tokenizer) -> Tensor:
