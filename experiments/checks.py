@@ -1,6 +1,7 @@
 """What an experiment's parts must be to each other, checked before anything is trained; each failure is one message."""
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,11 @@ from data.stream.location import Location
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
-from kd_core.losses.objective import CacheFacts
+from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
 from kd_core.students.decoder import Decoder
-from kd_core.training.evaluation import metric_names
+from kd_core.training.evaluation import Metric, metric_names
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -50,16 +51,24 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
             )
 
 
+def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Iterable[Shards]) -> None:
+    """A user's metric has a name that no other number has.
+
+    Raises:
+        UsageError: it has one that is there already.
+    """
+    own = [metric.__name__ for metric in metrics]
+    taken = {name.removeprefix("val/") for shards in caches for name in metric_names(loss, cache_facts(shards))}
+    if doubles := sorted({name for name in own if name in taken or own.count(name) > 1}):
+        raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: there is a number of this name. Rename it.")
+
+
 def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
     evaluation = experiment.evaluation
     for prompt, ids in zip(evaluation.prompts, tokenizer.encode(evaluation.prompts), strict=True):
         if not ids:
             raise UsageError(f"evaluation.prompts: {prompt!r} has no token. Begin with a word.")
-    facts = [cache_facts(shards) for shards in experiment.held_out_caches().values()]
-    own = [metric.__name__ for metric in evaluation.metrics]
-    taken = {name.removeprefix("val/") for each in facts for name in metric_names(experiment.loss, each)}
-    if doubles := sorted({name for name in own if name in taken or own.count(name) > 1}):
-        raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: there is a number of this name. Rename it.")
+    refuse_taken_names(evaluation.metrics, experiment.loss, experiment.held_out_caches().values())
     known = experiment.validation_metrics()
     if (best := experiment.checkpoint.best_metric) not in known:
         raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")

@@ -92,7 +92,7 @@ def measure_model(
     from data.stream.source import Shards
     from data.stream.stream import all_batches
     from data.tokenizer import Tokenizer
-    from experiments.checks import cache_facts
+    from experiments.checks import cache_facts, refuse_taken_names
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.plan import Parallel
     from kd_core.training.evaluation import Asked, evaluate
@@ -100,8 +100,9 @@ def measure_model(
     opened, tokenizer = {cache: Shards(cache) for cache in caches}, Tokenizer(tokenizer_folder)
     for shards in opened.values():
         shards.check(model.arch.vocab_size, tokenizer.fingerprint())
-    parallel = Parallel(precision=precision)
-    asked = Asked(Objective({"sft": CrossEntropy()}), metrics, tokenizer.byte_lengths())
+    parallel, objective = Parallel(precision=precision), Objective({"sft": CrossEntropy()})
+    refuse_taken_names(metrics, objective, opened.values())
+    asked = Asked(objective, metrics, tokenizer.byte_lengths())
 
     def measured(shards: Shards) -> dict[str, float]:
         collate = Collate(shards.manifest.row_length)
