@@ -51,6 +51,15 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
             )
 
 
+def _warn_of_training_data(experiment: "Experiment") -> None:
+    """Validation on what is trained on measures memory."""
+    trained = {shards.path: where for where, shards in experiment.training_caches().items()}
+    for where, shards in experiment.held_out_caches().items():
+        if shards.path in trained:
+            log.warning("%s.path is %s.path, %s: validation on what is trained on tells what is learnt by heart.",
+                        where, trained[shards.path], shards.path)  # fmt: skip
+
+
 def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Iterable[Shards]) -> None:
     """A user's metric has a name that no other number has.
 
@@ -94,6 +103,7 @@ def check(experiment: "Experiment") -> None:
     for shards in experiment.training_caches().values():
         experiment.loss.check_cache(cache_facts(shards))
     _check_evaluation(experiment, tokenizer)
+    _warn_of_training_data(experiment)
 
 
 def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict[str, str]:

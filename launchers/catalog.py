@@ -6,8 +6,10 @@ sweep's (`Sweep`); a fiddler takes such a config as its first parameter and retu
 """
 
 import ast
+import contextlib
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +40,10 @@ class Entry:
 
 
 def _kind(annotation: ast.expr | None) -> str:
-    text = ast.unparse(annotation) if annotation else ""
-    return SWEEP if text == SWEEP else text[11:-1] if text.startswith("fdl.Config[") else ""
+    """`Experiment` of `fdl.Config[Experiment]`, `Sweep` of `Sweep`, whatever module stands before a name, or quotes."""
+    text = ast.unparse(annotation).strip("'") if annotation else ""
+    config = re.fullmatch(r"(?:\w+\.)*Config\[(?:\w+\.)*(\w+)\]", text)
+    return config[1] if config else SWEEP if text.rpartition(".")[2] == SWEEP else ""
 
 
 def _entry(node: ast.stmt, module: str) -> Entry | None:
@@ -58,6 +62,10 @@ def _entry(node: ast.stmt, module: str) -> Entry | None:
     return None
 
 
+def _parsed(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text(), str(path)).body
+
+
 def _read() -> tuple[list[Entry], list[str]]:
     """All entries by module and place in it; and what is wrong with files that cannot be read."""
     found: list[Entry] = []
@@ -65,7 +73,7 @@ def _read() -> tuple[list[Entry], list[str]]:
     for path in sorted(FOLDER.rglob("*.py")):
         module = ".".join(["experiments", *path.relative_to(FOLDER).with_suffix("").parts])
         try:
-            nodes = ast.parse(path.read_text(), str(path)).body
+            nodes = _parsed(path)
         except (SyntaxError, ValueError) as error:
             at = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
             what = error.msg if isinstance(error, SyntaxError) else error
@@ -112,8 +120,23 @@ def find(name: str, kind: str, takes: str = "", said: str = "") -> Entry:
     if other is not None:
         why = _not_here(other)
     else:
-        why = " ".join([*broken, did_you_mean(name, (entry.name for entry in known))])
+        why = _says_no_kind(name, kind) or " ".join([*broken, did_you_mean(name, (entry.name for entry in known))])
     raise UsageError(f"{item}: no such {WORDS.get(kind, (kind.lower(),))[0]} in experiments/. {why}")
+
+
+def _says_no_kind(name: str, kind: str) -> str:
+    """Where a function of that name stands that does not say what it gives; else nothing."""
+    gives = {SWEEP: "Sweep", FIDDLER: "None, and a first parameter of fdl.Config[…]"}.get(kind, f"fdl.Config[{kind}]")
+    for path in sorted(FOLDER.rglob("*.py")):
+        with contextlib.suppress(SyntaxError, ValueError):
+            for node in _parsed(path):
+                if isinstance(node, ast.FunctionDef) and node.name == name and kind != TAG:
+                    said = ast.unparse(node.returns) if node.returns else "nothing"
+                    return (
+                        f"{path.relative_to(FOLDER.parent)}:{node.lineno} has a function {name} that is annotated to "
+                        f"return {said}; wanted -> {gives}."
+                    )
+    return ""
 
 
 def _not_here(entry: Entry) -> str:

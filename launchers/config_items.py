@@ -112,7 +112,7 @@ def _first(item: str, kind: str) -> Resolved:
     if _is_change(item):
         raise UsageError(f"--config={item}: the first --config must name an experiment (--list shows them).")
     name, arguments = _parse_call(item.removeprefix("config:"), item)
-    return Resolved(user_code.call(find(name, kind), arguments, f"--config={item}"), name)
+    return Resolved(user_code.config_of(find(name, kind), arguments, f"--config={item}"), name)
 
 
 def _leaves(config: fdl.Config[Any]) -> dict[str, Place]:

@@ -19,7 +19,7 @@ from launchers.values import is_of_type, short_path, shown_type, walk
 R = TypeVar("R")
 
 
-def _place(error: Exception, file: str) -> tuple[str, dict[str, Any]]:
+def _place(error: BaseException, file: str) -> tuple[str, dict[str, Any]]:
     """File and line of the innermost frame that is in `file` or in experiments/, and what its names stand for."""
     frames = [
         (frame, line)
@@ -34,9 +34,14 @@ def _place(error: Exception, file: str) -> tuple[str, dict[str, Any]]:
 
 def _hint(error: Exception, names: dict[str, Any]) -> str:
     """The nearest name among those of the configs that the failing line had at hand."""
-    if not isinstance(error, (AttributeError, KeyError)):
+    if of_dict := re.fullmatch(r"'dict' object has no attribute '(\w+)'", str(error)):
+        return f"It is a dictionary: [{of_dict[1]!r}]."
+    if isinstance(error, TypeError):
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    elif isinstance(error, (AttributeError, KeyError)):
+        wrong = re.search(r"'(\w+)'", str(error))
+    else:
         return ""
-    wrong = re.search(r"'(\w+)'", str(error))
     configs = [value for value in names.values() if isinstance(value, fdl.Buildable)]
     known = {place.name for config in configs for place in walk(config)}
     return nearest(wrong[1], known) if wrong else ""
@@ -50,6 +55,9 @@ def guarded(work: Callable[[], R], said: str, file: str = "") -> R:
     """
     try:
         return work()
+    except SystemExit as error:
+        where, _ = _place(error, file)
+        raise UsageError(f"{said}: {where}ended the program ({error.code}).") from error
     except UsageError as error:
         where, _ = _place(error, file)
         raise UsageError(f"{said}: {where}{error}") from error
@@ -86,6 +94,29 @@ def call(entry: Entry, arguments: dict[str, Any], said: str, *args: Any) -> Any:
     function = guarded(entry.load, said)
     _check_arguments(function, arguments, len(args), said)
     return guarded(lambda: function(*args, **arguments), said)
+
+
+def config_of(entry: Entry, arguments: dict[str, Any], said: str) -> fdl.Config[Any]:
+    """The config that a base function returns, of the kind that its annotation says; errors as in `call`."""
+    found: Any = call(entry, arguments, said)
+    got = _what(found)
+    if got != f"fdl.Config[{entry.kind}]":
+        code = entry.load().__code__
+        raise UsageError(
+            f"{said}: {short_path(code.co_filename)}:{code.co_firstlineno}: {entry.name} returned {got}, wanted "
+            f"fdl.Config[{entry.kind}]." + (" Is there no `return config` at its end?" if found is None else "")
+        )
+    return found
+
+
+def _what(value: Any) -> str:
+    """A value by its kind, as a message shows it."""
+    if isinstance(value, fdl.Config):
+        made: Any = fdl.get_callable(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return f"fdl.Config[{made.__name__}]"
+    if value is None:
+        return "None"
+    return f"the function {value.__name__}" if inspect.isfunction(value) else f"an object of {type(value).__name__}"
 
 
 def load(entry: Entry, said: str) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
+from fiddle.experimental import serialization
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from kd_core.errors import UsageError
@@ -197,6 +198,23 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None
     place.put(_fitted(value, place.wanted, said, value))
 
 
+def _refuse_what_no_record_holds(place: Place) -> None:
+    """An object that stands where its config should, or a function without a name of its own."""
+    if place.is_part:
+        return
+    try:
+        serialization.dump_json(fdl.Config(dict, value=place.value))
+    except Exception as error:
+        values = place.value if isinstance(place.value, (tuple, list)) else [place.value]
+        if any(callable(value) for value in values):
+            wanted = "functions that stand in a file of experiments/ under names of their own"
+        else:
+            wanted = f"its config, fdl.Config({type(place.value).__name__}, …)"
+        raise UsageError(
+            f"{place.set_at()}: {place.path}: got {place.value!r}, which no record of a run can hold; wanted {wanted}."
+        ) from error
+
+
 def check_values(config: fdl.Config[Any]) -> None:
     """Refuse values of another type than the annotation, and values that nobody has set.
 
@@ -206,7 +224,10 @@ def check_values(config: fdl.Config[Any]) -> None:
     for place in walk(config):
         if place.value is fdl.NO_VALUE:
             raise UsageError(f"{place.path}: not set, and has no default; wanted {shown_type(place.wanted)}. Set it.")
-        if not place.is_set or isinstance(place.value, dict) or is_of_type(place.value, place.wanted):
+        if not place.is_set or isinstance(place.value, dict):
+            continue
+        if is_of_type(place.value, place.wanted):
+            _refuse_what_no_record_holds(place)
             continue
         made = fdl.get_callable(place.value).__name__ if place.is_part else repr(place.value)
         raise UsageError(f"{place.set_at()}: {place.path}: got {made}, wanted {shown_type(place.wanted)}.")

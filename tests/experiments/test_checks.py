@@ -79,6 +79,13 @@ def test_settings_that_are_read_are_not(tiny: Tiny, items: list[str]) -> None:
     assert _experiment(tiny, *items).unused() == []
 
 
+def test_validation_on_what_is_trained_on_is_warned_of(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    _experiment(tiny).check()
+    assert not caplog.records
+    _experiment(tiny, f"evaluation.shards.path={tiny.train}").check()
+    assert f"evaluation.shards.path is shards.path, {tiny.train}: validation on what is trained on" in caplog.text
+
+
 @pytest.mark.parametrize(("rows", "ranks", "message"), [(3, 4, "1 of them are idle"), (5, 2, "some wait"), (4, 2, "")])
 def test_ranks_without_rows_are_warned_of(
     rows: int, ranks: int, message: str, caplog: pytest.LogCaptureFixture

@@ -94,6 +94,18 @@ IN_A_FILE = {
     "an error of its own": ("config.steps = 1 // 0", "experiments/user_file.py:13: ZeroDivisionError: "),
     "an import that fails": ("import kd_core.loses", "user_file.py:13: ModuleNotFoundError: No module named "
                              "'kd_core.loses'"),
+    "a term as an attribute": ("config.loss.terms.kd.weight = 1.0", "user_file.py:13: AttributeError: 'dict' object "
+                               "has no attribute 'kd' It is a dictionary: ['kd']."),
+    "an argument of a part": ('config.loss.terms["kd"] = fdl.Config(WarmupCosine, warmup=1)', "unexpected keyword "
+                              "argument 'warmup' Did you mean 'warmup_steps'?"),
+    "an object for its config": ("config.optimizer = config.optimizer.__fn_or_cls__()", "user_file.py:13: optimizer: "
+                                 "got AdamW(lr=0.0004"),
+    "a function without a name": ("config.evaluation.metrics = (lambda view: view.student_label,)", "user_file.py:13: "
+                                  "evaluation.metrics: got (<function mine.<locals>.<lambda>"),
+    "nothing returned": ("config = None", "experiments/user_file.py:9: mine returned None, wanted "
+                         "fdl.Config[Experiment]. Is there no `return config` at its end?"),
+    "a part returned": ("config = config.loss", "mine returned fdl.Config[Objective], wanted fdl.Config[Experiment]."),
+    "an end of its own": ("raise SystemExit(3)", "experiments/user_file.py:13: ended the program (3)."),
     "a parenthesis": ("config.steps = (3", "experiments/user_file.py:13 cannot be read: '(' was never closed."),
 }  # fmt: skip
 
@@ -128,6 +140,24 @@ def test_a_mistake_in_an_experiment_file(
 ) -> None:
     _write(user_folder, line)
     assert wanted in _message(["mine"], capsys)
+
+
+@pytest.mark.parametrize("annotation", ["", " -> Experiment"])
+def test_a_function_that_does_not_say_what_it_gives(
+    user_folder: Path, annotation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = FILE.replace("{line}", "pass").replace(" -> fdl.Config[Experiment]", annotation)
+    (user_folder / "user_file.py").write_text(text)
+    given = annotation.removeprefix(" -> ") or "nothing"
+    said = f"experiments/user_file.py:9 has a function mine that is annotated to return {given}; wanted -> fdl.Config["
+    assert said in _message(["mine"], capsys)
+
+
+@pytest.mark.parametrize("annotation", ["fiddle.Config[Experiment]", "'fdl.Config[Experiment]'", "Config[Experiment]"])
+def test_an_annotation_may_be_written_in_other_ways(user_folder: Path, annotation: str) -> None:
+    text = FILE.replace("{line}", "pass").replace("fdl.Config[Experiment]", annotation)
+    (user_folder / "user_file.py").write_text(text)  # is read as text; imports do not matter
+    assert "mine" in {entry.name for entry in catalog.entries() if entry.kind == "Experiment"}
 
 
 def test_a_users_file_is_found_and_its_values_name_its_lines(user_folder: Path) -> None:
