@@ -77,9 +77,17 @@ class Draft:
 
 
 class Sweep:
-    """Points of one or several experiments, in order."""
+    """Points of one or several experiments, in order.
+
+    Raises:
+        UsageError: what is given, crossed or joined is of another kind.
+    """
 
     def __init__(self, *bases: Base) -> None:
+        for base in bases:
+            if not callable(base) or isinstance(base, fdl.Buildable):
+                kind = f"a {type(base).__name__}"
+                raise UsageError(f"Sweep: got {kind}; wanted experiments' functions, not called: Sweep(quickstart).")
         self.drafts = tuple(Draft(base, {}) for base in bases)
 
     @classmethod
@@ -91,9 +99,15 @@ class Sweep:
     def __mul__(self, other: Axis | Filter) -> "Sweep":
         if isinstance(other, Filter):
             return self._of(draft for draft in self.drafts if draft.passes(other.keep))
+        if not isinstance(other, Axis):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(
+                f"Sweep * {other!r}: wanted an axis (grid, zipped, tied, random, fiddled, seeds) or where(…)."
+            )
         return self._of(draft.with_choice(choice) for draft in self.drafts for choice in other.choices)
 
     def __add__(self, other: "Sweep") -> "Sweep":
+        if not isinstance(other, Sweep):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"Sweep + {type(other).__name__}: wanted another Sweep; an axis is crossed with *.")
         return self._of((*self.drafts, *other.drafts))
 
     def __len__(self) -> int:
@@ -104,8 +118,7 @@ class Sweep:
 
 
 def _values(values: Iterable[Any], said: str) -> list[Any]:
-    listed = list(values)
-    if isinstance(values, str) or not listed:
+    if isinstance(values, str) or not isinstance(values, Iterable) or not (listed := list(values)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"{said}: got {values!r}; wanted a list of at least one value.")
     return listed
 
@@ -179,11 +192,16 @@ def _three_digits(value: float) -> float:
 
 def seeds(n: int) -> Axis:
     """Seeds 0 to n − 1: the axis that result tables take means over."""
+    if not isinstance(n, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"seeds: got {n!r}; wanted how many, as seeds(3); for others: grid('seed', [7, 8]).")
     return grid("seed", range(n))
 
 
 def fiddled(*fiddlers: Callable[[Any], None] | None, name: str = "change") -> Axis:
     """The graph as each of the functions leaves it; None leaves it as it is. `name` heads the column."""
+    for fiddler in fiddlers:
+        if fiddler is not None and not callable(fiddler):
+            raise UsageError(f"fiddled: got {fiddler!r}; wanted functions that change a config, or None.")
     return Axis(tuple({FIDDLER + name: fiddler} for fiddler in _values(fiddlers, "fiddled")))
 
 

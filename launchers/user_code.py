@@ -19,12 +19,17 @@ from launchers.values import is_of_type, short_path, shown_type, walk
 R = TypeVar("R")
 
 
+def _is_experiments(path: Path) -> bool:
+    """A file that says what is run; the words for sweeps are none."""
+    return path.is_relative_to(FOLDER) and path != FOLDER / "sweep.py"
+
+
 def _place(error: BaseException, file: str) -> tuple[str, dict[str, Any]]:
-    """File and line of the innermost frame that is in `file` or in experiments/, and what its names stand for."""
+    """File and line of the innermost frame that is in `file` or an experiment's, and what its names stand for."""
     frames = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if frame.f_code.co_filename == file or Path(frame.f_code.co_filename).is_relative_to(FOLDER)
+        if frame.f_code.co_filename == file or _is_experiments(Path(frame.f_code.co_filename))
     ]
     if not frames:
         return "", {}
@@ -99,7 +104,7 @@ def call(entry: Entry, arguments: dict[str, Any], said: str, *args: Any) -> Any:
 def config_of(entry: Entry, arguments: dict[str, Any], said: str) -> fdl.Config[Any]:
     """The config that a base function returns, of the kind that its annotation says; errors as in `call`."""
     found: Any = call(entry, arguments, said)
-    got = _what(found)
+    got = shown_kind(found)
     if got != f"fdl.Config[{entry.kind}]":
         code = entry.load().__code__
         raise UsageError(
@@ -109,7 +114,7 @@ def config_of(entry: Entry, arguments: dict[str, Any], said: str) -> fdl.Config[
     return found
 
 
-def _what(value: Any) -> str:
+def shown_kind(value: Any) -> str:
     """A value by its kind, as a message shows it."""
     if isinstance(value, fdl.Config):
         made: Any = fdl.get_callable(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

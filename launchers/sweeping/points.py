@@ -102,9 +102,11 @@ def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     """All points, with `items` (`--config` items that are no experiments) applied to each.
 
     Raises:
-        UsageError: an unknown path, a value of another type, an override that hides a swept value or is hidden by one,
-            two points of the same graph, or no points.
+        UsageError: no sweep, an unknown path, a value of another type, an override that hides a swept value or is
+            hidden by one, two points of the same graph, or no points.
     """
+    if not isinstance(sweep, Sweep):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"--sweep={name}: returned {user_code.shown_kind(sweep)}, wanted a Sweep.")
     points: dict[str, Point] = {}
     for draft in sweep:
         point = _resolve(draft, items, name)
@@ -172,7 +174,7 @@ def _all_stand(config: fdl.Config[Any], values: Values, draft: Draft, name: str)
     """A function that is swept, or a part that is swept after its values, may have hidden what was set before."""
     for path, value in values.items():
         found = find(config, path, f"--sweep={name}").value
-        if found != value:
+        if found != value and found is not value:
             raise UsageError(
                 f"--sweep={name}: {path}={shown(value)} was hidden: a later choice of {draft.experiment} left "
                 f"{shown(found)} there. Sweep each value in one place."

@@ -1,7 +1,7 @@
 """The algebra of sweeps: which points there are, in which order, and what is refused."""
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -119,7 +119,14 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: Sweep(quickstart) * seeds(2) * tied(("x", "seed"), [1]), "seed would hide the swept seed"),
     (lambda: grid("a", []), "at least one value"),
     (lambda: grid("a", "renormalized"), "got 'renormalized'; wanted a list"),
+    (lambda: grid("a", cast(Any, 1e-3)), "got 0.001; wanted a list"),
     (lambda: seeds(0), "at least one value"),
+    (lambda: seeds(cast(Any, [1, 2])), r"seeds: got \[1, 2\]; wanted how many"),
+    (lambda: Sweep(cast(Any, quickstart())), r"Sweep: got a Config; wanted experiments' functions, not called"),
+    (lambda: Sweep(cast(Any, "quickstart")), r"Sweep: got a str; wanted"),
+    (lambda: Sweep(quickstart) * cast(Any, 3), r"Sweep \* 3: wanted an axis"),
+    (lambda: Sweep(quickstart) + cast(Any, seeds(2)), r"Sweep \+ Axis: wanted another Sweep"),
+    (lambda: fiddled(cast(Any, 3)), "fiddled: got 3; wanted functions"),
     (lambda: zipped({"a": [1, 2], "b": [1]}), r"got \[2, 1\] values; wanted as many"),
     (lambda: together(grid("a", [1]), grid("a", [2])), "more than once"),
     (lambda: random("a", uniform(0, 1), 0), "at least 1"),

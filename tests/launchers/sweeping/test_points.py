@@ -1,7 +1,7 @@
 """Sweeps resolved against their experiments: identities, names, and what is refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fiddle as fdl
 import pytest
@@ -169,6 +169,12 @@ def test_a_value_that_makes_no_sense_is_refused_when_built() -> None:
     with pytest.raises(UsageError, match="wanted one of") as caught:
         point.build()
     assert "Fiddle context" not in str(caught.value)
+
+
+def test_what_is_no_sweep_is_refused() -> None:
+    for wrong, got in ((None, "None"), ([quickstart], "an object of list"), (seeds(2), "an object of Axis")):
+        with pytest.raises(UsageError, match=f"--sweep=study: returned {got}, wanted a Sweep"):
+            resolve(cast(Any, wrong), [], "study")
 
 
 def test_sweeps_are_found_by_name_and_in_files(tmp_path: Path) -> None:
