@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from data.stream.location import Location
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
+from experiments.identity import student_folders
 from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
 from kd_core.students.decoder import Decoder
-from kd_core.training.evaluation import Metric, metric_names
+from kd_core.training.evaluation import HIGHER_IS_BETTER, LOWER_IS_BETTER, Metric, metric_names
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -30,7 +31,7 @@ def cache_facts(shards: Shards) -> CacheFacts:
 
 def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
     """All that is missing at once, so that it is made at once."""
-    wanted = {"student.folder": (experiment.student.folder, "a Hugging Face folder")}
+    wanted = {where: (folder, "a Hugging Face folder") for where, folder in student_folders(experiment.student).items()}
     for where, shards in caches.items():
         if not Location(shards.path).remote:
             wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
@@ -81,6 +82,10 @@ def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
     known = experiment.validation_metrics()
     if (best := experiment.checkpoint.best_metric) not in known:
         raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
+    mode = experiment.checkpoint.best_mode
+    right = "max" if best.endswith(HIGHER_IS_BETTER) else "min" if best.endswith(LOWER_IS_BETTER) else mode
+    if mode != right:
+        raise UsageError(f"checkpoint.best_mode: got {mode} for {best}, which would keep the worst; wanted {right}.")
 
 
 def check(experiment: "Experiment") -> None:

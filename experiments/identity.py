@@ -1,8 +1,9 @@
 """What a run was made from, as hashes: by them a run that repeats another knows whether it reads the same."""
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_core.files import sha256
 
@@ -30,10 +31,24 @@ def model_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def student_folders(start: Any, where: str = "student") -> dict[str, str]:
+    """All folders that a start reads, by their paths in the experiment: its own, its base's, an adapter's."""
+    found: dict[str, str] = {}
+    for name in (field.name for field in fields(start)):
+        value = getattr(start, name)
+        if name == "base":
+            found |= student_folders(value, f"{where}.base")
+        elif name in ("folder", "adapter") and value is not None:
+            found[f"{where}.{name}"] = value
+    return found
+
+
 def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
     """Path and sha256 of all that is read: of a cache, of its manifest, which has those of all its files."""
-    student = experiment.student.folder
-    found = {"student.folder": {"path": student, "sha256": model_identity(Path(student))}}
+    found = {
+        where: {"path": folder, "sha256": model_identity(Path(folder))}
+        for where, folder in student_folders(experiment.student).items()
+    }
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     for where, shards in caches.items():
         digest = hashlib.sha256(shards.manifest.as_json().encode()).hexdigest()

@@ -6,13 +6,12 @@ from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import read_json
+from kd_core.training.evaluation import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder, read_settings
 
 Row = tuple[str, list[str]]
 ABSENT = "–"
-HIGHER_IS_BETTER = ("agreement", "acceptance")
-LOWER_IS_BETTER = ("loss", "nll", "kl", "cross_entropy")
 CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
 
 

@@ -9,6 +9,7 @@ record. The schedule and the random state are functions of the step, so they are
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -217,11 +218,12 @@ def _delete(folder: Path) -> None:
 
 
 def _metric(folder: Path) -> float | None:
-    """A checkpoint's metric; None also where its progress cannot be read, which `newest_whole` will say."""
+    """A checkpoint's metric; None where it is no number, or where `newest_whole` will say that nothing can be read."""
     try:
-        return read_progress(folder).metric
+        metric = read_progress(folder).metric
     except (UsageError, TypeError):
         return None
+    return None if metric is None or math.isnan(metric) else metric
 
 
 def keep_some(root: Path, policy: Checkpoint) -> None:

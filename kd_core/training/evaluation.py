@@ -4,8 +4,10 @@ batches ─► one fused pass ─► sums over positions, batches and ranks ─�
 """
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ from kd_core.types import Batch
 
 Metric = Callable[[SparseView], Tensor]
 """A user's: of n positions to a number (or a truth) each, [n]; their mean over scored positions is `val/NAME`."""
+HIGHER_IS_BETTER = ("agreement", "acceptance")
+LOWER_IS_BETTER = ("loss", "nll", "kl", "cross_entropy", "perplexity", "bits_per_byte", "ece")
+ADDED = "+"  # begins the names of terms that are no part of the objective, which may have terms of any other name
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,18 @@ class _Users(Term):
         """What the function gives.
 
         Raises:
-            UsageError: it is not one number a position.
+            UsageError: it fails, or is not one number a position.
         """
-        found = self.function(view)
+        try:
+            found = self.function(view)
+        except UsageError:
+            raise
+        except Exception as error:
+            where = " ".join(
+                f"{Path(frame.filename).name}:{frame.lineno}:" for frame in _frames_of(self.function, error)
+            )
+            name = self.function.__name__
+            raise UsageError(f"evaluation.metrics: {name}: {where} {type(error).__name__}: {error}") from error
         n = len(view.teacher_tail)
         if not isinstance(found, Tensor) or found.shape != (n,):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -68,6 +82,12 @@ class _Users(Term):
                 "number each, before any sum."
             )
         return found.detach().to(view.teacher_tail.dtype)
+
+
+def _frames_of(function: Metric, error: Exception) -> list[traceback.FrameSummary]:
+    """The innermost frame of the function's own file, where it has one."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1:]
 
 
 def standard_terms(cache: CacheFacts) -> dict[str, Term]:
@@ -93,10 +113,10 @@ def _measured(asked: Asked, cache: CacheFacts) -> tuple[Objective, list[str]]:
     and the names of both."""
     users = {metric.__name__: _Users(weight=0.0, function=metric) for metric in asked.metrics}
     added = {**standard_terms(cache), **users}
-    terms = {**asked.objective.fitting(cache), **added}
+    terms = {**asked.objective.fitting(cache), **{f"{ADDED}{name}": term for name, term in added.items()}}
     # Weights of terms that do not fit are gone, and those of the standard ones are 0: one must be more.
     if all(term.weight == 0 for term in terms.values()):
-        terms["nll"] = CrossEntropy()
+        terms[f"{ADDED}nll"] = CrossEntropy()
     observe = tuple(name for name in OBSERVED if not (cache.sampled and name == "top5_agreement"))
     return replace(asked.objective, terms=terms, observe=observe), list(added)
 
@@ -143,7 +163,7 @@ def _sums(
     let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
     for name in added:
-        sums[name] = sums.pop(f"{name}_loss")
+        sums[name] = sums.pop(f"{ADDED}{name}_loss")
     counted = world.sum_floats(own)
     tokens = counted.pop("tokens")
     if asked.token_bytes is None:
@@ -154,7 +174,7 @@ def _sums(
 def metric_names(objective: Objective, cache: CacheFacts, metrics: Sequence[Metric] = ()) -> set[str]:
     """Names of what `evaluate` returns where the bytes of tokens are known."""
     measured, added = _measured(Asked(objective, metrics), cache)
-    sums = {*measured.sum_names(), *added, "teacher_nll", "bytes"} - {f"{name}_loss" for name in added}
+    sums = {*measured.sum_names(), *added, "teacher_nll", "bytes"} - {f"{ADDED}{name}_loss" for name in added}
     return set(finished(dict.fromkeys(sums, 0.0), 1.0))
 
 

@@ -134,7 +134,7 @@ class _Run:
         """One optimiser step and its numbers."""
         recipe, started = self.recipe, time.perf_counter()
         self.pulse.enter(f"in forward and backward of step {step}")
-        torch.manual_seed(recipe.seed * 1_000_003 + step * 1_009 + self.world.dp_rank)
+        torch.manual_seed((recipe.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
         lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
         set_lr(self.optimizer, lr)
         done = replace(self.progress, step=step, rows=step * recipe.rows_per_step, metric=None)

@@ -29,6 +29,8 @@ REFUSED = {
     "steps too few": (["schedule.constant_steps=9"], "constant_steps 9 is more than steps 6"),
     "a step of half rows": (["tokens_per_step=48"], "multiple of collate.row_length 32"),
     "no such metric": (["checkpoint.best_metric=val/los"], "checkpoint.best_metric: got 'val/los'"),
+    "the worst kept": (["checkpoint.best_metric=val/top1_agreement"], "checkpoint.best_mode: got min .* wanted max"),
+    "the worst kept, too": (["checkpoint.best_mode=max"], "checkpoint.best_mode: got max for val/loss, .* wanted min"),
 }
 
 

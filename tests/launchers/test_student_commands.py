@@ -81,6 +81,11 @@ def test_adapters_learn_and_are_exported_merged_and_alone(tiny: Tiny, adapted_ru
         (found,) = measure_model(model, tokenizer, [str(tiny.validation)], "float32", World()).values()
         assert found["kl"] == pytest.approx(numbers[-1]["val/kl"], abs=1e-5)
 
+    again = fdl.build(
+        resolve([*_lora_items(tiny), f"student.adapter={adapted_run / 'export' / 'adapter'}"], "Experiment").config
+    )
+    assert {"student.base.folder", "student.adapter", "shards.path", "evaluation.shards.path"} == set(again.inputs())
+
     # The base of the adapter is the teacher's layers 0 and 3, frozen: PEFT on it gives the merged folder's logits.
     base = build(Pretrained(str(tiny.teacher), keep_layers=(0, 3)), torch.device("cpu"), seed=0)
     save_pretrained(base, tmp_path / "base", tiny.teacher)

@@ -105,7 +105,7 @@ def test_evaluate_prints_a_table_of_all(tiny: Tiny) -> None:
 
 def test_evaluate_measures_on_several_caches_and_with_a_users_metric(tiny: Tiny, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    functions = {"surprise": "-view.student_label", "wrong": "1.0", "nll": "1.0"}
+    functions = {"surprise": "-view.student_label", "wrong": "1.0", "nll": "1.0", "typo": "view.student_lable"}
     file.write_text("\n\n".join(f"def {name}(view):\n    return {value}" for name, value in functions.items()))
     caches = (f"--cache={tiny.validation}", f"--cache={tiny.train}")
     done = run("launchers.evaluate", f"--student={tiny.teacher}", *caches, f"--metric={file}:surprise", "--json")
@@ -122,6 +122,7 @@ def test_evaluate_measures_on_several_caches_and_with_a_users_metric(tiny: Tiny,
     for metric, said in {
         "surprize": "no function 'surprize' there. Did you mean 'surprise'?",
         "wrong": "evaluation.metrics: wrong gave float of",
+        "typo": "evaluation.metrics: typo: mine.py:11: AttributeError: 'SparseView' object has no attribute",
         "nll": "evaluation.metrics: nll: there is a number of this name. Rename it.",
     }.items():
         done = run("launchers.evaluate", f"--student={tiny.teacher}", caches[0], f"--metric={file}:{metric}")

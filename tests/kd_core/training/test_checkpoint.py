@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, mode: str, best: int) -> None:
-    for step, metric in [(1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)]:
+    for step, metric in [(0, math.nan), (1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)]:
         (tmp_path / f"step_{step:08d}").mkdir()
         write_json(tmp_path / f"step_{step:08d}" / "progress.json", vars(Progress(step, step, metric)))
     keep_some(tmp_path, Checkpoint(keep_newest=2, keep_best=1, best_mode=mode))

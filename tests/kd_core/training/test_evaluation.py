@@ -89,6 +89,21 @@ def test_every_number_is_the_oracles(tiny: Tiny) -> None:
     assert numbers["val/bits_per_byte"] == pytest.approx(wanted["nll"] * len(positions) / math.log(2) / size, rel=1e-5)
 
 
+def test_terms_may_have_the_names_of_what_is_always_measured(tiny: Tiny) -> None:
+    model, found = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records(), 4)
+    terms = {"one": Distillation(weight=0.7, divergence="reverse_kl"), "two": CrossEntropy(weight=3.0)}
+    same = Objective({"kl": terms["one"], "nll": terms["two"]}, chunk_tokens=7)
+    facts = CacheFacts(model.arch.vocab_size, 8)
+    asked = Asked(same, (surprise,)), Asked(Objective(terms, chunk_tokens=7))
+    named, other = (evaluate(model, found, facts, asked=each, parallel=FLOAT32, world=World()) for each in asked)
+    assert named["val/loss"] == pytest.approx(0.7 * other["val/reverse_kl"] + 3 * other["val/nll"], rel=1e-6)
+    assert named["val/kl_loss"] == pytest.approx(other["val/reverse_kl"], rel=1e-6)
+    assert {name: named[name] for name in ("val/kl", "val/nll")} == {
+        name: other[name] for name in ("val/kl", "val/nll")
+    }
+    assert metric_names(same, facts) - metric_names(asked[1].objective, facts) == {"val/kl_loss", "val/nll_loss"}
+
+
 def test_a_cache_of_few_entries_and_one_of_the_whole_vocabulary(tiny: Tiny) -> None:
     """`top_k` of 1 and of V: five likeliest of one; KLs without a tail."""
     model = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
