@@ -164,9 +164,14 @@ class Experiment:
         return unused_settings(self)
 
     def validation_metrics(self) -> set[str]:
-        """Names of the numbers that validation gives, known before anything runs."""
-        facts = map(checks.cache_facts, self.held_out_caches().values())
-        return set.intersection(*(metric_names(self.loss, each, self.evaluation.metrics) for each in facts))
+        """Names of the numbers that validation gives, known before anything runs: of the whole, and of each cache."""
+        source = self.evaluation.shards
+        names = [metric_names(self.loss, checks.cache_facts(part), self.evaluation.metrics) for part in source.parts]
+        found = set.intersection(*names)
+        if isinstance(source, Mixture) and len(names) > 1:
+            for cache, own in zip(sorted(source.caches), names, strict=True):
+                found |= {name.replace("val/", f"val/{cache}/") for name in own}
+        return found
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""

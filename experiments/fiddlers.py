@@ -2,6 +2,7 @@
 
 import fiddle as fdl
 
+from data.stream.source import Shards
 from experiments.bases import read
 from experiments.experiment import Experiment
 from kd_core.losses.objective import CrossEntropy, Distillation
@@ -11,8 +12,11 @@ from kd_core.training.schedule import WarmupCosine
 
 def cache(config: fdl.Config[Experiment], folder: str) -> None:
     """Train on `folder`/train and validate on `folder`/validation, as launchers.export_teacher writes them."""
-    config.shards = read(f"{folder}/train")
-    config.evaluation.shards.path = f"{folder}/validation"
+    for part, split in ((config, "train"), (config.evaluation, "validation")):
+        if fdl.get_callable(part.shards) is Shards:  # what is read of it stays
+            part.shards.path = f"{folder}/{split}"
+        else:
+            part.shards = read(f"{folder}/{split}")
 
 
 def short(config: fdl.Config[Experiment], steps: int = 2) -> None:

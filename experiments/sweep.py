@@ -48,7 +48,8 @@ class Draft:
     def experiment(self) -> str:
         """The base's name, with the arguments that it was given in advance."""
         if isinstance(self.base, functools.partial):
-            given = ", ".join(f"{name}={value!r}" for name, value in self.base.keywords.items())
+            named = (f"{name}={value!r}" for name, value in self.base.keywords.items())
+            given = ", ".join([*map(repr, self.base.args), *named])
             return f"{self.base.func.__name__}({given})"
         return self.base.__name__
 

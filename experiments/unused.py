@@ -61,6 +61,15 @@ def _of_the_rest(experiment: "Experiment") -> Iterator[str]:
     resets = (collate.reset_position_ids, collate.reset_attention_mask, collate.eod_mask_loss)
     if collate.eod_id is not None and not any(resets):
         yield f"collate.eod_id={collate.eod_id}: nothing restarts at it, and its loss counts"
+    if experiment.optimizer.on_non_finite == "stop" and _changed(experiment.optimizer, "max_skipped"):
+        yield f"optimizer.max_skipped={experiment.optimizer.max_skipped}: the first one stops (optimizer.on_non_finite)"
+    for name in ("best_metric", "best_mode"):
+        if not saved.keep_best and _changed(saved, name):
+            yield f"checkpoint.{name}={getattr(saved, name)}: no best is kept (checkpoint.keep_best=0)"
+    if not validated.prompts and _changed(validated, "continuation_tokens"):
+        yield f"evaluation.continuation_tokens={validated.continuation_tokens}: there are no evaluation.prompts"
+    if experiment.parallel.tensor_parallel == 1 and experiment.parallel.sequence_parallel:
+        yield "parallel.sequence_parallel=True: no ranks share a row (parallel.tensor_parallel=1)"
     together = math.lcm(saved.every, validated.every)
     if saved.keep_best and together > experiment.steps and saved.every < experiment.steps:
         yield (

@@ -34,7 +34,6 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     if FLAGS.list:
         print(catalog.listing(kind))
         return None
-    from kd_core.errors import UsageError
     from launchers import config_items
 
     if FLAGS.base and not FLAGS.diff:

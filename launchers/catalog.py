@@ -62,6 +62,12 @@ def _entry(node: ast.stmt, module: str) -> Entry | None:
     return None
 
 
+def _files() -> list[Path]:
+    """Files of experiments/, but for copies that an editor keeps in hidden folders."""
+    found = sorted(FOLDER.rglob("*.py"))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(FOLDER).parts)]
+
+
 def _parsed(path: Path) -> list[ast.stmt]:
     return ast.parse(path.read_text(), str(path)).body
 
@@ -70,7 +76,7 @@ def _read() -> tuple[list[Entry], list[str]]:
     """All entries by module and place in it; and what is wrong with files that cannot be read."""
     found: list[Entry] = []
     broken: list[str] = []
-    for path in sorted(FOLDER.rglob("*.py")):
+    for path in _files():
         module = ".".join(["experiments", *path.relative_to(FOLDER).with_suffix("").parts])
         try:
             nodes = _parsed(path)
@@ -127,7 +133,7 @@ def find(name: str, kind: str, takes: str = "", said: str = "") -> Entry:
 def _says_no_kind(name: str, kind: str) -> str:
     """Where a function of that name stands that does not say what it gives; else nothing."""
     gives = {SWEEP: "Sweep", FIDDLER: "None, and a first parameter of fdl.Config[…]"}.get(kind, f"fdl.Config[{kind}]")
-    for path in sorted(FOLDER.rglob("*.py")):
+    for path in _files():
         with contextlib.suppress(SyntaxError, ValueError):
             for node in _parsed(path):
                 if isinstance(node, ast.FunctionDef) and node.name == name and kind != TAG:

@@ -24,9 +24,8 @@ from fiddle.experimental import serialization
 from kd_core.errors import UsageError
 from launchers import user_code
 from launchers.catalog import FIDDLER, TAG, find, nearest
-from launchers.values import Place, check_values, parse_value, set_path, walk
+from launchers.values import OurPackagesOnly, Place, check_values, parse_value, set_path, walk
 
-OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
 BASE_PREFIXES = ("config:", "run:", "config_file:")
 CHANGE_PREFIXES = ("set:", "fiddler:", "tag:")
 
@@ -39,15 +38,6 @@ class Resolved:
     name: str
     set_by: dict[str, str] = field(default_factory=dict)
     repeats: Path | None = None
-
-
-class _OurPackagesOnly(serialization.DefaultPyrefPolicy):
-    """Loading a record imports what it names, so it may name our own classes and functions only."""
-
-    def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Whether the record may name it."""
-        del symbol
-        return f"{module}.".startswith(OUR_PACKAGES) or module in ("builtins", "fiddle._src.config")
 
 
 def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
@@ -74,7 +64,7 @@ def load_record(path: Path) -> fdl.Config[Any]:
         UsageError: missing, damaged, or naming code that is not ours.
     """
     try:
-        return serialization.load_json(path.read_text(), pyref_policy=_OurPackagesOnly())
+        return serialization.load_json(path.read_text(), pyref_policy=OurPackagesOnly())
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; wanted the config.json of a run.") from None
     except serialization.PyrefPolicyError as error:
@@ -119,14 +109,15 @@ def _leaves(config: fdl.Config[Any]) -> dict[str, Place]:
     return {place.path: place for place in walk(config)}
 
 
-def _shown(place: Place) -> str:
-    return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else _written(place.value)
+def shown(place: Place) -> str:
+    """A value as `config.txt` has it; of a part, what it makes."""
+    return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else written(place.value)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as text that is the same in every process: a function by its name."""
     if isinstance(value, tuple):
-        inner = [_written(each) for each in value]
+        inner = [written(each) for each in value]
         return f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
     return f"{value.__module__}.{value.__qualname__}" if inspect.isfunction(value) else repr(value)
 
@@ -134,10 +125,10 @@ def _written(value: Any) -> str:
 def _apply_fiddler(resolved: Resolved, item: str) -> None:
     kind = fdl.get_callable(resolved.config).__name__
     name, arguments = _parse_call(item.removeprefix("fiddler:"), item)
-    before = {path: _shown(place) for path, place in _leaves(resolved.config).items()}
+    before = {path: shown(place) for path, place in _leaves(resolved.config).items()}
     user_code.call(find(name, FIDDLER, kind), arguments, f"--config={item}", resolved.config)
     for path, place in _leaves(resolved.config).items():
-        if before.get(path) != _shown(place):
+        if before.get(path) != shown(place):
             resolved.set_by[path] = f"{place.set_at()}, --config={item}"
 
 
@@ -202,13 +193,13 @@ def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
 
 def _who(place: Place, set_by: dict[str, str]) -> str:
     tags = "".join(f", tag:{tag.name.rsplit('.', 1)[-1]}" for tag in place.tags)
-    return set_by.get(place.path, place.set_at()) + tags
+    return " ".join(set_by.get(place.path, place.set_at()).split()) + tags  # an item may have line breaks
 
 
 def describe(resolved: Resolved) -> str:
     """One line a leaf: path = value, and who set it."""
     lines = [
-        f"{place.path} = {_shown(place)}  # {_who(place, resolved.set_by)}"
+        f"{place.path} = {shown(place)}  # {_who(place, resolved.set_by)}"
         for place in walk(resolved.config)
         if not isinstance(place.value, dict)
     ]
@@ -217,12 +208,12 @@ def describe(resolved: Resolved) -> str:
 
 def differences(base: Resolved, changed: Resolved) -> str:
     """One line a leaf that is not the same in both: path = value, what it was, and who set it."""
-    was = {path: _shown(place) for path, place in _leaves(base.config).items()}
+    was = {path: shown(place) for path, place in _leaves(base.config).items()}
     now = _leaves(changed.config)
     lines = [
-        f"{path} = {_shown(place)}  (was {was.get(path, 'absent')})  # {_who(place, changed.set_by)}"
+        f"{path} = {shown(place)}  (was {was.get(path, 'absent')})  # {_who(place, changed.set_by)}"
         for path, place in now.items()
-        if not isinstance(place.value, dict) and was.get(path) != _shown(place)
+        if not isinstance(place.value, dict) and was.get(path) != shown(place)
     ]
     lines += [f"{path} is absent  (was {value})" for path, value in was.items() if path not in now]
     return "".join(f"{line}\n" for line in lines)

@@ -46,7 +46,10 @@ def main() -> None:
     vocab_size, tokenizer = VOCAB_SIZE.value or 0, UNKNOWN
     if MODEL.value is not None:
         folder = Path(MODEL.value)
-        vocab_size = int(read_json(folder / "config.json", "a Hugging Face model configuration")["vocab_size"])
+        config = read_json(folder / "config.json", "a Hugging Face model configuration")
+        if "vocab_size" not in config:
+            raise UsageError(f"{folder / 'config.json'}: no vocab_size there. Give --vocab_size in place of --model.")
+        vocab_size = int(config["vocab_size"])
         tokenizer = Tokenizer(folder).fingerprint()
     job = Conversion(kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0)
     manifest = convert(job, Path(out))

@@ -45,7 +45,7 @@ EXTEND = flags.DEFINE_bool(
 def _export(export: Any, out: Path) -> None:
     from data.export import export as steps
     from data.export.claim import claim, claim_growth
-    from data.export.growth import begin_growth, end_growth
+    from data.export.growth import end_growth, growth_of
     from data.export.plan import make_plans
     from kd_core.files import owned
     from kd_core.parallel.mesh import joined_world
@@ -54,7 +54,7 @@ def _export(export: Any, out: Path) -> None:
     with joined_world() as world, ExitStack() as stack:
         world.on_first(lambda: refuse_others(out, CACHES, "out"))
         world.on_first(lambda: stack.enter_context(owned(out)))
-        plans = world.on_first(lambda: make_plans(export, out, begin_growth(out) if EXTEND.value else None))
+        plans = world.on_first(lambda: make_plans(export, out, growth_of(out, begin=True) if EXTEND.value else None))
         take = claim_growth if EXTEND.value else claim
         wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
         if EXTEND.value and not plans:
@@ -87,9 +87,11 @@ def main() -> None:
 
     export: Any = fdl.build(resolved.config)
     if app.FLAGS.dry_run:
+        from data.export.growth import growth_of
         from data.export.plan import make_plans
 
-        for plan in make_plans(export, Path(OUT.value)):
+        growth = growth_of(Path(OUT.value), begin=False) if EXTEND.value else None
+        for plan in make_plans(export, Path(OUT.value), growth):
             positions = sum(window.positions for window in plan.windows)
             scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
             print(

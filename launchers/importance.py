@@ -42,7 +42,11 @@ def _documents(teacher: Path) -> Iterator[list[int]]:
         raise UsageError("wanted either --cache=DIR or --text=FILE.")
     tokenizer = Tokenizer(teacher)
     if TEXT.value is not None:
-        yield tokenizer.encode([Path(TEXT.value).read_text()])[0]
+        try:
+            text = Path(TEXT.value).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text={TEXT.value}: not UTF-8 text ({error}).") from None
+        yield tokenizer.encode([text])[0]
         return
     from data.cache.manifest import read_manifest
     from data.stream.shards import ShardReader

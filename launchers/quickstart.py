@@ -28,7 +28,7 @@ CORPUS = flags.DEFINE_string(
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to the training experiment, path=value.")
 RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
 FOLDER = flags.DEFINE_string("folder", "quickstart", "Folder for downloads, teacher, corpus and caches.")
-NPROC = flags.DEFINE_integer("nproc", 1, "Ranks that train (and export).")
+NPROC = flags.DEFINE_integer("nproc", 1, "Ranks that train (and export).", lower_bound=1)
 PROMPT = flags.DEFINE_string("prompt", "The state of our Union is", "What all three models continue.")
 PROMPT_TOKENS = 40
 
@@ -69,15 +69,13 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
 
 def _fetch_teacher(folder: Path) -> str:
     from data.export import sources
-    from data.export.huggingface import HUB, local_folder
+    from data.export.huggingface import local_folder
     from kd_core.files import new_folder
     from kd_core.students.gguf import convert_gguf
 
     target = folder / "teacher"
-    if TEACHER.value and Path(TEACHER.value).is_dir():
-        return TEACHER.value
     if TEACHER.value:
-        return str(local_folder(HUB + TEACHER.value))
+        return str(local_folder(TEACHER.value))
     if not target.is_dir():
         sources.fetch(sources.TEACHER, folder / "downloads", folder / "teacher_gguf")
         with new_folder(target) as partial:

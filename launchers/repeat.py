@@ -10,7 +10,7 @@ import fiddle as fdl
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.training.run_folder import UNKNOWN_COMMIT, RunFolder, read_settings
-from launchers.config_items import Resolved
+from launchers.config_items import Resolved, shown, written
 from launchers.values import walk
 
 DEFAULT = "default of "
@@ -40,15 +40,15 @@ def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> It
     for place in walk(resolved.config):
         if isinstance(place.value, dict) or not isinstance(place.node, fdl.Buildable):
             continue
-        shown = fdl.get_callable(place.value).__name__ if place.is_part else repr(place.value)
+        now = shown(place)
         was, who = settings.get(place.path, ("", ""))
         owner = fdl.get_callable(place.node)
         today = inspect.signature(owner).parameters[place.name].default
         if place.path not in settings:
-            yield f"setting {place.path}: not in the record; {shown} now, the default"
-        elif was != shown:
-            yield f"setting {place.path}: {was} there, {shown} now ({resolved.set_by.get(place.path, '?')})"
-        elif who.startswith(DEFAULT) and repr(today) != was and not place.is_part:
+            yield f"setting {place.path}: not in the record; {now} now, the default"
+        elif was != now:
+            yield f"setting {place.path}: {was} there, {now} now ({resolved.set_by.get(place.path, '?')})"
+        elif who.startswith(DEFAULT) and written(today) != was and not place.is_part:
             yield f"default of {owner.__name__}.{place.name}: {was} there, which is kept; {today!r} in today's code"
 
 

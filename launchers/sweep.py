@@ -40,7 +40,9 @@ KEEP = flags.DEFINE_bool(
 NPROC = flags.DEFINE_integer(
     "nproc", None, "Ranks of a point on a machine; default its GPUs under Slurm, else 1.", lower_bound=1
 )
-RATE = flags.DEFINE_float("tokens_per_second", None, "plan: the speed of a point, for hours.", lower_bound=1e-9)
+RATE = flags.DEFINE_float(
+    "tokens_per_second", None, "plan: positions that a point reads in a second, for hours.", lower_bound=1e-9
+)
 JOBS = flags.DEFINE_integer(
     "jobs", None, "Points at once; default as many as the GPUs give, else 1 (Slurm: 256).", lower_bound=1
 )
@@ -52,6 +54,8 @@ NODES = flags.DEFINE_integer("nodes", 1, "slurm: nodes of a point.", lower_bound
 GPUS = flags.DEFINE_integer("gpus_per_node", 0, "slurm: GPUs of a point on each node.", lower_bound=0)
 CPUS = flags.DEFINE_integer("cpus_per_task", None, "slurm: cores of a point on each node.", lower_bound=1)
 MORE = flags.DEFINE_multi_string("slurm", [], "slurm: any other option of sbatch, NAME=VALUE.")
+
+SLURM_FLAGS = ("partition", "minutes", "nodes", "gpus_per_node", "cpus_per_task", "slurm")
 
 
 def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
@@ -66,7 +70,7 @@ def _results(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> str
     from launchers.sweeping.results import write_results
 
     if not KEEP.value:
-        folder.drop_checkpoints(points)
+        folder.drop_checkpoints(point.id for point in points)
     return write_results(folder, points, gone)
 
 
@@ -92,9 +96,13 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     import signal
 
     from kd_core.errors import UsageError
-    from launchers.sweeping import child
+    from launchers.sweeping import child, slurm
     from launchers.sweeping.local import Queue, StoppedError
 
+    if queued := slurm.queued(folder, points):
+        raise UsageError(
+            f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or scancel their jobs."
+        )
     nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), sorted(os.sched_getaffinity(0))
     slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
     try:
@@ -117,11 +125,12 @@ def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     request = slurm.Request(
         PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
     )
-    queued = {point.id for point in points if (job := folder.status(point.id).job) and slurm.in_queue(job)}
+    queued = slurm.queued(folder, points)
     left = [point for point in _left(folder, points) if point.id not in queued]
     app.log.info("%d are in Slurm's queue", len(queued))
     if left:
-        jobs = slurm.submit(folder, left, name, request, NPROC.value or max(1, GPUS.value))
+        nproc = NPROC.value or max(1, GPUS.value)
+        jobs = slurm.submit(folder, left, name, request, nproc, keep_checkpoints=KEEP.value)
         app.log.info("submitted %d: jobs %s to %s. Run the same line again for those that are left over; tables: "
                      "--backend=report", len(jobs), jobs[0], jobs[-1])  # fmt: skip
 
@@ -142,6 +151,14 @@ def _check(points: Sequence["Point"]) -> None:
     print(f"{len(points)} points: all fit their students, caches and losses")
 
 
+def _refuse_flags_of_slurm() -> None:
+    from kd_core.errors import UsageError
+
+    wrong = [f"--{name}" for name in SLURM_FLAGS if app.FLAGS[name].present]
+    if BACKEND.value == "local" and wrong:
+        raise UsageError(f"{', '.join(wrong)}: for --backend=slurm alone; a local queue has --jobs and --nproc.")
+
+
 def main() -> None:
     """Find the sweep, resolve its points, and hand them to the backend."""
     if LIST.value:
@@ -160,6 +177,7 @@ def main() -> None:
     name, function = source.find(SWEEP.value)
     points = resolve(user_code.of(function, f"--sweep={SWEEP.value}"), CONFIG.value, name)
     folder = SweepFolder(Path(OUT.value or f"sweeps/{name}"))
+    _refuse_flags_of_slurm()
     if BACKEND.value == "plan":
         _plan(folder, points)
         return

@@ -43,19 +43,18 @@ PROFILE = flags.DEFINE_integer(
 )
 
 
-def _train(experiment: Any, folder: Path, resolved: Any) -> None:
+def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | None) -> None:
     from kd_core.files import owned
     from kd_core.parallel.agreement import prove_same, together
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import LAYOUT_SETTINGS
     from kd_core.training.profile import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
-    from kd_core.training.stopping import Stopping, seconds_of
+    from kd_core.training.stopping import Stopping
     from launchers import config_items, proof, repeat
     from launchers.folder_kinds import A_RUN, refuse_others
 
     run_folder, text = RunFolder(folder), config_items.describe(resolved)
-    max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
     patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
     with Stopping(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
 
@@ -104,6 +103,12 @@ def main() -> None:
         return
     import fiddle as fdl
 
+    from kd_core.errors import UsageError
+    from kd_core.training.stopping import seconds_of
+
+    if app.FLAGS["world"].present and not app.FLAGS.dry_run:
+        raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
+    max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
     experiment: Any = fdl.build(resolved.config)
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     if app.FLAGS.dry_run:
@@ -117,7 +122,7 @@ def main() -> None:
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(_train)(experiment, folder, resolved)
+    record(_train)(experiment, folder, resolved, max_seconds)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def guarded(work: Callable[[], R], said: str, file: str = "") -> R:
 def _check_arguments(function: Callable[..., Any], arguments: dict[str, Any], skip: int, said: str) -> None:
     """Refuse arguments that the function does not have, or of another type."""
     known = list(inspect.signature(function).parameters.values())[skip:]
-    hints = typing.get_type_hints(function)
+    hints = guarded(lambda: typing.get_type_hints(function), said) if arguments else {}
     for name, value in arguments.items():
         if name not in {each.name for each in known}:
             takes = did_you_mean(name, (each.name for each in known)) if known else "It takes none."

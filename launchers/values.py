@@ -15,7 +15,17 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from kd_core.errors import UsageError
 from launchers.catalog import FOLDER, did_you_mean
 
+OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
 WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+
+
+class OurPackagesOnly(serialization.DefaultPyrefPolicy):
+    """A record is loaded by importing what it names, so it names our own classes and functions alone."""
+
+    def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether a record may name it."""
+        del symbol
+        return f"{module}.".startswith(OUR_PACKAGES) or module in ("builtins", "fiddle._src.config")
 
 
 def children(node: Any) -> dict[str, Any]:
@@ -199,11 +209,17 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None
 
 
 def _refuse_what_no_record_holds(place: Place) -> None:
-    """An object that stands where its config should, or a function without a name of its own."""
+    """An object that stands where its config should, a function without a name of its own, code of other packages."""
     if place.is_part:
+        made = fdl.get_callable(place.value)
+        if not OurPackagesOnly().allows_import(made.__module__, made.__name__):
+            raise UsageError(
+                f"{place.set_at()}: {place.path}: {made.__name__} stands in {made.__module__}, from which no record of "
+                "a run is loaded. Let it stand in a file of experiments/."
+            )
         return
     try:
-        serialization.dump_json(fdl.Config(dict, value=place.value))
+        serialization.dump_json(fdl.Config(dict, value=place.value), pyref_policy=OurPackagesOnly())
     except Exception as error:
         values = place.value if isinstance(place.value, (tuple, list)) else [place.value]
         if any(callable(value) for value in values):

@@ -13,7 +13,7 @@ from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.claim import claim, claim_growth
 from data.export.corpus import Corpus
-from data.export.growth import begin_growth, end_growth
+from data.export.growth import end_growth, growth_of
 from data.export.plan import TeacherExport, make_plans
 from data.stream.shards import ShardReader
 from kd_core.files import write_json
@@ -159,7 +159,7 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
 
 def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool = False) -> None:
     """Both caches, as the command writes them."""
-    plans = make_plans(export, out, begin_growth(out) if extend else None)
+    plans = make_plans(export, out, growth_of(out, begin=True) if extend else None)
     for plan in plans:
         if (claim_growth if extend else claim)(plan):
             continue

@@ -39,17 +39,18 @@ def _documents(folder: Path, manifest: Manifest) -> set[str]:
     return found
 
 
-def begin_growth(out: Path) -> Growth:
-    """The growth that is under way, or a new one.
+def growth_of(out: Path, *, begin: bool) -> Growth:
+    """The growth that is under way, or a new one, which `begin` writes down.
 
     Raises:
         UsageError: there are no complete caches to grow.
     """
     now = {split: read_manifest(out / split) for split in SPLITS}
-    path = out / GROWTH
-    if not path.exists():
-        write_json(path, {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()})
-    was = read_json(path, "the state of a growing cache")
+    path, was = out / GROWTH, {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()}
+    if path.exists():
+        was = read_json(path, "the state of a growing cache")
+    elif begin:
+        write_json(path, was)
     before = {
         split: replace(m, plans=m.plans[: was[split]["plans"]], shards=m.shards[: was[split]["shards"]])
         for split, m in now.items()

@@ -11,6 +11,9 @@ from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
 from launchers.sweeping.folder import FAILED, FINISHED, STOPPED, SweepFolder
 
+# Seconds that a point which is told to stop has to end its step and to save; torchrun would give its ranks 30.
+SAVING = 100
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -86,7 +89,7 @@ def outcome(folder: SweepFolder, point_id: str, code: int, since: int) -> tuple[
 
 def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot) -> subprocess.Popen[bytes]:
     """Start it in a session of its own, so that a Ctrl-C reaches us alone; the kernel ends it when we die."""
-    environment = dict(os.environ)
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING), **os.environ}
     if slot.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     prefix = [sys.executable, "-I", tied.__file__, str(os.getpid()), ",".join(map(str, slot.cores))]

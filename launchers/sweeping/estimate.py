@@ -1,6 +1,6 @@
 """What a point costs before it runs, in operations and on the disk, and how fast the finished ones were."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -40,15 +40,12 @@ def cost_of(point: Point) -> Cost:
     return Cost(flops, EXPORTED * count, SAVED * trained * kept)
 
 
-def measured_rate(folder: SweepFolder, points: Sequence[Point]) -> float | None:
-    """Median FLOP/s of the finished points' steps, of a point at a time; None where none is finished."""
+def measured_rate(folder: SweepFolder, costs: Mapping[str, Cost]) -> float | None:
+    """Median FLOP/s of the steps of finished points, of a point at a time; None where none is. `costs` are by id."""
     rates: list[float] = []
-    for point in points:
-        if folder.status(point.id).state == FINISHED:
-            speeds = [
-                line["speed/tokens_per_second"]
-                for line in folder.metrics(point.id)
-                if "speed/tokens_per_second" in line
-            ]
-            rates.append(cost_of(point).flops / point.tokens * median(speeds))
+    for point_id, cost in costs.items():
+        if folder.status(point_id).state == FINISHED:
+            lines = folder.metrics(point_id)
+            seconds = [line["speed/step_seconds"] for line in lines if "speed/step_seconds" in line]
+            rates.append(cost.flops / lines[-1]["step"] / median(seconds))
     return median(rates) if rates else None

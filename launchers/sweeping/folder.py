@@ -8,7 +8,7 @@ OUT/results.*, summary.csv, curves.csv, tensorboard/   what compares the points
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ class SweepFolder:
         for point in points:
             if not self.config(point.id).exists():
                 write_text(self.config(point.id), point.record)
+            known = self.status(point.id)
+            if known.state == RUNNING and not known.job:  # who claims is the owner, so an earlier queue has died
+                self.set_status(point.id, replace(known, state=STOPPED))
         described = [{"id": point.id, "values": _plain(point.values)} for point in points]
         write_json(record, {"sweep": name, "swept": swept_paths(points), "points": [*described, *gone]})
         return gone
@@ -107,10 +110,10 @@ class SweepFolder:
         """Write it down."""
         write_json(self._status(point_id), vars(status))
 
-    def drop_checkpoints(self, points: Sequence[Point]) -> None:
+    def drop_checkpoints(self, point_ids: Iterable[str]) -> None:
         """Delete those of finished points: nothing goes on from them, and the students stand in `export/`."""
-        for point in points:
-            if (run := self.run_folder(point.id)).is_finished:
+        for point_id in point_ids:
+            if (run := self.run_folder(point_id)).is_finished:
                 shutil.rmtree(run.checkpoints, ignore_errors=True)
 
     def metrics(self, point_id: str) -> list[dict[str, float]]:

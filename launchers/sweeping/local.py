@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launchers.sweeping import child
-from launchers.sweeping.child import Slot
+from launchers.sweeping.child import SAVING, Slot
 from launchers.sweeping.folder import FAILED, FINISHED, RUNNING, STOPPED, Status, SweepFolder
 from launchers.sweeping.live import Live
 from launchers.sweeping.points import Point, label, swept_paths
 
 MOST_INTERRUPTIONS = 3
-GRACE, PAUSE, REDRAW = 60.0, 0.05, 1.0
+PAUSE, REDRAW = 0.05, 1.0
 
 
 class StoppedError(Exception):
@@ -58,34 +58,33 @@ class Queue:
         self.paths = swept_paths(self.points)
         self.live = Live(["running", "step", "of", "loss", "values"], self._rows)
 
-    def run(self) -> int:
-        """Run them all; returns how many failed.
+    def run(self) -> None:
+        """Run them all.
 
         Raises:
             StoppedError: by SIGINT or SIGTERM, after the children have ended.
         """
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self._run()
+            self._run()
         finally:
             self._end_children()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _run(self) -> int:
-        failed, drawn = 0, 0.0
+    def _run(self) -> None:
+        drawn = 0.0
         while self.waiting or self.running:
             if self.asked:
                 raise StoppedError(self.asked)
             while self.waiting and self.free:
                 self._start(self.waiting.popleft(), self.free.popleft())
             for each in [each for each in self.running if each.process.poll() is not None]:
-                failed += self._settle(each)
+                self._settle(each)
             if time.monotonic() - drawn > REDRAW:
                 self.live.draw()
                 drawn = time.monotonic()
             time.sleep(PAUSE)
-        return failed
 
     def _ask(self, number: int, _: Any) -> None:
         self.asked = number
@@ -98,8 +97,8 @@ class Queue:
         self.running.append(_Running(point, slot, child.start(command, self.folder, point.id, slot), since))
         self.live.say(f"{point.id} started   {label(point, self.paths)}")
 
-    def _settle(self, ended: _Running) -> bool:
-        """Note how it ended and free its share; whether it failed."""
+    def _settle(self, ended: _Running) -> None:
+        """Note how it ended and free its share."""
         self.running.remove(ended)
         self.free.append(ended.slot)
         point, code = ended.point, ended.process.returncode
@@ -115,7 +114,6 @@ class Queue:
         else:
             self.live.say(f"{point.id} stopped   {label(point, self.paths)}: goes on from its checkpoint")
             self.waiting.append(point)
-        return state == FAILED
 
     def _outcome(self, ended: _Running) -> tuple[str, str]:
         """State and last words; a point that is interrupted again and again has failed."""
@@ -130,7 +128,7 @@ class Queue:
         """Ask them to save and stop; after a while, or when asked again, make them."""
         for each in self.running:
             each.process.terminate()
-        self.asked, deadline = 0, time.monotonic() + GRACE
+        self.asked, deadline = 0, time.monotonic() + SAVING
         for each in self.running:
             while each.process.poll() is None and time.monotonic() < deadline and not self.asked:
                 time.sleep(PAUSE)

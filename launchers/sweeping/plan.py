@@ -13,15 +13,14 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
     """Points with tokens, operations, hours where a rate is given or was measured, and how they stand; and the disk."""
     paths = swept_paths(points)
     short = short_names(paths)
-    rate = None if tokens_per_second else measured_rate(folder, points)
+    known = {point.id: _cost(point) for point in points}
+    costs = {key: cost for key, cost in known.items() if isinstance(cost, Cost)}
+    unknown = next((cost for cost in known.values() if isinstance(cost, str)), "")
+    rate = None if tokens_per_second else measured_rate(folder, costs)
     rows: list[list[str]] = []
-    total_tokens, total_hours, costs = 0, 0.0, list[Cost]()
-    unknown = ""
+    total_tokens, total_hours = 0, 0.0
     for point in points:
-        cost, why = _cost(point)
-        costs += [cost] if cost else []
-        unknown = unknown or why
-        flops = cost.flops if cost else None
+        flops = costs[point.id].flops if point.id in costs else None
         hours = _hours(point, flops, tokens_per_second, rate)
         total_tokens += point.tokens
         total_hours += hours or 0.0
@@ -31,8 +30,10 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
     table = tables.aligned(["id", *(short[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
     source = "given" if tokens_per_second else "as the finished points ran" if rate else ""
     hours = f", {total_hours:.2f} hours one after another ({source})" if source else "; for hours: --tokens_per_second"
-    known = f"{sum(cost.flops for cost in costs):.2e} FLOP{hours}" if not unknown else f"FLOP unknown: {unknown}"
-    return f"{table}\n{len(points)} points, {total_tokens:,} tokens, {known}" + ("" if unknown else f"\n{_disk(costs)}")
+    total = f"{table}\n{len(points)} points, {total_tokens:,} tokens"
+    if unknown:
+        return f"{total}, FLOP unknown: {unknown}"
+    return f"{total}, {sum(cost.flops for cost in costs.values()):.2e} FLOP{hours}\n{_disk(list(costs.values()))}"
 
 
 def _disk(costs: Sequence[Cost]) -> str:
@@ -44,12 +45,12 @@ def _disk(costs: Sequence[Cost]) -> str:
     )
 
 
-def _cost(point: Point) -> tuple[Cost | None, str]:
+def _cost(point: Point) -> Cost | str:
     """What it costs, or why that is not known."""
     try:
-        return cost_of(point), ""
-    except UsageError as error:
-        return None, str(error)
+        return cost_of(point)
+    except (UsageError, OSError) as error:
+        return str(error)
 
 
 def _hours(point: Point, flops: float | None, tokens_per_second: float | None, rate: float | None) -> float | None:

@@ -44,9 +44,12 @@ def rows_of(folder: SweepFolder, points: Sequence[Point]) -> list[Row]:
     return rows
 
 
-def metric_names(points: Sequence[Point]) -> list[str]:
-    """Names of what validation will give, known before any point runs; those that a run's log shows come first."""
-    known: set[str] = set()
+def metric_names(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
+    """Names of what validation will give, known before any point runs; those that a run's log shows come first.
+
+    What was measured stays, also where a cache is gone by now and nothing can be foretold.
+    """
+    known = {name for row in rows for name in row.final}
     for point in points:
         try:
             known |= point.build().validation_metrics()
@@ -87,7 +90,8 @@ def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
 
 def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0) -> str:
     """Write all of them; returns the Markdown."""
-    rows, names, paths = rows_of(folder, points), metric_names(points), swept_paths(points)
+    rows, paths = rows_of(folder, points), swept_paths(points)
+    names = metric_names(points, rows)
     groups = groups_of(rows, names)
     write_text(folder.path / "results.csv", _points_csv(rows, paths, names))
     write_text(folder.path / "summary.csv", _groups_csv(groups, paths, names))

@@ -16,12 +16,11 @@ from typing import Any
 
 from kd_core.errors import UsageError
 from launchers.sweeping import child
-from launchers.sweeping.child import Slot
+from launchers.sweeping.child import SAVING, Slot
 from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, Status, SweepFolder
 from launchers.sweeping.points import Point
 
-# Seconds between Slurm's warning and its kill, and those of them that the training has to end a step and to save.
-WARNING, SAVING = 120, 100
+WARNING = 120  # seconds between Slurm's warning and its kill, more than the training takes to save
 # How often a job may use up its time: each time it got further, so this only ends what does not.
 MOST_TIMEOUTS = 100
 FIRST_PORT, PORTS = 29_500, 1_000
@@ -32,13 +31,13 @@ PAUSE = 0.2
 class Request:
     """What a job asks for; `more` are options of sbatch by name."""
 
-    partition: str | None = None
-    minutes: int = 60
-    nodes: int = 1
-    gpus_per_node: int = 0
-    cpus_per_task: int | None = None
-    at_once: int = 256
-    more: Mapping[str, str] = field(default_factory=dict)
+    partition: str | None
+    minutes: int
+    nodes: int
+    gpus_per_node: int
+    cpus_per_task: int | None
+    at_once: int
+    more: Mapping[str, str]
 
 
 @dataclass
@@ -48,6 +47,7 @@ class PointJob:
     folder: SweepFolder
     point_id: str
     nproc: int
+    keep_checkpoints: bool = True
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __call__(self) -> str:
@@ -73,6 +73,8 @@ class PointJob:
         state, words = child.outcome(self.folder, self.point_id, code, since)
         if speaks:
             self.folder.set_status(self.point_id, replace(status, state=state, exit_code=code, last_line=words))
+            if state == FINISHED and not self.keep_checkpoints:
+                self.folder.drop_checkpoints([self.point_id])
             if state != FINISHED:
                 raise RuntimeError(f"point {self.point_id} {state} (exit code {code}): {words}")
         return state
@@ -105,11 +107,28 @@ def launcher(hosts: Sequence[str], nproc: int, job: str) -> list[str]:
 
 
 def in_queue(job: str) -> bool:
-    """Whether Slurm still has the job, waiting or running."""
-    found = subprocess.run(
-        ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, check=False
-    )
+    """Whether Slurm still has the job, waiting or running; a job that it does not know has ended.
+
+    Raises:
+        UsageError: Slurm does not answer.
+    """
+    try:
+        found = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise UsageError(f"job {job} may run: no squeue on the PATH to ask. Start it where Slurm takes jobs.") from None
+    if found.returncode != 0 and "invalid job id" not in found.stderr.lower():
+        raise UsageError(f"job {job} may run: squeue failed ({found.stderr.strip()}). Run the same line again later.")
     return found.returncode == 0 and bool(found.stdout.strip())
+
+
+def queued(folder: SweepFolder, points: Sequence[Point]) -> list[str]:
+    """Of the points that are not finished, those whose job Slurm still has; errors as for `in_queue`."""
+    known = {point.id: folder.status(point.id) for point in points}
+    return [
+        key for key, each in known.items() if each.state in (RUNNING, SUBMITTED) and each.job and in_queue(each.job)
+    ]
 
 
 def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
@@ -140,7 +159,9 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
     return executor
 
 
-def submit(folder: SweepFolder, points: Sequence[Point], name: str, request: Request, nproc: int) -> list[str]:
+def submit(
+    folder: SweepFolder, points: Sequence[Point], name: str, request: Request, nproc: int, *, keep_checkpoints: bool
+) -> list[str]:
     """One array with a job for each point; returns their numbers.
 
     Raises:
@@ -152,11 +173,11 @@ def submit(folder: SweepFolder, points: Sequence[Point], name: str, request: Req
     at = SweepFolder(folder.path.resolve())
     try:
         with executor.batch():
-            jobs = [executor.submit(PointJob(at, point.id, nproc)) for point in points]
+            jobs = [executor.submit(PointJob(at, point.id, nproc, keep_checkpoints)) for point in points]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UsageError(f"--backend=slurm: sbatch refused: {error}") from None
     for point, job in zip(points, jobs, strict=True):
         known = folder.status(point.id)
-        if known.state != RUNNING:  # it may have begun at once
+        if (known.state, known.job) != (RUNNING, job.job_id):  # it may have begun at once
             folder.set_status(point.id, replace(known, state=SUBMITTED, job=job.job_id))
     return [str(job.job_id) for job in jobs]

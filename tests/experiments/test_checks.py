@@ -62,6 +62,16 @@ UNUSED = {
         ["collate.eod_id=0", "collate.reset_position_ids=False", "collate.reset_attention_mask=False"],
         "collate.eod_id=0",
     ),
+    "skips where the first stops": (["optimizer.max_skipped=3"], "optimizer.max_skipped=3: the first one stops"),
+    "how the best is told": (
+        ["checkpoint.keep_best=0", "checkpoint.best_metric=val/kl"],
+        "checkpoint.best_metric=val/kl: ",
+    ),
+    "tokens without prompts": (
+        ["evaluation.prompts=()", "evaluation.continuation_tokens=5"],
+        "evaluation.continuation_tokens=5: there are no",
+    ),
+    "positions that none share": (["parallel.sequence_parallel=True"], "parallel.sequence_parallel=True: no ranks"),
     "the best of one": (["checkpoint.every=4", "evaluation.every=5"], "meet at step 20"),
 }
 

@@ -1,5 +1,6 @@
 """The algebra of sweeps: which points there are, in which order, and what is refused."""
 
+import functools
 import itertools
 from typing import Any, cast
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.bases import distill
 from experiments.quickstart import quickstart
 from experiments.sampled import sampled
 from experiments.sweep import (
@@ -101,6 +103,11 @@ def test_axes_side_by_side() -> None:
     joined = together(grid("a", [1, 2]), random("b", uniform(0, 1), 2))
     assert isinstance(joined, Axis)
     assert [set(each) for each in joined.choices] == [{"a", "b"}, {"a", "b"}]
+
+
+def test_arguments_given_in_advance_tell_experiments_apart() -> None:
+    sweep = Sweep(functools.partial(distill, "a"), functools.partial(distill, "b", cache="c"))
+    assert [draft.experiment for draft in sweep] == ["distill('a')", "distill('b', cache='c')"]
 
 
 def test_functions_are_an_axis() -> None:

@@ -102,6 +102,8 @@ IN_A_FILE = {
                                  "got AdamW(lr=0.0004"),
     "a function without a name": ("config.evaluation.metrics = (lambda view: view.student_label,)", "user_file.py:13: "
                                   "evaluation.metrics: got (<function mine.<locals>.<lambda>"),
+    "code of another package": ("import textwrap; config.evaluation.metrics = (textwrap.dedent,)", "wanted "
+                                "functions that stand in a file of experiments/"),
     "nothing returned": ("config = None", "experiments/user_file.py:9: mine returned None, wanted "
                          "fdl.Config[Experiment]. Is there no `return config` at its end?"),
     "a part returned": ("config = config.loss", "mine returned fdl.Config[Objective], wanted fdl.Config[Experiment]."),
@@ -172,6 +174,21 @@ def test_a_users_file_is_found_and_its_values_name_its_lines(user_folder: Path) 
     )
 
 
+def test_a_copy_that_an_editor_keeps_is_not_read(user_folder: Path) -> None:
+    _write(user_folder, "pass")
+    (user_folder / ".copies").mkdir()
+    _write(user_folder / ".copies", "pass")
+    assert config_items.resolve(["mine"], "Experiment").name == "mine"
+
+
+def test_an_item_on_two_lines_is_one_line_of_the_record(user_folder: Path) -> None:
+    _write(user_folder, "pass")
+    resolved = config_items.resolve(["mine", "student.keep_layers=(0, 1,\n 8)"], "Experiment")
+    assert "student.keep_layers = (0, 1, 8)  # --config=student.keep_layers=(0, 1, 8)\n" in config_items.describe(
+        resolved
+    )
+
+
 def test_a_broken_file_hides_its_own_names_alone(user_folder: Path) -> None:
     _write(user_folder, "config.steps = (3")
     assert config_items.resolve(["quickstart"], "Experiment").name == "quickstart"
@@ -197,6 +214,8 @@ def test_a_fiddler_of_experiments_is_refused_for_an_export(user_folder: Path) ->
         (["quickstart", "optimizer.lrr=1"], ["--print_config"], "Did you mean 'lr'?"),
         (["gpus8"], ["--dry_run"], "no such folder: student.folder: models/student-1b"),
         (["quickstart"], ["--diff", "--base=quickstrat"], "Did you mean 'quickstart'?"),
+        (["quickstart"], ["--world=8"], "--world: is for --dry_run"),
+        (["quickstart"], ["--max_time_per_run=abc", "--dry_run"], "got the time 'abc'"),
         (["quickstart"], ["--base=sampled"], "--base=sampled: is for --diff, which is not given."),
         (["quickstart"], ["--confg=steps=3"], "Unknown command line flag 'confg'. Did you mean: config ?"),
     ],

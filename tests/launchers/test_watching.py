@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import fiddle as fdl
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from kd_core.training.metrics import read_metrics
+from launchers import config_items
 from launchers.evaluate import table
 from tests.launchers.command import ROOT, configs, run
 from tests.tiny import Tiny
@@ -62,6 +64,8 @@ def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(tiny: Tiny
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     for cache in ("", "seen/", "held/"):
         assert last[f"val/{cache}surprise"] == last[f"val/{cache}nll"]
+    experiment = fdl.build(config_items.load_record(tmp_path / "run" / "config.json"))
+    assert experiment.validation_metrics() == {name for name in last if name.startswith("val/")}
     assert last["val/nll"] == pytest.approx(0.25 * last["val/seen/nll"] + 0.75 * last["val/held/nll"])
     assert (
         "evaluation.metrics = (experiments.watched_by_a_test.surprise,)"
@@ -79,6 +83,7 @@ def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(tiny: Tiny
     again = run("launchers.train", f"--config=run:{tmp_path / 'run'}", f"--run_dir={tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
     repeated = read_metrics(tmp_path / "again" / "metrics.jsonl")[-1]
+    assert "setting evaluation.metrics" not in again.stderr
     assert repeated["val/surprise"] == pytest.approx(last["val/surprise"], rel=1e-4)
 
 

@@ -10,7 +10,7 @@ from data.cache.manifest import read_manifest
 from data.export import export as steps
 from data.export.claim import claim_growth
 from data.export.corpus import Corpus
-from data.export.growth import begin_growth
+from data.export.growth import growth_of
 from data.export.plan import TeacherExport, make_plans
 from data.stream.stream import Shards
 from kd_core.errors import UsageError
@@ -60,7 +60,7 @@ def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     write_caches(more, folder, extend=True)
-    plans = make_plans(more, cut, begin_growth(cut))
+    plans = make_plans(more, cut, growth_of(cut, begin=True))
     model = steps.load_teacher(more, torch.device("cpu"))
     assert not claim_growth(plans[0])
     steps.write_missing_shards(plans[0], model, [], 0, 2)

@@ -4,7 +4,9 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,8 +20,8 @@ from kd_core.errors import UsageError
 from kd_core.files import owned, read_json
 from kd_core.training.metrics import read_metrics
 from launchers.sweeping.child import slots
-from launchers.sweeping.estimate import cost_of
-from launchers.sweeping.folder import SweepFolder
+from launchers.sweeping.estimate import cost_of, measured_rate
+from launchers.sweeping.folder import RUNNING, STOPPED, Status, SweepFolder
 from launchers.sweeping.local import Queue
 from launchers.sweeping.plan import plan
 from launchers.sweeping.points import Point, resolve
@@ -103,7 +105,9 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
 
 
 def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
-    folder, items = SweepFolder(tmp_path / "out"), [*tiny.train_items(STEPS)[1:], "checkpoint.every=1"]
+    (held_out := tmp_path / "held_out").symlink_to(tiny.validation)
+    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=1", f"evaluation.shards.path={held_out}"]
+    folder = SweepFolder(tmp_path / "out")
     points = _here(Sweep(quickstart) * seeds(2), folder, items)
     cost = cost_of(points[0])
     run = folder.run_folder(points[0].id)
@@ -113,13 +117,23 @@ def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tin
     ratio = _size(run.checkpoints, "*.distcp") / (cost.checkpoints * kept / 3)
     assert 1 < ratio < 1.5  # a kilobyte a tensor, which this tiny student feels
     before = write_results(folder, points)
-    folder.drop_checkpoints(points)
+    folder.drop_checkpoints(point.id for point in points)
     assert not run.checkpoints.exists()
     assert folder.left(points, retry_failed=True) == []
     assert write_results(folder, points) == before
     text = plan(folder, points, None)
     total = 2 * (cost.export + cost.checkpoints) / 1e9
     assert f"disk: up to {total:.1f} GB" in text
+    seconds = [line["speed/step_seconds"] for line in folder.metrics(points[0].id) if "speed/step_seconds" in line]
+    rate = measured_rate(folder, {points[0].id: cost})
+    assert rate == pytest.approx(cost.flops / STEPS / statistics.median(seconds))
+    held_out.unlink()  # what was measured stays in the tables
+    assert write_results(folder, points) == before
+    folder.set_status(points[0].id, Status(RUNNING))  # as a queue that was killed leaves it
+    shutil.rmtree(run.export)
+    with owned(folder.path):
+        folder.claim("study", points)
+        assert folder.status(points[0].id).state == STOPPED
 
 
 def _size(folder: Path, pattern: str) -> int:

@@ -15,6 +15,7 @@ from launchers import config_items
 from launchers.sweeping import source
 from launchers.sweeping.points import Point, label, resolve, short_names, swept_paths
 from launchers.sweeping.results import Row, groups_of
+from tests.launchers.command import run
 
 
 def _points(sweep: Sweep, *items: str) -> list[Point]:
@@ -169,6 +170,13 @@ def test_a_value_that_makes_no_sense_is_refused_when_built() -> None:
     with pytest.raises(UsageError, match="wanted one of") as caught:
         point.build()
     assert "Fiddle context" not in str(caught.value)
+
+
+def test_slurms_flags_are_refused_of_a_local_queue(tmp_path: Path) -> None:
+    flags = ["--sweep=objectives", "--backend=local", "--nodes=2", "--partition=gpu", f"--out={tmp_path / 'out'}"]
+    done = run("launchers.sweep", *flags)
+    assert "--partition, --nodes: for --backend=slurm alone; a local queue has --jobs" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_sweep_is_refused() -> None:

@@ -14,7 +14,7 @@ from experiments.sweep import Sweep, seeds
 from kd_core.errors import UsageError
 from kd_core.training.metrics import read_metrics
 from launchers.sweeping import slurm
-from launchers.sweeping.folder import FINISHED, SUBMITTED, SweepFolder
+from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
 from tests.launchers.command import ENVIRONMENT
@@ -23,6 +23,7 @@ from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
 STEPS = 120
+REQUEST = slurm.Request(None, 60, 1, 0, None, 2, {})
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -65,7 +66,12 @@ def _attempts(folder: SweepFolder, point: Point) -> list[str]:
 @pytest.mark.usefixtures("scheduler")
 def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path: Path) -> None:
     folder, points = _sweep(tiny, tmp_path / "out", 2)
-    jobs = slurm.submit(folder, points, "study", slurm.Request(minutes=60, at_once=2), nproc=1)
+    lost_without_a_word = slurm.Status(RUNNING, job="99")  # as a job that was killed and not put back leaves it
+    folder.set_status(points[0].id, lost_without_a_word)
+    assert slurm.queued(folder, points) == []
+    jobs = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
+    assert [folder.status(point.id).job for point in points] == jobs
+    assert slurm.queued(folder, points) == [point.id for point in points]
     assert jobs == ["100_0", "100_1"]
     assert all(slurm.in_queue(job) for job in jobs)
     assert not slurm.in_queue("99")
@@ -83,6 +89,7 @@ def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path
         assert "done: " not in first
         assert "resumed from" in second
         assert "done: " in second
+        assert not folder.run_folder(point.id).checkpoints.exists()
         lines = read_metrics(folder.run_folder(point.id).path / "metrics.jsonl")
         assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert "2 of 2 points are finished" in write_results(folder, points)
@@ -93,7 +100,7 @@ def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path
 def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_path: Path) -> None:
     folder, points = _sweep(tiny, tmp_path / "out", 3)
     executor = slurm._executor(
-        folder, "study", slurm.Request("gpu", 240, 2, 8, 16, at_once=2, more={"account": "lab", "exclude": "n1,n2"})
+        folder, "study", slurm.Request("gpu", 240, 2, 8, 16, 2, {"account": "lab", "exclude": "n1,n2"})
     )
     executor._executor.parameters["map_count"] = len(points)
     text = executor._executor._make_submission_file_text("COMMAND", "uid")
@@ -150,6 +157,22 @@ def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "1 are in Slurm's queue" in done.stderr
     assert "submitted" not in done.stderr
+    flags[2] = "--backend=local"
+    command = [sys.executable, "-m", "launchers.sweep", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert done.returncode == 1
+    assert f"1 points are in Slurm's queue ({point.id}). Wait for them, or scancel their jobs." in done.stderr
+
+
+def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "squeue"
+    command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UsageError, match=r"job 7 may run: squeue failed .*Unable to contact slurm controller"):
+        slurm.in_queue("7")
+    command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    assert not slurm.in_queue("7")
 
 
 def test_without_submitit_or_slurm_the_error_says_what_to_do(
@@ -158,7 +181,7 @@ def test_without_submitit_or_slurm_the_error_says_what_to_do(
     folder, points = _sweep(tiny, tmp_path / "out", 1)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="no sbatch and srun on the PATH"):
-        slurm.submit(folder, points, "study", slurm.Request(), 1)
+        slurm.submit(folder, points, "study", REQUEST, 1, keep_checkpoints=True)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match=r"pip install 'kd-workspace\[slurm\]'"):
-        slurm.submit(folder, points, "study", slurm.Request(), 1)
+        slurm.submit(folder, points, "study", REQUEST, 1, keep_checkpoints=True)
