@@ -1,6 +1,7 @@
 """Does a student learn to answer from conversations, scored on the assistant's turns alone?
 
-Command:  python -m launchers.export_teacher --config=chat_export --config=corpus.path=my/chats --out=chats/cache
+Command:  python -m launchers.export_teacher --config=chat_export --config=teacher=my/model \\
+              --config=corpus.path=my/chats --out=chats/cache
           torchrun --nproc-per-node 1 -m launchers.train --config=chat --config=student.folder=my/model
 Expected: a cache whose scored positions are the assistant's; the rest is context for the teacher and the student.
           The student's held-out KL on the assistant's tokens falls; on plain text nothing is promised.

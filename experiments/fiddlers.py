@@ -27,10 +27,11 @@ def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
 
 
 def nemo_aligner(config: fdl.Config[Experiment]) -> None:
-    """NeMo-Aligner's defaults: `kd_loss: bwd_kl` (forward KL on the renormalised top-k), its AdamW and its schedule."""
+    """NeMo-Aligner's defaults: `kd_loss: bwd_kl` (forward KL on the renormalised top-k), AdamW, schedule, best kept."""
     config.loss.terms = {
         "kd": fdl.Config(Distillation, weight=1.0, divergence="forward_kl", tail="renormalized"),
         "sft": fdl.Config(CrossEntropy, weight=0.0),
     }
     config.optimizer = fdl.Config(AdamW, lr=3e-5, betas=(0.9, 0.98), weight_decay=0.01)
     config.schedule = fdl.Config(WarmupCosine, warmup_steps=10, constant_steps=1000, min_ratio=9e-7 / 3e-5)
+    config.checkpoint.keep_best = 5

@@ -136,3 +136,12 @@ def test_a_record_is_described_like_the_experiment_that_it_holds(tmp_path: Path)
     assert "seed = 3  # --config=seed=3" in back
     values = [line.split("  # ")[0] for line in back if not line.startswith("seed")]
     assert values == [line.split("  # ")[0] for line in _lines("steps=7") if not line.startswith("seed")]
+
+
+def test_the_fiddler_for_caches_changes_where_and_not_what_is_read() -> None:
+    items = ["quickstart", "shards.top_k=16", "evaluation.shards.top_k=9", 'fiddler:cache(folder="x")']
+    config = config_items.resolve(items, "Experiment").config
+    assert (config.shards.path, config.shards.top_k) == ("x/train", 16)
+    assert (config.evaluation.shards.path, config.evaluation.shards.top_k) == ("x/validation", 9)
+    mixed = config_items.resolve(["cache_mix", 'fiddler:cache(folder="x")'], "Experiment").config
+    assert mixed.shards.path == "x/train"

@@ -60,6 +60,8 @@ def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     write_caches(more, folder, extend=True)
+    assert growth_of(cut, begin=False) == growth_of(cut, begin=False)
+    assert not (cut / "growth.json").exists(), "a look leaves nothing behind"
     plans = make_plans(more, cut, growth_of(cut, begin=True))
     model = steps.load_teacher(more, torch.device("cpu"))
     assert not claim_growth(plans[0])
