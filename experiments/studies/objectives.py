@@ -31,9 +31,9 @@ def objectives() -> Sweep:
               same NLL" was too little. A tenth of cross-entropy costs no KL, and gains .044 of NLL over none.
               Three times: labels alone are learnt by heart, NLL 4.621 ± .038, KL 1.371 ± .033, agreement .407, ECE
               .127: worse in all than once. With 0.9 NLL falls to 4.148 ± .009 and KL to .691 ± .007, agreement
-              .526 ± .002. The even mixture gains least (NLL 4.179, KL .837). Validated after each epoch (by
-              the runs' own logs, from before sweeps kept `curves.csv`), labels alone are best after the first: NLL 4.285,
-              4.347, 4.621; so stopping early would not have helped them past the mixtures.
+              .526 ± .002. The even mixture gains least (NLL 4.179, KL .837). Validated after each epoch (by the runs'
+              own logs; sweeps keep them as `curves.csv` only since), labels alone are best after the first, NLL 4.285,
+              4.347, 4.621, so stopping early would not have helped them past the mixtures.
     """
     weights = zipped({"loss.terms.kd.weight": [0.0, 0.5, 0.9, 1.0], "loss.terms.sft.weight": [1.0, 0.5, 0.1, 0.0]})
     return Sweep(by_the_epoch) * seeds(3) * grid("steps", [EPOCH, 3 * EPOCH]) * weights
