@@ -14,7 +14,7 @@ from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
 from kd_core.students.decoder import Decoder
-from kd_core.training.evaluation import HIGHER_IS_BETTER, LOWER_IS_BETTER, Metric, metric_names
+from kd_core.training.evaluation import Metric, best_is, metric_names
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -82,9 +82,9 @@ def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
     known = experiment.validation_metrics()
     if (best := experiment.checkpoint.best_metric) not in known:
         raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
-    mode = experiment.checkpoint.best_mode
-    right = "max" if best.endswith(HIGHER_IS_BETTER) else "min" if best.endswith(LOWER_IS_BETTER) else mode
-    if mode != right:
+    mode, users = experiment.checkpoint.best_mode, {metric.__name__ for metric in evaluation.metrics}
+    right = best_is(best) if best.rpartition("/")[2] not in users else None
+    if experiment.checkpoint.keep_best and right and mode != right:
         raise UsageError(f"checkpoint.best_mode: got {mode} for {best}, which would keep the worst; wanted {right}.")
 
 

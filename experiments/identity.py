@@ -1,11 +1,12 @@
 """What a run was made from, as hashes: by them a run that repeats another knows whether it reads the same."""
 
 import hashlib
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_core.files import sha256
+from kd_core.students.starts import Start
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -31,16 +32,16 @@ def model_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def student_folders(start: Any, where: str = "student") -> dict[str, str]:
+def student_folders(start: Start, where: str = "student") -> dict[str, str]:
     """All folders that a start reads, by their paths in the experiment: its own, its base's, an adapter's."""
-    found: dict[str, str] = {}
-    for name in (field.name for field in fields(start)):
-        value = getattr(start, name)
+    found, folder = dict[str, str](), start.folder
+    for name in (field.name for field in fields(start)) if is_dataclass(start) else ():
+        value: Any = getattr(start, name)
         if name == "base":
             found |= student_folders(value, f"{where}.base")
         elif name in ("folder", "adapter") and value is not None:
             found[f"{where}.{name}"] = value
-    return found
+    return found or {f"{where}.folder": folder}
 
 
 def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:

@@ -178,7 +178,7 @@ def resolve(items: Sequence[str], kind: str) -> Resolved:
     resolved = _first(items[0], kind)
     for item in items[1:]:
         apply(resolved, item)
-    check_values(resolved.config)
+    check_values(resolved.config, recorded=kind == "Experiment")
     return resolved
 
 

@@ -2,7 +2,7 @@
 
     make quickstart
     python -m launchers.quickstart --corpus=my/texts
-    python -m launchers.quickstart --teacher=path/or/hub-id --config=optimizer.lr=3e-4 --run_dir=runs/mine
+    python -m launchers.quickstart --teacher=my/model --config=optimizer.lr=3e-4 --run_dir=runs/mine
 
 Stages: fetch → teacher's cache → distil → compare. Each says what it made and how long it took. Run it again: what
 is there is reused. Interrupt it anywhere and run it again: it goes on from there.
@@ -21,7 +21,9 @@ from absl import flags
 
 from launchers import app
 
-TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder or hub id; default SmolLM2-135M-Instruct, fetched.")
+TEACHER = flags.DEFINE_string(
+    "teacher", None, "Hugging Face folder, or hub:OWNER/NAME; default SmolLM2-135M-Instruct, fetched."
+)
 CORPUS = flags.DEFINE_string(
     "corpus", None, "Your own .txt, .jsonl or .parquet files, one or a folder; default fetched."
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import read_json
-from kd_core.training.evaluation import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from kd_core.training.evaluation import best_is
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder, read_settings
 
@@ -50,7 +50,7 @@ class Run:
         curve = [(value, int(step)) for step, value in self.curve(metric)]
         if not curve:
             return None
-        return (max if metric.endswith(HIGHER_IS_BETTER) else min)(curve, key=lambda point: point[0])
+        return (max if best_is(metric) == "max" else min)(curve, key=lambda point: point[0])
 
 
 def read_run(folder: Path) -> Run:
@@ -131,7 +131,7 @@ def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
         if not everything and name.endswith(CONSTANT):
             continue
         rows.append((name, _with_difference([run.final(name) for run in runs])))
-        if not (name.startswith("val/") and name.endswith((*HIGHER_IS_BETTER, *LOWER_IS_BETTER))):
+        if not (name.startswith("val/") and best_is(name)):
             continue
         best = [run.best(name) for run in runs]
         if any(found is not None and found[1] != run.step for found, run in zip(best, runs, strict=True)):

@@ -106,9 +106,10 @@ def config_of(entry: Entry, arguments: dict[str, Any], said: str) -> fdl.Config[
     found: Any = call(entry, arguments, said)
     got = shown_kind(found)
     if got != f"fdl.Config[{entry.kind}]":
-        code = entry.load().__code__
+        code = getattr(inspect.unwrap(entry.load()), "__code__", None)
+        where = f"{short_path(code.co_filename)}:{code.co_firstlineno}" if code else entry.module
         raise UsageError(
-            f"{said}: {short_path(code.co_filename)}:{code.co_firstlineno}: {entry.name} returned {got}, wanted "
+            f"{said}: {where}: {entry.name} returned {got}, wanted "
             f"fdl.Config[{entry.kind}]." + (" Is there no `return config` at its end?" if found is None else "")
         )
     return found

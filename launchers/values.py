@@ -147,7 +147,9 @@ def _takes(wanted: Any, kind: type) -> bool:
 
 
 def _fitted(value: Any, wanted: Any, said: str, shown: object) -> Any:
-    """The value as the type that is wanted: a list as a tuple, a whole number as a float."""
+    """The value as the type that is wanted: a list as a tuple, a whole number as a float, numpy's float as Python's."""
+    if isinstance(value, float):
+        value = float(value)
     if isinstance(value, list) and typing.get_origin(wanted) is not list:
         value = tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and _takes(wanted, float) and not _takes(wanted, int):
@@ -202,19 +204,21 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None
         made = fdl.get_callable(value).__name__
         if not is_of_type(value, place.wanted):
             raise UsageError(f"{said}: got a {made}, wanted {shown_type(place.wanted)}.")
-        place.put(value.__deepcopy__({}))
-        return
-    _refuse_part(place, said)
-    place.put(_fitted(value, place.wanted, said, value))
+        fitted: Any = value.__deepcopy__({})
+    else:
+        _refuse_part(place, said)
+        fitted = _fitted(value, place.wanted, said, value)
+    _refuse_what_no_record_holds(place._replace(value=fitted), said)
+    place.put(fitted)
 
 
-def _refuse_what_no_record_holds(place: Place) -> None:
+def _refuse_what_no_record_holds(place: Place, where: str) -> None:
     """An object that stands where its config should, a function without a name of its own, code of other packages."""
     if place.is_part:
         made = fdl.get_callable(place.value)
         if not OurPackagesOnly().allows_import(made.__module__, made.__name__):
             raise UsageError(
-                f"{place.set_at()}: {place.path}: {made.__name__} stands in {made.__module__}, from which no record of "
+                f"{where}: {place.path}: {made.__name__} stands in {made.__module__}, from which no record of "
                 "a run is loaded. Let it stand in a file of experiments/."
             )
         return
@@ -227,12 +231,13 @@ def _refuse_what_no_record_holds(place: Place) -> None:
         else:
             wanted = f"its config, fdl.Config({type(place.value).__name__}, …)"
         raise UsageError(
-            f"{place.set_at()}: {place.path}: got {place.value!r}, which no record of a run can hold; wanted {wanted}."
+            f"{where}: {place.path}: got {place.value!r}, which no record of a run can hold; wanted {wanted}."
         ) from error
 
 
-def check_values(config: fdl.Config[Any]) -> None:
-    """Refuse values of another type than the annotation, and values that nobody has set.
+def check_values(config: fdl.Config[Any], *, recorded: bool) -> None:
+    """Refuse values of another type than the annotation, and values that nobody has set; where the config is to be
+    `recorded`, also what no record holds.
 
     Raises:
         UsageError: with the file and line that set it.
@@ -243,7 +248,8 @@ def check_values(config: fdl.Config[Any]) -> None:
         if not place.is_set or isinstance(place.value, dict):
             continue
         if is_of_type(place.value, place.wanted):
-            _refuse_what_no_record_holds(place)
+            if recorded:
+                _refuse_what_no_record_holds(place, place.set_at())
             continue
         made = fdl.get_callable(place.value).__name__ if place.is_part else repr(place.value)
         raise UsageError(f"{place.set_at()}: {place.path}: got {made}, wanted {shown_type(place.wanted)}.")

@@ -36,7 +36,7 @@ class TeacherExport:
 
     Args:
         corpus: documents.
-        teacher: a Hugging Face folder, or a hub id.
+        teacher: a Hugging Face folder, or `hub:OWNER/NAME`.
         train_tokens: positions of the training cache (None: all that the corpus has).
         validation_tokens: positions of the held-out cache.
         selection: what is kept of a position.

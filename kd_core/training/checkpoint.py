@@ -205,7 +205,7 @@ def in_use(folder: Path) -> Generator[None]:
         os.close(handle)
 
 
-def _delete(folder: Path) -> None:
+def delete(folder: Path) -> None:
     """By rename first, so that nothing half deleted is found under a checkpoint's name. Not if it is in use."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -235,7 +235,7 @@ def keep_some(root: Path, policy: Checkpoint) -> None:
     scored = [(sign * metric, folder) for folder in folders if (metric := _metric(folder)) is not None]
     best = {folder for _, folder in sorted(scored)[: policy.keep_best]}
     for folder in sorted(set(folders[: -policy.keep_newest]) - best):
-        _delete(folder)
+        delete(folder)
 
 
 def read_progress(folder: Path) -> Progress:

@@ -3,6 +3,7 @@
 batches ─► one fused pass ─► sums over positions, batches and ranks ─► numbers under val/ (`finished`)
 """
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +29,10 @@ from kd_core.types import Batch
 
 Metric = Callable[[SparseView], Tensor]
 """A user's: of n positions to a number (or a truth) each, [n]; their mean over scored positions is `val/NAME`."""
-HIGHER_IS_BETTER = ("agreement", "acceptance")
-LOWER_IS_BETTER = ("loss", "nll", "kl", "cross_entropy", "perplexity", "bits_per_byte", "ece")
+HIGHER_IS_BETTER = ("top1_agreement", "top5_agreement", "acceptance")
+LOWER_IS_BETTER = (
+    "loss", "nll", "kl", "reverse_kl", "renormalized_kl", "teacher_cross_entropy", "perplexity", "bits_per_byte", "ece"
+)  # fmt: skip
 ADDED = "+"  # begins the names of terms that are no part of the objective, which may have terms of any other name
 
 
@@ -84,9 +87,17 @@ class _Users(Term):
         return found.detach().to(view.teacher_tail.dtype)
 
 
+def best_is(name: str) -> str | None:
+    """Whether the smallest ("min") or the largest ("max") is the best of a number's values; None: nobody knows."""
+    last = name.rpartition("/")[2]
+    if last in HIGHER_IS_BETTER:
+        return "max"
+    return "min" if last in LOWER_IS_BETTER or last.endswith("_loss") else None
+
+
 def _frames_of(function: Metric, error: Exception) -> list[traceback.FrameSummary]:
     """The innermost frame of the function's own file, where it has one."""
-    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
     return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1:]
 
 

@@ -35,9 +35,11 @@ class AdamW:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"optimizer.{name}: got {getattr(self, name)}; wanted more than 0, and finite.")
-        for name in ("weight_decay", "clip_norm", "max_skipped"):
+        for name in ("weight_decay", "max_skipped"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"optimizer.{name}: got {getattr(self, name)}; wanted at least 0, and finite.")
+        if not self.clip_norm >= 0:
+            raise UsageError(f"optimizer.clip_norm: got {self.clip_norm}; wanted at least 0 (0: never clip).")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"optimizer.betas: got {self.betas}; wanted both from 0 to less than 1.")
 

@@ -11,7 +11,8 @@ from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
 from launchers.sweeping.folder import FAILED, FINISHED, STOPPED, SweepFolder
 
-# Seconds that a point which is told to stop has to end its step and to save; torchrun would give its ranks 30.
+# Seconds that a point which is told to stop has to end its step and to save. torchrun gives its ranks 30, and from
+# torch 2.12 on as many as it is told.
 SAVING = 100
 
 

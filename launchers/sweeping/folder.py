@@ -7,7 +7,7 @@ OUT/status/ID.json       how its last start ended
 OUT/results.*, summary.csv, curves.csv, tensorboard/   what compares the points
 """
 
-import shutil
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from experiments.sweep import Values
 from kd_core.errors import UsageError
 from kd_core.files import is_owned, read_json, write_json, write_text
+from kd_core.training.checkpoint import delete
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping.points import Point, shown, swept_paths
@@ -114,7 +115,10 @@ class SweepFolder:
         """Delete those of finished points: nothing goes on from them, and the students stand in `export/`."""
         for point_id in point_ids:
             if (run := self.run_folder(point_id)).is_finished:
-                shutil.rmtree(run.checkpoints, ignore_errors=True)
+                for checkpoint in run.checkpoints.glob("step_*"):
+                    delete(checkpoint)  # but for one that is being read
+                with contextlib.suppress(OSError):
+                    run.checkpoints.rmdir()
 
     def metrics(self, point_id: str) -> list[dict[str, float]]:
         """The point's numbers so far."""

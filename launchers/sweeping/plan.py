@@ -40,8 +40,8 @@ def _disk(costs: Sequence[Cost]) -> str:
     """Room for what is left of all points, with and without checkpoints."""
     exports, checkpoints = sum(cost.export for cost in costs) / 1e9, sum(cost.checkpoints for cost in costs) / 1e9
     return (
-        f"disk: up to {exports + checkpoints:.1f} GB ({exports:.1f} GB of students, {checkpoints:.1f} GB of "
-        "checkpoints, which --nokeep_checkpoints deletes where a point is finished)"
+        f"disk, in the end: up to {exports + checkpoints:.1f} GB ({exports:.1f} GB of students, {checkpoints:.1f} GB "
+        "of checkpoints, which --nokeep_checkpoints deletes where a point is finished); a point that runs has one more"
     )
 
 

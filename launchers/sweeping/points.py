@@ -148,7 +148,7 @@ def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
                 set_here[path] = find(config, path, said).value
         elif value is not None:
             user_code.of(value, said, config)
-    check_values(config)
+    check_values(config, recorded=True)
     _all_stand(config, set_here, draft, name)
     record = config_items.record(config)
     point_id = hashlib.sha256(record.encode()).hexdigest()[:ID_LENGTH]

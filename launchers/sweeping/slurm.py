@@ -17,7 +17,7 @@ from typing import Any
 from kd_core.errors import UsageError
 from launchers.sweeping import child
 from launchers.sweeping.child import SAVING, Slot
-from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, Status, SweepFolder
+from launchers.sweeping.folder import FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
 from launchers.sweeping.points import Point
 
 WARNING = 120  # seconds between Slurm's warning and its kill, more than the training takes to save
@@ -117,18 +117,23 @@ def in_queue(job: str) -> bool:
             ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        raise UsageError(f"job {job} may run: no squeue on the PATH to ask. Start it where Slurm takes jobs.") from None
+        raise UsageError(
+            f"job {job} may run: no squeue on the PATH to ask. Start it where Slurm takes jobs; or, where the job has "
+            "surely ended, delete the sweep's status/ folder, which forgets failures and jobs alone."
+        ) from None
     if found.returncode != 0 and "invalid job id" not in found.stderr.lower():
         raise UsageError(f"job {job} may run: squeue failed ({found.stderr.strip()}). Run the same line again later.")
     return found.returncode == 0 and bool(found.stdout.strip())
 
 
 def queued(folder: SweepFolder, points: Sequence[Point]) -> list[str]:
-    """Of the points that are not finished, those whose job Slurm still has; errors as for `in_queue`."""
+    """Of the points that are not finished, those whose job Slurm still has; errors as for `in_queue`.
+
+    One that has stopped may have been put back by Slurm.
+    """
     known = {point.id: folder.status(point.id) for point in points}
-    return [
-        key for key, each in known.items() if each.state in (RUNNING, SUBMITTED) and each.job and in_queue(each.job)
-    ]
+    states = (RUNNING, SUBMITTED, STOPPED)
+    return [key for key, each in known.items() if each.state in states and each.job and in_queue(each.job)]
 
 
 def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
@@ -178,6 +183,6 @@ def submit(
         raise UsageError(f"--backend=slurm: sbatch refused: {error}") from None
     for point, job in zip(points, jobs, strict=True):
         known = folder.status(point.id)
-        if (known.state, known.job) != (RUNNING, job.job_id):  # it may have begun at once
+        if known.job != job.job_id:  # else it has begun at once, and says itself how it stands
             folder.set_status(point.id, replace(known, state=SUBMITTED, job=job.job_id))
     return [str(job.job_id) for job in jobs]

@@ -10,6 +10,7 @@ import pytest
 
 from launchers import app, catalog, config_items
 from tests.launchers.command import configs, run
+from tests.tiny import Tiny
 
 FILE = '''"""A user's file."""
 import fiddle as fdl
@@ -172,6 +173,15 @@ def test_a_users_file_is_found_and_its_values_name_its_lines(user_folder: Path) 
     assert config_items.differences(base, resolved) == (
         "optimizer.lr = 0.004  (was 0.002)  # experiments/user_file.py:19, --config=fiddler:changed(factor=2.0)\n"
     )
+
+
+def test_of_a_users_metric_nobody_else_knows_what_is_best(user_folder: Path, tiny: Tiny) -> None:
+    text = FILE.replace("{line}", "config.evaluation.metrics = (disagreement,)")
+    (user_folder / "user_file.py").write_text(f"{text}\n\ndef disagreement(view):\n    return -view.student_label\n")
+    sys.modules.pop("experiments.user_file", None)
+    items = ["mine", *tiny.train_items()[1:], "checkpoint.best_metric=val/disagreement"]
+    for mode in ("min", "max"):
+        fdl.build(config_items.resolve([*items, f"checkpoint.best_mode={mode}"], "Experiment").config).check()
 
 
 def test_a_copy_that_an_editor_keeps_is_not_read(user_folder: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tin
     assert write_results(folder, points) == before
     text = plan(folder, points, None)
     total = 2 * (cost.export + cost.checkpoints) / 1e9
-    assert f"disk: up to {total:.1f} GB" in text
+    assert f"disk, in the end: up to {total:.1f} GB" in text
     seconds = [line["speed/step_seconds"] for line in folder.metrics(points[0].id) if "speed/step_seconds" in line]
     rate = measured_rate(folder, {points[0].id: cost})
     assert rate == pytest.approx(cost.flops / STEPS / statistics.median(seconds))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import fiddle as fdl
+import numpy as np
 import pytest
 
 from experiments.quickstart import quickstart, quickstart_export
@@ -170,6 +171,15 @@ def test_a_value_that_makes_no_sense_is_refused_when_built() -> None:
     with pytest.raises(UsageError, match="wanted one of") as caught:
         point.build()
     assert "Fiddle context" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers_and_what_no_record_holds_is_the_sweeps_mistake() -> None:
+    (one, other) = resolve(Sweep(quickstart) * grid("optimizer.lr", np.logspace(-4, -3, 2)), [], "study")
+    assert [point.config.optimizer.lr for point in (one, other)] == pytest.approx([1e-4, 1e-3])
+    assert one == resolve(Sweep(quickstart) * grid("optimizer.lr", [1e-4]), [], "study")[0]
+    wrong = Sweep(quickstart) * grid("evaluation.metrics", [(lambda view: view.student_label,)])
+    with pytest.raises(UsageError, match=r"^--sweep=study: evaluation.metrics=.*which no record of a run can hold"):
+        resolve(wrong, [], "study")
 
 
 def test_slurms_flags_are_refused_of_a_local_queue(tmp_path: Path) -> None:
