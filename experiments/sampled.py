@@ -4,7 +4,9 @@ Command:  python -m launchers.export_teacher --config=sampled_export --out=quick
           torchrun --nproc-per-node 1 -m launchers.train --config=sampled --run_dir=runs/sampled
 Expected: about the held-out KL of `quickstart`, from a cache a seventh of the size: draws are unbiased for forward KL.
           KL is measured on the quick start's own held-out cache, for samples do not give it.
-Seen:     (not run yet)
+Seen:     2026-11-25, 3 seeds, as points of the study `storage`: held-out KL 0.882 ± 0.033, NLL 4.362 ± 0.030, against
+          0.836 ± 0.006 and 4.334 ± 0.007, from 14 bytes a position in place of 96. Not quite the same KL: draws cost
+          about ½ / n nats. 50 of them (32 bytes) have 0.846 ± 0.016, and the better NLL (4.319 ± 0.005).
 """
 
 import fiddle as fdl
