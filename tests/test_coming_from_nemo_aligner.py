@@ -173,7 +173,7 @@ def _settings_of_the_table() -> list[str]:
     for row in table.splitlines():
         beside = ""
         for token in re.findall(r"`([^`]+)`", row.split(" | ")[1]) if " | " in row else []:
-            if not NAME.fullmatch(token) or "." not in token or token.startswith(("launchers.", "metrics.")):
+            if not NAME.fullmatch(token) or "." not in token or token.startswith(("launchers.", "metrics.", "progress.")):
                 continue
             whole = beside + token if token.startswith(".") else token
             beside = whole.split("=")[0].rpartition(".")[0]
