@@ -166,6 +166,9 @@ ROOT = Path(__file__).parent.parent
 NAME = re.compile(r"\.?[a-z_]+(\.[a-z_]+)*(=[a-z0-9_/]+)?")
 
 
+OTHERS = ("launchers.", "metrics.", "progress.")  # commands and files
+
+
 def _settings_of_the_table() -> list[str]:
     """What the right column of the README's table sets: `a.b`, `a.b=v`, and `.c`, which stands beside the last one."""
     table = (ROOT / "README.md").read_text().split("## Coming from NeMo-Aligner")[1].split("\n## ")[0]
@@ -173,7 +176,7 @@ def _settings_of_the_table() -> list[str]:
     for row in table.splitlines():
         beside = ""
         for token in re.findall(r"`([^`]+)`", row.split(" | ")[1]) if " | " in row else []:
-            if not NAME.fullmatch(token) or "." not in token or token.startswith(("launchers.", "metrics.", "progress.")):
+            if not NAME.fullmatch(token) or "." not in token or token.startswith(OTHERS):
                 continue
             whole = beside + token if token.startswith(".") else token
             beside = whole.split("=")[0].rpartition(".")[0]
