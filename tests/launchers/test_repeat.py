@@ -35,15 +35,21 @@ def test_a_run_again_from_its_record_has_the_same_numbers(tiny: Tiny, tmp_path: 
     first, again = tmp_path / "first", tmp_path / "again"
     done = run("launchers.train", *configs([*tiny.train_items(4), *more]), f"--run_dir={first}")
     assert done.returncode == 0, done.stderr
-    dry = run("launchers.train", f"--config=run:{first}", "--dry_run", "--world=2", "--config=steps=5")
-    assert f"differs from the run it repeats, {first}:" in dry.stdout, dry.stderr
-    assert "layout size: 1 there, 2 now" in dry.stdout
-    assert "setting steps: 4 there, 5 now (--config=steps=5)" in dry.stdout
     done = run("launchers.train", f"--config=run:{first}", f"--run_dir={again}")
     assert done.returncode == 0, done.stderr
     assert _numbers(again) == _numbers(first)
     assert (again / "config.json").read_bytes() == (first / "config.json").read_bytes()
     assert str(first) in done.stderr
+
+
+def test_a_dry_run_says_what_differs(tiny: Tiny, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    done = run("launchers.train", *configs(tiny.train_items(4)), f"--run_dir={first}")
+    assert done.returncode == 0, done.stderr
+    dry = run("launchers.train", f"--config=run:{first}", "--dry_run", "--world=2", "--config=steps=5")
+    assert f"differs from the run it repeats, {first}:" in dry.stdout, dry.stderr
+    assert "layout size: 1 there, 2 now" in dry.stdout
+    assert "setting steps: 4 there, 5 now (--config=steps=5)" in dry.stdout
 
 
 @pytest.fixture
