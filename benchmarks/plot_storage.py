@@ -14,7 +14,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 
 from data.cache.manifest import read_manifest
-from launchers.sweeping import tables
+from launchers import tables
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -31,7 +31,10 @@ def cache_facts(shards: Shards) -> CacheFacts:
 
 def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
     """All that is missing at once, so that it is made at once."""
-    wanted = {where: (folder, "a Hugging Face folder") for where, folder in student_folders(experiment.student).items()}
+    wanted = {
+        where: (folder, "an adapter in PEFT's format" if where.endswith(".adapter") else "a Hugging Face folder")
+        for where, folder in student_folders(experiment.student).items()
+    }
     for where, shards in caches.items():
         if not Location(shards.path).remote:
             wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")

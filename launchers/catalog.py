@@ -133,10 +133,10 @@ def find(name: str, kind: str, takes: str = "", said: str = "") -> Entry:
 def _says_no_kind(name: str, kind: str) -> str:
     """Where a function of that name stands that does not say what it gives; else nothing."""
     gives = {SWEEP: "Sweep", FIDDLER: "None, and a first parameter of fdl.Config[…]"}.get(kind, f"fdl.Config[{kind}]")
-    for path in _files():
+    for path in _files() if kind != TAG else ():
         with contextlib.suppress(SyntaxError, ValueError):
             for node in _parsed(path):
-                if isinstance(node, ast.FunctionDef) and node.name == name and kind != TAG:
+                if isinstance(node, ast.FunctionDef) and node.name == name:
                     said = ast.unparse(node.returns) if node.returns else "nothing"
                     return (
                         f"{path.relative_to(FOLDER.parent)}:{node.lineno} has a function {name} that is annotated to "

@@ -127,7 +127,7 @@ def _user_metrics() -> list[Any]:
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A row a number, a column a cache; the caches' names where there are several."""
-    from launchers.sweeping.tables import aligned
+    from launchers.tables import aligned
 
     def cell(name: str, numbers: Mapping[str, float]) -> str:
         return "" if name not in numbers else f"{numbers[name]:.0f}" if name == "tokens" else f"{numbers[name]:.5f}"

@@ -1,4 +1,4 @@
-"""What a folder is already, by files that only we write: a run, caches or a sweep is never laid over another kind."""
+"""What a folder is already, by files that every one of its kind has: nothing is written over another kind."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MARKS = {
 
 
 def refuse_others(folder: Path, kind: str, flag: str) -> None:
-    """Refuse to write `kind` into a folder that holds something of ours of another kind.
+    """Refuse to write `kind` into a folder that holds another one of them.
 
     Raises:
         UsageError: with what stands there.

@@ -55,7 +55,7 @@ GPUS = flags.DEFINE_integer("gpus_per_node", 0, "slurm: GPUs of a point on each 
 CPUS = flags.DEFINE_integer("cpus_per_task", None, "slurm: cores of a point on each node.", lower_bound=1)
 MORE = flags.DEFINE_multi_string("slurm", [], "slurm: any other option of sbatch, NAME=VALUE.")
 
-SLURM_FLAGS = ("partition", "minutes", "nodes", "gpus_per_node", "cpus_per_task", "slurm")
+SLURM_FLAGS = (PARTITION, MINUTES, NODES, GPUS, CPUS, MORE)
 
 
 def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
@@ -154,7 +154,7 @@ def _check(points: Sequence["Point"]) -> None:
 def _refuse_flags_of_slurm() -> None:
     from kd_core.errors import UsageError
 
-    wrong = [f"--{name}" for name in SLURM_FLAGS if app.FLAGS[name].present]
+    wrong = [f"--{flag.name}" for flag in SLURM_FLAGS if flag.present]
     if BACKEND.value == "local" and wrong:
         raise UsageError(f"{', '.join(wrong)}: for --backend=slurm alone; a local queue has --jobs and --nproc.")
 

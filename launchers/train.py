@@ -106,7 +106,7 @@ def main() -> None:
     from kd_core.errors import UsageError
     from kd_core.training.stopping import seconds_of
 
-    if app.FLAGS["world"].present and not app.FLAGS.dry_run:
+    if WORLD.present and not app.FLAGS.dry_run:
         raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
     max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
     experiment: Any = fdl.build(resolved.config)

@@ -146,10 +146,16 @@ def _takes(wanted: Any, kind: type) -> bool:
     return wanted is kind or kind in typing.get_args(wanted)
 
 
+def _plain(value: Any) -> Any:
+    """Python's own float in place of numpy's, which is one and which no record holds; also within a tuple or list."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain, value))
+    return float(value) if isinstance(value, float) else value
+
+
 def _fitted(value: Any, wanted: Any, said: str, shown: object) -> Any:
     """The value as the type that is wanted: a list as a tuple, a whole number as a float, numpy's float as Python's."""
-    if isinstance(value, float):
-        value = float(value)
+    value = _plain(value)
     if isinstance(value, list) and typing.get_origin(wanted) is not list:
         value = tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and _takes(wanted, float) and not _takes(wanted, int):
@@ -228,6 +234,8 @@ def _refuse_what_no_record_holds(place: Place, where: str) -> None:
         values = place.value if isinstance(place.value, (tuple, list)) else [place.value]
         if any(callable(value) for value in values):
             wanted = "functions that stand in a file of experiments/ under names of their own"
+        elif all(isinstance(value, float) for value in values):
+            wanted = f"Python's own numbers, {_plain(place.value)!r}"
         else:
             wanted = f"its config, fdl.Config({type(place.value).__name__}, …)"
         raise UsageError(

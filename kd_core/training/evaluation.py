@@ -72,11 +72,8 @@ class _Users(Term):
         except UsageError:
             raise
         except Exception as error:
-            where = " ".join(
-                f"{Path(frame.filename).name}:{frame.lineno}:" for frame in _frames_of(self.function, error)
-            )
-            name = self.function.__name__
-            raise UsageError(f"evaluation.metrics: {name}: {where} {type(error).__name__}: {error}") from error
+            said = f"evaluation.metrics: {self.function.__name__}: {_line_of(self.function, error)}"
+            raise UsageError(f"{said}{type(error).__name__}: {error}") from error
         n = len(view.teacher_tail)
         if not isinstance(found, Tensor) or found.shape != (n,):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -95,10 +92,11 @@ def best_is(name: str) -> str | None:
     return "min" if last in LOWER_IS_BETTER or last.endswith("_loss") else None
 
 
-def _frames_of(function: Metric, error: Exception) -> list[traceback.FrameSummary]:
-    """The innermost frame of the function's own file, where it has one."""
+def _line_of(function: Metric, error: Exception) -> str:
+    """`FILE.py:LINE: `, the innermost of the function's own file; nothing where it has none."""
     file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1:]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{Path(file).name}:{lines[-1]}: " if lines else ""
 
 
 def standard_terms(cache: CacheFacts) -> dict[str, Term]:

@@ -16,7 +16,7 @@ from typing import Any
 from experiments.sweep import Values
 from kd_core.errors import UsageError
 from kd_core.files import is_owned, read_json, write_json, write_text
-from kd_core.training.checkpoint import delete
+from kd_core.training import checkpoint
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping.points import Point, shown, swept_paths
@@ -115,8 +115,8 @@ class SweepFolder:
         """Delete those of finished points: nothing goes on from them, and the students stand in `export/`."""
         for point_id in point_ids:
             if (run := self.run_folder(point_id)).is_finished:
-                for checkpoint in run.checkpoints.glob("step_*"):
-                    delete(checkpoint)  # but for one that is being read
+                for step in run.checkpoints.glob("step_*"):
+                    checkpoint.delete(step)  # but for one that is being read
                 with contextlib.suppress(OSError):
                     run.checkpoints.rmdir()
 

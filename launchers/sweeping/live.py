@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from launchers.sweeping import tables
+from launchers import tables
 
 
 class Live:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from kd_core.errors import UsageError
-from launchers.sweeping import tables
+from launchers import tables
 from launchers.sweeping.estimate import Cost, cost_of, measured_rate
 from launchers.sweeping.folder import SweepFolder
 from launchers.sweeping.points import Point, label, short_names, shown, swept_paths
@@ -38,10 +40,11 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
 
 def _disk(costs: Sequence[Cost]) -> str:
     """Room for what is left of all points, with and without checkpoints."""
-    exports, checkpoints = sum(cost.export for cost in costs) / 1e9, sum(cost.checkpoints for cost in costs) / 1e9
+    exports, checkpoints = sum(cost.export for cost in costs), sum(cost.checkpoints for cost in costs)
+    whole, students, rest = (tqdm.format_sizeof(size, "B") for size in (exports + checkpoints, exports, checkpoints))
     return (
-        f"disk, in the end: up to {exports + checkpoints:.1f} GB ({exports:.1f} GB of students, {checkpoints:.1f} GB "
-        "of checkpoints, which --nokeep_checkpoints deletes where a point is finished); a point that runs has one more"
+        f"disk, in the end: up to {whole} ({students} of students, {rest} of checkpoints, which --nokeep_checkpoints "
+        "deletes where a point is finished); a point that runs has one more"
     )
 
 

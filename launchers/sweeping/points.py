@@ -174,7 +174,7 @@ def _all_stand(config: fdl.Config[Any], values: Values, draft: Draft, name: str)
     """A function that is swept, or a part that is swept after its values, may have hidden what was set before."""
     for path, value in values.items():
         found = find(config, path, f"--sweep={name}").value
-        if found != value and found is not value:
+        if found != value and found is not value:  # not a number is not even itself
             raise UsageError(
                 f"--sweep={name}: {path}={shown(value)} was hidden: a later choice of {draft.experiment} left "
                 f"{shown(found)} there. Sweep each value in one place."

@@ -14,7 +14,7 @@ from kd_core.errors import UsageError
 from kd_core.files import new_folder, read_json, write_json, write_text
 from kd_core.training.loop import SHOWN
 from kd_core.training.tensorboard import HParam, write_columns, write_session
-from launchers.sweeping import tables
+from launchers import tables
 from launchers.sweeping.folder import FINISHED, SweepFolder
 from launchers.sweeping.points import Point, label, short_names, shown, swept_paths
 from launchers.sweeping.statistics import CONFIDENCE, Mean, mean_of

@@ -47,7 +47,7 @@ class PointJob:
     folder: SweepFolder
     point_id: str
     nproc: int
-    keep_checkpoints: bool = True
+    keep_checkpoints: bool
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __call__(self) -> str:

@@ -105,6 +105,8 @@ IN_A_FILE = {
                                   "evaluation.metrics: got (<function mine.<locals>.<lambda>"),
     "code of another package": ("import textwrap; config.evaluation.metrics = (textwrap.dedent,)", "wanted "
                                 "functions that stand in a file of experiments/"),
+    "a number of numpy": ("import numpy; config.optimizer.lr = numpy.sqrt(4e-6)", "which no record of a run can hold; "
+                          "wanted Python's own numbers, 0.002."),
     "nothing returned": ("config = None", "experiments/user_file.py:9: mine returned None, wanted "
                          "fdl.Config[Experiment]. Is there no `return config` at its end?"),
     "a part returned": ("config = config.loss", "mine returned fdl.Config[Objective], wanted fdl.Config[Experiment]."),

@@ -177,6 +177,8 @@ def test_numbers_of_numpy_are_numbers_and_what_no_record_holds_is_the_sweeps_mis
     (one, other) = resolve(Sweep(quickstart) * grid("optimizer.lr", np.logspace(-4, -3, 2)), [], "study")
     assert [point.config.optimizer.lr for point in (one, other)] == pytest.approx([1e-4, 1e-3])
     assert one == resolve(Sweep(quickstart) * grid("optimizer.lr", [1e-4]), [], "study")[0]
+    (pair,) = resolve(Sweep(quickstart) * grid("optimizer.betas", [tuple(np.array([0.5, 0.75]))]), [], "study")
+    assert [type(beta) for beta in pair.config.optimizer.betas] == [float, float]
     wrong = Sweep(quickstart) * grid("evaluation.metrics", [(lambda view: view.student_label,)])
     with pytest.raises(UsageError, match=r"^--sweep=study: evaluation.metrics=.*which no record of a run can hold"):
         resolve(wrong, [], "study")

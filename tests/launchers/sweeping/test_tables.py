@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from launchers.sweeping import tables
+from launchers import tables
 from launchers.sweeping.child import Slot, slots
 from launchers.sweeping.live import Live
 from launchers.sweeping.slurm import launcher
