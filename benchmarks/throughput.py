@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.step import STUDENT, make_batch, make_student
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import PRECISIONS, Parallel
+from kd_core.parallel.plan import Parallel
+from kd_core.precision import DTYPES
 from kd_core.students.decoder import Decoder
 from kd_core.students.families import config_of
 from kd_core.training.optimizer import AdamW
@@ -60,7 +61,7 @@ def matmul_rate(positions: int, precision: str) -> float:
     for m, k, n in (
         (2048, 2048, 2048), (positions, D, wide), (positions, wide, D), (positions, D, arch.vocab_size)
     ):  # fmt: skip
-        left, right = (torch.randn(shape, dtype=PRECISIONS[precision]) for shape in ((m, k), (k, n)))
+        left, right = (torch.randn(shape, dtype=DTYPES[precision]) for shape in ((m, k), (k, n)))
         out = torch.mm(left, right)
         for _ in range(2):
             started = time.perf_counter()

@@ -39,7 +39,7 @@ def distill(model: str = "my/model", cache: str = "my/cache") -> fdl.Config[Expe
         ),
         optimizer=fdl.Config(AdamW, lr=1e-4),
         schedule=fdl.Config(WarmupCosine, warmup_steps=20),
-        parallel=fdl.Config(Parallel, precision="bfloat16"),
+        parallel=fdl.Config(Parallel),
         checkpoint=fdl.Config(Checkpoint, every=100),
         logger=fdl.Config(Logger),
         evaluation=fdl.Config(Evaluation, shards=read(f"{cache}/validation"), every=100),

@@ -224,6 +224,7 @@ class Experiment:
             steps=self.steps,
             seed=self.seed,
             rows_per_step=self.rows_per_step,
+            tokens_per_step=self.tokens_per_step,
             log_every=self.logger.every,
             line_every=self.logger.line_every,
             histograms_every=self.logger.histograms_every,

@@ -14,18 +14,26 @@ prints one JSON object instead (of several caches, one by each cache's name).
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags
 
 from launchers import app
+
+if TYPE_CHECKING:
+    from kd_core.precision import Precision
 
 STUDENT = flags.DEFINE_string(
     "student", None, "Hugging Face folder, a run that is finished, or a checkpoint of a run; required."
 )
 CACHE = flags.DEFINE_multi_string("cache", [], "Folder or URL of a teacher's cache; at least one.")
 METRIC = flags.DEFINE_multi_string("metric", [], "FILE.py:NAME: a function of a SparseView, as in evaluation.metrics.")
-PRECISION = flags.DEFINE_string("precision", "float32", "What matmuls multiply in: float32 or bfloat16.")
+PRECISION = flags.DEFINE_enum(
+    "precision",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "What matmuls multiply in; auto: what this device does well. Name one to compare numbers of several machines.",
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
     "nll": "NLL, nats per token",
@@ -81,7 +89,12 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
 
 
 def measure_model(
-    model: Any, tokenizer_folder: Path, caches: Sequence[str], precision: str, world: Any, metrics: Sequence[Any] = ()
+    model: Any,
+    tokenizer_folder: Path,
+    caches: Sequence[str],
+    precision: "Precision",
+    world: Any,
+    metrics: Sequence[Any] = (),
 ) -> dict[str, dict[str, float]]:
     """By cache, the numbers of `SHOWN`, and of a user's metrics by their names, for a model in memory.
 
@@ -144,14 +157,18 @@ def main() -> None:
     """Measure and print."""
     from kd_core.errors import UsageError
     from kd_core.parallel.mesh import joined_world
+    from kd_core.precision import choose_precision
 
     if STUDENT.value is None or not CACHE.value:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
     metrics = _user_metrics()
     with joined_world() as world:
+        chosen = choose_precision(cast("Precision", PRECISION.value), world.device)
+        app.log.info("precision: %s", chosen)
+        chosen.warn_if_slow("--precision")
         model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
         caches = list(dict.fromkeys(CACHE.value))
-        found = measure_model(model, tokenizer_folder, caches, PRECISION.value, world, metrics)
+        found = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)
     if world.is_first:
         print((json.dumps(found if len(found) > 1 else found[caches[0]])) if JSON.value else table(found))
 

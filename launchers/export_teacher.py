@@ -24,6 +24,7 @@ scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=co
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,21 @@ EXTEND = flags.DEFINE_bool(
 
 def _export(export: Any, out: Path) -> None:
     from data.export import export as steps
-    from data.export.claim import claim, claim_growth
+    from data.export.claim import claim, claim_growth, recorded_dtype
     from data.export.growth import end_growth, growth_of
     from data.export.plan import make_plans
     from kd_core.files import owned
     from kd_core.parallel.mesh import joined_world
+    from kd_core.precision import choose_precision
     from launchers.folder_kinds import CACHES, refuse_others
 
     with joined_world() as world, ExitStack() as stack:
         world.on_first(lambda: refuse_others(out, CACHES, "out"))
         world.on_first(lambda: stack.enter_context(owned(out)))
+        chosen = world.on_first(lambda: choose_precision(export.dtype, world.device, recorded_dtype(out), "cache"))
+        app.log.info("dtype: %s", chosen)
+        chosen.warn_if_slow("dtype")
+        export = replace(export, dtype=chosen.precision)
         plans = world.on_first(lambda: make_plans(export, out, growth_of(out, begin=True) if EXTEND.value else None))
         take = claim_growth if EXTEND.value else claim
         wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]

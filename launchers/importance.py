@@ -16,7 +16,7 @@ The text is the first --tokens of a cache's records, or of a text file in rows o
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -29,7 +29,9 @@ KEEP = flags.DEFINE_integer("keep", None, "How many layers to keep; default half
 MEASURE = flags.DEFINE_enum("measure", "greedy", ["greedy", "alone", "influence"], "How; see above.")
 TOKENS = flags.DEFINE_integer("tokens", 2048, "How many tokens to measure on.", lower_bound=2)
 ROW_LENGTH = flags.DEFINE_integer("row_length", 256, "Tokens of a row.", lower_bound=2)
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "What is multiplied in.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "auto", ["auto", "float32", "bfloat16"], "What matmuls multiply in; auto: what this device does well."
+)
 OUT = flags.DEFINE_string("out", None, "A JSON file for all numbers.")
 
 
@@ -103,6 +105,7 @@ def main() -> None:
 
     from kd_core.errors import UsageError
     from kd_core.files import write_json
+    from kd_core.precision import DTYPES, Precision, choose_precision
     from kd_core.students.importance import LayerwiseText, nll_of
     from kd_core.students.starts import Pretrained, build
 
@@ -111,7 +114,10 @@ def main() -> None:
     teacher = Path(TEACHER.value)
     rows = _rows(teacher)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(Pretrained(str(teacher)), device, seed=0).to(getattr(torch, DTYPE.value or "")).eval()
+    chosen = choose_precision(cast(Precision, DTYPE.value), device)
+    app.log.info("dtype: %s", chosen)
+    chosen.warn_if_slow("--dtype")
+    model = build(Pretrained(str(teacher)), device, seed=0).to(DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:

@@ -22,12 +22,16 @@ Your own experiment is a function in a file of your own under experiments/; it n
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launchers import app
+
+if TYPE_CHECKING:
+    from kd_core.precision import ChosenPrecision
 
 KIND = "Experiment"
 app.define_config_flags(KIND)
@@ -43,25 +47,40 @@ PROFILE = flags.DEFINE_integer(
 )
 
 
+def _set_precision(experiment: Any, resolved: Any, chosen: "ChosenPrecision") -> Any:
+    """Returns the experiment with a precision that is not auto, and writes it into the config to be recorded."""
+    if experiment.parallel.precision == chosen.precision:
+        return experiment
+    resolved.config.parallel.precision = chosen.precision
+    resolved.set_by["parallel.precision"] = chosen.reason
+    return replace(experiment, parallel=replace(experiment.parallel, precision=chosen.precision))
+
+
 def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | None) -> None:
     from kd_core.files import owned
     from kd_core.parallel.agreement import prove_same, together
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import LAYOUT_SETTINGS
+    from kd_core.precision import choose_precision
     from kd_core.training.profile import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stopping import Stopping
     from launchers import config_items, proof, repeat
     from launchers.folder_kinds import A_RUN, refuse_others
 
-    run_folder, text = RunFolder(folder), config_items.describe(resolved)
+    run_folder = RunFolder(folder)
     patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
     with Stopping(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
+        wanted = experiment.parallel.precision
+        chosen = world.on_first(lambda: choose_precision(wanted, world.device, run_folder.precision()))
+        experiment = _set_precision(experiment, resolved, chosen)
+        text = config_items.describe(resolved)
 
         def check() -> dict[str, str]:
             refuse_others(folder, A_RUN, "run_dir")
             stack.enter_context(owned(folder))
-            return experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
+            shown = experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
+            return {"precision": str(chosen), **shown}
 
         def claim() -> None:
             facts = attempt_facts(world, experiment.inputs())
@@ -73,6 +92,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
                 app.log.info("resumed with another layout: %s is %s", name, how)
             for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
+            chosen.warn_if_slow("parallel.precision")
             for setting in experiment.unused():
                 app.log.warning("unused: %s.", setting)
 
@@ -84,16 +104,32 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
             app.log.info("done: %s", folder)
 
 
-def _repeated(experiment: Any, resolved: Any) -> str:
+def _repeated(experiment: Any, resolved: Any, device: Any) -> str:
     """What a run of `--world` ranks here would differ by from the one that it repeats."""
-    import torch
-
     from kd_core.parallel.mesh import World
     from kd_core.training.run_folder import attempt_facts
     from launchers import repeat
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return repeat.report(resolved, attempt_facts(World(size=WORLD.value, device=device), experiment.inputs()))
+
+
+def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
+    """Print what a run on this machine would be."""
+    import torch
+
+    from kd_core.precision import choose_precision
+    from kd_core.training.run_folder import RunFolder
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_precision(experiment.parallel.precision, device, RunFolder(folder).precision())
+    shown = {"precision": chosen, **experiment.check(WORLD.value), "checkpoints": folder / "checkpoints"}
+    for name, value in shown.items():
+        print(f"{name}: {value}")
+    chosen.warn_if_slow("parallel.precision")
+    for setting in experiment.unused():
+        print(f"unused: {setting}.")
+    if resolved.repeats:
+        print(_repeated(experiment, resolved, device))
 
 
 def main() -> None:
@@ -112,13 +148,7 @@ def main() -> None:
     experiment: Any = fdl.build(resolved.config)
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     if app.FLAGS.dry_run:
-        where = {"checkpoints": str(folder / "checkpoints")}
-        for name, value in (experiment.check(WORLD.value) | where).items():
-            print(f"{name}: {value}")
-        for setting in experiment.unused():
-            print(f"unused: {setting}.")
-        if resolved.repeats:
-            print(_repeated(experiment, resolved))
+        _dry_run(experiment, resolved, folder)
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 

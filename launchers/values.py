@@ -123,7 +123,9 @@ def find(config: fdl.Config[Any], path: str, said: str) -> Place:
 
 
 def shown_type(wanted: Any) -> str:
-    """An annotation as its author wrote it."""
+    """An annotation as its author wrote it; of a choice, its values."""
+    if typing.get_origin(wanted) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(wanted))}"
     text = wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)
     return re.sub(r"\b(?:[a-z_0-9]+\.)+(?=[A-Za-z])", "", text)
 

@@ -67,6 +67,7 @@ class Tiny:
             "block_positions": 128,
             "shard_bytes": 256 * 16,
             "batch_rows": 3,
+            "dtype": "float32",
         }
         return TeacherExport(**{**settings, **changes})  # type: ignore[arg-type]
 

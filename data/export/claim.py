@@ -1,13 +1,21 @@
 """Whose a cache's folder is: the plan that is written beside it, or none yet; and whether it is complete."""
 
+from pathlib import Path
+
 from data.cache.manifest import read_manifest
-from data.export.growth import GROWING
+from data.export.growth import GROWING, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
 from kd_core.files import read_json, write_json
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
 MAY_GROW = ("corpus", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
+
+
+def recorded_dtype(out: Path) -> str | None:
+    """Returns the teacher's dtype of the caches that were begun in `out`. None where there are none."""
+    path = out / SPLITS[0] / "plan.json"
+    return read_json(path, "the plan of an export").get("dtype") if path.exists() else None
 
 
 def claim(plan: CachePlan) -> bool:

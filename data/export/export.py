@@ -23,20 +23,21 @@ from data.cache.record import Record
 from data.cache.totals import Totals
 from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
 from data.export.huggingface import local_folder
-from data.export.plan import DTYPES, CachePlan, PlannedShard, TeacherExport
+from data.export.plan import CachePlan, PlannedShard, TeacherExport
 from data.export.scorers import load_scorer
 from data.export.scoring import score_windows, scoring_threads
 from data.export.teacher import Scorer
 from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import sha256
+from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
 
 
 def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
     """The teacher, ready to score."""
-    return load_scorer(local_folder(export.teacher), export.scorer, DTYPES[export.dtype], device)
+    return load_scorer(local_folder(export.teacher), export.scorer, dtype_of(export.dtype, device), device)
 
 
 def _bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":

@@ -59,6 +59,16 @@ def read_config(folder: Path) -> "PretrainedConfig":
         raise UsageError(f"{folder}: transformers cannot read its config.json ({error}).") from None
 
 
+def _widen_lm_head(model: "PreTrainedModel") -> None:
+    """Makes the output head compute float32 logits, and leaves a tied embedding in the model's dtype."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, torch.nn.Linear) and head.weight.dtype != torch.float32:
+        head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
+        if head.bias is not None:
+            head.bias = torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
+        head.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
+
+
 class HuggingFaceScorer(NamedTuple):
     """Any causal language model of transformers; the logits of a whole batch exist at once.
 
@@ -93,7 +103,9 @@ class HuggingFaceScorer(NamedTuple):
                 f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}. "
                 "Fetch the folder again."
             )
-        return cls(model.to(device).eval(), int(config.vocab_size))
+        model = model.to(device).eval()
+        _widen_lm_head(model)
+        return cls(model, int(config.vocab_size))
 
     @property
     def device(self) -> torch.device:

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from data.cache.codec.levels import CODECS
 from data.cache.manifest import Manifest
 from data.cache.selection import Selection
@@ -24,10 +22,10 @@ from data.export.scorers import SCORERS, TeacherFacts, read_facts
 from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
+from kd_core.precision import Precision
 from kd_core.students.weights import weight_files
 
 log = logging.getLogger("kd")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class TeacherExport:
         overlap: positions at a window's head that are context only, scored in the window before.
         validation_share: share of the documents that is held out.
         seed: of the split, the draw of windows and the samples.
-        dtype: the teacher's, float32 or bfloat16.
+        dtype: the teacher's weights and activations; its logits are float32. auto: bfloat16 where the device has
+            instructions for it, else float32; the cache records which.
         scorer: auto, decoder or transformers.
         block_positions: about so many positions are coded together; the unit of reading and shuffling.
         shard_bytes: about the size of a shard; the unit of work of a rank, and of what an interruption loses.
@@ -64,15 +63,13 @@ class TeacherExport:
     overlap: int = 0
     validation_share: float = 0.1
     seed: int = 0
-    dtype: str = "float32"
+    dtype: Precision = "auto"
     scorer: str = "auto"
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
     batch_rows: int = 2
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype: got {self.dtype!r}; wanted one of {', '.join(DTYPES)}.")
         if self.scorer not in SCORERS:
             raise UsageError(f"scorer: got {self.scorer!r}; wanted one of {', '.join(SCORERS)}.")
         if not 0 < self.validation_share < 1:

@@ -6,8 +6,8 @@ import torch
 
 from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, lay_out
+from kd_core.precision import Precision, dtype_of
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a run may have otherwise when it is resumed: it trains the same student.
 LAYOUT_SETTINGS = (
     "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
@@ -20,7 +20,8 @@ class Parallel:
     """Which ranks share what. Whatever is chosen, a run trains the same student; `README.md` says which to take.
 
     Args:
-        precision: what matmuls multiply in; weights, optimiser and reductions stay float32.
+        precision: what matmuls multiply in. auto: bfloat16 where the device has instructions for it, else float32;
+            a run records which. Weights, optimiser and reductions stay float32.
         micro_batch_rows: rows of one forward and backward pass on a rank; gradients of a step's passes add up.
         tensor_parallel: ranks that share each layer's heads, feed-forward and vocabulary; best on one machine.
         sequence_parallel: norms and residuals of those ranks are shared by position, instead of repeated.
@@ -32,7 +33,7 @@ class Parallel:
         timeout: seconds without progress on a rank after which the run ends, naming it.
     """
 
-    precision: str = "bfloat16"
+    precision: Precision = "auto"
     micro_batch_rows: int = 4
     tensor_parallel: int = 1
     sequence_parallel: bool = False
@@ -43,8 +44,6 @@ class Parallel:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"parallel.precision: got {self.precision!r}; wanted one of {', '.join(PRECISIONS)}.")
         if self.shard not in SHARDINGS:
             raise UsageError(f"parallel.shard: got {self.shard!r}; wanted one of {', '.join(SHARDINGS)}.")
         for name in ("micro_batch_rows", "tensor_parallel", "replicas"):
@@ -71,4 +70,5 @@ class Parallel:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context that forward passes run in."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        multiplied = dtype_of(self.precision, device)
+        return torch.autocast(device.type, torch.bfloat16, enabled=multiplied == torch.bfloat16)

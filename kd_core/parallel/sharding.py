@@ -17,8 +17,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from kd_core.parallel.layout import Holding, Layout, holding
 from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import PRECISIONS, Parallel
+from kd_core.parallel.plan import Parallel
 from kd_core.parallel.styles import Divided
+from kd_core.precision import dtype_of
 from kd_core.students.decoder import Block, Decoder, materialised
 
 WHOLE = Replicate()
@@ -91,7 +92,7 @@ def _shard(decoder: Decoder, parallel: Parallel, world: World) -> None:
     mesh = world.mesh["dp_replicate", "dp_shard"] if world.layout.replicas > 1 else world.mesh["dp_shard"]
     # Embedding, last norm and head are gathered in float32: once a pass, and the loss's gradient needs it.
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(PRECISIONS[parallel.precision], torch.float32, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(dtype_of(parallel.precision, world.device), torch.float32, cast_forward_inputs=False)
     for block in decoder.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=rounded)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=exact)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.files import new_folder, read_json, write_json
+from kd_core.precision import DTYPES, Dtype
 from kd_core.students.adapters import adapted_layers, base_parameters
 from kd_core.students.decoder import Decoder
 from kd_core.students.families import config_of, read_architecture
@@ -29,7 +30,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_FILE_BYTES = 5_000_000_000
 ADAPTER = "adapter"
 
@@ -127,7 +127,7 @@ def save_pretrained(
     folder: Path,
     tokenizer_folder: Path,
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     max_file_bytes: int = MAX_FILE_BYTES,
     first: bool = True,
 ) -> None:

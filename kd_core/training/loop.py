@@ -32,6 +32,7 @@ from kd_core.training.optimizer import AdamW, set_lr
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.saver import Saver
 from kd_core.training.schedule import WarmupCosine
+from kd_core.training.slow_start import SlowStart
 from kd_core.training.step import count, train_step
 from kd_core.training.stopping import Stopping
 from kd_core.training.watch import Pulse, watched
@@ -53,6 +54,7 @@ class Recipe:
     steps: int
     seed: int
     rows_per_step: int
+    tokens_per_step: int
     log_every: int
     line_every: int
     histograms_every: int
@@ -221,11 +223,13 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
         if not resumed:
             this.note(0, {}, this.validate(0))
         # From here, so that the time that is left does not hold the first validation once for each step to come.
+        slow_start = SlowStart(model, recipe.parallel, world, recipe.steps - this.progress.step)
         live = stack.enter_context(Live(recipe.steps, this.progress.step, recipe.line_every, world))
         for step, batches, waited in stack.enter_context(closing(this.steps())):
             started = time.perf_counter()
             values = this.take_step(step, batches)
             values |= live.speed(step, time.perf_counter() - started, waited)
+            slow_start.add(recipe.tokens_per_step, values.get("speed/step_seconds", 0.0), waited)
             held_out = this.validate(step) if recipe.due(step, recipe.evaluate_every) else {}
             this.note(step, values, held_out)
             told = stopping.agreed(world)

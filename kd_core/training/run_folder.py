@@ -1,5 +1,6 @@
 """The folder of a run: its frozen configuration, its attempts, and where everything else lies in it."""
 
+import ast
 import logging
 import os
 import platform
@@ -90,6 +91,11 @@ class RunFolder:
                 "Name another --run_dir, or the same settings to resume."
             )
         return differences
+
+    def precision(self) -> str | None:
+        """Returns the precision that the run began with. None before it has a record."""
+        value = settings_of(self).get("parallel.precision")
+        return None if value is None else str(ast.literal_eval(value))
 
     def attempts(self) -> list[Path]:
         """The folders of all starts, in order."""

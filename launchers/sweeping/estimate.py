@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from kd_core.training.slow_start import flops_per_token
 from launchers.sweeping.folder import FINISHED, SweepFolder
 from launchers.sweeping.points import Point
 
-# Per parameter and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1): the forward pass and the gradient of its
-# inputs, and the gradient of a parameter that is trained.
-THROUGH, TRAINED = 4, 2
 # Of a checkpoint: a trained parameter and its two moments. Of an exported one: float32.
 SAVED, EXPORTED = 12, 4
 
@@ -36,7 +34,7 @@ def cost_of(point: Point) -> Cost:
     policy = experiment.checkpoint
     # The best may be among the newest, and there are no more than the run makes.
     kept = min(policy.keep_newest + policy.keep_best, -(-point.steps // policy.every))
-    flops = float(THROUGH * count + TRAINED * trained) * point.tokens
+    flops = flops_per_token(parameters) * point.tokens
     return Cost(flops, EXPORTED * count, SAVED * trained * kept)
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kd_core.training.metrics import read_metrics
@@ -25,12 +25,23 @@ def line(module: str, *arguments: str, nproc: int | None = None, torchrun: Seque
 
 
 def run(
-    module: str, *arguments: str, nproc: int | None = None, cwd: Path | None = None, timeout: float = 100
+    module: str,
+    *arguments: str,
+    nproc: int | None = None,
+    cwd: Path | None = None,
+    timeout: float = 100,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
+    """Run to the end, with more variables in its environment."""
     command = line(module, *arguments, nproc=nproc)
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=timeout, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**ENVIRONMENT, **(environment or {})},
+        timeout=timeout,
+        check=False,
     )
 
 

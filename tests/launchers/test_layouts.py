@@ -1,6 +1,7 @@
 """Layouts by the command: trained on four ranks, stopped, and resumed on other layouts; dry runs of any world."""
 
 import json
+import platform
 from pathlib import Path
 
 import fiddle as fdl
@@ -75,6 +76,23 @@ def test_another_precision_is_another_experiment(tiny: Tiny, tmp_path: Path) -> 
         UsageError, match=r"another experiment \(parallel.precision is 'float32' there, 'bfloat16' now\)"
     ):
         claim("parallel.shard=full", "parallel.precision=bfloat16")
+
+
+def test_the_precision_of_the_first_start_is_recorded_and_kept(tiny: Tiny, tmp_path: Path) -> None:
+    """Begun where torch is held to AVX2, gone on with on this machine."""
+    items = [*tiny.train_items(2), "parallel.precision=auto"]
+    flags = [*configs(items), f"--run_dir={tmp_path}"]
+    first = run("launchers.train", *flags, environment={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert first.returncode == 0, first.stderr
+    taken = RunFolder(tmp_path).precision()
+    assert f"precision: {taken} (auto: this CPU (" in first.stderr
+    assert f"parallel.precision = '{taken}'  # auto: this CPU (" in (tmp_path / "config.txt").read_text()
+    if platform.machine() == "x86_64":
+        assert taken == "float32"
+    second = run("launchers.train", *flags)
+    assert second.returncode == 0, second.stderr
+    assert f"precision: {taken} (as the run began)" in second.stderr
+    assert "already complete" in second.stderr
 
 
 def test_a_dry_run_tells_what_a_rank_of_any_world_holds(tiny: Tiny) -> None:

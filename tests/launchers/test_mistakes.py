@@ -79,7 +79,7 @@ ON_THE_COMMAND_LINE = {
     "large letters": (["quickstart", "STEPS=3"], "Did you mean 'steps'?"),
     "all weights nothing": (["pretraining", "loss.terms.kd.weight=0.0"], "every weight is 0"),
     "a warm-up longer than the run": (["quickstart", "steps=4"], "warmup_steps 5 + constant_steps 0 is more than"),
-    "no such precision": (["quickstart", "parallel.precision=fp16"], "wanted one of float32, bfloat16"),
+    "no such precision": (["quickstart", "parallel.precision=fp16"], "wanted one of auto, float32, bfloat16"),
 }
 IN_A_FILE = {
     "an attribute mistyped": ("config.optimizr.lr = 1.0", "experiments/user_file.py:13: AttributeError: No parameter "
