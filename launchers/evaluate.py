@@ -32,7 +32,7 @@ PRECISION = flags.DEFINE_enum(
     "precision",
     "auto",
     ["auto", "float32", "bfloat16"],
-    "What matmuls multiply in; auto: what this device does well. Name one to compare numbers of several machines.",
+    "What matmuls multiply in; auto: as the run did, else what this device does well. Name one to compare machines.",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 SHOWN = {
@@ -86,6 +86,14 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     model = build(start, device, seed=0)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)
+
+
+def _recorded_precision(path: Path) -> str | None:
+    """Returns the precision of the run that a folder of a run, an export or a checkpoint belongs to, if any."""
+    from kd_core.training.run_folder import RunFolder
+
+    found = (RunFolder(folder).precision() for folder in (path, *path.absolute().parents[:2]))
+    return next((precision for precision in found if precision), None)
 
 
 def measure_model(
@@ -163,7 +171,9 @@ def main() -> None:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
     metrics = _user_metrics()
     with joined_world() as world:
-        chosen = choose_precision(cast("Precision", PRECISION.value), world.device)
+        chosen = choose_precision(
+            cast("Precision", PRECISION.value), world.device, _recorded_precision(Path(STUDENT.value))
+        )
         app.log.info("precision: %s", chosen)
         chosen.warn_if_slow("--precision")
         model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)

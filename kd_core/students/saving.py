@@ -137,10 +137,8 @@ def save_pretrained(
     `max_file_bytes` of weights become several files with an index. Memory: one file's weights, on the first alone.
 
     Raises:
-        UsageError: a dtype that we do not write, or files that cannot be written.
+        UsageError: files that cannot be written.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: got {dtype!r}; wanted one of {', '.join(DTYPES)}.")
     files = _split(_model_pieces(model), max_file_bytes // DTYPES[dtype].itemsize)
     adapters = [_File(f"{ADAPTER}/{WEIGHTS}", pieces)] if (pieces := _adapter_pieces(model)) else []
     tensors = _gathered([*files, *adapters])

@@ -1,6 +1,5 @@
 """The folder of a run: its frozen configuration, its attempts, and where everything else lies in it."""
 
-import ast
 import logging
 import os
 import platform
@@ -95,7 +94,7 @@ class RunFolder:
     def precision(self) -> str | None:
         """Returns the precision that the run began with. None before it has a record."""
         value = settings_of(self).get("parallel.precision")
-        return None if value is None else str(ast.literal_eval(value))
+        return None if value is None else value.strip("'\"")
 
     def attempts(self) -> list[Path]:
         """The folders of all starts, in order."""

@@ -142,6 +142,7 @@ def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes
         "validation_share=0.2",
         "block_positions=128",
         "shard_bytes=4096",
+        "dtype=float32",
     ]
     flags = [*configs([*settings, "batch_rows=3"]), f"--out={out}"]
     kill_when(line("launchers.export_teacher", *flags), lambda: any(out.glob("train/shard-*.tar")))
