@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow mutations check format golden tensorboard clean
+.PHONY: quickstart test ordinary test-slow mutations check format golden tensorboard clean
 
 # The package in its own virtual environment; again only when its settings change.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -30,6 +30,13 @@ test-slow: $(VENV)/.dev
 # Do the tests of the losses notice? Breaks the code in one place after another; ten minutes.
 mutations: $(VENV)/.dev
 	@$(BIN)/python -m tests.mutations
+
+# What most x86-64 users have: two variables hold an AVX-512 machine to AVX2. They change nothing on other machines.
+ordinary: export ONEDNN_MAX_CPU_ISA = AVX2
+ordinary: export ATEN_CPU_CAPABILITY = avx2
+ordinary: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' tests/kd_core/losses tests/kd_core/students tests/kd_core/test_precision.py $(ARGS)
+	@$(BIN)/python -m benchmarks.first_steps
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -28,6 +28,7 @@ CORPUS = flags.DEFINE_string(
     "corpus", None, "Your own .txt, .jsonl or .parquet files, one or a folder; default fetched."
 )
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to the training experiment, path=value.")
+EXPORT_CONFIG = flags.DEFINE_multi_string("export_config", [], "Changes to the teacher's export, path=value.")
 RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
 FOLDER = flags.DEFINE_string("folder", "quickstart", "Folder for downloads, teacher, corpus and caches.")
 NPROC = flags.DEFINE_integer("nproc", 1, "Ranks that train (and export).", lower_bound=1)
@@ -183,8 +184,9 @@ def main() -> None:
         from data.cache.manifest import read_manifest
 
         there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
-        settings = [f"--config=teacher={found['teacher']}", f"--config=corpus.path={found['corpus']}"]
-        _under_torchrun("launchers.export_teacher", ["--config=quickstart_export", *settings, f"--out={cache}"])
+        items = [f"teacher={found['teacher']}", f"corpus.path={found['corpus']}", *EXPORT_CONFIG.value]
+        settings = [f"--config={item}" for item in ["quickstart_export", *items]]
+        _under_torchrun("launchers.export_teacher", [*settings, f"--out={cache}"])
         made = {split: read_manifest(cache / split) for split in ("train", "validation")}
         sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
         return f"{'reused' if there else 'made'} {cache}: {sizes}"
