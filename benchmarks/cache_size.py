@@ -116,7 +116,13 @@ def main() -> None:
     teacher, corpus = sys.argv[1:3]
     tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 61_440
     base = TeacherExport(
-        Corpus(corpus), teacher, train_tokens=tokens, validation_tokens=512, selection=Selection(), shard_bytes=900_000
+        Corpus(corpus),
+        teacher,
+        train_tokens=tokens,
+        validation_tokens=512,
+        selection=Selection(),
+        shard_bytes=900_000,
+        dtype="float32",
     )
     with tempfile.TemporaryDirectory() as folder:
         plans = {

@@ -65,6 +65,7 @@ def main() -> None:
         train_tokens=tokens,
         validation_tokens=512,
         selection=Selection(64),
+        dtype="float32",
         shard_bytes=900_000,
     )
     scorer = steps.load_teacher(export, torch.device("cpu"))

