@@ -67,7 +67,7 @@ class SlowStart:
         left = (seconds + waited) * max(0, self.steps - 1)
         log.warning(
             "slow: a step takes %.1f s, %.0f times the %.1f s that its matmuls would in float32 at this machine's "
-            "%.0f GFLOP/s; the steps that are left take %.0f minutes. %s", seconds + waited,
+            "%.0f GFLOP/s; the steps that are left take %.0f min. %s", seconds + waited,
             (seconds + waited) / expected, expected, rate / 1e9, left / 60, self._cause(seconds, waited),
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ class SlowStart:
             return f"{waited:.1f} s of it are a wait for data: bring the cache nearer, or onto a faster disk."
         if dtype_of(self.parallel.precision, self.device) == torch.bfloat16 and not support.is_fast:
             return (
-                f"{support.reason}, so they are emulated: start anew in another --run_dir with "
+                f"It multiplies in bfloat16, and {support.reason}. Start anew in another --run_dir with "
                 "--config=parallel.precision=float32."
             )
         if self.device.type == "cpu" and load > 1.5 * (os.cpu_count() or 1):
