@@ -62,11 +62,11 @@ def read_config(folder: Path) -> "PretrainedConfig":
 def _widen_lm_head(model: "PreTrainedModel") -> None:
     """Makes the output head compute float32 logits, and leaves a tied embedding in the model's dtype."""
     head: Any = model.get_output_embeddings()
-    if isinstance(head, torch.nn.Linear) and head.weight.dtype != torch.float32:
-        head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
-        if head.bias is not None:
-            head.bias = torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
-        head.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
+    if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
+        return
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
+    head.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
 
 
 class HuggingFaceScorer(NamedTuple):

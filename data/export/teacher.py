@@ -55,8 +55,11 @@ class DecoderScorer:
         """See `Scorer`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
-        hidden = self.model(tokens, positions, document_ids, lambda hidden, _: hidden)
-        hidden, weight = rearrange(hidden, "B T D -> (B T) D").to(self._lm_head.dtype), self._lm_head
+        def flattened(hidden: Tensor, _: Tensor) -> Tensor:
+            return rearrange(hidden, "B T D -> (B T) D")
+
+        weight = self._lm_head
+        hidden = self.model(tokens, positions, document_ids, flattened).to(weight.dtype)
         wide = {} if weight.device.type == "cpu" else {"out_dtype": torch.float32}
         buffer = torch.empty(min(len(hidden), CHUNK_TOKENS), len(weight), device=hidden.device)
         for chunk in hidden.split(CHUNK_TOKENS):

@@ -93,6 +93,22 @@ def test_both_scorers_say_the_same(tiny: Tiny, dtype: torch.dtype, tolerance: fl
         assert getattr(theirs, name).dtype == torch.float32
 
 
+@pytest.mark.parametrize("scorer", ["decoder", "transformers"])
+def test_a_bfloat16_teacher_has_float32_logits(tiny: Tiny, scorer: str) -> None:
+    """The hidden states of transformers' own bfloat16 model, multiplied in float64.
+
+    Rows of one position, where attention adds up nothing, so that both bodies round alike.
+    """
+    tokens, documents = torch.randint(200, (19, 1)), torch.zeros(19, 1, dtype=torch.int64)
+    model = AutoModelForCausalLM.from_pretrained(tiny.teacher, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states[-1][:, 0].double()
+        (logits,) = load_scorer(tiny.teacher, scorer, torch.bfloat16, CPU).logits(tokens, documents)
+    truth = hidden @ model.lm_head.weight.double().t()
+    assert logits.dtype == torch.float32
+    assert (logits - truth).abs().max() < 1e-5 < (truth.bfloat16() - truth).abs().median()
+
+
 @pytest.mark.parametrize("make", [_gpt2, _gemma])
 def test_a_family_that_our_decoder_does_not_cover_makes_a_cache(
     tiny: Tiny, tmp_path: Path, make: object, caplog: pytest.LogCaptureFixture
