@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, Any, cast
 from kd_core.errors import UsageError
 
 GRACE = 3.0
+MOST_TEXT = 1 << 25  # bytes of a text that is parsed as one; JSON takes up to some twenty times as much memory
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
@@ -50,16 +52,59 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def is_plain_file(path: Path) -> bool:
+    """Whether `path` is a file that ends: no device, no pipe, no folder. A link counts as what it points at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):  # a name with a zero byte, or one that is too long
+        return False
+
+
+@contextlib.contextmanager
+def damaged(path: object, wanted: str, then: str = "Restore it, or take another one") -> Generator[None]:
+    """Turn whatever reading somebody else's file raises into one message.
+
+    Raises:
+        UsageError: says where, what was found, what was wanted and what to do.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # libraries raise what they like at bytes that nobody foresaw
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UsageError(f"{path}: damaged ({found}), wanted {wanted}. {then}.") from None
+
+
+def read_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
+    """Read a text that somebody else may have written; `what` names it in the error.
+
+    Raises:
+        UsageError: the file is missing, is no plain file, has more than `most` bytes, or is not UTF-8.
+    """
+    if not is_plain_file(path):
+        found = "no file that can be read as one" if path.exists() else "no such file"
+        raise UsageError(f"{path}: {found}, wanted {what}. Check the path.")
+    with path.open("rb") as file:
+        payload = file.read(most + 1)
+    if len(payload) > most:
+        raise UsageError(f"{path}: has {path.stat().st_size} bytes, wanted {what} (at most {most} bytes). Restore it.")
+    try:
+        return payload.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error}), wanted {what}. Restore or remake it.") from None
+
+
+def read_json(path: Path, what: str, most: int = MOST_TEXT) -> dict[str, Any]:
     """Read a JSON object; `what` names it in the error.
 
     Raises:
-        UsageError: the file is missing, is not JSON, or is not an object.
+        UsageError: as for `read_text`, or the text is not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file, wanted {what}. Check the path.") from None
+        value = json.loads(read_text(path, what, most))
+    except UsageError:
+        raise
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists in lists
         raise UsageError(f"{path}: not valid JSON ({error}), wanted {what}. Restore or remake it.") from None
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import CODECS
 from data.cache.codec.tables import MAX_VOCABULARY
 from data.cache.selection import Selection
-from data.cache.strict import digest, fields, integer, items, number, shown, text
+from kd_core.json_fields import digest, fields, integer, items, number, shown, text
 from data.cache.tar import END
 from kd_core.errors import UsageError
 from kd_core.files import json_text, read_json, write_text

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import read_json, sha256, sync_folder, write_json, write_text
+from kd_core.files import damaged, is_plain_file, read_json, sha256, sync_folder, write_json, write_text
+from kd_core.json_fields import LARGEST, digest, fields, integer, number, shown
 from kd_core.parallel.agreement import gathered, stop_alike, together
 from kd_core.parallel.mesh import World
 from kd_core.students.decoder import Decoder
+from kd_core.training.checkpoint_storage import TensorReader, TensorWriter, file_of
 from kd_core.training.state import (
     State,
     check_frozen,
@@ -41,7 +42,9 @@ from kd_core.training.state import (
 
 log = logging.getLogger("kd")
 HASHES = "files.json"
+OWN_FILES = ("progress.json", "frozen.json", "config.json")  # of no rank
 MODES = ("min", "max")
+MOST_STEPS = 1 << 53
 # That one process reads and writes alone is what we mean where there is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -134,7 +137,7 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
         write_json(partial / "progress.json", vars(content.progress))
         write_json(partial / "frozen.json", content.frozen)
         write_text(partial / "config.json", content.record)
-        own = [partial / name for name in (".metadata", "progress.json", "frozen.json", "config.json")]
+        own = [partial / name for name in OWN_FILES]
         write_json(partial / HASHES, {**hashes, **_described(own)})
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -143,8 +146,9 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
 
     together(world, begin, group)
     with _said_as_usage_error(partial, "written", "Free some space and run the same again"):
-        dcp_save(content.state, checkpoint_id=partial, process_group=group, no_dist=world.size == 1)
-    parts = together(world, lambda: _described(sorted(partial.glob(f"__{world.rank}_*"))), group)
+        writer = TensorWriter(partial, world.rank)
+        dcp_save(content.state, storage_writer=writer, process_group=group, no_dist=world.size == 1)
+    parts = together(world, lambda: _described([file_of(partial, world.rank)]), group)
     together(world, lambda: end({name: found for part in parts for name, found in part.items()}), group)
     return folder
 
@@ -152,20 +156,34 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
 def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
     """What is wrong with a checkpoint's files; nothing if it is whole. `share` of them is read, all are measured."""
     try:
-        wanted = read_json(folder / HASHES, "the hashes of a checkpoint")
+        wanted = _hashes(folder / HASHES)
     except UsageError as error:
         return [str(error)]
     wrong: list[str] = []
-    for name, found in sorted(wanted.items())[share]:
+    for name, (size, digest_wanted) in sorted(wanted.items())[share]:
         beat()
         file = folder / name
-        if not file.is_file():
+        if not is_plain_file(file):
             wrong.append(f"{name} is missing")
-        elif file.stat().st_size != found["bytes"]:
-            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {found['bytes']}")
-        elif sha256(file) != found["sha256"]:
+        elif file.stat().st_size != size:
+            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif sha256(file) != digest_wanted:
             wrong.append(f"{name} has other bytes than were written (sha256)")
     return wrong
+
+
+def _hashes(path: Path) -> dict[str, tuple[int, str]]:
+    """By the names of a checkpoint's files, how many bytes they have, and their sha256."""
+    with damaged(path, "the hashes of a checkpoint"):
+        found: dict[str, tuple[int, str]] = {}
+        for name, value in read_json(path, "the hashes of a checkpoint").items():
+            if Path(name).name != name:
+                raise ValueError(f"{shown(name)} is no plain name of a file")
+            facts = fields(value, name, ("bytes", "sha256"))
+            found[name] = integer(facts["bytes"], "bytes", 0, LARGEST), digest(facts["sha256"], "sha256")
+        if missing := sorted({*OWN_FILES} - found.keys()):
+            raise ValueError(f"names no {missing[0]}")
+        return found
 
 
 def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:
@@ -221,7 +239,7 @@ def _metric(folder: Path) -> float | None:
     """A checkpoint's metric; None where it is no number, or where `newest_whole` will say that nothing can be read."""
     try:
         metric = read_progress(folder).metric
-    except (UsageError, TypeError):
+    except UsageError:
         return None
     return None if metric is None or math.isnan(metric) else metric
 
@@ -240,7 +258,21 @@ def keep_some(root: Path, policy: Checkpoint) -> None:
 
 def read_progress(folder: Path) -> Progress:
     """The progress that a complete checkpoint stands for."""
-    return Progress(**read_json(folder / "progress.json", "a checkpoint's progress"))
+    path = folder / "progress.json"
+    with damaged(path, "a checkpoint's progress"):
+        found = fields(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
+        metric = found["metric"]
+        if metric is not None and not (isinstance(metric, float) and not math.isfinite(metric)):
+            metric = number(metric, "metric")
+        counts = {name: integer(found[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
+        return Progress(**counts, metric=metric)
+
+
+def _read_norms(folder: Path) -> dict[str, float]:
+    """The norms of what was not trained."""
+    path = folder / "frozen.json"
+    with damaged(path, "norms of what is not trained"):
+        return {name: number(norm, name) for name, norm in read_json(path, "norms of what is not trained").items()}
 
 
 def newest(root: Path) -> Path | None:
@@ -255,19 +287,19 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None =
     Raises:
         UsageError: the checkpoint cannot be read, is of another student, or of one with another start.
     """
+    progress, norms, reader = read_progress(folder), _read_norms(folder), TensorReader(folder)
     with _said_as_usage_error(folder, "read", "It is of another student, or of another version of this code"):
-        metadata = FileSystemReader(folder).read_metadata()
         state = model_state(model)
-        if missing := sorted(stored_names(metadata) ^ state.keys()):
-            raise UsageError(f"{folder}: is of another student; {missing[0]} is not in both.")
-        check_frozen(read_json(folder / "frozen.json", "norms of what is not trained"), frozen_norms(model))
-        moments = empty_moments(model, metadata) if optimizer else {}
+        if missing := sorted(stored_names(reader.metadata) ^ state.keys()):
+            raise UsageError(f"{folder}: is of another student; {missing[0]!a} is not in both.")
+        check_frozen(norms, frozen_norms(model))
+        moments = empty_moments(model, reader.metadata) if optimizer else {}
         for name, tensors in moments.items():
             state.update({f"optimizer.{name}.{key}": tensor for key, tensor in tensors.items()})
-        dcp_load(state, checkpoint_id=folder, no_dist=True)
+        dcp_load(state, storage_reader=reader, no_dist=True)
     if optimizer:
         put_back(model, optimizer, moments)
-    return read_progress(folder)
+    return progress
 
 
 def load_model(folder: Path, model: Decoder) -> None:
