@@ -109,17 +109,15 @@ def _keep_layers(teacher: str) -> list[str]:
 
 def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     """Three models on held-out text in float32, and their continuations of one prompt."""
-    import fiddle as fdl
-
     from data.tokenizer import Tokenizer
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import Parallel
     from kd_core.students.starts import Pretrained, build
     from kd_core.training.continuations import continue_greedily
-    from launchers.config_items import load_record
     from launchers.evaluate import measure_model
+    from launchers.records import recorded_student
 
-    before: Any = fdl.build(load_record(run_dir / "config.json").student)
+    before = recorded_student(run_dir / "config.json")
     starts = {
         "student before": before,
         "student after": Pretrained(str(run_dir / "export")),
