@@ -18,10 +18,17 @@ GRACE = 3.0
 MOST_TEXT = 1 << 25  # bytes of a text that is parsed as one; JSON takes up to some twenty times as much memory
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file as `opener` of `open`, but neither a link, through which a folder of somebody else would have us
+    write elsewhere, nor a pipe without a reader, which would be waited for.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def write_bytes(path: Path, payload: bytes) -> None:
     """Write `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with open(partial, "wb", opener=no_link) as file:  # noqa: PTH123 (paths open without an opener)
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -153,7 +160,7 @@ def is_owned(folder: Path) -> bool:
     """Whether a process owns `folder` now."""
     if not (folder / ".lock").exists():
         return False
-    with (folder / ".lock").open("a+") as lock:
+    with open(folder / ".lock", "a+", opener=no_link) as lock:  # noqa: PTH123
         return not _try_lock(lock)
 
 
@@ -167,7 +174,7 @@ def owned(folder: Path) -> Generator[None]:
         UsageError: another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    with open(folder / ".lock", "a+", opener=no_link) as lock:  # noqa: PTH123
         deadline = time.monotonic() + GRACE
         while not _try_lock(lock):
             if time.monotonic() > deadline:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kd_core.files import no_link
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
 from launchers.sweeping.folder import FAILED, FINISHED, STOPPED, SweepFolder
@@ -95,7 +96,7 @@ def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     prefix = [sys.executable, "-I", tied.__file__, str(os.getpid()), ",".join(map(str, slot.cores))]
     folder.log(point_id).parent.mkdir(parents=True, exist_ok=True)
-    with folder.log(point_id).open("ab") as log:
+    with open(folder.log(point_id), "ab", opener=no_link) as log:  # noqa: PTH123 (paths open without an opener)
         return subprocess.Popen(
             [*prefix, *command],
             env=environment,
