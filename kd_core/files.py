@@ -76,11 +76,23 @@ def damaged(path: object, wanted: str, then: str = "Restore it, or take another 
     """
     try:
         yield
-    except UsageError:
+    except (UsageError, OSError):
         raise
     except Exception as error:  # libraries raise what they like at bytes that nobody foresaw
         found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UsageError(f"{path}: damaged ({found}), wanted {wanted}. {then}.") from None
+
+
+def open_plain(path: Path, what: str) -> IO[bytes]:
+    """Open a file for reading that somebody else may have left there; `what` names it in the error.
+
+    Raises:
+        UsageError: it is missing, or no plain file.
+    """
+    if not is_plain_file(path):
+        found = "no file that can be read as one" if path.exists() else "no such file"
+        raise UsageError(f"{path}: {found}, wanted {what}. Check the path.")
+    return path.open("rb")
 
 
 def read_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
@@ -89,10 +101,7 @@ def read_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
     Raises:
         UsageError: the file is missing, is no plain file, has more than `most` bytes, or is not UTF-8.
     """
-    if not is_plain_file(path):
-        found = "no file that can be read as one" if path.exists() else "no such file"
-        raise UsageError(f"{path}: {found}, wanted {what}. Check the path.")
-    with path.open("rb") as file:
+    with open_plain(path, what) as file:
         payload = file.read(most + 1)
     if len(payload) > most:
         raise UsageError(f"{path}: has {path.stat().st_size} bytes, wanted {what} (at most {most} bytes). Restore it.")
@@ -120,8 +129,8 @@ def read_json(path: Path, what: str, most: int = MOST_TEXT) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
+    """Hexadecimal sha256 of a file; errors as in `open_plain`."""
+    with open_plain(path, "a file") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -36,7 +36,7 @@ PROMPT_TOKENS = 40
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:

@@ -103,7 +103,7 @@ def main() -> None:
         return
     import fiddle as fdl
 
-    from kd_core.errors import UsageError
+    from kd_core.errors import UsageError, visible
     from kd_core.training.stopping import seconds_of
 
     if WORLD.present and not app.FLAGS.dry_run:
@@ -114,11 +114,11 @@ def main() -> None:
     if app.FLAGS.dry_run:
         where = {"checkpoints": str(folder / "checkpoints")}
         for name, value in (experiment.check(WORLD.value) | where).items():
-            print(f"{name}: {value}")
+            print(visible(f"{name}: {value}"))
         for setting in experiment.unused():
-            print(f"unused: {setting}.")
+            print(visible(f"unused: {setting}."))
         if resolved.repeats:
-            print(_repeated(experiment, resolved))
+            print("\n".join(map(visible, _repeated(experiment, resolved).split("\n"))))
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kd_core.errors import visible
 from kd_core.files import no_link
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
@@ -76,7 +77,7 @@ def _last_words(said: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and "%|" not in line]  # no progress bars
     telling = [line for line in lines if ": error: " in line or line.startswith("stopped after step ")]
-    return (telling or lines or [""])[-1]
+    return visible((telling or lines or [""])[-1])
 
 
 def outcome(folder: SweepFolder, point_id: str, code: int, since: int) -> tuple[str, str]:
