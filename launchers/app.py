@@ -16,6 +16,7 @@ from launchers import catalog
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("kd")
+MOST_MESSAGE = 20_000  # characters; a message may quote a value
 
 
 def define_config_flags(kind: str) -> None:
@@ -65,6 +66,10 @@ def _visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.expandtabs().split("\n")))
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_MESSAGE else text[: MOST_MESSAGE - 1] + "…"
+
+
 class _TqdmHandler(logging.Handler):
     """Log lines above the progress bar, not through it."""
 
@@ -103,14 +108,14 @@ def guarded(main: Callable[[], None], prog: str) -> int:
             raise
         log.debug("%s", traceback.format_exc())  # for the attempt's log alone
         if _is_first() or isinstance(error, RankError):
-            print(f"{prog}: error: {_visible_lines(message)}", file=sys.stderr, flush=True)
+            print(f"{prog}: error: {_visible_lines(_short(message))}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
 def _refuse(prog: str, message: str) -> NoReturn:
     if _is_first():
-        print(f"{prog}: error: {_visible_lines(message)}", file=sys.stderr)
+        print(f"{prog}: error: {_visible_lines(_short(message))}", file=sys.stderr)
     raise SystemExit(2)
 
 

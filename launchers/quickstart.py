@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import flags
 
+from kd_core.errors import visible
 from launchers import app
 
 TEACHER = flags.DEFINE_string(
@@ -160,7 +161,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from kd_core.errors import UsageError
-    from kd_core.files import read_json, write_json
+    from kd_core.files import damaged, read_json, write_json
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
     cache, report_path = folder / "cache", run_dir / "report.json"
@@ -199,7 +200,7 @@ def main() -> None:
         return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
-        if report_path.exists() and read_json(report_path, "the report")["prompt"] == PROMPT.value:
+        if report_path.exists() and read_json(report_path, "the report").get("prompt") == PROMPT.value:
             return f"reused {report_path}"
         write_json(report_path, _report(found["teacher"], cache / "validation", run_dir))
         return f"made {report_path}"
@@ -208,7 +209,8 @@ def main() -> None:
     _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
     _stage(3, "Distil a student with half the layers", train)
     _stage(4, "Compare student before, student after and teacher on held-out text", compare)
-    _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
+    with damaged(report_path, "the quick start's report", "Delete it and run the same again"):
+        _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
 
 
 if __name__ == "__main__":

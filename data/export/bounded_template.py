@@ -6,11 +6,9 @@ little, the text that comes out, the time of the processor, and, on Linux, the m
 
 import contextlib
 import re
-import resource
 import signal
 import threading
 from collections.abc import Generator, Iterable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,11 +16,12 @@ from jinja2 import TemplateError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kd_core.memory import bounded_memory
+
 MOST_TEXT = 1 << 25  # characters of a text, items of a list
 MOST_BITS = 1 << 12  # of a number
 MOST_MEMORY = 1 << 30  # bytes beyond what the process has
 WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)")  # of a % format
-STATM = Path("/proc/self/statm")
 
 
 def _bits(value: Any) -> int:
@@ -85,7 +84,7 @@ def bounded(seconds: float) -> Generator[None]:
         TemplateError: it took more.
     """
     try:
-        with _bounded_time(seconds), _bounded_memory():
+        with _bounded_time(seconds), bounded_memory(MOST_MEMORY):
             yield
     except MemoryError:
         raise TemplateError(f"it takes more than {MOST_MEMORY >> 20} MiB of memory") from None
@@ -109,18 +108,3 @@ def _bounded_time(seconds: float) -> Generator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-@contextlib.contextmanager
-def _bounded_memory() -> Generator[None]:
-    if not STATM.exists():
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(STATM.read_text().split()[0]) * resource.getpagesize()
-    limits = [each for each in (soft, hard, now + MOST_MEMORY) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -191,7 +191,9 @@ class ChatTemplate:
         Raises:
             UsageError: the template refuses it, or the assistant's turns cannot be told from the rest.
         """
-        if any(mark in json.dumps(conversation.messages, ensure_ascii=False) for mark in (OPEN, CLOSE)):
+        with damaged(document, "a conversation", "Drop it"):
+            written = json.dumps(conversation.messages, ensure_ascii=False)
+        if OPEN in written or CLOSE in written:
             raise UsageError(f"{document}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.")
         text, spans = _without_marks(self._marked(conversation.messages, document))
         if not self.has_generation_blocks:
