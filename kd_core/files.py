@@ -9,6 +9,7 @@ import shutil
 import stat
 import time
 from collections.abc import Generator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -28,7 +29,7 @@ def no_link(path: str, flags: int) -> int:
 def write_bytes(path: Path, payload: bytes) -> None:
     """Write `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb", opener=no_link) as file:  # noqa: PTH123 (paths open without an opener)
+    with open(partial, "wb", opener=no_link) as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -83,7 +84,7 @@ def damaged(path: object, wanted: str, then: str = "Restore it, or take another 
         raise UsageError(f"{path}: damaged ({found}), wanted {wanted}. {then}.") from None
 
 
-def open_plain(path: Path, what: str) -> IO[bytes]:
+def open_plain(path: Path, what: str) -> BufferedReader:
     """Open a file for reading that somebody else may have left there; `what` names it in the error.
 
     Raises:
@@ -169,7 +170,7 @@ def is_owned(folder: Path) -> bool:
     """Whether a process owns `folder` now."""
     if not (folder / ".lock").exists():
         return False
-    with open(folder / ".lock", "a+", opener=no_link) as lock:  # noqa: PTH123
+    with open(folder / ".lock", "a+", opener=no_link) as lock:
         return not _try_lock(lock)
 
 
@@ -183,7 +184,7 @@ def owned(folder: Path) -> Generator[None]:
         UsageError: another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", opener=no_link) as lock:  # noqa: PTH123
+    with open(folder / ".lock", "a+", opener=no_link) as lock:
         deadline = time.monotonic() + GRACE
         while not _try_lock(lock):
             if time.monotonic() > deadline:

@@ -82,9 +82,10 @@ def _unfolded(value: Any, objects: dict[str, Any], known: dict[str, float]) -> f
 
 
 def _refuse_foreign_arguments(node: Any) -> None:
-    if isinstance(node, fdl.Buildable) and not (has := node.__signature_info__).has_var_keyword:
-        if unknown := sorted(set(map(str, node.__arguments__)) - set(has.parameters)):
-            raise TypeError(f"{fdl.get_callable(node).__name__} takes no {unknown[0]!a}")
+    if not isinstance(node, fdl.Buildable) or (has := node.__signature_info__).has_var_keyword:
+        return
+    if unknown := sorted(set(map(str, node.__arguments__)) - set(has.parameters)):
+        raise TypeError(f"{fdl.get_callable(node).__name__} takes no {unknown[0]!a}")
 
 
 def recorded_student(path: Path) -> Any:

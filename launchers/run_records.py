@@ -63,9 +63,11 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.txt").is_file():
         raise UsageError(f"{folder}: no run there (no config.txt). Wanted the --run_dir of launchers.train.")
     run, metrics = RunFolder(folder), folder / "metrics.jsonl"
-    lines = [{visible(name): value for name, value in line.items()} for line in read_metrics(metrics)] if (
-        metrics.exists()
-    ) else []
+    lines = (
+        [{visible(name): value for name, value in line.items()} for line in read_metrics(metrics)]
+        if (metrics.exists())
+        else []
+    )
     found = read_settings(run.settings_text())
     settings = {visible(path): (visible(value), visible(who)) for path, (value, who) in found.items()}
     for name in ("steps", "tokens_per_step"):

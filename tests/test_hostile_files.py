@@ -111,7 +111,7 @@ def _rehash(folder: Path) -> None:
 
 def test_no_pickle_of_a_checkpoint_is_read(tiny: Tiny, folder: Path, marker: Path) -> None:
     hostile = pickle.dumps(Touch(marker))
-    pickle.loads(hostile)
+    pickle.loads(hostile)  # noqa: S301
     assert marker.exists()  # it is one
     marker.unlink()
     model, optimizer = _student(tiny)
@@ -171,7 +171,7 @@ def _moment_of_another_shape(folder: Path) -> None:
     """One number where AdamW's kernel, which trusts shapes, would read thousands."""
     path = folder / "tensors_00000.safetensors"
     with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     name = "optimizer.embed_tokens.weight.exp_avg"
     tensors[name] = torch.zeros(1, 1)
     save_file(tensors, path, metadata)
@@ -465,8 +465,8 @@ def _rows(path: Path) -> int:
 
 
 def test_corpora_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.export.rows.MOST_LINE", MIB)
-    monkeypatch.setattr("data.export.rows.MOST_UNPACKED", 2 * MIB)
+    monkeypatch.setattr("data.text_lines.MOST_LINE", MIB)
+    monkeypatch.setattr("data.text_lines.MOST_UNPACKED", 2 * MIB)
     monkeypatch.setattr("data.export.rows.MOST_DOCUMENT", MIB)
     row = b'{"text": "' + b"a" * 1000 + b'"}\n'
     hostile: dict[str, tuple[bytes, str]] = {
@@ -491,9 +491,8 @@ def test_corpora_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    monkeypatch.setattr("data.export.rows.MOST_UNPACKED", 16 * MIB)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("data.text_lines.MOST_UNPACKED", 16 * MIB)
     text = pa.array(["a" * MIB]).dictionary_encode()
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), text.dictionary)
     parquet.write_table(pa.table({"text": column}), tmp_path / "bomb.parquet", compression="zstd")

@@ -31,7 +31,7 @@ def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: f
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """A file of these parts, complete or absent."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb", opener=no_link) as file:  # noqa: PTH123 (paths open without an opener)
+    with open(partial, "wb", opener=no_link) as file:
         for part in parts:
             file.write(part)
         file.flush()

@@ -1,4 +1,4 @@
-"""A sandbox for chat templates, which are programs of whoever made the model: no code, no end of memory, no end of time.
+"""A sandbox for chat templates, which are programs of whoever made the model: no code, memory and time have an end.
 
 jinja2's sandbox keeps a template from Python's objects. What is bounded here besides: operators that make much out of
 little, the text that comes out, the time of the processor, and, on Linux, the memory of the process meanwhile.

@@ -1,20 +1,18 @@
 """Rows out of files, by the file's ending, one at a time: text files, JSON lines (also gzipped), Parquet."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from data.text_lines import lines_of, refuse_bomb
 from kd_core.errors import UsageError
 from kd_core.files import damaged, open_plain
 from kd_core.memory import bounded_memory
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_ROWS = 256
-MOST_DOCUMENT, MOST_LINE = 1 << 28, 1 << 25  # bytes; what JSON becomes in memory is some twenty times as large
-MOST_UNPACKED, MOST_RATIO = 1 << 28, 200
+MOST_DOCUMENT = 1 << 28  # bytes
 MOST_MEMORY = 4 << 30  # bytes for a batch of Parquet's rows
 
 
@@ -43,42 +41,6 @@ def _text_file(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
         raise UsageError(f"{path}: has {path.stat().st_size} bytes; a document has {MOST_DOCUMENT} at most. Split it.")
     text = _decoded(payload, str(path))
     yield Row(str(path), name, text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a file, gzipped or not.
-
-    Raises:
-        UsageError: no plain file, damaged, a line without end, or gzip that unfolds to more than text does.
-    """
-    with open_plain(path, "a file of lines") as file:
-        if path.suffix.lower() != ".gz":
-            yield from _bounded_lines(file, path)
-            return
-        try:
-            with gzip.open(file) as unpacked:
-                yield from _bounded_lines(unpacked, path)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UsageError(f"{path}: damaged gzip ({error}). Fetch or write it again.") from None
-
-
-def _bounded_lines(file: Any, path: Path) -> Iterator[bytes]:
-    number = made = 0
-    while line := file.readline(MOST_LINE + 1):
-        number, made = number + 1, made + len(line)
-        if len(line) > MOST_LINE:
-            raise UsageError(f"{path}:{number}: a line of more than {MOST_LINE} bytes. Wanted a row a line; split it.")
-        _refuse_bomb(path, made)
-        yield line
-
-
-def _refuse_bomb(path: Path, made: int) -> None:
-    """Refuse a small file that becomes a large one: text packs to a tenth, seldom to a hundredth."""
-    if made > MOST_UNPACKED and made > MOST_RATIO * (size := path.stat().st_size):
-        raise UsageError(
-            f"{path}: {size} bytes unfold to {made} and more, {MOST_RATIO} times as much. That is no text; if you "
-            "trust it, unpack it yourself."
-        )
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -140,7 +102,7 @@ def _rows_of_parquet(opened: Any, path: Path, name: str, keys: set[str]) -> Iter
                     return
                 rows = batch.to_pylist()
             made += batch.nbytes
-            _refuse_bomb(path, made)
+            refuse_bomb(path, made)
             for found in rows:
                 number += 1
                 yield Row(f"{path}: row {number}", f"{name}:{number}", _present(found, keys))

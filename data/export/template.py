@@ -103,9 +103,7 @@ class ChatTemplate:
         self.turn_ends = tuple(turn_ends)
         if not isinstance(source, str) or len(source) > MOST_SOURCE:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"{where}: the chat template is no text of at most {MOST_SOURCE} characters.")
-        environment = BoundedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls]
-        )
+        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
         environment.filters["tojson"] = _to_json
         cast(dict[str, Any], environment.globals)["raise_exception"] = _raise_exception
         try:
@@ -151,7 +149,11 @@ class ChatTemplate:
             with bounded(SECONDS):
                 return bounded_text(
                     self.template.generate(
-                        messages=list(messages), tools=None, documents=None, add_generation_prompt=prompt, **self.special
+                        messages=list(messages),
+                        tools=None,
+                        documents=None,
+                        add_generation_prompt=prompt,
+                        **self.special,
                     )
                 )
         except Exception as error:  # a template is a program: it fails as it likes

@@ -24,7 +24,7 @@ import numpy as np
 
 from data.cache.codec.header import check_size
 from data.cache.record import UNUSED, Array, Record
-from data.export.rows import lines_of
+from data.text_lines import lines_of
 from kd_core.errors import UsageError
 
 CHUNK_ID, CHUNK_NUMBER = "CHUNK_ID", re.compile(r"[0-9]{1,12}")

@@ -1,6 +1,6 @@
 """The header of a GGUF file, read once over before the library does, which makes objects for whatever counts it finds.
 
-    magic, version ─ counts of tensors and fields ─ fields: name, type, value ─ tensors: name, dims, type, offset
+magic, version ─ counts of tensors and fields ─ fields: name, type, value ─ tensors: name, dims, type, offset
 """
 
 import os

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -99,6 +99,7 @@ class TensorWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return False: DCP is handed this writer, and never looks for one."""
+        del checkpoint_id
         return False
 
 
@@ -132,9 +133,11 @@ def read_metadata(folder: Path) -> Metadata:
     """
     paths = sorted(folder.glob("tensors_*.safetensors"))
     if not paths:
-        which = f"holds {EARLIER}, a pickle of an earlier version, which is never read" if (
-            folder / EARLIER
-        ).exists() else "holds no tensors_*.safetensors"
+        which = (
+            f"holds {EARLIER}, a pickle of an earlier version, which is never read"
+            if (folder / EARLIER).exists()
+            else "holds no tensors_*.safetensors"
+        )
         raise UsageError(f"{folder}: {which}. Wanted a checkpoint of this version: train again, or take another one.")
     chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
     dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
@@ -210,6 +213,7 @@ class TensorReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the headers hold."""
+        del args, kwargs
         return self.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -239,13 +243,12 @@ class TensorReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return False: DCP is handed this reader, and never looks for one."""
+        del checkpoint_id
         return False
 
 
 def _read(file: Any, item: ReadItem) -> Tensor:
     """The box of a stored chunk that an item asks for."""
-    box = tuple(
-        slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)
-    )
+    box = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
     name = item.storage_index.fqn
     return file.get_slice(name)[box] if box and math.prod(item.lengths) else file.get_tensor(name)[box]

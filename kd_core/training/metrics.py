@@ -48,7 +48,7 @@ class _Lines:
         self.show(line)
 
     def _open(self) -> IO[str]:
-        return open(self.path, "a", opener=no_link)  # noqa: PTH123, SIM115 (closed by `close`)
+        return open(self.path, "a", opener=no_link)
 
     def close(self) -> None:
         if self.file:

@@ -67,8 +67,8 @@ def _like(parameter: Tensor, name: str, stored: TensorStorageMetadata) -> Tensor
         return torch.empty_like(parameter, dtype=stored.properties.dtype)
     if stored.size.numel() != 1:
         raise UsageError(
-            f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted {tuple(parameter.shape)}, or one number. "
-            "Take another checkpoint."
+            f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted {tuple(parameter.shape)}, or one "
+            "number. Take another checkpoint."
         )
     return torch.empty(stored.size, dtype=stored.properties.dtype)
 

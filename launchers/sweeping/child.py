@@ -97,7 +97,7 @@ def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     prefix = [sys.executable, "-I", tied.__file__, str(os.getpid()), ",".join(map(str, slot.cores))]
     folder.log(point_id).parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.log(point_id), "ab", opener=no_link) as log:  # noqa: PTH123 (paths open without an opener)
+    with open(folder.log(point_id), "ab", opener=no_link) as log:
         return subprocess.Popen(
             [*prefix, *command],
             env=environment,

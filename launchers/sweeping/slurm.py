@@ -157,7 +157,8 @@ def _jobs_folder(folder: SweepFolder) -> Path:
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or others_write:
             raise UsageError(
                 f"{path}: belongs to user {facts.st_uid} with mode {stat.filemode(facts.st_mode)}; jobs are unpickled "
-                "from it on the nodes, so wanted a folder that is yours and that others cannot write. Name another --out."
+                "from it on the nodes, so wanted a folder that is yours and that others cannot write. Name another "
+                "--out."
             )
     root.chmod(0o700)
     return Path(tempfile.mkdtemp(prefix="jobs_", dir=root))
