@@ -103,9 +103,9 @@ def read_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
         UsageError: the file is missing, is no plain file, has more than `most` bytes, or is not UTF-8.
     """
     with open_plain(path, what) as file:
-        payload = file.read(most + 1)
-    if len(payload) > most:
-        raise UsageError(f"{path}: has {path.stat().st_size} bytes, wanted {what} (at most {most} bytes). Restore it.")
+        if (size := path.stat().st_size) > most:
+            raise UsageError(f"{path}: has {size} bytes; at most {most} are read. Wanted {what}. Restore it.")
+        payload = file.read(most)
     try:
         return payload.decode()
     except UnicodeDecodeError as error:

@@ -51,6 +51,7 @@ from launchers.sweeping import slurm
 from launchers.sweeping.folder import SweepFolder
 from launchers.sweeping.points import resolve
 from launchers.tables import aligned
+from tests.launchers.command import run
 from tests.tiny import Tiny
 
 MIB = 1 << 20
@@ -123,6 +124,18 @@ def test_no_pickle_of_a_checkpoint_is_read(tiny: Tiny, folder: Path, marker: Pat
     (folder / "tensors_00000.safetensors").write_bytes(hostile)
     _rehash(folder)
     _refused(lambda: checkpoint.load_model(folder, model), r"tensors_00000\.safetensors: damaged")
+    assert not marker.exists()
+
+
+def test_a_command_says_one_thing_of_a_hostile_checkpoint(tiny: Tiny, folder: Path, marker: Path) -> None:
+    hostile = _hostile_records(marker, (folder / "config.json").read_text())["one that a module of ours imports"]
+    (folder / "config.json").write_text(hostile)
+    (folder / ".metadata").write_bytes(pickle.dumps(Touch(marker)))
+    _rehash(folder)
+    done = run("launchers.evaluate", f"--student={folder}", f"--cache={tiny.validation}")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "which no experiment is made of" in done.stderr
     assert not marker.exists()
 
 
