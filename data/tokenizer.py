@@ -54,7 +54,7 @@ class Tokenizer:
         Raises:
             UsageError: it is missing or not a tokenizer.
         """
-        path = folder / "tokenizer.json"
+        path = self.path = folder / "tokenizer.json"
         if not is_plain_file(path):
             raise UsageError(f"{path}: no such file; wanted the tokenizer of a Hugging Face folder.")
         if (size := path.stat().st_size) > MOST_BYTES:
@@ -81,11 +81,19 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens added."""
-        return [encoding.ids for encoding in self.fast.encode_batch(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encoded(texts)]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Pieces]:
         """Ids of each text with their places in it; the same ids as `encode`."""
-        return [Pieces(e.ids, e.offsets) for e in self.fast.encode_batch(list(texts), add_special_tokens=False)]
+        return [Pieces(e.ids, e.offsets) for e in self._encoded(texts)]
+
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
+        try:
+            return self.fast.encode_batch(list(texts), add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as where it is read
+            raise UsageError(f"{self.path}: the tokenizer fails on a text ({error!s:.400}). Fetch it again.") from None
 
     def special_tokens(self) -> list[str]:
         """The texts of tokens that are special, such as those that end a turn."""

@@ -31,6 +31,8 @@ def load_record(path: Path) -> fdl.Config[Any]:
     text = read_text(path, WANTED, MOST_BYTES)
     try:
         value = json.loads(text)
+        if "\\u0000" in json.dumps(value) or not json.dumps(value, ensure_ascii=False).encode():
+            raise ValueError("a text that is none: a zero character")
         if _unfolded(value["root"], value["objects"], {}) > MOST_VALUES:
             raise ValueError(f"unfolds to more than {MOST_VALUES} values")
         config: Any = serialization.load_json(text, pyref_policy=OurPartsOnly())

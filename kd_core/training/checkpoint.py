@@ -24,11 +24,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, is_plain_file, read_json, sha256, sync_folder, write_json, write_text
-from kd_core.json_fields import LARGEST, digest, fields, integer, number, shown
+from kd_core.files import damaged, read_json, sync_folder, write_json, write_text
+from kd_core.json_fields import fields, integer, number
 from kd_core.parallel.agreement import gathered, stop_alike, together
 from kd_core.parallel.mesh import World
 from kd_core.students.decoder import Decoder
+from kd_core.training.checkpoint_files import HASHES, OWN_FILES, damage, described
 from kd_core.training.checkpoint_storage import TensorReader, TensorWriter, file_of
 from kd_core.training.state import (
     State,
@@ -41,8 +42,6 @@ from kd_core.training.state import (
 )  # fmt: skip
 
 log = logging.getLogger("kd")
-HASHES = "files.json"
-OWN_FILES = ("progress.json", "frozen.json", "config.json")  # of no rank
 MODES = ("min", "max")
 MOST_STEPS = 1 << 53
 # That one process reads and writes alone is what we mean where there is one.
@@ -113,10 +112,6 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
 
-def _described(files: list[Path]) -> dict[str, dict[str, int | str]]:
-    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-
-
 def write(root: Path, content: Content, world: World, group: dist.ProcessGroup | None) -> Path:
     """Write `step_N`, all ranks together; on return it is complete on disk.
 
@@ -138,7 +133,7 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
         write_json(partial / "frozen.json", content.frozen)
         write_text(partial / "config.json", content.record)
         own = [partial / name for name in OWN_FILES]
-        write_json(partial / HASHES, {**hashes, **_described(own)})
+        write_json(partial / HASHES, {**hashes, **described(own)})
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -148,42 +143,9 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
     with _said_as_usage_error(partial, "written", "Free some space and run the same again"):
         writer = TensorWriter(partial, world.rank)
         dcp_save(content.state, storage_writer=writer, process_group=group, no_dist=world.size == 1)
-    parts = together(world, lambda: _described([file_of(partial, world.rank)]), group)
+    parts = together(world, lambda: described([file_of(partial, world.rank)]), group)
     together(world, lambda: end({name: found for part in parts for name, found in part.items()}), group)
     return folder
-
-
-def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
-    """What is wrong with a checkpoint's files; nothing if it is whole. `share` of them is read, all are measured."""
-    try:
-        wanted = _hashes(folder / HASHES)
-    except UsageError as error:
-        return [str(error)]
-    wrong: list[str] = []
-    for name, (size, digest_wanted) in sorted(wanted.items())[share]:
-        beat()
-        file = folder / name
-        if not is_plain_file(file):
-            wrong.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        elif sha256(file) != digest_wanted:
-            wrong.append(f"{name} has other bytes than were written (sha256)")
-    return wrong
-
-
-def _hashes(path: Path) -> dict[str, tuple[int, str]]:
-    """By the names of a checkpoint's files, how many bytes they have, and their sha256."""
-    with damaged(path, "the hashes of a checkpoint"):
-        found: dict[str, tuple[int, str]] = {}
-        for name, value in read_json(path, "the hashes of a checkpoint").items():
-            if Path(name).name != name:
-                raise ValueError(f"{shown(name)} is no plain name of a file")
-            facts = fields(value, name, ("bytes", "sha256"))
-            found[name] = integer(facts["bytes"], "bytes", 0, LARGEST), digest(facts["sha256"], "sha256")
-        if missing := sorted({*OWN_FILES} - found.keys()):
-            raise ValueError(f"names no {missing[0]}")
-        return found
 
 
 def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:

@@ -114,6 +114,7 @@ def read_metrics(path: Path) -> list[Line]:
 def _checked(value: Any) -> Line:
     """A line with its step; continuations are texts by prompt, histograms numbers and lists of them by name."""
     line = fields(value, "it")
+    json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text, and TensorBoard cannot write it
     integer(line.get("step"), "step", 0, 1 << 53)
     for name, each in line.items():
         if name == "continuations":
