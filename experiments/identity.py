@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_core.files import sha256
+from kd_core.files import open_plain, sha256
 from kd_core.students.starts import Start
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def model_identity(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
+        with open_plain(path, "weights") as file:
             digest.update(file.read(ENDS))
             file.seek(max(0, size - ENDS))
             digest.update(file.read(ENDS))

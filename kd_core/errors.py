@@ -15,3 +15,8 @@ class RankError(UsageError):
 
 class EchoedError(UsageError):
     """An error of the first rank, raised on the others so that all stop; the first has said it."""
+
+
+def visible(text: str) -> str:
+    """Escape whatever does not print, so that text of others neither moves a cursor nor turns its direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

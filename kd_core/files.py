@@ -6,20 +6,30 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Generator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
 
 from kd_core.errors import UsageError
 
 GRACE = 3.0
+MOST_TEXT = 1 << 25  # bytes of a text that is parsed as one; JSON takes up to some twenty times as much memory
+
+
+def no_link(path: str, flags: int) -> int:
+    """Open a file as `opener` of `open`, but neither a link, through which a folder of somebody else would have us
+    write elsewhere, nor a pipe without a reader, which would be waited for.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
     """Write `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with open(partial, "wb", opener=no_link) as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -50,16 +60,68 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def is_plain_file(path: Path) -> bool:
+    """Whether `path` is a file that ends: no device, no pipe, no folder. A link counts as what it points at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):  # a name with a zero byte, or one that is too long
+        return False
+
+
+@contextlib.contextmanager
+def damaged(path: object, wanted: str, then: str = "Restore it, or take another one") -> Generator[None]:
+    """Turn whatever reading somebody else's file raises into one message.
+
+    Raises:
+        UsageError: says where, what was found, what was wanted and what to do.
+    """
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except Exception as error:  # libraries raise what they like at bytes that nobody foresaw
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UsageError(f"{path}: damaged ({found}), wanted {wanted}. {then}.") from None
+
+
+def open_plain(path: Path, what: str) -> BufferedReader:
+    """Open a file for reading that somebody else may have left there; `what` names it in the error.
+
+    Raises:
+        UsageError: it is missing, or no plain file.
+    """
+    if not is_plain_file(path):
+        found = "no file that can be read as one" if path.exists() else "no such file"
+        raise UsageError(f"{path}: {found}, wanted {what}. Check the path.")
+    return path.open("rb")
+
+
+def read_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
+    """Read a text that somebody else may have written; `what` names it in the error.
+
+    Raises:
+        UsageError: the file is missing, is no plain file, has more than `most` bytes, or is not UTF-8.
+    """
+    with open_plain(path, what) as file:
+        if (size := path.stat().st_size) > most:
+            raise UsageError(f"{path}: has {size} bytes; at most {most} are read. Wanted {what}. Restore it.")
+        payload = file.read(most)
+    try:
+        return payload.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error}), wanted {what}. Restore or remake it.") from None
+
+
+def read_json(path: Path, what: str, most: int = MOST_TEXT) -> dict[str, Any]:
     """Read a JSON object; `what` names it in the error.
 
     Raises:
-        UsageError: the file is missing, is not JSON, or is not an object.
+        UsageError: as for `read_text`, or the text is not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file, wanted {what}. Check the path.") from None
+        value = json.loads(read_text(path, what, most))
+    except UsageError:
+        raise
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists in lists
         raise UsageError(f"{path}: not valid JSON ({error}), wanted {what}. Restore or remake it.") from None
     if not isinstance(value, dict):
@@ -68,8 +130,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
+    """Hexadecimal sha256 of a file; errors as in `open_plain`."""
+    with open_plain(path, "a file") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -108,7 +170,7 @@ def is_owned(folder: Path) -> bool:
     """Whether a process owns `folder` now."""
     if not (folder / ".lock").exists():
         return False
-    with (folder / ".lock").open("a+") as lock:
+    with open(folder / ".lock", "a+", opener=no_link) as lock:
         return not _try_lock(lock)
 
 
@@ -122,7 +184,7 @@ def owned(folder: Path) -> Generator[None]:
         UsageError: another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    with open(folder / ".lock", "a+", opener=no_link) as lock:
         deadline = time.monotonic() + GRACE
         while not _try_lock(lock):
             if time.monotonic() > deadline:

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-from kd_core.errors import NonFiniteError, RankError, UsageError
+from kd_core.errors import NonFiniteError, RankError, UsageError, visible
 from launchers import catalog
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("kd")
+MOST_MESSAGE = 20_000  # characters; a message may quote a value
 
 
 def define_config_flags(kind: str) -> None:
@@ -43,10 +44,10 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     if FLAGS.diff:
         base = FLAGS.base or items[0]
         lines = config_items.differences(config_items.resolve([base], kind), resolved)
-        print(lines or f"nothing differs from {base}\n", end="")
+        print(_visible_lines(lines or f"nothing differs from {base}\n"), end="")
         return None
     if FLAGS.print_config:
-        print(config_items.describe(resolved), end="")
+        print(_visible_lines(config_items.describe(resolved)), end="")
         return None
     return resolved
 
@@ -60,13 +61,22 @@ def _help(doc: str, kind: str | None) -> str:
     return "\n\n".join([*parts, "Flags:\n" + "\n".join(described)])
 
 
+def _visible_lines(text: str) -> str:
+    """Lines without what would move the cursor: a message may quote a file of somebody else."""
+    return "\n".join(map(visible, text.expandtabs().split("\n")))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_MESSAGE else text[: MOST_MESSAGE - 1] + "…"
+
+
 class _TqdmHandler(logging.Handler):
     """Log lines above the progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(_visible_lines(self.format(record)), file=sys.stderr)
 
 
 def _is_first() -> bool:
@@ -98,14 +108,14 @@ def guarded(main: Callable[[], None], prog: str) -> int:
             raise
         log.debug("%s", traceback.format_exc())  # for the attempt's log alone
         if _is_first() or isinstance(error, RankError):
-            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+            print(f"{prog}: error: {_visible_lines(_short(message))}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
 def _refuse(prog: str, message: str) -> NoReturn:
     if _is_first():
-        print(f"{prog}: error: {message}", file=sys.stderr)
+        print(f"{prog}: error: {_visible_lines(_short(message))}", file=sys.stderr)
     raise SystemExit(2)
 
 

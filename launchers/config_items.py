@@ -24,7 +24,8 @@ from fiddle.experimental import serialization
 from kd_core.errors import UsageError
 from launchers import user_code
 from launchers.catalog import FIDDLER, TAG, find, nearest
-from launchers.values import OurPackagesOnly, Place, check_values, parse_value, set_path, walk
+from launchers.records import load_record
+from launchers.values import Place, check_values, parse_value, set_path, walk
 
 BASE_PREFIXES = ("config:", "run:", "config_file:")
 CHANGE_PREFIXES = ("set:", "fiddler:", "tag:")
@@ -55,22 +56,6 @@ def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError):
         pass
     raise UsageError(f"--config={item}: cannot be read. {wanted}")
-
-
-def load_record(path: Path) -> fdl.Config[Any]:
-    """A frozen config.
-
-    Raises:
-        UsageError: missing, damaged, or naming code that is not ours.
-    """
-    try:
-        return serialization.load_json(path.read_text(), pyref_policy=OurPackagesOnly())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; wanted the config.json of a run.") from None
-    except serialization.PyrefPolicyError as error:
-        raise UsageError(f"{path}: names code outside this project, so it was not loaded ({error}).") from None
-    except Exception as error:  # a record of another version fails in as many ways as there are versions
-        raise UsageError(f"{path}: not a record of this version's experiments ({error}).") from None
 
 
 def _from_record(item: str, kind: str) -> Resolved:

@@ -38,7 +38,9 @@ def main() -> None:
     from data.importers.convert import UNKNOWN, Conversion, convert
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
-    from kd_core.files import read_json
+    from kd_core.files import damaged, read_json
+    from kd_core.json_fields import integer
+    from kd_core.students.architecture import MOST
 
     kind, source, out = FORMAT.value, SOURCE.value, OUT.value
     if kind is None or source is None or out is None or (MODEL.value is None) == (VOCAB_SIZE.value is None):
@@ -49,7 +51,8 @@ def main() -> None:
         config = read_json(folder / "config.json", "a Hugging Face model configuration")
         if "vocab_size" not in config:
             raise UsageError(f"{folder / 'config.json'}: no vocab_size there. Give --vocab_size in place of --model.")
-        vocab_size = int(config["vocab_size"])
+        with damaged(folder / "config.json", "a Hugging Face model configuration"):
+            vocab_size = integer(config["vocab_size"], "vocab_size", 1, MOST["vocab_size"])
         tokenizer = Tokenizer(folder).fingerprint()
     job = Conversion(kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0)
     manifest = convert(job, Path(out))

@@ -63,13 +63,11 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     Raises:
         UsageError: it is none of them, or a run without its end.
     """
-    import fiddle as fdl
-
     from kd_core.errors import UsageError
     from kd_core.students.starts import Pretrained, build
     from kd_core.training import checkpoint
     from kd_core.training.run_folder import RunFolder
-    from launchers.config_items import load_record
+    from launchers.records import recorded_student
 
     run = RunFolder(path)
     if run.attempts():
@@ -82,7 +80,7 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
         path = run.export
     if not (path / "progress.json").exists():
         return build(Pretrained(str(path)), device, seed=0), path
-    start: Any = fdl.build(load_record(path / "config.json").student)
+    start = recorded_student(path / "config.json")
     model = build(start, device, seed=0)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)

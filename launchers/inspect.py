@@ -139,7 +139,7 @@ def show(folder: Path) -> None:
     wanted = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
     manifest, survey, records = _look(folder, wanted)
     words = words_of(find_tokenizer(folder, manifest.tokenizer))
-    print(f"{folder}\n")
+    print(f"{visible(str(folder))}\n")
     for name, line in facts(manifest, survey):
         print(f"  {name:<14} {visible(line)}")
     print("\n  bytes                              all   a position")
@@ -184,7 +184,7 @@ def check(folder: Path) -> None:
         print(f"and {found.more} more")
     wrong = len(found.problems) + found.more
     print(
-        f"{folder}: {f'{wrong} problems' if wrong else 'whole'}; verified {found.bytes} bytes, "
+        f"{visible(str(folder))}: {f'{wrong} problems' if wrong else 'whole'}; verified {found.bytes} bytes, "
         f"{found.records} records, {found.positions} positions in {seconds:.1f} s "
         f"({found.bytes / seconds / 1e6:.1f} MB/s, {found.positions / seconds:,.0f} positions/s)"
     )

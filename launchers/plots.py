@@ -9,6 +9,7 @@ WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 26, 36
 COLOURS = ("#2468b4", "#d1495b", "#2e8b57", "#e08e1d", "#7a4fb0", "#178f9c", "#8c5a3c", "#c2489c", "#6b7280", "#8a9a1b")
 Points = Sequence[tuple[float, float]]
+MOST = 1e100  # beyond it, ranges would have no size that is a number
 
 
 class Frame(NamedTuple):
@@ -39,7 +40,7 @@ def _frame(curves: Sequence[Points]) -> Frame:
     xs, ys = zip(*([point for curve in curves for point in curve] or [(0.0, 0.0)]), strict=True)
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     margin = 0.05 * (y1 - y0) or abs(y1) * 0.1 or 1.0
-    return Frame(x0, x1 if x1 > x0 else x0 + 1, y0 - margin, y1 + margin)
+    return Frame(x0, x1 if x1 > x0 else x0 + max(1, abs(x0) * 1e-6), y0 - margin, y1 + margin)
 
 
 def _short(value: float) -> str:
@@ -71,9 +72,9 @@ def _line(frame: Frame, points: Points, label: str, colour: str) -> str:
 
 
 def plot(title: str, across: str, curves: Sequence[tuple[str, Points]]) -> str:
-    """One SVG; each curve keeps its colour by its place, also where it has no points. Numbers that are not finite are
-    left out."""
-    finite = [(label, [p for p in points if math.isfinite(p[1])]) for label, points in curves]
+    """One SVG; each curve keeps its colour by its place, also where it has no points. Numbers that are not finite, or
+    not below `MOST`, are left out."""
+    finite = [(label, [p for p in points if abs(p[1]) < MOST]) for label, points in curves]
     frame = _frame([points for _, points in finite if points])
     lines = [
         _line(frame, points, label, COLOURS[index % len(COLOURS)])
@@ -94,7 +95,7 @@ def plot(title: str, across: str, curves: Sequence[tuple[str, Points]]) -> str:
 
 def sparkline(points: Points, width: int = 24) -> str:
     """A curve in one line of text, its lowest and highest value as the lowest and highest block."""
-    values = [value for _, value in points if math.isfinite(value)]
+    values = [value for _, value in points if abs(value) < MOST]
     if not values:
         return ""
     chosen = (

@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import flags
 
+from kd_core.errors import visible
 from launchers import app
 
 TEACHER = flags.DEFINE_string(
@@ -37,7 +38,7 @@ PROMPT_TOKENS = 40
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:
@@ -96,6 +97,14 @@ def _fetch_corpus(folder: Path) -> str:
     return str(folder / "corpus")
 
 
+def _configs(items: Sequence[str]) -> list[str]:
+    return [f"--config={item}" for item in items]
+
+
+def _megabytes(folder: str) -> float:
+    return sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
+
+
 def _keep_layers(teacher: str) -> list[str]:
     """For another teacher than ours: half of its layers, evenly spaced from the first to the last."""
     from kd_core.students.families import read_architecture
@@ -105,22 +114,20 @@ def _keep_layers(teacher: str) -> list[str]:
     count = read_architecture(Path(teacher)).num_layers
     half = max(2, count // 2)
     kept = sorted({round(i * (count - 1) / (half - 1)) for i in range(half)})
-    return [f"--config=student.keep_layers={tuple(kept)}"]
+    return [f"student.keep_layers={tuple(kept)}"]
 
 
 def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     """Three models on held-out text in float32, and their continuations of one prompt."""
-    import fiddle as fdl
-
     from data.tokenizer import Tokenizer
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import Parallel
     from kd_core.students.starts import Pretrained, build
     from kd_core.training.continuations import continue_greedily
-    from launchers.config_items import load_record
     from launchers.evaluate import measure_model
+    from launchers.records import recorded_student
 
-    before: Any = fdl.build(load_record(run_dir / "config.json").student)
+    before = recorded_student(run_dir / "config.json")
     starts = {
         "student before": before,
         "student after": Pretrained(str(run_dir / "export")),
@@ -163,30 +170,29 @@ def main() -> None:
     from tqdm import tqdm
 
     from kd_core.errors import UsageError
-    from kd_core.files import read_json, write_json
+    from kd_core.files import damaged, read_json, write_json
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
     cache, report_path = folder / "cache", run_dir / "report.json"
     found: dict[str, str] = {}
 
     def fetch() -> str:
-        there = (folder / "teacher").is_dir() and (folder / "corpus").is_dir()
+        wanted = [given or folder / name for given, name in ((TEACHER.value, "teacher"), (CORPUS.value, "corpus"))]
+        there = all(Path(place).exists() for place in wanted)
         with tqdm(total=2, desc="fetch", unit="part", mininterval=1, leave=False) as bar:
             found["teacher"] = _fetch_teacher(folder)
             bar.update()
             found["corpus"] = _fetch_corpus(folder)
             bar.update()
-        size = sum(path.stat().st_size for path in Path(found["teacher"]).iterdir()) / 1e6
-        verb = "reused" if there or (TEACHER.value and CORPUS.value) else "made"
-        return f"{verb} teacher {found['teacher']} ({size:.0f} MB) and corpus {found['corpus']}"
+        teacher = f"{found['teacher']} ({_megabytes(found['teacher']):.0f} MB)"
+        return f"{'reused' if there else 'made'} teacher {teacher} and corpus {found['corpus']}"
 
     def export() -> str:
         from data.cache.manifest import read_manifest
 
         there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
-        items = [f"teacher={found['teacher']}", f"corpus.path={found['corpus']}", *EXPORT_CONFIG.value]
-        settings = [f"--config={item}" for item in ["quickstart_export", *items]]
-        _under_torchrun("launchers.export_teacher", [*settings, f"--out={cache}"])
+        items = ["quickstart_export", f"teacher={found['teacher']}", f"corpus.path={found['corpus']}"]
+        _under_torchrun("launchers.export_teacher", [*_configs([*items, *EXPORT_CONFIG.value]), f"--out={cache}"])
         made = {split: read_manifest(cache / split) for split in ("train", "validation")}
         sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
         return f"{'reused' if there else 'made'} {cache}: {sizes}"
@@ -195,15 +201,14 @@ def main() -> None:
         there = (run_dir / "export").is_dir()
         settings = [f"student.folder={found['teacher']}", f"shards.path={cache / 'train'}",
                     f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
-        options = [f"--config={item}" for item in [*settings, *CONFIG.value]]
-        options = ["--config=quickstart", *_keep_layers(found["teacher"]), *options, f"--run_dir={run_dir}"]
-        _under_torchrun("launchers.train", options)
+        items = ["quickstart", *_keep_layers(found["teacher"]), *settings, *CONFIG.value]
+        _under_torchrun("launchers.train", [*_configs(items), f"--run_dir={run_dir}"])
         if not (run_dir / "export").is_dir():
             raise UsageError(f"{run_dir}: the training was told to stop; it is saved. Run the same again to go on.")
         return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
-        if report_path.exists() and read_json(report_path, "the report")["prompt"] == PROMPT.value:
+        if report_path.exists() and read_json(report_path, "the report").get("prompt") == PROMPT.value:
             return f"reused {report_path}"
         write_json(report_path, _report(found["teacher"], cache / "validation", run_dir))
         return f"made {report_path}"
@@ -212,7 +217,8 @@ def main() -> None:
     _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
     _stage(3, "Distil a student with half the layers", train)
     _stage(4, "Compare student before, student after and teacher on held-out text", compare)
-    _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
+    with damaged(report_path, "the quick start's report", "Delete it and run the same again"):
+        _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from typing import Any
 import fiddle as fdl
 
 from kd_core.errors import UsageError
-from kd_core.files import read_json
 from kd_core.training.run_folder import UNKNOWN_COMMIT, RunFolder, read_settings
 from launchers.config_items import Resolved, shown, written
 from launchers.values import walk
@@ -71,11 +70,10 @@ def _hashes(facts: dict[str, Any]) -> dict[str, str]:
 def report(resolved: Resolved, facts: dict[str, Any]) -> str:
     """What to say before the run starts, as lines."""
     folder = resolved.repeats or Path()
-    attempts = RunFolder(folder).attempts()
-    if not attempts:
+    run = RunFolder(folder)
+    if not (then := run.last_facts()):
         raise UsageError(f"{folder}: no attempts/ there, so what it ran on is not known; use config_file: instead.")
-    then = read_json(attempts[-1] / "attempt.json", "the facts of a start")
-    found = differences(resolved, facts, then, (folder / "config.txt").read_text())
+    found = differences(resolved, facts, then, run.settings_text())
     if not found:
         return f"repeats {folder} with the same code, versions, layout, data and settings: the same bits are expected"
     return "\n".join([f"differs from the run it repeats, {folder}:", *(f"  {line}" for line in found)])

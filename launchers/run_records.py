@@ -1,17 +1,18 @@
 """Runs as they lie on disk, finished or not: settings, provenance, numbers. What two of them differ by."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_core.errors import UsageError
-from kd_core.files import read_json
+from kd_core.errors import UsageError, visible
 from kd_core.training.evaluation import best_is
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder, read_settings
 
 Row = tuple[str, list[str]]
 ABSENT = "–"
+COUNT = re.compile(r"\d{1,15}")
 CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
 
 
@@ -57,14 +58,22 @@ def read_run(folder: Path) -> Run:
     """A run's record.
 
     Raises:
-        UsageError: the folder holds no run.
+        UsageError: the folder holds no run, or a file of it is damaged.
     """
     if not (folder / "config.txt").is_file():
         raise UsageError(f"{folder}: no run there (no config.txt). Wanted the --run_dir of launchers.train.")
-    attempts, metrics = RunFolder(folder).attempts(), folder / "metrics.jsonl"
-    facts = read_json(attempts[-1] / "attempt.json", "the facts of a start") if attempts else {}
-    lines = read_metrics(metrics) if metrics.is_file() else []
-    return Run(folder, read_settings((folder / "config.txt").read_text()), facts, len(attempts), lines)
+    run, metrics = RunFolder(folder), folder / "metrics.jsonl"
+    lines = (
+        [{visible(name): value for name, value in line.items()} for line in read_metrics(metrics)]
+        if (metrics.exists())
+        else []
+    )
+    found = read_settings(run.settings_text())
+    settings = {visible(path): (visible(value), visible(who)) for path, (value, who) in found.items()}
+    for name in ("steps", "tokens_per_step"):
+        if not COUNT.fullmatch(settings.get(name, ("", ""))[0]):
+            raise UsageError(f"{folder / 'config.txt'}: has no whole number {name}. Restore it, or leave the run out.")
+    return Run(folder, settings, run.last_facts(), len(run.attempts()), lines)
 
 
 def labels(runs: list[Run]) -> list[str]:

@@ -4,11 +4,14 @@ import csv
 import io
 from collections.abc import Sequence
 
+from kd_core.errors import visible
+
 Rows = Sequence[Sequence[str]]
 
 
 def aligned(head: Sequence[str], rows: Rows) -> str:
-    """Columns two spaces apart; those that hold numbers alone stand right."""
+    """Columns two spaces apart; those that hold numbers alone stand right. What does not print is escaped."""
+    head, rows = [visible(cell) for cell in head], [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     right = [all(_is_number(row[i]) for row in rows if row[i]) for i in range(len(head))]
 

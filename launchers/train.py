@@ -117,6 +117,7 @@ def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
     """Print what a run on this machine would be."""
     import torch
 
+    from kd_core.errors import visible
     from kd_core.precision import choose_precision
     from kd_core.training.run_folder import RunFolder
 
@@ -124,12 +125,12 @@ def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
     chosen = choose_precision(experiment.parallel.precision, device, RunFolder(folder).precision())
     shown = {"precision": chosen, **experiment.check(WORLD.value), "checkpoints": folder / "checkpoints"}
     for name, value in shown.items():
-        print(f"{name}: {value}")
+        print(visible(f"{name}: {value}"))
     chosen.warn_if_slow("parallel.precision")
     for setting in experiment.unused():
-        print(f"unused: {setting}.")
+        print(visible(f"unused: {setting}."))
     if resolved.repeats:
-        print(_repeated(experiment, resolved, device))
+        print("\n".join(map(visible, _repeated(experiment, resolved, device).split("\n"))))
 
 
 def main() -> None:

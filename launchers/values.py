@@ -2,9 +2,12 @@
 
 import ast
 import contextlib
+import inspect
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,37 @@ from kd_core.errors import UsageError
 from launchers.catalog import FOLDER, did_you_mean
 
 OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
+# Modules of experiments/ that no experiment is made of but for their dataclasses.
+MACHINERY = ("experiments.checks", "experiments.identity", "experiments.sweep", "experiments.unused")
+PLAIN = {
+    "builtins": ("dict", "frozenset", "list", "set", "tuple"),
+    "fiddle._src.config": ("BuildableTraverserMetadata", "Config"),
+}
 WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
-class OurPackagesOnly(serialization.DefaultPyrefPolicy):
-    """A record is loaded by importing what it names, so it names our own classes and functions alone."""
+class OurPartsOnly(serialization.DefaultPyrefPolicy):
+    """What a record may name: the dataclasses that experiments are made of, tags, and what a user's file of
+    `experiments/` defines. Loading a record imports what it names, and building it calls that with any arguments, so
+    no other function of ours and nothing that our modules have imported themselves is let in.
+    """
 
     def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Whether a record may name it."""
-        del symbol
-        return f"{module}.".startswith(OUR_PACKAGES) or module in ("builtins", "fiddle._src.config")
+        """Whether a record may have it imported; a dot would lead on into another module."""
+        if module in PLAIN:
+            return symbol in PLAIN[module]
+        return f"{module}.".startswith(OUR_PACKAGES) and symbol.isidentifier()
+
+    def allows_value(self, value: Any) -> bool:
+        """Whether a record may use what was imported."""
+        module = str(getattr(value, "__module__", ""))
+        if module in PLAIN:
+            return value.__name__ in PLAIN[module]
+        if not f"{module}.".startswith(OUR_PACKAGES):
+            return False
+        if module.startswith("experiments.") and module not in MACHINERY:
+            return inspect.isclass(value) or inspect.isfunction(value)
+        return inspect.isclass(value) and (is_dataclass(value) or issubclass(value, (fdl.Tag, Enum, tuple)))
 
 
 def children(node: Any) -> dict[str, Any]:
@@ -224,14 +248,15 @@ def _refuse_what_no_record_holds(place: Place, where: str) -> None:
     """An object that stands where its config should, a function without a name of its own, code of other packages."""
     if place.is_part:
         made = fdl.get_callable(place.value)
-        if not OurPackagesOnly().allows_import(made.__module__, made.__name__):
+        policy = OurPartsOnly()
+        if not (policy.allows_import(made.__module__, made.__qualname__) and policy.allows_value(made)):
             raise UsageError(
                 f"{where}: {place.path}: {made.__name__} stands in {made.__module__}, from which no record of "
                 "a run is loaded. Let it stand in a file of experiments/."
             )
         return
     try:
-        serialization.dump_json(fdl.Config(dict, value=place.value), pyref_policy=OurPackagesOnly())
+        serialization.dump_json(fdl.Config(dict, value=place.value), pyref_policy=OurPartsOnly())
     except Exception as error:
         values = place.value if isinstance(place.value, (tuple, list)) else [place.value]
         if any(callable(value) for value in values):

@@ -10,10 +10,10 @@ from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import CODECS
 from data.cache.codec.tables import MAX_VOCABULARY
 from data.cache.selection import Selection
-from data.cache.strict import digest, fields, integer, items, number, shown, text
 from data.cache.tar import END
 from kd_core.errors import UsageError
 from kd_core.files import json_text, read_json, write_text
+from kd_core.json_fields import digest, fields, integer, items, number, shown, text
 
 FORMAT = "kd-workspace teacher cache"
 VERSION = 2
@@ -226,8 +226,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError(
             f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."
         )
-    if path.exists() and path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise UsageError(f"{path}: has {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read. Restore it.")
     return parse_manifest(
-        read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)"), str(path)
+        read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)", MAX_MANIFEST_BYTES),
+        str(path),
     )

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.cache.record import UNUSED, Array, Record
 from data.tokenizer import Tokenizer
+from kd_core.errors import visible
 
 Words = Callable[[int], str]
 
@@ -28,11 +29,6 @@ class Spot(NamedTuple):
     scored: bool
     alternatives: list[Alternative]
     rest: float
-
-
-def visible(text: str) -> str:
-    """Text that neither moves a cursor nor turns its direction: whatever does not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def columns(text: str) -> int:

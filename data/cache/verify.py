@@ -15,11 +15,11 @@ from data.cache.codec.coding import Coding
 from data.cache.columns import Columns
 from data.cache.manifest import TABLES, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
-from data.cache.strict import shown
 from data.cache.totals import Totals
 from data.cache.walk import Visited, blocks, read_coding
 from kd_core.errors import UsageError
 from kd_core.files import read_json
+from kd_core.json_fields import shown
 
 MOST_SHOWN = 1000  # problems kept in memory
 

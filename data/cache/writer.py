@@ -9,7 +9,7 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.tables import Tables
 from data.cache.record import Record
 from data.cache.tar import END, member_bytes, write_tar
-from kd_core.files import sha256
+from kd_core.files import no_link, sha256
 
 
 def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
@@ -31,7 +31,7 @@ def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: f
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """A file of these parts, complete or absent."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with open(partial, "wb", opener=no_link) as file:
         for part in parts:
             file.write(part)
         file.flush()

@@ -11,7 +11,7 @@ from data.cache.codec.header import Header
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.tar import read_members
 from kd_core.errors import UsageError
-from kd_core.files import read_json, write_json
+from kd_core.files import damaged, open_plain, read_json, write_json
 
 SPLITS = ("train", "validation")
 GROWTH = "growth.json"
@@ -31,11 +31,13 @@ def _documents(folder: Path, manifest: Manifest) -> set[str]:
     found: set[str] = set()
     for shard in manifest.shards:
         try:
-            members = read_members((folder / shard.name).read_bytes())
-            headers = [Header.of(member.payload) for member in members if member.name.endswith(".json")]
+            with open_plain(folder / shard.name, "a shard") as file:
+                for block in shard.blocks:
+                    for member in read_members(file.read(block.bytes)):
+                        if member.name.endswith(".json"):
+                            found |= {document for document, _, _ in Header.of(member.payload).records}
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder / shard.name}: damaged: {error}. Restore it before the cache grows.") from None
-        found |= {document for header in headers for document, _, _ in header.records}
     return found
 
 
@@ -51,10 +53,11 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
         was = read_json(path, "the state of a growing cache")
     elif begin:
         write_json(path, was)
-    before = {
-        split: replace(m, plans=m.plans[: was[split]["plans"]], shards=m.shards[: was[split]["shards"]])
-        for split, m in now.items()
-    }
+    with damaged(path, "the state of a growing cache"):
+        before = {
+            split: replace(m, plans=m.plans[: was[split]["plans"]], shards=m.shards[: was[split]["shards"]])
+            for split, m in now.items()
+        }
     documents = set[str]().union(*(_documents(out / split, manifest) for split, manifest in before.items()))
     return Growth(before, frozenset(documents))
 

@@ -1,9 +1,10 @@
 """Teachers through transformers (extra `hf`): hub ids, and every causal language model that it knows."""
 
-import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from data.export.teacher import CHUNK_TOKENS
 from kd_core.errors import UsageError
+from kd_core.files import damaged, read_json
+from kd_core.memory import bounded_memory
+from kd_core.students.architecture import MOST
+from kd_core.students.weights import weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
 HUB = "hub:"
+PARTS = re.compile("layers?$|experts?$|^n_layer|blocks?$|stages?$")
+MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
 NO_EXTRA = "needs the extra: pip install 'kd-workspace[hf]'."
 
 
@@ -53,10 +60,58 @@ def read_config(folder: Path) -> "PretrainedConfig":
         from transformers import AutoConfig  # noqa: PLC0415 (an extra)
     except ImportError:
         raise UsageError(f"{folder}: scoring with transformers {NO_EXTRA}") from None
+    _check_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{folder}: transformers cannot read its config.json ({error}).") from None
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        if not 1 <= int(found.vocab_size) <= MOST["vocab_size"]:
+            raise ValueError(f"a vocabulary of {found.vocab_size}")
+    except Exception as error:  # there are as many ways to fail as there are models
+        raise UsageError(f"{folder}: transformers cannot read its config.json ({error!s:.400}).") from None
+    return found
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse a `config.json` that would have transformers look elsewhere, or count for ever.
+
+    Raises:
+        UsageError: it names code of a hub, an adapter lies beside it, or it has more parts than any model.
+    """
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(f"{folder}: holds adapter_config.json, whose base lies elsewhere. Wanted a merged model.")
+    counts: list[int] = []
+    with damaged(path, "a Hugging Face model configuration", "Fetch the folder again"):
+        _walk_config(read_json(path, "a Hugging Face model configuration"), counts)
+    if math.prod(counts) > MOST_PARTS:
+        raise UsageError(f"{path}: describes {math.prod(counts)} layers and experts; wanted {MOST_PARTS} at most.")
+
+
+def _walk_config(config: dict[str, Any], counts: list[int]) -> None:
+    for name, value in config.items():
+        if "implementation" in name and isinstance(value, str) and "/" in value:
+            raise ValueError(f"{name} is {value!a:.80}, which would be fetched and run")
+        if isinstance(value, dict):
+            _walk_config(cast(dict[str, Any], value), counts)
+        elif type(value) is int and abs(value) > MOST_NUMBER:
+            raise ValueError(f"{name} is {value!a:.80}")
+        elif type(value) is int and value > 0 and PARTS.search(name):
+            counts.append(value)
+
+
+def _check_room(config: "PretrainedConfig", folder: Path) -> None:
+    """Refuse a model that has more numbers than its folder, 4 bits each, before it has memory."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
+
+    with torch.device("meta"), bounded_memory(MOST_MEMORY):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    stored = 2 * sum(path.stat().st_size for path in weight_files(folder))
+    needed = sum(each.numel() for each in model.parameters())
+    buffers = sum(each.nbytes for each in model.buffers())
+    if needed > stored or buffers > stored + MOST_MEMORY:
+        raise UsageError(
+            f"{folder}: config.json describes {needed} weights (and {buffers} bytes of buffers), but the safetensors "
+            f"files hold at most {stored}. Fetch the folder again."
+        )
 
 
 def _widen_lm_head(model: "PreTrainedModel") -> None:
@@ -90,11 +145,17 @@ class HuggingFaceScorer(NamedTuple):
 
         logging.disable_progress_bar()  # each rank would show its own
         try:
+            _check_room(config, folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UsageError(f"{folder}: transformers cannot load it as a causal language model ({error}).") from None
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+        except UsageError:
+            raise
+        except Exception as error:  # as above
+            raise UsageError(
+                f"{folder}: transformers cannot load it as a causal language model ({error!s:.400})."
+            ) from None
         model, found = loaded
         # transformers would fill them with random numbers and warn.
         absent = sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str)

@@ -1,16 +1,19 @@
 """Rows out of files, by the file's ending, one at a time: text files, JSON lines (also gzipped), Parquet."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from data.text_lines import lines_of, refuse_bomb
 from kd_core.errors import UsageError
+from kd_core.files import damaged, open_plain
+from kd_core.memory import bounded_memory
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_ROWS = 256
+MOST_DOCUMENT = 1 << 28  # bytes
+MOST_MEMORY = 4 << 30  # bytes for a batch of Parquet's rows
 
 
 class Row(NamedTuple):
@@ -32,20 +35,12 @@ def _decoded(payload: bytes, where: str) -> str:
 
 def _text_file(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
     del keys
-    text = _decoded(path.read_bytes(), str(path))
+    with open_plain(path, "a text file") as file:
+        payload = file.read(MOST_DOCUMENT + 1)
+    if len(payload) > MOST_DOCUMENT:
+        raise UsageError(f"{path}: has {path.stat().st_size} bytes; a document has {MOST_DOCUMENT} at most. Split it.")
+    text = _decoded(payload, str(path))
     yield Row(str(path), name, text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.suffix.lower() != ".gz":
-        with path.open("rb") as file:
-            yield from file
-        return
-    try:
-        with gzip.open(path) as file:
-            yield from file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: damaged gzip ({error}). Fetch or write it again.") from None
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -54,11 +49,11 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
         value = json.loads(text)
         if "\\ud" in text.lower():  # an escape that may stand alone, and then is no character
             json.dumps(value, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, RecursionError) as error:
-        hint = " A JSON array? Wanted an object a line: jq -c '.[]'." if text.lstrip().startswith("[") else ""
-        raise UsageError(f"{where}: not JSON ({getattr(error, 'msg', error)}).{hint}") from None
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: half a surrogate pair ({error.object[error.start]!a}) is no text.") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        hint = " A JSON array? Wanted an object a line: jq -c '.[]'." if text.lstrip().startswith("[") else ""
+        raise UsageError(f"{where}: not JSON ({getattr(error, 'msg', error)}).{hint}") from None
     if not isinstance(value, dict):
         hint = " One object a line: jq -c '.[]'." if isinstance(value, list) else ""
         raise UsageError(f"{where}: holds a {type(value).__name__}, wanted a JSON object.{hint}")
@@ -66,7 +61,7 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _json_lines(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             found = _json_object(line, f"{path}:{number}")
             yield Row(f"{path}:{number}", f"{name}:{number}", _present(found, keys))
@@ -84,22 +79,33 @@ def _parquet_rows(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError:
         raise UsageError(f"{path}: Parquet needs the extra: pip install 'kd-workspace[parquet]'.") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [str(column) for column in file.schema_arrow.names]
-            if not keys & set(columns):
-                raise UsageError(
-                    f"{path}: has the columns {', '.join(map(repr, columns)) or '(none)'}; wanted one of "
-                    f"{', '.join(map(repr, sorted(keys)))}. Name the column of the texts: corpus.text_field."
-                )
-            batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[c for c in columns if c in keys])
-            number = 0
-            for batch in batches:
-                for found in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}: row {number}", f"{name}:{number}", _present(found, keys))
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path}: not Parquet, or damaged ({error}). Fetch or write it again.") from None
+    with open_plain(path, "a Parquet file") as file, damaged(path, "Parquet", "Fetch or write it again"):
+        try:
+            yield from _rows_of_parquet(parquet.ParquetFile(file), path, name, keys)
+        except (pa.ArrowException, OSError, MemoryError) as error:
+            raise UsageError(f"{path}: not Parquet, or damaged ({error}). Fetch or write it again.") from None
+
+
+def _rows_of_parquet(opened: Any, path: Path, name: str, keys: set[str]) -> Iterator[Row]:
+    with opened as file:
+        columns = [str(column) for column in file.schema_arrow.names]
+        if not keys & set(columns):
+            raise UsageError(
+                f"{path}: has the columns {', '.join(map(repr, columns)) or '(none)'}; wanted one of "
+                f"{', '.join(map(repr, sorted(keys)))}. Name the column of the texts: corpus.text_field."
+            )
+        batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[c for c in columns if c in keys])
+        number = made = 0
+        while True:
+            with bounded_memory(MOST_MEMORY):
+                if (batch := next(batches, None)) is None:
+                    return
+                rows = batch.to_pylist()
+            made += batch.nbytes
+            refuse_bomb(path, made)
+            for found in rows:
+                number += 1
+                yield Row(f"{path}: row {number}", f"{name}:{number}", _present(found, keys))
 
 
 FORMATS: dict[str, Callable[[Path, str, set[str]], Iterator[Row]]] = {

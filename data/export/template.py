@@ -19,15 +19,17 @@ from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.export.bounded_template import BoundedEnvironment, bounded, bounded_text
 from data.export.chat import Conversation, Message
 from kd_core.errors import UsageError
-from kd_core.files import read_json
+from kd_core.files import damaged, read_json, read_text
 
 # Around what a generation block writes; Unicode keeps them for a program's own use, no text has them.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 Span = tuple[int, int]
+MOST_SOURCE = 1 << 20  # characters
+SECONDS = 10.0  # of the processor for a conversation; honest templates take some thousandths
 
 
 class _Generation(Extension):
@@ -99,16 +101,17 @@ class ChatTemplate:
         """
         self.source, self.special, self.where = source, special, where
         self.turn_ends = tuple(turn_ends)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls]
-        )
+        if not isinstance(source, str) or len(source) > MOST_SOURCE:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"{where}: the chat template is no text of at most {MOST_SOURCE} characters.")
+        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
         environment.filters["tojson"] = _to_json
         cast(dict[str, Any], environment.globals)["raise_exception"] = _raise_exception
         try:
-            tree = environment.parse(source)
-            self.template = environment.from_string(source)
-        except TemplateError as error:
-            raise UsageError(f"{where}: not a chat template ({error}).") from None
+            with bounded(SECONDS):  # constants are worked out here
+                tree = environment.parse(source)
+                self.template = environment.from_string(source)
+        except (TemplateError, RecursionError, MemoryError, SyntaxError, OverflowError, ValueError) as error:
+            raise UsageError(f"{where}: not a chat template ({type(error).__name__}: {error!s:.300}).") from None
         self.has_generation_blocks = any(
             isinstance(call.node, nodes.ExtensionAttribute) for call in tree.find_all(nodes.Call)
         )
@@ -126,8 +129,9 @@ class ChatTemplate:
         special = _special_tokens(read_json(legacy, "a map of special tokens")) if legacy.exists() else {}
         special |= _special_tokens(settings)
         if own.exists():
-            return cls(own.read_text(encoding="utf-8"), special, turn_ends, str(own))
-        source = _named_source(settings.get("chat_template"), path)
+            return cls(read_text(own, "a chat template"), special, turn_ends, str(own))
+        with damaged(path, "the configuration of a tokenizer"):
+            source = _named_source(settings.get("chat_template"), path)
         if source is None:
             raise UsageError(
                 f"{folder}: no chat template, and the corpus has conversations. Wanted chat_template.jinja, or "
@@ -142,12 +146,19 @@ class ChatTemplate:
 
     def _marked(self, messages: Sequence[Message], document: str, *, prompt: bool = False) -> str:
         try:
-            return self.template.render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=prompt, **self.special
-            )
+            with bounded(SECONDS):
+                return bounded_text(
+                    self.template.generate(
+                        messages=list(messages),
+                        tools=None,
+                        documents=None,
+                        add_generation_prompt=prompt,
+                        **self.special,
+                    )
+                )
         except Exception as error:  # a template is a program: it fails as it likes
             raise UsageError(
-                f"{document}: the chat template refuses the conversation: {error} ({self.where}). Mend the "
+                f"{document}: the chat template refuses the conversation: {error!s:.300} ({self.where}). Mend the "
                 "conversation, or the template."
             ) from None
 
@@ -182,7 +193,9 @@ class ChatTemplate:
         Raises:
             UsageError: the template refuses it, or the assistant's turns cannot be told from the rest.
         """
-        if any(mark in json.dumps(conversation.messages, ensure_ascii=False) for mark in (OPEN, CLOSE)):
+        with damaged(document, "a conversation", "Drop it"):
+            written = json.dumps(conversation.messages, ensure_ascii=False)
+        if OPEN in written or CLOSE in written:
             raise UsageError(f"{document}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.")
         text, spans = _without_marks(self._marked(conversation.messages, document))
         if not self.has_generation_blocks:

@@ -14,6 +14,7 @@ it can have, that of the least likely entry or of the whole tail.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.cache.codec.header import check_size
 from data.cache.record import UNUSED, Array, Record
+from data.text_lines import lines_of
 from kd_core.errors import UsageError
 
-CHUNK_ID = "CHUNK_ID"
+CHUNK_ID, CHUNK_NUMBER = "CHUNK_ID", re.compile(r"[0-9]{1,12}")
 MOST_MASS = 1.05  # of entries, by rounding of what wrote them: it is scaled back to 1
 
 
@@ -53,11 +56,11 @@ def files_of(source: str) -> list[Path]:
     found: dict[int, Path] = {}
     for path in Path(source).parent.glob(f"{before}*{after}"):
         number = path.name[len(before) : len(path.name) - len(after)]
-        if number.isdecimal():
+        if CHUNK_NUMBER.fullmatch(number):
             found[int(number)] = path
-    missing = [number for number in range(max(found, default=0) + 1) if number not in found]
-    if missing:
-        wanted = source.replace(CHUNK_ID, str(missing[0]))
+    missing = next((number for number in range(max(1, len(found))) if number not in found), None)
+    if missing is not None:
+        wanted = source.replace(CHUNK_ID, str(missing))
         raise UsageError(f"{wanted}: no such chunk; there are {len(found)} others. Restore it: chunks count from 0.")
     return [found[number] for number in sorted(found)]
 
@@ -69,19 +72,18 @@ def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
         UsageError: file and line, what was found there, what was wanted.
     """
     for path in files_of(source):
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    value = json.loads(text)
-                    if not isinstance(value, dict):
-                        raise ValueError(f"is a {type(value).__name__}, wanted an object")
-                    yield KINDS[kind](value, f"{path.name}:{number}", vocab_size)
-                except KeyError as error:
-                    raise UsageError(f"{path}:{number}: no field {error}. Is it {kind}?") from None
-                except (ValueError, TypeError) as error:
-                    raise UsageError(f"{path}:{number}: {error}.") from None
+        for number, line in enumerate(lines_of(path), 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode())
+                if not isinstance(value, dict):
+                    raise ValueError(f"is a {type(value).__name__}, wanted an object")
+                yield KINDS[kind](value, f"{path.name}:{number}", vocab_size)
+            except KeyError as error:
+                raise UsageError(f"{path}:{number}: no field {error}. Is it {kind}?") from None
+            except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+                raise UsageError(f"{path}:{number}: {error!s:.400}.") from None
 
 
 def _ids(value: Any, name: str, vocab_size: int) -> Array:
@@ -100,6 +102,7 @@ def _rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, 
     widest = max(map(len, ids), default=0)
     if not widest:
         raise ValueError("has no entry at any position")
+    check_size(positions, widest)
     all_ids, all_logs = np.zeros((positions, widest), np.int32), np.full((positions, widest), UNUSED)
     for row, (some, values) in enumerate(zip(ids, logs, strict=True)):
         if len(some) != len(values) or len(set(some)) != len(some):

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+from kd_core.errors import UsageError
 from kd_core.students.rope import RopeScaling
+
+# What no decoder comes near, and no process suffers from while it has shapes alone.
+MOST = {
+    "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_layers": 4096,
+    "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 16, "max_positions": 1 << 40, "vocab_rows": 1 << 24,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,14 @@ class Architecture:
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
     family: str = "llama"
+
+    def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
+        for window in self.windows or ():
+            if window is not None and not 1 <= window <= MOST["max_positions"]:
+                raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
 
     @property
     def vocab_rows(self) -> int:

@@ -4,6 +4,7 @@ Parameter names are those of Hugging Face's Llama without the leading `model.`, 
 Built on the meta device, then materialised and filled (`starts.py`).
 """
 
+import os
 from collections.abc import Callable
 from typing import TypeVar, overload
 
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from kd_core.errors import UsageError
 from kd_core.students.architecture import Architecture
 from kd_core.students.attention import Attention, Segment, document_segments
 from kd_core.students.norm import RMSNorm
@@ -114,13 +117,27 @@ class Decoder(nn.Module):
 
 
 def meta_decoder(arch: Architecture) -> Decoder:
-    """A decoder without memory: names and shapes alone."""
+    """A decoder without memory: names and shapes alone.
+
+    Raises:
+        UsageError: heads that do not share keys evenly.
+    """
+    if arch.num_heads % arch.num_kv_heads:
+        raise UsageError(f"{arch.num_heads} attention heads, {arch.num_kv_heads} of keys; wanted a multiple of them.")
     with torch.device("meta"):
         return Decoder(arch)
 
 
 def materialised(model: Decoder, device: torch.device) -> Decoder:
-    """The same decoder with memory on `device`, in float32, without values yet."""
+    """The same decoder with memory on `device`, in float32, without values yet.
+
+    Raises:
+        UsageError: this machine has no such memory.
+    """
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    needed = sum(each.numel() for each in local) * 4
+    if device.type == "cpu" and needed > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {there / 2**30:.1f} are there.")
     model = model.to_empty(device=device)
     model.tie()
     return model

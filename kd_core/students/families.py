@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kd_core.errors import UsageError
-from kd_core.files import read_json
-from kd_core.students.architecture import Architecture
+from kd_core.files import damaged, read_json
+from kd_core.students.architecture import MOST, Architecture
+from kd_core.students.rope import rotary_angles
 from kd_core.students.rope_fields import read_rope, rope_fields
 
 Config = dict[str, Any]
@@ -119,12 +122,15 @@ EVERYWHERE = (("hidden_act", "silu"), ("quantization_config", None))
 def _family(path: Path, config: Config) -> Family:
     """The family of a configuration, once nothing in it would silently change the arithmetic."""
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UsageError(f"{path}: model_type is {name!r}; wanted one of {sorted(FAMILIES)}.")
     family = FAMILIES[name]
     for field, value in (*EVERYWHERE, *family.expects):
         if config.get(field, value) != value:
             raise UsageError(f"{path}: {field} is {config[field]!r}; only {value!r} is supported for {name}.")
+    layers = config.get("num_hidden_layers", 1)  # before anything is made for each of them
+    if type(layers) is not int or not 1 <= layers <= MOST["num_layers"]:
+        raise UsageError(f"{path}: num_hidden_layers is {layers!a}; wanted 1 to {MOST['num_layers']}.")
     kinds = config.get("layer_types")
     if kinds is not None and (len(kinds) != config.get("num_hidden_layers") or not set(kinds) <= {SLIDING, FULL}):
         raise UsageError(f"{path}: layer_types is {kinds}; wanted {SLIDING} or {FULL} for each layer.")
@@ -163,8 +169,15 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         UsageError: no `config.json`, a field missing, or a family or setting that we do not have.
     """
-    path = folder / "config.json"
-    return architecture_of(path, read_json(path, "a Hugging Face model configuration"))
+    path, what = folder / "config.json", "a Hugging Face model configuration"
+    with damaged(path, what, "Fetch the folder again"):
+        arch = architecture_of(path, read_json(path, what))
+        if arch.head_dim % 2:
+            raise ValueError(f"heads of {arch.head_dim} channels")
+        angles = rotary_angles(torch.zeros(1, 1, dtype=torch.int64), arch.head_dim, arch.rope_theta, arch.rope_scaling)
+        if not all(each.isfinite().all() for each in angles):
+            raise ValueError("angles of RoPE that are not finite")
+        return arch
 
 
 def _is_said(arch: Architecture, config: Config) -> bool:

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kd_core.errors import UsageError
-from kd_core.files import write_json
+from kd_core.files import damaged, write_json
 from kd_core.students.architecture import Architecture
 from kd_core.students.families import config_of
+from kd_core.students.gguf_header import check_header
 
 SPECIAL = 3  # GGUF's token type of control tokens
 TENSOR_NAMES = {
@@ -84,11 +85,19 @@ def convert_gguf(path: Path, folder: Path) -> Architecture:
     """Fill `folder` (it exists) with config, weights and tokenizer of the GGUF at `path`.
 
     Raises:
-        UsageError: another architecture than Llama, or a tokenizer that we do not know.
+        UsageError: another architecture than Llama, a tokenizer that we do not know, or a damaged file.
     """
+    check_header(path)
+    with damaged(path, "a GGUF file of the Llama family", "Fetch it again"):
+        return _converted(path, folder)
+
+
+def _converted(path: Path, folder: Path) -> Architecture:
     from gguf import GGUFReader, dequantize  # noqa: PLC0415 (an optional extra)
 
     reader = GGUFReader(path)
+    if (claimed := sum(tensor.n_bytes for tensor in reader.tensors)) > path.stat().st_size:
+        raise ValueError(f"tensors of {claimed} bytes, in a file of {path.stat().st_size}")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
         raise UsageError(f"{path}: architecture {fields['general.architecture']!r}; wanted 'llama'.")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
-from kd_core.files import read_json
+from kd_core.files import damaged, is_plain_file, read_json
 from kd_core.students.adapters import LoraLinear, adapted_layers
 from kd_core.students.decoder import Decoder
 from kd_core.students.weights import Stored, stored_tensors
@@ -31,7 +31,7 @@ def _our_name(stored: str) -> str:
 
 def _files(folder: Path) -> list[Path]:
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not is_plain_file(path):
         raise UsageError(f"{path}: no such file; wanted an adapter in PEFT's format.")
     return [path]
 
@@ -57,11 +57,12 @@ def check_same(folder: Path, model: Decoder) -> None:
     """
     config, layers = _read_config(folder), adapted_layers(model)
     own = next(iter(layers.values())).settings
-    stored = {
-        "rank": (own.rank, int(config.get("r", 8))),
-        "alpha": (own.alpha, float(config.get("lora_alpha", 8))),
-        "rank_stabilised": (own.rank_stabilised, bool(config.get("use_rslora", False))),
-    }
+    with damaged(folder / CONFIG, "a PEFT adapter's configuration"):
+        stored = {
+            "rank": (own.rank, int(config.get("r", 8))),
+            "alpha": (own.alpha, float(config.get("lora_alpha", 8))),
+            "rank_stabilised": (own.rank_stabilised, bool(config.get("use_rslora", False))),
+        }
     for name, (ours, theirs) in stored.items():
         if ours != theirs:
             raise UsageError(f"student.{name}: got {ours}; {folder} has {theirs}. Set student.{name}={theirs}.")

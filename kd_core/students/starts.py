@@ -19,7 +19,7 @@ from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder, materialised, meta_decoder
 from kd_core.students.families import read_architecture
 from kd_core.students.placement import put, stopping_together
-from kd_core.students.weights import load_weights
+from kd_core.students.weights import check_room, load_weights
 
 
 @runtime_checkable
@@ -94,7 +94,9 @@ class Pretrained:
 
     def decoder(self) -> Decoder:
         """See `Start`."""
-        return meta_decoder(self.architecture())
+        model = meta_decoder(self.architecture())
+        check_room(model.parameters(), Path(self.folder))
+        return model
 
     def fill(self, model: Decoder, seed: int) -> None:
         """Load the kept layers; `seed` is not used, for nothing is random."""

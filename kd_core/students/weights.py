@@ -1,17 +1,23 @@
 """Weights out of Hugging Face folders (safetensors, one file or sharded), each process only its own part of them."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.files import read_json
+from kd_core.files import damaged, is_plain_file, read_json
+from kd_core.json_fields import fields
 from kd_core.students.placement import Box, put
 
+LAYER = re.compile(r"\d{1,9}")
+READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+THEN = "Fetch the folder again"
 IGNORED = ".rotary_emb.inv_freq"  # a buffer that older files carry along; it follows from config.json
 
 
@@ -24,12 +30,29 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index, "a safetensors index")["weight_map"].values()))
+        with damaged(index, "a safetensors index", THEN):
+            names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
+            if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+                raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
     files = [folder / name for name in names]
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not is_plain_file(file)]
     if missing:
         raise UsageError(f"{missing[0]}: no such file; wanted the weights of a Hugging Face folder.")
     return files
+
+
+def check_room(parameters: Iterable[Tensor], folder: Path) -> None:
+    """Refuse a configuration whose model has more numbers than the folder has bytes of weights, before it has memory.
+
+    Raises:
+        UsageError: it has.
+    """
+    numbers = sum(parameter.numel() for parameter in parameters)
+    stored = sum(path.stat().st_size for path in weight_files(folder))
+    if numbers > stored:
+        raise UsageError(
+            f"{folder}: config.json describes {numbers} weights, but the safetensors files have {stored} bytes. {THEN}."
+        )
 
 
 class Stored:
@@ -52,6 +75,8 @@ class Stored:
         if any(part.start >= part.stop for part in box):
             return self.slice[:0].new_empty([part.stop - part.start for part in box])
         values: Tensor = self.slice[box]
+        if values.dtype not in READABLE:
+            raise UsageError(f"{self.path}: {self.name!a} is of {values.dtype}; wanted floats of 16 bits or more.")
         if not values.isfinite().all():
             raise UsageError(f"{self.path}: {self.name} holds NaN or infinite values. Fetch the folder again.")
         return values
@@ -81,7 +106,7 @@ def stored_tensors(files: list[Path]) -> Iterator[Stored]:
                 file = stack.enter_context(safe_open(path, "pt"))
                 for name in sorted(file.keys()):
                     yield Stored(file, path, name)
-            except SafetensorError as error:
+            except (SafetensorError, OverflowError, UnicodeError) as error:
                 raise UsageError(f"{path}: damaged weights ({error}). Fetch or export the folder again.") from None
 
 
@@ -90,8 +115,10 @@ def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
     name = name.removeprefix("model.")
     if not name.startswith("layers."):
         return name
-    _, layer, rest = name.split(".", 2)
-    return f"layers.{position_of[int(layer)]}.{rest}" if int(layer) in position_of else None
+    _, layer, rest = f"{name}..".split(".", 2)
+    if not LAYER.fullmatch(layer):
+        return name
+    return f"layers.{position_of[int(layer)]}.{rest[:-2]}" if int(layer) in position_of else None
 
 
 def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
@@ -109,7 +136,7 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tu
         if name is None or name.endswith(IGNORED) or (name == "lm_head.weight" and name not in parameters):
             continue
         if name not in wanted:
-            raise UsageError(f"{folder}: found {stored.name} of shape {stored.shape}; wanted no such tensor.")
+            raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
         stored.fill(wanted.pop(name))
     if wanted:
         raise UsageError(f"{folder}: {len(wanted)} tensors are missing, the first is {min(wanted)}.")

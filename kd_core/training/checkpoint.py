@@ -20,15 +20,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import read_json, sha256, sync_folder, write_json, write_text
+from kd_core.files import damaged, read_json, sync_folder, write_json, write_text
+from kd_core.json_fields import fields, integer, number
 from kd_core.parallel.agreement import gathered, stop_alike, together
 from kd_core.parallel.mesh import World
 from kd_core.students.decoder import Decoder
+from kd_core.training.checkpoint_files import HASHES, OWN_FILES, damage, described
+from kd_core.training.checkpoint_storage import TensorReader, TensorWriter, file_of
 from kd_core.training.state import (
     State,
     check_frozen,
@@ -40,8 +42,8 @@ from kd_core.training.state import (
 )  # fmt: skip
 
 log = logging.getLogger("kd")
-HASHES = "files.json"
 MODES = ("min", "max")
+MOST_STEPS = 1 << 53
 # That one process reads and writes alone is what we mean where there is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -110,10 +112,6 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
 
-def _described(files: list[Path]) -> dict[str, dict[str, int | str]]:
-    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-
-
 def write(root: Path, content: Content, world: World, group: dist.ProcessGroup | None) -> Path:
     """Write `step_N`, all ranks together; on return it is complete on disk.
 
@@ -134,8 +132,8 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
         write_json(partial / "progress.json", vars(content.progress))
         write_json(partial / "frozen.json", content.frozen)
         write_text(partial / "config.json", content.record)
-        own = [partial / name for name in (".metadata", "progress.json", "frozen.json", "config.json")]
-        write_json(partial / HASHES, {**hashes, **_described(own)})
+        own = [partial / name for name in OWN_FILES]
+        write_json(partial / HASHES, {**hashes, **described(own)})
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -143,29 +141,11 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
 
     together(world, begin, group)
     with _said_as_usage_error(partial, "written", "Free some space and run the same again"):
-        dcp_save(content.state, checkpoint_id=partial, process_group=group, no_dist=world.size == 1)
-    parts = together(world, lambda: _described(sorted(partial.glob(f"__{world.rank}_*"))), group)
+        writer = TensorWriter(partial, world.rank)
+        dcp_save(content.state, storage_writer=writer, process_group=group, no_dist=world.size == 1)
+    parts = together(world, lambda: described([file_of(partial, world.rank)]), group)
     together(world, lambda: end({name: found for part in parts for name, found in part.items()}), group)
     return folder
-
-
-def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
-    """What is wrong with a checkpoint's files; nothing if it is whole. `share` of them is read, all are measured."""
-    try:
-        wanted = read_json(folder / HASHES, "the hashes of a checkpoint")
-    except UsageError as error:
-        return [str(error)]
-    wrong: list[str] = []
-    for name, found in sorted(wanted.items())[share]:
-        beat()
-        file = folder / name
-        if not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif file.stat().st_size != found["bytes"]:
-            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {found['bytes']}")
-        elif sha256(file) != found["sha256"]:
-            wrong.append(f"{name} has other bytes than were written (sha256)")
-    return wrong
 
 
 def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:
@@ -221,7 +201,7 @@ def _metric(folder: Path) -> float | None:
     """A checkpoint's metric; None where it is no number, or where `newest_whole` will say that nothing can be read."""
     try:
         metric = read_progress(folder).metric
-    except (UsageError, TypeError):
+    except UsageError:
         return None
     return None if metric is None or math.isnan(metric) else metric
 
@@ -240,7 +220,21 @@ def keep_some(root: Path, policy: Checkpoint) -> None:
 
 def read_progress(folder: Path) -> Progress:
     """The progress that a complete checkpoint stands for."""
-    return Progress(**read_json(folder / "progress.json", "a checkpoint's progress"))
+    path = folder / "progress.json"
+    with damaged(path, "a checkpoint's progress"):
+        found = fields(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
+        metric = found["metric"]
+        if metric is not None and not (isinstance(metric, float) and not math.isfinite(metric)):
+            metric = number(metric, "metric")
+        counts = {name: integer(found[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
+        return Progress(**counts, metric=metric)
+
+
+def _read_norms(folder: Path) -> dict[str, float]:
+    """The norms of what was not trained."""
+    path = folder / "frozen.json"
+    with damaged(path, "norms of what is not trained"):
+        return {name: number(norm, name) for name, norm in read_json(path, "norms of what is not trained").items()}
 
 
 def newest(root: Path) -> Path | None:
@@ -255,19 +249,19 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None =
     Raises:
         UsageError: the checkpoint cannot be read, is of another student, or of one with another start.
     """
+    progress, norms, reader = read_progress(folder), _read_norms(folder), TensorReader(folder)
     with _said_as_usage_error(folder, "read", "It is of another student, or of another version of this code"):
-        metadata = FileSystemReader(folder).read_metadata()
         state = model_state(model)
-        if missing := sorted(stored_names(metadata) ^ state.keys()):
-            raise UsageError(f"{folder}: is of another student; {missing[0]} is not in both.")
-        check_frozen(read_json(folder / "frozen.json", "norms of what is not trained"), frozen_norms(model))
-        moments = empty_moments(model, metadata) if optimizer else {}
+        if missing := sorted(stored_names(reader.metadata) ^ state.keys()):
+            raise UsageError(f"{folder}: is of another student; {missing[0]!a} is not in both.")
+        check_frozen(norms, frozen_norms(model))
+        moments = empty_moments(model, reader.metadata) if optimizer else {}
         for name, tensors in moments.items():
             state.update({f"optimizer.{name}.{key}": tensor for key, tensor in tensors.items()})
-        dcp_load(state, checkpoint_id=folder, no_dist=True)
+        dcp_load(state, storage_reader=reader, no_dist=True)
     if optimizer:
         put_back(model, optimizer, moments)
-    return read_progress(folder)
+    return progress
 
 
 def load_model(folder: Path, model: Decoder) -> None:

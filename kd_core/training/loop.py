@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kd_core.errors import NonFiniteError
+from kd_core.errors import NonFiniteError, UsageError
 from kd_core.losses.objective import Objective
 from kd_core.parallel.agreement import gathered, prove_same
 from kd_core.parallel.mesh import World
@@ -101,6 +101,11 @@ class _Run:
         newest = checkpoint.newest_whole(self.folder.checkpoints, self.world, self.pulse.moved)
         if newest is not None:
             self.progress = checkpoint.load(newest, self.model, self.optimizer)
+            if self.progress.rows != (wanted := self.progress.step * self.recipe.rows_per_step):
+                raise UsageError(
+                    f"{newest / 'progress.json'}: {self.progress.rows} rows were read by step {self.progress.step}; "
+                    f"wanted {wanted}. Take another checkpoint."
+                )
             log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.recipe.steps)
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
         prove_same(self.world, cursor)

@@ -13,13 +13,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
-from kd_core.files import write_text
+from kd_core.files import damaged, no_link, read_text, write_text
+from kd_core.json_fields import LARGEST, fields, integer, items, shown, text
 from kd_core.training.run_folder import RunFolder, settings_of
 from kd_core.training.tensorboard import Events
 
 Line = dict[str, Any]
+MOST_METRICS, MOST_LINE = 1 << 27, 1 << 24  # bytes
+SUMS = ("min", "max", "num", "sum", "sum_squares")
 
 
 class _Lines:
@@ -35,14 +38,17 @@ class _Lines:
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         for line in kept:
             show(line)
-        self.file = path.open("a") if path.exists() else None
+        self.file = self._open() if path.exists() else None
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, **values}
-        self.file = self.file or self.path.open("a")
+        self.file = self.file or self._open()
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.show(line)
+
+    def _open(self) -> IO[str]:
+        return open(self.path, "a", opener=no_link)
 
     def close(self) -> None:
         if self.file:
@@ -87,14 +93,50 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is not one."""
+    """The lines of a `metrics.jsonl`; a last line that a kill cut short is not one.
+
+    Raises:
+        UsageError: a line without a step, or with something else than numbers, continuations or histograms.
+    """
     lines: list[Line] = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for number, line in enumerate(read_text(path, "a run's numbers", MOST_METRICS).split("\n"), 1):
+        with damaged(f"{path}:{number}", "a step's numbers", "Delete the line"):
+            if len(line) > MOST_LINE:
+                raise ValueError(f"{len(line)} characters")
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            lines.append(_checked(value))
     return lines
+
+
+def _checked(value: Any) -> Line:
+    """A line with its step; continuations are texts by prompt, histograms numbers and lists of them by name."""
+    line = fields(value, "it")
+    json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text, and TensorBoard cannot write it
+    integer(line.get("step"), "step", 0, 1 << 53)
+    for name, each in line.items():
+        if name == "continuations":
+            for said in fields(each, name).values():
+                text(said, name)
+        elif name == "histograms":
+            for found in fields(each, name).values():
+                _check_histogram(fields(found, name, (*SUMS, "bucket_limits", "bucket_counts")))
+        elif not _is_number(each):
+            raise ValueError(f"{shown(name)}: {shown(each)}; wanted a number")
+    return line
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a float, finite or not, or an integer that is one."""
+    return type(value) is float or (type(value) is int and abs(value) <= LARGEST)
+
+
+def _check_histogram(found: dict[str, Any]) -> None:
+    limits, counts = (items(found[name], name) for name in ("bucket_limits", "bucket_counts"))
+    if len(limits) != len(counts) or not all(map(_is_number, [*limits, *counts, *(found[name] for name in SUMS)])):
+        raise ValueError("a histogram has other than numbers, and a count for each limit")
 
 
 def per_token(prefix: str, sums: Mapping[str, float], tokens: float) -> dict[str, float]:

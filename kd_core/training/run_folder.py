@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kd_core.errors import UsageError
-from kd_core.files import write_json, write_text
+from kd_core.errors import UsageError, visible
+from kd_core.files import damaged, read_json, read_text, write_json, write_text
+from kd_core.json_fields import LARGEST, fields, integer, text
 from kd_core.parallel.mesh import World
 
 log = logging.getLogger("kd")
@@ -42,6 +43,14 @@ def _listed(differences: dict[str, str], most: int = 3) -> str:
     return "; ".join(shown) + (f"; and {len(differences) - most} more" if len(differences) > most else "")
 
 
+def _words(value: Any, name: str) -> str:
+    return visible(text(value, name))
+
+
+def _fact(value: Any, name: str) -> int | str:
+    return _words(value, name) if isinstance(value, str) else integer(value, name, -LARGEST, LARGEST)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of a run."""
@@ -65,7 +74,32 @@ class RunFolder:
 
     def record(self) -> str:
         """The frozen configuration of the run, as `claim` wrote it."""
-        return (self.path / "config.json").read_text()
+        return read_text(self.path / "config.json", "the record of a run")
+
+    def settings_text(self) -> str:
+        """The settings as text, as `claim` wrote them; errors as in `read_text`."""
+        return read_text(self.path / "config.txt", "the settings of a run")
+
+    def last_facts(self) -> dict[str, Any]:
+        """The facts of the last start, of those that are shown; none where there was none.
+
+        Raises:
+            UsageError: they are damaged.
+        """
+        what, attempts = "the facts of a start", self.attempts()
+        if not attempts:
+            return {}
+        path = attempts[-1] / "attempt.json"
+        with damaged(path, what):
+            value = read_json(path, what)
+            facts: dict[str, Any] = {name: _words(value[name], name) for name in ("started", "python", "commit")}
+            facts["versions"] = {visible(k): _words(v, k) for k, v in fields(value["versions"], "versions").items()}
+            facts["world"] = {visible(k): _fact(v, k) for k, v in fields(value["world"], "world").items()}
+            facts["inputs"] = {
+                visible(name): {key: _words(each[key], key) for key in ("path", "sha256")}
+                for name, each in fields(value["inputs"], "inputs").items()
+            }
+            return facts
 
     def claim(self, config_json: str, config_text: str, may_change: frozenset[str] = frozenset()) -> dict[str, str]:
         """Write the record of the experiment, or check that the folder is of the same one.
@@ -75,14 +109,14 @@ class RunFolder:
         Raises:
             UsageError: the folder belongs to another experiment.
         """
-        record, text = self.path / "config.json", self.path / "config.txt"
+        record, settings = self.path / "config.json", self.path / "config.txt"
         if not record.exists():
-            write_text(text, config_text)
+            write_text(settings, config_text)
             write_text(record, config_json)
             return {}
-        if record.read_text() == config_json:
+        if self.record() == config_json:
             return {}
-        differences = _differences(text.read_text(), config_text)
+        differences = _differences(self.settings_text(), config_text)
         if not differences or not may_change.issuperset(differences):
             others = {name: how for name, how in differences.items() if name not in may_change}
             raise UsageError(
@@ -113,8 +147,9 @@ class RunFolder:
 
 def settings_of(folder: RunFolder) -> dict[str, str]:
     """The values of a run by path, as its `config.txt` has them; none where it is not written yet."""
-    path = folder.path / "config.txt"
-    return {name: value for name, (value, _) in read_settings(path.read_text()).items()} if path.exists() else {}
+    if not (folder.path / "config.txt").exists():
+        return {}
+    return {name: value for name, (value, _) in read_settings(folder.settings_text()).items()}
 
 
 def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, Any]:

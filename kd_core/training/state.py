@@ -61,10 +61,15 @@ def check_frozen(stored: Mapping[str, float], here: Mapping[str, float]) -> None
             )
 
 
-def _like(parameter: Tensor, stored: TensorStorageMetadata) -> Tensor:
-    """Empty memory for a tensor of the optimiser: laid out as its parameter where it has its shape."""
+def _like(parameter: Tensor, name: str, stored: TensorStorageMetadata) -> Tensor:
+    """Empty memory for a tensor of the optimiser: laid out as its parameter where it has its shape, or one number."""
     if stored.size == parameter.shape:
         return torch.empty_like(parameter, dtype=stored.properties.dtype)
+    if stored.size.numel() != 1:
+        raise UsageError(
+            f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted {tuple(parameter.shape)}, or one "
+            "number. Take another checkpoint."
+        )
     return torch.empty(stored.size, dtype=stored.properties.dtype)
 
 
@@ -80,17 +85,31 @@ def empty_moments(model: nn.Module, metadata: Metadata) -> dict[str, State]:
     for full_name, stored in metadata.state_dict_metadata.items():
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
         if full_name.startswith("optimizer.") and name in trained and isinstance(stored, TensorStorageMetadata):
-            moments[name][key] = _like(trained[name].detach(), stored)
+            moments[name][key] = _like(trained[name].detach(), full_name, stored)
     return moments
 
 
 def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, State]) -> None:
-    """Give the optimiser its tensors; rates and the like stay those that it was built with."""
+    """Give the optimiser its tensors; rates and the like stay those that it was built with.
+
+    Raises:
+        UsageError: they are not AdamW's; its kernel trusts shapes.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = optimizer.state_dict()["param_groups"]
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in ordered:
+        shapes = {key: tuple(tensor.shape) for key, tensor in moments[names[parameter]].items()}
+        shape = tuple(parameter.shape)
+        if shapes and isinstance(optimizer, torch.optim.Adam):
+            _check_moments(names[parameter], shapes, {"step": (), "exp_avg": shape, "exp_avg_sq": shape})
     kept: dict[int, Any] = {i: moments[names[parameter]] for i, parameter in enumerate(ordered)}
     optimizer.load_state_dict({"state": {i: tensors for i, tensors in kept.items() if tensors}, "param_groups": groups})
+
+
+def _check_moments(name: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise UsageError(f"optimizer.{name}: the checkpoint holds {found}; wanted {wanted}. Take another checkpoint.")
 
 
 def staged(state: State, buffers: State) -> State:

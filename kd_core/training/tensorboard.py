@@ -66,7 +66,7 @@ def hparams_of(settings: Mapping[str, str]) -> dict[str, HParam]:
             continue
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             value = text  # the name of a part
         found[path] = value if isinstance(value, bool | int | float | str) else text
     return found

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kd_core.errors import visible
+from kd_core.files import no_link
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeping import tied
 from launchers.sweeping.folder import FAILED, FINISHED, STOPPED, SweepFolder
@@ -75,7 +77,7 @@ def _last_words(said: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and "%|" not in line]  # no progress bars
     telling = [line for line in lines if ": error: " in line or line.startswith("stopped after step ")]
-    return (telling or lines or [""])[-1]
+    return visible((telling or lines or [""])[-1])
 
 
 def outcome(folder: SweepFolder, point_id: str, code: int, since: int) -> tuple[str, str]:
@@ -95,7 +97,7 @@ def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     prefix = [sys.executable, "-I", tied.__file__, str(os.getpid()), ",".join(map(str, slot.cores))]
     folder.log(point_id).parent.mkdir(parents=True, exist_ok=True)
-    with folder.log(point_id).open("ab") as log:
+    with open(folder.log(point_id), "ab", opener=no_link) as log:
         return subprocess.Popen(
             [*prefix, *command],
             env=environment,

@@ -45,5 +45,7 @@ def measured_rate(folder: SweepFolder, costs: Mapping[str, Cost]) -> float | Non
         if folder.status(point_id).state == FINISHED:
             lines = folder.metrics(point_id)
             seconds = [line["speed/step_seconds"] for line in lines if "speed/step_seconds" in line]
-            rates.append(cost.flops / lines[-1]["step"] / median(seconds))
+            spent = lines[-1]["step"] * median(seconds) if seconds else 0.0
+            if spent > 0:
+                rates.append(cost.flops / spent)
     return median(rates) if rates else None

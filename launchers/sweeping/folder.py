@@ -8,20 +8,25 @@ OUT/results.*, summary.csv, curves.csv, tensorboard/   what compares the points
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.sweep import Values
-from kd_core.errors import UsageError
-from kd_core.files import is_owned, read_json, write_json, write_text
+from kd_core.errors import UsageError, visible
+from kd_core.files import damaged, is_owned, is_plain_file, read_json, read_text, write_json, write_text
+from kd_core.json_fields import LARGEST, fields, integer, items, text
+from kd_core.json_fields import shown as shown_field
 from kd_core.training import checkpoint
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
-from launchers.sweeping.points import Point, shown, swept_paths
+from launchers.sweeping.points import ID_LENGTH, Point, shown, swept_paths
 
+POINT_ID, JOB = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}"), re.compile(r"[A-Za-z0-9_.+-]{0,100}")
 NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED = "new", "running", "stopped", "failed", "finished", "submitted"
+STATES = (NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,21 @@ class Status:
     exit_code: int | None = None
     last_line: str = ""
     job: str = ""
+
+
+def _read_status(path: Path) -> Status:
+    what = "a point's status"
+    with damaged(path, what, "Delete it: it forgets a failure or a job alone"):
+        found = fields(read_json(path, what), "it", vars(Status()))
+        if found["state"] not in STATES or not JOB.fullmatch(text(found["job"], "job")):
+            raise ValueError(f"state {shown_field(found['state'])} of job {shown_field(found['job'])}")
+        return Status(
+            found["state"],
+            integer(found["starts"], "starts", 0, LARGEST),
+            None if found["exit_code"] is None else integer(found["exit_code"], "exit_code", -LARGEST, LARGEST),
+            visible(text(found["last_line"], "last_line")),
+            found["job"],
+        )
 
 
 def _plain(values: Values) -> dict[str, Any]:
@@ -73,15 +93,13 @@ class SweepFolder:
         record, gone = self.path / "sweep.json", list[dict[str, Any]]()
         now = {point.id for point in points}
         if record.exists():
-            known = read_json(record, "a sweep's record")
-            if known["sweep"] != name:
-                raise UsageError(f"{self.path}: holds the sweep {known['sweep']}, not {name}. Name another --out.")
-            gone = [point for point in known["points"] if point["id"] not in now]
+            gone = [point for point in self._known_points(record, name) if point["id"] not in now]
         for folder in ("configs", "points", "status"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         for point in points:
-            if not self.config(point.id).exists():
-                write_text(self.config(point.id), point.record)
+            config = self.config(point.id)  # which is trained: no other text may stand under the point's name
+            if not is_plain_file(config) or read_text(config, "a point's record") != point.record:
+                write_text(config, point.record)
             known = self.status(point.id)
             if known.state == RUNNING and not known.job:  # who claims is the owner, so an earlier queue has died
                 self.set_status(point.id, replace(known, state=STOPPED))
@@ -89,13 +107,26 @@ class SweepFolder:
         write_json(record, {"sweep": name, "swept": swept_paths(points), "points": [*described, *gone]})
         return gone
 
+    def _known_points(self, record: Path, name: str) -> list[dict[str, Any]]:
+        """The points of an earlier start."""
+        what = "a sweep's record"
+        with damaged(record, what):
+            known = read_json(record, what)
+            if text(known["sweep"], "sweep") != name:
+                raise UsageError(f"{self.path}: holds the sweep {known['sweep']!a}, not {name}. Name another --out.")
+            points = [fields(point, "a point", ("id", "values")) for point in items(known["points"], "points")]
+            for point in points:
+                if not POINT_ID.fullmatch(text(point["id"], "id")):
+                    raise ValueError(f"{shown_field(point['id'])} is no point's id")
+            return points
+
     def status(self, point_id: str) -> Status:
         """How the point stands. That a run is finished is read from its folder; only failures must be remembered.
 
         What a queue here started has stopped once nobody owns the sweep's folder: points end with their queue.
         """
         path = self._status(point_id)
-        known = Status(**read_json(path, "a point's status")) if path.exists() else Status()
+        known = _read_status(path) if path.exists() else Status()
         if self.run_folder(point_id).is_finished:
             return replace(known, state=FINISHED, exit_code=0)
         if known.state == RUNNING and not known.job and not is_owned(self.path):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd_core.errors import UsageError
+from kd_core.errors import UsageError, visible
 from kd_core.files import new_folder, read_json, write_json, write_text
 from kd_core.training.loop import SHOWN
 from kd_core.training.tensorboard import HParam, write_columns, write_session
@@ -38,8 +38,8 @@ def rows_of(folder: SweepFolder, points: Sequence[Point]) -> list[Row]:
         state = folder.status(point.id).state
         final: dict[str, float] = {}
         if state == FINISHED:
-            last = folder.metrics(point.id)[-1]
-            final = {name: value for name, value in last.items() if name.startswith("val/")}
+            last = (folder.metrics(point.id) or [{}])[-1]
+            final = {visible(name): value for name, value in last.items() if name.startswith("val/")}
         rows.append(Row(point, state, final))
     return rows
 

@@ -8,10 +8,13 @@ put back by Slurm itself (`--requeue`). Either way the same line trains on from 
 import os
 import shutil
 import signal
+import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
@@ -136,6 +139,31 @@ def queued(folder: SweepFolder, points: Sequence[Point]) -> list[str]:
     return [key for key, each in known.items() if each.state in states and each.job and in_queue(each.job)]
 
 
+def _jobs_folder(folder: SweepFolder) -> Path:
+    """Make a folder for the jobs of one submission: submitit keeps them there as pickles, and nodes unpickle them.
+
+    It is new, has a name that nobody foresees, and only this user gets in, so no pickle of anybody else is met there.
+    Results, which are pickles too, are never read: how a point stands is read from its run folder.
+
+    Raises:
+        UsageError: the sweep's folder is somebody else's, who could put another folder in its place.
+    """
+    sweep = folder.path.resolve()
+    root = sweep / "slurm"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (sweep, root):
+        facts = path.lstat()
+        others_write = facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or others_write:
+            raise UsageError(
+                f"{path}: belongs to user {facts.st_uid} with mode {stat.filemode(facts.st_mode)}; jobs are unpickled "
+                "from it on the nodes, so wanted a folder that is yours and that others cannot write. Name another "
+                "--out."
+            )
+    root.chmod(0o700)
+    return Path(tempfile.mkdtemp(prefix="jobs_", dir=root))
+
+
 def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
     try:
         import submitit
@@ -145,9 +173,7 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
         ) from None
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UsageError("--backend=slurm: no sbatch and srun on the PATH. Start it where Slurm takes jobs.")
-    executor = submitit.AutoExecutor(
-        folder.path.resolve() / "slurm", cluster="slurm", slurm_max_num_timeout=MOST_TIMEOUTS
-    )
+    executor = submitit.AutoExecutor(_jobs_folder(folder), cluster="slurm", slurm_max_num_timeout=MOST_TIMEOUTS)
     wanted = {
         "name": name,
         "timeout_min": request.minutes,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+MOST = 1e100  # beyond it, squares are no numbers
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Of one value there is no interval."""
+    """Of one value there is no interval; of values that are not finite, or not below `MOST`, no mean."""
     n = len(values)
+    if not all(abs(value) < MOST for value in values):
+        return Mean(math.nan, None, n)
     mean = math.fsum(values) / n
     if n == 1:
         return Mean(mean, None, n)

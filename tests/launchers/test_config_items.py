@@ -124,7 +124,7 @@ def test_a_record_cannot_name_code_that_is_not_ours(tmp_path: Path) -> None:
     text = text.replace('"name": "Pretrained"', '"name": "check_output"')
     assert "subprocess" in text
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UsageError, match="names code outside this project"):
+    with pytest.raises(UsageError, match="so it was not loaded"):
         resolve([f"run:{tmp_path}"], "Experiment")
 
 

@@ -89,11 +89,11 @@ def test_torchrun_told_to_stop_and_then_the_newest_checkpoint_damaged_it_ends_wi
         _, said = process.communicate(timeout=60)
     assert len(re.findall("stopped after step .* told to by SIGTERM", said)) == 1, said
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    part = newest / "__0_0.distcp"
+    part = newest / "tensors_00000.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
     done = run("launchers.train", *flags, nproc=2)
     assert done.returncode == 0, done.stderr
-    assert f"{newest.name} is damaged: __0_0.distcp has" in done.stderr
+    assert f"{newest.name} is damaged: tensors_00000.safetensors has" in done.stderr
     _same(tmp_path / "run", whole)
 
 

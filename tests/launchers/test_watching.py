@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from kd_core.training.metrics import read_metrics
-from launchers import config_items
+from launchers import records
 from launchers.evaluate import table
 from tests.launchers.command import ROOT, configs, run
 from tests.tiny import Tiny
@@ -64,7 +64,7 @@ def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(tiny: Tiny
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     for cache in ("", "seen/", "held/"):
         assert last[f"val/{cache}surprise"] == last[f"val/{cache}nll"]
-    experiment = fdl.build(config_items.load_record(tmp_path / "run" / "config.json"))
+    experiment = fdl.build(records.load_record(tmp_path / "run" / "config.json"))
     assert experiment.validation_metrics() == {name for name in last if name.startswith("val/")}
     assert last["val/nll"] == pytest.approx(0.25 * last["val/seen/nll"] + 0.75 * last["val/held/nll"])
     assert (

@@ -26,7 +26,7 @@ from data.cache.codec.samples import decode_weights, plane_count, weight_planes
 from data.cache.codec.tables import Tables
 from data.cache.columns import Columns, audit
 from data.cache.record import Record
-from data.cache.strict import fields
+from kd_core.json_fields import fields
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Planes = list[Array]

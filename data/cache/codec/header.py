@@ -7,7 +7,7 @@ block is bounded by `MAX_POSITIONS` and `MAX_CELLS`, not by what a few bytes of 
 import json
 from dataclasses import dataclass
 
-from data.cache.strict import fields, integer, items, number, text
+from kd_core.json_fields import fields, integer, items, number, text
 
 MAX_POSITIONS = 1 << 20
 MAX_ENTRIES = 65535

@@ -21,7 +21,7 @@ import numpy as np
 
 from data.cache.codec.planes import compress, decompress, join, split, width_of
 from data.cache.record import UNUSED, Record
-from data.cache.strict import fields, integer
+from kd_core.json_fields import fields, integer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CANDIDATES = 256

@@ -125,12 +125,12 @@ def test_one_that_is_being_read_is_not_deleted(tiny: Tiny, tmp_path: Path) -> No
 
 
 def _truncate(folder: Path) -> None:
-    payload = next(folder.glob("*.distcp"))
+    payload = next(folder.glob("*.safetensors"))
     payload.write_bytes(payload.read_bytes()[:-1])
 
 
 def _flip(folder: Path) -> None:
-    payload = next(folder.glob("*.distcp"))
+    payload = next(folder.glob("*.safetensors"))
     content = bytearray(payload.read_bytes())
     content[len(content) // 2] ^= 1
     payload.write_bytes(content)
@@ -139,7 +139,7 @@ def _flip(folder: Path) -> None:
 DAMAGE = {
     "has .* bytes instead of": _truncate,
     "has other bytes than were written": _flip,
-    r"\.metadata is missing": lambda folder: (folder / ".metadata").unlink(),
+    "tensors_00000.safetensors is missing": lambda folder: next(folder.glob("*.safetensors")).unlink(),
     "progress.json has": lambda folder: (folder / "progress.json").write_text("{}"),
     "files.json: no such file": lambda folder: (folder / "files.json").unlink(),
 }

@@ -114,7 +114,7 @@ def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tin
     assert _size(run.export, "*.safetensors") == pytest.approx(cost.export, rel=0.05)
     kept = len(list(run.checkpoints.iterdir()))  # the best may be one of the newest two
     assert kept in (2, 3)
-    ratio = _size(run.checkpoints, "*.distcp") / (cost.checkpoints * kept / 3)
+    ratio = _size(run.checkpoints, "*.safetensors") / (cost.checkpoints * kept / 3)
     assert 1 < ratio < 1.5  # a kilobyte a tensor, which this tiny student feels
     before = write_results(folder, points)
     folder.drop_checkpoints(point.id for point in points)

@@ -93,7 +93,7 @@ def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path
         lines = read_metrics(folder.run_folder(point.id).path / "metrics.jsonl")
         assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert "2 of 2 points are finished" in write_results(folder, points)
-    said = "".join(path.read_text() for path in (folder.path / "slurm").glob("*_log.err"))
+    said = "".join(path.read_text() for path in (folder.path / "slurm").glob("*/*_log.err"))
     assert "this job is preempted" in said
 
 
@@ -107,6 +107,7 @@ def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_pa
     options = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line
     )
+    (logs,) = (folder.path / "slurm").iterdir()
     assert options == {
         "job-name": "study",
         "array": "0-2%2",
@@ -122,10 +123,9 @@ def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_pa
         "account": "lab",
         "exclude": "n1,n2",
         "wckey": "submitit",
-        "output": str(folder.path / "slurm" / "%A_%a_0_log.out"),
-        "error": str(folder.path / "slurm" / "%A_%a_0_log.err"),
+        "output": str(logs / "%A_%a_0_log.out"),
+        "error": str(logs / "%A_%a_0_log.err"),
     }
-    logs = folder.path / "slurm"
     assert (
         text.splitlines()[-1]
         == f"srun --unbuffered --output {logs}/%A_%a_%t_log.out --error {logs}/%A_%a_%t_log.err COMMAND"
