@@ -169,12 +169,12 @@ def main() -> None:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
     metrics = _user_metrics()
     with joined_world() as world:
+        model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
         chosen = choose_precision(
             cast("Precision", PRECISION.value), world.device, _recorded_precision(Path(STUDENT.value))
         )
         app.log.info("precision: %s", chosen)
         chosen.warn_if_slow("--precision")
-        model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
         caches = list(dict.fromkeys(CACHE.value))
         found = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)
     if world.is_first:
