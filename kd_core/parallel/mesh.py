@@ -3,16 +3,19 @@
 import contextlib
 import ctypes
 import datetime
+import gc
 import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # its defaults would hold a default group that is there before it
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import (
@@ -55,6 +58,8 @@ class World:
         if layout.tensor > 1:
             # A norm over both is then one reduction, the same on every rank, instead of two in some order.
             mesh["dp_shard", "tp"]._flatten("dp_shard_tp")  # pyright: ignore[reportPrivateUsage] (it has no other name)
+        # Torch's caches keep meshes for ever. One that finds its groups by name keeps none of them alive.
+        getattr(mesh, "_pg_registry", {}).clear()
         return replace(self, layout=layout, mesh=mesh)
 
     @property
@@ -133,6 +138,19 @@ def own_store() -> Store:
     return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _end_groups(error: BaseException | None) -> None:
+    """Destroy all process groups and join gloo's threads, which end only when nothing refers to their group.
+
+    Gloo wakes whoever waits for a collective before it frees the tensors, and to free them it takes the GIL. A thread
+    that does so while the interpreter ends aborts the process, however well the run has ended.
+    """
+    while error is not None:  # the frames that it came through hold students, and those hold groups
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    dist.destroy_process_group()
+    gc.collect()  # sharded students are reference cycles
+
+
 @contextlib.contextmanager
 def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
     """Join the processes that torchrun started (or stand alone), and share this machine's cores between them.
@@ -165,4 +183,4 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
             raise RankError(f"rank {rank}: {error}") from error
         raise
     finally:
-        dist.destroy_process_group()
+        _end_groups(sys.exception())
