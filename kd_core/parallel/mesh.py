@@ -116,6 +116,13 @@ class World:
         return box[0]  # pyright: ignore[reportReturnType]
 
 
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use; all, where the system binds no process to cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def _die_with_launcher() -> None:
     """Have the kernel end this rank when torchrun dies: it starts ranks in sessions of their own, so a torchrun that
     is killed would leave them training, owning the run's folder.
@@ -163,7 +170,7 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         int(os.environ.get("LOCAL_RANK", "0")),
     )
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(max(1, len(usable_cores()) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
