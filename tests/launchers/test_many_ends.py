@@ -19,7 +19,7 @@ SPIN = "while True: pass"
 
 
 def test_a_finished_run_ends_with_status_0(tiny: Tiny, tmp_path: Path) -> None:
-    items = [*tiny.train_items(1), "checkpoint.every=1", "evaluation.prompts=()"]
+    items = [*tiny.train_items(2), "evaluation.prompts=()"]
     busy = [subprocess.Popen([sys.executable, "-S", "-c", SPIN]) for _ in range(os.cpu_count() or 1)]
     try:
         for number in range(ENDS):
