@@ -1,9 +1,12 @@
 """Files that are complete or absent: write beside, flush to disk, rename; and a folder that one process owns."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
@@ -11,11 +14,14 @@ import time
 from collections.abc import Generator
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from kd_core.errors import UsageError
 
+log = logging.getLogger("kd")
 GRACE = 3.0
+# What file systems answer that cannot lock files or flush folders.
+CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 MOST_TEXT = 1 << 25  # bytes of a text that is parsed as one; JSON takes up to some twenty times as much memory
 
 
@@ -37,10 +43,13 @@ def write_bytes(path: Path, payload: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have what is named in `folder` survive a crash of the machine."""
+    """Have what is named in `folder` survive a crash of the machine, where its file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
     finally:
         os.close(handle)
 
@@ -158,9 +167,28 @@ def new_folder(path: Path) -> Generator[Path]:
     partial.rename(path)
 
 
-def _try_lock(lock: IO[str]) -> bool:
+@functools.cache
+def _warn_of_no_locks(reason: str) -> None:
+    log.warning("the file system has no locks (%s): nothing keeps two commands out of one folder. Start one.", reason)
+
+
+def flock(handle: int, how: int) -> None:
+    """Lock an open file or folder as `fcntl.flock` does; a file system without locks is warned of, once.
+
+    Raises:
+        BlockingIOError: another process has it, and `how` is not to wait.
+    """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        _warn_of_no_locks(os.strerror(error.errno or 0))
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -171,7 +199,7 @@ def is_owned(folder: Path) -> bool:
     if not (folder / ".lock").exists():
         return False
     with open(folder / ".lock", "a+", opener=no_link) as lock:
-        return not _try_lock(lock)
+        return not _try_lock(lock.fileno())
 
 
 @contextlib.contextmanager
@@ -186,7 +214,7 @@ def owned(folder: Path) -> Generator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", opener=no_link) as lock:
         deadline = time.monotonic() + GRACE
-        while not _try_lock(lock):
+        while not _try_lock(lock.fileno()):
             if time.monotonic() > deadline:
                 lock.seek(0)
                 owner = lock.read().strip() or "unknown"

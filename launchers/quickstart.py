@@ -55,11 +55,12 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from kd_core.errors import UsageError
+    from kd_core.parallel.mesh import usable_cores
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // NPROC.value)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(usable_cores()) // NPROC.value)))
     options = ["--standalone", "--nproc-per-node", str(NPROC.value), "-m", module, *arguments]
     try:
         torchrun.run(torchrun.parse_args(options))

@@ -92,10 +92,10 @@ def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None
 
 
 def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
-    import os
     import signal
 
     from kd_core.errors import UsageError
+    from kd_core.parallel.mesh import usable_cores
     from launchers.sweeping import child, slurm
     from launchers.sweeping.local import Queue, StoppedError
 
@@ -103,7 +103,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
         raise UsageError(
             f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or scancel their jobs."
         )
-    nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), sorted(os.sched_getaffinity(0))
+    nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), usable_cores()
     slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
     try:
         Queue(folder, _left(folder, points), slots, nproc, lambda: _results(folder, points, gone)).run()

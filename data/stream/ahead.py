@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 from kd_core.errors import UsageError
 
 T = TypeVar("T")
-GRACE = 5.0  # seconds for a thread to end once it was told to
+PATIENCE = 60.0  # seconds for a thread to end once it was told to
+GRACE = 5.0  # the same, for one that was too slow already
 LOOK_EVERY = 1.0  # seconds between looks at whether the thread lives
 
 
@@ -72,6 +73,7 @@ def ahead(
     shared = _Shared[T]()
     thread = threading.Thread(target=_work, args=(items, depth, shared), name="reading ahead", daemon=True)
     thread.start()
+    patience = min(timeout, PATIENCE)  # the item that is under way may take long
     try:
         while True:
             started = time.monotonic()
@@ -80,7 +82,7 @@ def ahead(
                     shared.changed.wait(min(LOOK_EVERY, timeout))
                     waited = time.monotonic() - started
                     if not (shared.ready or shared.ended) and (waited >= timeout or not thread.is_alive()):
-                        how = "is still at" if thread.is_alive() else "died at"
+                        how, patience = "is still at" if thread.is_alive() else "died at", GRACE
                         raise UsageError(
                             f"waited {waited:.0f} s for data; the reader {how} {doing()}. Look at the disk or server "
                             f"that it lies on, or raise shards.timeout ({timeout:g} s)."
@@ -101,4 +103,4 @@ def ahead(
             thread.join(0.2)
         if thread.is_alive():
             stop()
-            thread.join(GRACE)
+            thread.join(patience)  # in torch's code while Python ends, it would abort the process

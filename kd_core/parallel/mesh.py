@@ -3,16 +3,21 @@
 import contextlib
 import ctypes
 import datetime
+import gc
 import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Imported early: its defaults would hold a default group that is there before it.
+import torch.distributed.nn  # pyright: ignore[reportUnusedImport]
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import (
@@ -55,6 +60,8 @@ class World:
         if layout.tensor > 1:
             # A norm over both is then one reduction, the same on every rank, instead of two in some order.
             mesh["dp_shard", "tp"]._flatten("dp_shard_tp")  # pyright: ignore[reportPrivateUsage] (it has no other name)
+        # Torch's caches keep meshes for ever. One that finds its groups by name keeps none of them alive.
+        getattr(mesh, "_pg_registry", {}).clear()
         return replace(self, layout=layout, mesh=mesh)
 
     @property
@@ -111,6 +118,13 @@ class World:
         return box[0]  # pyright: ignore[reportReturnType]
 
 
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use; all, where the system binds no process to cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def _die_with_launcher() -> None:
     """Have the kernel end this rank when torchrun dies: it starts ranks in sessions of their own, so a torchrun that
     is killed would leave them training, owning the run's folder.
@@ -133,6 +147,19 @@ def own_store() -> Store:
     return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _end_groups(error: BaseException | None) -> None:
+    """Destroy all process groups and join gloo's threads, which end only when nothing refers to their group.
+
+    Gloo wakes whoever waits for a collective before it frees the tensors, and to free them it takes the GIL. A thread
+    that does so while the interpreter ends aborts the process, however well the run has ended.
+    """
+    while error is not None:  # the frames that it came through hold students, and those hold groups
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    dist.destroy_process_group()
+    gc.collect()  # sharded students are reference cycles
+
+
 @contextlib.contextmanager
 def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
     """Join the processes that torchrun started (or stand alone), and share this machine's cores between them.
@@ -145,7 +172,7 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         int(os.environ.get("LOCAL_RANK", "0")),
     )
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(max(1, len(usable_cores()) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -165,4 +192,4 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
             raise RankError(f"rank {rank}: {error}") from error
         raise
     finally:
-        dist.destroy_process_group()
+        _end_groups(sys.exception())

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_json, sync_folder, write_json, write_text
+from kd_core.files import damaged, flock, read_json, sync_folder, write_json, write_text
 from kd_core.json_fields import fields, integer, number
 from kd_core.parallel.agreement import gathered, stop_alike, together
 from kd_core.parallel.mesh import World
@@ -179,7 +179,7 @@ def in_use(folder: Path) -> Generator[None]:
     """Keep a checkpoint from being deleted while it is read."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        flock(handle, fcntl.LOCK_SH)
         yield
     finally:
         os.close(handle)
@@ -189,7 +189,7 @@ def delete(folder: Path) -> None:
     """By rename first, so that nothing half deleted is found under a checkpoint's name. Not if it is in use."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder.rename(folder.with_name(folder.name + ".partial")))
     except BlockingIOError:
         log.info("%s is being read, and kept for now", folder)

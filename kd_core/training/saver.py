@@ -86,3 +86,6 @@ class Saver:
             self.wait()
         finally:
             self.thread.shutdown()
+            if self.group is not None:
+                dist.destroy_process_group(self.group)
+                self.group = None

@@ -1,10 +1,12 @@
 """When a run stops before its last step, and is saved: it was told to, or its time is over. All ranks stop alike."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -20,6 +22,11 @@ TIME_IS_OVER = 1_000  # above every signal's number
 UNITS = (1, 60, 3_600, 86_400)
 
 
+def _in_seconds(parts: Sequence[float]) -> float:
+    """Return the sum of days, hours, minutes and seconds, of which the first ones may be absent."""
+    return sum(part * unit for part, unit in zip(reversed(parts), UNITS, strict=False))
+
+
 def seconds_of(text: str) -> float:
     """A time as DD:HH:MM:SS, HH:MM:SS, MM:SS or seconds.
 
@@ -27,19 +34,26 @@ def seconds_of(text: str) -> float:
         UsageError: it is none of these, or not more than 0.
     """
     try:
-        parts = [float(part) for part in reversed(text.split(":"))]
+        parts = [float(part) for part in text.split(":")]
     except ValueError:
         parts = []
     if not 0 < len(parts) <= len(UNITS) or min(parts) < 0 or not 0 < sum(parts) < float("inf"):
         raise UsageError(f"got the time {text!r}; wanted DD:HH:MM:SS, HH:MM:SS or seconds, more than 0.")
-    return sum(part * unit for part, unit in zip(parts, UNITS, strict=False))
+    return _in_seconds(parts)
+
+
+def _age_by_ps(process: int) -> float:
+    """Return the seconds since a process began, in whole ones, as every POSIX system tells them."""
+    command = ["ps", "-o", "etime=", "-p", str(process)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _in_seconds([float(part) for part in re.split("[-:]", shown)])  # DD-HH:MM:SS
 
 
 def age(environment: Mapping[str, str] = os.environ) -> float:
     """Seconds since the command began: this process, or the torchrun that restarts it when a rank dies."""
+    process = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid()
     if sys.platform != "linux":
-        return time.process_time()
-    process = str(os.getppid()) if "TORCHELASTIC_RUN_ID" in environment else "self"
+        return _age_by_ps(process)
     started = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])  # see proc(5)
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 

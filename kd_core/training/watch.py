@@ -133,7 +133,7 @@ class _Watch:
     def _compared(self) -> list[Report]:
         """Two looks at all ranks: whoever has sent nothing between them does not answer."""
         before = self._read()
-        time.sleep(3 * self.every)
+        self.ended.wait(3 * self.every)
         self._send()
         after = self._read()
         return [replace(now, answers=now.sent > then.sent) for then, now in zip(before, after, strict=True)]
@@ -148,7 +148,7 @@ class _Watch:
             return  # the store is gone, and with it torchrun, which ends this process
 
     def _end(self, reports: list[Report]) -> None:
-        if time.monotonic() - self.pulse.at <= self.timeout:  # it moved while we looked
+        if self.ended.is_set() or time.monotonic() - self.pulse.at <= self.timeout:  # it moved while we looked
             return
         if self.store.add("watch/said", 1) == 1:
             print(f"\nerror: {verdict(reports, self.timeout)}", file=sys.stderr, flush=True)  # below the progress bar
@@ -170,4 +170,4 @@ def watched(world: World, timeout: float) -> Generator[Pulse]:
         yield pulse
     finally:
         watch.ended.set()
-        watch.thread.join(5 * watch.every)
+        watch.thread.join(timeout)  # a thread that comes back from the store while Python ends aborts the process

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -105,10 +106,29 @@ def test_run_again_it_says_that_nothing_is_left(tiny: Tiny, whole_run: Path) -> 
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
+LIST_THREADS = """import atexit, os, pathlib, threading
+
+def list_threads():
+    names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    names += [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+    pathlib.Path(os.environ["THREADS"], os.environ["RANK"]).write_text(str(names))
+
+if "RANK" in os.environ:
+    atexit.register(list_threads)
+"""
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_more_ranks_give_the_same_losses(tiny: Tiny, whole_run: Path, tmp_path: Path, ranks: int) -> None:
+def test_more_ranks_give_the_same_losses_and_leave_no_thread(
+    tiny: Tiny, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """A thread of ours or of gloo that outlives the run may abort the process while the interpreter ends."""
+    (tmp_path / "sitecustomize.py").write_text(LIST_THREADS)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setitem(ENVIRONMENT, "THREADS", str(tmp_path))
     done = run("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={tmp_path / 'run'}", nproc=ranks)
     assert done.returncode == 0, done.stderr
+    assert [(tmp_path / str(rank)).read_text() for rank in range(ranks)] == ["[]"] * ranks
     for ours, theirs in zip(values(tmp_path / "run"), values(whole_run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 
 from kd_core.errors import UsageError
 from kd_core.parallel.mesh import World
-from kd_core.training.stopping import Stopping, age, seconds_of
+from kd_core.training.stopping import Stopping, _age_by_ps, age, seconds_of
 from tests.ranks import run_ranks
 
 
@@ -29,6 +29,10 @@ def test_the_age_is_that_of_the_process() -> None:
     time.sleep(0.2)
     assert 0.1 < age({}) - before < 60
     assert age({"TORCHELASTIC_RUN_ID": "x"}) > age({}) - 0.02, "the parent did not begin later"
+
+
+def test_its_age_by_ps_is_the_same() -> None:
+    assert _age_by_ps(os.getpid()) == pytest.approx(age({}), abs=1.5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
