@@ -115,7 +115,7 @@ def test_the_readmes_own_experiment_and_sweep_do_what_they_say(user_folder: Path
         "--nokeep_checkpoints",
         *configs(items),
     ]
-    done = run("launchers.sweep", *flags, timeout=250)
+    done = run("launchers.sweep", *flags)
     assert done.returncode == 0, done.stderr
     _check_tables(out)
     _check_tensorboard(out)
