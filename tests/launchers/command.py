@@ -14,9 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+import experiments
 from kd_core.training.metrics import read_metrics
-from tests.forks import ENVIRONMENT as ENVIRONMENT
-from tests.forks import ROOT as ROOT
+from launchers import catalog, user_code
+from launchers import values as values_of_graphs
 from tests.forks import start_server
 from tests.patience import patience
 
@@ -29,23 +30,40 @@ def line(module: str, *arguments: str, nproc: int | None = None, torchrun: Seque
     return [sys.executable, *launcher, *torchrun, "-m", module, *arguments]
 
 
-def _become(argv: list[str], environment: dict[str, str], cwd: Path, output: Path) -> None:
+def look_in(folder: Path) -> None:
+    """Have this process, which is a command's own, look for names in another folder than our `experiments/`."""
+    catalog.FOLDER = user_code.FOLDER = values_of_graphs.FOLDER = folder
+    experiments.__path__ = [str(folder)]
+
+
+def _become(
+    argv: list[str], environment: dict[str, str], cwd: Path, output: Path, before: Callable[[], None] | None
+) -> None:
     """What `python -m` does, with what it prints in files."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = argv
+    if before is not None:
+        before()
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 
 class Command:
     """A command at work in a process of its own, or in one per rank, joined as torchrun joins them.
 
-    The processes are forked. What torchrun does beyond that (restarts, signals) is for `line`.
+    The processes are forked, and call `before` first. What torchrun does beyond that (restarts, signals) is for `line`.
     """
 
-    def __init__(self, module: str, *arguments: str, nproc: int | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        nproc: int | None = None,
+        cwd: Path | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self.argv = [module, *arguments]
         self._folder = tempfile.TemporaryDirectory()
         self._output, self._store, joined = Path(self._folder.name), None, {}
@@ -59,7 +77,7 @@ class Command:
         self._ranks = []
         for rank in range(nproc or 1):
             numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": "0"} if joined else {}
-            given = (self.argv, {**joined, **numbers}, cwd or Path.cwd(), self._output)
+            given = (self.argv, {**joined, **numbers}, cwd or Path.cwd(), self._output, before)
             self._ranks.append(context.Process(target=_become, args=given))
             self._ranks[-1].start()
 
@@ -92,11 +110,9 @@ class Command:
         return subprocess.CompletedProcess(self.argv, status, self.stdout, self.stderr)
 
 
-def run(
-    module: str, *arguments: str, nproc: int | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
-    return Command(module, *arguments, nproc=nproc, cwd=cwd).done(patience(100))
+    return Command(module, *arguments, **settings).done(patience(100))
 
 
 def configs(items: list[str]) -> list[str]:

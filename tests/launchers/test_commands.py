@@ -21,7 +21,8 @@ from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
 from launchers.evaluate import load_student
 from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
-from tests.launchers.command import ENVIRONMENT, ROOT, Command, configs, kill_when, run, values
+from tests.forks import ENVIRONMENT, ROOT
+from tests.launchers.command import Command, configs, kill_when, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
 

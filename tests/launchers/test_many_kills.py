@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launchers.command import ENVIRONMENT, configs, kill_when, line, run, values
+from tests.forks import ENVIRONMENT
+from tests.launchers.command import configs, kill_when, line, run, values
 from tests.tiny import Tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]

@@ -17,7 +17,8 @@ from launchers.sweeping import source
 from launchers.sweeping.folder import SweepFolder
 from launchers.sweeping.plan import check, plan
 from launchers.sweeping.points import resolve
-from tests.launchers.command import ROOT, configs, run, table
+from tests.forks import ROOT
+from tests.launchers.command import configs, run, table
 from tests.tiny import Tiny, write_caches
 
 STEPS = 4

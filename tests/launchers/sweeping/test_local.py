@@ -26,7 +26,8 @@ from launchers.sweeping.local import Queue
 from launchers.sweeping.plan import plan
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
-from tests.launchers.command import ENVIRONMENT, Command, configs, kill_when, line, run, table
+from tests.forks import ENVIRONMENT
+from tests.launchers.command import Command, configs, kill_when, line, run, table
 from tests.tiny import Tiny
 
 STEPS = 4
