@@ -1,5 +1,6 @@
 """Shapes in annotations are checked at run time; few threads; a tiny teacher, corpus and caches for all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,27 @@ from jaxtyping import install_import_hook
 install_import_hook(["kd_core.losses", "kd_core.students", "data.export.teacher"], "beartype.beartype")
 torch.set_num_threads(1)
 
-from tests.tiny import Tiny, make_tiny  # noqa: E402 (after the hook, so that it applies)
+from tests.forks import CORES, bind  # noqa: E402 (after the hook, so that it applies)
+from tests.patience import patience  # noqa: E402
+from tests.tiny import Tiny, make_tiny  # noqa: E402
+
+# Seconds of the longest test on an ordinary idle machine, and more.
+LONGEST = 100
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Bind this process to a core, each of pytest-xdist's workers to its own."""
+    if not config.getoption("numprocesses", None):  # of the process that hands out tests
+        bind(CORES, int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test a limit of time that fits this machine; the command line's own goes before."""
+    if config.getoption("timeout") is None:
+        for item in items:
+            own = item.get_closest_marker("timeout")
+            seconds = patience(own.args[0] if own else LONGEST)
+            item.add_marker(pytest.mark.timeout(seconds), append=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,4 @@
-"""A function on several processes joined by gloo: `function(world, *args)`, and any rank's error is the test's.
-
-A process takes three seconds to start, so a test does much in one call.
-"""
+"""A function on several processes joined by gloo: `function(world, *args)`, and any rank's error is the test's."""
 
 import datetime
 import tempfile
@@ -13,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 from kd_core.parallel.mesh import World
+from tests.forks import CORES, bind, start_server
+from tests.patience import patience
 
-TIMEOUT = datetime.timedelta(seconds=60)
 
-
-def _rank(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, cores: list[int], group: dict[str, Any], function: Callable[..., None], args: Any) -> None:
+    bind(cores, rank)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
-    function(World(rank, size), *args)
+    dist.init_process_group("gloo", rank=rank, **group)
+    function(World(rank, group["world_size"]), *args)
     dist.barrier()  # a process that leaves while another still reads from it makes gloo abort
     dist.destroy_process_group()
 
@@ -28,5 +26,7 @@ def _rank(rank: int, size: int, store: str, function: Callable[..., None], args:
 def run_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
     """`function` must be importable, its arguments picklable."""
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        torch.multiprocessing.spawn(_rank, (size, store, function, args), nprocs=size)
+        timeout = datetime.timedelta(seconds=patience(60))
+        group = {"init_method": f"file://{Path(folder) / 'store'}", "world_size": size, "timeout": timeout}
+        arguments = (CORES, group, function, args)
+        torch.multiprocessing.start_processes(_rank, arguments, nprocs=size, start_method=start_server())

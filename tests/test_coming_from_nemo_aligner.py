@@ -19,7 +19,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from launchers import config_items
 from launchers.values import set_path, walk
-from tests.launchers.command import configs, kill_when, line, run
+from tests.launchers.command import Command, configs, kill_when, run
 from tests.tiny import Tiny
 
 T, K, EXAMPLES, STEPS = 24, 4, 12, 3
@@ -151,7 +151,7 @@ def test_its_settings_give_its_losses(
     def reached() -> bool:
         return metrics.exists() and metrics.read_text().count("\n") > STEPS
 
-    kill_when(line("launchers.train", *configs(settings), f"--run_dir={tmp_path / 'run'}"), reached)
+    kill_when(Command("launchers.train", *configs(settings), f"--run_dir={tmp_path / 'run'}"), reached)
     logged = [json.loads(text) for text in metrics.read_text().splitlines()[1 : STEPS + 1]]
     wanted = oracle(_llama(tiny.teacher, KEPT), lines, weights, reverse, STEPS)
     for step, (found, truth) in enumerate(zip(logged, wanted, strict=True), 1):

@@ -22,7 +22,8 @@ from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
 from launchers.evaluate import load_student
 from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
-from tests.launchers.command import ENVIRONMENT, ROOT, configs, kill_when, line, run, values
+from tests.forks import ENVIRONMENT, ROOT
+from tests.launchers.command import Command, configs, kill_when, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
 
@@ -86,7 +87,7 @@ def test_killed_and_resumed_it_has_the_same_numbers_bit_for_bit(
         path = folder / "metrics.jsonl"
         return path.exists() and path.read_text().count("\n") > step
 
-    assert kill_when(line("launchers.train", *flags, nproc=1), reached)
+    assert kill_when(Command("launchers.train", *flags, nproc=1), reached)
     done = run("launchers.train", *flags, nproc=1)
     assert done.returncode == 0, done.stderr
     assert values(folder) == values(whole_run)
@@ -165,7 +166,7 @@ def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes
         "dtype=float32",
     ]
     flags = [*configs([*settings, "batch_rows=3"]), f"--out={out}"]
-    kill_when(line("launchers.export_teacher", *flags), lambda: any(out.glob("train/shard-*.tar")))
+    kill_when(Command("launchers.export_teacher", *flags), lambda: any(out.glob("train/shard-*.tar")))
     done = run("launchers.export_teacher", *flags, nproc=2)
     assert done.returncode == 0, done.stderr
     for split in ("train", "validation"):

@@ -15,7 +15,8 @@ import pytest
 from data.cache.readable import columns, fit, spots, visible, words_of
 from data.cache.selection import Selection
 from launchers.records_page import Tables, html_page, terminal_lines
-from tests.launchers.command import ENVIRONMENT, ROOT, run
+from tests.forks import ENVIRONMENT, ROOT
+from tests.launchers.command import run
 from tests.tiny import Tiny, write_caches
 
 

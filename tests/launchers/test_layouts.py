@@ -2,6 +2,7 @@
 
 import json
 import platform
+import subprocess
 from pathlib import Path
 
 import fiddle as fdl
@@ -14,7 +15,8 @@ from kd_core.parallel.plan import LAYOUT_SETTINGS
 from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
 from launchers import config_items
-from tests.launchers.command import configs, run
+from tests.forks import ENVIRONMENT
+from tests.launchers.command import configs, line, run
 from tests.tiny import Tiny
 
 FOUR = ["parallel.tensor_parallel=2", "parallel.sequence_parallel=true", "parallel.shard=full"]
@@ -82,7 +84,9 @@ def test_the_precision_of_the_first_start_is_recorded_and_kept(tiny: Tiny, tmp_p
     """Begun where torch is held to AVX2, gone on with on this machine."""
     items = [*tiny.train_items(2), "parallel.precision=auto"]
     flags = [*configs(items), f"--run_dir={tmp_path}"]
-    first = run("launchers.train", *flags, environment={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # read when torch is imported
+    command = line("launchers.train", *flags)
+    first = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | limits, check=False)
     assert first.returncode == 0, first.stderr
     taken = RunFolder(tmp_path).precision()
     assert f"precision: {taken} (auto: this CPU (" in first.stderr

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.launchers.command import ENVIRONMENT, configs, kill_when, line, run, values
+from tests.forks import ENVIRONMENT
+from tests.launchers.command import configs, kill_when, line, run, values
 from tests.tiny import Tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 KILLS = 30
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 HANG = 120.0  # seconds without any progress, kills and starts included
 
 
@@ -27,7 +29,10 @@ def _kill_often(command: list[str], life: float) -> int:
     """Kills that struck before the work had ended."""
     moments = random.Random(0)
     ends = (time.monotonic() + moments.uniform(0.3, 1) * life for _ in range(KILLS))
-    return sum(kill_when(command, lambda end=end: time.monotonic() > end) for end in ends)
+    return sum(
+        kill_when(subprocess.Popen(command, env=ENVIRONMENT, **QUIET), lambda end=end: time.monotonic() > end)
+        for end in ends
+    )
 
 
 @dataclass
@@ -41,8 +46,7 @@ class _Job:
 
     def alive(self) -> bool:
         if self.process is None or self.process.poll() not in (None, 0):
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self.process = subprocess.Popen(self.command, env=ENVIRONMENT, start_new_session=True, **quiet)
+            self.process = subprocess.Popen(self.command, env=ENVIRONMENT, start_new_session=True, **QUIET)
             self.starts += 1
         return self.process.poll() is None
 

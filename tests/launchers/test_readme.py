@@ -17,7 +17,8 @@ from launchers.sweeping import source
 from launchers.sweeping.folder import SweepFolder
 from launchers.sweeping.plan import check, plan
 from launchers.sweeping.points import resolve
-from tests.launchers.command import ROOT, configs, run, table
+from tests.forks import ROOT
+from tests.launchers.command import configs, run, table
 from tests.tiny import Tiny, write_caches
 
 STEPS = 4
@@ -115,7 +116,7 @@ def test_the_readmes_own_experiment_and_sweep_do_what_they_say(user_folder: Path
         "--nokeep_checkpoints",
         *configs(items),
     ]
-    done = run("launchers.sweep", *flags, timeout=250)
+    done = run("launchers.sweep", *flags)
     assert done.returncode == 0, done.stderr
     _check_tables(out)
     _check_tensorboard(out)

@@ -1,6 +1,7 @@
 """Runs in processes of their own that are told to stop, killed, stopped in the middle, or not alike."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -9,14 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.launchers.command import ENVIRONMENT, configs, line, run, values
+from data.stream import stream
+from tests.forks import ENVIRONMENT
+from tests.launchers.command import configs, line, run, until, values
+from tests.patience import patience
 from tests.tiny import Tiny
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(180)  # a torchrun starts, and starts again
 STEPS = 60
+TIMEOUT = round(patience(1.5))  # seconds that a rank waits for another, above what a slow start takes
 
 
 def _items(tiny: Tiny, steps: int = STEPS) -> list[str]:
@@ -44,11 +50,7 @@ def _started(command: list[str], ready: Callable[[], bool]) -> Generator[subproc
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            deadline = time.monotonic() + 90
-            while not ready():
-                assert process.poll() is None, process.communicate()[1]
-                assert time.monotonic() < deadline, "never ready"
-                time.sleep(0.002)
+            assert until(ready, process), process.communicate()[1]
             yield process
         finally:
             process.kill()
@@ -71,7 +73,7 @@ def test_told_to_stop_it_saves_and_ends_well_and_goes_on(tiny: Tiny, tmp_path: P
     flags = [*configs(_items(tiny, steps)), "--config=checkpoint.every=1000", f"--run_dir={tmp_path / 'run'}"]
     with _started(line("launchers.train", *flags), _at(tmp_path / "run", 3)) as process:
         process.send_signal(signal.SIGUSR1)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=patience(60))
     assert process.returncode == 0, said
     step = int(re.search(rf"stopped after step (\d+) of {steps}, told to by SIGUSR1", said)[1])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
@@ -86,7 +88,7 @@ def test_torchrun_told_to_stop_and_then_the_newest_checkpoint_damaged_it_ends_wi
     flags = [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"]
     with _started(line("launchers.train", *flags, nproc=2), _at(tmp_path / "run", 12)) as process:
         process.terminate()
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=patience(60))
     assert len(re.findall("stopped after step .* told to by SIGTERM", said)) == 1, said
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     part = newest / "tensors_00000.safetensors"
@@ -110,64 +112,57 @@ def test_a_rank_killed_the_job_goes_on_by_itself_with_the_same_bits(tiny: Tiny, 
     command = line("launchers.train", *flags, nproc=2, torchrun=["--max-restarts=2"])
     with _started(command, _at(tmp_path / "run", 12)) as process:
         os.kill(_ranks(process)[0], signal.SIGKILL)
-        _, said = process.communicate(timeout=100)
+        _, said = process.communicate(timeout=patience(60))
     assert process.returncode == 0, said
     assert sorted(path.name for path in (tmp_path / "run" / "attempts").iterdir()) == ["001", "002"]
     assert "resumed from" in (tmp_path / "run" / "attempts" / "002" / "log.txt").read_text()
     _same(tmp_path / "run", whole)
 
 
-def _scripted(code: str, flags: list[str], tmp_path: Path) -> list[str]:
-    """Training under torchrun on two ranks, after `code`, which knows its `rank`."""
-    script = tmp_path / "script.py"
-    run_it = "runpy.run_module('launchers.train', run_name='__main__')"
-    script.write_text(f"import os, runpy, sys, time\nrank = int(os.environ['RANK'])\n{code}\n{run_it}\n")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [sys.executable, *launcher, str(script), *flags]
-
-
 def test_a_rank_that_is_stopped_in_the_middle_is_named_in_time(tiny: Tiny, tmp_path: Path) -> None:
-    timeout = 6.0
-    flags = [*configs(_items(tiny, 100_000)), f"--config=parallel.timeout={timeout}", f"--run_dir={tmp_path / 'run'}"]
+    flags = [*configs(_items(tiny, 100_000)), f"--config=parallel.timeout={TIMEOUT}", f"--run_dir={tmp_path / 'run'}"]
     with _started(line("launchers.train", *flags, nproc=2), _at(tmp_path / "run", 12)) as process:
-        began, stopped = time.monotonic(), _ranks(process)[1]
+        stopped = _ranks(process)[1]
         os.kill(stopped, signal.SIGSTOP)
         assert process.stderr is not None
         said = next(text for text in process.stderr if text.startswith("error: "))
-        assert time.monotonic() - began < timeout + 10
-        assert re.match(
-            rf"error: waited {timeout:g} s for rank 1 on \S+, not answering .*last seen .*step \d+", said
-        ), said
+        assert re.match(rf"error: waited {TIMEOUT} s for rank 1 on \S+, not answering .*last seen .*step \d+", said), (
+            said
+        )
         os.kill(stopped, signal.SIGKILL)  # torchrun would wait half a minute before it does
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=patience(60))
     assert process.returncode != 0
     assert "error: waited" not in rest, "said once"
 
 
+def _sleep_over_data_on_rank_1() -> None:
+    made, calls = stream._batch, itertools.count()
+
+    def slow(*args: Any) -> Any:
+        if os.environ["RANK"] == "1" and next(calls) >= 8:
+            time.sleep(100_000)
+        return made(*args)
+
+    stream._batch = slow
+
+
 def test_a_rank_that_sleeps_over_its_data_is_named_with_where_it_is(tiny: Tiny, tmp_path: Path) -> None:
-    code = """
-import data.stream.stream as stream
-made = stream._batch
-def slow(*args):
-    slow.calls = getattr(slow, "calls", 0) + 1
-    if rank == 1 and slow.calls > 8:
-        time.sleep(1000)
-    return made(*args)
-stream._batch = slow
-"""
-    flags = [*configs(_items(tiny)), "--config=parallel.timeout=4", f"--run_dir={tmp_path / 'run'}"]
-    command = _scripted(code, flags, tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False)
+    flags = [*configs(_items(tiny)), f"--config=parallel.timeout={TIMEOUT}", f"--run_dir={tmp_path / 'run'}"]
+    done = run("launchers.train", *flags, nproc=2, before=_sleep_over_data_on_rank_1)
     assert done.returncode != 0
     said = re.findall("^error: .*", done.stderr, flags=re.MULTILINE)
     assert len(said) == 1, done.stderr
-    assert re.search(r"waited 4 s for rank 1 on .* reading data of step \d+ \(data/stream/ahead\.py:\d+\)", said[0])
+    wanted = rf"waited {TIMEOUT} s for rank 1 on .* reading data of step \d+ \(data/stream/ahead\.py:\d+\)"
+    assert re.search(wanted, said[0])
+
+
+def _take_another_rate_on_rank_1() -> None:
+    sys.argv += ["--config=optimizer.lr=1e-3"] * int(os.environ["RANK"])
 
 
 def test_ranks_that_are_not_alike_do_not_start(tiny: Tiny, tmp_path: Path) -> None:
-    code = "sys.argv += ['--config=optimizer.lr=1e-3'] * rank"
-    command = _scripted(code, [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"], tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=False)
+    flags = [*configs(_items(tiny)), f"--run_dir={tmp_path / 'run'}"]
+    done = run("launchers.train", *flags, nproc=2, before=_take_another_rate_on_rank_1)
     assert done.returncode != 0
     messages = re.findall("^train: error: .*", done.stderr, flags=re.MULTILINE)
     assert len(messages) == 1, done.stderr

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import fiddle as fdl
@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from kd_core.training.metrics import read_metrics
 from launchers import records
 from launchers.evaluate import table
-from tests.launchers.command import ROOT, configs, run
+from tests.launchers.command import configs, look_in, run
 from tests.tiny import Tiny
 
 MINE = '''"""A user's experiment with a metric of its own, on two held-out caches."""
@@ -45,20 +45,15 @@ def watched_twice(train: str = "", validation: str = "") -> fdl.Config[Experimen
 '''
 
 
-@pytest.fixture
-def mine() -> Iterator[None]:
-    path = ROOT / "experiments" / "watched_by_a_test.py"
-    path.write_text(MINE)
-    yield
-    path.unlink()
-
-
-@pytest.mark.usefixtures("mine")
-def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(
+    user_folder: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    (user_folder / "user_watched.py").write_text(MINE)
+    ours = partial(look_in, user_folder)
     items = [item for item in tiny.train_items(3) if not item.startswith(("quickstart", "evaluation.shards"))]
     first = f'watched_twice(train="{tiny.train}", validation="{tiny.validation}")'
     flags = [*configs([first, *items, "logger.histograms_every=2"]), f"--run_dir={tmp_path / 'run'}", "--profile=1"]
-    done = run("launchers.train", *flags, nproc=2)
+    done = run("launchers.train", *flags, nproc=2, before=ours)
     assert done.returncode == 0, done.stderr
     assert "step 3 of 3: loss " in done.stderr
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
@@ -67,10 +62,7 @@ def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(tiny: Tiny
     experiment = fdl.build(records.load_record(tmp_path / "run" / "config.json"))
     assert experiment.validation_metrics() == {name for name in last if name.startswith("val/")}
     assert last["val/nll"] == pytest.approx(0.25 * last["val/seen/nll"] + 0.75 * last["val/held/nll"])
-    assert (
-        "evaluation.metrics = (experiments.watched_by_a_test.surprise,)"
-        in (tmp_path / "run" / "config.txt").read_text()
-    )
+    assert "evaluation.metrics = (experiments.user_watched.surprise,)" in (tmp_path / "run" / "config.txt").read_text()
     for rank in (0, 1):
         trace = json.loads((tmp_path / "run" / "profile" / f"rank_{rank}.json").read_text())
         assert any(event.get("name", "").startswith("Optimizer.step") for event in trace["traceEvents"])
@@ -80,7 +72,7 @@ def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(tiny: Tiny
     assert [event.step for event in events.Histograms("gradients/norm.weight")] == [2, 3]
     prompts = read_metrics(tmp_path / "run" / "continuations.jsonl")[-1]["continuations"]
     assert [type(said) for said in prompts.values()] == [str, str]
-    again = run("launchers.train", f"--config=run:{tmp_path / 'run'}", f"--run_dir={tmp_path / 'again'}")
+    again = run("launchers.train", f"--config=run:{tmp_path / 'run'}", f"--run_dir={tmp_path / 'again'}", before=ours)
     assert again.returncode == 0, again.stderr
     repeated = read_metrics(tmp_path / "again" / "metrics.jsonl")[-1]
     assert "setting evaluation.metrics" not in again.stderr

@@ -20,7 +20,7 @@ from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
 from tests.ranks import run_ranks
 
-STEPS, ROWS, T, K = 20, 8, 12, 5
+STEPS, ROWS, T, K = 6, 8, 12, 5
 ARCH = Architecture(
     vocab_size=51,
     hidden_size=16,

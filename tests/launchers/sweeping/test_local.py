@@ -26,7 +26,8 @@ from launchers.sweeping.local import Queue
 from launchers.sweeping.plan import plan
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
-from tests.launchers.command import ENVIRONMENT, configs, kill_when, line, run, table
+from tests.forks import ENVIRONMENT
+from tests.launchers.command import Command, configs, kill_when, line, run, table
 from tests.tiny import Tiny
 
 STEPS = 4
@@ -193,7 +194,7 @@ def _kill_and_finish(flags: list[str], out: Path, moments: list[Callable[[], boo
     for moment in moments:
         finished = {path.parent.name for path in out.glob("points/*/export")}
         attempts = _attempts(out) if (out / "points").exists() else {}
-        struck += kill_when(line("launchers.sweep", *flags), moment, seconds=600)
+        struck += kill_when(Command("launchers.sweep", *flags), moment, seconds=600)
         _wait(lambda: not _working_in(out), 10)
         assert {point: _attempts(out)[point] for point in finished} == {point: attempts[point] for point in finished}
     finished, attempts = {path.parent.name for path in out.glob("points/*/export")}, _attempts(out)

@@ -17,7 +17,7 @@ from launchers.sweeping import slurm
 from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
-from tests.launchers.command import ENVIRONMENT
+from tests.forks import ENVIRONMENT
 from tests.launchers.sweeping import fake_slurm
 from tests.tiny import Tiny
 
