@@ -15,9 +15,7 @@ from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
-
-# Imported early: its defaults would hold a default group that is there before it.
-import torch.distributed.nn  # pyright: ignore[reportUnusedImport]
+import torch.distributed.nn  # pyright: ignore[reportUnusedImport] (imported later, its defaults would hold a group)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import (
