@@ -7,6 +7,7 @@ import pytest
 from kd_core.errors import UsageError
 from kd_core.parallel.mesh import World
 from kd_core.training.stopping import Stopping, age, seconds_of
+from tests.patience import patience
 from tests.ranks import run_ranks
 
 
@@ -27,8 +28,9 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 def test_the_age_is_that_of_the_process() -> None:
     before = age({})
     time.sleep(0.2)
-    assert 0.1 < age({}) - before < 60
-    assert age({"TORCHELASTIC_RUN_ID": "x"}) > age({}) - 0.02, "the parent did not begin later"
+    own = age({})
+    assert 0.1 < own - before < patience(60)
+    assert age({"TORCHELASTIC_RUN_ID": "x"}) > own - 0.02, "the parent did not begin later"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
