@@ -20,8 +20,11 @@ $(VENV)/.dev: $(VENV)/.core
 quickstart: $(VENV)/.core
 	@$(BIN)/python -m launchers.quickstart $(ARGS)
 
+# A worker for every core; tests that share a trained run or a cache are in one file, and stay together.
+CORES := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(if $(filter-out 1,$(CORES)),-n $(CORES) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 # With the real teacher and corpus (after `make quickstart`).
 test-slow: $(VENV)/.dev

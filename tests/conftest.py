@@ -14,6 +14,8 @@ from tests.forks import CORES, bind  # noqa: E402 (after the hook, so that it ap
 from tests.patience import patience  # noqa: E402
 from tests.tiny import Tiny, make_tiny  # noqa: E402
 
+# Few tests that take long: handed out last, they would leave all workers but one idle.
+STARTS_PROCESSES = ("tests/kd_core/parallel", "tests/launchers", "tests/kd_core/losses")
 # Seconds of the longest test on an ordinary idle machine, and more.
 LONGEST = 100
 
@@ -25,7 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every test a limit of time that fits this machine; the command line's own goes before."""
+    """Begin with the files that take longest, and give every test a limit of time that fits this machine.
+
+    A limit of the command line goes before.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: not item.nodeid.startswith(STARTS_PROCESSES))
     if config.getoption("timeout") is None:
         for item in items:
             own = item.get_closest_marker("timeout")

@@ -98,7 +98,8 @@ def run_tests(copy: Path) -> tuple[bool, str]:
 def make_copy(folder: Path) -> Path:
     for part in ("kd_core", *TESTS):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for path in [ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py")]:
+        shutil.copy(path, folder / path.parent.relative_to(ROOT))
     return folder
 
 

@@ -30,7 +30,7 @@ import time, pathlib
 from kd_core.files import owned
 with owned(pathlib.Path({str(tmp_path)!r})):
     print("mine", flush=True)
-    time.sleep(60)
+    time.sleep(100_000)
 """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None

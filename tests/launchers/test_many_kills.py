@@ -17,12 +17,13 @@ import pytest
 
 from tests.forks import ENVIRONMENT
 from tests.launchers.command import configs, kill_when, line, run, values
+from tests.patience import patience
 from tests.tiny import Tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 KILLS = 30
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-HANG = 120.0  # seconds without any progress, kills and starts included
+HANG = patience(30)  # seconds without any progress, kills and starts included
 
 
 def _kill_often(command: list[str], life: float) -> int:

@@ -3,13 +3,18 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from benchmarks import faults
 from benchmarks.fault_kinds import ACCIDENTS, ATTACKS
 from benchmarks.faults import make_caches, run_all
+from tests.patience import patience
 
 MUTATIONS = 500
 
 
-def test_no_fault_passes_unseen_and_no_attack_does_harm(tmp_path: Path) -> None:
+def test_no_fault_passes_unseen_and_no_attack_does_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "SECONDS", patience(faults.SECONDS))
     harness = run_all(make_caches(tmp_path), MUTATIONS, seed=1)
     assert harness.failed == []
     total = sum(harness.counts.values(), Counter())

@@ -11,13 +11,14 @@ import pytest
 from data.stream.ahead import ahead
 from kd_core.errors import UsageError
 from tests.data.stream.contract import check_stage
+from tests.patience import patience
 
 
 def _nothing() -> None:
     pass
 
 
-def _ahead(items: Generator[int], depth: int = 2, timeout: float = 5.0) -> Generator[int]:
+def _ahead(items: Generator[int], depth: int = 2, timeout: float = patience(5)) -> Generator[int]:
     return ahead(items, depth, timeout, lambda: "block 7", _nothing)
 
 
@@ -43,8 +44,12 @@ def test_no_more_than_its_depth_is_made_ahead() -> None:
     with closing(_ahead(items(), 3)) as stage:
         for taken in range(1, 6):
             assert next(stage) == taken - 1
+            deadline = time.monotonic() + patience(5)
+            while made < taken + 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
             time.sleep(0.05)
-            assert made == taken + 3
+            assert made == taken + 3, "no more, though there was time"
 
 
 def test_items_end_where_they_end() -> None:
@@ -69,7 +74,7 @@ def test_a_slow_reader_is_an_error_that_says_what_it_does() -> None:
 
     def items() -> Generator[int]:
         yield 1
-        released.wait(20)
+        released.wait(patience(20))
         yield 2
 
     stage = ahead(items(), 2, 0.2, lambda: "shard-000004.tar: block 7", released.set)

@@ -119,7 +119,7 @@ def test_tables_and_manifest_of_another_size_are_not_read_to_the_end(tiny: Tiny)
 
 
 def _children() -> set[str]:
-    return {pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()}
+    return {child for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()}
 
 
 @needs_curl

@@ -7,6 +7,7 @@ import pytest
 from kd_core.errors import UsageError
 from kd_core.parallel.mesh import World
 from kd_core.training.stopping import Stopping, _age_by_ps, age, seconds_of
+from tests.patience import patience
 from tests.ranks import run_ranks
 
 
@@ -27,12 +28,15 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 def test_the_age_is_that_of_the_process() -> None:
     before = age({})
     time.sleep(0.2)
-    assert 0.1 < age({}) - before < 60
-    assert age({"TORCHELASTIC_RUN_ID": "x"}) > age({}) - 0.02, "the parent did not begin later"
+    own = age({})
+    assert 0.1 < own - before < patience(60)
+    assert age({"TORCHELASTIC_RUN_ID": "x"}) > own - 0.02, "the parent did not begin later"
 
 
 def test_its_age_by_ps_is_the_same() -> None:
-    assert _age_by_ps(os.getpid()) == pytest.approx(age({}), abs=1.5)
+    before = age({})
+    by_ps = _age_by_ps(os.getpid())
+    assert before - 1.5 < by_ps < age({}) + 1.5  # ps counts whole seconds
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

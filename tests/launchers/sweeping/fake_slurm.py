@@ -137,7 +137,7 @@ def scancel(*arguments: str) -> None:
     os.kill(pid, signal.SIGKILL if lost else signal.SIGUSR2)
 
 
-def wait_until_idle(seconds: float = 100) -> None:
+def wait_until_idle(seconds: float) -> None:
     """Until no job waits or runs."""
     deadline = time.monotonic() + seconds
     while any(path.read_text() in ("PENDING", "RUNNING", "") for path in STATE.glob("*.state")):

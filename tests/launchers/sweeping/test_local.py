@@ -28,6 +28,7 @@ from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
 from tests.forks import ENVIRONMENT
 from tests.launchers.command import Command, configs, kill_when, line, run, table
+from tests.patience import patience
 from tests.tiny import Tiny
 
 STEPS = 4
@@ -50,8 +51,7 @@ def _flags(file: Path, out: Path, tiny: Tiny, steps: int = STEPS, jobs: int = 2)
 
 
 def _done(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = line("launchers.sweep", *flags)
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1000, check=False)
+    done = Command("launchers.sweep", *flags).done(patience(1000))
     assert done.returncode == 0, done.stderr
     return done
 
@@ -182,7 +182,7 @@ def _working_in(out: Path) -> list[int]:
 
 
 def _wait(ready: Callable[[], bool], seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not ready():
         assert time.monotonic() < deadline, "never ready"
         time.sleep(0.05)
@@ -241,7 +241,7 @@ def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing
     os.kill(_working_in(out)[0], number)
     _wait(lambda: second in _attempts(out) and _steps_of(out, second) > 4)  # the next one, while the first one waits
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=patience(100))
     assert process.returncode == 130
     assert re.search(f"^{first} stopped .*goes on from its checkpoint$", said, flags=re.MULTILINE)
     assert "Run the same command again" in said
@@ -276,7 +276,7 @@ def test_a_point_of_two_ranks_goes_on_after_its_torchrun_is_stopped_and_after_a_
     done = _steps_of(out)
     _wait(lambda: _steps_of(out) > done + 4)
     os.kill(max(_working_in(out)), signal.SIGKILL)
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=patience(200))
     assert process.returncode == 0, said
     assert re.findall(r"^\w{12} (started|stopped|finished|failed)", said, flags=re.MULTILINE) == [
         *("started", "stopped") * 2,

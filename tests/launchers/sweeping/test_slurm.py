@@ -19,6 +19,7 @@ from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
 from tests.forks import ENVIRONMENT
 from tests.launchers.sweeping import fake_slurm
+from tests.patience import patience
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
@@ -48,7 +49,7 @@ def _sweep(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
 
 
 def _wait(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + patience(90)
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -80,7 +81,7 @@ def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path
     subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
     _wait(lambda: _steps(folder, lost) > 15)
     subprocess.run(["scancel", "--full", "--signal=KILL", jobs[1]], check=True)
-    fake_slurm.wait_until_idle()
+    fake_slurm.wait_until_idle(patience(100))
     assert not any(slurm.in_queue(job) for job in jobs)
     for point in points:
         assert folder.status(point.id).state == FINISHED
