@@ -90,8 +90,10 @@ def _recorded_precision(path: Path) -> str | None:
     """Returns the precision of the run that a folder of a run, an export or a checkpoint belongs to, if any."""
     from kd_core.training.run_folder import RunFolder
 
-    found = (RunFolder(folder).precision() for folder in (path, *path.absolute().parents[:2]))
-    return next((precision for precision in found if precision), None)
+    whole = path.absolute()
+    if whole.name == "export":
+        return RunFolder(whole.parent).precision()
+    return RunFolder(whole.parents[1] if whole.parent.name == "checkpoints" else whole).precision()
 
 
 def measure_model(
@@ -170,9 +172,8 @@ def main() -> None:
     metrics = _user_metrics()
     with joined_world() as world:
         model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
-        chosen = choose_precision(
-            cast("Precision", PRECISION.value), world.device, _recorded_precision(Path(STUDENT.value))
-        )
+        wanted, student = cast("Precision", PRECISION.value), Path(STUDENT.value)
+        chosen = world.on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))
         app.log.info("precision: %s", chosen)
         chosen.warn_if_slow("--precision")
         caches = list(dict.fromkeys(CACHE.value))

@@ -26,11 +26,14 @@ scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=co
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launchers import app
+
+if TYPE_CHECKING:
+    from kd_core.precision import ChosenPrecision
 
 KIND = "TeacherExport"
 app.define_config_flags(KIND)
@@ -43,22 +46,30 @@ EXTEND = flags.DEFINE_bool(
 )
 
 
+def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
+    """Returns the teacher's dtype: that of the caches in `out`, else what suits the device. Warns where it is slow."""
+    from data.export.claim import recorded_dtype
+    from kd_core.precision import choose_precision
+
+    chosen = choose_precision(export.dtype, device, recorded_dtype(out), "cache")
+    chosen.warn_if_slow("dtype")
+    return chosen
+
+
 def _export(export: Any, out: Path) -> None:
     from data.export import export as steps
-    from data.export.claim import claim, claim_growth, recorded_dtype
+    from data.export.claim import claim, claim_growth
     from data.export.growth import end_growth, growth_of
     from data.export.plan import make_plans
     from kd_core.files import owned
     from kd_core.parallel.mesh import joined_world
-    from kd_core.precision import choose_precision
     from launchers.folder_kinds import CACHES, refuse_others
 
     with joined_world() as world, ExitStack() as stack:
         world.on_first(lambda: refuse_others(out, CACHES, "out"))
         world.on_first(lambda: stack.enter_context(owned(out)))
-        chosen = world.on_first(lambda: choose_precision(export.dtype, world.device, recorded_dtype(out), "cache"))
+        chosen = world.on_first(lambda: _choose_dtype(export, out, world.device))
         app.log.info("dtype: %s", chosen)
-        chosen.warn_if_slow("dtype")
         export = replace(export, dtype=chosen.precision)
         plans = world.on_first(lambda: make_plans(export, out, growth_of(out, begin=True) if EXTEND.value else None))
         take = claim_growth if EXTEND.value else claim
@@ -93,11 +104,16 @@ def main() -> None:
 
     export: Any = fdl.build(resolved.config)
     if app.FLAGS.dry_run:
+        import torch
+
         from data.export.growth import growth_of
         from data.export.plan import make_plans
 
-        growth = growth_of(Path(OUT.value), begin=False) if EXTEND.value else None
-        for plan in make_plans(export, Path(OUT.value), growth):
+        out = Path(OUT.value)
+        chosen = _choose_dtype(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        print(f"dtype: {chosen}")
+        growth = growth_of(out, begin=False) if EXTEND.value else None
+        for plan in make_plans(replace(export, dtype=chosen.precision), out, growth):
             positions = sum(window.positions for window in plan.windows)
             scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
             print(

@@ -6,16 +6,24 @@ from data.cache.manifest import read_manifest
 from data.export.growth import GROWING, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
-from kd_core.files import read_json, write_json
+from kd_core.files import damaged, read_json, write_json
+from kd_core.json_fields import text
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
 MAY_GROW = ("corpus", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
 
 
 def recorded_dtype(out: Path) -> str | None:
-    """Returns the teacher's dtype of the caches that were begun in `out`. None where there are none."""
+    """Returns the teacher's dtype of the caches that were begun in `out`. None where there are none.
+
+    Raises:
+        UsageError: the plan beside them is damaged.
+    """
     path = out / SPLITS[0] / "plan.json"
-    return read_json(path, "the plan of an export").get("dtype") if path.exists() else None
+    if not path.exists():
+        return None
+    with damaged(path, "the plan of an export"):
+        return text(read_json(path, "the plan of an export")["dtype"], "dtype")
 
 
 def claim(plan: CachePlan) -> bool:

@@ -1,6 +1,5 @@
 """Teachers through transformers (extra `hf`): hub ids, and every causal language model that it knows."""
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
 HUB = "hub:"
-PARTS = re.compile("layers?$|experts?$|^n_layer|blocks?$|stages?$")
+LAYERS, EXPERTS = re.compile("^(?!max_window_).*layers?$|blocks?$|stages?$"), re.compile("experts?$")
 MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
 NO_EXTRA = "needs the extra: pip install 'kd-workspace[hf]'."
 
@@ -79,23 +78,27 @@ def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
         raise UsageError(f"{folder}: holds adapter_config.json, whose base lies elsewhere. Wanted a merged model.")
-    counts: list[int] = []
     with damaged(path, "a Hugging Face model configuration", "Fetch the folder again"):
-        _walk_config(read_json(path, "a Hugging Face model configuration"), counts)
-    if math.prod(counts) > MOST_PARTS:
-        raise UsageError(f"{path}: describes {math.prod(counts)} layers and experts; wanted {MOST_PARTS} at most.")
+        parts = _count_parts(read_json(path, "a Hugging Face model configuration"))
+    if parts > MOST_PARTS:
+        raise UsageError(f"{path}: describes {parts} layers and experts; wanted {MOST_PARTS} at most.")
 
 
-def _walk_config(config: dict[str, Any], counts: list[int]) -> None:
+def _count_parts(config: dict[str, Any]) -> int:
+    """Returns about how many modules a configuration asks for: layers times experts, of all of its models."""
+    nested, layers, experts = 0, 1, 1
     for name, value in config.items():
         if "implementation" in name and isinstance(value, str) and "/" in value:
             raise ValueError(f"{name} is {value!a:.80}, which would be fetched and run")
         if isinstance(value, dict):
-            _walk_config(cast(dict[str, Any], value), counts)
+            nested += _count_parts(cast(dict[str, Any], value))
         elif type(value) is int and abs(value) > MOST_NUMBER:
             raise ValueError(f"{name} is {value!a:.80}")
-        elif type(value) is int and value > 0 and PARTS.search(name):
-            counts.append(value)
+        elif type(value) is int and LAYERS.search(name):
+            layers = max(layers, value)
+        elif type(value) is int and EXPERTS.search(name):
+            experts = max(experts, value)
+    return nested + layers * experts
 
 
 def _check_room(config: "PretrainedConfig", folder: Path) -> None:

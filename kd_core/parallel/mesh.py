@@ -6,6 +6,7 @@ import datetime
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -29,6 +30,7 @@ from kd_core.errors import EchoedError, RankError, UsageError
 from kd_core.parallel.layout import Layout
 
 R = TypeVar("R")
+log = logging.getLogger("kd")
 ALONE = Layout()
 COLLECTIVE_TIMEOUT = 600.0
 
@@ -151,11 +153,28 @@ def _end_groups(error: BaseException | None) -> None:
     Gloo wakes whoever waits for a collective before it frees the tensors, and to free them it takes the GIL. A thread
     that does so while the interpreter ends aborts the process, however well the run has ended.
     """
-    while error is not None:  # the frames that it came through hold students, and those hold groups
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    dist.destroy_process_group()
+    errors, cleared = [error], set[int]()
+    while errors:  # the frames that they came through hold students, and those hold groups
+        each = errors.pop()
+        if each is not None and id(each) not in cleared:
+            cleared.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            errors += [each.__cause__, each.__context__]
+    try:
+        dist.destroy_process_group()
+    except RuntimeError:
+        if error is None:
+            raise
+        log.exception("process groups could not be destroyed after %r", error)
     gc.collect()  # sharded students are reference cycles
+
+
+def _number(name: str, alone: int) -> int:
+    """Reads a variable of torchrun; a process without it is `alone`."""
+    text = os.environ.get(name, str(alone))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < alone:
+        raise UsageError(f"{name}: got {text!a:.80} in the environment; wanted a number from {alone} on, of torchrun.")
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -165,11 +184,8 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
     `timeout`: seconds after which a collective that a rank does not come to is an error.
     """
     _die_with_launcher()
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_size, local_rank = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    local_size, local_rank = _number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
     torch.set_num_threads(max(1, len(usable_cores()) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():

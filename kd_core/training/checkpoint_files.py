@@ -9,6 +9,7 @@ from kd_core.files import damaged, is_plain_file, read_json, sha256
 from kd_core.json_fields import LARGEST, digest, fields, integer, shown
 
 HASHES = "files.json"
+TENSORS = "tensors_*.safetensors"
 OWN_FILES = ("progress.json", "frozen.json", "config.json")  # of no rank
 FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
@@ -24,7 +25,7 @@ def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = 
         wanted = _hashes(folder / HASHES)
     except UsageError as error:
         return [str(error)]
-    wrong: list[str] = []
+    wrong = [f"{HASHES} does not name {path.name}" for path in folder.glob(TENSORS) if path.name not in wanted]
     for name, (size, digest_wanted) in sorted(wanted.items())[share]:
         beat()
         file = folder / name

@@ -34,6 +34,7 @@ from torch.futures import Future
 from kd_core.errors import UsageError
 from kd_core.files import MOST_TEXT, damaged, is_plain_file
 from kd_core.json_fields import fields, integer, items
+from kd_core.training.checkpoint_files import TENSORS
 
 OFFSETS = "offsets"
 EARLIER = ".metadata"
@@ -131,7 +132,7 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         UsageError: an earlier format, a damaged file, or chunks that do not make up a tensor.
     """
-    paths = sorted(folder.glob("tensors_*.safetensors"))
+    paths = sorted(folder.glob(TENSORS))
     if not paths:
         which = (
             f"holds {EARLIER}, a pickle of an earlier version, which is never read"

@@ -19,7 +19,7 @@ THROUGH, TRAINED = 4, 2
 # A step is slow beyond so many times its matmuls in float32. That leaves room for attention, the optimiser and small
 # tensors. A step below `SHORT` seconds is bound by launches, and never called slow.
 MOST_TIMES, SHORT = 4.0, 1.0
-WATCHED_STEPS = 3
+WATCHED_STEPS = 2
 MEASURED_SIZE = 1024
 
 
@@ -40,7 +40,9 @@ def float32_rate(device: torch.device) -> float:
 
 
 class SlowStart:
-    """Compares the first steps of this start with what their matmuls should cost. The first rank warns, once.
+    """Compares the faster of the first two steps of this start with its matmuls. The first rank warns, once.
+
+    The first step alone also pays for what is done once, such as compilation.
 
     Args:
         model: the student; its parameters count as whole tensors.
@@ -52,19 +54,22 @@ class SlowStart:
     def __init__(self, model: nn.Module, parallel: Parallel, world: World, steps: int) -> None:
         self.flops = flops_per_token(model.parameters()) / (world.dp_size * world.layout.tensor)
         self.parallel, self.device, self.steps = parallel, world.device, steps
-        self.seen = 0 if world.is_first else WATCHED_STEPS
+        self.watched = min(WATCHED_STEPS, steps) if world.is_first else 0
+        self.seen: list[tuple[float, float]] = []
 
     def add(self, positions: int, seconds: float, waited: float) -> None:
         """Looks at a step of so many positions over all ranks that took `seconds` after it `waited` for its data."""
-        self.seen += 1
-        if self.seen > WATCHED_STEPS or seconds + waited < SHORT:
+        if len(self.seen) >= self.watched:
+            return
+        self.seen.append((seconds, waited))
+        seconds, waited = min(self.seen, key=sum)
+        if len(self.seen) < self.watched or seconds + waited < SHORT:
             return
         rate = float32_rate(self.device)
         expected = positions * self.flops / rate
         if seconds + waited < MOST_TIMES * expected:
             return
-        self.seen = WATCHED_STEPS
-        left = (seconds + waited) * max(0, self.steps - 1)
+        left = (seconds + waited) * (self.steps - self.watched)
         log.warning(
             "slow: a step takes %.1f s, %.0f times the %.1f s that its matmuls would in float32 at this machine's "
             "%.0f GFLOP/s; the steps that are left take %.0f min. %s", seconds + waited,

@@ -25,6 +25,7 @@ from kd_core.parallel.mesh import World, own_store
 ROOT = Path(__file__).parent.parent.parent
 COLLECTIVES = str(Path("torch") / "distributed")
 STATUS = 1
+LAST_WAIT = 60.0  # seconds for a thread that waits for the store to come back from it
 
 
 @dataclass
@@ -170,4 +171,5 @@ def watched(world: World, timeout: float) -> Generator[Pulse]:
         yield pulse
     finally:
         watch.ended.set()
-        watch.thread.join(timeout)  # a thread that comes back from the store while Python ends aborts the process
+        # A thread that comes back from the store while Python ends aborts the process.
+        watch.thread.join(min(timeout, LAST_WAIT))

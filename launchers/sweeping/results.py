@@ -5,8 +5,10 @@ Made anew from the points' own folders after each one that finishes; nothing in 
 point was started.
 """
 
+import logging
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from launchers.sweeping.points import Point, label, short_names, shown, swept_pa
 from launchers.sweeping.statistics import CONFIDENCE, Mean, mean_of
 
 SEED = "seed"
+log = logging.getLogger("kd")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,22 @@ def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
     ]
 
 
+def _warn_of_precisions(folder: SweepFolder, rows: Sequence[Row]) -> None:
+    """Warn where machines of several kinds have chosen several precisions for points that leave it to them."""
+    left_open = [row.point for row in rows if row.state == FINISHED and row.point.config.parallel.precision == "auto"]
+    taken = Counter(folder.run_folder(point.id).precision() for point in left_open)
+    if len(taken) > 1:
+        log.warning(
+            "points were trained in several precisions (%s), as their machines do well: compare them with care, or "
+            "train anew with --config=parallel.precision=float32",
+            ", ".join(f"{count} in {precision}" for precision, count in taken.items()),
+        )
+
+
 def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0) -> str:
     """Write all of them; returns the Markdown."""
     rows, paths = rows_of(folder, points), swept_paths(points)
+    _warn_of_precisions(folder, rows)
     names = metric_names(points, rows)
     groups = groups_of(rows, names)
     write_text(folder.path / "results.csv", _points_csv(rows, paths, names))

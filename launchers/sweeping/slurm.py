@@ -151,16 +151,17 @@ def _jobs_folder(folder: SweepFolder) -> Path:
     sweep = folder.path.resolve()
     root = sweep / "slurm"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in (sweep, root):
-        facts = path.lstat()
+    for path in (sweep, root, *sweep.parents):
+        facts, is_own = path.lstat(), path in (sweep, root)
         others_write = facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or others_write:
+        if not stat.S_ISDIR(facts.st_mode) or (is_own and facts.st_uid != os.getuid()) or others_write:
             raise UsageError(
                 f"{path}: belongs to user {facts.st_uid} with mode {stat.filemode(facts.st_mode)}; jobs are unpickled "
                 "from it on the nodes, so wanted a folder that is yours and that others cannot write. Name another "
                 "--out."
             )
     root.chmod(0o700)
+    sweep.chmod(stat.S_IMODE(sweep.stat().st_mode) & ~stat.S_IWGRP)  # a group could put another slurm/ in its place
     return Path(tempfile.mkdtemp(prefix="jobs_", dir=root))
 
 

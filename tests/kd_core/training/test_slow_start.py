@@ -33,10 +33,22 @@ def test_operations_of_a_token() -> None:
     assert flops_per_token(layers.parameters()) == 6 * 50 + 4 * 50
 
 
+def _add_twice(watch: SlowStart, positions: int, seconds: float, waited: float) -> None:
+    for _ in range(2):
+        watch.add(positions, seconds, waited)
+
+
 def test_a_step_that_costs_what_it_should_says_nothing(said: pytest.LogCaptureFixture) -> None:
-    _watch().add(POSITIONS, seconds=0.9, waited=0.0)
-    # At 1 TFLOP/s, more than any CPU reaches, this many positions take a second in themselves.
-    _watch().add(10**12 // (6 * PARAMETERS), seconds=3.9, waited=0.0)
+    _add_twice(_watch(), POSITIONS, seconds=0.9, waited=0.0)
+    # At 10 TFLOP/s, more than any CPU reaches, this many positions take a second in themselves.
+    _add_twice(_watch(), 10**13 // (6 * PARAMETERS), seconds=3.9, waited=0.0)
+    assert not said.text
+
+
+def test_one_slow_first_step_says_nothing(said: pytest.LogCaptureFixture) -> None:
+    watch = _watch()
+    for seconds in (HOURS, 0.9, HOURS):
+        watch.add(POSITIONS, seconds, waited=0.0)
     assert not said.text
 
 
@@ -45,15 +57,15 @@ def test_a_slow_step_is_said_once_with_what_is_left(said: pytest.LogCaptureFixtu
     for _ in range(5):
         watch.add(POSITIONS, seconds=60.0, waited=0.0)
     assert said.text.count("slow: a step takes 60.0 s") == 1
-    assert "the steps that are left take 2 min" in said.text
+    assert "the steps that are left take 1 min" in said.text
 
 
 def test_waiting_for_data_is_named(said: pytest.LogCaptureFixture) -> None:
-    _watch().add(POSITIONS, seconds=1.0, waited=HOURS)
+    _add_twice(_watch(), POSITIONS, seconds=1.0, waited=HOURS)
     assert "a wait for data" in said.text
 
 
 def test_emulated_bfloat16_is_named_where_it_is_emulated(said: pytest.LogCaptureFixture) -> None:
-    _watch("bfloat16").add(POSITIONS, seconds=HOURS, waited=0.0)
+    _add_twice(_watch("bfloat16"), POSITIONS, seconds=HOURS, waited=0.0)
     emulated = not bfloat16_support(torch.device("cpu")).is_fast
     assert ("--config=parallel.precision=float32" in said.text) == emulated
