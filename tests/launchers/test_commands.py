@@ -23,7 +23,7 @@ from kd_core.training.metrics import read_metrics
 from launchers.evaluate import load_student
 from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
 from tests.forks import ENVIRONMENT, ROOT
-from tests.launchers.command import Command, configs, kill_when, run, values
+from tests.launchers.command import Command, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
 
@@ -121,13 +121,16 @@ if "RANK" in os.environ:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_more_ranks_give_the_same_losses_and_leave_no_thread(
-    tiny: Tiny, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+    tiny: Tiny, whole_run: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """A thread of ours or of gloo that outlives the run may abort the process while the interpreter ends."""
+    """A thread of ours or of gloo that outlives the run may abort the process while the interpreter ends.
+
+    A forked process would skip the interpreter's end.
+    """
     (tmp_path / "sitecustomize.py").write_text(LIST_THREADS)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.setitem(ENVIRONMENT, "THREADS", str(tmp_path))
-    done = run("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={tmp_path / 'run'}", nproc=ranks)
+    more = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "THREADS": str(tmp_path)}
+    command = line("launchers.train", *configs(tiny.train_items(10)), f"--run_dir={tmp_path / 'run'}", nproc=ranks)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | more, check=False)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(ranks)] == ["[]"] * ranks
     for ours, theirs in zip(values(tmp_path / "run"), values(whole_run), strict=True):

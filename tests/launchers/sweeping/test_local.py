@@ -158,7 +158,7 @@ def _size(folder: Path, pattern: str) -> int:
 def test_a_folder_of_another_sweep_is_refused_and_so_is_one_in_use(tiny: Tiny, tmp_path: Path) -> None:
     points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items()[1:], "study")
     SweepFolder(tmp_path / "out").claim("other", points)
-    with pytest.raises(UsageError, match="holds the sweep other, not study"):
+    with pytest.raises(UsageError, match="holds the sweep 'other', not study"):
         SweepFolder(tmp_path / "out").claim("study", points)
     with owned(tmp_path / "out"):
         done = run("launchers.sweep", *_flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), tmp_path / "out", tiny))
