@@ -174,10 +174,10 @@ def main() -> None:
         model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
         wanted, student = cast("Precision", PRECISION.value), Path(STUDENT.value)
         chosen = world.on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))
-        app.log.info("precision: %s", chosen)
         chosen.warn_if_slow("--precision")
         caches = list(dict.fromkeys(CACHE.value))
         found = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)
+    app.log.info("precision: %s", chosen)
     if world.is_first:
         print((json.dumps(found if len(found) > 1 else found[caches[0]])) if JSON.value else table(found))
 

@@ -629,6 +629,7 @@ def test_jobs_are_unpickled_from_a_folder_that_nobody_could_prepare(tmp_path: Pa
 
 @pytest.mark.parametrize("plan", [{"dtype": []}, {"dtype": "float16"}, {}])
 def test_the_plan_of_an_export_is_read_strictly(tiny: Tiny, tmp_path: Path, plan: dict[str, Any]) -> None:
+    (tmp_path / "out" / "train").mkdir(parents=True)
     write_json(tmp_path / "out" / "train" / "plan.json", plan)
     items = ["quickstart_export", f"teacher={tiny.teacher}", f"corpus.path={tiny.corpus}"]
     done = run("launchers.export_teacher", *(f"--config={item}" for item in items), f"--out={tmp_path / 'out'}")

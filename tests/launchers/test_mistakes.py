@@ -57,7 +57,7 @@ ON_THE_COMMAND_LINE = {
         ["quickstart", "optimizer=AdamW"],
         "optimizer is a part, not a value. Set one of its values: optimizer.",
     ),
-    "no such run": (["run:no/such/run"], "no/such/run/config.json: no such file; wanted the config.json of a run."),
+    "no such run": (["run:no/such/run"], "no/such/run/config.json: no such file, wanted the config.json of a run."),
     "no such tail": (["quickstart", "loss.terms.kd.tail=bucket"], "(At loss.terms['kd'] in the config.)"),
     "a loss that makes no sense": (
         ["quickstart", "loss.terms.kd.divergence=reverse_kl", "loss.terms.kd.tail=truncated"],
