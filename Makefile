@@ -22,9 +22,10 @@ quickstart: $(VENV)/.core
 
 # A worker for every core; tests that share a trained run or a cache are in one file, and stay together.
 CORES := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+WORKERS := $(if $(filter-out 1,$(CORES)),-n $(CORES) --dist loadfile --no-loadscope-reorder)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(if $(filter-out 1,$(CORES)),-n $(CORES) --dist loadfile --no-loadscope-reorder) $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(WORKERS) $(ARGS)
 
 # With the real teacher and corpus (after `make quickstart`).
 test-slow: $(VENV)/.dev
@@ -35,10 +36,11 @@ mutations: $(VENV)/.dev
 	@$(BIN)/python -m tests.mutations
 
 # What most x86-64 users have: two variables hold an AVX-512 machine to AVX2. They change nothing on other machines.
+ORDINARY_TESTS := tests/kd_core/losses tests/kd_core/students tests/kd_core/test_precision.py
 ordinary: export ONEDNN_MAX_CPU_ISA = AVX2
 ordinary: export ATEN_CPU_CAPABILITY = avx2
 ordinary: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' tests/kd_core/losses tests/kd_core/students tests/kd_core/test_precision.py $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(WORKERS) $(ORDINARY_TESTS) $(ARGS)
 	@$(BIN)/python -m benchmarks.first_steps
 
 check: $(VENV)/.dev
