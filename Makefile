@@ -20,8 +20,8 @@ $(VENV)/.dev: $(VENV)/.core
 quickstart: $(VENV)/.core
 	@$(BIN)/python -m launchers.quickstart $(ARGS)
 
-# A worker for every core; tests that share a trained run or a cache are in one file, and stay together.
-CORES := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+# A worker for each of up to eight cores; tests that share a trained run or a cache are in one file, and stay together.
+CORES := $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')
 WORKERS := $(if $(filter-out 1,$(CORES)),-n $(CORES) --dist loadfile --no-loadscope-reorder)
 
 test: $(VENV)/.dev
