@@ -24,7 +24,7 @@ PROBES = (
 
 
 def _growth(rule: Any) -> int:
-    """How many characters one may become by a tokenizer's rules, one after another."""
+    """Returns how many characters one may become by a tokenizer's rules, one after another."""
     if isinstance(rule, list):
         return math.prod(map(_growth, cast(list[Any], rule)))
     if not isinstance(rule, dict):

@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether `path` is a file that ends: no device, no pipe, no folder. A link counts as what it points at."""
+    """Returns True for a file that ends: no device, pipe or folder. A link counts as its target."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):  # a name with a zero byte, or one that is too long

@@ -55,7 +55,7 @@ def load_record(path: Path) -> fdl.Config[Any]:
 
 
 def _unfolded(value: Any, objects: dict[str, Any], known: dict[str, float]) -> float:
-    """How many values a record has once what is shared is written out; infinitely many where it holds itself.
+    """Counts a record's values once what is shared is written out: infinitely many where it holds itself.
 
     Raises:
         ValueError: loading would call a class with arguments, or a number has no place in any setting.

@@ -29,19 +29,19 @@ WORDS = {"true": True, "false": False, "none": None, "True": True, "False": Fals
 
 
 class OurPartsOnly(serialization.DefaultPyrefPolicy):
-    """What a record may name: the dataclasses that experiments are made of, tags, and what a user's file of
+    """Policy of what a record may name: the dataclasses that experiments are made of, tags, and what a user's file of
     `experiments/` defines. Loading a record imports what it names, and building it calls that with any arguments, so
     no other function of ours and nothing that our modules have imported themselves is let in.
     """
 
     def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Whether a record may have it imported; a dot would lead on into another module."""
+        """Lets a record import one plain name of our packages. A dot would lead on into another module."""
         if module in PLAIN:
             return symbol in PLAIN[module]
         return f"{module}.".startswith(OUR_PACKAGES) and symbol.isidentifier()
 
     def allows_value(self, value: Any) -> bool:
-        """Whether a record may use what was imported."""
+        """Lets a record use a dataclass, a tag, or what a user's file defines."""
         module = str(getattr(value, "__module__", ""))
         if module in PLAIN:
             return value.__name__ in PLAIN[module]

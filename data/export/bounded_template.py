@@ -33,7 +33,7 @@ def _items(value: Any) -> int:
 
 
 def _is_small(operator: str, left: Any, right: Any) -> bool:
-    """Whether the result of an operator has a size that honest templates come by."""
+    """Checks that an operator's result has a size that honest templates reach."""
     if operator == "**":
         return max(_bits(left), 1) * abs(right) <= MOST_BITS
     if operator == "*":

@@ -20,7 +20,7 @@ def described(files: list[Path]) -> dict[str, dict[str, int | str]]:
 
 
 def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
-    """What is wrong with a checkpoint's files; nothing if it is whole. `share` of them is read, all are measured."""
+    """Lists the faults of a checkpoint's files, none if it is whole. Reads `share` of them, and all of their sizes."""
     try:
         wanted = _hashes(folder / HASHES)
     except UsageError as error:

@@ -127,7 +127,7 @@ def _header(plan_items: list[WriteItem]) -> bytes:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint's headers hold: sizes, dtypes and chunks of all tensors, and the file of each chunk.
+    """Reads the headers of a checkpoint: sizes, dtypes and chunks of all tensors, and the file of each chunk.
 
     Raises:
         UsageError: an earlier format, a damaged file, or chunks that do not make up a tensor.

@@ -129,7 +129,7 @@ def _checked(value: Any) -> Line:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a float, finite or not, or an integer that is one."""
+    """Returns True for a float, finite or not, and for an integer that is one."""
     return type(value) is float or (type(value) is int and abs(value) <= LARGEST)
 
 
