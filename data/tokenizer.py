@@ -103,6 +103,11 @@ class Tokenizer:
         """The text of ids, special tokens included."""
         return self.fast.decode(list(ids), skip_special_tokens=False)
 
+    @property
+    def vocab_size(self) -> int:
+        """The real vocabulary, V: one more than the largest id. A model's embedding may have padding rows beyond it."""
+        return max(self.fast.get_vocab().values(), default=-1) + 1
+
     def fingerprint(self) -> str:
         """sha256 over the vocabulary and how it splits a few probes: equal for equal tokenizers, however stored."""
         known = json.dumps([sorted(self.fast.get_vocab().items()), self.encode(PROBES)])
@@ -117,7 +122,7 @@ class Tokenizer:
         added = set(self.fast.get_added_tokens_decoder())
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self.fast.to_str())["decoder"])
         vocabulary = self.fast.get_vocab()
-        lengths = torch.zeros(max(vocabulary.values(), default=-1) + 1, dtype=torch.int64)
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
         for token, i in vocabulary.items():
             if i in special:
                 continue

@@ -16,6 +16,14 @@ MOST_DOCUMENT = 1 << 28  # bytes
 MOST_MEMORY = 4 << 30  # bytes for a batch of Parquet's rows
 
 
+class BadRowError(UsageError):
+    """One row of a corpus that cannot be used; `reason` names its kind in a few words, so that rows can be counted."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Row(NamedTuple):
     """Where it lies (for messages), a name that stays the same between exports, and the text or the fields."""
 
