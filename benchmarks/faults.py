@@ -63,6 +63,7 @@ def _meaning(data: bytes) -> Any:
         for name in ("statistics", "audit"):
             value[name] = {key: f"{each:.5g}" if type(each) is float else each for key, each in value[name].items()}
         value["teacher"] = value["teacher"].get("dtype")  # all else that is said of it is free
+        value["made"] = isinstance(value.get("made", {}), dict)  # as is who made it
         return json.dumps(value, sort_keys=True)
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return None

@@ -52,6 +52,5 @@ def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
     }
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     for where, shards in caches.items():
-        digest = hashlib.sha256(shards.manifest.as_json().encode()).hexdigest()
-        found[f"{where}.path"] = {"path": shards.path, "sha256": digest}
+        found[f"{where}.path"] = {"path": shards.path, "sha256": shards.manifest.identity()}
     return found

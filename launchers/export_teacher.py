@@ -8,7 +8,8 @@
 Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
 with the first shard that is missing, and ends with the same bytes; so do more ranks.
 
-With --extend, complete caches grow by the documents (by name) that they do not have; no old shard is touched.
+With --extend, complete caches grow by the documents that they do not have, known by their content and not by their
+names. No old shard is touched.
 
 --config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
 scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and

@@ -1,5 +1,6 @@
 """A teacher, a corpus and caches that are made in a second, by the real code."""
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from data.export.corpus import Corpus
 from data.export.growth import end_growth, growth_of
 from data.export.plan import TeacherExport, make_plans
 from data.stream.shards import ShardReader
-from kd_core.files import write_json
+from kd_core.files import json_text, write_json
 from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder
 from kd_core.students.families import config_of
@@ -171,6 +172,15 @@ def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool 
         steps.finish(plan)
     if extend:
         end_growth(out)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Bytes of all files under a folder; of manifests without `made`, which has the time of the day."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name, payload in found.items():
+        if name.endswith("manifest.json"):
+            found[name] = json_text({**json.loads(payload), "made": {}}).encode()
+    return found
 
 
 def make_tiny(root: Path) -> Tiny:

@@ -1,7 +1,8 @@
 """`manifest.json`: what a cache is, written last, so that its presence means that the cache is complete."""
 
+import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from kd_core.files import json_text, read_json, write_text
 from kd_core.json_fields import digest, fields, integer, items, number, shown, text
 
 FORMAT = "kd-workspace teacher cache"
-VERSION = 2
+VERSION = 3  # 2 has no `made`
 MAX_MANIFEST_BYTES, MAX_TABLES_BYTES, MAX_BLOCK_BYTES, MAX_SHARD_BYTES = 1 << 28, 1 << 26, 1 << 29, 1 << 50
 TABLES = "tables.tar"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
@@ -60,6 +61,7 @@ class Manifest:
     """A cache: who spoke, over which vocabulary, what was kept and how it is coded, and the shards.
 
     `plans` are what its exports were asked for (corpus, split, selection, teacher), one for each time it grew.
+    `made` says which teacher and corpora it was made of, when, and by which version. It is no part of the identity.
     `unknown` is what another system's cache, from which it was converted, did not say: `tail`, `tokenizer`,
     `label_log_prob` (of labels that are no entry: an upper bound stands there).
     """
@@ -76,6 +78,7 @@ class Manifest:
     plans: tuple[dict[str, Any], ...]
     shards: tuple[Shard, ...]
     unknown: tuple[str, ...] = ()
+    made: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def records(self) -> int:
@@ -102,8 +105,17 @@ class Manifest:
         )
 
     def as_json(self) -> str:
-        """The text of `manifest.json`; its sha256 is the cache's identity, for it holds those of all its files."""
+        """Returns the text of `manifest.json`."""
         return json_text({"format": FORMAT, "version": VERSION, **asdict(self)})
+
+    def identity(self) -> str:
+        """Returns the sha256 of all but `made`: that of the cache, for the manifest holds those of all its files.
+
+        It is that of the text which version 2 wrote, so that a cache keeps its identity.
+        """
+        fixed = {"format": FORMAT, "version": 2, **asdict(self)}
+        del fixed["made"]
+        return hashlib.sha256(json_text(fixed).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
@@ -174,8 +186,9 @@ def _codec(value: Any) -> str:
     return value
 
 
-def _manifest(value: dict[str, Any]) -> Manifest:
-    found = fields(value, "it", (each.name for each in dataclass_fields(Manifest)))
+def _manifest(value: dict[str, Any], version: int) -> Manifest:
+    new = {"made"} if version == 2 else set[str]()
+    found = fields(value, "it", {each.name for each in dataclass_fields(Manifest)} - new)
     shards = tuple(_shard(each) for each in items(found["shards"], "shards"))
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
@@ -193,6 +206,7 @@ def _manifest(value: dict[str, Any]) -> Manifest:
         plans=tuple(fields(plan, "a plan") for plan in items(found["plans"], "plans")),
         shards=shards,
         unknown=tuple(text(each, "unknown") for each in items(found["unknown"], "unknown")),
+        made=fields(found.get("made", {}), "made"),
     )
 
 
@@ -204,13 +218,13 @@ def parse_manifest(value: Any, path: str) -> Manifest:
     """
     rest = dict(cast(dict[str, Any], value)) if isinstance(value, dict) else {}
     kind, version = rest.pop("format", None), rest.pop("version", None)
-    if kind != FORMAT or type(version) is not int or version != VERSION:
+    if kind != FORMAT or type(version) is not int or version not in (2, VERSION):
         raise UsageError(
-            f"{path}: format and version are {shown(kind)} and {shown(version)}; wanted {FORMAT!r} and {VERSION}. "
+            f"{path}: format and version are {shown(kind)} and {shown(version)}; wanted {FORMAT!r} and 2 or {VERSION}. "
             "Export the cache again."
         )
     try:
-        return _manifest(rest)
+        return _manifest(rest, version)
     except ValueError as error:
         raise UsageError(f"{path}: {error}. Restore it, or export the cache again.") from None
 

@@ -12,14 +12,16 @@ import numpy as np
 
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
+from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
+from data.cache.contents import CachedDocuments, window_digest, windows_digest
 from data.cache.manifest import TABLES, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
 from data.cache.totals import Totals
 from data.cache.walk import Visited, blocks, read_coding
 from kd_core.errors import UsageError
 from kd_core.files import read_json
-from kd_core.json_fields import shown
+from kd_core.json_fields import fields, integer, shown
 
 MOST_SHOWN = 1000  # problems kept in memory
 
@@ -50,7 +52,7 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         UsageError: there is no manifest, or it cannot be read.
     """
     manifest = read_manifest(folder)
-    found, totals = Findings(manifest), Totals()
+    found, totals, windows, documents = Findings(manifest), Totals(), list[bytes](), _held_out(folder)
     coding = read_coding(folder, manifest, found.report)
     for visited in blocks(folder, manifest, coding, found.report):
         for problem in _problems(visited, coding, manifest):
@@ -62,7 +64,11 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         found.records += len(visited.records)
         found.positions += visited.header.positions
         progress(visited.header.positions)
+        windows.extend(window_digest(record.start, record.token_ids) for record in visited.records)
     _compare(found, totals, manifest)
+    _check_windows(found, windows)
+    if documents and (leaked := documents.among(windows)):
+        found.report("../validation", f"{len(leaked)} of its documents are in train, too: {shown(leaked[0])}")
     _check_plans(found, manifest)
     _check_folder(folder, found)
     return found
@@ -122,6 +128,43 @@ def _check_plans(found: Findings, manifest: Manifest) -> None:
         for name in sorted(said.keys() & plan.keys()):
             if plan[name] != said[name]:
                 found.report("manifest.json", f"{name} is {shown(said[name])}; that of its plan is {shown(plan[name])}")
+
+
+def _check_windows(found: Findings, windows: list[bytes]) -> None:
+    """Reports plans whose windows are not those of the records: some are missing, or stand there twice."""
+    first = 0
+    for number, plan in enumerate(found.manifest.plans):
+        if "windows" not in plan or len(windows) != found.manifest.records:
+            return  # an export of before, or records that cannot be read and have been reported
+        try:
+            planned = fields(plan["windows"], "windows", ("number", "sha256"))
+            last = first + integer(planned["number"], "windows.number", 0, MAX_NUMBER)
+        except ValueError as error:
+            found.report("manifest.json", f"plan {number}: {error}")
+            return
+        if windows_digest(windows[first:last]) != planned["sha256"]:
+            found.report("manifest.json", f"plan {number}: the records are not those of its windows")
+        first = last
+
+
+def _ignore(where: str, problem: str) -> None:
+    del where, problem
+
+
+def _held_out(folder: Path) -> CachedDocuments | None:
+    """Returns the documents of the held-out cache beside a training cache, where there is one that can be read."""
+    beside = folder.parent / "validation"
+    if folder.resolve().name != "train" or not (beside / "manifest.json").exists():
+        return None
+    documents = CachedDocuments()
+    try:
+        manifest = read_manifest(beside)
+        coding = read_coding(beside, manifest, _ignore)
+        visits = blocks(beside, manifest, coding, _ignore)
+        documents.add(record for visited in visits for record in visited.records)
+    except UsageError:
+        return None  # verified by itself
+    return documents
 
 
 def _check_folder(folder: Path, found: Findings) -> None:

@@ -10,7 +10,7 @@ from kd_core.files import damaged, read_json, write_json
 from kd_core.json_fields import text
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
-MAY_GROW = ("corpus", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
+MAY_GROW = ("corpus", "windows", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
 
 
 def recorded_dtype(out: Path) -> str | None:
@@ -39,24 +39,32 @@ def claim(plan: CachePlan) -> bool:
     if not path.exists():
         write_json(path, plan.plan)
     found = read_json(path, "the plan of an export")
-    differing = [name for name in sorted({*found, *plan.plan}) if found.get(name) != plan.plan.get(name)]
+    # Before plans named their windows, documents were split by their names. Such a cache is reused if it is complete.
+    unknown = {"windows"} - set(found)
+    names = sorted({*found, *plan.plan} - unknown)
+    differing = [name for name in names if found.get(name) != plan.plan.get(name)]
     if differing:
         name = differing[0]
         raise UsageError(
             f"{plan.folder}: holds an export with another {name} ({found.get(name)}; now {plan.plan.get(name)}). "
             "Name another --out, delete the folder, or add documents that are new to it with --extend."
         )
-    if not (plan.folder / "manifest.json").exists():
-        return False
-    found_manifest, missing = read_manifest(plan.folder), plan.missing()
-    if missing and len(found_manifest.plans) > 1:
+    ended = (plan.folder / "manifest.json").exists()
+    manifest = read_manifest(plan.folder) if ended else None
+    missing = [each.name for each in manifest.shards if not (plan.folder / each.name).exists()] if manifest else []
+    if unknown and (missing or not manifest):
         raise UsageError(
-            f"{plan.folder / missing[0].name}: no such shard, in a cache that has grown since its first export, which "
+            f"{plan.folder}: holds part of an export that an earlier version began, which divided documents into train "
+            "and validation in another way. Finish it with that version, name another --out, or delete the folder."
+        )
+    if manifest and missing and len(manifest.plans) > 1:
+        raise UsageError(
+            f"{plan.folder / missing[0]}: no such shard, in a cache that has grown since its first export, which "
             "would make a cache without what was added. Restore the shard."
         )
     if missing:
         (plan.folder / "manifest.json").unlink()
-    return not missing
+    return ended and not missing
 
 
 def claim_growth(plan: CachePlan) -> bool:

@@ -1,6 +1,7 @@
 """A corpus: files of documents, in a stable order; the documents' split into train and validation."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,19 @@ from data.export.rows import FORMATS, has_known_ending, rows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint
 
+log = logging.getLogger("kd")
 
-class Named(Protocol):
-    """What is split: anything with a document's name."""
+
+class Known(Protocol):
+    """What is split: anything that is known by its content."""
 
     @property
-    def name(self) -> str:
-        """The document's name."""
+    def digest(self) -> bytes:
+        """Of the document's content."""
         ...
 
 
-D = TypeVar("D", bound=Named)
+D = TypeVar("D", bound=Known)
 
 
 @dataclass(frozen=True)
@@ -78,21 +81,26 @@ class Corpus:
 
 
 def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str, list[D]]:
-    """Whole documents to `train` and `validation`; a document's side depends on its name, the seed and the others.
+    """Divides whole documents into `train` and `validation`, by their content, the seed and the other documents.
+
+    Neither names nor order matter, and documents of the same content stand on the same side.
 
     Raises:
-        UsageError: fewer than two documents, so that one side would be empty.
+        UsageError: fewer than two different documents, so that one side would be empty.
     """
-    if len(documents) < 2:
+    contents = {document.digest for document in documents}
+    if len(contents) < 2:
         raise UsageError(
-            f"the corpus has {len(documents)} document(s) with something to score; wanted two or more, one to hold "
-            "out. Each .txt file, each line of a .jsonl file and each row of a .parquet file is a document; text "
+            f"the corpus has {len(contents)} different document(s) with something to score; wanted two or more, one "
+            "to hold out. A .txt file, a line of a .jsonl file and a row of a .parquet file are each a document. Text "
             "of less than two tokens and conversations without the assistant's turn are left out."
         )
-    held_out = min(len(documents) - 1, max(1, round(share * len(documents))))
-    ranked = sorted(documents, key=lambda d: hashlib.sha256(f"{seed} {d.name}".encode()).digest())
-    validation = {document.name for document in ranked[:held_out]}
+    if repeated := len(documents) - len(contents):
+        log.info("corpus: %d of %d documents repeat the content of another", repeated, len(documents))
+    held_out = min(len(contents) - 1, max(1, round(share * len(contents))))
+    ranked = sorted(contents, key=lambda digest: hashlib.sha256(f"{seed} ".encode() + digest).digest())
+    validation = set(ranked[:held_out])
     sides: dict[str, list[D]] = {"train": [], "validation": []}
     for document in documents:
-        sides["validation" if document.name in validation else "train"].append(document)
+        sides["validation" if document.digest in validation else "train"].append(document)
     return sides

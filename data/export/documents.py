@@ -1,5 +1,7 @@
 """What a corpus is made of: a document, and how a row of a file becomes one."""
 
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 from data.export.chat import Conversation, completed_prompt, conversation
@@ -14,6 +16,11 @@ class Document(NamedTuple):
 
     name: str
     content: str | Conversation
+
+    def digest(self) -> bytes:
+        """Returns 16 bytes by which documents of the same content are known, whatever they are called."""
+        written = json.dumps(self.content, sort_keys=True, default=str)
+        return hashlib.sha256(written.encode()).digest()[:16]
 
 
 def _keys(content: str, text_field: str) -> tuple[str, ...]:

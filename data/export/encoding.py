@@ -18,17 +18,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Encoded(NamedTuple):
-    """A document's T + 1 tokens; `loss_mask[t]` says whether label t, which is token t + 1, is scored."""
+    """A document's T + 1 tokens; `loss_mask[t]` says whether label t, which is token t + 1, is scored.
+
+    `digest` is that of the document's content, whatever its name and whoever tokenized it.
+    """
 
     name: str
     token_ids: Array
     loss_mask: Array
+    digest: bytes = b""
 
 
 class _LaidOut(NamedTuple):
     """A document as one text; `spans` are the characters to score (None: all)."""
 
     name: str
+    digest: bytes
     text: str
     spans: list[Span] | None
 
@@ -63,10 +68,11 @@ class Encoder:
 
     def _laid_out(self, document: Document) -> _LaidOut:
         if not isinstance(document.content, Conversation):
-            return _LaidOut(document.name, document.content, None)
+            return _LaidOut(document.name, document.digest(), document.content, None)
         if self.template is None:
             self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
-        return _LaidOut(document.name, *self.template.render(document.content, document.name))
+        text, spans = self.template.render(document.content, document.name)
+        return _LaidOut(document.name, document.digest(), text, spans)
 
     def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
         """Offsets, which take far more room than ids, only where there are spans."""
@@ -80,7 +86,7 @@ class Encoder:
             else:
                 pieces = next(chats)
                 ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, each.spans)
-            yield Encoded(each.name, ids, scored[1:])
+            yield Encoded(each.name, ids, scored[1:], each.digest)
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """Each document, in order; a few are text at a time.

@@ -9,7 +9,9 @@ holds is fixed by the plan and the tables, so neither ranks nor interruptions ch
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NoReturn
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -104,6 +106,17 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
             write_shard(plan.folder / shard.name, _blocks(shard, records, plan, coding))
 
 
+def _made(plan: CachePlan) -> dict[str, Any]:
+    """Returns who made a cache, of what and when; the corpora of a cache that grew stand in order."""
+    before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
+    return {
+        "teacher": plan.export.teacher,
+        "corpora": [*before, plan.export.corpus.path],
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": f"kd-workspace {version('kd-workspace')}",
+    }
+
+
 def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
@@ -133,6 +146,7 @@ def finish(plan: CachePlan) -> Manifest:
         tables=file_facts(plan.folder / TABLES),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
+        made=_made(plan),
     )
     manifest.write(plan.folder)
     return manifest

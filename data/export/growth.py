@@ -1,5 +1,8 @@
 """A cache that grows: the next export adds the documents that are not in it, and touches no shard that is there.
 
+Documents are known by their content, through the windows that the caches hold, and not by their names: a file that
+was renamed, or whose lines moved, is not added again, and new text under an old name is.
+
 `growth.json` stands in the folder of both caches while it happens: how many shards each had before, so that an
 interrupted growth goes on as the same one. The old manifests stay valid until the new ones take their place.
 """
@@ -7,11 +10,12 @@ interrupted growth goes on as the same one. The old manifests stay valid until t
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.cache.codec.header import Header
+from tqdm import tqdm
+
+from data.cache.contents import CachedDocuments
 from data.cache.manifest import Manifest, read_manifest
-from data.cache.tar import read_members
-from kd_core.errors import UsageError
-from kd_core.files import damaged, open_plain, read_json, write_json
+from data.stream.shards import ShardReader
+from kd_core.files import damaged, read_json, write_json
 
 SPLITS = ("train", "validation")
 GROWTH = "growth.json"
@@ -20,25 +24,10 @@ GROWING = "growing.json"  # the plan by which a cache grows, in its folder
 
 @dataclass(frozen=True)
 class Growth:
-    """The caches as they were before, by split, and the names of all documents in them."""
+    """The caches as they were before, by split, and the documents in them."""
 
     manifests: dict[str, Manifest]
-    documents: frozenset[str]
-
-
-def _documents(folder: Path, manifest: Manifest) -> set[str]:
-    """Names of the documents in a cache, from the headers of its blocks."""
-    found: set[str] = set()
-    for shard in manifest.shards:
-        try:
-            with open_plain(folder / shard.name, "a shard") as file:
-                for block in shard.blocks:
-                    for member in read_members(file.read(block.bytes)):
-                        if member.name.endswith(".json"):
-                            found |= {document for document, _, _ in Header.of(member.payload).records}
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{folder / shard.name}: damaged: {error}. Restore it before the cache grows.") from None
-    return found
+    documents: CachedDocuments
 
 
 def growth_of(out: Path, *, begin: bool) -> Growth:
@@ -58,8 +47,11 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
             split: replace(m, plans=m.plans[: was[split]["plans"]], shards=m.shards[: was[split]["shards"]])
             for split, m in now.items()
         }
-    documents = set[str]().union(*(_documents(out / split, manifest) for split, manifest in before.items()))
-    return Growth(before, frozenset(documents))
+    documents = CachedDocuments()
+    for split, manifest in before.items():
+        records = ShardReader(out / split, manifest).records()
+        documents.add(tqdm(records, f"read {split}", manifest.records, mininterval=1, delay=2, leave=False))
+    return Growth(before, documents)
 
 
 def end_growth(out: Path) -> None:

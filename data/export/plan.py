@@ -5,13 +5,14 @@ documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw �
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.cache.codec.levels import CODECS
+from data.cache.contents import window_digest, windows_digest
 from data.cache.manifest import Manifest
 from data.cache.selection import Selection
 from data.export.corpus import Corpus, split_documents
@@ -200,10 +201,31 @@ def _settings(export: TeacherExport, folder: Path, teacher: TeacherFacts, encode
     }
 
 
+def _digests(windows: Iterable[Window]) -> Iterator[bytes]:
+    return (window_digest(window.start, window.token_ids) for window in windows)
+
+
+def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Growth) -> list[Encoded]:
+    """Returns the documents, each content once, that the caches do not have."""
+    found: dict[bytes, Encoded] = {}
+    for document in documents:
+        if not growth.documents.hold(_digests(windows_of([document], export.row_length, export.overlap))):
+            found.setdefault(document.digest, document)
+    renewed = [document.name for document in found.values() if document.name in set(growth.documents.name_of)]
+    log.info("corpus %s: %d of %d documents are new", export.corpus.path, len(found), len(documents))
+    if renewed:
+        log.warning(
+            "corpus %s: %d of the new documents have names of documents in the cache with another content, which stays "
+            "there (%s%s)",
+            export.corpus.path, len(renewed), ", ".join(renewed[:3]), " …" if len(renewed) > 3 else "",
+        )  # fmt: skip
+    return list(found.values())
+
+
 def _sides(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
     """Documents by split; of a growth those that are new, and one alone goes to training."""
     if growth:
-        documents = [document for document in documents if document.name not in growth.documents]
+        documents = _new_documents(export, documents, growth)
         if len(documents) < 2:
             return {"train": documents, "validation": []}
     return split_documents(documents, export.validation_share, export.seed)
@@ -236,9 +258,8 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
                 f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {teacher.vocab_size - 1}. "
                 "Tokenizer and model do not belong together."
             )
-        plan, before = (
-            plain({**settings, "split": split, "tokens": tokens}),
-            growth.manifests[split] if growth else None,
-        )
+        contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
+        plan = plain({**settings, **contents, "split": split, "tokens": tokens})
+        before = growth.manifests[split] if growth else None
         plans.append(CachePlan(out / split, export, teacher, windows, plan, before))
     return plans

@@ -24,7 +24,7 @@ from launchers.evaluate import load_student
 from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import Command, configs, kill_when, line, run, values
-from tests.tiny import ROW_LENGTH, VOCAB, Tiny
+from tests.tiny import ROW_LENGTH, VOCAB, Tiny, bytes_of
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +173,7 @@ def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes
     done = run("launchers.export_teacher", *flags, nproc=2)
     assert done.returncode == 0, done.stderr
     for split in ("train", "validation"):
-        wanted = {path.name: path.read_bytes() for path in (tiny.root / "cache" / split).glob("*") if path.is_file()}
-        assert {path.name: path.read_bytes() for path in (out / split).glob("*") if path.is_file()} == wanted
+        assert bytes_of(out / split) == bytes_of(tiny.root / "cache" / split)
 
 
 def _refused(*arguments: str, nproc: int | None = None) -> str:

@@ -200,7 +200,7 @@ def read_block(members: dict[str, bytes], manifest: dict, tables: Tables) -> Ite
 def read_cache(folder: Path) -> Iterator[dict[str, Any]]:
     """Every record of a cache, in order."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"]) == ("kd-workspace teacher cache", 2)
+    assert (manifest["format"], manifest["version"]) == ("kd-workspace teacher cache", 3)
     tables = Tables(tar_members(check_hash((folder / "tables.tar").read_bytes(), manifest["tables"]["sha256"])))
     for shard in manifest["shards"]:
         data, at = check_hash((folder / shard["name"]).read_bytes(), shard["sha256"]), 0

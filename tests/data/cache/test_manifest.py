@@ -35,8 +35,8 @@ NAME, BLOCK, LENGTH = (
     ("shards", 0, "blocks", 0, "lengths", 0),
 )
 BAD: dict[str, tuple[Change, str]] = {
-    "another format": (_at("format")("npz"), "format and version are 'npz' and 2"),
-    "another version": (_at("version")(3), "format and version are .* and 3"),
+    "another format": (_at("format")("npz"), "format and version are 'npz' and 3"),
+    "another version": (_at("version")(4), "format and version are .* and 4"),
     "a version that only looks right": (_at("version")(2.0), "and 2.0; wanted"),
     "a path upwards": (NAME("../shard-000000.tar"), "a shard's name is '../shard"),
     "an absolute path": (NAME("/etc/passwd"), "a shard's name is '/etc/passwd'"),

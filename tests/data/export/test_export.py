@@ -1,5 +1,7 @@
 """Corpus in, caches out: the same bytes however the export ran; bad input named."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -14,23 +16,21 @@ from data.export.claim import claim
 from data.export.corpus import Corpus, split_documents
 from data.export.documents import Document
 from data.export.encoding import Encoded, Encoder
+from data.export.growth import SPLITS
 from data.export.plan import make_plans
 from data.export.select import select
 from data.export.windows import choose_windows, windows_of
 from kd_core.errors import UsageError
+from kd_core.files import write_json
 from kd_core.students.families import read_architecture
 from kd_core.students.starts import Pretrained, build
-from tests.tiny import ROW_LENGTH, Tiny, write_caches
-
-
-def _bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from tests.tiny import ROW_LENGTH, Tiny, bytes_of, write_caches
 
 
 def test_interruption_and_ranks_do_not_change_a_byte(tiny: Tiny, tmp_path: Path) -> None:
     export = tiny.export()
     write_caches(export, tmp_path / "ranks", ranks=3)
-    assert _bytes(tmp_path / "ranks") == _bytes(tiny.root / "cache")
+    assert bytes_of(tmp_path / "ranks") == bytes_of(tiny.root / "cache")
 
     cut = tmp_path / "cut"
     plan = make_plans(export, cut)[0]
@@ -39,14 +39,14 @@ def test_interruption_and_ranks_do_not_change_a_byte(tiny: Tiny, tmp_path: Path)
     steps.write_missing_shards(plan, model, steps.make_tables(plan, model), rank=1, ranks=2)
     (plan.folder / "shard-000000.tar.partial").write_bytes(b"half a shard")
     write_caches(export, cut)
-    assert _bytes(cut) == _bytes(tiny.root / "cache")
+    assert bytes_of(cut) == bytes_of(tiny.root / "cache")
 
 
 def test_a_lost_shard_is_made_again_the_same(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.root / "cache", tmp_path / "cache")
     (tmp_path / "cache" / "train" / "shard-000002.tar").unlink()
     write_caches(tiny.export(), tmp_path / "cache")
-    assert _bytes(tmp_path / "cache") == _bytes(tiny.root / "cache")
+    assert bytes_of(tmp_path / "cache") == bytes_of(tiny.root / "cache")
 
 
 def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
@@ -106,8 +106,60 @@ def test_windows_are_drawn_within_the_budget_and_again_the_same(tiny: Tiny) -> N
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_the_split_goes_by_content_and_keeps_copies_together() -> None:
+    documents = [Document(f"{i}", f"text {i % 20}") for i in range(60)]
+    known = [Encoded(d.name, np.zeros(2, np.int32), np.ones(1, np.uint8), d.digest()) for d in documents]
+    renamed = [each._replace(name=f"renamed {each.name}") for each in reversed(known)]
+    sides = split_documents(known, 0.2, seed=0)
+    held_out = {each.digest for each in sides["validation"]}
+    assert len(held_out) == 4
+    assert len(sides["validation"]) == 12
+    assert held_out.isdisjoint(each.digest for each in sides["train"])
+    assert {each.digest for each in split_documents(renamed, 0.2, seed=0)["validation"]} == held_out
+
+
+def test_an_interrupted_export_goes_on_with_the_same_documents_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """The corpus' folder is renamed behind the interruption: the documents and their order are the same."""
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    shutil.copytree(tiny.corpus, corpus / "b")
+    (corpus / "c").mkdir()
+    for path in sorted((corpus / "b").iterdir())[:6]:
+        path.rename(corpus / "c" / path.name)
+    export = tiny.export(corpus=Corpus(str(corpus)))
+    write_caches(export, out)
+    whole = {split: [(r.start, r.token_ids.tolist()) for r in tiny.records(out / split)] for split in SPLITS}
+    for path in [out / "train" / "manifest.json", *sorted((out / "train").glob("shard-*.tar"))[2:]]:
+        path.unlink()
+    (corpus / "b").rename(corpus / "a")
+    write_caches(export, out)
+    assert whole == {split: [(r.start, r.token_ids.tolist()) for r in tiny.records(out / split)] for split in SPLITS}
+    (out / "train" / "manifest.json").unlink()
+    (corpus / "a").rename(corpus / "d")  # now in another order
+    with pytest.raises(UsageError, match="another corpus"):
+        write_caches(export, out)
+
+
+def test_a_cache_of_an_earlier_version_is_reused_and_half_of_one_refused(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.root / "cache", tmp_path / "cache")
+    plan, path = tmp_path / "cache" / "train" / "plan.json", tmp_path / "cache" / "train" / "manifest.json"
+    old = json.loads(plan.read_text())
+    del old["windows"]
+    plan.write_text(json.dumps(old))
+    manifest = {**json.loads(path.read_text()), "plans": [old]}
+    del manifest["made"]
+    manifest["version"] = 2
+    write_json(path, manifest)
+    before = path.read_bytes()
+    assert read_manifest(path.parent).identity() == hashlib.sha256(before).hexdigest()
+    write_caches(tiny.export(), tmp_path / "cache")
+    assert path.read_bytes() == before
+    path.unlink()
+    with pytest.raises(UsageError, match="an earlier version began"):
+        write_caches(tiny.export(), tmp_path / "cache")
+
+
 def test_whole_documents_are_held_out() -> None:
-    documents = [Document(f"{i}", "text") for i in range(50)]
+    documents = [Encoded(f"{i}", np.zeros(2, np.int32), np.ones(1, np.uint8), bytes([i])) for i in range(50)]
     sides = split_documents(documents, 0.1, seed=0)
     assert len(sides["validation"]) == 5
     assert {d.name for d in sides["train"]}.isdisjoint(d.name for d in sides["validation"])

@@ -1,5 +1,6 @@
 """A cache that grows: new documents in new shards, the old ones untouched, and going on after an interruption."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import pytest
 import torch
 
 from data.cache.manifest import read_manifest
+from data.cache.verify import verify
 from data.export import export as steps
 from data.export.claim import claim_growth
 from data.export.corpus import Corpus
 from data.export.growth import growth_of
 from data.export.plan import TeacherExport, make_plans
 from data.stream.stream import Shards
+from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
-from tests.tiny import Tiny, make_corpus, write_caches
+from tests.tiny import Tiny, bytes_of, make_corpus, write_caches
 
 
 @pytest.fixture
@@ -25,17 +28,13 @@ def grown(tiny: Tiny, tmp_path: Path) -> tuple[Path, TeacherExport, TeacherExpor
     return tmp_path / "cache", tiny.export(), tiny.export(corpus=Corpus(str(tmp_path / "corpus")))
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def test_new_documents_are_added_and_old_shards_stay(
     tiny: Tiny, grown: tuple[Path, TeacherExport, TeacherExport]
 ) -> None:
     folder, _, more = grown
-    before, old = _files(folder), tiny.records()
+    before, old = bytes_of(folder), tiny.records()
     write_caches(more, folder, extend=True)
-    after = _files(folder)
+    after = bytes_of(folder)
     assert {name: after[name] for name in before if "manifest" not in name} == {
         name: payload for name, payload in before.items() if "manifest" not in name
     }
@@ -50,7 +49,7 @@ def test_new_documents_are_added_and_old_shards_stay(
     mean = sum(float(r.label_log_prob.sum()) for r in records) / sum(r.positions for r in records)
     assert manifest.statistics["teacher_nll"] == pytest.approx(-mean, rel=1e-4)
     write_caches(more, folder, extend=True)
-    assert _files(folder) == after, "there was nothing new"
+    assert bytes_of(folder) == after, "there was nothing new"
 
 
 def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
@@ -70,7 +69,7 @@ def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
     steps.write_missing_shards(plans[0], model, [], 0, 1)
     steps.finish(plans[0])
     write_caches(more, cut, extend=True)
-    assert _files(cut) == _files(folder)
+    assert bytes_of(cut) == bytes_of(folder)
 
 
 def test_a_growth_with_other_settings_is_refused(grown: tuple[Path, TeacherExport, TeacherExport]) -> None:
@@ -91,3 +90,58 @@ def test_a_shard_lost_from_a_grown_cache_does_not_cost_what_was_added(
     with pytest.raises(UsageError, match="shard-000000.tar: no such shard, in a cache that has grown"):
         write_caches(export, folder)
     assert len(read_manifest(folder / "train").plans) == 2
+
+
+def _lines(path: Path, lines: list[str]) -> Corpus:
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return Corpus(str(path))
+
+
+def _texts(tiny: Tiny, folder: Path) -> dict[str, list[str]]:
+    """Every document's text by split; these documents are one window each."""
+    words = Tokenizer(tiny.teacher)
+    return {
+        split: sorted(words.decode(record.token_ids.tolist()) for record in tiny.records(folder / split))
+        for split in ("train", "validation")
+    }
+
+
+def test_documents_are_known_by_their_content(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = [f"The old fox sees a river {i}." for i in range(8)]
+    new = [f"The young hen follows another light {i}." for i in range(4)]
+    path, out = tmp_path / "data.jsonl", tmp_path / "out"
+    write_caches(tiny.export(corpus=_lines(path, old)), out)
+    # The same lines in another order, one of them twice, and behind and between them new ones, two of them alike.
+    lines = [new[0], *reversed(old), old[3], *new[1:], new[2]]
+    export = tiny.export(corpus=_lines(path, lines))
+    with caplog.at_level("INFO", logger="kd"):
+        write_caches(export, out, extend=True)
+    assert "4 of 14 documents are new" in caplog.text
+    assert "1 of the new documents have names of documents in the cache with another content" in caplog.text
+    found = _texts(tiny, out)
+    assert sorted([*found["train"], *found["validation"]]) == sorted([*old, *new])
+    for split in ("train", "validation"):
+        assert not verify(out / split, lambda _: None).problems
+    # Once more, from a file of another name.
+    path.rename(tmp_path / "renamed.jsonl")
+    before = bytes_of(out)
+    write_caches(tiny.export(corpus=Corpus(str(tmp_path / "renamed.jsonl"))), out, extend=True)
+    assert bytes_of(out) == before
+
+
+def test_verify_finds_held_out_documents_in_train_and_other_windows(tiny: Tiny, tmp_path: Path) -> None:
+    texts = [f"The old fox sees a river {i}." for i in range(8)]
+    write_caches(tiny.export(corpus=_lines(tmp_path / "a.jsonl", texts)), tmp_path / "out")
+    held_out, *_ = _texts(tiny, tmp_path / "out")["validation"]
+    other = tiny.export(corpus=_lines(tmp_path / "b.jsonl", [held_out, "The old owl.", "A young hen sees."]), seed=3)
+    write_caches(other, tmp_path / "other")
+    assert held_out in _texts(tiny, tmp_path / "other")["train"]
+    shutil.copytree(tmp_path / "out" / "validation", tmp_path / "other" / "validation", dirs_exist_ok=True)
+    (problem,) = verify(tmp_path / "other" / "train", lambda _: None).problems
+    assert problem.startswith("../validation: 1 of its documents are in train, too")
+    path = tmp_path / "other" / "train" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["plans"][0]["windows"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    found = verify(path.parent, lambda _: None).problems
+    assert "manifest.json: plan 0: the records are not those of its windows" in found

@@ -30,7 +30,7 @@ from data.export.scorers import load_scorer, read_facts
 from data.export.teacher import Scores, score
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
-from tests.tiny import Tiny, write_caches
+from tests.tiny import Tiny, bytes_of, write_caches
 
 CPU = torch.device("cpu")
 
@@ -133,7 +133,7 @@ def test_a_family_that_our_decoder_does_not_cover_makes_a_cache(
 
 def test_ranks_and_threads_do_not_change_a_byte_of_transformers_cache(tiny: Tiny, tmp_path: Path) -> None:
     export = tiny.export(teacher=str(_gpt2(tiny, tmp_path / "teacher")), train_tokens=400, validation_tokens=100)
-    made: list[list[bytes]] = []
+    made: list[dict[str, bytes]] = []
     threads = torch.get_num_threads()
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -141,7 +141,7 @@ def test_ranks_and_threads_do_not_change_a_byte_of_transformers_cache(tiny: Tiny
             write_caches(export, tmp_path / f"out{count}", ranks=count)
         finally:
             torch.set_num_threads(threads)
-        made.append([path.read_bytes() for path in sorted((tmp_path / f"out{count}").rglob("*")) if path.is_file()])
+        made.append(bytes_of(tmp_path / f"out{count}"))
     assert made[0] == made[1]
 
 

@@ -150,14 +150,14 @@ def test_a_conversation_without_the_assistant_is_left_out(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = _teacher(tiny, tmp_path / "teacher", CHATML)
-    rows = [{"messages": CHATS[0]}, {"messages": CHATS[0][:1]}, {"messages": CHATS[0]}, {"text": "x"}]
+    rows = [{"messages": CHATS[0]}, {"messages": CHATS[0][:1]}, {"messages": [*CHATS[0], *CHATS[0]]}, {"text": "x"}]
     corpus = _corpus(tmp_path / "a.jsonl", rows)
     with caplog.at_level("INFO", logger="kd"):
         plans = make_plans(tiny.export(teacher=teacher, corpus=corpus, row_length=128), tmp_path / "out")
     assert "2 of 4 documents left out: nothing to score" in caplog.text
     assert sorted(window.document for plan in plans for window in plan.windows) == ["a.jsonl:1", "a.jsonl:3"]
     corpus = _corpus(tmp_path / "a.jsonl", [{"messages": CHATS[0][:1]}] * 3)
-    with pytest.raises(UsageError, match=r"has 0 document\(s\) with something to score; wanted two or more"):
+    with pytest.raises(UsageError, match=r"has 0 different document\(s\) with something to score; wanted two or more"):
         make_plans(tiny.export(teacher=teacher, corpus=corpus), tmp_path / "out")
 
 
@@ -192,7 +192,7 @@ def test_an_export_of_conversations_masks_and_overlaps(tiny: Tiny, tmp_path: Pat
 
 
 def test_another_template_is_another_plan(tiny: Tiny, tmp_path: Path) -> None:
-    corpus = _corpus(tmp_path / "a.jsonl", [{"messages": CHATS[0]}] * 3)
+    corpus = _corpus(tmp_path / "a.jsonl", [{"messages": CHATS[0]}, {"messages": [*CHATS[0], *CHATS[0]]}])
     teachers = [_teacher(tiny, tmp_path / f"teacher{i}", CHATML + "{# another #}" * i) for i in range(2)]
     plans = [make_plans(tiny.export(teacher=t, corpus=corpus, row_length=128), tmp_path)[0].plan for t in teachers]
     assert [name for name in plans[0] if plans[0][name] != plans[1][name]] == ["chat_template"]

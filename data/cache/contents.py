@@ -1,0 +1,54 @@
+"""Windows and documents known by their content, whatever they are called."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.cache.codec.header import MAX_NUMBER
+from data.cache.record import Array, Record
+
+
+def window_digest(start: int, token_ids: Array) -> bytes:
+    """Returns 16 bytes by which a document's window from token `start` on is known."""
+    return hashlib.sha256(f"{start} ".encode() + np.asarray(token_ids, "<i4").tobytes()).digest()[:16]
+
+
+def windows_digest(windows: Iterable[bytes]) -> str:
+    """Returns the sha256 over the digests of windows, in order."""
+    total = hashlib.sha256()
+    for window in windows:
+        total.update(window)
+    return total.hexdigest()
+
+
+@dataclass
+class CachedDocuments:
+    """The documents of caches, each known by those of its windows that were drawn."""
+
+    name_of: list[str] = field(default_factory=list[str])
+    windows_of: list[int] = field(default_factory=list[int])  # number of windows of each document
+    documents_with: dict[bytes, list[int]] = field(default_factory=dict[bytes, list[int]])  # by a window's digest
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Adds the documents of a cache. Neighbours of the same name whose starts grow are of one document."""
+        before = MAX_NUMBER
+        for record in records:
+            if record.start <= before or record.document != self.name_of[-1]:
+                self.name_of.append(record.document)
+                self.windows_of.append(0)
+            before = record.start
+            self.windows_of[-1] += 1
+            digest = window_digest(record.start, record.token_ids)
+            self.documents_with.setdefault(digest, []).append(len(self.windows_of) - 1)
+
+    def hold(self, windows: Iterable[bytes]) -> bool:
+        """Checks whether all windows of one of the documents are among `windows`, the digests of one."""
+        return bool(self.among(windows))
+
+    def among(self, windows: Iterable[bytes]) -> list[str]:
+        """Returns the names of the documents of which all windows are among `windows`."""
+        common = Counter(document for window in set(windows) for document in self.documents_with.get(window, ()))
+        return [self.name_of[document] for document, count in common.items() if count == self.windows_of[document]]
