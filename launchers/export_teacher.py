@@ -72,9 +72,12 @@ def _export(export: Any, out: Path) -> None:
         chosen = world.on_first(lambda: _choose_dtype(export, out, world.device))
         app.log.info("dtype: %s", chosen)
         export = replace(export, dtype=chosen.precision)
-        plans = world.on_first(lambda: make_plans(export, out, growth_of(out, begin=True) if EXTEND.value else None))
+        bad_rows = export.corpus.bad_rows()
+        grow = (lambda: growth_of(out, begin=True)) if EXTEND.value else lambda: None
+        plans = world.on_first(lambda: make_plans(export, out, grow(), bad_rows))
         take = claim_growth if EXTEND.value else claim
         wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
+        world.on_first(lambda: bad_rows.write(out))
         if EXTEND.value and not plans:
             app.log.info("%s: every document of the corpus is there already", out)
         for plan in plans:
