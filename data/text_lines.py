@@ -58,7 +58,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 PACKED: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    ".gz": lambda file: cast(IO[bytes], gzip.open(file)),
+    ".gz": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file)),
     ".zst": lambda file: io.BufferedReader(_ZstdFile(file), 1 << 16),
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -140,7 +140,7 @@ def json_value(text: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         if isinstance(error, BadRowError):
             raise
-        hint = " Is it a JSON array over many lines? Name it .json." if text.lstrip().startswith("[") else ""
+        hint = " A JSON array? Wanted an object a line: jq -c '.[]'." if text.lstrip().startswith("[") else ""
         raise BadRowError(f"{where}: not JSON ({getattr(error, 'msg', error)}).{hint}", "not JSON") from None
     return value
 

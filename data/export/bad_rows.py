@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 from data.text_lines import BadRowError
 from kd_core.errors import UsageError
@@ -13,6 +13,7 @@ from kd_core.files import is_plain_file, write_text
 
 log = logging.getLogger("kd")
 T = TypeVar("T")
+P = ParamSpec("P")
 OnBadRow = Literal["stop", "skip"]
 FILE = "skipped_rows.jsonl"
 LOOKED_AT = 20_000  # rows after the first bad one, to count what else is bad
@@ -52,10 +53,10 @@ class BadRows:
         if self.will_stop and self.rows - self.rows_at_first > LOOKED_AT:
             self._stop(f"the {LOOKED_AT} rows that follow")
 
-    def attempt(self, row: str, work: Callable[[], T]) -> Iterator[T]:
+    def attempt(self, row: str, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> Iterator[T]:
         """Yields what `work` makes of a row, or nothing where the row is bad."""
         try:
-            made = work()
+            made = work(*args, **named)
         except BadRowError as error:
             self.add(row, error)
             return

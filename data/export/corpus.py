@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args
 
 from data.export.bad_rows import BadRows, OnBadRow
-from data.export.corpus_files import corpus_files, local_corpus
+from data.export.corpus_files import corpus_files
 from data.export.documents import Document, document_of
 from data.export.layouts import LAYOUTS, Reading, check_fields, columns_to_read
 from data.export.rows import rows_of
-from data.folders import FolderFiles
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, printable
 
@@ -65,21 +64,13 @@ class Corpus:
             except ValueError as error:
                 raise UsageError(f"corpus.fields: got {self.fields}; {error}.") from None
 
-    def _found(self) -> FolderFiles:
-        root = local_corpus(self.path)
-        if root.is_file():
-            return FolderFiles(root.parent, [root])
-        if not root.is_dir():
-            raise UsageError(f"corpus {self.path}: does not exist. Name a folder, a file, or hub:OWNER/NAME.")
-        return corpus_files(self.path, root)
-
     def files(self) -> list[Path]:
         """All files of the corpus, in a stable order.
 
         Raises:
             UsageError: there is none, or one cannot be reached.
         """
-        return self._found().files
+        return corpus_files(self.path).files
 
     def identity(self) -> dict[str, Any]:
         """What makes the corpus this one and no other: names and bytes of all files, and how they are read."""
@@ -105,13 +96,13 @@ class Corpus:
             UsageError: a file or a row cannot be read, or holds no document.
         """
         bad = bad_rows or BadRows("raise")
-        reading, found = Reading(self.content, self.text_field, self.fields), self._found()
+        reading, found = Reading(self.content, self.text_field, self.fields), corpus_files(self.path)
         found.log_left_out("corpus")
         for path in found.files:
             name = printable(path.relative_to(found.root))
             for row in rows_of(path, name, lambda columns: columns_to_read(columns, reading)):
                 bad.count_row()
-                yield from bad.attempt(row.name, lambda row=row: document_of(row, reading))
+                yield from bad.attempt(row.name, document_of, row, reading)
 
 
 def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str, list[D]]:

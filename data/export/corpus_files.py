@@ -2,9 +2,9 @@
 
 import fnmatch
 import functools
-import logging
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from data.export.huggingface import HUB, NO_EXTRA
 from data.export.rows import FORMATS, TEXTS, reader_of
@@ -14,20 +14,30 @@ from data.text_lines import PACKED
 from kd_core.errors import UsageError
 from kd_core.files import printable
 
-log = logging.getLogger("kd")
 HUB_CORPUS = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?", re.ASCII)
 CARDS = ("readme.md", "readme.markdown")  # what describes a data set
-SAVED = "dataset_dict.json"
+DESCRIPTIONS = ("dataset_dict.json", "dataset_infos.json", "dataset_info.json")
+
+
+class _Snapshot(NamedTuple):
+    """A data set of the hub in the hub's own cache, and the pattern of those of its files that are wanted."""
+
+    folder: Path
+    pattern: str | None
 
 
 def _pattern(part: str) -> str:
-    """Of a folder, all that is in it."""
+    """Returns the part of a data set as a pattern: of a folder, all that is in it."""
     return part if any(sign in part for sign in "*?[") or reader_of(Path(part)) else f"{part.rstrip('/')}/*"
 
 
 @functools.lru_cache
-def _snapshot(corpus: str) -> tuple[Path, str | None]:
-    """The folder of a hub data set in the hub's own cache, fetched once a process; and the pattern of its files."""
+def _snapshot(corpus: str) -> _Snapshot:
+    """Fetch a data set, once a process. Without the hub it is what was fetched before, if that is whole.
+
+    Raises:
+        UsageError: the hub does not give it.
+    """
     wanted = HUB_CORPUS.fullmatch(corpus.removeprefix(HUB))
     if wanted is None:
         raise UsageError(f"corpus {corpus}: wanted {HUB}OWNER/NAME, with @REVISION or :FOLDER behind it at will.")
@@ -36,14 +46,13 @@ def _snapshot(corpus: str) -> tuple[Path, str | None]:
     except ImportError:
         raise UsageError(f"corpus {corpus}: a hub id {NO_EXTRA}") from None
     pattern = _pattern(wanted["part"]) if wanted["part"] else None
-    fetch = functools.partial(
-        snapshot_download,
-        wanted["name"],
-        repo_type="dataset",
-        revision=wanted["revision"],
-        allow_patterns=[pattern] if pattern else [f"*{ending}" for ending in FORMATS] + ["*.json"],
-    )
-    return Path(fetch()), pattern
+    patterns = [pattern] if pattern else [f"*{ending}" for ending in FORMATS]
+    try:
+        name, revision = wanted["name"], wanted["revision"]
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    except Exception as error:  # the client raises its own, the network's and the cache's
+        raise UsageError(f"corpus {corpus}: not to be had from the hub ({error!s:.400}).") from None
+    return _Snapshot(Path(folder), pattern)
 
 
 def local_corpus(corpus: str) -> Path:
@@ -52,20 +61,25 @@ def local_corpus(corpus: str) -> Path:
     Raises:
         UsageError: the hub does not give it.
     """
-    return _snapshot(corpus)[0] if corpus.startswith(HUB) else Path(corpus)
+    return _snapshot(corpus).folder if corpus.startswith(HUB) else Path(corpus)
 
 
-def corpus_files(corpus: str, root: Path) -> FolderFiles:
-    """The files of a folder that are read, and what is left out.
+def corpus_files(corpus: str) -> FolderFiles:
+    """The files of a corpus, and what is left out.
 
     Raises:
         UsageError: none is read, or one cannot be reached.
     """
-    pattern = _snapshot(corpus)[1] if corpus.startswith(HUB) else None
+    root = local_corpus(corpus)
+    if root.is_file():
+        return FolderFiles(root.parent, [root])
+    if not root.is_dir():
+        raise UsageError(f"corpus {corpus}: does not exist. Name a folder, a file, or {HUB}OWNER/NAME.")
+    pattern = _snapshot(corpus).pattern if corpus.startswith(HUB) else None
     saved = functools.cache(saved_files)
 
     def is_wanted(path: Path) -> bool:
-        if reader_of(path) is None or path.name == SAVED:
+        if reader_of(path) is None or path.name in DESCRIPTIONS:
             return False
         if pattern and not fnmatch.fnmatch(str(path.relative_to(root)), pattern):
             return False
@@ -73,8 +87,8 @@ def corpus_files(corpus: str, root: Path) -> FolderFiles:
         return names is None or path.name in names
 
     found = files_below(root, is_wanted)
-    rows = [path for path in found.files if not path.name.lower().endswith(tuple(TEXTS))]
-    if rows:  # beside rows, a README is no document but tells of them
+    if corpus.startswith(HUB) or not all(path.name.lower().endswith(tuple(TEXTS)) for path in found.files):
+        # Beside rows, a README is no document but tells of them.
         cards = [path for path in found.files if path.name.lower() in CARDS]
         found.files = [path for path in found.files if path not in cards]
         found.left_out.update({"README of a data set": len(cards)} if cards else {})

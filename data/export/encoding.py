@@ -119,7 +119,7 @@ class Encoder:
             UsageError: there is no chat template for a conversation, or it cannot render it.
         """
         bad = bad_rows or BadRows("raise")
-        laid_out = (each for d in documents for each in bad.attempt(d.name, lambda: self._laid_out(d)))
+        laid_out = (each for d in documents for each in bad.attempt(d.name, self._laid_out, d))
         for batch in _batches(laid_out):
             if not bad.will_stop:
                 yield from self._encoded_or_bad(batch, bad)

@@ -130,7 +130,9 @@ def _message(value: Any, where: str, role_field: str, content_field: str) -> Any
     if role_field not in turn and "from" in turn:
         role_field, content_field = "from", "value"
     role, content = turn.get(role_field), turn.get(content_field)
-    if (role_field, content_field) == ("role", "content") and (not isinstance(role, str) or role not in (*ROLE_NAMES, "function_call")):
+    if (role_field, content_field) == ("role", "content") and (
+        not isinstance(role, str) or role not in (*ROLE_NAMES, "function_call")
+    ):
         return turn
     rest = {key: item for key, item in turn.items() if key not in (role_field, content_field)}
     if role == "function_call":
@@ -235,19 +237,8 @@ def _is_rendering(text: Any, content: str | Conversation) -> bool:
     return all(isinstance(part, str) and all(line.strip() in text for line in part.splitlines()) for part in said)
 
 
-def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversation:
-    """What a row holds: a text or a conversation, in exactly one layout.
-
-    Raises:
-        BadRowError: it holds none, or several of which none is named, or something of another type.
-    """
-    if reading.fields:
-        return _mapped(reading.fields, fields, where)
-    if (layout := reading.content) != "auto":
-        if layout not in present_layouts(fields, reading):
-            missing = [" or ".join(side) for side in reading.layouts()[layout] if not set(side) & set(fields)]
-            _refuse_missing(missing, fields, where, f"corpus.content={layout}")
-        return _content(layout, fields, reading, where)
+def _found_content(fields: Fields, reading: Reading, where: str) -> str | Conversation:
+    """What a row holds, where nobody says in which layout."""
     layouts = present_layouts(fields, reading)
     if len(layouts) == 2 and layouts[0] == "text":
         if reading.text_field != "text":
@@ -268,6 +259,21 @@ def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversati
         f"{_hint(fields)}",
         "no field that is known",
     )
+
+
+def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversation:
+    """What a row holds: a text or a conversation, in exactly one layout.
+
+    Raises:
+        BadRowError: it holds none, or several of which none is named, or something of another type.
+    """
+    if reading.fields:
+        return _mapped(reading.fields, fields, where)
+    if (layout := reading.content) == "auto":
+        return _found_content(fields, reading, where)
+    missing = [" or ".join(side) for side in reading.layouts()[layout] if not set(side) & set(fields)]
+    _refuse_missing(missing, fields, where, f"corpus.content={layout}")
+    return _content(layout, fields, reading, where)
 
 
 def _setting(**settings: Any) -> str:

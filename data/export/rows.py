@@ -157,7 +157,7 @@ def _utf8(file: IO[bytes], path: Path) -> Iterator[str]:
 
 
 def _csv(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-    """Rows under a header; the header's most frequent of comma, semicolon and tab divides cells. An empty cell is none."""
+    """Rows under a header, whose most frequent of comma, semicolon and tab divides cells. Empty cells are not there."""
     del choose
     csv.field_size_limit(MOST_DOCUMENT)
     lines = (line.decode(errors="surrogateescape") for line in lines_of(path))

@@ -4,15 +4,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.text_lines import refuse_bomb
 from kd_core.errors import UsageError
 from kd_core.files import damaged, open_plain, printable, read_json
 from kd_core.memory import bounded_memory
-
-if TYPE_CHECKING:
-    from pyarrow import RecordBatch
 
 BATCH_ROWS = 256
 MOST_MEMORY = 4 << 30  # bytes for a batch of rows
@@ -35,7 +32,7 @@ def _table_file(path: Path, kind: str) -> Generator[BufferedReader]:
             raise UsageError(f"{where}: not {kind}, or damaged ({error}). Fetch or write it again.") from None
 
 
-def _row_values(batch: "RecordBatch") -> list[Any]:
+def _row_values(batch: Any) -> list[Any]:
     """Each row's fields, or the error that reading them raises, such as of times that Python's calendar lacks."""
     try:
         return batch.to_pylist()
@@ -45,7 +42,7 @@ def _row_values(batch: "RecordBatch") -> list[Any]:
         return [value for i in range(batch.num_rows) for value in _row_values(batch.slice(i, 1))]
 
 
-def _read(batches: Iterator["RecordBatch"], path: Path) -> Iterator[list[Any]]:
+def _read(batches: Iterator[Any], path: Path) -> Iterator[list[Any]]:
     """Values of batches, within bounds of memory."""
     made = 0
     while True:
@@ -72,7 +69,7 @@ def parquet_batches(path: Path, choose: Choose) -> Iterator[list[Any]]:
             yield from _read(opened.iter_batches(batch_size=BATCH_ROWS, columns=columns), path)
 
 
-def _arrow(opened: Any, choose: Choose) -> Iterator["RecordBatch"]:
+def _arrow(opened: Any, choose: Choose) -> Iterator[Any]:
     """Batches of an Arrow file or stream, checked: its offsets are trusted by what reads values."""
     columns = choose([str(column) for column in opened.schema.names])
     is_file = hasattr(opened, "num_record_batches")
