@@ -1,6 +1,7 @@
 """What every command shares: flags that teach, and a user's mistake as one message without a traceback."""
 
 import errno
+import io
 import logging
 import os
 import re
@@ -132,6 +133,9 @@ def start(
 
     With `more`, the last of them may be repeated.
     """
+    for stream in (sys.stdout, sys.stderr):  # of another locale's encoding: what it lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     FLAGS.set_gnu_getopt(bool(arguments))
     prog = module.removeprefix("launchers.")
 
