@@ -2,13 +2,13 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 from data.text_lines import BadRowError
-from kd_core.errors import UsageError
 from kd_core.files import is_plain_file, write_text
 
 log = logging.getLogger("kd")
@@ -26,18 +26,22 @@ class _Bad(NamedTuple):
 
 
 class BadRows:
-    """What becomes of bad rows, and those that were met."""
+    """What becomes of bad rows, and those that were met.
+
+    Once there are too many, the rest of the corpus is looked at for a while, so that the one message has the count.
+    """
 
     def __init__(self, on_bad_row: OnBadRow | Literal["raise"], most: float = 0) -> None:
-        """`on_bad_row`: count what else is bad and stop, skip up to `most`, or raise at once."""
+        """`on_bad_row`: stop, skip up to `most` (below 1 a share of all rows), or raise each at once."""
         self.on_bad_row, self.most = on_bad_row, most
-        self.rows = self.rows_at_first = 0
+        self.rows = 0
+        self.rows_at_limit: int | None = None
         self.bad: list[_Bad] = []
 
     @property
     def will_stop(self) -> bool:
-        """Whether an error will be raised, and nothing need be made of other rows but a count."""
-        return bool(self.bad) and self.on_bad_row == "stop"
+        """Whether there are too many bad rows already, and nothing need be made of others but a count."""
+        return self.rows_at_limit is not None
 
     def counts(self) -> dict[str, int]:
         """How many rows are bad, by reason, the most frequent first."""
@@ -47,11 +51,11 @@ class BadRows:
         """Counts a row of the corpus.
 
         Raises:
-            UsageError: enough rows were looked at after the first bad one.
+            UsageError: enough rows were looked at after there were too many bad ones.
         """
         self.rows += 1
-        if self.will_stop and self.rows - self.rows_at_first > LOOKED_AT:
-            self._stop(f"the {LOOKED_AT} rows that follow")
+        if self.rows_at_limit is not None and self.rows - self.rows_at_limit > LOOKED_AT:
+            self._refuse(f"the {LOOKED_AT} rows that follow")
 
     def attempt(self, row: str, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> Iterator[T]:
         """Yields what `work` makes of a row, or nothing where the row is bad."""
@@ -63,17 +67,13 @@ class BadRows:
         yield made
 
     def add(self, row: str, error: BadRowError) -> None:
-        """Takes a bad row.
-
-        Raises:
-            UsageError: it is to be raised at once, or more rows are bad than `most` allows, where that is a number.
-        """
+        """Takes a bad row."""
         if self.on_bad_row == "raise":
             raise error
-        self.rows_at_first = self.rows_at_first or self.rows
         self.bad.append(_Bad(row, error.reason, str(error)))
-        if self.on_bad_row == "skip" and self.most >= 1 and len(self.bad) > self.most:
-            self._refuse()
+        limit = 0 if self.on_bad_row == "stop" else self.most if self.most >= 1 else math.inf
+        if self.rows_at_limit is None and len(self.bad) > limit:
+            self.rows_at_limit = self.rows
 
     def finish(self, corpus: str) -> None:
         """Ends the pass over a corpus: says what is skipped.
@@ -81,11 +81,8 @@ class BadRows:
         Raises:
             UsageError: there are bad rows and none may be skipped, or more than may be.
         """
-        if self.will_stop:
-            self._stop("the rows that follow")
-        allowed = self.most if self.most >= 1 else self.most * self.rows
-        if len(self.bad) > allowed:
-            self._refuse()
+        if self.will_stop or (self.most < 1 and len(self.bad) > self.most * self.rows):
+            self._refuse("the rows that follow")
         if self.bad:
             log.warning("corpus %s: %d of %d rows skipped: %s", corpus, len(self.bad), self.rows, self._by_reason())
 
@@ -93,21 +90,14 @@ class BadRows:
         counts = Counter(each.reason for each in self.bad[start:])
         return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
 
-    def _stop(self, following: str) -> None:
-        if len(self.bad) == 1:
-            raise BadRowError(self.bad[0].message, self.bad[0].reason)
-        raise BadRowError(
-            f"{self.bad[0].message}\nOf {following}, {len(self.bad) - 1} cannot be used either: {self._by_reason(1)}. "
-            "Mend them, or leave them out: corpus.on_bad_row=skip.",
-            self.bad[0].reason,
-        )
-
-    def _refuse(self) -> None:
-        raise UsageError(
-            f"{len(self.bad)} of {self.rows} rows cannot be used ({self._by_reason()}), more than "
-            f"corpus.most_bad_rows={self.most:g} allows. The first: {self.bad[0].message}\nMend them, or allow more: "
-            f"corpus.most_bad_rows={len(self.bad)}."
-        )
+    def _refuse(self, following: str) -> NoReturn:
+        first, more = self.bad[0], len(self.bad) - 1
+        others = f"Of {following}, {more} cannot be used either: {self._by_reason(1)}. " if more else ""
+        remedy = "Mend it, or skip such rows: corpus.on_bad_row=skip."
+        if self.on_bad_row == "skip":
+            others = f"{len(self.bad)} of {self.rows} rows cannot be used: {self._by_reason()}. "
+            remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Mend them, or allow more: {len(self.bad)}."
+        raise BadRowError(f"{first.message}\n{others}{remedy}", first.reason)
 
     def write(self, folder: Path) -> None:
         """Write which rows were skipped beside the caches, after those that an earlier export there skipped."""

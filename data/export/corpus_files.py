@@ -74,7 +74,7 @@ def corpus_files(corpus: str) -> FolderFiles:
     if root.is_file():
         return FolderFiles(root.parent, [root])
     if not root.is_dir():
-        raise UsageError(f"corpus {corpus}: does not exist. Name a folder, a file, or {HUB}OWNER/NAME.")
+        raise UsageError(f"corpus {printable(Path(corpus))}: does not exist. Name a folder, a file, or {HUB}OWNER/NAME.")
     pattern = _snapshot(corpus).pattern if corpus.startswith(HUB) else None
     saved = functools.cache(saved_files)
 
@@ -96,7 +96,7 @@ def corpus_files(corpus: str) -> FolderFiles:
         *endings, last = (ending for ending in FORMATS if not ending.endswith(tuple(PACKED)))
         others = f" It has {found.summary()}." if found.left_out else ""
         raise UsageError(
-            f"corpus {printable(root)}: has no {', '.join(endings)} or {last} file (text and rows also as "
+            f"corpus {printable(Path(corpus))}: has no {', '.join(endings)} or {last} file (text and rows also as "
             f"{', '.join(PACKED)}).{others} Name a folder of them, or one such file."
         )
     return found

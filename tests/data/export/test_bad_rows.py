@@ -79,7 +79,7 @@ def test_ten_thousand_rows_with_forty_bad_ones_of_eight_kinds(
     first, following = str(refused.value).split("\n")
     assert f"{path}:8: not JSON" in first
     assert following.startswith("Of the rows that follow, 39 cannot be used either: 5 not UTF-8, ")
-    assert following.endswith("4 not JSON. Mend them, or leave them out: corpus.on_bad_row=skip.")
+    assert following.endswith("4 not JSON. Mend it, or skip such rows: corpus.on_bad_row=skip.")
 
 
 def test_counting_ends_where_all_rows_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_the_limit_is_a_share_or_a_number(
     path = _rows(tmp_path / "a.jsonl", 400, bad)
     export = tiny.export(teacher=str(teacher), corpus=Corpus(str(path), on_bad_row="skip", most_bad_rows=most))
     if refused:
-        with pytest.raises(UsageError, match=rf"{bad} of \d+ rows cannot be used \(.*allow more: .*most_bad_rows={bad}"):
+        with pytest.raises(UsageError, match=rf"\n{bad} of 400 rows cannot be used: .*most_bad_rows={most:g} .* more: {bad}\."):
             make_plans(export, tmp_path)
         return
     plan = make_plans(export, tmp_path)[0].plan["corpus"]
