@@ -120,6 +120,13 @@ def _refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def _escape_what_encodings_lack() -> None:
+    """Have output in another locale's encoding hold escapes for characters that it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def start(
     main: Callable[..., None],
     module: str,
@@ -133,9 +140,7 @@ def start(
 
     With `more`, the last of them may be repeated.
     """
-    for stream in (sys.stdout, sys.stderr):  # of another locale's encoding: what it lacks is escaped
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _escape_what_encodings_lack()
     FLAGS.set_gnu_getopt(bool(arguments))
     prog = module.removeprefix("launchers.")
 

@@ -74,7 +74,9 @@ def corpus_files(corpus: str) -> FolderFiles:
     if root.is_file():
         return FolderFiles(root.parent, [root])
     if not root.is_dir():
-        raise UsageError(f"corpus {printable(Path(corpus))}: does not exist. Name a folder, a file, or {HUB}OWNER/NAME.")
+        raise UsageError(
+            f"corpus {printable(Path(corpus))}: does not exist. Name a folder, a file, or {HUB}OWNER/NAME."
+        )
     pattern = _snapshot(corpus).pattern if corpus.startswith(HUB) else None
     saved = functools.cache(saved_files)
 

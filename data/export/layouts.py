@@ -13,11 +13,11 @@ A `system` or `system_prompt` beside a conversation is its system message, where
 """
 
 import json
-import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, cast
 
 from data.export.chat import Conversation, Message, PlainPrompt, completed_prompt, conversation
+from data.export.layout_hints import setting, setting_hint
 from data.text_lines import BadRowError
 
 Fields = Mapping[str, Any]
@@ -36,11 +36,6 @@ ROLE_NAMES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
     **dict.fromkeys(("observation", "function_response", "function", "ipython"), "tool"),
 }
-# What data sets call the two sides, or a text, for a hint.
-PROMPTS = ("prompt", "question", "query", "instruction", "problem", "input", "user", "human", "request")
-COMPLETIONS = (
-    "completion", "response", "answer", "output", "chosen", "solution", "assistant", "reply", "target", "answers",
-)  # fmt: skip
 MAPPED = ("text", "messages", "role", "content", "prompt", "completion", "system")
 
 
@@ -96,7 +91,7 @@ def _one_of(fields: Fields, names: tuple[str, ...], where: str) -> str | None:
     if len(found) > 1:
         message = (
             f"{where}: has both {found[0]!r} and {found[1]!r}; wanted one of them. Name the fields that count: "
-            f"{_setting(fields={'prompt': 'FIELD', 'completion': 'FIELD'})}."
+            f"{setting(fields={'prompt': 'FIELD', 'completion': 'FIELD'})}."
         )
         raise BadRowError(message, "several readings")
     return found[0] if found else None
@@ -256,7 +251,7 @@ def _found_content(fields: Fields, reading: Reading, where: str) -> str | Conver
     raise BadRowError(
         f"{where}: no field {reading.text_field!r} (corpus.text_field), 'messages', 'conversations', 'prompt' and "
         f"'completion', or 'instruction' and 'output'. It has {', '.join(sorted(map(repr, fields))) or 'none'}."
-        f"{_hint(fields)}",
+        f"{setting_hint(fields)}",
         "no field that is known",
     )
 
@@ -274,29 +269,3 @@ def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversati
     missing = [" or ".join(side) for side in reading.layouts()[layout] if not set(side) & set(fields)]
     _refuse_missing(missing, fields, where, f"corpus.content={layout}")
     return _content(layout, fields, reading, where)
-
-
-def _setting(**settings: Any) -> str:
-    [(name, value)] = settings.items()
-    written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "--config=" + shlex.quote(f"corpus.{name}={written}")
-
-
-def _hint(fields: Fields) -> str:
-    """A setting by which the row might be read, to be pasted."""
-    lower = {name.lower(): name for name in reversed(list(fields))}
-    for name, value in fields.items():
-        turns = cast(list[Any], value) if isinstance(value, list) else []
-        if turns and isinstance(turns[0], dict) and len(cast(Message, turns[0])) > 1:
-            texts = {key: item for key, item in cast(Message, turns[0]).items() if isinstance(item, str)}
-            if len(texts) > 1:
-                role, *_, content = sorted(texts, key=lambda key: len(texts[key]))
-                return f" Is it {_setting(fields={'messages': name, 'role': role, 'content': content})}?"
-    prompt = next((lower[name] for name in PROMPTS if name in lower), None)
-    completion = next((lower[name] for name in COMPLETIONS if name in lower and lower[name] != prompt), None)
-    if prompt and completion:
-        return f" Is it {_setting(fields={'prompt': prompt, 'completion': completion})}?"
-    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
-    if texts:
-        return f" Is it {_setting(text_field=max(texts, key=lambda name: len(texts[name])))}?"
-    return f" Name its fields: {_setting(fields={'prompt': 'FIELD', 'completion': 'FIELD'})}."

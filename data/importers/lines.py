@@ -102,14 +102,19 @@ def _ids(value: Any, name: str, vocab_size: int) -> Array:
     return ids.astype(np.int32)
 
 
+def _check_lists(rows: Any, name: str) -> None:
+    """Refuse what is no list of lists, such as a server's null for the first position."""
+    if not isinstance(rows, list):
+        raise ValueError(f"{name}: a {type(rows).__name__}; wanted a list of a list for each position")
+    for i, row in enumerate(cast(list[Any], rows)):
+        if not isinstance(row, list):
+            raise ValueError(f"position {i}: its {name} are {shown(row)}; wanted a list, empty for a position without")
+
+
 def _rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, Array]:
     """Ids and numbers as [T, K], padded where rows are shorter."""
-    for name, rows in (("ids", ids), ("numbers", logs)):
-        if not isinstance(rows, list):
-            raise ValueError(f"{name}: a {type(rows).__name__}; wanted a list of a list for each position")
-        for i, row in enumerate(cast(list[Any], rows)):
-            if not isinstance(row, list):
-                raise ValueError(f"position {i}: its {name} are {shown(row)}; wanted a list, empty for a position without")
+    _check_lists(ids, "ids")
+    _check_lists(logs, "numbers")
     if len(ids) != positions or len(logs) != positions:
         raise ValueError(f"has {len(ids)} rows of ids and {len(logs)} of numbers for {positions} positions")
     widest = max(map(len, ids), default=0)

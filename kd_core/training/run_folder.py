@@ -169,7 +169,9 @@ def _commit() -> str:
     """The commit of the code, with `-dirty` where the tree differs; `UNKNOWN_COMMIT` outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
+        found = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return UNKNOWN_COMMIT
     return found.stdout.strip() or UNKNOWN_COMMIT

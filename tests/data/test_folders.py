@@ -1,4 +1,4 @@
-"""Every file below a folder is read or counted: links, hidden files, folders that may not be read, names of any bytes."""
+"""Every file below a folder is read or counted: links, hidden files, closed folders, names of any bytes."""
 
 import json
 import os
@@ -44,7 +44,17 @@ def test_links_to_folders_are_followed_once_and_loops_cut(tmp_path: Path, caplog
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _write(tmp_path, "a.txt", "b.PDF", "c.pdf", "d.docx", "Makefile", ".git/x.txt", ".hidden.txt", "n/.ipynb_checkpoints/a.txt")
+    _write(
+        tmp_path,
+        "a.txt",
+        "b.PDF",
+        "c.pdf",
+        "d.docx",
+        "Makefile",
+        ".git/x.txt",
+        ".hidden.txt",
+        "n/.ipynb_checkpoints/a.txt",
+    )
     os.mkfifo(tmp_path / "pipe.txt")
     with caplog.at_level("INFO", logger="kd"):
         assert _names(tmp_path) == ["a.txt"]
@@ -85,15 +95,17 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
             os._exit(0)
     os.waitpid(process, 0)
     (tmp_path / "closed").chmod(0o755)
-    assert os.read(handle[0], 4096).decode().endswith(
-        "closed: the folder cannot be read (Permission denied). Make it readable, or move it away."
+    assert (
+        os.read(handle[0], 4096)
+        .decode()
+        .endswith("closed: the folder cannot be read (Permission denied). Make it readable, or move it away.")
     )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
 def test_names_that_are_not_utf8_are_read_under_printable_names_in_every_locale(tmp_path: Path) -> None:
     for name in (b"a.txt", "ö.txt".encode(), "ö.txt".encode("latin-1")):
-        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text("x")
+        (tmp_path / os.fsdecode(name)).write_text("x")
     (tmp_path / "rows.jsonl").write_text('{"text": "ö"}', encoding="utf-8")
     wanted = ["a.txt", "rows.jsonl:1", "ö.txt", "\\xf6.txt"]
     assert _names(tmp_path) == wanted

@@ -100,7 +100,9 @@ def test_the_limit_is_a_share_or_a_number(
     path = _rows(tmp_path / "a.jsonl", 400, bad)
     export = tiny.export(teacher=str(teacher), corpus=Corpus(str(path), on_bad_row="skip", most_bad_rows=most))
     if refused:
-        with pytest.raises(UsageError, match=rf"\n{bad} of 400 rows cannot be used: .*most_bad_rows={most:g} .* more: {bad}\."):
+        with pytest.raises(
+            UsageError, match=rf"\n{bad} of 400 rows cannot be used: .*most_bad_rows={most:g} .* more: {bad}\."
+        ):
             make_plans(export, tmp_path)
         return
     plan = make_plans(export, tmp_path)[0].plan["corpus"]
@@ -115,9 +117,7 @@ def test_plans_without_bad_rows_are_as_before(tiny: Tiny, tmp_path: Path) -> Non
     assert make_plans(tiny.export(corpus=skipping), tmp_path)[0].plan == wanted
 
 
-def test_what_template_and_tokenizer_fail_on_is_skipped_too(
-    tiny: Tiny, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_tokenizer_fails_on_is_skipped_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tiny.teacher)
     encode = encoder.tokenizer.encode
 
@@ -135,7 +135,7 @@ def test_what_template_and_tokenizer_fail_on_is_skipped_too(
         list(encoder.encode(documents))
 
 
-def test_the_command_skips_counts_and_names(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
+def test_the_command_skips_counts_and_names(teacher: Path, tmp_path: Path) -> None:
     path = _rows(tmp_path / "a.jsonl", 60, 3)
     items = ["quickstart_export", f"teacher={teacher}", f"corpus.path={path}", "train_tokens=none", "row_length=32",
              "validation_tokens=none", "selection.top_k=8"]  # fmt: skip

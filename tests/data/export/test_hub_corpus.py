@@ -1,4 +1,4 @@
-"""A data set of the hub, from a hub on this machine's loopback: its files, a part of them, a revision; without it too."""
+"""A data set of the hub, from one on the loopback: its files, a part of them, a revision, and without it."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ class _Hub(BaseHTTPRequestHandler):
         else:
             self._answer(404, X_Error_Code="RepoNotFound")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 (as http.server has it)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -79,7 +79,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[ThreadingH
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     yield server
     server.shutdown()
     server.server_close()
@@ -91,7 +93,8 @@ def _texts(corpus: str) -> dict[str, object]:
     return {document.name: document.content for document in Corpus(corpus).documents()}
 
 
-def test_a_data_set_of_the_hub_and_parts_of_it(hub: ThreadingHTTPServer) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_data_set_of_the_hub_and_parts_of_it() -> None:
     train, test = {"data/train.jsonl:1": "of the hub"}, {"data/test-0.parquet:1": "in a table"}
     assert _texts("hub:owner/set:data/train*") == train
     assert _texts("hub:owner/set") == {**test, **train}
@@ -108,9 +111,8 @@ def test_a_data_set_of_the_hub_and_parts_of_it(hub: ThreadingHTTPServer) -> None
         _texts("hub:owner/set/data/train")
 
 
-def test_without_the_hub_what_was_fetched_before_is_taken_if_it_is_whole(
-    hub: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("hub")
+def test_without_the_hub_what_was_fetched_before_is_taken_if_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     part = _texts("hub:owner/set:data/train*")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert _texts("hub:owner/set:data/train*") == part

@@ -1,4 +1,4 @@
-"""Data sets as they are published: read as they are, or by one setting that the message names; equal in every format."""
+"""Data sets as they are published: read as they are or by the setting that the message names, alike in every format."""
 
 import csv
 import datetime
@@ -20,7 +20,7 @@ from data.export.corpus import Corpus
 from data.export.documents import Document
 from experiments.quickstart import quickstart_export
 from kd_core.errors import UsageError
-from launchers.values import set_path
+from launchers.values import check_values, set_path
 
 Rows = list[dict[str, Any]]
 ASK, TELL = {"role": "user", "content": "Who sees the fox?"}, {"role": "assistant", "content": "The owl."}
@@ -93,7 +93,11 @@ LAYOUTS: dict[str, tuple[Rows, list[Any], dict[str, Any]]] = {
         [[SYSTEM, *PAIR]],
         {"fields": {"messages": "dialogue", "role": "speaker", "content": "utterance"}},
     ),
-    "another text": ([{"id": "12", "body": "The owl sees the fox."}], ["The owl sees the fox."], {"text_field": "body"}),
+    "another text": (
+        [{"id": "12", "body": "The owl sees the fox."}],
+        ["The owl sees the fox."],
+        {"text_field": "body"},
+    ),
     "preferences": (
         [{"prompt": "Who sees the fox?", "chosen": "The owl.", "rejected": "No."}],
         [Conversation(PAIR, 1)],
@@ -145,6 +149,8 @@ def test_every_layout_in_every_format_or_by_the_setting_that_the_message_names(
         config = quickstart_export()
         [pasted] = shlex.split(str(refused.value).partition(" Is it ")[2].rstrip("?"))
         set_path(config, pasted.removeprefix("--config="))
+        set_path(config, pasted.removeprefix("--config="))  # also where another value stands
+        check_values(config, recorded=True)
         assert {key: getattr(config.corpus, key) for key in settings} == settings
     assert _contents(tmp_path, **settings) == wanted
 
@@ -185,7 +191,13 @@ def test_roles_of_published_sets(tmp_path: Path) -> None:
 
 
 def test_earlier_turns_of_alpaca(tmp_path: Path) -> None:
-    row = {"instruction": "Who?", "input": "", "output": "The owl.", "history": [["Hear?", "No."]], "system": "Be brief."}
+    row = {
+        "instruction": "Who?",
+        "input": "",
+        "output": "The owl.",
+        "history": [["Hear?", "No."]],
+        "system": "Be brief.",
+    }
     _json_lines(tmp_path / "a.jsonl", [row])
     [messages] = _contents(tmp_path)
     assert [m["content"] for m in messages] == ["Be brief.", "Hear?", "No.", "Who?", "The owl."]
@@ -247,7 +259,12 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
 
 
 def test_times_decimals_and_bytes_harm_only_where_they_are_read(tmp_path: Path) -> None:
-    others = {"at": datetime.datetime(2024, 1, 2), "price": decimal.Decimal("1.5"), "raw": b"\xff", "day": datetime.date(1, 1, 1)}
+    others = {
+        "at": datetime.datetime(2024, 1, 2),
+        "price": decimal.Decimal("1.5"),
+        "raw": b"\xff",
+        "day": datetime.date(1, 1, 1),
+    }
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist([{"text": "x", **others}]), path)
     assert _contents(path) == ["x"]
@@ -269,7 +286,10 @@ def test_nulls_within_fields_are_not_there(tmp_path: Path) -> None:
     def call(**arguments: object) -> dict[str, Any]:
         return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
 
-    rows = [{"messages": [ASK, call(city="Rome")], "text": None}, {"messages": [ASK, call(unit="C", days=[1, 2])], "text": None}]
+    rows = [
+        {"messages": [ASK, call(city="Rome")], "text": None},
+        {"messages": [ASK, call(unit="C", days=[1, 2])], "text": None},
+    ]
     found: list[list[Document]] = []
     for name, write in WRITERS.items():
         write(tmp_path / name, rows)

@@ -145,9 +145,7 @@ def _read(source: Path) -> list[str]:
     return [line.record.document for line in read_lines(str(source), "jsonl", 32)]
 
 
-def test_sources_are_read_packed_with_marks_and_from_folders(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     line = json.dumps(LINE).encode()
     payloads = {
         "a.jsonl": b"\xef\xbb\xbf" + line + b"\r\n\n" + line,
