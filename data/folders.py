@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd_core.errors import UsageError
-from kd_core.files import is_plain_file, printable
+from kd_core.files import printable
 
 log = logging.getLogger("kd")
 HIDDEN, KNOWN, SPECIAL = "hidden", "link to a folder that is read already", "device or pipe"
@@ -83,7 +83,7 @@ class _Walk:
             self._folder(path)
         elif not self.is_wanted(path):
             self.found.left_out[_ending(entry.name)] += 1
-        elif not is_plain_file(path):
+        elif not entry.is_file():
             self.found.left_out[SPECIAL] += 1
         else:
             self.found.files.append(path)

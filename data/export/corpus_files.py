@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,9 +90,10 @@ def corpus_files(corpus: str) -> FolderFiles:
         return names is None or path.name in names
 
     found = files_below(root, is_wanted)
-    if corpus.startswith(HUB) or not all(path.name.lower().endswith(tuple(TEXTS)) for path in found.files):
-        # Beside rows, a README is no document but tells of them.
-        cards = [path for path in found.files if path.name.lower() in CARDS]
+    texts = Counter(path.parent for path in found.files if path.name.lower().endswith(tuple(TEXTS)))
+    if corpus.startswith(HUB) or texts.total() < len(found.files):
+        # Beside rows, a README that is the one text of its folder is no document but tells of them.
+        cards = [path for path in found.files if path.name.lower() in CARDS and texts[path.parent] == 1]
         found.files = [path for path in found.files if path not in cards]
         found.left_out.update({"README of a data set": len(cards)} if cards else {})
     if not found.files:

@@ -21,7 +21,7 @@ def setting(**settings: Any) -> str:
 
 def setting_hint(fields: Mapping[str, Any]) -> str:
     """A setting by which the row might be read, to be pasted."""
-    lower = {name.lower(): name for name in reversed(list(fields))}
+    lower = {name.lower(): name for name in reversed(list(fields)) if isinstance(fields[name], (str, list))}
     for name, value in fields.items():
         turns = cast(list[Any], value) if isinstance(value, list) else []
         if turns and isinstance(turns[0], dict) and len(cast(dict[str, Any], turns[0])) > 1:

@@ -9,7 +9,8 @@
 | instruction | `instruction`, `input` or `context`, `output` or `response`, `history` | Alpaca, Dolly |
 | question | `question` and `response` | OpenOrca |
 
-A `system` or `system_prompt` beside a conversation is its system message, where it has none of its own.
+A `system` or `system_prompt` beside `conversations`, `instruction` or `question` is the system message, where there is
+none. Fields of other names are given by `corpus.fields`.
 """
 
 import json
@@ -180,9 +181,8 @@ def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str |
     """What a row of a known layout holds."""
     if layout == "text":
         return _text(fields, reading.text_field, where)
-    system = _one_of(fields, ("system", "system_prompt"), where)
     if layout == "completion":
-        return _with_system(_completed(fields["prompt"], fields["completion"], where), fields, system, where)
+        return _completed(fields["prompt"], fields["completion"], where)
     if layout == "instruction":
         messages = _instruction(fields, where)
     elif layout == "question":
@@ -191,7 +191,9 @@ def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str |
     else:
         field = next(name for name in LAYOUTS[layout][0] if name in fields)
         messages = _messages(fields[field], where, field)
-    return _with_system(conversation(messages, where, layout), fields, system, where)
+    made = conversation(messages, where, layout)
+    system = next((name for name in ("system", "system_prompt") if isinstance(fields.get(name), str)), None)
+    return made if layout == "messages" else _with_system(made, fields, system, where)
 
 
 def _completed(prompt: Any, completion: Any, where: str) -> Conversation:

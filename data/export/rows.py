@@ -162,7 +162,7 @@ def _csv(path: Path, name: str, choose: Choose) -> Iterator[Row]:
     csv.field_size_limit(MOST_DOCUMENT)
     lines = (line.decode(errors="surrogateescape") for line in lines_of(path))
     header = next(lines, "").removeprefix("\ufeff")
-    reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count))
+    reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     where = printable(path)
     try:
         columns = next(reader, [])

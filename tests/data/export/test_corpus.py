@@ -39,7 +39,7 @@ def test_a_folder_of_all_formats(tmp_path: Path) -> None:
     table = pa.table({"text": [None, "cell"], "messages": [TURNS, None], "other": [1, 2]})
     parquet.write_table(table, tmp_path / "deep" / "e.parquet")
     (tmp_path / "notes.md").write_text("read")
-    (tmp_path / "README.md").write_text("tells of the rows")
+    (tmp_path / "deep" / "README.md").write_text("tells of the rows")
     (tmp_path / "scan.pdf").write_bytes(b"not read")
     assert _documents(tmp_path) == [
         Document("a.txt", "one\ntwo\n"),
