@@ -12,7 +12,8 @@ With --extend, complete caches grow by the documents that they do not have, know
 names. No old shard is touched.
 
 --config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
-scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and
+scorer=transformers, train_tokens=none (all of the corpus), corpus.path=hub:OWNER/NAME, corpus.text_field=content,
+corpus.fields={"prompt": "question", "completion": "answer"}, corpus.on_bad_row=skip, overlap=128, and
 
     selection.top_k=32                           entries of a position; the same as tag:TopK=32
     tag:RowLength=1024                           positions of a window, as training's rows have them
