@@ -17,7 +17,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, cast
 
-from data.export.chat import Conversation, Message, PlainPrompt, completed_prompt, conversation
+from data.export.chat import ROLES, Conversation, Message, PlainPrompt, completed_prompt, conversation
 from data.export.layout_hints import setting, setting_hint
 from data.text_lines import BadRowError
 
@@ -32,7 +32,9 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "question": (("question",), ("response",)),
 }
 FURTHER = ("system", "system_prompt", "input", "context", "history")
+CALL = "function_call"
 ROLE_NAMES = {
+    **{role: role for role in (*ROLES, CALL)},
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
     **dict.fromkeys(("observation", "function_response", "function", "ipython"), "tool"),
@@ -126,15 +128,14 @@ def _message(value: Any, where: str, role_field: str, content_field: str) -> Any
     if role_field not in turn and "from" in turn:
         role_field, content_field = "from", "value"
     role, content = turn.get(role_field), turn.get(content_field)
-    if (role_field, content_field) == ("role", "content") and (
-        not isinstance(role, str) or role not in (*ROLE_NAMES, "function_call")
-    ):
+    usual = ROLE_NAMES.get(role.lower()) if isinstance(role, str) else None
+    if usual in (None, role) and (role_field, content_field) == ("role", "content"):
         return turn
     rest = {key: item for key, item in turn.items() if key not in (role_field, content_field)}
-    if role == "function_call":
+    if usual == CALL:
         return {**rest, **_calls(content, where)}
-    named = {"role": ROLE_NAMES.get(role, role) if isinstance(role, str) else role, "content": content}
-    return {**{key: item for key, item in named.items() if item is not None}, **rest}
+    named = {"role": usual or role, "content": content}
+    return {**rest, **{key: item for key, item in named.items() if item is not None}}
 
 
 def _messages(value: Any, where: str, field: str, names: tuple[str, str] = ("role", "content")) -> list[Message]:

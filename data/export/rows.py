@@ -48,6 +48,8 @@ def _row(where: str, name: str, read: Callable[[], Any]) -> Row:
         return Row(where, name, read())
     except BadRowError as error:
         return Row(where, name, error)
+    except RecursionError:
+        return Row(where, name, BadRowError(f"{where}: nests too deeply. Drop it.", "nesting too deep"))
 
 
 def without_nulls(value: Any) -> Any:
@@ -192,7 +194,7 @@ def _table(read_batches: Callable[[Path, Choose], Iterator[list[Any]]]) -> "Read
                 message = f"{where}: a value that cannot be read ({value!s:.300}). Write the column again, as text."
                 yield Row(where, f"{name}:{number}", BadRowError(message, "a value that cannot be read"))
             else:
-                yield Row(where, f"{name}:{number}", without_nulls(value))
+                yield _row(where, f"{name}:{number}", lambda value=value: without_nulls(value))
 
     return read
 

@@ -124,6 +124,8 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, message: str) -> None:
         ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "a.jsonl:2: not UTF-8 text .* at byte 13"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1: half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 700 + b"]" * 700 + b"}", "a.jsonl:1: nests too deeply"),
+        ("a.csv", b'text,id\n"x,1\n', "a.csv: not CSV at line"),
         ("a.json", b'[\n{"text": "x"},\n', "a.json: not JSON after 1 elements of its array .*jq"),
         ("a.jsonl", b'[\n{"text": "x"}]\n', "a.jsonl:1: not JSON .*jq"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged gzip"),

@@ -170,7 +170,7 @@ CALL = {"name": "look", "arguments": {"city": "Rome"}}
 
 def test_roles_of_published_sets(tmp_path: Path) -> None:
     turns = [
-        {"from": "human", "value": "Look."},
+        {"from": "Human", "value": "Look."},
         {"from": "function_call", "value": json.dumps(CALL)},
         {"from": "observation", "value": "Sun."},
         {"from": "gpt", "value": "It shines.", "weight": 1},
