@@ -1,49 +1,172 @@
-"""Lines of a file that somebody else has written: none without end, and gzip that stays gzip of text."""
+"""Lines of a file that somebody else has written: none without end, and packed text that stays packed text."""
 
+import bz2
 import gzip
+import io
+import json
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
+
+import zstandard
 
 from kd_core.errors import UsageError
-from kd_core.files import open_plain
+from kd_core.files import open_plain, printable
 
 MOST_LINE = 1 << 25  # bytes; what JSON becomes in memory is some twenty times as large
 MOST_UNPACKED, MOST_RATIO = 1 << 28, 200
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ZSTD_STEP = 1 << 10  # packed bytes at a time: they unfold to 32 MiB at the most
+
+
+class BadRowError(UsageError):
+    """One row of a corpus that cannot be used; `reason` names its kind in a few words, so that rows can be counted."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd as one file; `zstandard`'s own reader takes a file that was cut off for a whole one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.frame: Any = None
+        self.packed = self.ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            self.packed = self.packed or self.file.read(ZSTD_STEP)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.ready = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data
+            self.frame = None if self.frame.eof else self.frame
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+
+PACKED: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    ".gz": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file)),
+    ".zst": lambda file: io.BufferedReader(_ZstdFile(file), 1 << 16),
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+
+
+@contextmanager
+def open_unpacked(path: Path, what: str) -> Generator[IO[bytes]]:
+    """Open a file for reading, unpacked where its ending is one of `PACKED`; `what` names it in the error.
+
+    Raises:
+        UsageError: it is no plain file, or damaged.
+    """
+    ending = path.suffix.lower()
+    with open_plain(path, what) as file:
+        if ending not in PACKED:
+            yield file
+            return
+        try:
+            with PACKED[ending](file) as unpacked:
+                yield unpacked
+        except (*DAMAGE, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # those of gzip and bz2 have none
+                raise
+            kind = {".gz": "gzip", ".zst": "zstd"}.get(ending, ending[1:])
+            raise UsageError(f"{printable(path)}: damaged {kind} ({error}). Fetch or write it again.") from None
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a file, gzipped or not.
+    """The lines of a file, packed or not.
 
     Raises:
-        UsageError: no plain file, damaged, a line without end, or gzip that unfolds to more than text does.
+        UsageError: no plain file, damaged, a line without end, or packed text that unfolds to more than text does.
     """
-    with open_plain(path, "a file of lines") as file:
-        if path.suffix.lower() != ".gz":
-            yield from _bounded_lines(file, path)
-            return
-        try:
-            with gzip.open(file) as unpacked:
-                yield from _bounded_lines(unpacked, path)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UsageError(f"{path}: damaged gzip ({error}). Fetch or write it again.") from None
-
-
-def _bounded_lines(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[bytes]:
     number = made = 0
-    while line := file.readline(MOST_LINE + 1):
-        number, made = number + 1, made + len(line)
-        if len(line) > MOST_LINE:
-            raise UsageError(f"{path}:{number}: a line of more than {MOST_LINE} bytes. Wanted a row a line; split it.")
-        refuse_bomb(path, made)
-        yield line
+    with open_unpacked(path, "a file of lines") as file:
+        while line := file.readline(MOST_LINE + 1):
+            number, made = number + 1, made + len(line)
+            if len(line) > MOST_LINE:
+                raise UsageError(
+                    f"{printable(path)}:{number}: a line of more than {MOST_LINE} bytes. Wanted a row a line; split it."
+                )
+            refuse_bomb(path, made)
+            yield line
 
 
 def refuse_bomb(path: Path, made: int) -> None:
     """Refuse a small file that becomes a large one: text packs to a tenth, seldom to a hundredth."""
     if made > MOST_UNPACKED and made > MOST_RATIO * (size := path.stat().st_size):
         raise UsageError(
-            f"{path}: {size} bytes unfold to {made} and more, {MOST_RATIO} times as much. That is no text; if you "
-            "trust it, unpack it yourself."
+            f"{printable(path)}: {size} bytes unfold to {made} and more, {MOST_RATIO} times as much. That is no text; "
+            "if you trust it, unpack it yourself."
         )
+
+
+def decoded(payload: bytes, where: str) -> str:
+    """UTF-8 bytes as text, without a byte order mark.
+
+    Raises:
+        BadRowError: they are of another encoding.
+    """
+    try:
+        return payload.removeprefix(BYTE_ORDER_MARK).decode()
+    except UnicodeDecodeError as error:
+        message = f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it, e.g. with iconv."
+        raise BadRowError(message, "not UTF-8") from None
+
+
+def json_value(text: str, where: str) -> Any:
+    """A text's JSON.
+
+    Raises:
+        BadRowError: it is none, or holds what is no text.
+    """
+    try:
+        value = json.loads(text)
+        refuse_half_pairs(value, text, where)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        if isinstance(error, BadRowError):
+            raise
+        hint = " A JSON array? Wanted an object a line: jq -c '.[]'." if text.lstrip().startswith("[") else ""
+        raise BadRowError(f"{where}: not JSON ({getattr(error, 'msg', error)}).{hint}", "not JSON") from None
+    return value
+
+
+def refuse_half_pairs(value: Any, text: str, where: str) -> None:
+    """Refuse an escape that stands alone, and then is no character.
+
+    Raises:
+        BadRowError: there is one.
+    """
+    try:
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: half a surrogate pair ({error.object[error.start]!a}) is no text."
+        raise BadRowError(message, "half a surrogate pair") from None
+
+
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """The value, which must be an object.
+
+    Raises:
+        BadRowError: it is something else.
+    """
+    if not isinstance(value, dict):
+        hint = " One object a line: jq -c '.[]'." if isinstance(value, list) else ""
+        message = f"{where}: holds a {type(value).__name__}, wanted a JSON object.{hint}"
+        raise BadRowError(message, "not a JSON object")
+    return cast(dict[str, Any], value)

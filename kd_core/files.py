@@ -69,6 +69,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
+def printable(path: Path) -> str:
+    """The path as text that can be written everywhere: bytes that are not UTF-8 as escapes, whatever the locale."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def is_plain_file(path: Path) -> bool:
     """Returns True for a file that ends: no device, pipe or folder. A link counts as its target."""
     try:
@@ -101,7 +106,7 @@ def open_plain(path: Path, what: str) -> BufferedReader:
     """
     if not is_plain_file(path):
         found = "no file that can be read as one" if path.exists() else "no such file"
-        raise UsageError(f"{path}: {found}, wanted {what}. Check the path.")
+        raise UsageError(f"{printable(path)}: {found}, wanted {what}. Check the path.")
     return path.open("rb")
 
 
@@ -148,7 +153,7 @@ def content_fingerprint(paths: list[Path]) -> str:
     """One sha256 over several files' names and bytes, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
+        digest.update(os.fsencode(path.name) + f" {sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """What every command shares: flags that teach, and a user's mistake as one message without a traceback."""
 
 import errno
+import io
 import logging
 import os
 import re
@@ -119,6 +120,13 @@ def _refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def _escape_what_encodings_lack() -> None:
+    """Have output in another locale's encoding hold escapes for characters that it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def start(
     main: Callable[..., None],
     module: str,
@@ -132,6 +140,7 @@ def start(
 
     With `more`, the last of them may be repeated.
     """
+    _escape_what_encodings_lack()
     FLAGS.set_gnu_getopt(bool(arguments))
     prog = module.removeprefix("launchers.")
 

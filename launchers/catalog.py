@@ -69,7 +69,7 @@ def _files() -> list[Path]:
 
 
 def _parsed(path: Path) -> list[ast.stmt]:
-    return ast.parse(path.read_text(), str(path)).body
+    return ast.parse(path.read_bytes(), str(path)).body
 
 
 def _read() -> tuple[list[Entry], list[str]]:

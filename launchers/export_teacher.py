@@ -12,7 +12,8 @@ With --extend, complete caches grow by the documents that they do not have, know
 names. No old shard is touched.
 
 --config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
-scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and
+scorer=transformers, train_tokens=none (all of the corpus), corpus.path=hub:OWNER/NAME, corpus.text_field=content,
+corpus.fields={"prompt": "question", "completion": "answer"}, corpus.on_bad_row=skip, overlap=128, and
 
     selection.top_k=32                           entries of a position; the same as tag:TopK=32
     tag:RowLength=1024                           positions of a window, as training's rows have them
@@ -72,9 +73,12 @@ def _export(export: Any, out: Path) -> None:
         chosen = world.on_first(lambda: _choose_dtype(export, out, world.device))
         app.log.info("dtype: %s", chosen)
         export = replace(export, dtype=chosen.precision)
-        plans = world.on_first(lambda: make_plans(export, out, growth_of(out, begin=True) if EXTEND.value else None))
+        bad_rows = export.corpus.bad_rows()
+        grow = (lambda: growth_of(out, begin=True)) if EXTEND.value else lambda: None
+        plans = world.on_first(lambda: make_plans(export, out, grow(), bad_rows))
         take = claim_growth if EXTEND.value else claim
         wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
+        world.on_first(lambda: bad_rows.write(out))
         if EXTEND.value and not plans:
             app.log.info("%s: every document of the corpus is there already", out)
         for plan in plans:

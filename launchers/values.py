@@ -5,11 +5,11 @@ import contextlib
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fiddle as fdl
 from fiddle.experimental import serialization
@@ -112,10 +112,16 @@ def short_path(filename: str) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
+def _is_mapping(wanted: Any) -> bool:
+    """Whether an annotation is that of a mapping with values of a type."""
+    origin = typing.get_origin(wanted)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
 def walk(node: Any, prefix: str = "", wanted: Any = Any) -> Iterator[Place]:
     """All places below a node, parts before what is in them."""
     hints = typing.get_type_hints(fdl.get_callable(node)) if isinstance(node, fdl.Buildable) else {}
-    inner = [*typing.get_args(wanted), Any][1] if len(typing.get_args(wanted)) == 2 else Any  # of a mapping
+    inner = next((typing.get_args(kind)[1] for kind in (wanted, *typing.get_args(wanted)) if _is_mapping(kind)), Any)
     for name, value in children(node).items():
         place = Place(f"{prefix}{name}", node, name, value, hints.get(name, Any) if hints else inner)
         yield place
@@ -220,7 +226,10 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
 
 
 def _refuse_part(place: Place, said: str) -> None:
-    if place.is_part:
+    is_value = isinstance(place.value, dict) and not any(
+        isinstance(item, (fdl.Buildable, dict)) for item in cast(dict[str, Any], place.value).values()
+    )
+    if place.is_part and not is_value:
         inner = ", ".join(f"{place.path}.{name}" for name in children(place.value))
         raise UsageError(f"{said}: {place.path} is a part, not a value. Set one of its values: {inner}.")
 

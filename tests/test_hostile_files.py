@@ -19,6 +19,7 @@ from typing import Any
 import fiddle as fdl
 import pytest
 import torch
+import zstandard
 from fiddle.experimental import serialization
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -486,6 +487,14 @@ def test_corpora_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile: dict[str, tuple[bytes, str]] = {
         "bomb.jsonl.gz": (gzip.compress(b'{"text": "' + bytes(64 * MIB)), "a line of more than"),
         "rows.jsonl.gz": (gzip.compress(row * 20_000), "times as much"),
+        "bomb.jsonl.zst": (zstandard.compress(b'{"text": "' + bytes(64 * MIB)), "a line of more than"),
+        "rows.jsonl.zst": (zstandard.compress(row * 20_000), "times as much"),
+        "rows.json.zst": (zstandard.compress(b"[" + b'{"text": "a"},' * 400_000), "times as much"),
+        "deep.json": (b"[" * 200_000, "not JSON"),
+        "cut.jsonl.zst": (zstandard.compress(row * 9)[:-9], "damaged zstd"),
+        "quotes.csv": (b'text\n"' + bytes(MIB // 2), "not CSV"),
+        "no.arrow": (b"ARROW1" + bytes(100), "not Arrow"),
+        "other.arrow": (bytes(100), "not Arrow"),
         "line.jsonl": (bytes(2 * MIB), "a line of more than"),
         "deep.jsonl": (b'{"text": ' + b"[" * 200_000, "not JSON"),
         "digits.jsonl": (b'{"text": ' + b"9" * 9000 + b"}", "not JSON"),
@@ -512,6 +521,17 @@ def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     parquet.write_table(pa.table({"text": column}), tmp_path / "bomb.parquet", compression="zstd")
     assert (tmp_path / "bomb.parquet").stat().st_size < MIB
     _refused(lambda: _rows(tmp_path / "bomb.parquet"), "times as much|not Parquet", 60)
+
+
+def test_an_arrow_file_is_checked_before_its_offsets_are_trusted(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"text": ["x" * 10] * 3})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    payload, offsets = (tmp_path / "a.arrow").read_bytes(), struct.pack("<4i", 0, 10, 20, 30)
+    assert offsets in payload
+    (tmp_path / "a.arrow").write_bytes(payload.replace(offsets, struct.pack("<4i", 0, 10, 20, 1 << 30)))
+    _refused(lambda: _rows(tmp_path / "a.arrow"), "not Arrow, or damaged")
 
 
 def test_other_systems_caches_are_bounded(tmp_path: Path) -> None:

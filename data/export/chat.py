@@ -15,6 +15,12 @@ class Conversation(NamedTuple):
     scored_from: int = 0
 
 
+class PlainPrompt(Conversation):
+    """A prompt and its completion, both text: a conversation, or one text where the teacher has no chat template."""
+
+    __slots__ = ()
+
+
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise UsageError(f"{where}: is a {type(value).__name__}, wanted an object with 'role' and 'content'.")

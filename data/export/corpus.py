@@ -5,12 +5,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
-from data.export.documents import CONTENTS, Document, document_of, wanted_keys
-from data.export.rows import FORMATS, has_known_ending, rows_of
+from data.export.bad_rows import BadRows, OnBadRow
+from data.export.corpus_files import corpus_files
+from data.export.documents import Document, document_of
+from data.export.layouts import LAYOUTS, Reading, check_fields, columns_to_read
+from data.export.rows import rows_of
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint
+from kd_core.files import content_fingerprint, printable
 
 log = logging.getLogger("kd")
 
@@ -29,55 +32,77 @@ D = TypeVar("D", bound=Known)
 
 @dataclass(frozen=True)
 class Corpus:
-    """A file or a folder of text files, JSON lines and Parquet, also mixed.
+    """A file, a folder or a data set of the hub: texts, and rows of JSON, CSV, Parquet and Arrow, also mixed.
 
-    A row is text (its `text_field`), `messages`, or `prompt` and `completion`; `content` says which where a row has
-    several of them.
+    Args:
+        path: a file, a folder, or `hub:OWNER/NAME[@REVISION][:FOLDER_OR_PATTERN]`.
+        text_field: the field of a row that is a text.
+        content: the layout of rows (`data/export/layouts.py`), where they have several.
+        fields: other names of fields, such as {"prompt": "question", "completion": "answer"}, {"messages": "dialogue",
+            "role": "speaker", "content": "utterance"} or {"text": "body"}; also "system".
+        on_bad_row: stop with one message at a row that cannot be used, or skip it.
+        most_bad_rows: the most rows that may be skipped: below 1 a share of all, from 1 on a number.
     """
 
     path: str
     text_field: str = "text"
     content: str = "auto"
+    fields: dict[str, str] | None = None
+    on_bad_row: OnBadRow = "stop"
+    most_bad_rows: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.content not in CONTENTS:
-            raise UsageError(f"corpus.content: got {self.content!r}; wanted one of {', '.join(CONTENTS)}.")
+        if self.content not in (contents := ("auto", *LAYOUTS)):
+            raise UsageError(f"corpus.content: got {self.content!r}; wanted one of {', '.join(contents)}.")
+        if self.on_bad_row not in get_args(OnBadRow):
+            raise UsageError(f"corpus.on_bad_row: got {self.on_bad_row!r}; wanted one of stop, skip.")
+        if not self.most_bad_rows >= 0:
+            raise UsageError(f"corpus.most_bad_rows: got {self.most_bad_rows}; wanted 0 or more.")
+        if self.fields is not None:
+            try:
+                check_fields(self.fields)
+            except ValueError as error:
+                raise UsageError(f"corpus.fields: got {self.fields}; {error}.") from None
 
     def files(self) -> list[Path]:
         """All files of the corpus, in a stable order.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is none, or one cannot be reached.
         """
-        root = Path(self.path)
-        if root.is_file():
-            return [root]
-        files = sorted(path for path in root.rglob("*") if has_known_ending(path) and path.is_file())
-        if not files:
-            *endings, last = FORMATS
-            state = f"has no {', '.join(endings)} or {last} file" if root.is_dir() else "does not exist"
-            raise UsageError(f"corpus {self.path}: {state}. Name a folder of them, or one such file.")
-        return files
+        return corpus_files(self.path).files
 
     def identity(self) -> dict[str, Any]:
         """What makes the corpus this one and no other: names and bytes of all files, and how they are read."""
+        fields = {"fields": dict(self.fields)} if self.fields else {}
         return {
             "fingerprint": content_fingerprint(self.files()),
             "text_field": self.text_field,
             "content": self.content,
+            **fields,
         }
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, one at a time: each text file, each line of JSON lines, each row of Parquet.
+    def bad_rows(self) -> BadRows:
+        """What is to become of rows that cannot be used."""
+        return BadRows(self.on_bad_row, self.most_bad_rows)
+
+    def documents(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
+        """All documents, one at a time: each text file, each row of the others.
+
+        Args:
+            bad_rows: takes the rows that cannot be used; without, the first of them is raised.
 
         Raises:
             UsageError: a file or a row cannot be read, or holds no document.
         """
-        root, keys = Path(self.path), wanted_keys(self.text_field)
-        for path in self.files():
-            name = path.name if path == root else str(path.relative_to(root))
-            for row in rows_of(path, name, keys):
-                yield document_of(row, self.content, self.text_field)
+        bad = bad_rows or BadRows("raise")
+        reading, found = Reading(self.content, self.text_field, self.fields), corpus_files(self.path)
+        found.log_left_out("corpus")
+        for path in found.files:
+            name = printable(path.relative_to(found.root))
+            for row in rows_of(path, name, lambda columns: columns_to_read(columns, reading)):
+                bad.count_row()
+                yield from bad.attempt(row.name, document_of, row, reading)
 
 
 def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str, list[D]]:
@@ -92,7 +117,7 @@ def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str
     if len(contents) < 2:
         raise UsageError(
             f"the corpus has {len(contents)} different document(s) with something to score; wanted two or more, one "
-            "to hold out. A .txt file, a line of a .jsonl file and a row of a .parquet file are each a document. Text "
+            "to hold out. A text file, a line of a .jsonl file and a row of a .parquet file are each a document. Text "
             "of less than two tokens and conversations without the assistant's turn are left out."
         )
     if repeated := len(documents) - len(contents):

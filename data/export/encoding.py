@@ -1,16 +1,21 @@
 """Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.export.chat import Conversation
+from data.export.bad_rows import BadRows
+from data.export.chat import Conversation, PlainPrompt
 from data.export.documents import Document
-from data.export.template import ChatTemplate, Span
+from data.export.template import ChatTemplate, NoTemplateError, Span
+from data.text_lines import BadRowError
 from data.tokenizer import Pieces, Tokenizer
+from kd_core.errors import UsageError
 
+log = logging.getLogger("kd")
 # What is held as text at a time.
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
@@ -65,14 +70,30 @@ class Encoder:
         self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.template: ChatTemplate | None = None
+        self.joins_prompts = False
 
     def _laid_out(self, document: Document) -> _LaidOut:
         if not isinstance(document.content, Conversation):
             return _LaidOut(document.name, document.digest(), document.content, None)
+        is_plain = isinstance(document.content, PlainPrompt)
+        if self.template is None and not (is_plain and self.joins_prompts):
+            self._read_template(is_plain)
         if self.template is None:
-            self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
+            prompt, completion = (str(message["content"]) for message in document.content.messages)
+            scored = (len(prompt), len(prompt) + len(completion))
+            return _LaidOut(document.name, document.digest(), prompt + completion, [scored])
         text, spans = self.template.render(document.content, document.name)
         return _LaidOut(document.name, document.digest(), text, spans)
+
+    def _read_template(self, is_plain: bool) -> None:
+        """Read the chat template, which only prompts and completions of plain text can do without."""
+        try:
+            self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
+        except NoTemplateError:
+            if not is_plain:
+                raise
+            self.joins_prompts = True
+            log.info("%s: no chat template, so a completion stands right behind its prompt, as one text", self.folder)
 
     def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
         """Offsets, which take far more room than ids, only where there are spans."""
@@ -88,11 +109,27 @@ class Encoder:
                 ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, each.spans)
             yield Encoded(each.name, ids, scored[1:], each.digest)
 
-    def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
+    def encode(self, documents: Iterable[Document], bad_rows: BadRows | None = None) -> Iterator[Encoded]:
         """Each document, in order; a few are text at a time.
+
+        Args:
+            bad_rows: takes the documents that cannot be encoded; without, the first of them is raised.
 
         Raises:
             UsageError: there is no chat template for a conversation, or it cannot render it.
         """
-        for batch in _batches(self._laid_out(document) for document in documents):
-            yield from self._encoded(batch)
+        bad = bad_rows or BadRows("raise")
+        laid_out = (each for d in documents for each in bad.attempt(d.name, self._laid_out, d))
+        for batch in _batches(laid_out):
+            if not bad.will_stop:
+                yield from self._encoded_or_bad(batch, bad)
+
+    def _encoded_or_bad(self, batch: Sequence[_LaidOut], bad_rows: BadRows) -> list[Encoded]:
+        """A batch's documents; where the tokenizer fails, those that it does not fail on."""
+        try:
+            return list(self._encoded(batch))
+        except UsageError as error:
+            if len(batch) > 1:
+                return [each for one in batch for each in self._encoded_or_bad([one], bad_rows)]
+            bad_rows.add(batch[0].name, BadRowError(f"{batch[0].name}: {error}", "the tokenizer fails"))
+            return []

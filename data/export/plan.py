@@ -15,6 +15,7 @@ from data.cache.codec.levels import CODECS
 from data.cache.contents import window_digest, windows_digest
 from data.cache.manifest import Manifest
 from data.cache.selection import Selection
+from data.export.bad_rows import BadRows
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
 from data.export.growth import SPLITS, Growth
@@ -151,15 +152,16 @@ def _runs(sizes: Sequence[int], most: int) -> list[range]:
     return [*runs, range(start, len(sizes))]
 
 
-def _scored_documents(corpus: Corpus, encoder: Encoder) -> list[Encoded]:
+def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> list[Encoded]:
     """All documents with something to score."""
     kept: list[Encoded] = []
     left_out = 0
-    for document in encoder.encode(corpus.documents()):
+    for document in encoder.encode(corpus.documents(bad_rows), bad_rows):
         if document.loss_mask.any():
             kept.append(document)
         else:
             left_out += 1
+    bad_rows.finish(corpus.path)
     if left_out:
         log.info(
             "corpus %s: %d of %d documents left out: nothing to score (less than two tokens, or no assistant's turn)",
@@ -183,13 +185,16 @@ def _facts(export: TeacherExport, folder: Path) -> TeacherFacts:
     return teacher
 
 
-def _settings(export: TeacherExport, folder: Path, teacher: TeacherFacts, encoder: Encoder) -> dict[str, Any]:
+def _settings(
+    export: TeacherExport, folder: Path, teacher: TeacherFacts, encoder: Encoder, bad_rows: BadRows
+) -> dict[str, Any]:
     """All that decides what the caches hold, but for split and tokens."""
+    skipped = {"skipped": bad_rows.counts()} if bad_rows.bad else {}
     settings = asdict(export)
     for name in ("corpus", "teacher", "train_tokens", "validation_tokens"):
         del settings[name]
     return {
-        "corpus": export.corpus.identity(),
+        "corpus": {**export.corpus.identity(), **skipped},
         "chat_template": encoder.template.fingerprint() if encoder.template else None,
         "teacher": {
             "weights": content_fingerprint(weight_files(folder)),
@@ -231,17 +236,20 @@ def _sides(export: TeacherExport, documents: list[Encoded], growth: Growth | Non
     return split_documents(documents, export.validation_share, export.seed)
 
 
-def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -> list[CachePlan]:
+def make_plans(
+    export: TeacherExport, out: Path, growth: Growth | None = None, bad_rows: BadRows | None = None
+) -> list[CachePlan]:
     """Read, tokenize, split and draw; every rank comes to the same plans. A growth has new documents alone,
-    and no plan for a cache to which nothing is new.
+    and no plan for a cache to which nothing is new. `bad_rows` takes the rows of the corpus that are skipped.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
     folder = local_folder(export.teacher)
     teacher, encoder = _facts(export, folder), Encoder(folder)
-    sides = _sides(export, _scored_documents(export.corpus, encoder), growth)
-    settings = _settings(export, folder, teacher, encoder)
+    bad = bad_rows or export.corpus.bad_rows()
+    sides = _sides(export, _scored_documents(export.corpus, encoder, bad), growth)
+    settings = _settings(export, folder, teacher, encoder, bad)
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
         windows = choose_windows(list(windows_of(sides[split], export.row_length, export.overlap)), tokens, export.seed)

@@ -1,140 +1,223 @@
-"""Rows out of files, by the file's ending, one at a time: text files, JSON lines (also gzipped), Parquet."""
+"""Rows out of files, by the file's ending, one at a time: texts, JSON lines and arrays, CSV; tables in `tables.py`.
 
+Text formats may be packed: `.jsonl.gz`, `.txt.zst`. A row that cannot be read stands in its place as a `BadRowError`,
+so that others after it can be used.
+"""
+
+import codecs
+import csv
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
-from data.text_lines import lines_of, refuse_bomb
+from data.export.tables import arrow_batches, parquet_batches
+from data.text_lines import (
+    PACKED,
+    BadRowError,
+    decoded,
+    json_object,
+    json_value,
+    lines_of,
+    open_unpacked,
+    refuse_bomb,
+    refuse_half_pairs,
+)
 from kd_core.errors import UsageError
-from kd_core.files import damaged, open_plain
-from kd_core.memory import bounded_memory
+from kd_core.files import printable
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-PARQUET_ROWS = 256
+__all__ = ["FORMATS", "TEXTS", "BadRowError", "Row", "reader_of", "rows_of"]
+
 MOST_DOCUMENT = 1 << 28  # bytes
-MOST_MEMORY = 4 << 30  # bytes for a batch of Parquet's rows
-
-
-class BadRowError(UsageError):
-    """One row of a corpus that cannot be used; `reason` names its kind in a few words, so that rows can be counted."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+MOST_ELEMENT = 1 << 25  # characters of an element of a JSON array
+JSON_STEP = 1 << 20  # characters of a JSON array at a time
+Choose = Callable[[Sequence[str]], list[str]]  # the columns to read, of those that a table has
 
 
 class Row(NamedTuple):
-    """Where it lies (for messages), a name that stays the same between exports, and the text or the fields."""
+    """Where it lies (for messages), a name that stays the same between exports, and the text, the fields or a fault."""
 
     where: str
     name: str
-    value: str | dict[str, Any]
+    value: str | dict[str, Any] | BadRowError
 
 
-def _decoded(payload: bytes, where: str) -> str:
+def _row(where: str, name: str, read: Callable[[], Any]) -> Row:
     try:
-        return payload.removeprefix(BYTE_ORDER_MARK).decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it, e.g. with iconv."
-        ) from None
+        return Row(where, name, read())
+    except BadRowError as error:
+        return Row(where, name, error)
+    except RecursionError:
+        return Row(where, name, BadRowError(f"{where}: nests too deeply. Drop it.", "nesting too deep"))
 
 
-def _text_file(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
-    del keys
-    with open_plain(path, "a text file") as file:
+def without_nulls(value: Any) -> Any:
+    """The value without fields that are null, at any depth: Parquet writes null for what is not there."""
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value)
+        return {key: without_nulls(item) for key, item in fields.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in cast(list[Any], value)]
+    return value
+
+
+def _text_file(path: Path, name: str, choose: Choose) -> Iterator[Row]:
+    del choose
+    where = printable(path)
+
+    def read() -> str:
+        if len(payload) > MOST_DOCUMENT:
+            message = f"{where}: has more than {MOST_DOCUMENT} bytes, which a document has at most. Split it."
+            raise BadRowError(message, "too long a document")
+        return decoded(payload, where).replace("\r\n", "\n").replace("\r", "\n")
+
+    with open_unpacked(path, "a text file") as file:
         payload = file.read(MOST_DOCUMENT + 1)
-    if len(payload) > MOST_DOCUMENT:
-        raise UsageError(f"{path}: has {path.stat().st_size} bytes; a document has {MOST_DOCUMENT} at most. Split it.")
-    text = _decoded(payload, str(path))
-    yield Row(str(path), name, text.replace("\r\n", "\n").replace("\r", "\n"))
+    refuse_bomb(path, len(payload))
+    yield _row(where, name, read)
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
-    text = _decoded(line, where)
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # an escape that may stand alone, and then is no character
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: half a surrogate pair ({error.object[error.start]!a}) is no text.") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        hint = " A JSON array? Wanted an object a line: jq -c '.[]'." if text.lstrip().startswith("[") else ""
-        raise UsageError(f"{where}: not JSON ({getattr(error, 'msg', error)}).{hint}") from None
-    if not isinstance(value, dict):
-        hint = " One object a line: jq -c '.[]'." if isinstance(value, list) else ""
-        raise UsageError(f"{where}: holds a {type(value).__name__}, wanted a JSON object.{hint}")
-    return cast(dict[str, Any], value)
-
-
-def _json_lines(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
+def _json_lines(path: Path, name: str, choose: Choose) -> Iterator[Row]:
+    del choose
     for number, line in enumerate(lines_of(path), 1):
-        if line.strip():
-            found = _json_object(line, f"{path}:{number}")
-            yield Row(f"{path}:{number}", f"{name}:{number}", _present(found, keys))
+        if not line.strip():
+            continue
+        where = f"{printable(path)}:{number}"
+        yield _row(
+            where,
+            f"{name}:{number}",
+            lambda line=line, where=where: without_nulls(json_object(json_value(decoded(line, where), where), where)),
+        )
 
 
-def _present(fields: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """The row without nulls, which Parquet writes for what is not there; other columns keep only their names."""
-    return {key: value if key in keys else None for key, value in fields.items() if value is not None}
+def _json(path: Path, name: str, choose: Choose) -> Iterator[Row]:
+    """JSON lines, or one array of objects."""
+    with open_unpacked(path, "a JSON file") as file:
+        head = file.read(JSON_STEP).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if head != b"[":
+        yield from _json_lines(path, name, choose)
+        return
+    for number, (value, text) in enumerate(_json_elements(path), 1):
+        where = f"{printable(path)}: row {number}"
+
+        def read(value: Any = value, text: str = text, where: str = where) -> dict[str, Any]:
+            refuse_half_pairs(value, text, where)
+            return without_nulls(json_object(value, where))
+
+        yield _row(where, f"{name}:{number}", read)
 
 
-def _parquet_rows(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
-    """A few rows in memory at a time, and of them only the columns that are wanted."""
-    try:
-        import pyarrow as pa  # noqa: PLC0415 (an extra)
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError:
-        raise UsageError(f"{path}: Parquet needs the extra: pip install 'kd-workspace[parquet]'.") from None
-    with open_plain(path, "a Parquet file") as file, damaged(path, "Parquet", "Fetch or write it again"):
-        try:
-            yield from _rows_of_parquet(parquet.ParquetFile(file), path, name, keys)
-        except (pa.ArrowException, OSError, MemoryError) as error:
-            raise UsageError(f"{path}: not Parquet, or damaged ({error}). Fetch or write it again.") from None
+def _json_elements(path: Path) -> Iterator[tuple[Any, str]]:
+    """The elements of an array, one at a time, each with its text.
 
-
-def _rows_of_parquet(opened: Any, path: Path, name: str, keys: set[str]) -> Iterator[Row]:
-    with opened as file:
-        columns = [str(column) for column in file.schema_arrow.names]
-        if not keys & set(columns):
-            raise UsageError(
-                f"{path}: has the columns {', '.join(map(repr, columns)) or '(none)'}; wanted one of "
-                f"{', '.join(map(repr, sorted(keys)))}. Name the column of the texts: corpus.text_field."
-            )
-        batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=[c for c in columns if c in keys])
-        number = made = 0
+    Raises:
+        UsageError: it is no array of JSON, which says nothing of where the next element would begin.
+    """
+    decoder = json.JSONDecoder()
+    number = made = 0
+    with open_unpacked(path, "a JSON array") as file:
+        text = _utf8(file, path)
+        buffer, at = next(text).lstrip()[1:], 0
         while True:
-            with bounded_memory(MOST_MEMORY):
-                if (batch := next(batches, None)) is None:
-                    return
-                rows = batch.to_pylist()
-            made += batch.nbytes
-            refuse_bomb(path, made)
-            for found in rows:
-                number += 1
-                yield Row(f"{path}: row {number}", f"{name}:{number}", _present(found, keys))
+            while at < len(buffer) and buffer[at] in " \t\r\n,":
+                at += 1
+            if buffer.startswith("]", at):
+                return
+            try:
+                value, end = decoder.raw_decode(buffer, at)
+                if end == len(buffer):  # a number may go on
+                    raise ValueError("the array has no end")
+            except (ValueError, RecursionError) as error:
+                part = next(text, "") if len(buffer) - at < MOST_ELEMENT else ""
+                if not part:
+                    message = getattr(error, "msg", error)
+                    raise UsageError(
+                        f"{printable(path)}: not JSON after {number} elements of its array ({message}). Mend the file, "
+                        "or write an object a line: jq -c '.[]'."
+                    ) from None
+                made += len(part)
+                refuse_bomb(path, made)
+                buffer, at = buffer[at:] + part, 0
+                continue
+            number += 1
+            yield value, buffer[at:end]
+            at = end
 
 
-FORMATS: dict[str, Callable[[Path, str, set[str]], Iterator[Row]]] = {
-    ".txt": _text_file,
-    ".jsonl": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".json": _json_lines,
-    ".parquet": _parquet_rows,
+def _utf8(file: IO[bytes], path: Path) -> Iterator[str]:
+    """A file's text in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    while True:
+        payload = file.read(JSON_STEP)
+        try:
+            yield decoder.decode(payload, final=not payload)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{printable(path)}: not UTF-8 text ({error.reason}). Convert it with iconv.") from None
+        if not payload:
+            return
+
+
+def _csv(path: Path, name: str, choose: Choose) -> Iterator[Row]:
+    """Rows under a header, whose most frequent of comma, semicolon and tab divides cells. Empty cells are not there."""
+    del choose
+    csv.field_size_limit(MOST_DOCUMENT)
+    lines = (line.decode(errors="surrogateescape") for line in lines_of(path))
+    header = next(lines, "").removeprefix("\ufeff")
+    reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
+    where = printable(path)
+    try:
+        columns = next(reader, [])
+        for number, cells in enumerate(reader, 1):
+            if cells:
+                own = f"{where}: row {number}"
+                yield _row(own, f"{name}:{number}", lambda cells=cells, own=own: _csv_fields(columns, cells, own))
+    except csv.Error as error:
+        raise UsageError(f"{where}: not CSV at line {reader.line_num} ({error}). Write it again.") from None
+
+
+def _csv_fields(columns: list[str], cells: list[str], where: str) -> dict[str, str]:
+    if len(cells) != len(columns):
+        message = f"{where}: has {len(cells)} cells, the header {len(columns)}. Quote cells that hold the delimiter."
+        raise BadRowError(message, "cells that the header does not name")
+    decoded("".join([*columns, *cells]).encode(errors="surrogateescape"), where)
+    return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
+
+
+def _table(read_batches: Callable[[Path, Choose], Iterator[list[Any]]]) -> "Reader":
+    """A reader of tables, whose batches hold each row's fields, or its fault."""
+
+    def read(path: Path, name: str, choose: Choose) -> Iterator[Row]:
+        for number, value in enumerate(itertools.chain.from_iterable(read_batches(path, choose)), 1):
+            where = f"{printable(path)}: row {number}"
+            if isinstance(value, Exception):
+                message = f"{where}: a value that cannot be read ({value!s:.300}). Write the column again, as text."
+                yield Row(where, f"{name}:{number}", BadRowError(message, "a value that cannot be read"))
+            else:
+                yield _row(where, f"{name}:{number}", lambda value=value: without_nulls(value))
+
+    return read
+
+
+Reader = Callable[[Path, str, Choose], Iterator[Row]]
+TEXTS: dict[str, Reader] = {".txt": _text_file, ".md": _text_file, ".markdown": _text_file}
+LINES: dict[str, Reader] = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv}
+TABLES = {".parquet": _table(parquet_batches), ".arrow": _table(arrow_batches), ".feather": _table(arrow_batches)}
+FORMATS: dict[str, Reader] = {
+    **{ending + packed: read for ending, read in {**TEXTS, **LINES}.items() for packed in ("", *PACKED)},
+    **TABLES,
 }
 
 
-def has_known_ending(path: Path) -> bool:
-    """Whether the file's ending is one of `FORMATS`."""
-    return path.name.lower().endswith(tuple(FORMATS))
+def reader_of(path: Path) -> Reader | None:
+    """The reader of a file's ending; None where it has none of `FORMATS`."""
+    return next((read for ending, read in FORMATS.items() if path.name.lower().endswith(ending)), None)
 
 
-def rows_of(path: Path, name: str, keys: set[str]) -> Iterator[Row]:
-    """The rows of a file, of their fields those in `keys`; a file of unknown ending is text.
+def rows_of(path: Path, name: str, choose: Choose) -> Iterator[Row]:
+    """The rows of a file; of a table the columns that `choose` takes. A file of unknown ending is text.
 
     Raises:
-        UsageError: the file is damaged, not of its ending's format, or has none of the keys.
+        UsageError: the file is damaged, or not of its ending's format.
     """
-    read = next((read for ending, read in FORMATS.items() if path.name.lower().endswith(ending)), _text_file)
-    return read(path, name, keys)
+    return (reader_of(path) or _text_file)(path, name, choose)

@@ -90,6 +90,10 @@ def _named_source(found: Any, path: Path) -> str | None:
     return found
 
 
+class NoTemplateError(UsageError):
+    """A teacher without a chat template."""
+
+
 class ChatTemplate:
     """A template in a sandbox, with the special tokens that it names."""
 
@@ -133,7 +137,7 @@ class ChatTemplate:
         with damaged(path, "the configuration of a tokenizer"):
             source = _named_source(settings.get("chat_template"), path)
         if source is None:
-            raise UsageError(
+            raise NoTemplateError(
                 f"{folder}: no chat template, and the corpus has conversations. Wanted chat_template.jinja, or "
                 "chat_template in tokenizer_config.json: copy that of the model's instruction-tuned sibling, or "
                 "write one."

@@ -12,21 +12,24 @@ The tail is what is missing to 1. A label that is no entry has no log-probabilit
 it can have, that of the least likely entry or of the whole tail.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from data.cache.codec.header import check_size
 from data.cache.record import UNUSED, Array, Record
-from data.text_lines import lines_of
+from data.folders import files_below
+from data.text_lines import PACKED, decoded, json_object, json_value, lines_of
 from kd_core.errors import UsageError
+from kd_core.files import printable
+from kd_core.json_fields import shown
 
+ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson") for packed in ("", *PACKED))
 CHUNK_ID, CHUNK_NUMBER = "CHUNK_ID", re.compile(r"[0-9]{1,12}")
 MOST_MASS = 1.05  # of entries, by rounding of what wrote them: it is scaled back to 1
 
@@ -46,23 +49,26 @@ def files_of(source: str) -> list[Path]:
     """
     if CHUNK_ID not in source:
         path = Path(source)
-        files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-        if not files:
+        if path.is_file():
+            return [path]
+        found = files_below(path, lambda file: file.name.lower().endswith(ENDINGS)) if path.is_dir() else None
+        if found is None or not found.files:
             raise UsageError(
                 f"{source}: no such file, and no folder of .jsonl files. Name one, or a path with {CHUNK_ID}."
             )
-        return files
+        found.log_left_out("source")
+        return found.files
     before, _, after = Path(source).name.partition(CHUNK_ID)
-    found: dict[int, Path] = {}
+    chunks: dict[int, Path] = {}
     for path in Path(source).parent.glob(f"{before}*{after}"):
         number = path.name[len(before) : len(path.name) - len(after)]
         if CHUNK_NUMBER.fullmatch(number):
-            found[int(number)] = path
-    missing = next((number for number in range(max(1, len(found))) if number not in found), None)
+            chunks[int(number)] = path
+    missing = next((number for number in range(max(1, len(chunks))) if number not in chunks), None)
     if missing is not None:
         wanted = source.replace(CHUNK_ID, str(missing))
-        raise UsageError(f"{wanted}: no such chunk; there are {len(found)} others. Restore it: chunks count from 0.")
-    return [found[number] for number in sorted(found)]
+        raise UsageError(f"{wanted}: no such chunk; there are {len(chunks)} others. Restore it: chunks count from 0.")
+    return [chunks[number] for number in sorted(chunks)]
 
 
 def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
@@ -71,19 +77,20 @@ def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
     Raises:
         UsageError: file and line, what was found there, what was wanted.
     """
+    root = Path(source)
     for path in files_of(source):
+        name = printable(path.relative_to(root) if root.is_dir() else Path(path.name))
         for number, line in enumerate(lines_of(path), 1):
             if not line.strip():
                 continue
+            where = f"{printable(path)}:{number}"
+            value = json_object(json_value(decoded(line, where), where), where)
             try:
-                value = json.loads(line.decode())
-                if not isinstance(value, dict):
-                    raise ValueError(f"is a {type(value).__name__}, wanted an object")
-                yield KINDS[kind](value, f"{path.name}:{number}", vocab_size)
+                yield KINDS[kind](value, f"{name}:{number}", vocab_size)
             except KeyError as error:
-                raise UsageError(f"{path}:{number}: no field {error}. Is it {kind}?") from None
+                raise UsageError(f"{where}: no field {error}. Is it {kind}?") from None
             except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:
-                raise UsageError(f"{path}:{number}: {error!s:.400}.") from None
+                raise UsageError(f"{where}: {error!s:.400}.") from None
 
 
 def _ids(value: Any, name: str, vocab_size: int) -> Array:
@@ -95,8 +102,19 @@ def _ids(value: Any, name: str, vocab_size: int) -> Array:
     return ids.astype(np.int32)
 
 
+def _check_lists(rows: Any, name: str) -> None:
+    """Refuse what is no list of lists, such as a server's null for the first position."""
+    if not isinstance(rows, list):
+        raise ValueError(f"{name}: a {type(rows).__name__}; wanted a list of a list for each position")
+    for i, row in enumerate(cast(list[Any], rows)):
+        if not isinstance(row, list):
+            raise ValueError(f"position {i}: its {name} are {shown(row)}; wanted a list, empty for a position without")
+
+
 def _rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, Array]:
     """Ids and numbers as [T, K], padded where rows are shorter."""
+    _check_lists(ids, "ids")
+    _check_lists(logs, "numbers")
     if len(ids) != positions or len(logs) != positions:
         raise ValueError(f"has {len(ids)} rows of ids and {len(logs)} of numbers for {positions} positions")
     widest = max(map(len, ids), default=0)

@@ -139,7 +139,7 @@ class RunFolder:
         folder = self.path / "attempts" / f"{len(self.attempts()) + 1:03d}"
         folder.mkdir(parents=True)
         write_json(folder / "attempt.json", facts)
-        handler = logging.FileHandler(folder / "log.txt")
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         return folder
@@ -169,7 +169,9 @@ def _commit() -> str:
     """The commit of the code, with `-dirty` where the tree differs; `UNKNOWN_COMMIT` outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        found = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return UNKNOWN_COMMIT
     return found.stdout.strip() or UNKNOWN_COMMIT

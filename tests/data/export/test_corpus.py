@@ -38,7 +38,9 @@ def test_a_folder_of_all_formats(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     table = pa.table({"text": [None, "cell"], "messages": [TURNS, None], "other": [1, 2]})
     parquet.write_table(table, tmp_path / "deep" / "e.parquet")
-    (tmp_path / "notes.md").write_text("no part of the corpus")
+    (tmp_path / "notes.md").write_text("read")
+    (tmp_path / "deep" / "README.md").write_text("tells of the rows")
+    (tmp_path / "scan.pdf").write_bytes(b"not read")
     assert _documents(tmp_path) == [
         Document("a.txt", "one\ntwo\n"),
         Document("b.jsonl:1", "line\u2028separator"),
@@ -47,6 +49,7 @@ def test_a_folder_of_all_formats(tmp_path: Path) -> None:
         Document("d.jsonl.gz:1", "zipped"),
         Document("deep/e.parquet:1", Conversation(TURNS)),
         Document("deep/e.parquet:2", "cell"),
+        Document("notes.md", "read"),
     ]  # fmt: skip
 
 
@@ -94,14 +97,14 @@ def test_messages_keep_what_templates_may_read_and_lose_nulls(tmp_path: Path) ->
         ({"messages": []}, "'messages' is empty"),
         ({"messages": ["hello"]}, r"messages\[0\]: is a str, wanted an object"),
         ({"messages": [TURNS[0], {"content": "x"}]}, r"messages\[1\]: no 'role'; wanted one of system"),
-        ({"messages": [{"role": "human", "content": "x"}]}, r"role is 'human'; wanted one of"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, r"role is 'narrator'; wanted one of"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"role is \['user'\]"),
         ({"messages": [{"role": "user"}]}, "no 'content'; wanted the text of the user's message"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' is a list, wanted text"),
         ({"messages": [{"role": "assistant", "content": "  \n"}]}, "the assistant's 'content' is empty"),
         ({"prompt": 3, "completion": "x"}, "'prompt' is a int, wanted text or a list of messages"),
         ({"prompt": "x", "completion": ""}, "completion: the assistant's 'content' is empty"),
-        ({"prompt": "x", "completion": [{"role": "bot", "content": "y"}]}, r"completion\[0\]: role is 'bot'"),
+        ({"prompt": "x", "completion": [{"role": "judge", "content": "y"}]}, r"completion\[0\]: role is 'judge'"),
         ({"prompt": "x", "answer": "y"}, "no field 'text'.*It has 'answer', 'prompt'"),
         ({"text": None}, "no field 'text'.*It has none"),
         ({"text": ["x"]}, "'text' is a list, wanted text"),
@@ -121,7 +124,10 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, message: str) -> None:
         ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "a.jsonl:2: not UTF-8 text .* at byte 13"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1: half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
-        ("a.json", b'[\n{"text": "x"}]\n', "a.json:1: not JSON .*jq"),
+        ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 700 + b"]" * 700 + b"}", "a.jsonl:1: nests too deeply"),
+        ("a.csv", b'text,id\n"x,1\n', "a.csv: not CSV at line"),
+        ("a.json", b'[\n{"text": "x"},\n', "a.json: not JSON after 1 elements of its array .*jq"),
+        ("a.jsonl", b'[\n{"text": "x"}]\n', "a.jsonl:1: not JSON .*jq"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-20], "a.jsonl.gz: damaged gzip"),
         ("a.parquet", b"no parquet", "a.parquet: not Parquet, or damaged"),
@@ -135,7 +141,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, payload: bytes, mess
 
 def test_parquet_without_the_column_and_with_other_types(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"a.parquet: has the columns 'body', 'id'; wanted one of .*'text'"):
+    with pytest.raises(UsageError, match=r"a.parquet: row 1: no field 'text'.*has 'body', 'id'.*text_field=body"):
         _documents(tmp_path)
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a.parquet: row 1: 'text' is a int, wanted text"):

@@ -169,7 +169,7 @@ def test_whole_documents_are_held_out() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no .txt, .jsonl, .jsonl.gz, .json or .parquet file"),
+        ({}, "has no .txt, .md, .*.parquet, .arrow or .feather file"),
         ({"a.txt": b"only one document"}, "wanted two or more"),
         ({"a.txt": b"x", "b.txt": b"y", "c.txt": b""}, "wanted two or more"),
         ({"a.jsonl": b'{"text": "fine"}\n{"text": broken\n'}, r"a.jsonl:2: not JSON"),

@@ -1,6 +1,9 @@
 """Other systems' caches: what they say comes back, what they do not say is refused or stated, bad lines are named."""
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from data.cache.manifest import read_manifest
 from data.cache.record import UNUSED, Record
 from data.cache.verify import verify
 from data.importers.convert import UNKNOWN, Conversion, convert
-from data.importers.lines import files_of
+from data.importers.lines import files_of, read_lines
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.checks import cache_facts
@@ -132,6 +136,68 @@ def test_a_bad_line_is_named_and_nothing_is_left(tiny: Tiny, tmp_path: Path, bad
     with pytest.raises(UsageError, match=rf"a\.jsonl:2: .*{message}"):
         convert(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+LINE = {"tokens": [1, 2, 3], "top_ids": [[2, 5], [3]], "top_log_probs": [[-0.1, -3.0], [-0.2]]}
+
+
+def _read(source: Path) -> list[str]:
+    return [line.record.document for line in read_lines(str(source), "jsonl", 32)]
+
+
+def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line = json.dumps(LINE).encode()
+    payloads = {
+        "a.jsonl": b"\xef\xbb\xbf" + line + b"\r\n\n" + line,
+        "b.jsonl.gz": gzip.compress(line),
+        "c.jsonl.zst": zstandard.compress(line + b"\n") + zstandard.compress(line),
+        "d/e.ndjson.xz": lzma.compress(line),
+        "notes.pdf": b"",
+    }
+    for name, payload in payloads.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(payload)
+    with caplog.at_level("INFO", logger="kd"):
+        assert _read(tmp_path) == [
+            "a.jsonl:1", "a.jsonl:3", "b.jsonl.gz:1", "c.jsonl.zst:1", "c.jsonl.zst:2", "d/e.ndjson.xz:1",
+        ]  # fmt: skip
+    assert "1 left out: 1 .pdf" in caplog.text
+    assert _read(tmp_path / "c.jsonl.zst") == ["c.jsonl.zst:1", "c.jsonl.zst:2"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b'{"document": "caf\xe9"}', "not UTF-8 text"),
+        (b"\xff\xfe" + json.dumps(LINE).encode("utf-16-le"), "not UTF-8 text"),
+        (b'{"tokens": ' + b"[" * 100_000, "not JSON"),
+        (b"[1, 2]", "holds a list, wanted a JSON object"),
+        (b"null", "holds a NoneType, wanted a JSON object"),
+        (json.dumps({**LINE, "tokens": None}).encode(), "tokens: wanted a list of token ids"),
+        (json.dumps({**LINE, "top_ids": None}).encode(), "ids: a NoneType; wanted a list of a list"),
+        (json.dumps({**LINE, "top_ids": [None, [3]]}).encode(), "position 0: its ids are None; wanted a list"),
+        (json.dumps({**LINE, "top_log_probs": [[-0.1, -3.0], None]}).encode(), "position 1: its numbers are None"),
+        (json.dumps({**LINE, "top_ids": [[2, None], [3]]}).encode(), "ids of position 0: wanted a list of token ids"),
+        (json.dumps({**LINE, "top_log_probs": [[None, -3.0], [-0.2]]}).encode(), "an entry is no finite number"),
+        (json.dumps({**LINE, "loss_mask": None}).encode(), "loss_mask: wanted 2 numbers"),
+    ],
+)
+def test_whatever_is_in_a_line_is_one_message(tmp_path: Path, payload: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(LINE).encode() + b"\n" + payload)
+    with pytest.raises(UsageError, match=rf"{tmp_path}/a\.jsonl:2: {message}"):
+        _read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress),
+                                            ("a.jsonl.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress)])  # fmt: skip
+def test_what_is_cut_off_is_not_taken_for_whole(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    packed = pack(b"".join(json.dumps({**LINE, "document": str(i)}).encode() + b"\n" for i in range(3000)))
+    (tmp_path / name).write_bytes(packed[:-30])
+    with pytest.raises(UsageError, match=rf"{name}: damaged"):
+        _read(tmp_path / name)
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(UsageError, match=rf"{name}: damaged"):
+        _read(tmp_path / name)
 
 
 def test_a_missing_chunk_is_named(tmp_path: Path) -> None:

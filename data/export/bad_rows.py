@@ -1,0 +1,109 @@
+"""Rows that cannot be used: they stop an export with one message, or are skipped, counted and named in a file."""
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
+
+from data.text_lines import BadRowError
+from kd_core.files import is_plain_file, write_text
+
+log = logging.getLogger("kd")
+T = TypeVar("T")
+P = ParamSpec("P")
+OnBadRow = Literal["stop", "skip"]
+FILE = "skipped_rows.jsonl"
+LOOKED_AT = 20_000  # rows after the first bad one, to count what else is bad
+
+
+class _Bad(NamedTuple):
+    row: str
+    reason: str
+    message: str
+
+
+class BadRows:
+    """What becomes of bad rows, and those that were met.
+
+    Once there are too many, the rest of the corpus is looked at for a while, so that the one message has the count.
+    """
+
+    def __init__(self, on_bad_row: OnBadRow | Literal["raise"], most: float = 0) -> None:
+        """`on_bad_row`: stop, skip up to `most` (below 1 a share of all rows), or raise each at once."""
+        self.on_bad_row, self.most = on_bad_row, most
+        self.rows = 0
+        self.rows_at_limit: int | None = None
+        self.bad: list[_Bad] = []
+
+    @property
+    def will_stop(self) -> bool:
+        """Whether there are too many bad rows already, and nothing need be made of others but a count."""
+        return self.rows_at_limit is not None
+
+    def counts(self) -> dict[str, int]:
+        """How many rows are bad, by reason, the most frequent first."""
+        return dict(Counter(each.reason for each in self.bad).most_common())
+
+    def count_row(self) -> None:
+        """Counts a row of the corpus.
+
+        Raises:
+            UsageError: enough rows were looked at after there were too many bad ones.
+        """
+        self.rows += 1
+        if self.rows_at_limit is not None and self.rows - self.rows_at_limit > LOOKED_AT:
+            self._refuse(f"the {LOOKED_AT} rows that follow")
+
+    def attempt(self, row: str, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> Iterator[T]:
+        """Yields what `work` makes of a row, or nothing where the row is bad."""
+        try:
+            made = work(*args, **named)
+        except BadRowError as error:
+            self.add(row, error)
+            return
+        yield made
+
+    def add(self, row: str, error: BadRowError) -> None:
+        """Takes a bad row."""
+        if self.on_bad_row == "raise":
+            raise error
+        self.bad.append(_Bad(row, error.reason, str(error)))
+        limit = 0 if self.on_bad_row == "stop" else self.most if self.most >= 1 else math.inf
+        if self.rows_at_limit is None and len(self.bad) > limit:
+            self.rows_at_limit = self.rows
+
+    def finish(self, corpus: str) -> None:
+        """Ends the pass over a corpus: says what is skipped.
+
+        Raises:
+            UsageError: there are bad rows and none may be skipped, or more than may be.
+        """
+        if self.will_stop or (self.most < 1 and len(self.bad) > self.most * self.rows):
+            self._refuse("the rows that follow")
+        if self.bad:
+            log.warning("corpus %s: %d of %d rows skipped: %s", corpus, len(self.bad), self.rows, self._by_reason())
+
+    def _by_reason(self, start: int = 0) -> str:
+        counts = Counter(each.reason for each in self.bad[start:])
+        return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
+
+    def _refuse(self, following: str) -> NoReturn:
+        first, more = self.bad[0], len(self.bad) - 1
+        others = f"Of {following}, {more} cannot be used either: {self._by_reason(1)}. " if more else ""
+        remedy = "Mend it, or skip such rows: corpus.on_bad_row=skip."
+        if self.on_bad_row == "skip":
+            others = f"{len(self.bad)} of {self.rows} rows cannot be used: {self._by_reason()}. "
+            remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Mend them, or allow more: {len(self.bad)}."
+        raise BadRowError(f"{first.message}\n{others}{remedy}", first.reason)
+
+    def write(self, folder: Path) -> None:
+        """Write which rows were skipped beside the caches, after those that an earlier export there skipped."""
+        if not self.bad:
+            return
+        path = folder / FILE
+        before = path.read_bytes().decode(errors="replace").splitlines() if is_plain_file(path) else []
+        lines = dict.fromkeys([*before, *(json.dumps(each._asdict(), ensure_ascii=False) for each in self.bad)])
+        write_text(path, "".join(line + "\n" for line in lines))
