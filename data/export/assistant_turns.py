@@ -112,7 +112,9 @@ class TurnFinder:
             return token.end()  # one token ends a turn within a conversation, another the last one
         return end
 
-    def find(self, render: Render, messages: Sequence[Message], number: int, whole: str, floor: int, where: str) -> Span:
+    def find(
+        self, render: Render, messages: Sequence[Message], number: int, whole: str, floor: int, where: str
+    ) -> Span:
         """Returns the characters of `whole` that turn `number` is; none lies before `floor`.
 
         Raises:
@@ -123,12 +125,13 @@ class TurnFinder:
         text = render([*before, turn, *messages[number + 1 :]], False)
         check_traces(messages[number], text, mark, where)
         prompts = _first(render, before, [*before, ANOTHER], prompt=True)
-        follows = number + 1 < len(messages)
-        others = _first(render, [*before, turn] if follows else [*before, turn, ANOTHER])
         first, last = text.find(mark), text.rfind(mark) + len(mark)
         start = self._start(text[:first], *prompts, floor) if prompts else None
-        tail = text[last:]
-        other = others[0][others[0].rfind(mark) + len(mark) :] if others else "" if follows else tail
+        tail, follows = text[last:], number + 1 < len(messages)
+        others = _first(render, [*before, turn] if follows else [*before, turn, ANOTHER])
+        found, _, other = others[0].rpartition(mark) if others else ("", "", "")
+        if not found:
+            other = "" if follows else tail
         end = self._end(tail, other)
         behind = len(tail) - end
         stop = len(whole) - behind

@@ -20,15 +20,21 @@ class Conversation(NamedTuple):
     tools: list[Any] | None = None
 
 
-def present(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in cast(Message, value).items() if item is not None}
+    return [_without_nulls(item) for item in cast(list[Any], value)] if isinstance(value, list) else value
+
+
+def _present(value: Any, where: str) -> Any:
     """Returns the value without the keys that hold null.
 
-    Parquet gives every object every key of any object in its column; null stands for "not there".
+    Parquet gives every object every key of any object in its column, and null stands for "not there".
     """
-    if isinstance(value, dict):
-        found = cast(dict[str, Any], value)
-        return {key: present(item) for key, item in found.items() if item is not None}
-    return [present(item) for item in cast(list[Any], value)] if isinstance(value, list) else value
+    try:
+        return _without_nulls(value)
+    except RecursionError:
+        raise BadRowError(f"{where}: nests too deeply.", "nesting too deep") from None
 
 
 def _part(value: Any, where: str) -> Message:
@@ -72,12 +78,10 @@ def _message(value: Any, where: str) -> Message:
         raise BadRowError(
             f"{where}: is a {type(value).__name__}, wanted an object with 'role' and 'content'.", "message is no object"
         )
-    message = cast(Message, present(value))
+    message = cast(Message, _present(value, where))
     role, content = message.get("role"), message.pop("content", None)
     if role is None:
-        raise BadRowError(
-            f"{where}: no 'role'; wanted one of {', '.join(ROLES)}. It has {sorted(message)}.", "no role"
-        )
+        raise BadRowError(f"{where}: no 'role'; wanted one of {', '.join(ROLES)}. It has {sorted(message)}.", "no role")
     if role not in ROLES:
         raise BadRowError(
             f"{where}: role is {role!r}; wanted one of {', '.join(ROLES)}. Rename it.", "a role of another name"
@@ -118,7 +122,7 @@ def _tools(value: Any, where: str) -> list[Any] | None:
         except (ValueError, RecursionError):
             raise BadRowError(f"{where}: 'tools' is a text that is not JSON.", "tools are not JSON") from None
     else:
-        value = present(value)
+        value = _present(value, where)
     if not isinstance(value or [], list) or not all(isinstance(tool, dict) for tool in value or []):
         raise BadRowError(f"{where}: 'tools' is no list of objects; wanted JSON schemas.", "tools are no objects")
     return value or None

@@ -12,14 +12,18 @@ CONTENTS = ("auto", "text", "messages", "completion")
 
 
 class Document(NamedTuple):
-    """A name that stays the same between exports, and what is in it: text, or a conversation."""
+    """A name that stays the same between exports, what is in it (text, or a conversation), and where it lies."""
 
     name: str
     content: str | Conversation
+    where: str = ""
 
     def digest(self) -> bytes:
         """Returns 16 bytes by which documents of the same content are known, whatever they are called."""
-        written = json.dumps(self.content, sort_keys=True, default=str)
+        known = self.content
+        if isinstance(known, Conversation) and known.tools is None:
+            known = known[:2]  # as before there were tools
+        written = json.dumps(known, sort_keys=True, default=str)
         return hashlib.sha256(written.encode()).digest()[:16]
 
 
@@ -29,7 +33,7 @@ def _keys(content: str, text_field: str) -> tuple[str, ...]:
 
 def wanted_keys(text_field: str) -> set[str]:
     """Every key of a row that a document can be made of."""
-    return {key for content in CONTENTS[1:] for key in _keys(content, text_field)}
+    return {key for content in CONTENTS[1:] for key in _keys(content, text_field)} | {"tools"}
 
 
 def _content_of(row: Row, fields: dict[str, Any], text_field: str) -> str:
@@ -60,7 +64,7 @@ def document_of(row: Row, content: str, text_field: str) -> Document:
         UsageError: the row holds nothing that `content` names, or something of another type.
     """
     if isinstance(row.value, str):
-        return Document(row.name, row.value)
+        return Document(row.name, row.value, row.where)
     fields = row.value
     kind = _content_of(row, fields, text_field) if content == "auto" else content
     missing = [key for key in _keys(kind, text_field) if key not in fields]
@@ -70,7 +74,9 @@ def document_of(row: Row, content: str, text_field: str) -> Document:
             f"The row has {', '.join(sorted(map(repr, fields))) or 'no field'}."
         )
     if kind == "text":
-        return Document(row.name, _text(row, text_field, fields[text_field]))
+        return Document(row.name, _text(row, text_field, fields[text_field]), row.where)
+    tools = fields.get("tools")
     if kind == "messages":
-        return Document(row.name, conversation(fields["messages"], row.where))
-    return Document(row.name, completed_prompt(fields["prompt"], fields["completion"], row.where))
+        return Document(row.name, conversation(fields["messages"], row.where, tools=tools), row.where)
+    completed = completed_prompt(fields["prompt"], fields["completion"], row.where, tools)
+    return Document(row.name, completed, row.where)

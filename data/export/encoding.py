@@ -71,7 +71,7 @@ class Encoder:
             return _LaidOut(document.name, document.digest(), document.content, None)
         if self.template is None:
             self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
-        text, spans = self.template.render(document.content, document.name)
+        text, spans = self.template.render(document.content, document.where or document.name)
         return _LaidOut(document.name, document.digest(), text, spans)
 
     def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
