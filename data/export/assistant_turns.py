@@ -17,6 +17,7 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from data.export.chat import Message
 from data.export.rows import BadRowError
@@ -28,82 +29,103 @@ ANOTHER: Message = {"role": "user", "content": "And then?"}
 
 def mark_of(text: str) -> str:
     """Returns letters and digits that the text does not hold, and that no template takes for anything."""
-    return f"q{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:20]}q"
+    return f"q{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:20]}"
 
 
-def marked(message: Message, mark: str) -> Message:
-    """Returns the message with `mark` in the place of its content and, numbered, of the functions that it calls."""
-    found = dict(message)
-    if isinstance(content := message.get("content"), str) and content.strip():
-        found["content"] = mark
-    elif isinstance(content, list):
-        found["content"] = [{**part, "text": mark} for part in content]
-    if calls := message.get("tool_calls"):
-        found["tool_calls"] = [_marked_call(call, f"{mark}{i}q") for i, call in enumerate(calls)]
-    return found
+def _call_name(call: Message) -> tuple[Message, str]:
+    """Returns the object of a call that has its name, and the name."""
+    function = call["function"] if isinstance(call.get("function"), dict) else call
+    return function, str(function.get("name", ""))
 
 
-def _marked_call(call: Message, mark: str) -> Message:
-    if isinstance(function := call.get("function"), dict):
-        return {**call, "function": {**function, "name": mark}}
-    return {**call, "name": mark}
+class Marked(NamedTuple):
+    """A message with marks in the place of its content and of the names that it calls; what each mark stands for."""
 
+    message: Message
+    meanings: dict[str, str]
 
-def check_traces(message: Message, text: str, mark: str, where: str) -> None:
-    """Checks that the rendering `text` of a marked message holds its calls, or its content where it has none.
+    @classmethod
+    def from_message(cls, message: Message, mark: str) -> "Marked":
+        """Returns the message marked; `mark` is the beginning of each mark."""
+        found, content = dict(message), message.get("content")
+        meanings = {}
+        if isinstance(content, str) and content.strip():
+            found["content"], meanings[f"{mark}cq"] = f"{mark}cq", content
+        elif isinstance(content, list):
+            found["content"] = [{**part, "text": f"{mark}cq"} for part in content]
+            meanings[f"{mark}cq"] = ""
+        if calls := message.get("tool_calls"):
+            found["tool_calls"] = []
+            for i, call in enumerate(calls):
+                function, meanings[f"{mark}{i}q"] = _call_name(call)
+                named = {**function, "name": f"{mark}{i}q"}
+                found["tool_calls"].append(named if function is call else {**call, "function": named})
+        return cls(found, meanings)
 
-    Raises:
-        BadRowError: it does not, so that a student would learn to say nothing.
-    """
-    calls = [f"{mark}{i}q" for i in range(len(message.get("tool_calls", ())))]
-    if all(each in text for each in calls or [mark]):
-        return
-    what = "tool call" if calls else "turn"
-    raise BadRowError(
-        f"{where}: the chat template writes nothing of this {what}, and a student would learn to say nothing there. "
-        "Use a template that writes it, write it into 'content', or drop the row.",
-        f"{what} that the template does not write",
-    )
+    def check_traces(self, text: str, where: str) -> None:
+        """Checks that a rendering of this message, `text`, holds its calls, or its content where it has none.
+
+        Raises:
+            BadRowError: it does not, so that a student would learn to say nothing.
+        """
+        calls = [mark for mark in self.meanings if not mark.endswith("cq")]
+        if all(mark in text for mark in calls or self.meanings):
+            return
+        what = "tool call" if calls else "turn"
+        raise BadRowError(
+            f"{where}: the chat template writes nothing of this {what}, and a student would learn to say nothing "
+            "there. Use a template that writes it, write it into 'content', or drop the row.",
+            f"{what} that the template does not write",
+        )
+
+    def places(self, text: str) -> tuple[int, int]:
+        """Returns where the first mark begins in a rendering, and where the last one ends, each where it first is."""
+        found = [(text.find(mark), len(mark)) for mark in self.meanings if mark in text]
+        return min(found)[0], sum(max(found))
+
+    def unmarked(self, text: str) -> str:
+        """Returns the text with what the marks stand for, for templates that name a call again in its result."""
+        for mark, meaning in self.meanings.items():
+            text = text.replace(mark, meaning)
+        return text
 
 
 class TurnFinder:
     """Finds turns in renderings; `tokens` are the special tokens of the tokenizer, which are never divided."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
-        self.tokens = tuple(token for token in tokens if token)
-        longest_first = sorted(self.tokens, key=len, reverse=True)
-        self.token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.longest = len(longest_first[0]) if longest_first else 0
-
-    def _whole_tokens(self, text: str, at: int) -> int:
-        """Returns the place `at`, or the beginning of the special token that it lies within."""
-        for found in self.token.finditer(text, max(0, at - self.longest), at + self.longest):
-            if found.start() < at < found.end():
-                return found.start()
-        return at
+        self.tokens = tuple(sorted(filter(None, tokens), key=len, reverse=True))
+        self.token = re.compile("|".join(map(re.escape, self.tokens)) or "(?!)")
+        # Where a line or a special token ends.
+        self.edge = re.compile(f"\n|{self.token.pattern}")
 
     def _shared(self, one: str, other: str) -> int:
-        """Returns how many characters two texts begin with in common, in whole tokens."""
+        """Returns how many characters two texts begin with in common, in whole special tokens."""
         at = _most(min(len(one), len(other)), lambda size: one[:size] == other[:size])
-        return min(self._whole_tokens(one, at), self._whole_tokens(other, at))
+        longest = len(self.tokens[0]) if self.tokens else 0
+        for text in (one, other):
+            for found in self.token.finditer(text, max(0, at - longest), at + longest):
+                at = found.start() if found.start() < at < found.end() else at
+        return at
 
     def _start(self, head: str, plain: str, prompt: str, floor: int) -> int | None:
-        """Returns where in `head`, the text before the mark, the prompt for generation ends."""
+        """Returns where in `head`, the text before the turn's own, the prompt for generation ends."""
         if prompt and head.startswith(prompt):
             return len(prompt)
-        shared = self._shared(plain, prompt)
-        known = _longest_suffix(prompt, head, floor)
-        if known >= max(1, len(prompt) - shared):
+        opening = prompt[self._shared(plain, prompt) :]
+        known = _most(len(prompt), lambda size: head.find(prompt[-size:], floor) >= 0)
+        if known >= max(1, len(opening)):
             return head.rfind(prompt[-known:], floor) + known
-        # The prompt goes on where this turn does not, as with a prompt that opens the reasoning.
-        known = _longest_suffix(prompt[:shared], head, floor)
-        if not known:
-            return None
-        at = head.rfind(prompt[shared - known : shared], floor) + known
-        return at + self._shared(head[at:], prompt[shared:]) if head[at:] else None
+        # The prompt goes on where this turn does not, such as one that opens the reasoning.
+        known = _most(len(opening), lambda size: head.find(opening[:size], floor) >= 0)
+        edges = [found.end() for found in self.edge.finditer(opening[:known])]
+        return head.rfind(opening[: edges[-1]], floor) + edges[-1] if edges else None
 
-    def _end(self, tail: str, other: str) -> int:
-        """Returns where in `tail`, the text behind the mark, the turn ends: behind its end-of-turn token."""
+    def _end(self, tail: str, other: str | None) -> int | None:
+        """Returns where in `tail`, the text behind the marks, the turn ends: behind its end-of-turn token."""
+        if other is None:
+            found = self.token.search(tail)
+            return found.end() if found else None
         end = self._shared(tail, other)
         bare = tail[:end].rstrip()
         if bare.endswith(self.tokens):
@@ -111,6 +133,25 @@ class TurnFinder:
         if (token := self.token.match(tail, end)) and self.token.match(other, end):
             return token.end()  # one token ends a turn within a conversation, another the last one
         return end
+
+    def _place(
+        self, render: Render, messages: Sequence[Message], number: int, whole: str, text: str, turn: Marked, floor: int
+    ) -> Span | None:
+        """Returns the characters of `whole` that a turn is; `text` is the rendering with the turn marked."""
+        before, behind = messages[:number], messages[number + 1 :]
+        prompts = _first(render, before, [*before, ANOTHER], prompt=True)
+        others = _first(render, [*before, turn.message] if behind else [*before, turn.message, ANOTHER])
+        first, last = turn.places(text)
+        _, seen, other = others[0].partition(text[first:last]) if others else ("", "", "")
+        tail = text[last:]
+        end = self._end(tail, other if seen else None)
+        # What the template wrote otherwise between the marks, with nothing behind the turn, is another message's.
+        if not prompts or end is None or (others and behind and not seen):
+            return None
+        start = self._start(text[: self._shared(text[:first], whole)], *prompts, floor)
+        rest = turn.unmarked(tail[end:])
+        stop = len(whole) - len(rest)
+        return (start, stop) if start is not None and floor <= start < stop and whole.endswith(rest) else None
 
     def find(
         self, render: Render, messages: Sequence[Message], number: int, whole: str, floor: int, where: str
@@ -120,31 +161,19 @@ class TurnFinder:
         Raises:
             BadRowError: they cannot be told from the rest, or the template writes nothing of the turn.
         """
-        mark, before = mark_of(whole), messages[:number]
-        turn = marked(messages[number], mark)
-        text = render([*before, turn, *messages[number + 1 :]], False)
-        check_traces(messages[number], text, mark, where)
-        prompts = _first(render, before, [*before, ANOTHER], prompt=True)
-        first, last = text.find(mark), text.rfind(mark) + len(mark)
-        start = self._start(text[:first], *prompts, floor) if prompts else None
-        tail, follows = text[last:], number + 1 < len(messages)
-        others = _first(render, [*before, turn] if follows else [*before, turn, ANOTHER])
-        found, _, other = others[0].rpartition(mark) if others else ("", "", "")
-        if not found:
-            other = "" if follows else tail
-        end = self._end(tail, other)
-        behind = len(tail) - end
-        stop = len(whole) - behind
-        if start is None or not _same_around(whole, text, start, behind) or not floor <= start < stop:
+        turn = Marked.from_message(messages[number], mark_of(whole))
+        text = render([*messages[:number], turn.message, *messages[number + 1 :]], False)
+        turn.check_traces(text, where)
+        if (span := self._place(render, messages, number, whole, text, turn, floor)) is None:
             raise BadRowError(
                 f"{where}: what the assistant said cannot be told from the rest of the rendering. Put "
                 "{% generation %} … {% endgeneration %} around the assistant's text in the template, or give the turn "
                 "a row of its own (prompt and completion).",
                 "turn that cannot be told from the rest",
             )
-        if whole[start:stop].strip() == tail[:end].strip():
-            check_traces(messages[number], "", mark, where)
-        return start, stop
+        if not self.token.sub("", whole[slice(*span)]).strip():
+            turn.check_traces("", where)
+        return span
 
 
 def _first(render: Render, *tries: Sequence[Message], prompt: bool = False) -> tuple[str, ...] | None:
@@ -162,13 +191,3 @@ def _first(render: Render, *tries: Sequence[Message], prompt: bool = False) -> t
 def _most(limit: int, holds: Callable[[int], bool]) -> int:
     """Returns the largest number up to `limit` for which `holds`, which holds for all smaller ones, or 0."""
     return bisect_left(range(1, limit + 1), True, key=lambda size: not holds(size))
-
-
-def _longest_suffix(text: str, within: str, floor: int) -> int:
-    """Returns the length of the longest end of `text` that `within` holds from `floor` on."""
-    return _most(len(text), lambda size: within.find(text[-size:], floor) >= 0)
-
-
-def _same_around(one: str, other: str, start: int, behind: int) -> bool:
-    """Checks that two texts agree before `start`, and in their last `behind` characters."""
-    return one[:start] == other[:start] and one[len(one) - behind :] == other[len(other) - behind :]

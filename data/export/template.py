@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from data.export.assistant_turns import Render, Span, TurnFinder, check_traces, mark_of, marked
+from data.export.assistant_turns import Marked, Render, Span, TurnFinder, mark_of
 from data.export.bounded_template import bounded, bounded_text
 from data.export.chat import Conversation, Message, text_of
 from data.export.rows import BadRowError
@@ -185,9 +185,9 @@ class ChatTemplate:
             return whole, self._found(render, messages, scored, whole, where)
         for i in scored:
             if messages[i].get("tool_calls"):
-                mark = mark_of(whole)
-                text = render([*messages[:i], marked(messages[i], mark), *messages[i + 1 :]], False)
-                check_traces(messages[i], text, mark, f"{where}: messages[{i}]")
+                turn = Marked.from_message(messages[i], mark_of(whole))
+                text = render([*messages[:i], turn.message, *messages[i + 1 :]], False)
+                turn.check_traces(text, f"{where}: messages[{i}]")
         left_out = {block for i in set(turns) - set(scored) for block in range(blocks(i), blocks(i + 1))}
         return whole, [span for block, span in enumerate(spans) if block not in left_out]
 
