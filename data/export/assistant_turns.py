@@ -108,18 +108,18 @@ class TurnFinder:
                 at = found.start() if found.start() < at < found.end() else at
         return at
 
-    def _start(self, head: str, plain: str, prompt: str, floor: int) -> int | None:
+    def _start(self, head: str, plain: str, prompt: str) -> int | None:
         """Returns where in `head`, the text before the turn's own, the prompt for generation ends."""
         if prompt and head.startswith(prompt):
             return len(prompt)
         opening = prompt[self._shared(plain, prompt) :]
-        known = _most(len(prompt), lambda size: head.find(prompt[-size:], floor) >= 0)
+        known = _most(len(prompt), lambda size: prompt[-size:] in head)
         if known >= max(1, len(opening)):
-            return head.rfind(prompt[-known:], floor) + known
+            return head.rfind(prompt[-known:]) + known
         # The prompt goes on where this turn does not, such as one that opens the reasoning.
-        known = _most(len(opening), lambda size: head.find(opening[:size], floor) >= 0)
+        known = _most(len(opening), lambda size: opening[:size] in head)
         edges = [found.end() for found in self.edge.finditer(opening[:known])]
-        return head.rfind(opening[: edges[-1]], floor) + edges[-1] if edges else None
+        return head.rfind(opening[: edges[-1]]) + edges[-1] if edges else None
 
     def _end(self, tail: str, other: str | None) -> int | None:
         """Returns where in `tail`, the text behind the marks, the turn ends: behind its end-of-turn token."""
@@ -135,7 +135,7 @@ class TurnFinder:
         return end
 
     def _place(
-        self, render: Render, messages: Sequence[Message], number: int, whole: str, text: str, turn: Marked, floor: int
+        self, render: Render, messages: Sequence[Message], number: int, whole: str, text: str, turn: Marked
     ) -> Span | None:
         """Returns the characters of `whole` that a turn is; `text` is the rendering with the turn marked."""
         before, behind = messages[:number], messages[number + 1 :]
@@ -145,18 +145,18 @@ class TurnFinder:
         _, seen, other = others[0].partition(text[first:last]) if others else ("", "", "")
         tail = text[last:]
         end = self._end(tail, other if seen else None)
-        # What the template wrote otherwise between the marks, with nothing behind the turn, is another message's.
+        # What is written otherwise between the marks, where nothing stands behind the turn, is another message's.
         if not prompts or end is None or (others and behind and not seen):
             return None
-        start = self._start(text[: self._shared(text[:first], whole)], *prompts, floor)
+        start = self._start(text[: self._shared(text[:first], whole)], *prompts)
         rest = turn.unmarked(tail[end:])
         stop = len(whole) - len(rest)
-        return (start, stop) if start is not None and floor <= start < stop and whole.endswith(rest) else None
+        if start is None or not whole.endswith(rest) or whole[start:stop].strip() in ("", tail[:end].strip()):
+            return None
+        return start, stop
 
-    def find(
-        self, render: Render, messages: Sequence[Message], number: int, whole: str, floor: int, where: str
-    ) -> Span:
-        """Returns the characters of `whole` that turn `number` is; none lies before `floor`.
+    def find(self, render: Render, messages: Sequence[Message], number: int, whole: str, where: str) -> Span:
+        """Returns the characters of `whole` that turn `number` is.
 
         Raises:
             BadRowError: they cannot be told from the rest, or the template writes nothing of the turn.
@@ -164,16 +164,14 @@ class TurnFinder:
         turn = Marked.from_message(messages[number], mark_of(whole))
         text = render([*messages[:number], turn.message, *messages[number + 1 :]], False)
         turn.check_traces(text, where)
-        if (span := self._place(render, messages, number, whole, text, turn, floor)) is None:
-            raise BadRowError(
-                f"{where}: what the assistant said cannot be told from the rest of the rendering. Put "
-                "{% generation %} … {% endgeneration %} around the assistant's text in the template, or give the turn "
-                "a row of its own (prompt and completion).",
-                "turn that cannot be told from the rest",
-            )
-        if not self.token.sub("", whole[slice(*span)]).strip():
-            turn.check_traces("", where)
-        return span
+        if span := self._place(render, messages, number, whole, text, turn):
+            return span
+        raise BadRowError(
+            f"{where}: what the assistant said cannot be told from the rest of the rendering. Put {{% generation %}} … "
+            "{% endgeneration %} around the assistant's text in the template, or give the turn a row of its own "
+            "(prompt and completion).",
+            "turn that cannot be told from the rest",
+        )
 
 
 def _first(render: Render, *tries: Sequence[Message], prompt: bool = False) -> tuple[str, ...] | None:

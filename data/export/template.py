@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from data.export.assistant_turns import Marked, Render, Span, TurnFinder, mark_of
+from data.export.assistant_turns import Marked, Span, TurnFinder, mark_of
 from data.export.bounded_template import bounded, bounded_text
 from data.export.chat import Conversation, Message, text_of
 from data.export.rows import BadRowError
@@ -182,7 +182,7 @@ class ChatTemplate:
         # A weight of 0 leaves a turn out, as in the files that hosted fine-tuning takes.
         scored = [i for i in turns if i >= conversation.scored_from and messages[i].get("weight") != 0]
         if not self.has_generation_blocks:
-            return whole, self._found(render, messages, scored, whole, where)
+            return whole, [self.turns.find(render, messages, i, whole, f"{where}: messages[{i}]") for i in scored]
         for i in scored:
             if messages[i].get("tool_calls"):
                 turn = Marked.from_message(messages[i], mark_of(whole))
@@ -190,13 +190,3 @@ class ChatTemplate:
                 turn.check_traces(text, f"{where}: messages[{i}]")
         left_out = {block for i in set(turns) - set(scored) for block in range(blocks(i), blocks(i + 1))}
         return whole, [span for block, span in enumerate(spans) if block not in left_out]
-
-    def _found(
-        self, render: Render, messages: Sequence[Message], scored: Sequence[int], whole: str, where: str
-    ) -> list[Span]:
-        """Returns where the scored turns stand, by a template that does not say."""
-        spans: list[Span] = []
-        for i in scored:
-            floor = spans[-1][1] if spans else 0
-            spans.append(self.turns.find(render, messages, i, whole, floor, f"{where}: messages[{i}]"))
-        return spans
