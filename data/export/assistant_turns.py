@@ -109,9 +109,7 @@ class TurnFinder:
         return at
 
     def _start(self, head: str, plain: str, prompt: str) -> int | None:
-        """Returns where in `head`, the text before the turn's own, the prompt for generation ends."""
-        if prompt and head.startswith(prompt):
-            return len(prompt)
+        """Returns where in `head`, what stands before the turn's own text, the prompt for generation ends."""
         opening = prompt[self._shared(plain, prompt) :]
         known = _most(len(prompt), lambda size: prompt[-size:] in head)
         if known >= max(1, len(opening)):
@@ -148,12 +146,13 @@ class TurnFinder:
         # What is written otherwise between the marks, where nothing stands behind the turn, is another message's.
         if not prompts or end is None or (others and behind and not seen):
             return None
-        start = self._start(text[: self._shared(text[:first], whole)], *prompts)
+        floor = _floor(render, messages, number, turn, first)
+        start = self._start(text[floor : self._shared(text[:first], whole)], *prompts)
         rest = turn.unmarked(tail[end:])
         stop = len(whole) - len(rest)
-        if start is None or not whole.endswith(rest) or whole[start:stop].strip() in ("", tail[:end].strip()):
+        if start is None or not whole.endswith(rest) or whole[floor + start : stop].strip() in ("", tail[:end].strip()):
             return None
-        return start, stop
+        return floor + start, stop
 
     def find(self, render: Render, messages: Sequence[Message], number: int, whole: str, where: str) -> Span:
         """Returns the characters of `whole` that turn `number` is.
@@ -184,6 +183,18 @@ def _first(render: Render, *tries: Sequence[Message], prompt: bool = False) -> t
         if texts[-1]:
             return texts
     return None
+
+
+def _floor(render: Render, messages: Sequence[Message], number: int, turn: Marked, first: int) -> int:
+    """Returns a place behind the text of the message before the turn, whose first mark stands at `first`, or 0."""
+    if number:
+        previous = Marked.from_message(messages[number - 1], f"{next(iter(turn.meanings))}p")
+        both = [*messages[: number - 1], previous.message, turn.message, *messages[number + 1 :]]
+        texts = _first(render, both)
+        if texts and any(mark in texts[0] for mark in previous.meanings):
+            between = turn.places(texts[0])[0] - previous.places(texts[0])[1]
+            return first - between if 0 <= between <= first else 0
+    return 0
 
 
 def _most(limit: int, holds: Callable[[int], bool]) -> int:
