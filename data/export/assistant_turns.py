@@ -188,7 +188,7 @@ def _first(render: Render, *tries: Sequence[Message], prompt: bool = False) -> t
 def _floor(render: Render, messages: Sequence[Message], number: int, turn: Marked, first: int) -> int:
     """Returns a place behind the text of the message before the turn, whose first mark stands at `first`, or 0."""
     if number:
-        previous = Marked.from_message(messages[number - 1], f"{next(iter(turn.meanings))}p")
+        previous = Marked.from_message(messages[number - 1], mark_of("".join(turn.meanings)))
         both = [*messages[: number - 1], previous.message, turn.message, *messages[number + 1 :]]
         texts = _first(render, both)
         if texts and any(mark in texts[0] for mark in previous.meanings):
