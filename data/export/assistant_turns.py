@@ -108,16 +108,19 @@ class TurnFinder:
                 at = found.start() if found.start() < at < found.end() else at
         return at
 
-    def _start(self, head: str, plain: str, prompt: str) -> int | None:
-        """Returns where in `head`, what stands before the turn's own text, the prompt for generation ends."""
+    def _start(self, head: str, plain: str, prompt: str, floor: int) -> int | None:
+        """Returns where in `head`, what stands before the turn's own text, the prompt for generation ends.
+
+        It does not end before `floor`.
+        """
         opening = prompt[self._shared(plain, prompt) :]
-        known = _most(len(prompt), lambda size: prompt[-size:] in head)
+        known = _most(len(prompt), lambda size: head.find(prompt[-size:], max(0, floor - size)) >= 0)
         if known >= max(1, len(opening)):
-            return head.rfind(prompt[-known:]) + known
+            return head.rfind(prompt[-known:], max(0, floor - known)) + known
         # The prompt goes on where this turn does not, such as one that opens the reasoning.
-        known = _most(len(opening), lambda size: opening[:size] in head)
+        known = _most(len(opening), lambda size: head.find(opening[:size], floor) >= 0)
         edges = [found.end() for found in self.edge.finditer(opening[:known])]
-        return head.rfind(opening[: edges[-1]]) + edges[-1] if edges else None
+        return head.rfind(opening[: edges[-1]], floor) + edges[-1] if edges else None
 
     def _end(self, tail: str, other: str | None) -> int | None:
         """Returns where in `tail`, the text behind the marks, the turn ends: behind its end-of-turn token."""
@@ -147,12 +150,12 @@ class TurnFinder:
         if not prompts or end is None or (others and behind and not seen):
             return None
         floor = _floor(render, messages, number, turn, first)
-        start = self._start(text[floor : self._shared(text[:first], whole)], *prompts)
+        start = self._start(text[: self._shared(text[:first], whole)], *prompts, floor)
         rest = turn.unmarked(tail[end:])
         stop = len(whole) - len(rest)
-        if start is None or not whole.endswith(rest) or whole[floor + start : stop].strip() in ("", tail[:end].strip()):
+        if start is None or not whole.endswith(rest) or whole[start:stop].strip() in ("", tail[:end].strip()):
             return None
-        return floor + start, stop
+        return start, stop
 
     def find(self, render: Render, messages: Sequence[Message], number: int, whole: str, where: str) -> Span:
         """Returns the characters of `whole` that turn `number` is.
