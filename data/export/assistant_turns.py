@@ -108,7 +108,7 @@ class TurnFinder:
                 at = found.start() if found.start() < at < found.end() else at
         return at
 
-    def _start(self, head: str, plain: str, prompt: str, floor: int) -> int | None:
+    def _start(self, render: Render, head: str, plain: str, prompt: str, floor: int) -> int | None:
         """Returns where in `head`, what stands before the turn's own text, the prompt for generation ends.
 
         It does not end before `floor`.
@@ -119,8 +119,10 @@ class TurnFinder:
             return head.rfind(prompt[-known:], max(0, floor - known)) + known
         # The prompt goes on where this turn does not, such as one that opens the reasoning.
         known = _most(len(opening), lambda size: head.find(opening[:size], floor) >= 0)
-        edges = [found.end() for found in self.edge.finditer(opening[:known])]
-        return head.rfind(opening[: edges[-1]], floor) + edges[-1] if edges else None
+        written = opening[: max((found.end() for found in self.edge.finditer(opening[:known])), default=0)]
+        if not written or written in (_first(render, [ANOTHER]) or ("",))[0]:
+            return None  # a question opens with it too
+        return head.rfind(written, floor) + len(written)
 
     def _end(self, tail: str, other: str | None) -> int | None:
         """Returns where in `tail`, the text behind the marks, the turn ends: behind its end-of-turn token."""
@@ -150,7 +152,7 @@ class TurnFinder:
         if not prompts or end is None or (others and behind and not seen):
             return None
         floor = _floor(render, messages, number, turn, first)
-        start = self._start(text[: self._shared(text[:first], whole)], *prompts, floor)
+        start = self._start(render, text[: self._shared(text[:first], whole)], *prompts, floor)
         rest = turn.unmarked(tail[end:])
         stop = len(whole) - len(rest)
         if start is None or not whole.endswith(rest) or whole[start:stop].strip() in ("", tail[:end].strip()):
