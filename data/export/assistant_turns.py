@@ -108,19 +108,29 @@ class TurnFinder:
                 at = found.start() if found.start() < at < found.end() else at
         return at
 
-    def _start(self, render: Render, head: str, plain: str, prompt: str, floor: int) -> int | None:
-        """Returns where in `head`, what stands before the turn's own text, the prompt for generation ends.
+    def _start(
+        self, render: Render, messages: Sequence[Message], number: int, turn: Marked, before: str, head: str
+    ) -> int | None:
+        """Returns where in `head`, which stands before the turn's own text, the prompt for generation ends.
 
-        It does not end before `floor`.
+        `before` is all that stands before the turn's first mark, `head` what of it the whole rendering has too.
         """
-        opening = prompt[self._shared(plain, prompt) :]
+        asked = messages[:number]
+        if (prompt := _rendered(render, True, asked)) is None:
+            asked = [*asked, ANOTHER]
+            prompt = _rendered(render, True, asked) or ""
+        if prompt and head.startswith(prompt):
+            return len(prompt)
+        # Messages before are written another way than with nothing behind them: compare the ends, back to those.
+        floor = _floor(render, messages, number, turn, len(before))
+        opening = prompt[self._shared(_rendered(render, False, asked) or "", prompt) :]
         known = _most(len(prompt), lambda size: head.find(prompt[-size:], max(0, floor - size)) >= 0)
         if known >= max(1, len(opening)):
             return head.rfind(prompt[-known:], max(0, floor - known)) + known
         # The prompt goes on where this turn does not, such as one that opens the reasoning.
         known = _most(len(opening), lambda size: head.find(opening[:size], floor) >= 0)
         written = opening[: max((found.end() for found in self.edge.finditer(opening[:known])), default=0)]
-        if not written or written in (_first(render, [ANOTHER]) or ("",))[0]:
+        if not written or written in (_rendered(render, False, [ANOTHER]) or ""):
             return None  # a question opens with it too
         return head.rfind(written, floor) + len(written)
 
@@ -141,23 +151,18 @@ class TurnFinder:
         self, render: Render, messages: Sequence[Message], number: int, whole: str, text: str, turn: Marked
     ) -> Span | None:
         """Returns the characters of `whole` that a turn is; `text` is the rendering with the turn marked."""
-        before, behind = messages[:number], messages[number + 1 :]
-        prompts = _first(render, before, [*before, ANOTHER], prompt=True)
-        others = _first(render, [*before, turn.message] if behind else [*before, turn.message, ANOTHER])
         first, last = turn.places(text)
-        _, seen, other = others[0].partition(text[first:last]) if others else ("", "", "")
-        tail = text[last:]
-        end = self._end(tail, other if seen else None)
-        # What is written otherwise between the marks, where nothing stands behind the turn, is another message's.
-        if not prompts or end is None or (others and behind and not seen):
+        tail, behind = text[last:], messages[number + 1 :]
+        other = _rendered(render, False, [*messages[:number], turn.message, *([] if behind else [ANOTHER])])
+        _, seen, rest = (other or "").partition(text[first:last])
+        if other and behind and not seen:
+            return None  # what it writes otherwise between the marks is of the messages behind
+        end = self._end(tail, rest if seen else None)
+        if end is None or not whole.endswith(rest := turn.unmarked(tail[end:])):
             return None
-        floor = _floor(render, messages, number, turn, first)
-        start = self._start(render, text[: self._shared(text[:first], whole)], *prompts, floor)
-        rest = turn.unmarked(tail[end:])
-        stop = len(whole) - len(rest)
-        if start is None or not whole.endswith(rest) or whole[start:stop].strip() in ("", tail[:end].strip()):
-            return None
-        return start, stop
+        head = text[: self._shared(text[:first], whole)]
+        start, stop = self._start(render, messages, number, turn, text[:first], head), len(whole) - len(rest)
+        return None if start is None or whole[start:stop].strip() in ("", tail[:end].strip()) else (start, stop)
 
     def find(self, render: Render, messages: Sequence[Message], number: int, whole: str, where: str) -> Span:
         """Returns the characters of `whole` that turn `number` is.
@@ -178,28 +183,12 @@ class TurnFinder:
         )
 
 
-def _first(render: Render, *tries: Sequence[Message], prompt: bool = False) -> tuple[str, ...] | None:
-    """Returns the first of some conversations that the template takes, rendered; with a prompt, both ways."""
-    for messages in tries:
-        try:
-            texts = tuple(render(messages, each) for each in ((False, True) if prompt else (False,)))
-        except BadRowError:
-            continue
-        if texts[-1]:
-            return texts
-    return None
-
-
-def _floor(render: Render, messages: Sequence[Message], number: int, turn: Marked, first: int) -> int:
-    """Returns a place behind the text of the message before the turn, whose first mark stands at `first`, or 0."""
-    if number:
-        previous = Marked.from_message(messages[number - 1], mark_of("".join(turn.meanings)))
-        both = [*messages[: number - 1], previous.message, turn.message, *messages[number + 1 :]]
-        texts = _first(render, both)
-        if texts and any(mark in texts[0] for mark in previous.meanings):
-            between = turn.places(texts[0])[0] - previous.places(texts[0])[1]
-            return first - between if 0 <= between <= first else 0
-    return 0
+def _rendered(render: Render, prompt: bool, messages: Sequence[Message]) -> str | None:
+    """Returns a conversation rendered, or None where the template refuses it or writes nothing."""
+    try:
+        return render(messages, prompt) or None
+    except BadRowError:
+        return None
 
 
 def _most(limit: int, holds: Callable[[int], bool]) -> int:
