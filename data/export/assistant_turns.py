@@ -191,6 +191,19 @@ def _rendered(render: Render, prompt: bool, messages: Sequence[Message]) -> str 
         return None
 
 
+def _floor(render: Render, messages: Sequence[Message], number: int, turn: Marked, first: int) -> int:
+    """Returns a place behind the text of the message before the turn, whose first mark stands at `first`, or 0."""
+    if not number:
+        return 0
+    previous = Marked.from_message(messages[number - 1], mark_of("".join(turn.meanings)))
+    both = [*messages[: number - 1], previous.message, turn.message, *messages[number + 1 :]]
+    text = _rendered(render, False, both) or ""
+    if not any(mark in text for mark in previous.meanings):
+        return 0
+    between = turn.places(text)[0] - previous.places(text)[1]
+    return first - between if 0 <= between <= first else 0
+
+
 def _most(limit: int, holds: Callable[[int], bool]) -> int:
     """Returns the largest number up to `limit` for which `holds`, which holds for all smaller ones, or 0."""
     return bisect_left(range(1, limit + 1), True, key=lambda size: not holds(size))
