@@ -5,22 +5,19 @@ that quote them have them. The masks of transformers need generation blocks, whi
 """
 
 import random
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from data.export.chat import Conversation, Message, conversation
+from data.export.chat import Message, conversation
 from data.export.documents import Document
 from data.export.encoding import Encoder
 from data.export.rows import BadRowError
-from data.export.template import ChatTemplate
 from tests.tiny import Tiny, make_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -29,7 +26,7 @@ LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 PHI = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>")
 MISTRAL = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
-# A family's special tokens; the first begins a text, the last but one of the pair ends it.
+# What begins a text, what ends it, and the special tokens.
 TOKENS = {
     "qwen2.5": ("", "<|im_end|>", IM),
     "qwen3": ("", "<|im_end|>", IM),
@@ -112,13 +109,15 @@ BLOCKS: dict[str, list[tuple[str, str]]] = {
         (
             "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}",
             "{{ '<start_of_turn>' + role + '\n' }}{% if role == 'model' %}" + ON + "{{ message['content'] | trim + "
-            "'<end_of_turn>' }}" + OFF + "{% else %}{{ message['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}",
+            "'<end_of_turn>' }}" + OFF + "{% else %}{{ message['content'] | trim + '<end_of_turn>' }}{% endif %}"
+            "{{ '\n' }}",
         )
     ],
     "gemma-3": [
         (
             "    {%- if message['content'] is string -%}\n        {{ message['content'] | trim }}\n    {%- elif",
-            "    {%- if role == 'model' -%}" + ON + "{%- if message['content'] is string -%}{{ message['content'] | trim }}"
+            "    {%- if role == 'model' -%}" + ON + "{%- if message['content'] is string -%}"
+            "{{ message['content'] | trim }}"
             "{%- else -%}{%- for item in message['content'] -%}{{ item['text'] | trim }}{%- endfor -%}{%- endif -%}"
             "{{ '<end_of_turn>' }}" + OFF + "{{ '\n' }}{%- elif message['content'] is string -%}"
             "{{ message['content'] | trim }}{%- elif",
@@ -131,12 +130,22 @@ BLOCKS: dict[str, list[tuple[str, str]]] = {
             '        {%- endfor %}\n    {%- elif message["role"] == "assistant" %}',
             "        {%- endfor %}" + OFF + '{%- elif message["role"] == "assistant" %}',
         ),
-        ('{{- " " + message["content"]|trim + eos_token}}', ON + '{{- " " + message["content"]|trim + eos_token}}' + OFF),
+        ('{{- " " + message["content"]|trim', ON + '{{- " " + message["content"]|trim'),
+        ("|trim + eos_token}}", "|trim + eos_token}}" + OFF),
     ],
 }  # fmt: skip
-# Conversations of 200 that a family's template takes; the others it refuses in transformers too, or drops a call.
-WORDS = ("owl", "naïve", "東京", "🦉🐔", "e\u0301", "שלום", "<b>a & b</b>", '"quoted"', "a\n\nb", "\tx ", "I'm", "{{ x }}",
-         "\\n", "1790–2024", "assistant", "user\n", "<think>", "ab" * 40)  # fmt: skip
+# Templates that write what an assistant calls.
+WRITE_CALLS = {"qwen2.5", "qwen3", "llama-3.1", "llama-3.2", "mistral-7b-v0.3"}
+WORDS = (
+    *("owl", "naïve", "東京", "🦉🐔", "e\u0301", "שלום", "<b>a & b</b>", '"quoted"', "a\n\nb", "\tx ", "I'm"),
+    *("{{ x }}", "\\n", "1790–2024", "assistant", "user\n", "<think>", "ab" * 40),
+)
+
+
+# How many of the 200 conversations transformers takes with something to score, and the calls are written.
+TAKEN = {"llama-3.1": 171, "llama-3.2": 171, "gemma-2": 88, "gemma-3": 129, "mistral-7b-v0.3": 178} | dict.fromkeys(
+    ("qwen2.5", "qwen3"), 200
+) | dict.fromkeys(("llama-3", "phi-3.5", "smollm2", "smollm3"), 145)  # fmt: skip
 
 
 class Chat(NamedTuple):
@@ -190,7 +199,8 @@ def _chat(number: int) -> Chat:
         messages.append(_answer(draw, reasons))
     if draw.random() < 0.1:
         messages.append({"role": "user", "content": _say(draw)})
-    schema = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    schema = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": parameters}}
     return Chat(messages, [schema] if tools and draw.random() < 0.8 else None)
 
 
@@ -212,7 +222,25 @@ class _Then(datetime):
 
     @classmethod
     def now(cls, tz: Any = None) -> datetime:  # noqa: ARG003
-        return datetime(2024, 7, 26)  # noqa: DTZ001
+        return datetime(2024, 7, 26)
+
+
+def _folder(tiny: Tiny, path: Path, family: str) -> Path:
+    """A tokenizer with a family's special tokens and published template."""
+    tokenizer = make_tokenizer(path, [file.read_text() for file in sorted(tiny.corpus.iterdir())])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in TOKENS[family][2]])
+    tokenizer.save(str(path / "tokenizer.json"))
+    _theirs(path, family, blocks=False).save_pretrained(path)
+    return path
+
+
+def _writes_no_call(family: str, chat: Chat) -> bool:
+    """Checks that transformers renders a conversation of which a student would learn to say nothing."""
+    calls = any("tool_calls" in message for message in chat.messages)
+    # With tools, Llama 3.1 takes the first message behind the system's for the user's, whosever it is.
+    first = next(message for message in chat.messages if message["role"] != "system")
+    misplaced = chat.tools and family.startswith("llama-3.") and first["role"] == "assistant"
+    return bool(misplaced) or (calls and family not in WRITE_CALLS)
 
 
 @pytest.mark.parametrize("family", TOKENS)
@@ -220,38 +248,25 @@ def test_ids_and_masks_are_those_of_transformers(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr(chat_template_utils, "datetime", _Then)
-    tokenizer = make_tokenizer(tmp_path, [file.read_text() for file in sorted(tiny.corpus.iterdir())])
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in TOKENS[family][2]])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(_folder(tiny, tmp_path, family))
     published, marked = (_theirs(tmp_path, family, blocks) for blocks in (False, True))
-    published.save_pretrained(tmp_path)
-    encoder = Encoder(tmp_path)
-    taken = refused = 0
+    taken = 0
     for number, chat in enumerate(CHATS):
         document = Document(f"{number}", conversation(chat.messages, "", tools=chat.tools))
         try:
             ids = published.apply_chat_template(chat.messages, tools=chat.tools)["input_ids"]
-        except Exception:
+        except Exception:  # as the template likes to fail
+            ids = None
+        if ids is None or _writes_no_call(family, chat):
             with pytest.raises(BadRowError):
                 next(encoder.encode([document]))
             continue
         theirs = marked.apply_chat_template(
             chat.messages, tools=chat.tools, return_assistant_tokens_mask=True, return_dict=True
         )
-        assert theirs["input_ids"] == ids
-        try:
-            ours = next(encoder.encode([document]))
-        except BadRowError as error:
-            refused += 1
-            if "tool call" not in str(error):
-                print(family, number, error)
-            continue
-        taken += 1
+        assert theirs["input_ids"] == ids  # the blocks change nothing
+        [ours] = encoder.encode([document])
         assert ours.token_ids.tolist() == ids
-        if ours.loss_mask.tolist() != theirs["assistant_masks"][1:]:
-            print(repr(published.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False)))
-            for m in (ours.loss_mask, theirs["assistant_masks"][1:]):
-                edges = np.flatnonzero(np.diff(np.concatenate([[0], m, [0]])))
-                print([encoder.tokenizer.decode(ids[a + 1 : b + 1]) for a, b in edges.reshape(-1, 2)])
         assert ours.loss_mask.tolist() == theirs["assistant_masks"][1:], number
-    print(family, taken, refused)
+        taken += sum(theirs["assistant_masks"]) > 0
+    assert taken >= TAKEN[family]
