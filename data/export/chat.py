@@ -119,6 +119,7 @@ def _tools(value: Any, where: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value or "[]")
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError):
             raise BadRowError(f"{where}: 'tools' is a text that is not JSON.", "tools are not JSON") from None
     else:
