@@ -153,10 +153,11 @@ class TurnFinder:
         """Returns the characters of `whole` that a turn is; `text` is the rendering with the turn marked."""
         first, last = turn.places(text)
         tail, behind = text[last:], messages[number + 1 :]
-        other = _rendered(render, False, [*messages[:number], turn.message, *([] if behind else [ANOTHER])])
-        _, seen, rest = (other or "").partition(text[first:last])
-        if other and behind and not seen:
+        alone = [*messages[:number], turn.message]
+        other = _rendered(render, False, alone if behind else [*alone, ANOTHER])
+        if behind and text[first:last] not in (other or _rendered(render, False, [*alone, ANOTHER]) or ""):
             return None  # what it writes otherwise between the marks is of the messages behind
+        _, seen, rest = (other or "").partition(text[first:last])
         end = self._end(tail, rest if seen else None)
         if end is None or not whole.endswith(rest := turn.unmarked(tail[end:])):
             return None

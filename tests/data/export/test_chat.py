@@ -22,14 +22,16 @@ from data.export.template import ChatTemplate
 from tests.tiny import Tiny, make_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
+CALLS = "{% for c in m.tool_calls %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = (
     "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ m.content }}" + CALLS + "<|im_end|>\n{% endfor %}" + PROMPT
 )
 ASKS: Message = {"role": "user", "content": "go"}
 SAYS: Message = {"role": "assistant", "content": "Look there."}
-SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": PARAMETERS}}
 
 
 def _calls(**arguments: Any) -> Message:
@@ -43,12 +45,14 @@ def _folder(tiny: Tiny, path: Path, template: str = CHATML) -> Path:
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "chat_template.jinja").write_text(template)
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}))
     return path
 
 
 def _rows(path: Path, rows: list[dict[str, Any]]) -> Corpus:
     if path.suffix == ".parquet":
-        parquet.write_table(pa.Table.from_pylist(rows), path)
+        keys = {key for row in rows for key in row}
+        parquet.write_table(pa.Table.from_pylist([dict.fromkeys(keys) | row for row in rows]), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Corpus(str(path))
@@ -65,8 +69,8 @@ def _theirs(folder: Path, *args: Any, **settings: Any) -> str:
 
 
 def _scored(template: str, messages: list[Message], scored_from: int = 0) -> list[str]:
-    """The texts of the scored turns, by a template with two special tokens."""
-    found = ChatTemplate(template, {}, ("<|im_start|>", "<|im_end|>"), "t.jinja")
+    """The texts of the scored turns, by a template with three special tokens."""
+    found = ChatTemplate(template, {}, ("<|im_start|>", "<|im_end|>", "</s>"), "t.jinja")
     text, spans = found.render(conversation(messages, "x")._replace(scored_from=scored_from), "x.jsonl:1")
     return [text[start:stop] for start, stop in spans]
 
@@ -104,7 +108,8 @@ def test_tools_go_to_the_template_that_is_named_for_them(tiny: Tiny, tmp_path: P
     else:
         (folder / "chat_template.jinja").unlink()
         named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": for_tools}]
-        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
     rows = [{"messages": [ASKS, SAYS]}, {"messages": [ASKS, SAYS], "tools": [SCHEMA]}]
     texts = _texts(folder, _rows(tmp_path / "a.jsonl", rows))
     assert texts == [_theirs(folder, [ASKS, SAYS]), _theirs(folder, [ASKS, SAYS], tools=[SCHEMA])]
@@ -150,8 +155,7 @@ def test_values_that_json_does_not_have_do_no_harm_until_a_template_reads_them(t
 
 
 def test_refusals_name_the_file_the_row_and_the_message(tiny: Tiny, tmp_path: Path) -> None:
-    silent = CHATML.replace("{% for c in m.tool_calls %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}", "")  # fmt: skip
-    folder = _folder(tiny, tmp_path / "teacher", silent)
+    folder = _folder(tiny, tmp_path / "teacher", CHATML.replace(CALLS, ""))
     rows = [{"messages": [ASKS, SAYS]}, {"messages": [ASKS, _calls(city="Rome")]}]
     with pytest.raises(
         BadRowError, match=r"messages\[1\]: the chat template writes nothing of this tool call"
@@ -162,7 +166,10 @@ def test_refusals_name_the_file_the_row_and_the_message(tiny: Tiny, tmp_path: Pa
 
 
 def test_a_call_that_a_template_with_generation_blocks_does_not_write_is_refused() -> None:
-    blocks = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"  # fmt: skip
+    blocks = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     assert _scored(blocks, [ASKS, SAYS]) == ["Look there.<|im_end|>"]
     with pytest.raises(BadRowError, match="writes nothing of this tool call"):
         _scored(blocks, [ASKS, _calls(city="Rome")])
@@ -187,7 +194,9 @@ def test_templates_get_one_date_or_their_own_default() -> None:
 
 
 OPENS_REASONING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-NAMES_AGAIN = CHATML.replace("{{ m.role }}\n", "{{ m.role }}{{ ' of ' ~ messages[loop.index0 - 1].tool_calls[0].function.name if m.role == 'tool' else '' }}\n")  # fmt: skip
+NAMES_AGAIN = CHATML.replace(
+    "{{ m.role }}\n", "{{ m.role if m.role != 'tool' else messages[loop.index0 - 1].tool_calls[0].function.name }}\n"
+)
 RESULTS_WITHIN = """
 {%- for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}<|im_start|>assistant
 {{ m.tool_calls[0].function.name }} gave {{ messages[loop.index0 + 1].content }}. {{ m.content }}<|im_end|>
@@ -195,7 +204,10 @@ RESULTS_WITHIN = """
 {{ m.content }}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-ENDS_APART = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}{{ '</s>' if loop.last else '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"  # fmt: skip
+ENDS_APART = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ '</s>' if loop.last else '<|im_end|>' }}"
+    "{% endfor %}" + PROMPT
+)
 RESULT: Message = {"role": "tool", "content": "sun"}
 
 
@@ -205,8 +217,7 @@ RESULT: Message = {"role": "tool", "content": "sun"}
         (OPENS_REASONING, [ASKS, SAYS, ASKS, SAYS], ["Look there.<|im_end|>"] * 2),
         (OPENS_REASONING, [SAYS, ASKS], ["Look there.<|im_end|>"]),
         (NAMES_AGAIN, [ASKS, _calls(a=1), RESULT, SAYS], ['look{"a": 1}<|im_end|>', "Look there.<|im_end|>"]),
-        (ENDS_APART, [ASKS, SAYS, ASKS, SAYS], ["Look there.<|im_end|>", "Look there."]),
-        ("{{ messages[-1].content }}", [ASKS, SAYS], ["Look there."]),
+        (ENDS_APART, [ASKS, SAYS, ASKS, SAYS], ["Look there.<|im_end|>", "Look there.</s>"]),
     ],
 )
 def test_turns_are_found_in_templates_of_all_kinds(template: str, chat: list[Message], scored: list[str]) -> None:
