@@ -162,13 +162,15 @@ class ChatTemplate:
         if conversation.tools and self.for_tools:
             self.used_for_tools = True
             return self.for_tools.render(conversation, where)
-        with damaged(where, "a conversation", "Drop it"):
+        try:
             written = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str)
             messages = [self._prepared(message) for message in conversation.messages]
             tools = plain(conversation.tools, "tools")
+        except RecursionError:
+            raise BadRowError(f"{where}: nests too deeply. Drop the row.", "nesting too deep") from None
         if OPEN in written or CLOSE in written:
             raise BadRowError(
-                f"{where}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.", "no characters"
+                f"{where}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.", "no text"
             )
 
         def render(these: Sequence[Message], prompt: bool) -> str:
@@ -179,7 +181,7 @@ class ChatTemplate:
 
         whole, spans = without_marks(self._marked(messages, tools, where))
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        # A weight of 0 leaves a turn out, as in the files that hosted fine-tuning takes.
+        # A weight of 0 leaves a turn out, as in the files of OpenAI's fine-tuning.
         scored = [i for i in turns if i >= conversation.scored_from and messages[i].get("weight") != 0]
         if not self.has_generation_blocks:
             return whole, [self.turns.find(render, messages, i, whole, f"{where}: messages[{i}]") for i in scored]
