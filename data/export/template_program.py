@@ -48,9 +48,13 @@ class _NotJson(StrictUndefined):
     __hash__ = object.__hash__
 
 
+def _refuse(value: Any) -> NoReturn:
+    raise TypeError(str(value) if isinstance(value, _NotJson) else f"a {type(value).__name__} is no JSON")
+
+
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """Returns JSON as transformers has it: jinja2's own would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, default=str, **options)  # str of `_NotJson` raises
+    return json.dumps(value, ensure_ascii=ensure_ascii, default=_refuse, **options)
 
 
 def plain(value: Any, name: str) -> Any:
