@@ -10,8 +10,8 @@ the conversation is refused:
 
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from kd_core.errors import UsageError
 from kd_core.files import damaged, read_json, read_text
 
 MOST_SOURCE = 1 << 20  # characters
+Write = Callable[[Sequence[Message]], tuple[str, list[Span]]]
 SECONDS = 10.0  # of the processor for a conversation; honest templates take some thousandths
 
 
@@ -79,7 +80,7 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, folder: Path, turn_ends: Sequence[str]) -> "ChatTemplate":
-        """The template of a Hugging Face folder: `chat_template.jinja`, or that of `tokenizer_config.json`.
+        """Returns the template of a Hugging Face folder: `chat_template.jinja`, or that of `tokenizer_config.json`.
 
         Raises:
             UsageError: there is none.
@@ -109,7 +110,7 @@ class ChatTemplate:
         return found
 
     def fingerprint(self) -> str:
-        """sha256 over the template and its special tokens, and over the template of tools once it was used."""
+        """Returns the sha256 over the template and its special tokens, and over the template of tools once it was used."""
         known = [self.source, self.special]
         if self.for_tools and self.used_for_tools:
             known.append(self.for_tools.source)
@@ -136,7 +137,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether a content of several parts is written as their texts are, and not as a list, or not at all."""
+        """Tells whether a content of several parts is written as their texts are, and not as a list, or not at all."""
         texts: list[str] = []
         for content in ([{"type": "text", "text": OPEN}], OPEN):
             try:
@@ -154,7 +155,7 @@ class ChatTemplate:
         return plain(message, "")
 
     def render(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters that the assistant's scored turns are.
+        """Returns the conversation as text, and the characters that the assistant's scored turns are.
 
         Raises:
             BadRowError: the template refuses it, or the assistant's turns cannot be told from the rest.
@@ -173,22 +174,30 @@ class ChatTemplate:
                 f"{where}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.", "no text"
             )
 
-        def render(these: Sequence[Message], prompt: bool) -> str:
-            return without_marks(self._marked(these, tools, where, prompt=prompt))[0]
+        def write(these: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
+            return without_marks(self._marked(these, tools, where, prompt=prompt))
 
-        def blocks(end: int) -> int:
-            return len(without_marks(self._marked(messages[:end], tools, where))[1]) if end else 0
-
-        whole, spans = without_marks(self._marked(messages, tools, where))
+        whole, spans = write(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         # A weight of 0 leaves a turn out, as in the files of OpenAI's fine-tuning.
         scored = [i for i in turns if i >= conversation.scored_from and messages[i].get("weight") != 0]
-        if not self.has_generation_blocks:
-            return whole, [self.turns.find(render, messages, i, whole, f"{where}: messages[{i}]") for i in scored]
-        for i in scored:
-            if messages[i].get("tool_calls"):
-                turn = Marked.from_message(messages[i], mark_of(whole))
-                text = render([*messages[:i], turn.message, *messages[i + 1 :]], False)
-                turn.check_traces(text, f"{where}: messages[{i}]")
-        left_out = {block for i in set(turns) - set(scored) for block in range(blocks(i), blocks(i + 1))}
-        return whole, [span for block, span in enumerate(spans) if block not in left_out]
+        if self.has_generation_blocks:
+            for i in scored:
+                _check_calls(write, messages, i, whole, f"{where}: messages[{i}]")
+            left_out = {block for i in set(turns) - set(scored) for block in _blocks(write, messages, i)}
+            return whole, [span for block, span in enumerate(spans) if block not in left_out]
+        finds = partial(self.turns.find, lambda these, prompt: write(these, prompt)[0], messages)
+        return whole, [finds(i, whole, f"{where}: messages[{i}]") for i in scored]
+
+
+def _check_calls(write: Write, messages: Sequence[Message], number: int, whole: str, where: str) -> None:
+    """Checks that the calls of a message are written, which its generation block does not say."""
+    if messages[number].get("tool_calls"):
+        turn = Marked.from_message(messages[number], mark_of(whole))
+        turn.check_traces(write([*messages[:number], turn.message, *messages[number + 1 :]])[0], where)
+
+
+def _blocks(write: Write, messages: Sequence[Message], number: int) -> range:
+    """Returns the numbers of the generation blocks that a message has, counted over the conversation."""
+    before = len(write(messages[:number])[1]) if number else 0
+    return range(before, len(write(messages[: number + 1])[1]))
