@@ -1,18 +1,76 @@
-"""Conversations, checked: `messages` as chat data sets write them, or a prompt and its completion."""
+"""Conversations, checked: `messages` as chat data sets write them, or a prompt and its completion; and their tools."""
 
+import json
 from typing import Any, NamedTuple, cast
 
-from kd_core.errors import UsageError
+from data.text_lines import BadRowError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 
 
 class Conversation(NamedTuple):
-    """Messages in order. The assistant's are scored, from number `scored_from` on; those before are a prompt."""
+    """Messages in order, and the tools that they may call.
+
+    The assistant's messages are scored, from number `scored_from` on; those before are a prompt.
+    """
 
     messages: list[Message]
     scored_from: int = 0
+    tools: list[Any] | None = None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in cast(Message, value).items() if item is not None}
+    return [_without_nulls(item) for item in cast(list[Any], value)] if isinstance(value, list) else value
+
+
+def _present(value: Any, where: str) -> Any:
+    """Returns the value without the keys that hold null.
+
+    Parquet gives every object every key of any object in its column, and null stands for "not there".
+    """
+    try:
+        return _without_nulls(value)
+    except RecursionError:
+        raise BadRowError(f"{where}: nests too deeply.", "nesting too deep") from None
+
+
+def _part(value: Any, where: str) -> Message:
+    """Returns a part of a content of several parts, which must be text."""
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    if isinstance(value, dict) and isinstance(cast(Message, value).get("text"), str):
+        return {"type": "text", **cast(Message, value)}
+    kind = cast(Message, value).get("type") if isinstance(value, dict) else type(value).__name__
+    raise BadRowError(
+        f"{where}: a part of 'content' is {kind!r}, wanted text. Images and the like cannot be scored. Drop the row.",
+        "content with a part that is no text",
+    )
+
+
+def text_of(content: str | list[Message]) -> str:
+    """Returns a content as one text; parts are joined by a line's end, as inference servers join them."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _content(value: Any, where: str) -> str | list[Message]:
+    if isinstance(value, list):
+        return [_part(part, where) for part in cast(list[Any], value)]
+    if isinstance(value, str):
+        return value
+    raise BadRowError(
+        f"{where}: 'content' is a {type(value).__name__}, wanted text or a list of parts that are text.",
+        "content that is not text",
+    )
+
+
+def _calls(value: Any, where: str) -> list[Message]:
+    calls = cast(list[Any], value)
+    if isinstance(value, list) and all(isinstance(call, dict) for call in calls):
+        return calls
+    raise BadRowError(f"{where}: 'tool_calls' is no list of objects.", "tool calls that are no objects")
 
 
 class PlainPrompt(Conversation):
@@ -23,54 +81,90 @@ class PlainPrompt(Conversation):
 
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
-        raise UsageError(f"{where}: is a {type(value).__name__}, wanted an object with 'role' and 'content'.")
-    # Parquet gives every message every key of any message; null stands for "not there".
-    message = {key: item for key, item in cast(Message, value).items() if item is not None}
-    role, content = message.get("role"), message.get("content")
-    if role is None:
-        raise UsageError(f"{where}: no 'role'; wanted one of {', '.join(ROLES)}. It has {sorted(message)}.")
-    if role not in ROLES:
-        raise UsageError(f"{where}: role is {role!r}; wanted one of {', '.join(ROLES)}. Rename it.")
-    calls = role == "assistant" and bool(message.get("tool_calls"))
-    if content is None and not calls:
-        raise UsageError(f"{where}: no 'content'; wanted the text of the {role}'s message. It has {sorted(message)}.")
-    if content is not None and not isinstance(content, str):
-        raise UsageError(
-            f"{where}: 'content' is a {type(content).__name__}, wanted text. Join parts into one text; images and "
-            "the like cannot be scored."
+        raise BadRowError(
+            f"{where}: is a {type(value).__name__}, wanted an object with 'role' and 'content'.", "message is no object"
         )
-    if role == "assistant" and not calls and not str(content).strip():
-        raise UsageError(f"{where}: the assistant's 'content' is empty; wanted text to learn from. Drop the row.")
-    return {**message, "content": content or ""}
+    message = cast(Message, _present(value, where))
+    role, content = message.get("role"), message.pop("content", None)
+    if role is None:
+        raise BadRowError(f"{where}: no 'role'; wanted one of {', '.join(ROLES)}. It has {sorted(message)}.", "no role")
+    if role not in ROLES:
+        raise BadRowError(
+            f"{where}: role is {role!r}; wanted one of {', '.join(ROLES)}. Rename it.", "a role of another name"
+        )
+    # Templates take a list without calls for a call.
+    calls = _calls(message.pop("tool_calls", []), where)
+    if calls:
+        message["tool_calls"] = calls
+    if content is not None:
+        message["content"] = content = _content(content, where)
+    elif role != "assistant" or not calls:
+        raise BadRowError(
+            f"{where}: no 'content'; wanted the text of the {role}'s message. It has {sorted(message)}.", "no content"
+        )
+    if role == "assistant" and not calls and not text_of(message["content"]).strip():
+        raise BadRowError(
+            f"{where}: the assistant's 'content' is empty; wanted text to learn from. Drop the row.",
+            "empty assistant turn",
+        )
+    return message
 
 
-def conversation(value: Any, where: str, field: str = "messages") -> Conversation:
-    """A conversation from a list of messages; keys beyond `role` and `content` go to the template as they are.
+def _messages(value: Any, where: str, field: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise BadRowError(
+            f"{where}: {field!r} is a {type(value).__name__}, wanted a list of messages.", "messages are no list"
+        )
+    if not value:
+        raise BadRowError(f"{where}: {field!r} is empty, wanted one message or more. Drop the row.", "no messages")
+    return [_message(item, f"{where}: {field}[{i}]") for i, item in enumerate(cast(list[Any], value))]
+
+
+def tools_of(value: Any, where: str) -> list[Any] | None:
+    """Returns a row's tools, a list of JSON schemas or the JSON text of one; None where there are none.
 
     Raises:
-        UsageError: not a list, empty, or a message without a known role and text.
+        BadRowError: they are something else.
     """
-    if not isinstance(value, list):
-        raise UsageError(f"{where}: {field!r} is a {type(value).__name__}, wanted a list of messages.")
-    items = cast(list[Any], value)
-    if not items:
-        raise UsageError(f"{where}: {field!r} is empty, wanted one message or more. Drop the row.")
-    return Conversation([_message(item, f"{where}: {field}[{i}]") for i, item in enumerate(items)])
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "[]")
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError):
+            raise BadRowError(f"{where}: 'tools' is a text that is not JSON.", "tools are not JSON") from None
+    else:
+        value = _present(value, where)
+    if not isinstance(value or [], list) or not all(isinstance(tool, dict) for tool in value or []):
+        raise BadRowError(f"{where}: 'tools' is no list of objects; wanted JSON schemas.", "tools are no objects")
+    return value or None
+
+
+def conversation(value: Any, where: str, field: str = "messages", tools: Any = None) -> Conversation:
+    """Returns a conversation of a list of messages; keys beyond `role` and `content` go to the template as they are.
+
+    Raises:
+        BadRowError: not a list, empty, a message without a known role and text, or tools that are no JSON schemas.
+    """
+    return Conversation(_messages(value, where, field), 0, tools_of(tools, where))
 
 
 def _side(value: Any, role: str, field: str, where: str) -> list[Message]:
     if isinstance(value, str):
         return [_message({"role": role, "content": value}, f"{where}: {field}")]
     if not isinstance(value, list):
-        raise UsageError(f"{where}: {field!r} is a {type(value).__name__}, wanted text or a list of messages.")
-    return conversation(cast(list[Any], value), where, field).messages
+        raise BadRowError(
+            f"{where}: {field!r} is a {type(value).__name__}, wanted text or a list of messages.",
+            "neither text nor messages",
+        )
+    return _messages(cast(list[Any], value), where, field)
 
 
-def completed_prompt(prompt: Any, completion: Any, where: str) -> Conversation:
-    """A conversation from a prompt and its completion, each text (of the user, of the assistant) or messages.
+def completed_prompt(prompt: Any, completion: Any, where: str, tools: Any = None) -> Conversation:
+    """Returns a conversation of a prompt and its completion, each text (of the user, of the assistant) or messages.
 
     Raises:
-        UsageError: as `conversation`.
+        BadRowError: as `conversation`.
     """
     before = _side(prompt, "user", "prompt", where)
-    return Conversation([*before, *_side(completion, "assistant", "completion", where)], len(before))
+    after = _side(completion, "assistant", "completion", where)
+    return Conversation([*before, *after], len(before), tools_of(tools, where))

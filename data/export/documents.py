@@ -12,14 +12,18 @@ from kd_core.errors import UsageError
 
 
 class Document(NamedTuple):
-    """A name that stays the same between exports, and what is in it: text, or a conversation."""
+    """A name that stays the same between exports, what is in it (text, or a conversation), and where it lies."""
 
     name: str
     content: str | Conversation
+    where: str = ""
 
     def digest(self) -> bytes:
         """Returns 16 bytes by which documents of the same content are known, whatever they are called."""
-        written = json.dumps(self.content, sort_keys=True, default=str)
+        known = self.content
+        if isinstance(known, Conversation) and known.tools is None:
+            known = known[:2]  # as before there were tools
+        written = json.dumps(known, sort_keys=True, default=str)
         return hashlib.sha256(written.encode()).digest()[:16]
 
 
@@ -32,9 +36,9 @@ def document_of(row: Row, reading: Reading) -> Document:
     if isinstance(row.value, BadRowError):
         raise row.value
     if isinstance(row.value, str):
-        return Document(row.name, row.value)
+        return Document(row.name, row.value, row.where)
     try:
-        return Document(row.name, content_of(row.value, reading, row.where))
+        return Document(row.name, content_of(row.value, reading, row.where), row.where)
     except BadRowError:
         raise
     except UsageError as error:

@@ -82,7 +82,7 @@ class Encoder:
             prompt, completion = (str(message["content"]) for message in document.content.messages)
             scored = (len(prompt), len(prompt) + len(completion))
             return _LaidOut(document.name, document.digest(), prompt + completion, [scored])
-        text, spans = self.template.render(document.content, document.name)
+        text, spans = self.template.render(document.content, document.where or document.name)
         return _LaidOut(document.name, document.digest(), text, spans)
 
     def _read_template(self, is_plain: bool) -> None:

@@ -17,7 +17,16 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, cast
 
-from data.export.chat import ROLES, Conversation, Message, PlainPrompt, completed_prompt, conversation
+from data.export.chat import (
+    ROLES,
+    Conversation,
+    Message,
+    PlainPrompt,
+    completed_prompt,
+    conversation,
+    text_of,
+    tools_of,
+)
 from data.export.layout_hints import setting, setting_hint
 from data.text_lines import BadRowError
 
@@ -31,7 +40,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "instruction": (("instruction",), ("output", "response")),
     "question": (("question",), ("response",)),
 }
-FURTHER = ("system", "system_prompt", "input", "context", "history")
+FURTHER = ("system", "system_prompt", "input", "context", "history", "tools")
 CALL = "function_call"
 ROLE_NAMES = {
     **{role: role for role in (*ROLES, CALL)},
@@ -81,7 +90,7 @@ def present_layouts(names: Collection[str], reading: Reading) -> list[str]:
 def columns_to_read(columns: Collection[str], reading: Reading) -> list[str]:
     """Of a table's columns, those that a document can be made of; all, where there are none, for a message to name."""
     if reading.fields:
-        wanted = set(reading.fields.values())
+        wanted = {*reading.fields.values(), "tools"}
     else:
         wanted = {name for sides in reading.layouts().values() for side in sides for name in side} | set(FURTHER)
         wanted = wanted if present_layouts(columns, reading) else set(columns)
@@ -231,8 +240,8 @@ def _is_rendering(text: Any, content: str | Conversation) -> bool:
     """Returns True where a text holds all that a conversation says: it is the same, through somebody's template."""
     if not isinstance(text, str) or isinstance(content, str):
         return False
-    said = [message["content"] for message in content.messages]
-    return all(isinstance(part, str) and all(line.strip() in text for line in part.splitlines()) for part in said)
+    said = [text_of(message.get("content", "")) for message in content.messages]
+    return all(line.strip() in text for part in said for line in part.splitlines())
 
 
 def _found_content(fields: Fields, reading: Reading, where: str) -> str | Conversation:
@@ -265,6 +274,11 @@ def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversati
     Raises:
         BadRowError: it holds none, or several of which none is named, or something of another type.
     """
+    made = _content_without_tools(fields, reading, where)
+    return made if isinstance(made, str) else made._replace(tools=tools_of(fields.get("tools"), where))
+
+
+def _content_without_tools(fields: Fields, reading: Reading, where: str) -> str | Conversation:
     if reading.fields:
         return _mapped(reading.fields, fields, where)
     if (layout := reading.content) == "auto":

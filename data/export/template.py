@@ -1,73 +1,40 @@
 """The tokenizer's chat template: a conversation as text, and which characters of it are the assistant's.
 
-Rendering is transformers' (`apply_chat_template`), but for the date of today, which no template gets: it would change
-a cache from one day to the next. The assistant's characters are exact, or the conversation is refused:
+Rendering is transformers' (`apply_chat_template`), but for the date of today, which would change a cache from one day
+to the next: templates that ask for one get `DATE`, others their own default. The assistant's characters are exact, or
+the conversation is refused:
 
 - a template with `{% generation %}` blocks says itself what they are;
-- otherwise each turn of the assistant is what the template writes between its prompt for generation and the turn's
-  end, `render(messages[:i], prompt)` to `render(messages[:i + 1])`, and each must be the beginning of the next.
+- otherwise the turns are found in the rendering (`assistant_turns.py`).
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2 import TemplateError
 
-from data.export.bounded_template import BoundedEnvironment, bounded, bounded_text
-from data.export.chat import Conversation, Message
+from data.export.assistant_turns import Marked, Span, TurnFinder, mark_of
+from data.export.bounded_template import bounded, bounded_text
+from data.export.chat import Conversation, Message, text_of
+from data.export.rows import BadRowError
+from data.export.template_program import CLOSE, OPEN, compile_template, plain, without_marks
 from kd_core.errors import UsageError
 from kd_core.files import damaged, read_json, read_text
 
-# Around what a generation block writes; Unicode keeps them for a program's own use, no text has them.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-Span = tuple[int, int]
 MOST_SOURCE = 1 << 20  # characters
+Write = Callable[[Sequence[Message]], tuple[str, list[Span]]]
 SECONDS = 10.0  # of the processor for a conversation; honest templates take some thousandths
 
 
-class _Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: its text between `OPEN` and `CLOSE`."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 has it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """A call of `_mark` with the block's body."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Macro) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """As transformers has it: jinja2's own would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _without_marks(text: str) -> tuple[str, list[Span]]:
-    """The text without marks, and the spans that they stood around."""
-    parts: list[str] = []
-    spans: list[Span] = []
-    at = begun = 0
-    for piece in text.replace(CLOSE, OPEN + CLOSE).split(OPEN):
-        if piece.startswith(CLOSE):
-            spans.append((begun, at))
-        begun = at
-        parts.append(piece.removeprefix(CLOSE))
-        at += len(parts[-1])
-    return "".join(parts), spans
+def _with_reasoning(message: Message) -> Message:
+    """Returns the message with its reasoning under the names that templates read, as transformers gives it to them."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +47,14 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _named_source(found: Any, path: Path) -> str | None:
-    """`chat_template` of a configuration: a template, or a list of named ones."""
-    if isinstance(found, list):
-        named = {item["name"]: item["template"] for item in cast(list[dict[str, str]], found)}
-        if "default" not in named:
-            raise UsageError(f"{path}: has the chat templates {sorted(named)}; wanted one that is named 'default'.")
-        return named["default"]
-    return found
+def _named_sources(found: Any, path: Path) -> dict[str, Any]:
+    """Templates by name, of `chat_template` of a configuration: a template, or a list of named ones."""
+    if not isinstance(found, list):
+        return {} if found is None else {"default": found}
+    named = {item["name"]: item["template"] for item in cast(list[dict[str, str]], found)}
+    if "default" not in named:
+        raise UsageError(f"{path}: has the chat templates {sorted(named)}; wanted one that is named 'default'.")
+    return named
 
 
 class NoTemplateError(UsageError):
@@ -98,112 +65,143 @@ class ChatTemplate:
     """A template in a sandbox, with the special tokens that it names."""
 
     def __init__(self, source: str, special: dict[str, Any], turn_ends: Sequence[str], where: str) -> None:
-        """Compile; `turn_ends` are special tokens, behind which white space is no part of a turn.
+        """Compile; `turn_ends` are the special tokens, which end turns.
 
         Raises:
             UsageError: it is not a template.
         """
         self.source, self.special, self.where = source, special, where
-        self.turn_ends = tuple(turn_ends)
+        self.turns = TurnFinder(turn_ends)
+        self.for_tools: ChatTemplate | None = None  # another one, of conversations with tools
+        self.used_for_tools = False
         if not isinstance(source, str) or len(source) > MOST_SOURCE:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"{where}: the chat template is no text of at most {MOST_SOURCE} characters.")
-        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
-        environment.filters["tojson"] = _to_json
-        cast(dict[str, Any], environment.globals)["raise_exception"] = _raise_exception
         try:
             with bounded(SECONDS):  # constants are worked out here
-                tree = environment.parse(source)
-                self.template = environment.from_string(source)
+                self.template, self.has_generation_blocks = compile_template(source)
         except (TemplateError, RecursionError, MemoryError, SyntaxError, OverflowError, ValueError) as error:
             raise UsageError(f"{where}: not a chat template ({type(error).__name__}: {error!s:.300}).") from None
-        self.has_generation_blocks = any(
-            isinstance(call.node, nodes.ExtensionAttribute) for call in tree.find_all(nodes.Call)
-        )
 
     @classmethod
     def read(cls, folder: Path, turn_ends: Sequence[str]) -> "ChatTemplate":
-        """The template of a Hugging Face folder: `chat_template.jinja`, or that of `tokenizer_config.json`.
+        """Returns the template of a Hugging Face folder: `chat_template.jinja`, or that of `tokenizer_config.json`.
 
         Raises:
             UsageError: there is none.
         """
         own, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        beside = folder / "additional_chat_templates" / "tool_use.jinja"
         settings = read_json(path, "the configuration of a tokenizer") if path.exists() else {}
         legacy = folder / "special_tokens_map.json"
         special = _special_tokens(read_json(legacy, "a map of special tokens")) if legacy.exists() else {}
         special |= _special_tokens(settings)
-        if own.exists():
-            return cls(read_text(own, "a chat template"), special, turn_ends, str(own))
         with damaged(path, "the configuration of a tokenizer"):
-            source = _named_source(settings.get("chat_template"), path)
-        if source is None:
+            sources = {} if own.exists() else _named_sources(settings.get("chat_template"), path)
+        if own.exists():
+            sources["default"] = read_text(own, "a chat template")
+        if beside.exists():
+            sources["tool_use"] = read_text(beside, "a chat template")
+        if "default" not in sources:
             raise NoTemplateError(
                 f"{folder}: no chat template, and the corpus has conversations. Wanted chat_template.jinja, or "
                 "chat_template in tokenizer_config.json: copy that of the model's instruction-tuned sibling, or "
                 "write one."
             )
-        return cls(source, special, turn_ends, str(path))
+        where = str(own if own.exists() else path)
+        found = cls(sources["default"], special, turn_ends, where)
+        if "tool_use" in sources:
+            found.for_tools = cls(sources["tool_use"], special, turn_ends, str(beside) if beside.exists() else where)
+        return found
 
     def fingerprint(self) -> str:
-        """sha256 over the template and its special tokens."""
-        return hashlib.sha256(json.dumps([self.source, self.special], sort_keys=True).encode()).hexdigest()
+        """Returns the sha256 over the template and its special tokens; over the template of tools once it was used."""
+        known = [self.source, self.special]
+        if self.for_tools and self.used_for_tools:
+            known.append(self.for_tools.source)
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
-    def _marked(self, messages: Sequence[Message], document: str, *, prompt: bool = False) -> str:
+    def _marked(self, messages: Sequence[Message], tools: Any, where: str, *, prompt: bool = False) -> str:
         try:
             with bounded(SECONDS):
                 return bounded_text(
                     self.template.generate(
                         messages=list(messages),
-                        tools=None,
+                        tools=tools,
                         documents=None,
                         add_generation_prompt=prompt,
                         **self.special,
                     )
                 )
         except Exception as error:  # a template is a program: it fails as it likes
-            raise UsageError(
-                f"{document}: the chat template refuses the conversation: {error!s:.300} ({self.where}). Mend the "
-                "conversation, or the template."
+            raise BadRowError(
+                f"{where}: the chat template refuses the conversation: {error!s:.300} ({self.where}). Mend the "
+                "conversation, or the template.",
+                "refused by the chat template",
             ) from None
 
-    def _text(self, messages: Sequence[Message], document: str, *, prompt: bool = False) -> str:
-        return _without_marks(self._marked(messages, document, prompt=prompt))[0]
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Tells whether a content of several parts is written as their texts are, and not as a list, or not at all."""
+        texts: list[str] = []
+        for content in ([{"type": "text", "text": OPEN}], OPEN):
+            try:
+                texts.append(self._marked([{"role": "user", "content": content}], None, ""))
+            except BadRowError:
+                texts.append("")
+        parts, text = texts
+        return OPEN in parts and (parts == text or OPEN not in text)
 
-    def _turn_end(self, text: str, start: int) -> int:
-        """Where the turn that ends `text` ends: white space behind a special token is the template's, no answer."""
-        bare = text.rstrip()
-        return len(bare) if len(bare) > start and bare.endswith(self.turn_ends) else len(text)
+    def _prepared(self, message: Message) -> Message:
+        """Returns a message as the template sees it."""
+        message = _with_reasoning(message)
+        if isinstance(content := message.get("content"), list) and not self.takes_parts:
+            message = {**message, "content": text_of(content)}
+        return plain(message, "")
 
-    def _turns(self, conversation: Conversation, full: str, document: str) -> list[Span]:
-        spans: list[Span] = []
-        for i, message in enumerate(conversation.messages):
-            if message["role"] != "assistant" or i < conversation.scored_from:
-                continue
-            before = self._text(conversation.messages[:i], document, prompt=True)
-            after = self._text(conversation.messages[: i + 1], document)
-            if not (full.startswith(after) and after.startswith(before)):
-                raise UsageError(
-                    f"{document}: messages[{i}]: the chat template ({self.where}) writes this turn another way once "
-                    "more messages follow, or does not begin it with its generation prompt, so what the assistant "
-                    "said cannot be told from the rest. Put {% generation %} … {% endgeneration %} around the "
-                    "assistant's text in the template, or give the turn a row of its own (prompt and completion)."
-                )
-            spans.append((len(before), self._turn_end(after, len(before))))
-        return spans
-
-    def render(self, conversation: Conversation, document: str) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters that the assistant's scored turns are.
+    def render(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
+        """Returns the conversation as text, and the characters that the assistant's scored turns are.
 
         Raises:
-            UsageError: the template refuses it, or the assistant's turns cannot be told from the rest.
+            BadRowError: the template refuses it, or the assistant's turns cannot be told from the rest.
         """
-        with damaged(document, "a conversation", "Drop it"):
-            written = json.dumps(conversation.messages, ensure_ascii=False)
+        if conversation.tools and self.for_tools:
+            self.used_for_tools = True
+            return self.for_tools.render(conversation, where)
+        try:
+            written = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str)
+            messages = [self._prepared(message) for message in conversation.messages]
+            tools = plain(conversation.tools, "tools")
+        except RecursionError:
+            raise BadRowError(f"{where}: nests too deeply. Drop the row.", "nesting too deep") from None
         if OPEN in written or CLOSE in written:
-            raise UsageError(f"{document}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.")
-        text, spans = _without_marks(self._marked(conversation.messages, document))
-        if not self.has_generation_blocks:
-            return text, self._turns(conversation, text, document)
-        prompt = conversation.messages[: conversation.scored_from]
-        of_prompt = _without_marks(self._marked(prompt, document))[1] if prompt else []
-        return text, spans[len(of_prompt) :]
+            raise BadRowError(
+                f"{where}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.", "no text"
+            )
+
+        def write(these: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
+            return without_marks(self._marked(these, tools, where, prompt=prompt))
+
+        whole, spans = write(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        # A weight of 0 leaves a turn out, as in the files of OpenAI's fine-tuning.
+        scored = [i for i in turns if i >= conversation.scored_from and messages[i].get("weight") != 0]
+        if self.has_generation_blocks:
+            for i in scored:
+                _check_calls(write, messages, i, whole, f"{where}: messages[{i}]")
+            left_out = {block for i in set(turns) - set(scored) for block in _blocks(write, messages, i)}
+            return whole, [span for block, span in enumerate(spans) if block not in left_out]
+        finds = partial(self.turns.find, lambda these, prompt: write(these, prompt)[0], messages)
+        return whole, [finds(i, whole, f"{where}: messages[{i}]") for i in scored]
+
+
+def _check_calls(write: Write, messages: Sequence[Message], number: int, whole: str, where: str) -> None:
+    """Checks that the calls of a message are written, which its generation block does not say."""
+    if messages[number].get("tool_calls"):
+        turn = Marked.from_message(messages[number], mark_of(whole))
+        turn.check_traces(write([*messages[:number], turn.message, *messages[number + 1 :]])[0], where)
+
+
+def _blocks(write: Write, messages: Sequence[Message], number: int) -> range:
+    """Returns the numbers of the generation blocks that a message has, counted over the conversation."""
+    before = len(write(messages[:number])[1]) if number else 0
+    return range(before, len(write(messages[: number + 1])[1]))

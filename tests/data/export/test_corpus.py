@@ -26,7 +26,7 @@ def _lines(path: Path, *rows: object) -> None:
 
 
 def _documents(path: Path, **settings: str) -> list[Document]:
-    return list(Corpus(str(path), **settings).documents())
+    return [document._replace(where="") for document in Corpus(str(path), **settings).documents()]
 
 
 def test_a_folder_of_all_formats(tmp_path: Path) -> None:
@@ -87,7 +87,12 @@ def test_messages_keep_what_templates_may_read_and_lose_nulls(tmp_path: Path) ->
     _lines(tmp_path / "a.jsonl", {"messages": [{**TURNS[0], "name": None}, *called, TURNS[1]]})
     [document] = _documents(tmp_path)
     assert isinstance(document.content, Conversation)
-    assert document.content.messages == [TURNS[0], {**called[0], "content": ""}, called[1], TURNS[1]]
+    assert document.content.messages == [
+        TURNS[0],
+        {"role": "assistant", "tool_calls": [{"name": "look"}]},
+        called[1],
+        TURNS[1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,18 @@ def test_messages_keep_what_templates_may_read_and_lose_nulls(tmp_path: Path) ->
         ({"messages": [{"role": "narrator", "content": "x"}]}, r"role is 'narrator'; wanted one of"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"role is \['user'\]"),
         ({"messages": [{"role": "user"}]}, "no 'content'; wanted the text of the user's message"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' is a list, wanted text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a part of 'content' is 'text', wanted text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "a part of 'content' is 'image'",
+        ),
+        ({"messages": [{"role": "user", "content": [["x"]]}]}, "a part of 'content' is 'list'"),
+        ({"messages": [{"role": "tool", "content": {"x": 1}}]}, "'content' is a dict, wanted text or a list of parts"),
+        ({"messages": [{"role": "assistant", "tool_calls": "look"}]}, "'tool_calls' is no list of objects"),
+        ({"messages": TURNS, "tools": "[look]"}, "'tools' is a text that is not JSON"),
+        ({"messages": TURNS, "tools": ["look"]}, "'tools' is no list of objects"),
+        ({"messages": TURNS, "tools": "{}{}"}, "'tools' is a text that is not JSON"),
+        ({"messages": TURNS, "tools": 3}, "'tools' is no list of objects"),
         ({"messages": [{"role": "assistant", "content": "  \n"}]}, "the assistant's 'content' is empty"),
         ({"prompt": 3, "completion": "x"}, "'prompt' is a int, wanted text or a list of messages"),
         ({"prompt": "x", "completion": ""}, "completion: the assistant's 'content' is empty"),

@@ -229,16 +229,14 @@ FORGETFUL = CHATML.replace(
         ("{% if %}", CHATS[0], "tokenizer_config.json: not a chat template"),
         (LLAMA_2, CHATS[0][:1] * 2, r"a.jsonl:1: .*refuses the conversation: Roles must alternate"),
         ("{{ messages[0].content + none }}", CHATS[0], "a.jsonl:1: .*refuses the conversation: can only concatenate"),
-        ("{{ strftime_now('%d %b %Y') }}", CHATS[0], "'strftime_now' is undefined"),
         (
             "{{ messages.clear() }}",
             CHATS[0],
             "refuses the conversation: access to attribute .clear. of .list. object is unsafe",
         ),
         ("{{ messages.__class__.__mro__ }}", CHATS[0], "refuses the conversation: .*unsafe"),
-        (FORGETFUL, CHATS[1], r"a.jsonl:1: messages\[2\]: .*writes this turn another way once more messages follow"),
+        (FORGETFUL, CHATS[1], r"a.jsonl:1: messages\[2\]: the chat template writes nothing of this turn"),
         (CHATML.split("{% if add", maxsplit=1)[0], CHATS[0], None),
-        (CHATML, [CHATS[0][1]], r"messages\[0\]: .*does not begin it with its generation prompt"),
         (CHATML, [{"role": "user", "content": CLOSE}, CHATS[0][1]], "holds U.FDD0 or U.FDD1"),
     ],
 )
