@@ -98,6 +98,12 @@ LAYOUTS: dict[str, tuple[Rows, list[Any], dict[str, Any]]] = {
         ["The owl sees the fox."],
         {"text_field": "body"},
     ),
+    "ShareGPT by another name": ([{"items": _turns(ASK, TELL)}], [PAIR], {"fields": {"messages": "items"}}),
+    "chosen conversations": (
+        [{"prompt": "Who sees the fox?", "chosen": PAIR, "rejected": [ASK]}],
+        [PAIR],
+        {"fields": {"messages": "chosen"}},
+    ),
     "preferences": (
         [{"prompt": "Who sees the fox?", "chosen": "The owl.", "rejected": "No."}],
         [Conversation(PAIR, 1)],
