@@ -140,7 +140,8 @@ def json_value(text: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         if isinstance(error, BadRowError):
             raise
-        hint = " A JSON array? Wanted an object a line: jq -c '.[]'." if text.lstrip().startswith("[") else ""
+        over_many_lines = text.lstrip().startswith("[") or text.strip() == "{"
+        hint = " Is it one value over many lines? Wanted an object a line: jq -c." if over_many_lines else ""
         raise BadRowError(f"{where}: not JSON ({getattr(error, 'msg', error)}).{hint}", "not JSON") from None
     return value
 

@@ -168,6 +168,8 @@ def _csv(path: Path, name: str, choose: Choose) -> Iterator[Row]:
     where = printable(path)
     try:
         columns = next(reader, [])
+        if twice := [column for column in columns if columns.count(column) > 1]:
+            raise UsageError(f"{where}: the header has {twice[0]!r} twice. Rename one.")
         for number, cells in enumerate(reader, 1):
             if cells:
                 own = f"{where}: row {number}"

@@ -17,7 +17,6 @@ from pyarrow import ipc, parquet
 
 from data.export.chat import Conversation
 from data.export.corpus import Corpus
-from data.export.documents import Document
 from experiments.quickstart import quickstart_export
 from kd_core.errors import UsageError
 from launchers.values import check_values, set_path
@@ -98,6 +97,12 @@ LAYOUTS: dict[str, tuple[Rows, list[Any], dict[str, Any]]] = {
         ["The owl sees the fox."],
         {"text_field": "body"},
     ),
+    "ShareGPT by another name": ([{"items": _turns(ASK, TELL)}], [PAIR], {"fields": {"messages": "items"}}),
+    "chosen conversations": (
+        [{"prompt": "Who sees the fox?", "chosen": PAIR, "rejected": [ASK]}],
+        [PAIR],
+        {"fields": {"messages": "chosen"}},
+    ),
     "preferences": (
         [{"prompt": "Who sees the fox?", "chosen": "The owl.", "rejected": "No."}],
         [Conversation(PAIR, 1)],
@@ -176,13 +181,13 @@ def test_roles_of_published_sets(tmp_path: Path) -> None:
         {"from": "gpt", "value": "It shines.", "weight": 1},
     ]
     _json_lines(tmp_path / "a.jsonl", [{"conversations": turns}])
-    assert _contents(tmp_path) == [
-        [
-            {"role": "user", "content": "Look."},
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
-            {"role": "tool", "content": "Sun."},
-            {"role": "assistant", "content": "It shines.", "weight": 1},
-        ]
+    [messages] = _contents(tmp_path)
+    assert not messages[1].pop("content", "")
+    assert messages == [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]},
+        {"role": "tool", "content": "Sun."},
+        {"role": "assistant", "content": "It shines.", "weight": 1},
     ]
     turns[1]["value"] = "look(Rome)"
     _json_lines(tmp_path / "a.jsonl", [{"conversations": turns}])
@@ -290,12 +295,12 @@ def test_nulls_within_fields_are_not_there(tmp_path: Path) -> None:
         {"messages": [ASK, call(city="Rome")], "text": None},
         {"messages": [ASK, call(unit="C", days=[1, 2])], "text": None},
     ]
-    found: list[list[Document]] = []
+    found: list[list[Any]] = []
     for name, write in WRITERS.items():
         write(tmp_path / name, rows)
-        found.append([d._replace(name="") for d in Corpus(str(tmp_path / name)).documents()])
-    assert all(documents == found[0] for documents in found)
-    assert found[0][0].content.messages[1]["tool_calls"] == call(city="Rome")["tool_calls"]  # type: ignore[union-attr]
+        found.append([document.content for document in Corpus(str(tmp_path / name)).documents()])
+    assert all(contents == found[0] for contents in found)
+    assert found[0][0].messages[1]["tool_calls"] == call(city="Rome")["tool_calls"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,6 @@ def test_conversations_still_want_a_template(tiny: Tiny, tmp_path: Path) -> None
     ask = [{"role": "user", "content": "Who?"}]
     for row in (
         {"prompt": ask, "completion": [{"role": "assistant", "content": "The owl."}]},
-        {"prompt": "Who?", "completion": "The owl.", "system": "Be brief."},
         {"instruction": "Who?", "output": "The owl."},
     ):
         corpus = _corpus(tmp_path / "a.jsonl", {"prompt": "Who?", "completion": "The owl."}, row)
