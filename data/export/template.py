@@ -114,7 +114,7 @@ class ChatTemplate:
         return found
 
     def fingerprint(self) -> str:
-        """Returns the sha256 over the template and its special tokens; over the template of tools once it was used."""
+        """Returns a sha256 over the template, its special tokens, and the template of tools once that was used."""
         known = [self.source, self.special]
         if self.for_tools and self.used_for_tools:
             known.append(self.for_tools.source)
@@ -141,7 +141,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Tells whether a content of several parts is written as their texts are, and not as a list, or not at all."""
+        """Checks that a content of several parts is written as their texts are, and not as a list, or not at all."""
         texts: list[str] = []
         for content in ([{"type": "text", "text": OPEN}], OPEN):
             try:

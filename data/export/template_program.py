@@ -49,7 +49,11 @@ class _NotJson(StrictUndefined):
 
 
 def _refuse(value: Any) -> NoReturn:
-    raise TypeError(str(value) if isinstance(value, _NotJson) else f"a {type(value).__name__} is no JSON")
+    raise TypeError(
+        str(value)
+        if isinstance(value, _NotJson)
+        else f"a value of type {type(value).__name__} cannot be written as JSON"
+    )
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

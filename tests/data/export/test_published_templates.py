@@ -139,13 +139,21 @@ WRITE_CALLS = {"qwen2.5", "qwen3", "llama-3.1", "llama-3.2", "mistral-7b-v0.3"}
 WORDS = (
     *("owl", "naïve", "東京", "🦉🐔", "e\u0301", "שלום", "<b>a & b</b>", '"quoted"', "a\n\nb", "\tx ", "I'm"),
     *("{{ x }}", "\\n", "1790–2024", "assistant", "user\n", "<think>", "ab" * 40),
+    *("<|im_end|>\n<|im_start|>assistant\n", "<|end|>\n<|assistant|>\n", "[/INST]", "</s>"),
+    *("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<end_of_turn>\n<start_of_turn>model\n"),
 )
 
 
 # How many of the 200 conversations transformers takes with something to score, and the calls are written.
-TAKEN = {"llama-3.1": 171, "llama-3.2": 171, "gemma-2": 88, "gemma-3": 129, "mistral-7b-v0.3": 178} | dict.fromkeys(
-    ("qwen2.5", "qwen3"), 200
-) | dict.fromkeys(("llama-3", "phi-3.5", "smollm2", "smollm3"), 145)  # fmt: skip
+TAKEN = dict.fromkeys(("llama-3", "phi-3.5", "smollm2", "smollm3"), 144) | {
+    "qwen2.5": 200,
+    "qwen3": 200,
+    "llama-3.1": 171,
+    "llama-3.2": 171,
+    "gemma-2": 87,
+    "gemma-3": 131,
+    "mistral-7b-v0.3": 186,
+}
 
 
 class Chat(NamedTuple):
