@@ -28,7 +28,7 @@ def _token(value: Any, *, special: bool = True) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=special)
     fields = {name: flag for name, flag in cast(dict[str, Any], value).items() if name != "__type"}
-    return AddedToken(**{"special": special, **fields})
+    return AddedToken(fields.pop("content"), **{"special": special, **fields})
 
 
 def _optional(path: Path, what: str) -> dict[str, Any]:
@@ -46,12 +46,11 @@ def _special(settings: dict[str, Any]) -> tuple[dict[str, AddedToken], list[Adde
     return {name: _token(own[name]) for name in order}, [_token(value) for value in extra]
 
 
-class _Beside:
-    """What the files beside a `tokenizer.json` state."""
+class TokensBeside:
+    """Tokens that the files beside a `tokenizer.json` state: by id, by name (`bos_token`, …), and the rest."""
 
     def __init__(self, folder: Path, fast: FastTokenizer) -> None:
-        settings = _optional(folder / CONFIG, "the configuration of a tokenizer")
-        self.splits_special = settings.get("split_special_tokens") is True
+        self.settings = settings = _optional(folder / CONFIG, "the configuration of a tokenizer")
         self.file, stated = CONFIG, settings.get("added_tokens_decoder")
         if stated is not None:
             self.stated = {int(i): _token(value, special=False) for i, value in stated.items()}
@@ -84,13 +83,13 @@ class _Beside:
         return found
 
 
-def _refuse_other_ids(folder: Path, fast: FastTokenizer, beside: _Beside) -> None:
+def _refuse_other_ids(folder: Path, fast: FastTokenizer, beside: TokensBeside) -> None:
     for i, token in beside.stated.items():
         own = fast.token_to_id(token.content)
         if own is not None and own != i:
             raise UsageError(
-                f"{folder / beside.file}: {token.content!r} has id {i}; in tokenizer.json it has id {own}. Which one the "
-                "model was trained with cannot be told. Correct one of the files."
+                f"{folder / beside.file}: {token.content!r} has id {i}, in tokenizer.json {own}. Which one the model was "
+                "trained with cannot be told. Correct one of the files."
             )
 
 
@@ -103,16 +102,16 @@ def _warn_of_other_ids(folder: Path, fast: FastTokenizer, stated: Iterable[tuple
             )  # fmt: skip
 
 
-def add_tokens_beside(fast: FastTokenizer, folder: Path) -> dict[str, str]:
-    """Adds to `fast` what the files of `folder` add; returns its special tokens by name (`bos_token`, …).
+def add_tokens_beside(fast: FastTokenizer, folder: Path) -> TokensBeside:
+    """Adds to `fast` what the files of `folder` add, and returns it.
 
     Raises:
         UsageError: a file is damaged, or states another id for a token of `tokenizer.json`.
     """
     with damaged(folder, "a folder with a tokenizer's files", "Fetch them again"):
-        beside = _Beside(folder, fast)
+        beside = TokensBeside(folder, fast)
         _refuse_other_ids(folder, fast, beside)
         fast.add_tokens(beside.tokens(fast))
-        fast.encode_special_tokens = beside.splits_special
+        fast.encode_special_tokens = beside.settings.get("split_special_tokens") is True
         _warn_of_other_ids(folder / beside.file, fast, sorted(beside.stated.items()))
-    return {name: token.content for name, token in beside.named.items()}
+    return beside

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from data.added_tokens import add_tokens_beside
 from kd_core.errors import UsageError
 from kd_core.files import is_plain_file
 
+log = logging.getLogger("kd")
 Choice = Literal["auto", "yes", "no"]
 MOST_BYTES, MOST_IDS, MOST_GROWTH = 1 << 27, 1 << 22, 1 << 10
 OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
@@ -76,7 +78,7 @@ def _refuse_missing(path: Path) -> None:
         raise UsageError(f"{path}: no such file; wanted the tokenizer of a Hugging Face folder.")
     raise UsageError(
         f"{path}: no such file; the folder has {' and '.join(other)}, which transformers converts. Once, where "
-        "transformers and sentencepiece are installed: python -c \"from transformers import AutoTokenizer as T; "
+        'transformers and sentencepiece are installed: python -c "from transformers import AutoTokenizer as T; '
         f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )
 
@@ -97,7 +99,7 @@ class Tokenizer:
         try:
             self.fast = _read_alone(path)
             self._check()
-            self.special = add_tokens_beside(self.fast, folder)
+            self.beside = add_tokens_beside(self.fast, folder)
             self._check()
             self.own_around = self._around()
         except (KeyboardInterrupt, SystemExit, UsageError):
@@ -133,15 +135,29 @@ class Tokenizer:
         )
 
     def _resolved(self, which: str, choice: Choice, own: list[int]) -> list[int]:
+        if choice == "auto" and not own and self.beside.settings.get(f"add_{which}_token") is True:
+            log.warning(
+                "%s: add_%s_token of tokenizer_config.json has no effect, as in transformers, beside a tokenizer.json that "
+                "adds none. If the model was trained with it, set corpus.%s=yes.",
+                self.path, which, which,
+            )  # fmt: skip
         if choice != "yes" or own:
             return own if choice != "no" else []
-        token = self.fast.token_to_id(self.special.get(f"{which}_token", ""))
+        named = self.beside.named.get(f"{which}_token")
+        token = self.fast.token_to_id(named.content) if named else None
         if token is None:
             raise UsageError(
                 f"corpus.{which}=yes: the tokenizer {self.path} has no {which}_token. Name one in "
                 f"tokenizer_config.json beside it, or leave it out: corpus.{which}=no."
             )
         return [token]
+
+    def describe(self, around: Around) -> str:
+        """Returns in words what texts get in front and behind."""
+        begins, ends = (
+            " ".join(f"{self.fast.id_to_token(i)} (id {i})" for i in ids) or "nothing more" for ids in around
+        )
+        return f"each text begins with {begins} and ends with {ends}"
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens added."""

@@ -73,6 +73,8 @@ def _export(export: Any, out: Path) -> None:
         app.log.info("dtype: %s", chosen)
         export = replace(export, dtype=chosen.precision)
         plans = world.on_first(lambda: make_plans(export, out, growth_of(out, begin=True) if EXTEND.value else None))
+        if plans and plans[0].texts:
+            app.log.info("texts: %s", plans[0].texts)
         take = claim_growth if EXTEND.value else claim
         wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
         if EXTEND.value and not plans:
@@ -114,7 +116,10 @@ def main() -> None:
         chosen = _choose_dtype(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(f"dtype: {chosen}")
         growth = growth_of(out, begin=False) if EXTEND.value else None
-        for plan in make_plans(replace(export, dtype=chosen.precision), out, growth):
+        plans = make_plans(replace(export, dtype=chosen.precision), out, growth)
+        if plans and plans[0].texts:
+            print(f"texts: {plans[0].texts}")
+        for plan in plans:
             positions = sum(window.positions for window in plan.windows)
             scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
             print(

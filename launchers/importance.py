@@ -48,14 +48,14 @@ def _documents(teacher: Path) -> Iterator[list[int]]:
             text = Path(TEXT.value).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(f"--text={TEXT.value}: not UTF-8 text ({error}).") from None
-        yield tokenizer.encode([text])[0]
+        yield [*tokenizer.around().begins, *tokenizer.encode([text])[0]]
         return
     from data.cache.manifest import read_manifest
     from data.stream.shards import ShardReader
 
     folder = Path(CACHE.value or "")
     manifest = read_manifest(folder)
-    if manifest.tokenizer != tokenizer.fingerprint():
+    if manifest.tokenizer != tokenizer.fingerprint_like(manifest.tokenizer):
         raise UsageError(f"{folder}: was made with another tokenizer than that of {teacher}. Name its own teacher.")
     for record in ShardReader(folder, manifest).records():
         yield record.token_ids.tolist()

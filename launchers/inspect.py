@@ -95,14 +95,16 @@ def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
 
     if TOKENIZER.value is not None:
         found = Tokenizer(Path(TOKENIZER.value))
-        if found.fingerprint() != fingerprint:
+        if found.fingerprint_like(fingerprint) != fingerprint:
             raise UsageError(
                 f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "
                 f"{fingerprint[:12]}…. Name the teacher's folder."
             )
         return found
     for beside in (folder.absolute().parents[i] / "teacher" for i in range(min(2, len(folder.absolute().parents)))):
-        if (beside / "tokenizer.json").is_file() and (found := Tokenizer(beside)).fingerprint() == fingerprint:
+        if (beside / "tokenizer.json").is_file() and (found := Tokenizer(beside)).fingerprint_like(
+            fingerprint
+        ) == fingerprint:
             return found
     return None
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from data.export.documents import CONTENTS, Document, document_of, wanted_keys
 from data.export.rows import FORMATS, has_known_ending, rows_of
+from data.tokenizer import Choice
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint
 
@@ -32,12 +33,15 @@ class Corpus:
     """A file or a folder of text files, JSON lines and Parquet, also mixed.
 
     A row is text (its `text_field`), `messages`, or `prompt` and `completion`; `content` says which where a row has
-    several of them.
+    several of them. `bos` and `eos` say whether a text begins with the tokenizer's BOS and ends with its EOS (auto: as
+    the tokenizer itself adds them). What comes of it stands in the plan, and is no part of the corpus.
     """
 
     path: str
     text_field: str = "text"
     content: str = "auto"
+    bos: Choice = "auto"
+    eos: Choice = "auto"
 
     def __post_init__(self) -> None:
         if self.content not in CONTENTS:

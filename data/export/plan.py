@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from data.cache.codec.levels import CODECS
 from data.cache.contents import window_digest, windows_digest
-from data.cache.manifest import Manifest
+from data.cache.manifest import BEGINS, ENDS, Manifest
 from data.cache.selection import Selection
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
@@ -110,6 +110,7 @@ class CachePlan:
     windows: list[Window]
     plan: dict[str, Any]
     grown_from: Manifest | None = None
+    texts: str = ""  # what each gets in front and behind, in words, where there are texts
 
     @property
     def first_record(self) -> int:
@@ -196,6 +197,7 @@ def _settings(export: TeacherExport, folder: Path, teacher: TeacherFacts, encode
             "config": sha256(folder / "config.json"),
         },
         "tokenizer": encoder.tokenizer.fingerprint(),
+        **{name: ids for name, ids in zip((BEGINS, ENDS), encoder.used or (), strict=False) if ids},
         **settings,
         "scorer": teacher.scorer,
     }
@@ -239,9 +241,14 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
     folder = local_folder(export.teacher)
-    teacher, encoder = _facts(export, folder), Encoder(folder)
+    teacher, encoder = _facts(export, folder), Encoder(folder, export.corpus.bos, export.corpus.eos)
     sides = _sides(export, _scored_documents(export.corpus, encoder), growth)
     settings = _settings(export, folder, teacher, encoder)
+    if encoder.doubled:
+        log.warning(
+            "corpus %s: %d texts begin with the BOS themselves and get another; corpus.bos=no adds none",
+            export.corpus.path, encoder.doubled,
+        )  # fmt: skip
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
         windows = choose_windows(list(windows_of(sides[split], export.row_length, export.overlap)), tokens, export.seed)
@@ -261,5 +268,5 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before))
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, encoder.describe()))
     return plans
