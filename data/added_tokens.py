@@ -88,8 +88,8 @@ def _refuse_other_ids(folder: Path, fast: FastTokenizer, beside: TokensBeside) -
         own = fast.token_to_id(token.content)
         if own is not None and own != i:
             raise UsageError(
-                f"{folder / beside.file}: {token.content!r} has id {i}, in tokenizer.json {own}. Which one the model was "
-                "trained with cannot be told. Correct one of the files."
+                f"{folder / beside.file}: {token.content!r} has id {i}, in tokenizer.json {own}. Which one the model "
+                "was trained with cannot be told. Correct one of the files."
             )
 
 

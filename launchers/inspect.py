@@ -47,6 +47,7 @@ def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
     lines = [
         ("teacher", f"{layers}{teacher.get('dtype', '')}, weights {str(teacher.get('weights'))[:12]}…"),
         ("tokenizer", f"{manifest.tokenizer[:12]}…, vocabulary of {manifest.vocab_size:,}"),
+        ("texts begin with", " ".join(map(str, manifest.text_begins_with)) or "nothing more"),
         ("kept", selection.words() + _further(selection)),
         ("codec", f"{manifest.codec}; KL(original‖decoded) mean {audit.kl_mean:.1e}, worst {audit.kl_worst:.1e} nats"),
         ("", f"mass of the entries off by {audit.mass_error:.1e} at the most"),
