@@ -137,8 +137,8 @@ class Tokenizer:
     def _resolved(self, which: str, choice: Choice, own: list[int]) -> list[int]:
         if choice == "auto" and not own and self.beside.settings.get(f"add_{which}_token") is True:
             log.warning(
-                "%s adds none, so add_%s_token of tokenizer_config.json has no effect, as in transformers. If the model "
-                "was trained with it, set corpus.%s=yes.",
+                "%s adds none, so add_%s_token of tokenizer_config.json has no effect, as in transformers. If the "
+                "model was trained with it, set corpus.%s=yes.",
                 self.path, which, which,
             )  # fmt: skip
         if choice != "yes" or own:

@@ -53,7 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "EOS": ({"eos_token": "<|eot|>"}, {}),
     "EOS of the model": ({"eos_token": "The"}, {}),
     "EOS with flags": ({"eos_token": {"__type": "AddedToken", **_token(lstrip=True)}}, {}),
-    "EOS, BOS, padding": ({"eos_token": "<|eot|>", "pad_token": "hears", "bos_token": "<eot_id>", "sep_token": None}, {}),
+    "EOS, BOS, padding": ({"eos_token": "<|eot|>", "pad_token": "hears", "bos_token": "<eot_id>"}, {}),
     "extra": ({"extra_special_tokens": ["<|eot|>", "<eot_id>"]}, {}),
     "extra by name": ({"extra_special_tokens": {"image_token": "<|eot|>"}}, {}),
     "additional": ({"additional_special_tokens": ["<|eot|>"]}, {}),
