@@ -110,6 +110,7 @@ def _made(plan: CachePlan) -> dict[str, Any]:
     """Returns who made a cache, of what and when; the corpora of a cache that grew stand in order."""
     before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
     return {
+        "drawn_from": plan.drawn_from,
         "teacher": plan.export.teacher,
         "corpora": [*before, plan.export.corpus.path],
         "at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -111,6 +111,7 @@ class CachePlan:
     plan: dict[str, Any]
     grown_from: Manifest | None = None
     texts: str = ""  # what each gets in front and behind, in words, where there are texts
+    drawn_from: int = 0  # positions that the split has
 
     @property
     def first_record(self) -> int:
@@ -251,7 +252,8 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
         )  # fmt: skip
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
-        windows = choose_windows(list(windows_of(sides[split], export.row_length, export.overlap)), tokens, export.seed)
+        found = list(windows_of(sides[split], export.row_length, export.overlap))
+        windows = choose_windows(found, tokens, export.seed)
         if growth and not windows:
             continue
         if not windows:
@@ -268,5 +270,6 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, encoder.describe()))
+        drawn_from = sum(window.positions for window in found)
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, encoder.describe(), drawn_from))
     return plans

@@ -214,4 +214,6 @@ def test_a_label_beyond_the_tokenizer_stands_for_no_bytes(tiny: Tiny) -> None:
     assert any(label >= known for label in labels)
     asked = Asked(OBJECTIVE, (), table[:known])
     numbers = evaluate(model, found, facts, asked=asked, parallel=FLOAT32, world=World())
-    assert numbers["val/bits_per_byte"] == pytest.approx(numbers["val/nll"] * len(labels) / math.log(2) / size, rel=1e-5)
+    assert numbers["val/bits_per_byte"] == pytest.approx(
+        numbers["val/nll"] * len(labels) / math.log(2) / size, rel=1e-5
+    )
