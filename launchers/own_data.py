@@ -4,6 +4,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.cache.manifest import Manifest
 
 ROW_LENGTH, TOKENS_PER_STEP = 512, 1024
 # A cache of less than STEPS steps is read up to EPOCHS times.
@@ -86,14 +90,12 @@ def prompts_of(cache: Path, teacher: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def rest_of(cache: Path) -> str:
-    """Returns how much of the corpus is not in the training cache, and how to take it; nothing where it is all there."""
-    from data.cache.manifest import read_manifest
-
-    manifest = read_manifest(cache)
-    if (has := manifest.made.get("drawn_from", 0)) <= manifest.positions:
-        return ""
+def part_of(manifest: "Manifest") -> str:
+    """Returns how much of the corpus is in the training cache, and how to take more."""
+    has = max(manifest.positions, int(manifest.made.get("drawn_from", 0)))
+    if has == manifest.positions:
+        return "; all of the corpus"
     return (
-        f"      {manifest.positions} of the corpus's {has} training positions, {manifest.positions / has:.1%}. To take "
-        "more: --export_config=train_tokens=NUMBER, or none for all, with another --folder and --run_dir"
+        f"; {manifest.positions / has:.1%} of the corpus's {has} training positions. To take more: "
+        "--export_config=train_tokens=NUMBER, or none for all, with another --folder and --run_dir"
     )

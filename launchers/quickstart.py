@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from kd_core.errors import visible
-from launchers import app
+from launchers import app, own_data
 
 TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder, or hub:OWNER/NAME; default SmolLM2-135M-Instruct, fetched."
@@ -111,16 +111,21 @@ def _megabytes(folder: str) -> float:
     return sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
 
 
-def _prompts(cache: Path, teacher: str) -> tuple[str, ...]:
-    from launchers.own_data import prompts_of
+def _sizes(cache: Path) -> str:
+    from data.cache.manifest import read_manifest
 
-    return prompts_of(cache / "validation", teacher) if CORPUS.value else (OUR_PROMPT,)
+    made = {split: read_manifest(cache / split) for split in ("train", "validation")}
+    sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
+    return sizes + (own_data.part_of(made["train"]) if CORPUS.value else "")
+
+
+def _prompts(cache: Path, teacher: str) -> tuple[str, ...]:
+    own = own_data.prompts_of(cache / "validation", teacher) if CORPUS.value else ()
+    return own or (OUR_PROMPT,)
 
 
 def _train_items(teacher: str, cache: Path) -> list[str]:
     """Returns the settings of the training: of another teacher its best layers, of another corpus steps and prompts."""
-    from launchers import own_data
-
     items = ["quickstart", f"student.folder={teacher}", f"shards.path={cache / 'train'}",
              f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
     if TEACHER.value:
@@ -178,7 +183,7 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
   Curves:  make tensorboard   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
   Student: {run_dir}/export   (loads with transformers)
   Next:
-    {python} -m launchers.train --config=run:{run_dir} --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
+    {python} -m launchers.train --config=run:{run_dir} --config=loss.terms.kd.weight=0.5 --run_dir=runs/half
     {python} -m launchers.evaluate --student={run_dir}/export --cache={cache}
     {python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine""")
 
@@ -189,7 +194,6 @@ def main() -> None:
 
     from kd_core.errors import UsageError
     from kd_core.files import damaged, read_json, write_json
-    from launchers.own_data import rest_of
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
     cache, report_path = folder / "cache", run_dir / "report.json"
@@ -207,16 +211,11 @@ def main() -> None:
         return f"{'reused' if there else 'made'} teacher {teacher} and corpus {found['corpus']}"
 
     def export() -> str:
-        from data.cache.manifest import read_manifest
-        from launchers.own_data import row_length_items
-
         there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
         items = ["quickstart_export", f"teacher={found['teacher']}", f"corpus.path={found['corpus']}"]
-        items += row_length_items(found["teacher"]) if TEACHER.value else []
+        items += own_data.row_length_items(found["teacher"]) if TEACHER.value else []
         _under_torchrun("launchers.export_teacher", [*_configs([*items, *EXPORT_CONFIG.value]), f"--out={cache}"])
-        made = {split: read_manifest(cache / split) for split in ("train", "validation")}
-        sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
-        return f"{'reused' if there else 'made'} {cache}: {sizes}"
+        return f"{'reused' if there else 'made'} {cache}: {_sizes(cache)}"
 
     def train() -> str:
         there = (run_dir / "export").is_dir()
@@ -227,7 +226,7 @@ def main() -> None:
         return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
-        prompt = PROMPT.value or next(iter(_prompts(cache, found["teacher"])), OUR_PROMPT)
+        prompt = PROMPT.value or _prompts(cache, found["teacher"])[0]
         if report_path.exists() and read_json(report_path, "the report").get("prompt") == prompt:
             return f"reused {report_path}"
         write_json(report_path, _report(found["teacher"], cache / "validation", run_dir, prompt))
@@ -235,8 +234,6 @@ def main() -> None:
 
     _stage(1, "Fetch teacher and corpus, checked by sha256", fetch)
     _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
-    if CORPUS.value and (rest := rest_of(cache / "train")):
-        _say(rest)
     _stage(3, "Distil a student with half the layers", train)
     _stage(4, "Compare student before, student after and teacher on held-out text", compare)
     with damaged(report_path, "the quick start's report", "Delete it and run the same again"):
