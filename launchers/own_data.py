@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from data.cache.manifest import Manifest
 
-ROW_LENGTH, TOKENS_PER_STEP = 512, 1024
+ROW_LENGTH = 512
 # A cache of less than STEPS steps is read up to EPOCHS times.
 STEPS, EPOCHS, LEAST_STEPS = 60, 4, 10
 PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
@@ -47,13 +47,14 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
         return f"student.keep_layers={tuple(int(i) for i in read_json(out, 'measured layers')['keep_layers'])}"
 
 
-def step_items(cache: Path, items: Sequence[str]) -> list[str]:
-    """Returns the number of steps for a cache: once over it, or up to four times where that is little."""
+def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Returns settings of the steps: once over the cache, or up to four times where that is little."""
     from data.cache.manifest import read_manifest
     from launchers.config_items import resolve
 
-    length = resolve(items, "Experiment").config.collate.row_length
-    tokens = max(1, TOKENS_PER_STEP // length) * length
+    config = resolve([*items, *changes], "Experiment").config
+    length = config.collate.row_length
+    tokens = max(1, config.tokens_per_step // length) * length
     epoch = read_manifest(cache).positions // tokens
     steps = max(epoch, min(STEPS, EPOCHS * epoch), LEAST_STEPS)
     return [f"tokens_per_step={tokens}", f"steps={steps}", f"tag:Interval={steps // 3}"]

@@ -133,7 +133,7 @@ def _train_items(teacher: str, cache: Path) -> list[str]:
         if not any("student.keep_layers=" in item for item in CONFIG.value):
             items.append(own_data.measured_layers(teacher, cache / "train", cache.parent / "keep_layers.json"))
     if TEACHER.value or CORPUS.value or EXPORT_CONFIG.value:
-        items += own_data.step_items(cache / "train", items)
+        items += own_data.step_items(cache / "train", items, CONFIG.value)
     if CORPUS.value:
         items.append(f"evaluation.prompts={_prompts(cache, teacher)!r}")
     return [*items, *CONFIG.value]
@@ -179,11 +179,12 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
         _say(f"  {found['name']}: {' '.join(report['prompt'].split())} …{said}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    again = f"{python} -m launchers.train --config=run:{run_dir}"
     _say(f"""
   Curves:  make tensorboard   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
   Student: {run_dir}/export   (loads with transformers)
   Next:
-    {python} -m launchers.train --config=run:{run_dir} --config=loss.terms.kd.weight=0.5 --run_dir=runs/half
+    {again} --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
     {python} -m launchers.evaluate --student={run_dir}/export --cache={cache}
     {python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine""")
 
