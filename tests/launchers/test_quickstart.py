@@ -53,11 +53,13 @@ def test_a_small_corpus_is_taken_whole_measured_trained_and_compared(tiny: Tiny,
 
 def test_steps_follow_the_cache_and_a_users_step(tiny: Tiny) -> None:
     positions = read_manifest(tiny.train).positions
-    assert 1024 <= positions < 2048
+    assert 256 * 4 > positions > 256 * 2
     assert own_data.step_items(tiny.train, ITEMS, []) == ["tokens_per_step=1024", "steps=10", "tag:Interval=3"]
-    small = own_data.step_items(tiny.train, ITEMS, ["tokens_per_step=256", "steps=7"])
-    epoch = positions // 256
-    assert small == ["tokens_per_step=256", f"steps={4 * epoch}", f"tag:Interval={4 * epoch // 3}"]
+    small = own_data.step_items(tiny.train, ["quickstart", "tag:RowLength=64"], ["tokens_per_step=64", "steps=7"])
+    epoch = positions // 64
+    assert small == ["tokens_per_step=64", f"steps={4 * epoch}", f"tag:Interval={4 * epoch // 3}"]
+    many = own_data.step_items(tiny.train, ["quickstart", "tag:RowLength=8"], ["tokens_per_step=8"])
+    assert many[1] == f"steps={positions // 8}", "once is enough"
     odd = resolve(
         [*ITEMS, *own_data.step_items(tiny.train, ITEMS, ["tag:RowLength=48"]), "tag:RowLength=48"], "Experiment"
     )
@@ -86,8 +88,8 @@ def test_a_conversation_is_continued_from_where_the_assistant_speaks(tiny: Tiny,
     for path in tiny.teacher.iterdir():
         (teacher / path.name).write_bytes(path.read_bytes())
     (teacher / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %}"
-        "{{ m.content if m.role != 'assistant' }}<end>{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}<end>{% endfor %}"
     )
     rows = [[("user", f"Who sees {n}?"), ("assistant", f"The fox {n}.")] for n in range(20)]
     (tmp_path / "chats.jsonl").write_text(
@@ -99,4 +101,4 @@ def test_a_conversation_is_continued_from_where_the_assistant_speaks(tiny: Tiny,
     write_caches(export, tmp_path / "cache")
     prompts = own_data.prompts_of(tmp_path / "cache" / "validation", str(teacher))
     assert len(prompts) == own_data.PROMPTS
-    assert set(prompts) <= {f"user: Who sees {n}?<end>assistant: " for n in range(20)}
+    assert set(prompts) <= {f"user: Who sees {n}?<end>assistant:" for n in range(20)}, "' The' is one token"
