@@ -14,6 +14,7 @@ names. No old shard is touched.
 --config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
 scorer=transformers, train_tokens=none (all of the corpus), corpus.text_field=content, overlap=128, and
 
+    corpus.bos=no corpus.eos=yes                 what a text begins and ends with; auto: as the tokenizer adds it
     selection.top_k=32                           entries of a position; the same as tag:TopK=32
     tag:RowLength=1024                           positions of a window, as training's rows have them
     selection.min_prob=3e-3                      only those of at least this probability
