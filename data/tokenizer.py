@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 
+from data.added_tokens import add_tokens_beside
 from kd_core.errors import UsageError
 from kd_core.files import is_plain_file
 
+log = logging.getLogger("kd")
+Choice = Literal["auto", "yes", "no"]
 MOST_BYTES, MOST_IDS, MOST_GROWTH = 1 << 27, 1 << 22, 1 << 10
+OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
 PROBES = (
     "Hello, world! 1790–2024",
     "  tabs\tand\nlines  ",
@@ -45,30 +50,63 @@ class Pieces(NamedTuple):
     offsets: list[tuple[int, int]]
 
 
+def _read_alone(path: Path) -> FastTokenizer:
+    fast = FastTokenizer.from_file(str(path))
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _fingerprint(fast: FastTokenizer) -> str:
+    probes = [encoding.ids for encoding in fast.encode_batch(list(PROBES), add_special_tokens=False)]
+    return hashlib.sha256(json.dumps([sorted(fast.get_vocab().items()), probes]).encode()).hexdigest()
+
+
+class Around(NamedTuple):
+    """Ids in front of each plain text, and behind it."""
+
+    begins: list[int]
+    ends: list[int]
+
+
+def _refuse_missing(path: Path) -> None:
+    if is_plain_file(path):
+        return
+    folder = path.parent
+    other = [name for name in OTHER_TOKENIZERS if is_plain_file(folder / name)]
+    if not other:
+        raise UsageError(f"{path}: no such file; wanted the tokenizer of a Hugging Face folder.")
+    raise UsageError(
+        f"{path}: no such file; the folder has {' and '.join(other)}, which transformers converts. Once, where "
+        'transformers and sentencepiece are installed: python -c "from transformers import AutoTokenizer as T; '
+        f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )
+
+
 class Tokenizer:
-    """Text to ids and back."""
+    """Text to ids and back, as transformers reads the folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read `folder/tokenizer.json`.
+        """Read `folder/tokenizer.json`, and the tokens that files beside it add.
 
         Raises:
             UsageError: it is missing or not a tokenizer.
         """
         path = self.path = folder / "tokenizer.json"
-        if not is_plain_file(path):
-            raise UsageError(f"{path}: no such file; wanted the tokenizer of a Hugging Face folder.")
+        _refuse_missing(path)
         if (size := path.stat().st_size) > MOST_BYTES:
             raise UsageError(f"{path}: has {size} bytes; a tokenizer has {MOST_BYTES} at most. Fetch it again.")
         try:
-            self.fast = FastTokenizer.from_file(str(path))
-            self.fast.no_truncation()
-            self.fast.no_padding()
+            self.fast = _read_alone(path)
             self._check()
-        except (KeyboardInterrupt, SystemExit):
+            self.beside = add_tokens_beside(self.fast, folder)
+            self._check()
+            self.own_around = self._around()
+        except (KeyboardInterrupt, SystemExit, UsageError):
             raise
         except BaseException as error:  # the library raises nothing narrower; where it panics, no Exception
             raise UsageError(f"{path}: not a tokenizer ({error!s:.400}). Fetch it again.") from None
-        # It adds special tokens, which we never ask for, and may cut spaces off the offsets, which must be exact.
+        # It may cut spaces off the offsets, which must be exact; what it adds around a text is known by now.
         self.fast.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check(self) -> None:
@@ -78,6 +116,48 @@ class Tokenizer:
         for part in (self.fast.normalizer, self.fast.pre_tokenizer, self.fast.decoder):
             if part is not None and (factor := _growth(json.loads(part.__getstate__()))) > MOST_GROWTH:
                 raise ValueError(f"rules by which a character may become {factor}; wanted {MOST_GROWTH} at most")
+
+    def _around(self) -> Around:
+        """Returns what the tokenizer itself adds around a plain text."""
+        encoding = self.fast.encode(PROBES[0])
+        of_text = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+        first, last = (of_text[0], of_text[-1] + 1) if of_text else (len(encoding.ids), len(encoding.ids))
+        return Around(encoding.ids[:first], encoding.ids[last:])
+
+    def around(self, bos: Choice = "auto", eos: Choice = "auto") -> Around:
+        """Returns the ids that a plain text gets in front and behind.
+
+        Raises:
+            UsageError: `yes`, and the tokenizer names no such token.
+        """
+        return Around(
+            self._resolved("bos", bos, self.own_around.begins), self._resolved("eos", eos, self.own_around.ends)
+        )
+
+    def _resolved(self, which: str, choice: Choice, own: list[int]) -> list[int]:
+        if choice == "auto" and not own and self.beside.settings.get(f"add_{which}_token") is True:
+            log.warning(
+                "%s adds none, so add_%s_token of tokenizer_config.json has no effect, as in transformers. If the "
+                "model was trained with it, set corpus.%s=yes.",
+                self.path, which, which,
+            )  # fmt: skip
+        if choice != "yes" or own:
+            return own if choice != "no" else []
+        named = self.beside.named.get(f"{which}_token")
+        token = self.fast.token_to_id(named.content) if named else None
+        if token is None:
+            raise UsageError(
+                f"corpus.{which}=yes: the tokenizer {self.path} has no {which}_token. Name one in "
+                f"tokenizer_config.json beside it, or leave it out: corpus.{which}=no."
+            )
+        return [token]
+
+    def describe(self, around: Around) -> str:
+        """Returns in words what texts get in front and behind."""
+        begins, ends = (
+            " ".join(f"{self.fast.id_to_token(i)} (id {i})" for i in ids) or "nothing more" for ids in around
+        )
+        return f"each text begins with {begins} and ends with {ends}"
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens added."""
@@ -109,9 +189,16 @@ class Tokenizer:
         return max(self.fast.get_vocab().values(), default=-1) + 1
 
     def fingerprint(self) -> str:
-        """sha256 over the vocabulary and how it splits a few probes: equal for equal tokenizers, however stored."""
-        known = json.dumps([sorted(self.fast.get_vocab().items()), self.encode(PROBES)])
-        return hashlib.sha256(known.encode()).hexdigest()
+        """Returns the sha256 over the vocabulary and how it splits a few probes: equal for equal tokenizers."""
+        return _fingerprint(self.fast)
+
+    def fingerprint_like(self, other: str) -> str:
+        """Returns the fingerprint, or `other` where that is the one of `tokenizer.json` alone.
+
+        A cache of such a fingerprint was written without the tokens that files beside it add. Its ids mean the same.
+        """
+        own = self.fingerprint()
+        return other if own != other and other == _fingerprint(_read_alone(self.path)) else own
 
     def byte_lengths(self) -> torch.Tensor:
         """Of each id, how many bytes of UTF-8 text it stands for: int [V]; special tokens stand for none.

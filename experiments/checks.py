@@ -101,10 +101,9 @@ def check(experiment: "Experiment") -> None:
     _check_folders(experiment, caches)
     vocabulary = experiment.student.architecture().vocab_size
     tokenizer = Tokenizer(Path(experiment.student.folder))
-    fingerprint = tokenizer.fingerprint()
     for where, shards in caches.items():
         try:
-            shards.check(vocabulary, fingerprint)
+            shards.check(vocabulary, tokenizer.fingerprint_like(shards.manifest.tokenizer))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     _check_rows(experiment.collate.row_length, caches)

@@ -203,8 +203,12 @@ class Experiment:
         }
 
     def _prompts(self, tokenizer: Tokenizer) -> Prompts:
+        """A prompt begins as the texts of the caches do."""
         texts = self.evaluation.prompts
-        ids = tokenizer.encode(texts)
+        begins = next(
+            (part.manifest.text_begins_with for part in self.shards.parts if part.manifest.text_begins_with), []
+        )
+        ids = [[*begins, *ids] for ids in tokenizer.encode(texts)]
         return Prompts(texts, ids, self.evaluation.continuation_tokens, tokenizer.decode)
 
     def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:

@@ -120,7 +120,7 @@ def measure_model(
 
     opened, tokenizer = {cache: Shards(cache) for cache in caches}, Tokenizer(tokenizer_folder)
     for shards in opened.values():
-        shards.check(model.arch.vocab_size, tokenizer.fingerprint())
+        shards.check(model.arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
     parallel, objective = Parallel(precision=precision), Objective({"sft": CrossEntropy()})
     refuse_taken_names(metrics, objective, opened.values())
     asked = Asked(objective, metrics, tokenizer.byte_lengths())

@@ -15,6 +15,7 @@ names. No old shard is touched.
 scorer=transformers, train_tokens=none (all of the corpus), corpus.path=hub:OWNER/NAME, corpus.text_field=content,
 corpus.fields={"prompt": "question", "completion": "answer"}, corpus.on_bad_row=skip, overlap=128, and
 
+    corpus.bos=no corpus.eos=yes                 what a text begins and ends with; auto: as the tokenizer adds it
     selection.top_k=32                           entries of a position; the same as tag:TopK=32
     tag:RowLength=1024                           positions of a window, as training's rows have them
     selection.min_prob=3e-3                      only those of at least this probability
@@ -76,6 +77,8 @@ def _export(export: Any, out: Path) -> None:
         bad_rows = export.corpus.bad_rows()
         grow = (lambda: growth_of(out, begin=True)) if EXTEND.value else lambda: None
         plans = world.on_first(lambda: make_plans(export, out, grow(), bad_rows))
+        if plans and plans[0].texts:
+            app.log.info("texts: %s", plans[0].texts)
         take = claim_growth if EXTEND.value else claim
         wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
         world.on_first(lambda: bad_rows.write(out))
@@ -118,7 +121,10 @@ def main() -> None:
         chosen = _choose_dtype(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(f"dtype: {chosen}")
         growth = growth_of(out, begin=False) if EXTEND.value else None
-        for plan in make_plans(replace(export, dtype=chosen.precision), out, growth):
+        plans = make_plans(replace(export, dtype=chosen.precision), out, growth)
+        if plans and plans[0].texts:
+            print(f"texts: {plans[0].texts}")
+        for plan in plans:
             positions = sum(window.positions for window in plan.windows)
             scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
             print(

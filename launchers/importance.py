@@ -11,7 +11,7 @@ Prints a table of all layers, and the line that says what to keep, to be written
 best and the dearest, about layers² / 4 passes through the model), alone (each layer's own rise of the NLL; a pass a
 layer), or influence (ShortGPT's 1 − cosine of a layer's input and output; one pass). --out also writes all as JSON.
 
-The text is the first --tokens of a cache's records, or of a text file in rows of --row_length.
+The text is the first --tokens of a cache's records, or of a text file, in rows of --row_length.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,10 @@ TEXT = flags.DEFINE_string("text", None, "A text file; or --cache.")
 KEEP = flags.DEFINE_integer("keep", None, "How many layers to keep; default half of them.", lower_bound=1)
 MEASURE = flags.DEFINE_enum("measure", "greedy", ["greedy", "alone", "influence"], "How; see above.")
 TOKENS = flags.DEFINE_integer("tokens", 2048, "How many tokens to measure on.", lower_bound=2)
-ROW_LENGTH = flags.DEFINE_integer("row_length", 256, "Tokens of a row.", lower_bound=2)
+ROW_LENGTH = flags.DEFINE_integer(
+    "row_length", None, "Tokens of a row; default 256, or less where the documents are shorter.", lower_bound=2
+)
+LENGTHS = (256, 128, 64, 32, 16, 8, 4, 2)
 DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "What matmuls multiply in; auto: what this device does well."
 )
@@ -48,14 +51,14 @@ def _documents(teacher: Path) -> Iterator[list[int]]:
             text = Path(TEXT.value).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(f"--text={TEXT.value}: not UTF-8 text ({error}).") from None
-        yield tokenizer.encode([text])[0]
+        yield [*tokenizer.around().begins, *tokenizer.encode([text])[0]]
         return
     from data.cache.manifest import read_manifest
     from data.stream.shards import ShardReader
 
     folder = Path(CACHE.value or "")
     manifest = read_manifest(folder)
-    if manifest.tokenizer != tokenizer.fingerprint():
+    if manifest.tokenizer != tokenizer.fingerprint_like(manifest.tokenizer):
         raise UsageError(f"{folder}: was made with another tokenizer than that of {teacher}. Name its own teacher.")
     for record in ShardReader(folder, manifest).records():
         yield record.token_ids.tolist()
@@ -67,16 +70,19 @@ def _rows(teacher: Path) -> Any:
 
     from kd_core.errors import UsageError
 
-    length = ROW_LENGTH.value or 0
-    rows: list[list[int]] = []
-    for tokens in _documents(teacher):
-        rows += [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
-        if len(rows) * length >= (TOKENS.value or 0):
+    tokens = TOKENS.value or 0
+    rows: dict[int, list[list[int]]] = {length: [] for length in ([ROW_LENGTH.value] if ROW_LENGTH.value else LENGTHS)}
+    for document in _documents(teacher):
+        for length, found in rows.items():
+            if len(found) * length < tokens:
+                found += [document[at : at + length] for at in range(0, len(document) - length + 1, length)]
+        if len(found := rows[max(rows)]) * max(rows) >= tokens:
             break
-    wanted = max(1, (TOKENS.value or 0) // length)
-    if not rows:
+    # The longest rows that hold as many tokens as are wanted, else those that hold most.
+    length = max(rows, key=lambda length: (min(tokens, len(rows[length]) * length), length))
+    if not rows[length]:
         raise UsageError(f"--row_length={length}: no document of the text is that long. Lower it.")
-    return torch.tensor(rows[:wanted])
+    return torch.tensor(rows[length][: max(1, tokens // length)])
 
 
 def _measured(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:

@@ -47,6 +47,7 @@ def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
     lines = [
         ("teacher", f"{layers}{teacher.get('dtype', '')}, weights {str(teacher.get('weights'))[:12]}…"),
         ("tokenizer", f"{manifest.tokenizer[:12]}…, vocabulary of {manifest.vocab_size:,}"),
+        ("texts begin with", " ".join(map(str, manifest.text_begins_with)) or "nothing more"),
         ("kept", selection.words() + _further(selection)),
         ("codec", f"{manifest.codec}; KL(original‖decoded) mean {audit.kl_mean:.1e}, worst {audit.kl_worst:.1e} nats"),
         ("", f"mass of the entries off by {audit.mass_error:.1e} at the most"),
@@ -95,14 +96,16 @@ def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
 
     if TOKENIZER.value is not None:
         found = Tokenizer(Path(TOKENIZER.value))
-        if found.fingerprint() != fingerprint:
+        if found.fingerprint_like(fingerprint) != fingerprint:
             raise UsageError(
                 f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "
                 f"{fingerprint[:12]}…. Name the teacher's folder."
             )
         return found
     for beside in (folder.absolute().parents[i] / "teacher" for i in range(min(2, len(folder.absolute().parents)))):
-        if (beside / "tokenizer.json").is_file() and (found := Tokenizer(beside)).fingerprint() == fingerprint:
+        if (beside / "tokenizer.json").is_file() and (found := Tokenizer(beside)).fingerprint_like(
+            fingerprint
+        ) == fingerprint:
             return found
     return None
 

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from kd_core.errors import visible
-from launchers import app
+from launchers import app, own_data
 
 TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder, or hub:OWNER/NAME; default SmolLM2-135M-Instruct, fetched."
@@ -33,7 +33,12 @@ EXPORT_CONFIG = flags.DEFINE_multi_string("export_config", [], "Changes to the t
 RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
 FOLDER = flags.DEFINE_string("folder", "quickstart", "Folder for downloads, teacher, corpus and caches.")
 NPROC = flags.DEFINE_integer("nproc", 1, "Ranks that train (and export).", lower_bound=1)
-PROMPT = flags.DEFINE_string("prompt", "The state of our Union is", "What all three models continue.")
+PROMPT = flags.DEFINE_string(
+    "prompt",
+    None,
+    "What all three models continue; default: of our corpus its own, of yours how a held-out text begins.",
+)
+OUR_PROMPT = "The state of our Union is"
 PROMPT_TOKENS = 40
 
 
@@ -106,20 +111,37 @@ def _megabytes(folder: str) -> float:
     return sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
 
 
-def _keep_layers(teacher: str) -> list[str]:
-    """For another teacher than ours: half of its layers, evenly spaced from the first to the last."""
-    from kd_core.students.families import read_architecture
+def _sizes(cache: Path) -> str:
+    from data.cache.manifest import read_manifest
 
-    if not TEACHER.value:
-        return []
-    count = read_architecture(Path(teacher)).num_layers
-    half = max(2, count // 2)
-    kept = sorted({round(i * (count - 1) / (half - 1)) for i in range(half)})
-    return [f"student.keep_layers={tuple(kept)}"]
+    made = {split: read_manifest(cache / split) for split in ("train", "validation")}
+    sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
+    return sizes + (own_data.part_of(made["train"]) if CORPUS.value else "")
 
 
-def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
+def _prompts(cache: Path, teacher: str) -> tuple[str, ...]:
+    own = own_data.prompts_of(cache / "validation", teacher) if CORPUS.value else ()
+    return own or (OUR_PROMPT,)
+
+
+def _train_items(teacher: str, cache: Path) -> list[str]:
+    """Returns the settings of the training: of another teacher its best layers, of another corpus steps and prompts."""
+    items = ["quickstart", f"student.folder={teacher}", f"shards.path={cache / 'train'}",
+             f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
+    if TEACHER.value:
+        items += own_data.row_length_items(teacher)
+        if not any("student.keep_layers=" in item for item in CONFIG.value):
+            items.append(own_data.measured_layers(teacher, cache / "train", cache.parent / "keep_layers.json"))
+    if TEACHER.value or CORPUS.value or EXPORT_CONFIG.value:
+        items += own_data.step_items(cache / "train", items, CONFIG.value)
+    if CORPUS.value:
+        items.append(f"evaluation.prompts={_prompts(cache, teacher)!r}")
+    return [*items, *CONFIG.value]
+
+
+def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, Any]:
     """Three models on held-out text in float32, and their continuations of one prompt."""
+    from data.cache.manifest import read_manifest
     from data.tokenizer import Tokenizer
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import Parallel
@@ -135,8 +157,8 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
         "teacher": Pretrained(teacher),
     }
     tokenizer = Tokenizer(Path(teacher))
-    prompt = tokenizer.encode([PROMPT.value])[0]
-    report: dict[str, Any] = {"prompt": PROMPT.value, "models": []}
+    prompt = [*read_manifest(cache).text_begins_with, *tokenizer.encode([text])[0]]
+    report: dict[str, Any] = {"prompt": text, "models": []}
     with joined_world() as world:
         for name, start in starts.items():
             model = build(start, world.device, seed=0)
@@ -154,14 +176,15 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
     _say("")
     for found in report["models"]:
         said = found["continuation"].replace("\n", " ")
-        _say(f"  {found['name']}: {report['prompt']} …{said}")
+        _say(f"  {found['name']}: {' '.join(report['prompt'].split())} …{said}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    again = f"{python} -m launchers.train --config=run:{run_dir}"
     _say(f"""
   Curves:  make tensorboard   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
   Student: {run_dir}/export   (loads with transformers)
   Next:
-    {python} -m launchers.train --config=quickstart --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
+    {again} --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
     {python} -m launchers.evaluate --student={run_dir}/export --cache={cache}
     {python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine""")
 
@@ -189,29 +212,25 @@ def main() -> None:
         return f"{'reused' if there else 'made'} teacher {teacher} and corpus {found['corpus']}"
 
     def export() -> str:
-        from data.cache.manifest import read_manifest
-
         there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
         items = ["quickstart_export", f"teacher={found['teacher']}", f"corpus.path={found['corpus']}"]
+        items += own_data.row_length_items(found["teacher"]) if TEACHER.value else []
         _under_torchrun("launchers.export_teacher", [*_configs([*items, *EXPORT_CONFIG.value]), f"--out={cache}"])
-        made = {split: read_manifest(cache / split) for split in ("train", "validation")}
-        sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
-        return f"{'reused' if there else 'made'} {cache}: {sizes}"
+        return f"{'reused' if there else 'made'} {cache}: {_sizes(cache)}"
 
     def train() -> str:
         there = (run_dir / "export").is_dir()
-        settings = [f"student.folder={found['teacher']}", f"shards.path={cache / 'train'}",
-                    f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
-        items = ["quickstart", *_keep_layers(found["teacher"]), *settings, *CONFIG.value]
+        items = _train_items(found["teacher"], cache)
         _under_torchrun("launchers.train", [*_configs(items), f"--run_dir={run_dir}"])
         if not (run_dir / "export").is_dir():
             raise UsageError(f"{run_dir}: the training was told to stop; it is saved. Run the same again to go on.")
         return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
-        if report_path.exists() and read_json(report_path, "the report").get("prompt") == PROMPT.value:
+        prompt = PROMPT.value or _prompts(cache, found["teacher"])[0]
+        if report_path.exists() and read_json(report_path, "the report").get("prompt") == prompt:
             return f"reused {report_path}"
-        write_json(report_path, _report(found["teacher"], cache / "validation", run_dir))
+        write_json(report_path, _report(found["teacher"], cache / "validation", run_dir, prompt))
         return f"made {report_path}"
 
     _stage(1, "Fetch teacher and corpus, checked by sha256", fetch)

@@ -23,6 +23,7 @@ FORMAT = "kd-workspace teacher cache"
 VERSION = 3  # 2 has no `made`
 MAX_MANIFEST_BYTES, MAX_TABLES_BYTES, MAX_BLOCK_BYTES, MAX_SHARD_BYTES = 1 << 28, 1 << 26, 1 << 29, 1 << 50
 TABLES = "tables.tar"
+BEGINS, ENDS = "text_begins_with", "text_ends_with"  # of a plan, where there is something
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
@@ -92,6 +93,11 @@ class Manifest:
     def positions(self) -> int:
         """Number of positions."""
         return sum(sum(block.lengths) for shard in self.shards for block in shard.blocks)
+
+    @property
+    def text_begins_with(self) -> list[int]:
+        """Ids in front of each text that is no conversation, such as the BOS."""
+        return next((plan[BEGINS] for plan in self.plans if BEGINS in plan), [])
 
     @property
     def bytes(self) -> int:
@@ -197,6 +203,14 @@ def _statistics(value: Any) -> dict[str, float]:
     return found
 
 
+def _plan(value: Any) -> dict[str, Any]:
+    found = fields(value, "a plan")
+    for name in (BEGINS, ENDS):
+        for each in items(found.get(name, []), name):
+            integer(each, name, 0, MAX_VOCABULARY - 1)
+    return found
+
+
 def _codec(value: Any) -> str:
     if text(value, "codec") not in CODECS:
         raise ValueError(f"codec: {shown(value)}; wanted one of {', '.join(CODECS)}")
@@ -220,7 +234,7 @@ def _manifest(value: dict[str, Any], version: int) -> Manifest:
         audit=_audit(found["audit"]),
         statistics=_statistics(found["statistics"]),
         tables=_tables(found["tables"]),
-        plans=tuple(fields(plan, "a plan") for plan in items(found["plans"], "plans")),
+        plans=tuple(_plan(plan) for plan in items(found["plans"], "plans")),
         shards=shards,
         unknown=tuple(text(each, "unknown") for each in items(found["unknown"], "unknown")),
         made=fields(found.get("made", {}), "made"),

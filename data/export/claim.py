@@ -1,8 +1,9 @@
 """Whose a cache's folder is: the plan that is written beside it, or none yet; and whether it is complete."""
 
 from pathlib import Path
+from typing import Any
 
-from data.cache.manifest import read_manifest
+from data.cache.manifest import BEGINS, ENDS, read_manifest
 from data.export.growth import GROWING, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
@@ -11,6 +12,12 @@ from kd_core.json_fields import text
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
 MAY_GROW = ("corpus", "windows", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
+
+
+def _around_texts(name: str, before: Any, now: Any) -> str:
+    """Returns what to set where an export differs in what stands around texts."""
+    setting = {BEGINS: "bos", ENDS: "eos"}.get(name)
+    return f" It is as before with corpus.{setting}={'yes' if before else 'no'}." if setting and before != now else ""
 
 
 def recorded_dtype(out: Path) -> str | None:
@@ -46,7 +53,8 @@ def claim(plan: CachePlan) -> bool:
     if differing:
         name = differing[0]
         raise UsageError(
-            f"{plan.folder}: holds an export with another {name} ({found.get(name)}; now {plan.plan.get(name)}). "
+            f"{plan.folder}: holds an export with another {name} ({found.get(name)}; now {plan.plan.get(name)})."
+            f"{_around_texts(name, found.get(name), plan.plan.get(name))} "
             "Name another --out, delete the folder, or add documents that are new to it with --extend."
         )
     ended = (plan.folder / "manifest.json").exists()
@@ -80,7 +88,8 @@ def claim_growth(plan: CachePlan) -> bool:
     for name in sorted({*before, *plan.plan} - set(MAY_GROW)):
         if before.get(name) != plan.plan.get(name):
             raise UsageError(
-                f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.plan.get(name)}). "
+                f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.plan.get(name)})."
+                f"{_around_texts(name, before.get(name), plan.plan.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
     path = plan.folder / GROWING

@@ -12,6 +12,7 @@ from data.export.corpus_files import corpus_files
 from data.export.documents import Document, document_of
 from data.export.layouts import LAYOUTS, Reading, check_fields, columns_to_read
 from data.export.rows import rows_of
+from data.tokenizer import Choice
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, printable
 
@@ -42,6 +43,8 @@ class Corpus:
             "role": "speaker", "content": "utterance"} or {"text": "body"}; also "system".
         on_bad_row: stop with one message at a row that cannot be used, or skip it.
         most_bad_rows: the most rows that may be skipped: below 1 a share of all, from 1 on a number.
+        bos, eos: whether a text begins with the tokenizer's BOS and ends with its EOS (auto: as the tokenizer itself
+            adds them). What comes of it stands in the plan, and is no part of the corpus.
     """
 
     path: str
@@ -50,6 +53,8 @@ class Corpus:
     fields: dict[str, str] | None = None
     on_bad_row: OnBadRow = "stop"
     most_bad_rows: float = 0.01
+    bos: Choice = "auto"
+    eos: Choice = "auto"
 
     def __post_init__(self) -> None:
         if self.content not in (contents := ("auto", *LAYOUTS)):

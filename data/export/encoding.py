@@ -1,4 +1,8 @@
-"""Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation."""
+"""Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation.
+
+A plain text gets the tokenizer's BOS in front and its EOS behind, where it has them or the corpus asks for them: the
+EOS is a label, the BOS none. A conversation gets neither, since its template writes them.
+"""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +16,7 @@ from data.export.chat import Conversation, PlainPrompt
 from data.export.documents import Document
 from data.export.template import ChatTemplate, NoTemplateError, Span
 from data.text_lines import BadRowError
-from data.tokenizer import Pieces, Tokenizer
+from data.tokenizer import Around, Choice, Pieces, Tokenizer
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
@@ -35,12 +39,13 @@ class Encoded(NamedTuple):
 
 
 class _LaidOut(NamedTuple):
-    """A document as one text; `spans` are the characters to score (None: all)."""
+    """A document as one text; `spans` are the characters to score (None: all). A plain one is by no template."""
 
     name: str
     digest: bytes
     text: str
     spans: list[Span] | None
+    is_plain: bool
 
 
 def _batches(documents: Iterable[_LaidOut]) -> Iterator[list[_LaidOut]]:
@@ -64,26 +69,36 @@ def _scored(pieces: Pieces, spans: Sequence[Span]) -> Array:
 
 
 class Encoder:
-    """The tokenizer of a folder, and its chat template once a conversation asks for it."""
+    """The tokenizer of a folder, and its chat template once a conversation asks for it.
 
-    def __init__(self, folder: Path) -> None:
+    `used` is what texts got in front and behind, once there was a text; `doubled` counts those that begin so anyway.
+    """
+
+    def __init__(self, folder: Path, bos: Choice = "auto", eos: Choice = "auto") -> None:
         self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.template: ChatTemplate | None = None
         self.joins_prompts = False
+        self.around = self.tokenizer.around(bos, eos)
+        self.used: Around | None = None
+        self.doubled = 0
+
+    def describe(self) -> str:
+        """Returns in words what texts got in front and behind; nothing where there was no text."""
+        return self.tokenizer.describe(self.used) if self.used else ""
 
     def _laid_out(self, document: Document) -> _LaidOut:
         if not isinstance(document.content, Conversation):
-            return _LaidOut(document.name, document.digest(), document.content, None)
+            return _LaidOut(document.name, document.digest(), document.content, None, is_plain=True)
         is_plain = isinstance(document.content, PlainPrompt)
         if self.template is None and not (is_plain and self.joins_prompts):
             self._read_template(is_plain)
         if self.template is None:
             prompt, completion = (str(message["content"]) for message in document.content.messages)
             scored = (len(prompt), len(prompt) + len(completion))
-            return _LaidOut(document.name, document.digest(), prompt + completion, [scored])
+            return _LaidOut(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
         text, spans = self.template.render(document.content, document.where or document.name)
-        return _LaidOut(document.name, document.digest(), text, spans)
+        return _LaidOut(document.name, document.digest(), text, spans, is_plain=False)
 
     def _read_template(self, is_plain: bool) -> None:
         """Read the chat template, which only prompts and completions of plain text can do without."""
@@ -107,7 +122,16 @@ class Encoder:
             else:
                 pieces = next(chats)
                 ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, each.spans)
+            if each.is_plain and len(ids):
+                ids, scored = self._wrapped(ids, scored)
             yield Encoded(each.name, ids, scored[1:], each.digest)
+
+    def _wrapped(self, ids: Array, scored: Array) -> tuple[Array, Array]:
+        """Returns a plain text with its BOS, which is not scored, and its EOS, which is if the last token is."""
+        begins, ends = self.used = self.around
+        self.doubled += bool(begins) and ids[: len(begins)].tolist() == begins
+        scored = np.concatenate([np.zeros(len(begins), np.uint8), scored, scored[-1:].repeat(len(ends))])
+        return np.concatenate([begins, ids, ends]).astype(np.int32), scored
 
     def encode(self, documents: Iterable[Document], bad_rows: BadRows | None = None) -> Iterator[Encoded]:
         """Each document, in order; a few are text at a time.

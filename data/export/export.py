@@ -107,7 +107,8 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
 def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
-    before = plan.grown_from.made if plan.grown_from else {}
+    before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
+    made = {**made_now(plan.export.teacher, [*before, plan.export.corpus.path]), "drawn_from": plan.drawn_from}
     totals, coding = Totals.of(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
@@ -134,7 +135,7 @@ def finish(plan: CachePlan) -> Manifest:
         tables=file_facts(plan.folder / TABLES),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
-        made=made_now(plan.export.teacher, [*before.get("corpora", []), plan.export.corpus.path]),
+        made=made,
     )
     manifest.write(plan.folder)
     return manifest

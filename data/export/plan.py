@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from data.cache.codec.levels import CODECS
 from data.cache.contents import window_digest, windows_digest
-from data.cache.manifest import Manifest
+from data.cache.manifest import BEGINS, ENDS, Manifest
 from data.cache.selection import Selection
 from data.export.bad_rows import BadRows
 from data.export.corpus import Corpus, split_documents
@@ -111,6 +111,8 @@ class CachePlan:
     windows: list[Window]
     plan: dict[str, Any]
     grown_from: Manifest | None = None
+    texts: str = ""  # what each gets in front and behind, in words, where there are texts
+    drawn_from: int = 0  # positions that the split has
 
     @property
     def first_record(self) -> int:
@@ -201,6 +203,7 @@ def _settings(
             "config": sha256(folder / "config.json"),
         },
         "tokenizer": encoder.tokenizer.fingerprint(),
+        **{name: ids for name, ids in zip((BEGINS, ENDS), encoder.used or (), strict=False) if ids},
         **settings,
         "scorer": teacher.scorer,
     }
@@ -246,13 +249,19 @@ def make_plans(
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
     folder = local_folder(export.teacher)
-    teacher, encoder = _facts(export, folder), Encoder(folder)
+    teacher, encoder = _facts(export, folder), Encoder(folder, export.corpus.bos, export.corpus.eos)
     bad = bad_rows or export.corpus.bad_rows()
     sides = _sides(export, _scored_documents(export.corpus, encoder, bad), growth)
     settings = _settings(export, folder, teacher, encoder, bad)
+    if encoder.doubled:
+        log.warning(
+            "corpus %s: %d texts begin with the BOS themselves and get another; corpus.bos=no adds none",
+            export.corpus.path, encoder.doubled,
+        )  # fmt: skip
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
-        windows = choose_windows(list(windows_of(sides[split], export.row_length, export.overlap)), tokens, export.seed)
+        found = list(windows_of(sides[split], export.row_length, export.overlap))
+        windows = choose_windows(found, tokens, export.seed)
         if growth and not windows:
             continue
         if not windows:
@@ -269,5 +278,6 @@ def make_plans(
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before))
+        drawn_from = sum(window.positions for window in found)
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, encoder.describe(), drawn_from))
     return plans

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from kd_core.errors import UsageError
 from kd_core.files import damaged, write_json
@@ -66,6 +66,16 @@ def _tokenizer(fields: dict[str, Any], path: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, k in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if k == SPECIAL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    bos, eos = (
+        [tokens[int(fields[f"tokenizer.ggml.{which}_token_id"])]]
+        if fields.get(f"tokenizer.ggml.add_{which}_token")
+        else []
+        for which in ("bos", "eos")
+    )
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=[*bos, "$A", *eos], special_tokens=[(token, tokens.index(token)) for token in {*bos, *eos}]
+        )
     return tokenizer
 
 

@@ -134,8 +134,8 @@ def finished(sums: Mapping[str, float], positions: float) -> dict[str, float]:
     """Sums over positions as numbers under `val/`: means, and what is no mean of the kind.
 
     perplexity      e^NLL
-    bits_per_byte   NLL in bits, of all scored labels, over the bytes of text that they stand for; those of special
-                    tokens are none
+    bits_per_byte   NLL in bits, of all scored labels, over the bytes of text that they stand for; special tokens and
+                    ids beyond the tokenizer's stand for none
     ece             expected calibration error, in probability
     temperature     of the logits, at which the NLL would be least: above 1, the student is surer than it is right
     """
@@ -168,7 +168,8 @@ def _sums(
             own["tokens"] += float(batch.loss_mask.sum())
             own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
             if asked.token_bytes is not None:
-                own["bytes"] += float(asked.token_bytes[batch.labels[batch.loss_mask].long()].sum())
+                labels = batch.labels[batch.loss_mask].long()
+                own["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
     let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
     for name in added:

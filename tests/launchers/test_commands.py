@@ -310,3 +310,19 @@ def test_damage_that_is_skipped_is_counted_in_the_metrics_of_all_ranks(tiny: Tin
     counts = [found.get("data/damaged_blocks", 0.0) for found in values(tmp_path / "run")]
     rows = itertools.islice(Shards(str(tiny.train)).order(ROW_LENGTH, 0), 2 * 1920 // ROW_LENGTH)
     assert sum(counts) == sum((0, 0, 0) in row.records for row in rows) > 0
+
+
+def test_a_dry_run_says_what_texts_begin_and_end_with(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.teacher, tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    items = ["quickstart_export", f"teacher={tmp_path / 'teacher'}", f"corpus.path={tiny.corpus}", "selection.top_k=8",
+             f"tag:RowLength={ROW_LENGTH}"]  # fmt: skip
+    for change, words in (
+        ("corpus.eos=yes", "texts: each text begins with nothing more and ends with <end> (id 0)\n"),
+        ("corpus.eos=no", "texts: each text begins with nothing more and ends with nothing more\n"),
+    ):
+        done = run("launchers.export_teacher", *configs([*items, change]), f"--out={tmp_path / 'out'}", "--dry_run")
+        assert words in done.stdout, done.stderr
+    wrong = run("launchers.export_teacher", *configs([*items, "corpus.bos=maybe"]), f"--out={tmp_path / 'out'}")
+    assert "corpus.bos" in wrong.stderr
+    assert "wanted one of auto, yes, no" in wrong.stderr

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from data.tokenizer import Tokenizer as OurTokenizer
 from kd_core.students.decoder import Decoder
@@ -24,7 +25,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path) -> None:
+def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, *, adds_bos: bool = False) -> None:
 
     arch, writer = model.arch, gguf.GGUFWriter(path, "llama")
     writer.add_block_count(arch.num_layers)
@@ -45,6 +46,8 @@ def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path) -> None:
     writer.add_token_merges(_merges(tokenizer))
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
         add(0)
+    if adds_bos:
+        writer.add_add_bos_token(True)
     state = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
     writer.add_tensor("token_embd.weight", state["embed_tokens.weight"])
     writer.add_tensor("output_norm.weight", state["norm.weight"])
@@ -77,3 +80,17 @@ def test_a_gguf_gives_the_model_and_the_tokenizer_that_it_was_made_from(tiny: Ti
         assert torch.equal(ours, theirs), name
     text = "The old fox sees a river."
     assert OurTokenizer(tmp_path / "folder").encode([text]) == OurTokenizer(tiny.teacher).encode([text])
+    assert OurTokenizer(tmp_path / "folder").around() == ([], [])
+
+
+def test_the_bos_of_a_gguf_is_that_of_the_folder(tiny: Tiny, tmp_path: Path) -> None:
+    model, tokenizer = (
+        build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0),
+        tiny.teacher / "tokenizer.json",
+    )
+    _write_gguf(model, Tokenizer.from_file(str(tokenizer)), tmp_path / "model.gguf", adds_bos=True)
+    (tmp_path / "folder").mkdir()
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "folder")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "folder")("The old fox").input_ids
+    assert ids == [0, *OurTokenizer(tiny.teacher).encode(["The old fox"])[0]]
+    assert OurTokenizer(tmp_path / "folder").around() == ([0], [])

@@ -202,3 +202,18 @@ def test_a_metric_that_is_no_number_a_position_is_named(tiny: Tiny) -> None:
             parallel=FLOAT32,
             world=World(),
         )
+
+
+def test_a_label_beyond_the_tokenizer_stands_for_no_bytes(tiny: Tiny) -> None:
+    """Of a model whose rows go beyond the tokenizer's, as in published ones and converted caches."""
+    model, found = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records()[:4], 4)
+    facts, table = CacheFacts(model.arch.vocab_size, 8), Tokenizer(tiny.teacher).byte_lengths()
+    known = len(table) - 20
+    labels = [int(label) for batch in found for label in batch.labels[batch.loss_mask]]
+    size = sum(int(table[label]) for label in labels if label < known)
+    assert any(label >= known for label in labels)
+    asked = Asked(OBJECTIVE, (), table[:known])
+    numbers = evaluate(model, found, facts, asked=asked, parallel=FLOAT32, world=World())
+    assert numbers["val/bits_per_byte"] == pytest.approx(
+        numbers["val/nll"] * len(labels) / math.log(2) / size, rel=1e-5
+    )

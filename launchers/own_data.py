@@ -1,0 +1,102 @@
+"""What the quick start sets for a teacher or a corpus of one's own: measured on the cache, or computed from it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.cache.manifest import Manifest
+
+ROW_LENGTH = 512
+# A cache of less than STEPS steps is read up to EPOCHS times.
+STEPS, EPOCHS, LEAST_STEPS = 60, 4, 10
+PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
+
+
+def row_length_items(teacher: str) -> list[str]:
+    """Returns settings for rows as long as the teacher's context, where that is shorter than the quick start's."""
+    from kd_core.students.families import read_architecture
+
+    length = read_architecture(Path(teacher)).max_positions
+    return [f"tag:RowLength={length}"] if length < ROW_LENGTH else []
+
+
+def measured_layers(teacher: str, cache: Path, out: Path) -> str:
+    """Returns the setting that keeps the half of the layers with the most influence on the cache's text.
+
+    Raises:
+        UsageError: they could not be measured.
+    """
+    from kd_core.errors import UsageError
+    from kd_core.files import damaged, read_json
+    from kd_core.students.families import read_architecture
+
+    count = read_architecture(Path(teacher)).num_layers
+    if count < 2:
+        return "student.keep_layers=none"
+    if not out.exists():
+        flags = [f"--teacher={teacher}", f"--cache={cache}", "--measure=influence", f"--keep={count // 2}"]
+        command = [sys.executable, "-m", "launchers.importance", *flags, f"--out={out}"]
+        if subprocess.run(command, check=False).returncode:
+            raise UsageError(
+                f"{teacher}: its layers could not be measured (above). Name them: --config=student.keep_layers=…"
+            )
+    with damaged(out, "measured layers", "Delete it and run the same again"):
+        return f"student.keep_layers={tuple(int(i) for i in read_json(out, 'measured layers')['keep_layers'])}"
+
+
+def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Returns settings of the steps: once over the cache, or up to four times where that is little."""
+    from data.cache.manifest import read_manifest
+    from launchers.config_items import resolve
+
+    config = resolve([*items, *changes], "Experiment").config
+    length = config.collate.row_length
+    tokens = max(1, config.tokens_per_step // length) * length
+    epoch = read_manifest(cache).positions // tokens
+    steps = max(epoch, min(STEPS, EPOCHS * epoch), LEAST_STEPS)
+    return [f"tokens_per_step={tokens}", f"steps={steps}", f"tag:Interval={steps // 3}"]
+
+
+def _beginnings(cache: Path, teacher: str) -> Iterator[str]:
+    """Yields how held-out documents begin: a text's first words, a conversation up to what is scored."""
+    from data.cache.manifest import read_manifest
+    from data.stream.shards import ShardReader
+    from data.tokenizer import Tokenizer
+
+    manifest, tokenizer = read_manifest(cache), Tokenizer(Path(teacher))
+    for record in ShardReader(cache, manifest).records():
+        begins = manifest.text_begins_with
+        begins = begins if record.token_ids[: len(begins)].tolist() == begins else []
+        scored = int(record.loss_mask.argmax())  # position t, of label t + 1
+        is_prompt = scored > len(begins)
+        end = scored + 1 if is_prompt else len(begins) + PROMPT_TOKENS
+        if record.start or end - len(begins) > MOST_PROMPT_TOKENS:
+            continue
+        text = tokenizer.decode(record.token_ids[len(begins) : end].tolist())
+        words = text.rstrip("\N{REPLACEMENT CHARACTER}").rsplit(" ", 1)[0].rstrip()  # the last may be part of one
+        if text := text if is_prompt else words:
+            yield text
+
+
+def prompts_of(cache: Path, teacher: str) -> tuple[str, ...]:
+    """Returns a few beginnings of held-out documents, all of them different."""
+    found: dict[str, None] = {}
+    for text in _beginnings(cache, teacher):
+        found[text] = None
+        if len(found) == PROMPTS:
+            break
+    return tuple(found)
+
+
+def part_of(manifest: "Manifest") -> str:
+    """Returns how much of the corpus is in the training cache, and how to take more."""
+    has = max(manifest.positions, int(manifest.made.get("drawn_from", 0)))
+    if has == manifest.positions:
+        return "; all of the corpus"
+    return (
+        f"; {manifest.positions / has:.1%} of the corpus's {has} training positions. To take more: "
+        "--export_config=train_tokens=NUMBER, or none for all, with another --folder and --run_dir"
+    )
