@@ -103,6 +103,8 @@ class Shards:
             raise UsageError(f"shards.samples: the cache {self.path} holds nothing but samples. Read it with them.")
         if not found.records:
             raise UsageError(f"{self.path}: the cache holds no record.")
+        if found.statistics.get("scored", 1.0) <= 0:
+            raise UsageError(f"{self.path}: no position of the cache is scored. Export or convert it with labels to score.")
         with self.reader() as reader:
             check_alignment(self._first_block(reader)[:ALIGNMENT_RECORDS], self.path)
 

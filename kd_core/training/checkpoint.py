@@ -203,7 +203,7 @@ def _metric(folder: Path) -> float | None:
         metric = read_progress(folder).metric
     except UsageError:
         return None
-    return None if metric is None or math.isnan(metric) else metric
+    return None if metric is None or not math.isfinite(metric) else metric
 
 
 def keep_some(root: Path, policy: Checkpoint) -> None:

@@ -174,7 +174,8 @@ def _sums(
     for name in added:
         sums[name] = sums.pop(f"{ADDED}{name}_loss")
     counted = world.sum_floats(own)
-    tokens = counted.pop("tokens")
+    if not (tokens := counted.pop("tokens")):
+        raise UsageError("evaluation: no position of the held-out cache is scored. Take another cache.")
     if asked.token_bytes is None:
         counted.pop("bytes")
     return sums | counted, tokens

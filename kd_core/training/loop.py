@@ -7,6 +7,7 @@ was killed and resumed computes what it would have computed.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -130,6 +131,12 @@ class _Run:
         )  # fmt: skip
         shown = ", ".join(f"{name} {found[f'val/{name}']:.4f}" for name in SHOWN if f"val/{name}" in found)
         log.info("validation at step %d: %s", step, shown)
+        if wrong := [name for name in SHOWN if not math.isfinite(found.get(f"val/{name}", 0.0))]:
+            log.warning(
+                "validation at step %d: %s not finite: the student has diverged. A step whose loss is not finite stops "
+                "the run; this one's checkpoint is never the best. Lower optimizer.lr, or warm up for longer.",
+                step, f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'}",
+            )  # fmt: skip
         if self.data.prompts.texts:
             self.pulse.enter(f"in continuations at step {step}")
             said = continuations(self.model, self.data.prompts, recipe.parallel, self.world)
@@ -162,6 +169,9 @@ class _Run:
             self.progress = replace(done, skipped=done.skipped + 1)
             return self._skipped(error, step, batches)
         self.progress = done
+        if not result.moved:
+            why = "every weight of the objective is 0" if result.tokens else "no position of it is scored"
+            log.warning("step %d: %s, so nothing has moved (no decay, no momentum)", step, why)
         seconds = time.perf_counter() - started
         if histograms and self.metrics:
             self.metrics.add_histograms(step, histograms)
