@@ -21,6 +21,7 @@ from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.parallel.sharding import spread
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
@@ -52,9 +53,7 @@ class Logger:
     histograms_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("line_every", 1), ("histograms_every", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"logger.{name}: got {getattr(self, name)}; wanted at least {least}.")
+        check_ranges(self, "logger.", every=AT_LEAST_1, line_every=AT_LEAST_1, histograms_every=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ class Evaluation:
     metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("every", "continuation_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"evaluation.{name}: got {getattr(self, name)}; wanted at least 1.")
+        check_ranges(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
 
 
 def caches_of(source: Source, where: str) -> dict[str, Shards]:
@@ -113,10 +110,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         length = self.collate.row_length
-        if self.steps < 1:
-            raise UsageError(f"steps: got {self.steps}; wanted at least 1.")
-        if self.seed < 0:
-            raise UsageError(f"seed: got {self.seed}; wanted at least 0.")
+        check_ranges(self, "", steps=AT_LEAST_1, seed=AT_LEAST_0)
         if self.tokens_per_step < length or self.tokens_per_step % length:
             raise UsageError(
                 f"tokens_per_step: got {self.tokens_per_step}; wanted a multiple of collate.row_length {length}."

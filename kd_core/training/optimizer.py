@@ -1,12 +1,12 @@
 """Optimisers as plain settings that make a torch optimiser once the student exists."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from kd_core.errors import UsageError
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, SHARE_BELOW_1, check_ranges
 
 ON_NON_FINITE = ("stop", "skip")
 
@@ -32,16 +32,10 @@ class AdamW:
             raise UsageError(
                 f"optimizer.on_non_finite: got {self.on_non_finite!r}; wanted one of {', '.join(ON_NON_FINITE)}."
             )
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"optimizer.{name}: got {getattr(self, name)}; wanted more than 0, and finite.")
-        for name in ("weight_decay", "max_skipped"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"optimizer.{name}: got {getattr(self, name)}; wanted at least 0, and finite.")
-        if not self.clip_norm >= 0:
-            raise UsageError(f"optimizer.clip_norm: got {self.clip_norm}; wanted at least 0 (0: never clip).")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(f"optimizer.betas: got {self.betas}; wanted both from 0 to less than 1.")
+        check_ranges(
+            self, "optimizer.", lr=ABOVE_0, eps=ABOVE_0, betas=SHARE_BELOW_1,
+            **dict.fromkeys(("weight_decay", "clip_norm", "max_skipped"), AT_LEAST_0),
+        )  # fmt: skip
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of `model`'s trainable parameters."""
