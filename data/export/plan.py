@@ -24,7 +24,7 @@ from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
 from kd_core.precision import Precision
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
 from kd_core.students.weights import weight_files
 
 log = logging.getLogger("kd")
@@ -80,7 +80,7 @@ class TeacherExport:
         if self.codec not in CODECS:
             raise UsageError(f"codec: got {self.codec!r}; wanted one of {', '.join(CODECS)}.")
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
-        shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": AT_LEAST_0}
+        shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": NOT_NEGATIVE}
         check_ranges(self, "", **dict.fromkeys(counts, AT_LEAST_1), **shares, seed=AT_LEAST_0)
         # A cache that was written is read whatever its temperatures are; what is to be written is checked here.
         check_ranges(

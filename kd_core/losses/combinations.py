@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from kd_core.errors import UsageError
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.tails import TAILS, Temperatures
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SHARE, TEMPERATURE, check_ranges
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, TEMPERATURE, check_ranges
 
 # What sums teacher-weighted terms alone can do without the events that a tail treatment leaves out.
 TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
@@ -36,7 +36,7 @@ USES = {
     "adaptive_kl": ("head_mass",),
     "decoupled_kl": ("head_size", "head_weight", "tail_weight"),
 }
-RANGES = {"head_size": AT_LEAST_1, "head_weight": AT_LEAST_0, "tail_weight": AT_LEAST_0}
+RANGES = {"head_size": AT_LEAST_1, "head_weight": NOT_NEGATIVE, "tail_weight": NOT_NEGATIVE}
 
 
 def choose(what: str, name: str, known: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from kd_core.losses.schedules import Weight, at_step, largest, value_of
 from kd_core.losses.selection import KeepUncertain
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.view import SparseView
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 
 # What costs more than a step pays, and the sums that it gives.
 OBSERVED: Mapping[str, tuple[str, ...]] = {
@@ -183,7 +183,7 @@ class CrossEntropy(Term):
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: ", label_smoothing=SHARE_BELOW_1, z_loss=AT_LEAST_0)
+        check_ranges(self, "loss: ", label_smoothing=SHARE_BELOW_1, z_loss=NOT_NEGATIVE)
 
     @property
     def needs_tail_mean(self) -> bool:

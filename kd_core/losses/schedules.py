@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from kd_core.errors import UsageError
-from kd_core.ranges import AT_LEAST_0, check_ranges
+from kd_core.ranges import NOT_NEGATIVE, check_ranges
 
 
 def _progress(step: int, steps: int) -> float:
@@ -23,7 +23,7 @@ class Constant:
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: weight Constant.", value=AT_LEAST_0)
+        check_ranges(self, "loss: weight Constant.", value=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step."""
@@ -43,7 +43,7 @@ class Linear:
     end: float
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: weight Linear.", start=AT_LEAST_0, end=AT_LEAST_0)
+        check_ranges(self, "loss: weight Linear.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step."""
@@ -62,7 +62,7 @@ class Cosine:
     end: float
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: weight Cosine.", start=AT_LEAST_0, end=AT_LEAST_0)
+        check_ranges(self, "loss: weight Cosine.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step."""
@@ -83,7 +83,7 @@ class WarmupStableDecay:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges = dict.fromkeys(("peak", "warmup_steps", "decay_steps", "floor"), AT_LEAST_0)
+        ranges = dict.fromkeys(("peak", "warmup_steps", "decay_steps", "floor"), NOT_NEGATIVE)
         check_ranges(self, "loss: weight WarmupStableDecay.", **ranges)
 
     def at(self, step: int, steps: int) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kd_core.errors import UsageError
-from kd_core.ranges import ABOVE_0, AT_LEAST_0, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import ABOVE_0, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 
 ON_NON_FINITE = ("stop", "skip")
 
@@ -34,7 +34,7 @@ class AdamW:
             )
         check_ranges(
             self, "optimizer.", lr=ABOVE_0, eps=ABOVE_0, betas=SHARE_BELOW_1,
-            **dict.fromkeys(("weight_decay", "clip_norm", "max_skipped"), AT_LEAST_0),
+            **dict.fromkeys(("weight_decay", "clip_norm", "max_skipped"), NOT_NEGATIVE),
         )  # fmt: skip
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
