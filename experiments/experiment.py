@@ -29,9 +29,9 @@ from kd_core.training.checkpoint import Checkpoint
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
-from kd_core.training.optimizer import AdamW
+from kd_core.training.optimizer import Optimizer
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.schedule import WarmupCosine
+from kd_core.training.schedule import Schedule, check_schedule
 from kd_core.training.stopping import Stopping
 from kd_core.types import Batch
 
@@ -98,8 +98,8 @@ class Experiment:
     shards: Shards | Mixture
     collate: Collate
     loss: Objective
-    optimizer: AdamW
-    schedule: WarmupCosine
+    optimizer: Optimizer
+    schedule: Schedule
     parallel: Parallel
     checkpoint: Checkpoint
     logger: Logger
@@ -115,7 +115,7 @@ class Experiment:
             raise UsageError(
                 f"tokens_per_step: got {self.tokens_per_step}; wanted a multiple of collate.row_length {length}."
             )
-        self.schedule.check(self.steps)
+        check_schedule(self.schedule, self.steps)
 
     @property
     def rows_per_step(self) -> int:

@@ -29,10 +29,10 @@ from kd_core.training.evaluation import Asked, HeldOut, Metric, evaluate_all
 from kd_core.training.histograms import histograms_of_step
 from kd_core.training.live import Live
 from kd_core.training.metrics import MetricLog, per_token
-from kd_core.training.optimizer import AdamW, set_lr
+from kd_core.training.optimizer import Optimizer, set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.saver import Saver
-from kd_core.training.schedule import WarmupCosine
+from kd_core.training.schedule import Schedule, rate_factor
 from kd_core.training.slow_start import SlowStart
 from kd_core.training.step import count, train_step
 from kd_core.training.stopping import Stopping
@@ -48,8 +48,8 @@ class Recipe:
     """What the loop needs to know of an experiment, each part under its own name."""
 
     loss: Objective
-    optimizer: AdamW
-    schedule: WarmupCosine
+    optimizer: Optimizer
+    schedule: Schedule
     parallel: Parallel
     checkpoint: Checkpoint
     steps: int
@@ -149,8 +149,8 @@ class _Run:
         recipe, started = self.recipe, time.perf_counter()
         self.pulse.enter(f"in forward and backward of step {step}")
         torch.manual_seed((recipe.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
-        lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
-        set_lr(self.optimizer, lr)
+        factor = rate_factor(recipe.schedule, step, recipe.steps)
+        set_rates(self.optimizer, factor)
         done = replace(self.progress, step=step, rows=step * recipe.rows_per_step, metric=None)
         wanted = recipe.wants_histograms(step)
         look = histograms_of_step(self.model, self.optimizer, self.world) if wanted else nullcontext({})
@@ -179,7 +179,7 @@ class _Run:
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
             "train/skipped_steps": float(done.skipped),
-            "train/lr": lr,
+            "train/lr": factor * recipe.optimizer.lr,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
             "speed/step_seconds": seconds,
