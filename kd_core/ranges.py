@@ -1,30 +1,33 @@
 """Ranges of numbers that settings are of; a part checks its own when the graph is built."""
 
 import math
-from collections.abc import Callable
+import sys
 from typing import Any, NamedTuple
 
 from kd_core.errors import UsageError
 
+LARGEST, SMALLEST, BELOW_1 = sys.float_info.max, math.nextafter(0, 1), math.nextafter(1, 0)
+
 
 class Range(NamedTuple):
-    """A range in words, and whether a number is in it. NaN is in none."""
+    """A range in words, and its least and its largest number. NaN is in none."""
 
     words: str
-    holds: Callable[[float], bool]
+    least: float
+    most: float
 
 
-NOT_NEGATIVE = Range("at least 0, and finite", lambda value: 0 <= value < math.inf)
-AT_LEAST_0 = NOT_NEGATIVE._replace(words="at least 0")  # of counts
-AT_LEAST_1 = Range("at least 1", lambda value: 1 <= value < math.inf)
-ABOVE_0 = Range("more than 0, and finite", lambda value: 0 < value < math.inf)
-SHARE = Range("0 to 1", lambda value: 0 <= value <= 1)
-SHARE_ABOVE_0 = Range("more than 0, at most 1", lambda value: 0 < value <= 1)
-SHARE_BELOW_1 = Range("0 to less than 1", lambda value: 0 <= value < 1)
-SHARE_BETWEEN = Range("more than 0, less than 1", lambda value: 0 < value < 1)
+AT_LEAST_0 = Range("at least 0", 0, LARGEST)
+AT_LEAST_1 = Range("at least 1", 1, LARGEST)
+NOT_NEGATIVE = Range("at least 0, and finite", 0, LARGEST)
+ABOVE_0 = Range("more than 0, and finite", SMALLEST, LARGEST)
+SHARE = Range("0 to 1", 0, 1)
+SHARE_ABOVE_0 = Range("more than 0, at most 1", SMALLEST, 1)
+SHARE_BELOW_1 = Range("0 to less than 1", 0, BELOW_1)
+SHARE_BETWEEN = Range("more than 0, less than 1", SMALLEST, BELOW_1)
 # Python's locks and torch's groups wait no longer than some hundred years.
-SECONDS = Range("seconds, more than 0 and at most 1e9", lambda value: 0 < value <= 1e9)
-TEMPERATURE = Range("0.01 to 100", lambda value: 0.01 <= value <= 100)
+SECONDS = Range("seconds, more than 0 and at most 1e9", SMALLEST, 1e9)
+TEMPERATURE = Range("0.01 to 100", 0.01, 100)
 
 
 def check_ranges(part: Any, where: str, **wanted: Range) -> None:
@@ -38,5 +41,5 @@ def check_ranges(part: Any, where: str, **wanted: Range) -> None:
     for name, each in wanted.items():
         value = getattr(part, name)
         values = value if isinstance(value, tuple) else (value,)
-        if not all(number is None or each.holds(number) for number in values):
+        if not all(number is None or each.least <= number <= each.most for number in values):
             raise UsageError(f"{where}{name}: got {value}; wanted {each.words}.")

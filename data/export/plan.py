@@ -29,7 +29,7 @@ from kd_core.students.weights import weight_files
 
 log = logging.getLogger("kd")
 # Below, p^(1/t) of a wide vocabulary is 0 in float32, and all draws are one token; above, it says little of p.
-PROPOSAL_TEMPERATURE = Range("0.25 to 4", lambda value: 0.25 <= value <= 4)
+PROPOSAL_TEMPERATURE = Range("0.25 to 4", 0.25, 4)
 
 
 @dataclass(frozen=True)

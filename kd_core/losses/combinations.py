@@ -60,9 +60,7 @@ def check_combination(divergence: str, tail: str) -> None:
 def check_temperature(tail: str, at: Temperatures, scaling: str) -> None:
     """Refuse temperatures that are none, and a teacher's that its entries cannot give."""
     choose("temperature_scaling", scaling, ("squared", "none"))
-    for name, value in at._asdict().items():
-        if not TEMPERATURE.holds(value):
-            raise UsageError(f"loss: temperature of the {name}: got {value}; wanted {TEMPERATURE.words}.")
+    check_ranges(at, "loss: temperature of the ", teacher=TEMPERATURE, student=TEMPERATURE)
     if at.teacher != 1 and tail not in TEACHER_TEMPERATURE:
         raise UsageError(
             f"loss: temperature {at.teacher} on tail {tail!r}: the teacher's entries at another temperature need "

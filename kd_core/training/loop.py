@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.saver import Saver
 from kd_core.training.schedule import Schedule, rate_factor
 from kd_core.training.slow_start import SlowStart
+from kd_core.training.state import check_kept, settings_of_groups
 from kd_core.training.step import count, train_step
 from kd_core.training.stopping import Stopping
 from kd_core.training.watch import Pulse, watched
@@ -95,6 +97,7 @@ class _Run:
     pulse: Pulse
     progress: Progress = field(default_factory=Progress)
     metrics: MetricLog | None = None
+    group_settings: list[dict[str, Any]] | None = None  # as built, until a step has shown that they stay
 
     def restore(self) -> bool:
         """Load the newest whole checkpoint, where there is one."""
@@ -169,6 +172,9 @@ class _Run:
             self.progress = replace(done, skipped=done.skipped + 1)
             return self._skipped(error, step, batches)
         self.progress = done
+        if self.group_settings is not None:
+            check_kept(self.model, self.optimizer, self.group_settings)
+            self.group_settings = None
         if not result.moved:
             why = "every weight of the objective is 0" if result.tokens else "no position of it is scored"
             log.warning("step %d: %s, so nothing has moved (no decay, no momentum)", step, why)
@@ -228,6 +234,7 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
         pulse = stack.enter_context(watched(world, recipe.parallel.timeout))
         stack.callback(model.register_forward_pre_hook(pulse.seen).remove)  # each micro-batch is progress
         this = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world, pulse)
+        this.group_settings = settings_of_groups(this.optimizer)
         resumed = this.restore()
         if this.progress.step == recipe.steps:
             log.info("nothing left to train")
