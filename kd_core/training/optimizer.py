@@ -15,6 +15,8 @@ from kd_core.students.patterns import matching
 ON_NON_FINITE = ("stop", "skip")
 # They take a step by calling the model again, or want sparse gradients.
 UNFIT = ("LBFGS", "Optimizer", "SparseAdam")
+# Torch 2.13 cannot take their steps on tensors that are spread over ranks.
+ALONE = ("Adafactor", "Rprop")
 Setting = float | int | bool | str | tuple[float | None, ...] | None
 
 

@@ -146,7 +146,7 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mappin
             kept, shape = moments[names[parameter]], tuple(parameter.shape)
             if kept and fused:
                 shapes = {key: tuple(tensor.shape) for key, tensor in kept.items()}
-                keys = {*shapes, *(ADAM if "betas" in group else ())}
+                keys = dict.fromkeys((*(ADAM if "betas" in group else ()), *shapes))
                 _check_moments(names[parameter], shapes, {key: () if key == "step" else shape for key in keys})
             if kept:  # as torch's own load_state_dict places them, but in the dtype that they were kept in
                 optimizer.state[parameter] = {
