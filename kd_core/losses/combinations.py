@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from kd_core.errors import UsageError
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.tails import TAILS, Temperatures
-from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, TEMPERATURE, check_ranges
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, check_ranges
 
 # What sums teacher-weighted terms alone can do without the events that a tail treatment leaves out.
 TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
@@ -58,9 +58,8 @@ def check_combination(divergence: str, tail: str) -> None:
 
 
 def check_temperature(tail: str, at: Temperatures, scaling: str) -> None:
-    """Refuse temperatures that are none, and a teacher's that its entries cannot give."""
+    """Refuse a teacher's temperature that its entries cannot give."""
     choose("temperature_scaling", scaling, ("squared", "none"))
-    check_ranges(at, "loss: temperature of the ", teacher=TEMPERATURE, student=TEMPERATURE)
     if at.teacher != 1 and tail not in TEACHER_TEMPERATURE:
         raise UsageError(
             f"loss: temperature {at.teacher} on tail {tail!r}: the teacher's entries at another temperature need "

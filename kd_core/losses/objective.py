@@ -20,7 +20,7 @@ from kd_core.losses.schedules import Weight, at_step, largest, value_of
 from kd_core.losses.selection import KeepUncertain
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.view import SparseView
-from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_ranges
 
 # What costs more than a step pays, and the sums that it gives.
 OBSERVED: Mapping[str, tuple[str, ...]] = {
@@ -104,6 +104,7 @@ class Distillation(Term):
 
     def __post_init__(self) -> None:
         check_combination(self.divergence, self.tail)
+        check_ranges(self, "loss: ", temperature=TEMPERATURE, student_temperature=TEMPERATURE)
         check_temperature(self.tail, self._temperatures, self.temperature_scaling)
         check_parameters(self.divergence, self._parameters)
 

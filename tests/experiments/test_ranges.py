@@ -79,19 +79,18 @@ GRAPHS = {
 
 def _numbers(wanted: Any) -> set[type]:
     """Of an annotation: which numbers it takes; of a tuple those in it."""
-    found = {wanted} & {int, float}
+    found = {kind for kind in (int, float) if wanted is kind}
     for inner in typing.get_args(wanted):
         found |= _numbers(inner)
     return found
 
 
 def _bad(place: Place) -> Iterator[Any]:
-    kinds = _numbers(place.wanted)
+    kinds = set[type]() if place.is_part else _numbers(place.wanted)
     wrong: list[Any] = [-1] if kinds else []
     wrong += [nan, inf, -inf] if float in kinds else []
     wrong += [] if place.name in ZERO else [0] if kinds else []
-    for number in wrong:
-        number = float(number) if kinds == {float} else number
+    for number in map(float, wrong) if float in kinds else wrong:
         yield (number,) * 2 if isinstance(place.value, tuple) or "tuple" in str(place.wanted) else number
 
 
