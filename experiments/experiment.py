@@ -4,7 +4,8 @@ shards ─► collate ─► Batch ─► student ─► loss ─► one step (o
 """
 
 import logging
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from kd_core.training.stopping import Stopping
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
+NAME = re.compile(r"[\w.-]*$")
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,16 @@ class Evaluation:
     """Validation on held-out text: before the first step, every `every` steps, and after the last.
 
     Args:
-        shards: a cache; of several by name, each is reported by itself too, and the whole by their weights.
+        shards: a cache; of several by name, each is reported by itself too, under `val/NAME/`. What stands under
+            `val/` itself, where `checkpoint.best_metric` looks by default, is the whole by the weights of a `Mixture`;
+            of a dictionary it is the first cache alone, and the others are only reported.
         every: steps.
         prompts: texts that the student continues, greedily, for the reader.
         continuation_tokens: by how many tokens.
         metrics: functions of a `SparseView` of n positions to a number each; `val/NAME` is their mean.
     """
 
-    shards: Shards | Mixture
+    shards: Shards | Mixture | Mapping[str, Shards]
     every: int = 10
     prompts: tuple[str, ...] = ()
     continuation_tokens: int = 24
@@ -76,13 +80,32 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_ranges(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
+        if not self.caches or not all(isinstance(each, Shards) and NAME.match(at) for at, each in self.caches.items()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(
+                f"evaluation.shards: got {dict(self.caches)}; wanted Shards, a Mixture, or a dictionary of Shards by "
+                "names of letters, digits, dots, dashes and underscores."
+            )
+
+    @property
+    def caches(self) -> Mapping[str, Shards]:
+        """The caches by name, the main one first; one alone has none."""
+        if isinstance(self.shards, Mixture):
+            return {name: self.shards.caches[name] for name in sorted(self.shards.caches)}
+        return {"": self.shards} if isinstance(self.shards, Shards) else self.shards
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """What each counts in the numbers of the whole; 0: it is only reported."""
+        if isinstance(self.shards, Mixture):
+            return self.shards.weights
+        return {name: float(at == 0) for at, name in enumerate(self.caches)}
 
 
-def caches_of(source: Source, where: str) -> dict[str, Shards]:
+def caches_of(source: Source | Mapping[str, Shards], where: str) -> dict[str, Shards]:
     """The caches of a source, by their paths in the experiment."""
     if isinstance(source, Mixture):
         return {f"{where}.caches.{name}": source.caches[name] for name in sorted(source.caches)}
-    return {where: source}
+    return {where: source} if isinstance(source, Shards) else {f"{where}.{name}": source[name] for name in source}
 
 
 def _millions(model: Decoder, *, trained: bool = False) -> str:
@@ -139,15 +162,18 @@ class Experiment:
         checks.check(self)
         student = self.student.decoder()  # without memory
         arch = student.arch
-        caches, held_out = (
-            [part.manifest for part in source.parts] for source in (self.shards, self.evaluation.shards)
-        )
+        caches = [part.manifest for part in self.shards.parts]
+        held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
+        weights = self.evaluation.weights
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
-            "validation cache": " + ".join(f"{cache.positions} positions" for cache in held_out),
+            "validation cache": ", ".join(
+                f"{positions} positions{f' of {name}' if name else ''}{'' if weights[name] else ' (only reported)'}"
+                for name, positions in held_out.items()
+            ),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
             "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
             **checks.check_layout(self, student, ranks),
@@ -159,12 +185,13 @@ class Experiment:
 
     def validation_metrics(self) -> set[str]:
         """Names of the numbers that validation gives, known before anything runs: of the whole, and of each cache."""
-        source = self.evaluation.shards
-        names = [metric_names(self.loss, checks.cache_facts(part), self.evaluation.metrics) for part in source.parts]
-        found = set.intersection(*names)
-        if isinstance(source, Mixture) and len(names) > 1:
-            for cache, own in zip(sorted(source.caches), names, strict=True):
-                found |= {name.replace("val/", f"val/{cache}/") for name in own}
+        names = {
+            cache: metric_names(self.loss, checks.cache_facts(part), self.evaluation.metrics)
+            for cache, part in self.evaluation.caches.items()
+        }
+        found = set.intersection(*(names[cache] for cache, weight in self.evaluation.weights.items() if weight))
+        for cache, own in names.items() if len(names) > 1 else ():
+            found |= {name.replace("val/", f"val/{cache}/") for name in own}
         return found
 
     def inputs(self) -> dict[str, dict[str, str]]:
@@ -184,16 +211,14 @@ class Experiment:
         return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
 
     def _held_out(self, share: dict[str, int]) -> dict[str, HeldOut]:
-        """By the names of a mixture; one cache has none."""
-        source, micro_batch = self.evaluation.shards, self.parallel.micro_batch_rows
-        weights = source.weights if isinstance(source, Mixture) else {"": 1.0}
+        micro_batch, weights = self.parallel.micro_batch_rows, self.evaluation.weights
         return {
             name: HeldOut(
                 partial(all_batches, part, self.collate, micro_batch=micro_batch, **share),
                 checks.cache_facts(part),
                 weights[name],
             )
-            for name, part in zip(sorted(weights), source.parts, strict=True)
+            for name, part in self.evaluation.caches.items()
         }
 
     def _prompts(self, tokenizer: Tokenizer) -> Prompts:

@@ -13,7 +13,7 @@ from kd_core.training.schedule import WarmupCosine
 def cache(config: fdl.Config[Experiment], folder: str) -> None:
     """Train on `folder`/train and validate on `folder`/validation, as launchers.export_teacher writes them."""
     for part, split in ((config, "train"), (config.evaluation, "validation")):
-        if fdl.get_callable(part.shards) is Shards:  # what is read of it stays
+        if isinstance(part.shards, fdl.Config) and fdl.get_callable(part.shards) is Shards:  # what is read of it stays
             part.shards.path = f"{folder}/{split}"
         else:
             part.shards = read(f"{folder}/{split}")
