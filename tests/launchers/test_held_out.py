@@ -82,8 +82,8 @@ def test_other_dictionaries_are_refused(tiny: Tiny, shards: dict[str, Any]) -> N
 def test_a_diverged_student_is_told_with_its_step_and_its_checkpoint_is_kept(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One step of such a rate and the weights are beyond float32."""
-    items = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "tag:Interval=1", "checkpoint.best_metric=val/nll")
+    """After one step of such a rate, products of its weights are beyond float32."""
+    items = ("optimizer.lr=1e10", "schedule.warmup_steps=0", "tag:Interval=1", "checkpoint.best_metric=val/nll")
     config = _config(tiny, fdl.Config(Shards, path=str(tiny.validation)), *items)
     with caplog.at_level(logging.WARNING, "kd"), pytest.raises(NonFiniteError, match="step 2: "):
         _run(config, tmp_path / "run")
