@@ -7,7 +7,7 @@
 
 Shows who spoke over what, what is kept of a position and how, what a position costs by part, how much of the teacher
 is held (mass at K = 1, 8, 64 and all), and records as text, each position with the teacher's alternatives: one record,
-and 30 positions of it, unless more are asked for. The text is by the tokenizer of the teacher that the cache was made
+and 20 positions of it, unless more are asked for. The text is by the tokenizer of the teacher that the cache was made
 with, or of a folder `teacher` beside the cache; where neither is there, name one with --tokenizer.
 
 --verify reads every byte and checks hashes, members, counts, ids, masses, labels and the manifest's own figures; it
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 VERIFY = flags.DEFINE_bool("verify", False, "Read and check every byte; nothing else is shown.")
 RECORDS = flags.DEFINE_integer("records", 1, "Records shown in the terminal.", lower_bound=0)
-POSITIONS = flags.DEFINE_integer("positions", 30, "Positions of a record shown in the terminal; 0: all.", lower_bound=0)
+POSITIONS = flags.DEFINE_integer("positions", 20, "Positions of a record shown in the terminal; 0: all.", lower_bound=0)
 HTML = flags.DEFINE_string("html", None, "Write one HTML page, with everything in it, to this file.")
 HTML_RECORDS = flags.DEFINE_integer("html_records", 20, "Records in the HTML page.", lower_bound=0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of the teacher's tokenizer, where it is not found.")
@@ -91,7 +91,7 @@ def costs(survey: "Survey") -> list[tuple[str, int, float]]:
     return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
 
 
-def _folders(folder: Path, teacher: str) -> Iterator[Path]:
+def folders(folder: Path, teacher: str) -> Iterator[Path]:
     """Where the tokenizer of a cache's teacher may lie: in its folder, as named from here or from above the cache; in
     the hub's own cache, from which nothing is fetched here; in a folder `teacher` beside the cache."""
     above = folder.absolute().parents
@@ -124,7 +124,7 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
                 f"{fingerprint[:12]}…. Name the teacher's folder."
             )
         return found
-    for place in _folders(folder, teacher if isinstance(teacher, str) else ""):
+    for place in folders(folder, teacher if isinstance(teacher, str) else ""):
         with suppress(UsageError, OSError):  # a name that somebody else has written down
             if (found := Tokenizer(place)).fingerprint() == fingerprint:
                 return found
@@ -132,9 +132,11 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
 
 
 def _missing(manifest: "Manifest") -> str:
-    teacher = manifest.made.get("teacher")
-    named = f"is not in {teacher}, the teacher's folder" if isinstance(teacher, str) else "is not beside the cache"
-    return f"the tokenizer {manifest.tokenizer[:12]}… {named}"
+    from data.importers.lines import UNKNOWN
+
+    teacher = manifest.made.get("teacher", UNKNOWN)
+    place = "beside the cache" if teacher == UNKNOWN else f"in {teacher}, the teacher's folder"
+    return f"the tokenizer {manifest.tokenizer[:12]}… is not {place}"
 
 
 def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
