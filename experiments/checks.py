@@ -15,6 +15,7 @@ from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
 from kd_core.students.decoder import Decoder
 from kd_core.training.evaluation import Metric, best_is, metric_names
+from kd_core.training.optimizer import ALONE, AdamW, TorchOptimizer
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment
@@ -120,18 +121,22 @@ def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict
         UsageError: a layout that does not fit, with what would.
     """
     parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
+    optimizer = experiment.optimizer
+    if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in ALONE:
+        raise UsageError(f"optimizer.cls: {optimizer.cls} runs on one rank alone; there are {ranks}. Take another.")
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
     sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size, arch.vocab_rows)
     check_shape(parallel.tensor_parallel, parallel.sequence_parallel, Shape(*sizes, T))
     holds = held(student, layout, parallel.sequence_parallel)
+    moments = f" and {holds.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)
     passes = -(-rows // parallel.micro_batch_rows)
     return {
         "layout": f"{ranks} ranks: {layout}",
         "a rank": f"at most {rows} rows a step in {passes} passes; holds {holds.parameters / 1e6:.2f}M parameters "
-        f"({4 * holds.parameters / 1e9:.3f} GB in float32) and {holds.optimizer_bytes / 1e9:.3f} GB of moments",
+        f"({4 * holds.parameters / 1e9:.3f} GB in float32){moments}",
     }
 
 

@@ -4,7 +4,8 @@ shards ─► collate ─► Batch ─► student ─► loss ─► one step (o
 """
 
 import logging
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
 from kd_core.parallel.sharding import spread
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
@@ -28,13 +30,14 @@ from kd_core.training.checkpoint import Checkpoint
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
-from kd_core.training.optimizer import AdamW
+from kd_core.training.optimizer import Optimizer
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.schedule import WarmupCosine
+from kd_core.training.schedule import Schedule, check_schedule
 from kd_core.training.stopping import Stopping
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
+NAME = re.compile(r"[\w.-]*$")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,7 @@ class Logger:
     histograms_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("line_every", 1), ("histograms_every", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"logger.{name}: got {getattr(self, name)}; wanted at least {least}.")
+        check_ranges(self, "logger.", every=AT_LEAST_1, line_every=AT_LEAST_1, histograms_every=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
@@ -62,30 +63,49 @@ class Evaluation:
     """Validation on held-out text: before the first step, every `every` steps, and after the last.
 
     Args:
-        shards: a cache; of several by name, each is reported by itself too, and the whole by their weights.
+        shards: a cache; of several by name, each is reported by itself too, under `val/NAME/`. What stands under
+            `val/` itself, where `checkpoint.best_metric` looks by default, is the whole by the weights of a `Mixture`;
+            of a dictionary it is the first cache alone, and the others are only reported.
         every: steps.
         prompts: texts that the student continues, greedily, for the reader.
         continuation_tokens: by how many tokens.
         metrics: functions of a `SparseView` of n positions to a number each; `val/NAME` is their mean.
     """
 
-    shards: Shards | Mixture
+    shards: Shards | Mixture | Mapping[str, Shards]
     every: int = 10
     prompts: tuple[str, ...] = ()
     continuation_tokens: int = 24
     metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("every", "continuation_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"evaluation.{name}: got {getattr(self, name)}; wanted at least 1.")
+        check_ranges(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
+        if not self.caches or not all(isinstance(each, Shards) and NAME.match(at) for at, each in self.caches.items()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(
+                f"evaluation.shards: got {dict(self.caches)}; wanted Shards, a Mixture, or a dictionary of Shards by "
+                "names of letters, digits, dots, dashes and underscores."
+            )
+
+    @property
+    def caches(self) -> Mapping[str, Shards]:
+        """The caches by name, the main one first; one alone has none."""
+        if isinstance(self.shards, Mixture):
+            return {name: self.shards.caches[name] for name in sorted(self.shards.caches)}
+        return {"": self.shards} if isinstance(self.shards, Shards) else self.shards
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """What each counts in the numbers of the whole; 0: it is only reported."""
+        if isinstance(self.shards, Mixture):
+            return self.shards.weights
+        return {name: float(at == 0) for at, name in enumerate(self.caches)}
 
 
-def caches_of(source: Source, where: str) -> dict[str, Shards]:
+def caches_of(source: Source | Mapping[str, Shards], where: str) -> dict[str, Shards]:
     """The caches of a source, by their paths in the experiment."""
     if isinstance(source, Mixture):
         return {f"{where}.caches.{name}": source.caches[name] for name in sorted(source.caches)}
-    return {where: source}
+    return {where: source} if isinstance(source, Shards) else {f"{where}.{name}": source[name] for name in source}
 
 
 def _millions(model: Decoder, *, trained: bool = False) -> str:
@@ -101,8 +121,8 @@ class Experiment:
     shards: Shards | Mixture
     collate: Collate
     loss: Objective
-    optimizer: AdamW
-    schedule: WarmupCosine
+    optimizer: Optimizer
+    schedule: Schedule
     parallel: Parallel
     checkpoint: Checkpoint
     logger: Logger
@@ -113,15 +133,12 @@ class Experiment:
 
     def __post_init__(self) -> None:
         length = self.collate.row_length
-        if self.steps < 1:
-            raise UsageError(f"steps: got {self.steps}; wanted at least 1.")
-        if self.seed < 0:
-            raise UsageError(f"seed: got {self.seed}; wanted at least 0.")
+        check_ranges(self, "", steps=AT_LEAST_1, seed=AT_LEAST_0)
         if self.tokens_per_step < length or self.tokens_per_step % length:
             raise UsageError(
                 f"tokens_per_step: got {self.tokens_per_step}; wanted a multiple of collate.row_length {length}."
             )
-        self.schedule.check(self.steps)
+        check_schedule(self.schedule, self.steps)
 
     @property
     def rows_per_step(self) -> int:
@@ -145,15 +162,18 @@ class Experiment:
         checks.check(self)
         student = self.student.decoder()  # without memory
         arch = student.arch
-        caches, held_out = (
-            [part.manifest for part in source.parts] for source in (self.shards, self.evaluation.shards)
-        )
+        caches = [part.manifest for part in self.shards.parts]
+        held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
+        weights = self.evaluation.weights
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
-            "validation cache": " + ".join(f"{cache.positions} positions" for cache in held_out),
+            "validation cache": ", ".join(
+                f"{positions} positions{f' of {name}' if name else ''}{'' if weights[name] else ' (only reported)'}"
+                for name, positions in held_out.items()
+            ),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
             "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
             **checks.check_layout(self, student, ranks),
@@ -165,12 +185,13 @@ class Experiment:
 
     def validation_metrics(self) -> set[str]:
         """Names of the numbers that validation gives, known before anything runs: of the whole, and of each cache."""
-        source = self.evaluation.shards
-        names = [metric_names(self.loss, checks.cache_facts(part), self.evaluation.metrics) for part in source.parts]
-        found = set.intersection(*names)
-        if isinstance(source, Mixture) and len(names) > 1:
-            for cache, own in zip(sorted(source.caches), names, strict=True):
-                found |= {name.replace("val/", f"val/{cache}/") for name in own}
+        names = {
+            cache: metric_names(self.loss, checks.cache_facts(part), self.evaluation.metrics)
+            for cache, part in self.evaluation.caches.items()
+        }
+        found = set.intersection(*(names[cache] for cache, weight in self.evaluation.weights.items() if weight))
+        for cache, own in names.items() if len(names) > 1 else ():
+            found |= {name.replace("val/", f"val/{cache}/") for name in own}
         return found
 
     def inputs(self) -> dict[str, dict[str, str]]:
@@ -190,16 +211,14 @@ class Experiment:
         return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
 
     def _held_out(self, share: dict[str, int]) -> dict[str, HeldOut]:
-        """By the names of a mixture; one cache has none."""
-        source, micro_batch = self.evaluation.shards, self.parallel.micro_batch_rows
-        weights = source.weights if isinstance(source, Mixture) else {"": 1.0}
+        micro_batch, weights = self.parallel.micro_batch_rows, self.evaluation.weights
         return {
             name: HeldOut(
                 partial(all_batches, part, self.collate, micro_batch=micro_batch, **share),
                 checks.cache_facts(part),
                 weights[name],
             )
-            for name, part in zip(sorted(weights), source.parts, strict=True)
+            for name, part in self.evaluation.caches.items()
         }
 
     def _prompts(self, tokenizer: Tokenizer) -> Prompts:

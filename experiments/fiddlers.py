@@ -13,7 +13,7 @@ from kd_core.training.schedule import WarmupCosine
 def cache(config: fdl.Config[Experiment], folder: str) -> None:
     """Train on `folder`/train and validate on `folder`/validation, as launchers.export_teacher writes them."""
     for part, split in ((config, "train"), (config.evaluation, "validation")):
-        if fdl.get_callable(part.shards) is Shards:  # what is read of it stays
+        if isinstance(part.shards, fdl.Config) and fdl.get_callable(part.shards) is Shards:  # what is read of it stays
             part.shards.path = f"{folder}/{split}"
         else:
             part.shards = read(f"{folder}/{split}")
@@ -22,7 +22,9 @@ def cache(config: fdl.Config[Experiment], folder: str) -> None:
 def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
     """Only a few steps, to see that everything runs: validated at the ends, saved after the last."""
     config.steps = steps
-    config.schedule.warmup_steps, config.schedule.constant_steps = 1, 0
+    for name in ("warmup_steps", "constant_steps", "decay_steps"):
+        if name in fdl.ordered_arguments(config.schedule, include_defaults=True, include_unset=True):
+            setattr(config.schedule, name, int(name == "warmup_steps"))
     config.checkpoint.every = config.evaluation.every = steps
 
 

@@ -1,22 +1,26 @@
 """What is in a teacher's cache, and is it whole?
 
     python -m launchers.inspect quickstart/cache/train
-    python -m launchers.inspect quickstart/cache/train --records=3 --tokenizer=quickstart/teacher
+    python -m launchers.inspect quickstart/cache/train --records=3 --positions=0
     python -m launchers.inspect quickstart/cache/train --html=cache.html
     python -m launchers.inspect quickstart/cache/train --verify
 
 Shows who spoke over what, what is kept of a position and how, what a position costs by part, how much of the teacher
-is held (mass at K = 1, 8, 64 and all), and records as text, each position with the teacher's alternatives.
+is held (mass at K = 1, 8, 64 and all), and records as text, each position with the teacher's alternatives: one record,
+and 20 positions of it, unless more are asked for. The text is by the tokenizer of the teacher that the cache was made
+with, or of a folder `teacher` beside the cache; where neither is there, name one with --tokenizer.
 
 --verify reads every byte and checks hashes, members, counts, ids, masses, labels and the manifest's own figures; it
 names all that is wrong, with shard, block and member, and ends with status 1 if anything is.
 """
 
+import itertools
 import os
 import shutil
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,15 +30,18 @@ from launchers import app
 
 if TYPE_CHECKING:
     from data.cache.manifest import Manifest
+    from data.cache.readable import Words
     from data.cache.record import Record
     from data.cache.survey import Survey
     from data.tokenizer import Tokenizer
 
 VERIFY = flags.DEFINE_bool("verify", False, "Read and check every byte; nothing else is shown.")
 RECORDS = flags.DEFINE_integer("records", 1, "Records shown in the terminal.", lower_bound=0)
+POSITIONS = flags.DEFINE_integer("positions", 20, "Positions of a record shown in the terminal; 0: all.", lower_bound=0)
 HTML = flags.DEFINE_string("html", None, "Write one HTML page, with everything in it, to this file.")
 HTML_RECORDS = flags.DEFINE_integer("html_records", 20, "Records in the HTML page.", lower_bound=0)
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of the teacher's tokenizer (else the one beside the cache).")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of the teacher's tokenizer, where it is not found.")
+HEAD_LINES = 2  # of a record: which it is, and what stands in the columns
 ALTERNATIVES = flags.DEFINE_integer("alternatives", 5, "Alternatives shown of a position.", lower_bound=1)
 
 
@@ -85,8 +92,23 @@ def costs(survey: "Survey") -> list[tuple[str, int, float]]:
     return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
 
 
-def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
-    """The teacher's tokenizer: that of --tokenizer, or of a teacher's folder beside the cache.
+def folders(folder: Path, teacher: str) -> Iterator[Path]:
+    """Where the tokenizer of a cache's teacher may lie: in its folder, as named from here or from above the cache; in
+    the hub's own cache, from which nothing is fetched here; in a folder `teacher` beside the cache."""
+    above = folder.absolute().parents
+    if teacher.startswith("hub:"):
+        with suppress(ImportError, ValueError):
+            from huggingface_hub import try_to_load_from_cache
+
+            if isinstance(found := try_to_load_from_cache(teacher.removeprefix("hub:"), "tokenizer.json"), str):
+                yield Path(found).parent
+    elif teacher:
+        yield from (start / teacher for start in (Path(), *above))
+    yield from (parent / "teacher" for parent in above[:2])
+
+
+def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
+    """The teacher's tokenizer: that of --tokenizer, or of the teacher that the cache says it was made with.
 
     Raises:
         UsageError: that of --tokenizer is another.
@@ -94,6 +116,7 @@ def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
 
+    fingerprint, teacher = manifest.tokenizer, manifest.made.get("teacher")
     if TOKENIZER.value is not None:
         found = Tokenizer(Path(TOKENIZER.value))
         if found.fingerprint_like(fingerprint) != fingerprint:
@@ -102,12 +125,19 @@ def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
                 f"{fingerprint[:12]}…. Name the teacher's folder."
             )
         return found
-    for beside in (folder.absolute().parents[i] / "teacher" for i in range(min(2, len(folder.absolute().parents)))):
-        if (beside / "tokenizer.json").is_file() and (found := Tokenizer(beside)).fingerprint_like(
-            fingerprint
-        ) == fingerprint:
-            return found
+    for place in folders(folder, teacher if isinstance(teacher, str) else ""):
+        with suppress(UsageError, OSError):  # a name that somebody else has written down
+            if (found := Tokenizer(place)).fingerprint_like(fingerprint) == fingerprint:
+                return found
     return None
+
+
+def _missing(manifest: "Manifest") -> str:
+    from data.importers.lines import UNKNOWN
+
+    teacher = manifest.made.get("teacher", UNKNOWN)
+    place = "beside the cache" if teacher == UNKNOWN else f"in {teacher}, the teacher's folder"
+    return f"the tokenizer {manifest.tokenizer[:12]}… is not {place}"
 
 
 def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
@@ -133,6 +163,18 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
     return manifest, survey, kept
 
 
+def _print_records(records: "list[Record]", words: "Words") -> None:
+    from launchers import records_page
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    for record in records[: RECORDS.value]:
+        most = POSITIONS.value or record.positions
+        lines = records_page.terminal_lines(record, words, ALTERNATIVES.value, width)
+        print("", *itertools.islice(lines, HEAD_LINES + most), sep="\n")
+        if record.positions > most:
+            print(f"    … {record.positions - most} more positions: --positions=0, or --html=FILE")
+
+
 def show(folder: Path) -> None:
     """Print what is in the cache, and write the page."""
     from data.cache.readable import visible, words_of
@@ -141,7 +183,8 @@ def show(folder: Path) -> None:
 
     wanted = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
     manifest, survey, records = _look(folder, wanted)
-    words = words_of(find_tokenizer(folder, manifest.tokenizer))
+    tokenizer = find_tokenizer(folder, manifest)
+    words = words_of(tokenizer)
     print(f"{visible(str(folder))}\n")
     for name, line in facts(manifest, survey):
         print(f"  {name:<14} {visible(line)}")
@@ -153,11 +196,9 @@ def show(folder: Path) -> None:
         print("\n  teacher's mass on its likeliest")
     for name, mass in coverage:
         print(f"  {name:<14} {mass:.4f}")
-    width = shutil.get_terminal_size((100, 24)).columns
-    for record in records[: RECORDS.value]:
-        print()
-        for line in records_page.terminal_lines(record, words, ALTERNATIVES.value, width):
-            print(line)
+    if tokenizer is None and records:
+        print(visible(f"\nids, not text: {_missing(manifest)}. Name its folder with --tokenizer=DIR."))
+    _print_records(records, words)
     if HTML.value:
         tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage)
         page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)

@@ -1,9 +1,9 @@
 """What is kept of a teacher's distribution at each position."""
 
-import math
 from dataclasses import dataclass
 
 from kd_core.errors import UsageError
+from kd_core.ranges import ABOVE_0, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,12 @@ class Selection:
             raise UsageError(
                 f"selection: top_k={self.top_k}, draws={self.draws} keep nothing; wanted one of them above 0."
             )
-        if not (0 <= self.min_prob < 1 and 0 < self.mass <= 1):
-            raise UsageError(
-                f"selection: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1 and 0 < mass ≤ 1."
-            )
+        check_ranges(
+            self, "selection.", min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0, proposal_temperature=ABOVE_0,
+            tail_temperatures=ABOVE_0,
+        )  # fmt: skip
         if self.draws > 65535 or self.top_k > 65535:
             raise UsageError("selection: wanted top_k and draws of at most 65,535.")
-        temperatures = (self.proposal_temperature, *self.tail_temperatures)
-        if not all(0 < t < math.inf for t in temperatures):
-            raise UsageError(f"selection: temperatures {temperatures}; wanted more than 0, and finite.")
         if 1.0 in self.tail_temperatures or len(set(self.tail_temperatures)) < len(self.tail_temperatures):
             raise UsageError("selection.tail_temperatures: each once, and without 1, which is always recorded.")
 

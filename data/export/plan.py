@@ -25,9 +25,12 @@ from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
 from kd_core.precision import Precision
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
 from kd_core.students.weights import weight_files
 
 log = logging.getLogger("kd")
+# Below, p^(1/t) of a wide vocabulary is 0 in float32, and all draws are one token; above, it says little of p.
+PROPOSAL_TEMPERATURE = Range("0.25 to 4", 0.25, 4)
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,15 @@ class TeacherExport:
     def __post_init__(self) -> None:
         if self.scorer not in SCORERS:
             raise UsageError(f"scorer: got {self.scorer!r}; wanted one of {', '.join(SCORERS)}.")
-        if not 0 < self.validation_share < 1:
-            raise UsageError(f"validation_share: got {self.validation_share}; wanted between 0 and 1.")
         if self.codec not in CODECS:
             raise UsageError(f"codec: got {self.codec!r}; wanted one of {', '.join(CODECS)}.")
-        for name in ("row_length", "block_positions", "shard_bytes", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: got {getattr(self, name)}; wanted at least 1.")
+        counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
+        shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": NOT_NEGATIVE}
+        check_ranges(self, "", **dict.fromkeys(counts, AT_LEAST_1), **shares, seed=AT_LEAST_0)
+        # A cache that was written is read whatever its temperatures are; what is to be written is checked here.
+        check_ranges(
+            self.selection, "selection.", proposal_temperature=PROPOSAL_TEMPERATURE, tail_temperatures=TEMPERATURE
+        )
         if not 0 <= self.overlap < self.row_length:
             raise UsageError(
                 f"overlap: got {self.overlap}; wanted 0 to {self.row_length - 1}, less than row_length: so many "

@@ -8,6 +8,7 @@ import torch
 
 from data.cache.record import UNUSED, Array, Record
 from kd_core.errors import UsageError
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.types import Batch
 
 PADDINGS = ("row_length", "longest")
@@ -39,14 +40,9 @@ class Collate:
     eod_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.row_length < 1 or self.multiple < 1:
-            raise UsageError(
-                f"collate: row_length={self.row_length}, multiple={self.multiple}; wanted both at least 1."
-            )
+        check_ranges(self, "collate.", row_length=AT_LEAST_1, multiple=AT_LEAST_1, eod_id=AT_LEAST_0)
         if self.padding not in PADDINGS:
             raise UsageError(f"collate.padding: got {self.padding!r}; wanted one of {', '.join(PADDINGS)}.")
-        if self.eod_id is not None and self.eod_id < 0:
-            raise UsageError(f"collate.eod_id: got {self.eod_id}; wanted a token's id, 0 or more.")
         if self.eod_mask_loss and self.eod_id is None:
             raise UsageError("collate.eod_mask_loss: wanted collate.eod_id, the end-of-document token.")
 

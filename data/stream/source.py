@@ -18,6 +18,7 @@ from data.stream.mix import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
 from data.stream.shards import DamagedError, ShardReader, manifest_at
 from kd_core.errors import UsageError
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
 
 log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
@@ -56,16 +57,12 @@ class Shards:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if (self.top_k is not None and self.top_k < 1) or self.shuffle_shards < 1:
-            raise UsageError("shards: wanted top_k ≥ 1 (or None) and shuffle_shards ≥ 1.")
-        if not (0 <= self.min_prob < 1 and 0 < self.mass <= 1):
-            raise UsageError(
-                f"shards: min_prob={self.min_prob}, mass={self.mass}; wanted 0 ≤ min_prob < 1, 0 < mass ≤ 1."
-            )
+        check_ranges(
+            self, "shards.", top_k=AT_LEAST_1, min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0, shuffle_shards=AT_LEAST_1,
+            max_damaged_blocks=AT_LEAST_0, prefetch=AT_LEAST_0, timeout=SECONDS,
+        )  # fmt: skip
         if self.on_damage not in ON_DAMAGE:
             raise UsageError(f"shards.on_damage: got {self.on_damage!r}; wanted one of {', '.join(ON_DAMAGE)}.")
-        if self.max_damaged_blocks < 0 or self.prefetch < 0 or not self.timeout > 0:
-            raise UsageError("shards: wanted max_damaged_blocks ≥ 0, prefetch ≥ 0 and timeout > 0.")
         Location(self.path)
 
     @property
@@ -103,6 +100,10 @@ class Shards:
             raise UsageError(f"shards.samples: the cache {self.path} holds nothing but samples. Read it with them.")
         if not found.records:
             raise UsageError(f"{self.path}: the cache holds no record.")
+        if found.statistics.get("scored", 1.0) <= 0:
+            raise UsageError(
+                f"{self.path}: no position of the cache is scored. Export or convert it with labels to score."
+            )
         with self.reader() as reader:
             check_alignment(self._first_block(reader)[:ALIGNMENT_RECORDS], self.path)
 

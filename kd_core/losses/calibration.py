@@ -65,8 +65,13 @@ def calibration_error(sums: Mapping[str, float], positions: float) -> float:
 
 
 def best_temperature(sums: Mapping[str, float]) -> float:
-    """The τ between ½ and 4 of the least NLL, which is convex in 1/τ: by the quartic in log τ through five sums."""
+    """The τ between ½ and 4 of the least NLL, which is convex in 1/τ: by the quartic in log τ through five sums.
+
+    NaN where the sums are not finite.
+    """
     values, logs = np.array([sums[name] for name in AT_TEMPERATURES]), np.log(8 / np.array(EIGHTHS))
+    if not np.isfinite(values).all():
+        return math.nan
     least = int(values.argmin())
     first = min(max(0, least - 2), len(values) - 5)
     around = slice(first, first + 5)

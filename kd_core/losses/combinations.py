@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from kd_core.errors import UsageError
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.tails import TAILS, Temperatures
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, check_ranges
 
 # What sums teacher-weighted terms alone can do without the events that a tail treatment leaves out.
 TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
@@ -35,11 +36,7 @@ USES = {
     "adaptive_kl": ("head_mass",),
     "decoupled_kl": ("head_size", "head_weight", "tail_weight"),
 }
-RANGES = {
-    "head_size": (1, float("inf"), "at least 1"),
-    "head_weight": (0, float("inf"), "at least 0"),
-    "tail_weight": (0, float("inf"), "at least 0"),
-}
+RANGES = {"head_size": AT_LEAST_1, "head_weight": NOT_NEGATIVE, "tail_weight": NOT_NEGATIVE}
 
 
 def choose(what: str, name: str, known: Iterable[str]) -> None:
@@ -61,10 +58,8 @@ def check_combination(divergence: str, tail: str) -> None:
 
 
 def check_temperature(tail: str, at: Temperatures, scaling: str) -> None:
-    """Refuse temperatures that are none, and a teacher's that its entries cannot give."""
+    """Refuse a teacher's temperature that its entries cannot give."""
     choose("temperature_scaling", scaling, ("squared", "none"))
-    if not (0 < at.teacher < float("inf") and 0 < at.student < float("inf")):
-        raise UsageError(f"loss: temperatures {at.teacher} and {at.student}; wanted more than 0, and finite.")
     if at.teacher != 1 and tail not in TEACHER_TEMPERATURE:
         raise UsageError(
             f"loss: temperature {at.teacher} on tail {tail!r}: the teacher's entries at another temperature need "
@@ -76,9 +71,7 @@ def check_parameters(divergence: str, parameters: Parameters) -> None:
     """Refuse a parameter out of its range, or one that this divergence does not use."""
     default = Parameters()
     for name, value in parameters._asdict().items():
-        lowest, highest, wanted = RANGES.get(name, (0, 1, "0 to 1"))
-        if not lowest <= value <= highest:
-            raise UsageError(f"loss: {name}: got {value}; wanted {wanted}.")
+        check_ranges(parameters, "loss: ", **{name: RANGES.get(name, SHARE)})
         if value != getattr(default, name) and name not in USES.get(divergence, ()):
             users = [user for user, names in USES.items() if name in names]
             raise UsageError(f"loss: {name}={value}: {divergence!r} does not use it; {' and '.join(users)} does.")

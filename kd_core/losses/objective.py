@@ -20,6 +20,7 @@ from kd_core.losses.schedules import Weight, at_step, largest, value_of
 from kd_core.losses.selection import KeepUncertain
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.view import SparseView
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_ranges
 
 # What costs more than a step pays, and the sums that it gives.
 OBSERVED: Mapping[str, tuple[str, ...]] = {
@@ -103,6 +104,7 @@ class Distillation(Term):
 
     def __post_init__(self) -> None:
         check_combination(self.divergence, self.tail)
+        check_ranges(self, "loss: ", temperature=TEMPERATURE, student_temperature=TEMPERATURE)
         check_temperature(self.tail, self._temperatures, self.temperature_scaling)
         check_parameters(self.divergence, self._parameters)
 
@@ -182,10 +184,7 @@ class CrossEntropy(Term):
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"loss: label_smoothing: got {self.label_smoothing}; wanted 0 to less than 1.")
-        if not self.z_loss >= 0:
-            raise UsageError(f"loss: z_loss: got {self.z_loss}; wanted at least 0 (PaLM uses 1e-4).")
+        check_ranges(self, "loss: ", label_smoothing=SHARE_BELOW_1, z_loss=NOT_NEGATIVE)
 
     @property
     def needs_tail_mean(self) -> bool:
@@ -216,8 +215,7 @@ class Objective:
     observe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
-            raise UsageError(f"loss.chunk_tokens: got {self.chunk_tokens}; wanted at least 1.")
+        check_ranges(self, "loss.", chunk_tokens=AT_LEAST_1)
         for name, term in self.terms.items():
             if not 0 <= largest(term.weight) < math.inf:
                 raise UsageError(f"loss.terms.{name}.weight: got {term.weight}; wanted at least 0, and finite.")

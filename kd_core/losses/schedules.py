@@ -8,17 +8,12 @@ import math
 from dataclasses import dataclass
 
 from kd_core.errors import UsageError
+from kd_core.ranges import NOT_NEGATIVE, check_ranges
 
 
 def _progress(step: int, steps: int) -> float:
     """0 at the first step, 1 at the last."""
     return min(1.0, max(0, step - 1) / max(1, steps - 1))
-
-
-def _refuse_negative(where: str, **values: float | int) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise UsageError(f"loss: weight {where}.{name}: got {value}; wanted at least 0.")
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Constant:
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        _refuse_negative("Constant", value=self.value)
+        check_ranges(self, "loss: weight Constant.", value=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step."""
@@ -48,7 +43,7 @@ class Linear:
     end: float
 
     def __post_init__(self) -> None:
-        _refuse_negative("Linear", start=self.start, end=self.end)
+        check_ranges(self, "loss: weight Linear.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step."""
@@ -67,7 +62,7 @@ class Cosine:
     end: float
 
     def __post_init__(self) -> None:
-        _refuse_negative("Cosine", start=self.start, end=self.end)
+        check_ranges(self, "loss: weight Cosine.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step."""
@@ -88,8 +83,8 @@ class WarmupStableDecay:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _refuse_negative("WarmupStableDecay", peak=self.peak, floor=self.floor)
-        _refuse_negative("WarmupStableDecay", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+        ranges = dict.fromkeys(("peak", "warmup_steps", "decay_steps", "floor"), NOT_NEGATIVE)
+        check_ranges(self, "loss: weight WarmupStableDecay.", **ranges)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at a step; where warm-up and decay overlap, the smaller of the two."""

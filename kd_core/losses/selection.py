@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.ranges import SHARE_ABOVE_0, check_ranges
 from kd_core.types import TeacherTopK
 
 SIGNALS = ("student_entropy", "teacher_entropy")
@@ -28,8 +29,7 @@ class KeepUncertain:
     signal: str = "student_entropy"
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise UsageError(f"loss: KeepUncertain.share: got {self.share}; wanted more than 0 and at most 1.")
+        check_ranges(self, "loss: KeepUncertain.", share=SHARE_ABOVE_0)
         if self.signal not in SIGNALS:
             raise UsageError(f"loss: KeepUncertain.signal {self.signal!r} is unknown; wanted one of {SIGNALS}.")
 

@@ -7,6 +7,7 @@ import torch
 from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, lay_out
 from kd_core.precision import Precision, dtype_of
+from kd_core.ranges import AT_LEAST_1, SECONDS, check_ranges
 
 # What a run may have otherwise when it is resumed: it trains the same student.
 LAYOUT_SETTINGS = (
@@ -46,13 +47,10 @@ class Parallel:
     def __post_init__(self) -> None:
         if self.shard not in SHARDINGS:
             raise UsageError(f"parallel.shard: got {self.shard!r}; wanted one of {', '.join(SHARDINGS)}.")
-        for name in ("micro_batch_rows", "tensor_parallel", "replicas"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"parallel.{name}: got {getattr(self, name)}; wanted at least 1.")
+        counts = {"micro_batch_rows": AT_LEAST_1, "tensor_parallel": AT_LEAST_1, "replicas": AT_LEAST_1}
+        check_ranges(self, "parallel.", **counts, timeout=SECONDS)
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
-        if not self.timeout > 0:
-            raise UsageError(f"parallel.timeout: got {self.timeout}; wanted seconds, more than 0.")
         self.recomputed_every()
 
     def layout(self, size: int) -> Layout:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_core.errors import UsageError
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
 from kd_core.students.adapters import LoraLinear, LowRank, adapted_layers
 from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder
@@ -61,10 +62,9 @@ class Adapted:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"student.rank: got {self.rank}; wanted at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"student.dropout: got {self.dropout}; wanted 0 or more, and less than 1.")
+        check_ranges(
+            self, "student.", rank=AT_LEAST_1, alpha=ABOVE_0, dropout=SHARE_BELOW_1, layers=AT_LEAST_0
+        )  # fmt: skip
 
     @property
     def folder(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.adapters import base_parameters
 from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder, materialised, meta_decoder
@@ -71,6 +72,9 @@ class Pretrained:
     keep_layers: tuple[int, ...] | None = None
     vocab_size: int | None = None
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "student.", keep_layers=AT_LEAST_0, vocab_size=AT_LEAST_1)
+
     def _kept(self, stored: Architecture) -> tuple[int, ...]:
         kept = tuple(range(stored.num_layers)) if self.keep_layers is None else self.keep_layers
         if not kept or min(kept) < 0 or max(kept) >= stored.num_layers or len(set(kept)) != len(kept):
@@ -118,6 +122,19 @@ class Random:
     num_heads: int
     num_kv_heads: int
     init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        check_ranges(self, "student.", **dict.fromkeys(sizes, AT_LEAST_1), init_std=ABOVE_0)
+        for name, of in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            if getattr(self, of) % getattr(self, name):
+                raise UsageError(
+                    f"student.{name}: got {getattr(self, name)}; wanted a divisor of {of} {getattr(self, of)}."
+                )
+        if self.hidden_size // self.num_heads % 2:
+            raise UsageError(
+                f"student.num_heads: got {self.num_heads}; wanted heads of an even size, for their angles."
+            )
 
     def architecture(self) -> Architecture:
         """The folder's architecture with our sizes; where its layers see different windows, these go on in turn."""

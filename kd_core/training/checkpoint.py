@@ -28,6 +28,7 @@ from kd_core.files import damaged, flock, read_json, sync_folder, write_json, wr
 from kd_core.json_fields import fields, integer, number
 from kd_core.parallel.agreement import gathered, stop_alike, together
 from kd_core.parallel.mesh import World
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder import Decoder
 from kd_core.training.checkpoint_files import HASHES, OWN_FILES, damage, described
 from kd_core.training.checkpoint_storage import TensorReader, TensorWriter, file_of
@@ -69,8 +70,7 @@ class Checkpoint:
     best_mode: str = "min"
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_newest < 1 or self.keep_best < 0:
-            raise UsageError("checkpoint: wanted every ≥ 1, keep_newest ≥ 1 and keep_best ≥ 0.")
+        check_ranges(self, "checkpoint.", every=AT_LEAST_1, keep_newest=AT_LEAST_1, keep_best=AT_LEAST_0)
         if self.best_mode not in MODES:
             raise UsageError(f"checkpoint.best_mode: got {self.best_mode!r}; wanted one of {', '.join(MODES)}.")
 
@@ -203,7 +203,7 @@ def _metric(folder: Path) -> float | None:
         metric = read_progress(folder).metric
     except UsageError:
         return None
-    return None if metric is None or math.isnan(metric) else metric
+    return None if metric is None or not math.isfinite(metric) else metric
 
 
 def keep_some(root: Path, policy: Checkpoint) -> None:

@@ -38,7 +38,8 @@ ADDED = "+"  # begins the names of terms that are no part of the objective, whic
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A cache of held-out text: this rank's batches of it, what can be scored, and its share beside other caches."""
+    """A cache of held-out text: this rank's batches of it, what can be scored, and its share beside other caches
+    (0: it is reported by itself alone)."""
 
     batches: Callable[[], Iterable[Batch]]
     facts: CacheFacts
@@ -175,7 +176,8 @@ def _sums(
     for name in added:
         sums[name] = sums.pop(f"{ADDED}{name}_loss")
     counted = world.sum_floats(own)
-    tokens = counted.pop("tokens")
+    if not (tokens := counted.pop("tokens")):
+        raise UsageError("evaluation: no position of the held-out cache is scored. Take another cache.")
     if asked.token_bytes is None:
         counted.pop("bytes")
     return sums | counted, tokens
@@ -200,16 +202,16 @@ def evaluate(
 def evaluate_all(
     model: Decoder, held_out: Mapping[str, HeldOut], *, asked: Asked, parallel: Parallel, world: World
 ) -> dict[str, float]:
-    """As `evaluate`, over several caches: `val/CACHE/…` for each, and `val/…` of what all of them have, with each
-    cache's mean counted by its weight. One cache alone needs no name."""
+    """As `evaluate`, over several caches: `val/CACHE/…` for each, and `val/…` of what all that have a weight have, with
+    each cache's mean counted by it. One cache alone needs no name."""
     found = {name: _sums(model, each.batches(), each.facts, asked, parallel, world) for name, each in held_out.items()}
     if len(found) == 1:
         return finished(*next(iter(found.values())))
-    positions = sum(count for _, count in found.values())
-    total = sum(each.weight for each in held_out.values())
-    share = {name: each.weight / total * positions / max(1.0, found[name][1]) for name, each in held_out.items()}
-    common = set.intersection(*(set(sums) for sums, _ in found.values()))
-    pooled = {each: sum(share[name] * sums[each] for name, (sums, _) in found.items()) for each in sorted(common)}
+    weights = {name: each.weight for name, each in held_out.items() if each.weight}
+    positions, total = sum(found[name][1] for name in weights), sum(weights.values())
+    share = {name: weight / total * positions / found[name][1] for name, weight in weights.items()}
+    common = set.intersection(*(set(found[name][0]) for name in weights))
+    pooled = {each: sum(share[name] * found[name][0][each] for name in weights) for each in sorted(common)}
     numbers = finished(pooled, positions)
     for name, (sums, count) in found.items():
         numbers |= {key.replace("val/", f"val/{name}/"): value for key, value in finished(sums, count).items()}

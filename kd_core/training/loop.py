@@ -7,10 +7,12 @@ was killed and resumed computes what it would have computed.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +30,12 @@ from kd_core.training.evaluation import Asked, HeldOut, Metric, evaluate_all
 from kd_core.training.histograms import histograms_of_step
 from kd_core.training.live import Live
 from kd_core.training.metrics import MetricLog, per_token
-from kd_core.training.optimizer import AdamW, set_lr
+from kd_core.training.optimizer import Optimizer, set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.saver import Saver
-from kd_core.training.schedule import WarmupCosine
+from kd_core.training.schedule import Schedule, rate_factor
 from kd_core.training.slow_start import SlowStart
+from kd_core.training.state import check_kept, settings_of_groups
 from kd_core.training.step import count, train_step
 from kd_core.training.stopping import Stopping
 from kd_core.training.watch import Pulse, watched
@@ -47,8 +50,8 @@ class Recipe:
     """What the loop needs to know of an experiment, each part under its own name."""
 
     loss: Objective
-    optimizer: AdamW
-    schedule: WarmupCosine
+    optimizer: Optimizer
+    schedule: Schedule
     parallel: Parallel
     checkpoint: Checkpoint
     steps: int
@@ -94,6 +97,7 @@ class _Run:
     pulse: Pulse
     progress: Progress = field(default_factory=Progress)
     metrics: MetricLog | None = None
+    group_settings: list[dict[str, Any]] | None = None  # as built, until a step has shown that they stay
 
     def restore(self) -> bool:
         """Load the newest whole checkpoint, where there is one."""
@@ -130,6 +134,12 @@ class _Run:
         )  # fmt: skip
         shown = ", ".join(f"{name} {found[f'val/{name}']:.4f}" for name in SHOWN if f"val/{name}" in found)
         log.info("validation at step %d: %s", step, shown)
+        if wrong := [name for name in SHOWN if not math.isfinite(found.get(f"val/{name}", 0.0))]:
+            log.warning(
+                "validation at step %d: %s not finite: the student has diverged. A step whose loss is not finite stops "
+                "the run; this one's checkpoint is never the best. Lower optimizer.lr, or warm up for longer.",
+                step, f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'}",
+            )  # fmt: skip
         if self.data.prompts.texts:
             self.pulse.enter(f"in continuations at step {step}")
             said = continuations(self.model, self.data.prompts, recipe.parallel, self.world)
@@ -142,8 +152,8 @@ class _Run:
         recipe, started = self.recipe, time.perf_counter()
         self.pulse.enter(f"in forward and backward of step {step}")
         torch.manual_seed((recipe.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
-        lr = recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
-        set_lr(self.optimizer, lr)
+        factor = rate_factor(recipe.schedule, step, recipe.steps)
+        set_rates(self.optimizer, factor)
         done = replace(self.progress, step=step, rows=step * recipe.rows_per_step, metric=None)
         wanted = recipe.wants_histograms(step)
         look = histograms_of_step(self.model, self.optimizer, self.world) if wanted else nullcontext({})
@@ -162,6 +172,12 @@ class _Run:
             self.progress = replace(done, skipped=done.skipped + 1)
             return self._skipped(error, step, batches)
         self.progress = done
+        if self.group_settings is not None:
+            check_kept(self.model, self.optimizer, self.group_settings)
+            self.group_settings = None
+        if not result.moved:
+            why = "every weight of the objective is 0" if result.tokens else "no position of it is scored"
+            log.warning("step %d: %s, so nothing has moved (no decay, no momentum)", step, why)
         seconds = time.perf_counter() - started
         if histograms and self.metrics:
             self.metrics.add_histograms(step, histograms)
@@ -169,7 +185,7 @@ class _Run:
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
             "train/skipped_steps": float(done.skipped),
-            "train/lr": lr,
+            "train/lr": factor * recipe.optimizer.lr,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
             "speed/step_seconds": seconds,
@@ -218,6 +234,7 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
         pulse = stack.enter_context(watched(world, recipe.parallel.timeout))
         stack.callback(model.register_forward_pre_hook(pulse.seen).remove)  # each micro-batch is progress
         this = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world, pulse)
+        this.group_settings = settings_of_groups(this.optimizer)
         resumed = this.restore()
         if this.progress.step == recipe.steps:
             log.info("nothing left to train")

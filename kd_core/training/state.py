@@ -5,16 +5,18 @@ Tensors may be DTensors of any layout: a name means the whole tensor, whoever ho
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from kd_core.errors import UsageError
+from kd_core.training.checkpoint_storage import DTYPE_NAMES
 
 State = dict[str, Tensor]
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 CLOSE = 1e-6  # relative; norms of one and the same tensor differ by the layout's order of adding up
 
 
@@ -28,12 +30,50 @@ def model_state(model: nn.Module) -> State:
 
 
 def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """The trained parameters and the optimiser's tensors; of one that has not stepped yet, none."""
+    """The trained parameters and the optimiser's tensors; of one that has not stepped yet, none.
+
+    Raises:
+        UsageError: the optimiser keeps something else, which would be lost.
+    """
     state = model_state(model)
     for name, parameter in _trained(model).items():
-        kept: Mapping[str, Tensor] = optimizer.state.get(parameter, {})
-        state.update({f"optimizer.{name}.{key}": value for key, value in kept.items()})
+        kept: Mapping[str, object] = optimizer.state.get(parameter, {})
+        for key, value in kept.items():
+            if not _can_be_kept(value, key, parameter):
+                what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise UsageError(
+                    f"optimizer.cls: {type(optimizer).__name__} keeps {key!r} ({what}) of {name}; a checkpoint holds "
+                    "tensors of usual types, no larger than their parameter, by names without a dot. Take another."
+                )
+            state[f"optimizer.{name}.{key}"] = value
     return state
+
+
+def _can_be_kept(value: object, key: str, parameter: Tensor) -> TypeGuard[Tensor]:
+    if not isinstance(value, Tensor) or "." in key or value.dtype not in DTYPE_NAMES:
+        return False
+    return value.shape == parameter.shape or value.numel() <= max(1, parameter.numel())
+
+
+def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return all that an optimiser's groups hold beside parameters and rates. No checkpoint has it."""
+    moving = ("params", "lr", "initial_lr")
+    return [{name: value for name, value in group.items() if name not in moving} for group in optimizer.param_groups]
+
+
+def check_kept(model: nn.Module, optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
+    """Refuse an optimiser, after its first step, of which a checkpoint would not hold all that the step has changed.
+
+    Raises:
+        UsageError: what stands in its groups is no longer `settings`, or as in `run_state`.
+    """
+    run_state(model, optimizer)
+    for before, after in zip(settings, settings_of_groups(optimizer), strict=True):
+        if changed := sorted(name for name in after if str(after[name]) != str(before.get(name))):
+            raise UsageError(
+                f"optimizer.cls: a step of {type(optimizer).__name__} changes {', '.join(changed)} of its groups, "
+                "which no checkpoint holds, so it could not be resumed. Take one that keeps a state by parameter alone."
+            )
 
 
 def frozen_norms(model: nn.Module) -> dict[str, float]:
@@ -62,15 +102,19 @@ def check_frozen(stored: Mapping[str, float], here: Mapping[str, float]) -> None
 
 
 def _like(parameter: Tensor, name: str, stored: TensorStorageMetadata) -> Tensor:
-    """Empty memory for a tensor of the optimiser: laid out as its parameter where it has its shape, or one number."""
+    """Empty memory for a tensor of the optimiser: laid out as its parameter where it has its shape, else whole."""
+    dtype = stored.properties.dtype
     if stored.size == parameter.shape:
-        return torch.empty_like(parameter, dtype=stored.properties.dtype)
-    if stored.size.numel() != 1:
+        return torch.empty_like(parameter, dtype=dtype)
+    if stored.size.numel() > max(1, parameter.numel()):
         raise UsageError(
-            f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted {tuple(parameter.shape)}, or one "
-            "number. Take another checkpoint."
+            f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted no more numbers than the parameter's "
+            f"{tuple(parameter.shape)}. Take another checkpoint."
         )
-    return torch.empty(stored.size, dtype=stored.properties.dtype)
+    if not stored.size or not isinstance(parameter, DTensor):
+        return torch.empty(stored.size, dtype=dtype)
+    whole = torch.empty(stored.size, dtype=dtype, device=parameter.device)
+    return DTensor.from_local(whole, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
 
 
 def stored_names(metadata: Metadata) -> set[str]:
@@ -93,18 +137,22 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mappin
     """Give the optimiser its tensors; rates and the like stay those that it was built with.
 
     Raises:
-        UsageError: they are not AdamW's; its kernel trusts shapes.
+        UsageError: they are of other shapes than a fused kernel's, which trusts them.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = optimizer.state_dict()["param_groups"]
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in ordered:
-        shapes = {key: tuple(tensor.shape) for key, tensor in moments[names[parameter]].items()}
-        shape = tuple(parameter.shape)
-        if shapes and isinstance(optimizer, torch.optim.Adam):
-            _check_moments(names[parameter], shapes, {"step": (), "exp_avg": shape, "exp_avg_sq": shape})
-    kept: dict[int, Any] = {i: moments[names[parameter]] for i, parameter in enumerate(ordered)}
-    optimizer.load_state_dict({"state": {i: tensors for i, tensors in kept.items() if tensors}, "param_groups": groups})
+    for group in optimizer.param_groups:
+        fused = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            kept, shape = moments[names[parameter]], tuple(parameter.shape)
+            if kept and fused:
+                shapes = {key: tuple(tensor.shape) for key, tensor in kept.items()}
+                keys = dict.fromkeys((*(ADAM if "betas" in group else ()), *shapes))
+                _check_moments(names[parameter], shapes, {key: () if key == "step" else shape for key in keys})
+            if kept:  # as torch's own load_state_dict places them, but in the dtype that they were kept in
+                optimizer.state[parameter] = {
+                    key: tensor if key == "step" and not fused else tensor.to(parameter.device)
+                    for key, tensor in kept.items()
+                }
 
 
 def _check_moments(name: str, found: object, wanted: object) -> None:

@@ -29,6 +29,7 @@ class StepSums:
     tokens: int
     grad_norm: float
     damaged_blocks: int = 0
+    moved: bool = True
 
 
 def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
@@ -78,6 +79,9 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
 ) -> StepSums:
     """Move the parameters once, by the gradient of the mean over all scored tokens of the step.
 
+    A step of nothing does not move them: no scored token on any rank, or a weight of 0 for every term. The optimiser
+    would still decay them and follow its momentum.
+
     Raises:
         NonFiniteError: loss or gradient is not finite, on any rank; no rank has moved then.
     """
@@ -95,6 +99,8 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
         optimizer.zero_grad()
         raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")
-    optimizer.step()
+    moved = tokens > 0 and any(objective.weights().values())
+    if moved:
+        optimizer.step()
     optimizer.zero_grad()
-    return StepSums(sums, tokens, norm, damaged_blocks)
+    return StepSums(sums, tokens, norm, damaged_blocks, moved)

@@ -108,7 +108,7 @@ def test_a_mistake_is_one_message(items: list[str], message: str) -> None:
         ("parallel.recompute=every:0", "wanted none, full, or every:N"),
         ("parallel.tensor_parallel=0", "parallel.tensor_parallel: got 0"),
         ("parallel.precision=float8", "wanted one of auto, float32, bfloat16"),
-        ("checkpoint.every=0", "every ≥ 1"),
+        ("checkpoint.every=0", "checkpoint.every: got 0"),
         ("evaluation.every=0", "evaluation.every"),
         ("collate.padding=never", "wanted one of row_length, longest"),
     ],

@@ -1,5 +1,6 @@
 """`launchers.inspect`: shows a cache, writes its page, verifies it, and refuses in one message."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from data.cache.readable import columns, fit, spots, visible, words_of
 from data.cache.selection import Selection
+from launchers.inspect import folders
 from launchers.records_page import Tables, html_page, terminal_lines
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import run
@@ -34,8 +36,15 @@ def test_it_shows_what_is_there_with_words_of_the_tokenizer_beside_the_cache(tin
 
 def test_without_a_tokenizer_it_shows_ids_and_another_one_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     cache = shutil.copytree(tiny.train, tmp_path / "a" / "b" / "cache")
-    done = run("launchers.inspect", str(cache))
-    assert re.search(r"^ +0  #\d+ +#\d+ +", done.stdout, re.MULTILINE)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for teacher, named in (("gone/teacher", "in gone/teacher, the teacher's folder"), ("unknown", "beside the cache")):
+        (cache / "manifest.json").write_text(json.dumps({**manifest, "made": {**manifest["made"], "teacher": teacher}}))
+        done = run("launchers.inspect", str(cache))
+        assert re.search(r"^ +0  #\d+ +#\d+ +", done.stdout, re.MULTILINE)
+        told = (
+            f"ids, not text: the tokenizer {manifest['tokenizer'][:12]}… is not {named}. Name its folder with --token"
+        )
+        assert told in done.stdout
     given = run("launchers.inspect", str(cache), f"--tokenizer={tiny.teacher}")
     assert re.search(r"^ +0  The +", given.stdout, re.MULTILINE)
     other = tmp_path / "other"
@@ -47,6 +56,39 @@ def test_without_a_tokenizer_it_shows_ids_and_another_one_is_refused(tiny: Tiny,
     refused = run("launchers.inspect", str(cache), f"--tokenizer={other}")
     assert refused.returncode == 1
     assert "the cache was written with" in refused.stderr
+
+
+def test_a_cache_that_was_moved_is_shown_as_text_a_screen_or_two_of_it(tiny: Tiny, tmp_path: Path) -> None:
+    """Made with a teacher that is where it was; with one that is named from a folder above the cache."""
+    cache = shutil.copytree(tiny.train, tmp_path / "a" / "cache")
+    longest = max(record.positions for record in tiny.records())
+    done = run("launchers.inspect", str(cache))
+    assert re.search(r"^ +0  The +", done.stdout, re.MULTILINE)
+    assert len(done.stdout.splitlines()) < 60
+    assert f"… {longest - 20} more positions: --positions=0" in done.stdout
+    shutil.copytree(tiny.teacher, tmp_path / "models" / "big")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["made"]["teacher"] = "models/big"
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    done = run("launchers.inspect", str(cache), "--positions=0", "--records=2")
+    assert re.search(r"^ +0  The +", done.stdout, re.MULTILINE)
+    assert re.search(rf"^ +{longest - 1}  ", done.stdout, re.MULTILINE)
+    assert "more positions" not in done.stdout
+    (tmp_path / "models" / "big" / "tokenizer.json").write_text("{}")
+    assert "ids, not text: " in run("launchers.inspect", str(cache)).stdout
+
+
+def test_a_teacher_of_the_hub_is_looked_for_where_it_was_fetched_to(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert not [place for place in folders(tiny.train, "hub:some/body") if place.is_relative_to(tmp_path)]
+    fetched = tmp_path / "models--some--body"
+    shutil.copytree(tiny.teacher, fetched / "snapshots" / "abc")
+    (fetched / "refs").mkdir()
+    (fetched / "refs" / "main").write_text("abc")
+    assert next(iter(folders(tiny.train, "hub:some/body"))) == fetched / "snapshots" / "abc"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,10 @@ ON_THE_COMMAND_LINE = {
     "a parameter of another loss": (["quickstart", "loss.terms.kd.beta=0.1"], "jsd does"),
     "a weight below nothing": (["quickstart", "loss.terms.kd.weight=-1.0"], "loss.terms.kd.weight: got -1.0; wanted"),
     "a rate of nothing": (["quickstart", "optimizer.lr=0"], "optimizer.lr: got 0.0; wanted more than 0"),
-    "a beta above one": (["quickstart", "optimizer.betas=(0.9,1.5)"], "optimizer.betas: got (0.9, 1.5); wanted both"),
+    "a beta above one": (
+        ["quickstart", "optimizer.betas=(0.9,1.5)"],
+        "optimizer.betas: got (0.9, 1.5); wanted 0 to",
+    ),
     "a decay below nothing": (["quickstart", "optimizer.weight_decay=-1"], "optimizer.weight_decay: got -1.0; wanted"),
     "a clip below nothing": (
         ["quickstart", "optimizer.clip_norm=-1"],
@@ -74,7 +77,7 @@ ON_THE_COMMAND_LINE = {
     ),
     "a warm-up below nothing": (["quickstart", "schedule.warmup_steps=-3"], "schedule.warmup_steps: got -3; wanted"),
     "a seed below nothing": (["quickstart", "seed=-1"], "seed: got -1; wanted at least 0."),
-    "an id below nothing": (["quickstart", "collate.eod_id=-5"], "collate.eod_id: got -5; wanted a token's id"),
+    "an id below nothing": (["quickstart", "collate.eod_id=-5"], "collate.eod_id: got -5; wanted at least 0"),
     "a path as Python has it": (["quickstart", "loss.terms['kd'].weight=1"], "Did you mean 'loss.terms.kd.weight'?"),
     "large letters": (["quickstart", "STEPS=3"], "Did you mean 'steps'?"),
     "all weights nothing": (["pretraining", "loss.terms.kd.weight=0.0"], "every weight is 0"),

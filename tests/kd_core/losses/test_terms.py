@@ -207,7 +207,7 @@ def test_metrics_are_what_the_dense_distributions_say() -> None:
         ({"divergence": "kl"}, "wanted one of adaptive_kl"),
         ({"tail": "ghost"}, "wanted one of"),
         ({"tail": "unnormalized", "temperature": 2.0}, "student_temperature"),
-        ({"temperature": 0.0}, "more than 0"),
+        ({"temperature": 0.0}, "wanted 0.01 to 100"),
         ({"temperature_scaling": "off"}, "none, squared"),
         ({"beta": 0.1}, "jsd does"),
         ({"divergence": "jsd", "beta": 1.5}, "0 to 1"),

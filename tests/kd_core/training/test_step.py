@@ -5,19 +5,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.stream.collate import Collate
 from kd_core.errors import NonFiniteError
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
+from kd_core.losses.schedules import WarmupStableDecay
+from kd_core.losses.selection import KeepUncertain
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
+from kd_core.parallel.sharding import spread
 from kd_core.students.decoder import Decoder
 from kd_core.students.starts import Pretrained, build
 from kd_core.training.evaluation import Asked, evaluate
-from kd_core.training.step import batch_loss, train_step
+from kd_core.training.optimizer import AdamW
+from kd_core.training.state import run_state
+from kd_core.training.step import StepSums, batch_loss, train_step
 from kd_core.types import Batch
+from tests.ranks import run_ranks
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny
 
 OBJECTIVE = Objective({"kd": Distillation(weight=0.9), "sft": CrossEntropy(weight=0.1)}, chunk_tokens=13)
@@ -169,3 +176,52 @@ def test_a_step_whose_records_are_all_damaged_moves_nothing_and_counts_them(tiny
     )
     assert (found.tokens, found.damaged_blocks) == (0, 6)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+KEEPS = Objective({"kd": Distillation(keep=KeepUncertain(share=0.5))}, chunk_tokens=13)
+ENDS = Objective({"kd": Distillation(weight=WarmupStableDecay(1.0, decay_steps=1))}, chunk_tokens=13).at(5, 5)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def _of_nothing(world: World, tiny: Tiny, parallel: Parallel, objective: Objective, scored: Sequence[bool]) -> None:
+    """Gather momentum in one step, then take one in which data-parallel rank r has scored positions if `scored[r]`."""
+    world = world.laid_out(parallel.layout(world.size))
+    model = spread(Pretrained(str(tiny.teacher), keep_layers=(0, 3)).decoder(), parallel, world)
+    Pretrained(str(tiny.teacher), keep_layers=(0, 3)).fill(model, 0)
+    optimizer = AdamW(lr=0.01, weight_decay=0.1).build(model)
+    batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)[:2]])
+
+    def step(batches: Sequence[Batch], objective: Objective) -> StepSums:
+        return train_step(
+            model, optimizer, batches, objective=objective, clip_norm=1.0, parallel=parallel, world=world
+        )  # fmt: skip
+
+    assert step([batch], OBJECTIVE).moved
+    before = {name: _whole(tensor) for name, tensor in run_state(model, optimizer).items()}
+    result = step([batch.unscored(), batch if scored[world.dp_rank] else batch.unscored()], objective)
+    after = {name: _whole(tensor) for name, tensor in run_state(model, optimizer).items()}
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items()) != result.moved
+    assert result.moved == (any(scored) and objective is not ENDS)
+    assert before["optimizer.norm.weight.exp_avg"].any(), "without momentum nothing would be shown"
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVE, KEEPS, ENDS], ids=["all", "a share of them", "of no weight"])
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_step_of_nothing_has_no_decay_and_no_momentum(tiny: Tiny, objective: Objective, scored: bool) -> None:
+    _of_nothing(World(), tiny, FLOAT32, objective, [scored])
+
+
+def _of_nothing_on_two(world: World, tiny: Tiny) -> None:
+    copies, shared, tensors = (Parallel("float32", **plan) for plan in ({"shard": "none"}, {}, {"tensor_parallel": 2}))
+    for scored in ([True, False], [False, False]):
+        _of_nothing(world, tiny, copies, OBJECTIVE, scored)
+        _of_nothing(world, tiny, shared, OBJECTIVE, scored)
+    _of_nothing(world, tiny, tensors, OBJECTIVE, [False])
+    _of_nothing(world, tiny, tensors, KEEPS, [True])
+
+
+def test_ranks_decide_together_whether_a_step_is_one(tiny: Tiny) -> None:
+    run_ranks(2, _of_nothing_on_two, tiny)

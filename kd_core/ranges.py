@@ -1,0 +1,45 @@
+"""Ranges of numbers that settings are of; a part checks its own when the graph is built."""
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+from kd_core.errors import UsageError
+
+LARGEST, SMALLEST, BELOW_1 = sys.float_info.max, math.nextafter(0, 1), math.nextafter(1, 0)
+
+
+class Range(NamedTuple):
+    """A range in words, and its least and its largest number. NaN is in none."""
+
+    words: str
+    least: float
+    most: float
+
+
+AT_LEAST_0 = Range("at least 0", 0, LARGEST)
+AT_LEAST_1 = Range("at least 1", 1, LARGEST)
+NOT_NEGATIVE = Range("at least 0, and finite", 0, LARGEST)
+ABOVE_0 = Range("more than 0, and finite", SMALLEST, LARGEST)
+SHARE = Range("0 to 1", 0, 1)
+SHARE_ABOVE_0 = Range("more than 0, at most 1", SMALLEST, 1)
+SHARE_BELOW_1 = Range("0 to less than 1", 0, BELOW_1)
+SHARE_BETWEEN = Range("more than 0, less than 1", SMALLEST, BELOW_1)
+# Python's locks and torch's groups wait no longer than some hundred years.
+SECONDS = Range("seconds, more than 0 and at most 1e9", SMALLEST, 1e9)
+TEMPERATURE = Range("0.01 to 100", 0.01, 100)
+
+
+def check_ranges(part: Any, where: str, **wanted: Range) -> None:
+    """Refuse a part with a number out of its range. None is in every range, a tuple where all of its numbers are.
+
+    `where` is the part's path with a dot behind it.
+
+    Raises:
+        UsageError: with the path of the number.
+    """
+    for name, each in wanted.items():
+        value = getattr(part, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(number is None or each.least <= number <= each.most for number in values):
+            raise UsageError(f"{where}{name}: got {value}; wanted {each.words}.")
