@@ -99,9 +99,10 @@ def check(experiment: "Experiment") -> None:
     """
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     _check_folders(experiment, caches)
-    vocabulary = experiment.student.architecture().vocab_size
-    tokenizer = Tokenizer(Path(experiment.student.folder))
-    fingerprint = tokenizer.fingerprint()
+    folder = experiment.student.folder
+    tokenizer = Tokenizer(Path(folder))
+    arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder, "student.folder")
+    vocabulary, fingerprint = arch.vocab_size, tokenizer.fingerprint()
     for where, shards in caches.items():
         try:
             shards.check(vocabulary, fingerprint)

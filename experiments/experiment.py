@@ -23,7 +23,7 @@ from kd_core.parallel.plan import Parallel
 from kd_core.parallel.sharding import spread
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Start
+from kd_core.students.starts import Start, decoder_of
 from kd_core.training.checkpoint import Checkpoint
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
@@ -136,6 +136,10 @@ class Experiment:
         """The caches of validation, by their paths in the experiment."""
         return caches_of(self.evaluation.shards, "evaluation.shards")
 
+    def decoder(self) -> Decoder:
+        """The student without memory; its real vocabulary is that of its tokenizer."""
+        return decoder_of(self.student, Tokenizer(Path(self.student.folder)).vocab_size)
+
     def check(self, ranks: int = 1) -> dict[str, str]:
         """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
 
@@ -143,7 +147,7 @@ class Experiment:
             UsageError: parts that do not fit.
         """
         checks.check(self)
-        student = self.student.decoder()  # without memory
+        student = self.decoder()
         arch = student.arch
         caches, held_out = (
             [part.manifest for part in source.parts] for source in (self.shards, self.evaluation.shards)
@@ -151,7 +155,8 @@ class Experiment:
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
-            f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
+            f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"
+            + (f" in {arch.vocab_rows} rows" if arch.vocab_rows > arch.vocab_size else ""),
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
             "validation cache": " + ".join(f"{cache.positions} positions" for cache in held_out),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
@@ -177,8 +182,8 @@ class Experiment:
         """Path and sha256 of all that the run reads, for its record."""
         return identities(self)
 
-    def _data(self, world: World) -> Data:
-        share = {"rank": world.dp_rank, "ranks": world.dp_size}
+    def _data(self, world: World, vocab_size: int) -> Data:
+        share = {"rank": world.dp_rank, "ranks": world.dp_size, "vocab_size": vocab_size}
 
         def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
@@ -233,9 +238,9 @@ class Experiment:
         )
         world = world.laid_out(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)
-        model = spread(self.student.decoder(), self.parallel, world)
+        model = spread(self.decoder(), self.parallel, world)
         self.student.fill(model, self.seed)
-        if not run(model, self._data(world), recipe, folder, world, stopping=stopping):
+        if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
         save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)
         return True

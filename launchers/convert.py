@@ -12,7 +12,8 @@ log-probabilities of token t + 1 after tokens 0 … t, as many as there are); if
 label_log_probs (T), document (a name).
 
 --model is a Hugging Face folder with the tokenizer that the source was made with: its vocabulary and fingerprint go
-into the cache, and a student of another one is refused. Without it, --vocab_size says how many tokens there are.
+into the cache, and a student of another one is refused. Entries of the model's padding, beyond the tokenizer, are left
+out and the others divided by what remains. Without it, --vocab_size says how many tokens there are.
 
 What the source does not say (the tail, the tokenizer, labels' log-probabilities) stands in the manifest as unknown, and
 losses that need the tail are refused. One pass, a shard in memory; interrupted, it is to be started again.
@@ -45,16 +46,19 @@ def main() -> None:
     kind, source, out = FORMAT.value, SOURCE.value, OUT.value
     if kind is None or source is None or out is None or (MODEL.value is None) == (VOCAB_SIZE.value is None):
         raise UsageError("wanted --format, --source, --out, and either --model or --vocab_size. Try --help.")
-    vocab_size, tokenizer = VOCAB_SIZE.value or 0, UNKNOWN
+    vocab_size = columns = VOCAB_SIZE.value or 0
+    tokenizer = UNKNOWN
     if MODEL.value is not None:
         folder = Path(MODEL.value)
+        found = Tokenizer(folder)
+        vocab_size, tokenizer = found.vocab_size, found.fingerprint()
         config = read_json(folder / "config.json", "a Hugging Face model configuration")
-        if "vocab_size" not in config:
-            raise UsageError(f"{folder / 'config.json'}: no vocab_size there. Give --vocab_size in place of --model.")
         with damaged(folder / "config.json", "a Hugging Face model configuration"):
-            vocab_size = integer(config["vocab_size"], "vocab_size", 1, MOST["vocab_size"])
-        tokenizer = Tokenizer(folder).fingerprint()
-    job = Conversion(kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0)
+            columns = integer(config.get("vocab_size", vocab_size), "vocab_size", 1, MOST["vocab_size"])
+    job = Conversion(
+        kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0,
+        columns=max(columns, vocab_size),
+    )  # fmt: skip
     manifest = convert(job, Path(out))
     app.log.info("%s", manifest.summary(Path(out)))
     if manifest.unknown:

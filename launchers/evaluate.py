@@ -63,6 +63,7 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     Raises:
         UsageError: it is none of them, or a run without its end.
     """
+    from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.students.starts import Pretrained, build
     from kd_core.training import checkpoint
@@ -79,9 +80,9 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
             )
         path = run.export
     if not (path / "progress.json").exists():
-        return build(Pretrained(str(path)), device, seed=0), path
+        return build(Pretrained(str(path)), device, 0, Tokenizer(path).vocab_size, "--student"), path
     start = recorded_student(path / "config.json")
-    model = build(start, device, seed=0)
+    model = build(start, device, 0, Tokenizer(Path(start.folder)).vocab_size)
     checkpoint.load_model(path, model)
     return model, Path(start.folder)
 
@@ -127,7 +128,7 @@ def measure_model(
 
     def measured(shards: Shards) -> dict[str, float]:
         collate = Collate(shards.manifest.row_length)
-        share = {"rank": world.rank, "ranks": world.size}
+        share = {"rank": world.rank, "ranks": world.size, "vocab_size": model.arch.vocab_size}
         batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
         found = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
         names = [*SHOWN, *(metric.__name__ for metric in metrics)]

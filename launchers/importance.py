@@ -103,6 +103,7 @@ def main() -> None:
     """Load, measure, print."""
     import torch
 
+    from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import write_json
     from kd_core.precision import DTYPES, Precision, choose_precision
@@ -117,7 +118,8 @@ def main() -> None:
     chosen = choose_precision(cast(Precision, DTYPE.value), device)
     app.log.info("dtype: %s", chosen)
     chosen.warn_if_slow("--dtype")
-    model = build(Pretrained(str(teacher)), device, seed=0).to(DTYPES[chosen.precision]).eval()
+    tokens = Tokenizer(teacher).vocab_size
+    model = build(Pretrained(str(teacher)), device, 0, tokens, "--teacher").to(DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:

@@ -139,7 +139,7 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"prompt": PROMPT.value, "models": []}
     with joined_world() as world:
         for name, start in starts.items():
-            model = build(start, world.device, seed=0)
+            model = build(start, world.device, 0, tokenizer.vocab_size)
             (numbers,) = measure_model(model, Path(start.folder), [str(cache)], "float32", world).values()
             said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
             report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})

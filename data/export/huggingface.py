@@ -130,15 +130,18 @@ def _widen_lm_head(model: "PreTrainedModel") -> None:
 class HuggingFaceScorer(NamedTuple):
     """Any causal language model of transformers; the logits of a whole batch exist at once.
 
-    `vocab_size` is the configuration's: a head may be padded beyond it, and the padding takes no probability.
+    `vocab_size` is the real vocabulary, the tokenizer's: a head may be padded beyond it, and the padding takes no
+    probability.
     """
 
     model: "PreTrainedModel"
     vocab_size: int
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "HuggingFaceScorer":
-        """Load from safetensors alone: no pickle, no code of the folder's own.
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, tokens: int | None = None
+    ) -> "HuggingFaceScorer":
+        """Load from safetensors alone: no pickle, no code of the folder's own. `tokens` is the real vocabulary.
 
         Raises:
             UsageError: transformers has no such causal language model, or weights are missing.
@@ -169,7 +172,7 @@ class HuggingFaceScorer(NamedTuple):
             )
         model = model.to(device).eval()
         _widen_lm_head(model)
-        return cls(model, int(config.vocab_size))
+        return cls(model, int(config.vocab_size) if tokens is None else tokens)
 
     @property
     def device(self) -> torch.device:

@@ -173,9 +173,9 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def _facts(export: TeacherExport, folder: Path) -> TeacherFacts:
+def _facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
     """Facts of the teacher, which must bear the export's settings."""
-    teacher, top_k = read_facts(folder, export.scorer), export.selection.top_k
+    teacher, top_k = read_facts(folder, export.scorer, tokens), export.selection.top_k
     if top_k >= teacher.vocab_size:
         raise UsageError(f"selection.top_k: got {top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
     if teacher.max_positions is not None and export.row_length > teacher.max_positions:
@@ -198,6 +198,8 @@ def _settings(export: TeacherExport, folder: Path, teacher: TeacherFacts, encode
         "tokenizer": encoder.tokenizer.fingerprint(),
         **settings,
         "scorer": teacher.scorer,
+        # Of a teacher with padding alone, whose columns took probability before.
+        **({"vocab_size": teacher.vocab_size} if teacher.architecture.get("padded_vocab_size") else {}),
     }
 
 
@@ -239,7 +241,8 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
     folder = local_folder(export.teacher)
-    teacher, encoder = _facts(export, folder), Encoder(folder)
+    encoder = Encoder(folder)
+    teacher = _facts(export, folder, encoder.tokenizer.vocab_size)
     sides = _sides(export, _scored_documents(export.corpus, encoder), growth)
     settings = _settings(export, folder, teacher, encoder)
     plans: list[CachePlan] = []
@@ -251,12 +254,6 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
             raise UsageError(
                 f"corpus {export.corpus.path}: the {split} split has no window of two tokens or more within "
                 f"{tokens} tokens. Give more text, or a larger {split}_tokens."
-            )
-        largest = max(int(window.token_ids.max()) for window in windows)
-        if largest >= teacher.vocab_size:
-            raise UsageError(
-                f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {teacher.vocab_size - 1}. "
-                "Tokenizer and model do not belong together."
             )
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})

@@ -65,8 +65,8 @@ def files_of(source: str) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
-    """All records of a source.
+def read_lines(source: str, kind: str, vocab_size: int, columns: int = 0) -> Iterator[Line]:
+    """All records of a source; entries of padding, which `columns` has beyond the vocabulary, are left out.
 
     Raises:
         UsageError: file and line, what was found there, what was wanted.
@@ -79,7 +79,8 @@ def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
                 value = json.loads(line.decode())
                 if not isinstance(value, dict):
                     raise ValueError(f"is a {type(value).__name__}, wanted an object")
-                yield KINDS[kind](value, f"{path.name}:{number}", vocab_size)
+                line = KINDS[kind](value, f"{path.name}:{number}", max(columns, vocab_size))
+                yield line._replace(record=line.record.within(vocab_size))
             except KeyError as error:
                 raise UsageError(f"{path}:{number}: no field {error}. Is it {kind}?") from None
             except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:

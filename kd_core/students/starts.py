@@ -44,9 +44,23 @@ class Start(Protocol):
         ...
 
 
-def build(start: Start, device: torch.device, seed: int) -> Decoder:
-    """The student with its first weights, float32, whole on `device`, by one process."""
-    model = materialised(start.decoder(), device)
+def decoder_of(start: Start, tokens: int | None, where: str = "student.folder") -> Decoder:
+    """The start's decoder on the meta device; of its rows, `tokens` are the real vocabulary (None: as the start says).
+
+    Raises:
+        UsageError: fewer rows than tokens; `where` names the setting.
+    """
+    model = start.decoder()
+    if tokens is not None:
+        model.arch = model.arch.with_tokens(tokens, start.folder, where)
+    return model
+
+
+def build(
+    start: Start, device: torch.device, seed: int, tokens: int | None = None, where: str = "student.folder"
+) -> Decoder:
+    """The student of `decoder_of` with its first weights, float32, whole on `device`, by one process."""
+    model = materialised(decoder_of(start, tokens, where), device)
     start.fill(model, seed)
     return model
 
@@ -63,8 +77,8 @@ def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor,
 class Pretrained:
     """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
 
-    Which layers to keep is measured by `python -m launchers.importance`. `vocab_size` is the real vocabulary, where
-    the folder's weights are padded beyond it (its config does not say).
+    Which layers to keep is measured by `python -m launchers.importance`. `vocab_size` is the real vocabulary,
+    where it is not the tokenizer's; rows of the folder's weights beyond it are padding.
     """
 
     folder: str
