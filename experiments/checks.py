@@ -125,7 +125,7 @@ def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
-    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size, arch.vocab_rows)
+    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
     check_shape(parallel.tensor_parallel, parallel.sequence_parallel, Shape(*sizes, T))
     holds = held(student, layout, parallel.sequence_parallel)
     rows = -(-experiment.rows_per_step // layout.data)

@@ -49,14 +49,28 @@ class _File(NamedTuple):
     pieces: list[_Piece]
 
 
+def _unlikely_padding(head: Tensor, real: int) -> Tensor:
+    """The head's rows [rows, D]; those beyond the `real` ones, which were not trained, become the mean of these.
+
+    A padding logit is then the mean of the real ones. exp is convex, so a padding token has at most 1/V of their
+    probability at any position, and is the likeliest at none.
+    """
+    rows = whole(head)
+    return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
+
+
 def _model_pieces(model: Decoder) -> list[_Piece]:
     """By transformers' names, adapters merged; a tied head is not stored."""
-    adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+    arch = model.arch
+    values = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
+    if arch.vocab_rows > arch.vocab_size:
+        head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
+        values[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
     return [
         _Piece(
             name if name == "lm_head.weight" else f"model.{name}",
             parameter.numel(),
-            adapted[name].merged_weight if name in adapted else functools.partial(whole, parameter),
+            values.get(name, functools.partial(whole, parameter)),
         )
         for name, parameter in base_parameters(model).items()
     ]
