@@ -5,7 +5,6 @@ The oracle is transformers in float64, cut to the tokenizer's ids, and dense los
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from data.cache.manifest import read_manifest
+from data.cache.selection import Selection
+from data.export import export as steps
+from data.export.claim import claim
+from data.export.plan import TeacherExport, make_plans
+from data.export.teacher import DecoderScorer
+from data.stream.source import Shards
 from data.stream.stream import training_steps
-from data.tokenizer import Tokenizer
 from experiments.experiment import Experiment
 from kd_core.errors import UsageError
 from kd_core.files import write_json
@@ -59,12 +63,12 @@ def qwen(tiny: Tiny, folder: Path, rows: int, *, tied: bool) -> Path:
     return folder
 
 
-def padded_copy(source: Path, folder: Path, rows: int) -> Path:
-    """The same model with more rows of embedding, of the size of real ones."""
+def padded_copy(source: Path, folder: Path, rows: int, size: float = 3.0) -> Path:
+    """The same model with more rows of embedding, of `size` times that of real ones."""
     shutil.copytree(source, folder)
     weights = load_file(folder / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
-    filler = 3 * embedding[torch.arange(rows - len(embedding)) % len(embedding)].flip(1)
+    filler = size * embedding[torch.arange(rows - len(embedding)) % len(embedding)].flip(1)
     weights["model.embed_tokens.weight"] = torch.cat([embedding, filler])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -124,7 +128,7 @@ def _found(world: World, experiment: Experiment, wanted: tuple[float, dict[str, 
     experiment.student.fill(model, 0)
     if world.size == 1:
         model.double()
-    rtol = 1e-7 if world.size == 1 else 1e-4
+    rtol = 1e-5 if world.size == 1 else 1e-4  # transformers' norms and angles are float32 in any model
     loss = batch_loss(model, next(_steps(experiment))[0], experiment.loss, 1.0).total
     loss.backward()
     assert float(loss.detach()) == pytest.approx(wanted[0], rel=rtol)
@@ -216,3 +220,50 @@ def test_a_student_without_rows_for_all_tokens_is_refused(tiny: Tiny, tmp_path: 
         _experiment(tiny, folder, tiny.root / "cache").check()
 
 
+def _as_before(export: TeacherExport, out: Path, rows: int) -> None:
+    """Caches as they were written when all rows of a head counted as tokens."""
+    model = DecoderScorer(build(Pretrained(export.teacher), CPU, seed=0))
+    for plan in make_plans(export, out):
+        older = {name: value for name, value in plan.plan.items() if name != "vocab_size"}
+        plan = replace(plan, teacher=plan.teacher._replace(vocab_size=rows), plan=older)  # noqa: PLW2901
+        claim(plan)
+        steps.write_missing_shards(plan, model, steps.make_tables(plan, model), 0, 1)
+        steps.finish(plan)
+
+
+def test_an_older_cache_with_padding_among_its_entries_is_read(tiny: Tiny, tmp_path: Path) -> None:
+    teacher = padded_copy(tiny.teacher, tmp_path / "padded", 320, size=0.2)
+    export = tiny.export(teacher=str(teacher), codec="lossless", selection=Selection(top_k=318))
+    _as_before(export, tmp_path / "cache", 320)
+    shards = Shards(str(tmp_path / "cache" / "train"))
+    assert shards.manifest.vocab_size == 320
+    shards.check(V, shards.manifest.tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    moved = 0.0
+    for record in tiny.records(tmp_path / "cache" / "train"):
+        read, tokens = shards.cut(record, V), torch.from_numpy(record.token_ids.astype(np.int64))
+        with torch.no_grad():
+            logits = model(tokens[None, :-1]).logits[0]
+        moved = max(moved, float(logits.softmax(-1)[:, V:].sum(-1).max()))
+        truth = logits[:, :V].log_softmax(-1)
+        used = torch.from_numpy(read.topk_log_probs > -np.inf)
+        ids = torch.from_numpy(read.topk_token_ids.astype(np.int64))
+        assert int(ids.max()) < V
+        assert int(used.sum(1).min()) >= 303
+        error = truth.gather(1, ids) - torch.from_numpy(read.topk_log_probs)
+        assert float(error[used].abs().max()) < 1e-4
+        labels = truth.gather(1, tokens[1:, None]).squeeze(1).numpy()
+        assert np.abs(labels - read.label_log_prob).max() < 1e-4
+    assert moved > 1e-3
+    assert all(claim(plan) for plan in make_plans(export, tmp_path / "cache"))  # complete, and so reused
+    (tmp_path / "cache" / "train" / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="an earlier version began"):
+        claim(make_plans(export, tmp_path / "cache")[0])
+
+
+def test_an_older_cache_of_a_teacher_that_says_padding_is_refused(
+    tiny: Tiny, tmp_path: Path, pair: dict[str, Path]
+) -> None:
+    _as_before(tiny.export(teacher=str(pair["wide"])), tmp_path, 384)
+    with pytest.raises(UsageError, match=r"ids from 305 on have a probability of 0\.[789].*vocabulary of 384"):
+        _experiment(tiny, pair["narrow"], tmp_path).check()
