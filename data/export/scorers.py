@@ -14,8 +14,7 @@ from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.students.architecture import too_many_tokens
-from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.starts import Pretrained, build, stored_architecture
 
 SCORERS = ("auto", "decoder", "transformers")
 log = logging.getLogger("kd")
@@ -52,7 +51,7 @@ def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherF
     if scorer == "transformers":
         return _through_transformers(folder, tokens)
     try:
-        arch = read_architecture(folder)
+        arch = stored_architecture(folder)
     except UsageError as reason:
         read_json(folder / "config.json", "a Hugging Face model configuration")
         if scorer == "decoder":

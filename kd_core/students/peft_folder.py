@@ -12,6 +12,8 @@ from kd_core.students.weights import Stored, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
+# How an adapter may have begun on a base that stays as it is (the others of PEFT 0.21: pissa, olora, corda, …).
+PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings with which an adapter would mean something else.
 NOT_OURS = (
     "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "lora_bias",
@@ -43,6 +45,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; only 'none' is supported.")
+    if (begun := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
+        raise UsageError(
+            f"{path}: init_lora_weights is {begun!r}, a beginning that also changes the base, by what is not in the "
+            f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
+        )
     for name in NOT_OURS:
         if config.get(name):
             raise UsageError(f"{path}: {name} is {config[name]!r}, which is not supported.")

@@ -19,9 +19,10 @@ from kd_core.files import new_folder, read_json, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.students.adapters import adapted_layers, base_parameters
 from kd_core.students.decoder import Decoder
-from kd_core.students.families import config_of, read_architecture
+from kd_core.students.families import config_of
 from kd_core.students.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.placement import stopping_together, whole
+from kd_core.students.starts import stored_architecture
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -131,7 +132,7 @@ def _write_about(model: Decoder, folder: Path, tokenizer_folder: Path, dtype: st
     layers = adapted_layers(model)
     if layers:
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
-        base = str(tokenizer_folder) if read_architecture(tokenizer_folder) == rows else None  # None: layers dropped
+        base = str(tokenizer_folder) if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
 

@@ -19,7 +19,7 @@ from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder, materialised, meta_decoder
 from kd_core.students.families import read_architecture
 from kd_core.students.placement import put, stopping_together
-from kd_core.students.weights import check_room, load_weights
+from kd_core.students.weights import check_room, has_own_head, load_weights
 
 
 @runtime_checkable
@@ -73,6 +73,12 @@ def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor,
     put(parameter, lambda box: values[box])
 
 
+def stored_architecture(folder: Path) -> Architecture:
+    """The architecture of a folder's weights: with a head of its own where one is stored that is not the embedding."""
+    arch = read_architecture(folder)
+    return replace(arch, tie_embeddings=False) if arch.tie_embeddings and has_own_head(folder) else arch
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
@@ -96,7 +102,7 @@ class Pretrained:
 
     def architecture(self) -> Architecture:
         """The folder's architecture with as many layers as are kept."""
-        stored = read_architecture(Path(self.folder))
+        stored = stored_architecture(Path(self.folder))
         arch = stored.with_layers(self._kept(stored))
         if self.vocab_size is None:
             return arch
