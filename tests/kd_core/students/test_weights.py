@@ -19,6 +19,7 @@ from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Pretrained, build
 from tests.tiny import Tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 Weights = dict[str, Tensor]
 SINGLE, INDEX, EMBEDDING = "model.safetensors", "model.safetensors.index.json", "model.embed_tokens.weight"
 IDS = torch.tensor([[3, 17, 40, 200, 9, 77]])
