@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.stream.location import Location
@@ -10,6 +9,7 @@ from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.identity import student_folders
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
@@ -38,7 +38,11 @@ def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
     for where, shards in caches.items():
         if not Location(shards.path).remote:
             wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
-    missing = [f"{where}: {folder} ({what})" for where, (folder, what) in wanted.items() if not Path(folder).is_dir()]
+    missing = [
+        f"{where}: {folder} ({what})"
+        for where, (folder, what) in wanted.items()
+        if not folder_of(folder, where).is_dir()
+    ]
     if missing:
         raise UsageError(f"no such folder: {'; '.join(missing)}. Make what is missing, or name what is there.")
 
@@ -100,7 +104,7 @@ def check(experiment: "Experiment") -> None:
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     _check_folders(experiment, caches)
     folder = experiment.student.folder
-    tokenizer = Tokenizer(Path(folder))
+    tokenizer = Tokenizer(folder_of(folder))
     arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder, "student.folder")
     vocabulary, fingerprint = arch.vocab_size, tokenizer.fingerprint()
     for where, shards in caches.items():

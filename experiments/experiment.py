@@ -7,16 +7,16 @@ import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from data.stream.collate import Collate
 from data.stream.source import Mixture, Shards, Source, epochs
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments import checks
-from experiments.identity import identities
+from experiments.identity import identities, student_folders
 from experiments.unused import unused_settings
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
@@ -138,7 +138,7 @@ class Experiment:
 
     def decoder(self) -> Decoder:
         """The student without memory; its real vocabulary is that of its tokenizer."""
-        return decoder_of(self.student, Tokenizer(Path(self.student.folder)).vocab_size)
+        return decoder_of(self.student, Tokenizer(folder_of(self.student.folder)).vocab_size)
 
     def check(self, ranks: int = 1) -> dict[str, str]:
         """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
@@ -178,6 +178,15 @@ class Experiment:
                 found |= {name.replace("val/", f"val/{cache}/") for name in own}
         return found
 
+    def fetch(self) -> None:
+        """Have all that hub ids name on this machine, before ranks wait for each other.
+
+        Raises:
+            UsageError: the hub does not give it.
+        """
+        for where, folder in student_folders(self.student).items():
+            folder_of(folder, where)
+
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""
         return identities(self)
@@ -191,7 +200,7 @@ class Experiment:
                 micro_batch=self.parallel.micro_batch_rows, **share,
             )  # fmt: skip
 
-        tokenizer = Tokenizer(Path(self.student.folder))
+        tokenizer = Tokenizer(folder_of(self.student.folder))
         return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
 
     def _held_out(self, share: dict[str, int]) -> dict[str, HeldOut]:
@@ -242,5 +251,5 @@ class Experiment:
         self.student.fill(model, self.seed)
         if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
-        save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)
+        save_pretrained(model, folder.export, folder_of(self.student.folder), first=world.is_first)
         return True

@@ -28,7 +28,7 @@ from launchers import app
 FORMAT = flags.DEFINE_string("format", None, "nemo_aligner or jsonl; required.")
 SOURCE = flags.DEFINE_string("source", None, "A file, a folder of .jsonl files, or a path with CHUNK_ID; required.")
 OUT = flags.DEFINE_string("out", None, "Folder for the cache; required.")
-MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer.")
+MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer, or hub:OWNER/NAME.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of the vocabulary, where there is no --model.")
 CODEC = flags.DEFINE_string("codec", "standard", "standard, compact or lossless.")
 SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of a shard.")
@@ -40,6 +40,7 @@ def main() -> None:
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import damaged, read_json
+    from kd_core.hub import folder_of
     from kd_core.json_fields import integer
     from kd_core.students.architecture import MOST
 
@@ -49,7 +50,7 @@ def main() -> None:
     vocab_size = columns = VOCAB_SIZE.value or 0
     tokenizer = UNKNOWN
     if MODEL.value is not None:
-        folder = Path(MODEL.value)
+        folder = folder_of(MODEL.value, "--model")
         found = Tokenizer(folder)
         vocab_size, tokenizer = found.vocab_size, found.fingerprint()
         config = read_json(folder / "config.json", "a Hugging Face model configuration")

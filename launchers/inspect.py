@@ -92,9 +92,10 @@ def find_tokenizer(folder: Path, fingerprint: str) -> "Tokenizer | None":
     """
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
+    from kd_core.hub import folder_of
 
     if TOKENIZER.value is not None:
-        found = Tokenizer(Path(TOKENIZER.value))
+        found = Tokenizer(folder_of(TOKENIZER.value, "--tokenizer"))
         if found.fingerprint() != fingerprint:
             raise UsageError(
                 f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "

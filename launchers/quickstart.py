@@ -74,8 +74,8 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
 
 def _fetch_teacher(folder: Path) -> str:
     from data.export import sources
-    from data.export.huggingface import local_folder
     from kd_core.files import new_folder
+    from kd_core.hub import local_folder
     from kd_core.students.gguf import convert_gguf
 
     target = folder / "teacher"
@@ -121,6 +121,7 @@ def _keep_layers(teacher: str) -> list[str]:
 def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     """Three models on held-out text in float32, and their continuations of one prompt."""
     from data.tokenizer import Tokenizer
+    from kd_core.hub import folder_of
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import Parallel
     from kd_core.students.starts import Pretrained, build
@@ -140,7 +141,7 @@ def _report(teacher: str, cache: Path, run_dir: Path) -> dict[str, Any]:
     with joined_world() as world:
         for name, start in starts.items():
             model = build(start, world.device, 0, tokenizer.vocab_size)
-            (numbers,) = measure_model(model, Path(start.folder), [str(cache)], "float32", world).values()
+            (numbers,) = measure_model(model, folder_of(start.folder), [str(cache)], "float32", world).values()
             said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
             report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})
     return report

@@ -24,7 +24,6 @@ from data.cache.manifest import TABLES, Manifest, Shard
 from data.cache.record import Record
 from data.cache.totals import Totals
 from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
-from data.export.huggingface import local_folder
 from data.export.plan import CachePlan, PlannedShard, TeacherExport
 from data.export.scorers import load_scorer
 from data.export.scoring import score_windows, scoring_threads
@@ -32,6 +31,7 @@ from data.export.teacher import Scorer
 from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import sha256
+from kd_core.hub import local_folder, pinned
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
@@ -110,7 +110,7 @@ def _made(plan: CachePlan) -> dict[str, Any]:
     """Returns who made a cache, of what and when; the corpora of a cache that grew stand in order."""
     before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
     return {
-        "teacher": plan.export.teacher,
+        "teacher": pinned(plan.export.teacher),
         "corpora": [*before, plan.export.corpus.path],
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": f"kd-workspace {version('kd-workspace')}",

@@ -18,11 +18,11 @@ from data.cache.selection import Selection
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
 from data.export.growth import SPLITS, Growth
-from data.export.huggingface import local_folder
 from data.export.scorers import SCORERS, TeacherFacts, read_facts
 from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
+from kd_core.hub import local_folder
 from kd_core.precision import Precision
 from kd_core.students.weights import weight_files
 

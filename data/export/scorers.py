@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.export.huggingface import NO_EXTRA, HuggingFaceScorer, read_config
+from data.export.huggingface import HuggingFaceScorer, read_config
 from data.export.teacher import DecoderScorer, Scorer
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
+from kd_core.hub import NO_EXTRA
 from kd_core.students.architecture import too_many_tokens
 from kd_core.students.starts import Pretrained, build, stored_architecture
 

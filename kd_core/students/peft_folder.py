@@ -6,6 +6,7 @@ from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import damaged, is_plain_file, read_json
+from kd_core.hub import snapshot_at
 from kd_core.students.adapters import LoraLinear, adapted_layers
 from kd_core.students.decoder import Decoder
 from kd_core.students.weights import Stored, stored_tensors
@@ -117,13 +118,16 @@ def _targets(names: list[str], num_layers: int) -> dict[str, Any]:
     return {"target_modules": lasts, "layers_to_transform": some, "layers_pattern": None if some is None else "layers"}
 
 
-def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: str | None) -> dict[str, Any]:
+def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
     """The `adapter_config.json` of a model's adapters; `base_folder` None where no folder has the frozen weights."""
     settings = next(iter(layers.values())).settings
+    fetched = None if base_folder is None else snapshot_at(base_folder)
+    base = fetched.repository if fetched else base_folder and str(base_folder)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_folder,
+        "base_model_name_or_path": base,
+        "revision": fetched.commit if fetched else None,
         "inference_mode": True,
         "bias": "none",
         "r": settings.rank,

@@ -132,7 +132,7 @@ def _write_about(model: Decoder, folder: Path, tokenizer_folder: Path, dtype: st
     layers = adapted_layers(model)
     if layers:
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
-        base = str(tokenizer_folder) if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
+        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
 

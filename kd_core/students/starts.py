@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.students.adapters import base_parameters
 from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder, materialised, meta_decoder
@@ -28,7 +29,7 @@ class Start(Protocol):
 
     @property
     def folder(self) -> str:
-        """The Hugging Face folder whose tokenizer the student keeps."""
+        """The Hugging Face folder, or `hub:OWNER/NAME`, whose tokenizer the student keeps."""
         ...
 
     def architecture(self) -> Architecture:
@@ -81,7 +82,7 @@ def stored_architecture(folder: Path) -> Architecture:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
+    """A student from a Hugging Face folder (or `hub:OWNER/NAME`), whole or with only `keep_layers` of its layers, in that order.
 
     Which layers to keep is measured by `python -m launchers.importance`. `vocab_size` is the real vocabulary,
     where it is not the tokenizer's; rows of the folder's weights beyond it are padding.
@@ -102,7 +103,7 @@ class Pretrained:
 
     def architecture(self) -> Architecture:
         """The folder's architecture with as many layers as are kept."""
-        stored = stored_architecture(Path(self.folder))
+        stored = stored_architecture(folder_of(self.folder))
         arch = stored.with_layers(self._kept(stored))
         if self.vocab_size is None:
             return arch
@@ -115,7 +116,7 @@ class Pretrained:
     def decoder(self) -> Decoder:
         """See `Start`."""
         model = meta_decoder(self.architecture())
-        check_room(model.parameters(), Path(self.folder))
+        check_room(model.parameters(), folder_of(self.folder))
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
@@ -123,8 +124,8 @@ class Pretrained:
         del seed
         parameters = base_parameters(model)
         with stopping_together(parameters.values()):
-            kept = self._kept(read_architecture(Path(self.folder)))
-            load_weights(parameters, Path(self.folder), kept)
+            kept = self._kept(read_architecture(folder_of(self.folder)))
+            load_weights(parameters, folder_of(self.folder), kept)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Random:
 
     def architecture(self) -> Architecture:
         """The folder's architecture with our sizes; where its layers see different windows, these go on in turn."""
-        stored = read_architecture(Path(self.folder))
+        stored = read_architecture(folder_of(self.folder))
         turns = tuple(layer % stored.num_layers for layer in range(self.num_layers))
         return replace(
             stored.with_layers(turns),

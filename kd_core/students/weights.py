@@ -29,7 +29,9 @@ COMPARED_ROWS = 4096
 def _first_names(folder: Path) -> list[str]:
     """Names of the files that weights are looked for in, the first that is there counts: as in transformers."""
     config = folder / "config.json"
-    named = read_json(config, "a Hugging Face model configuration").get("transformers_weights") if config.exists() else None
+    named = (
+        read_json(config, "a Hugging Face model configuration").get("transformers_weights") if config.exists() else None
+    )
     return ["model.safetensors", "model.safetensors.index.json"] if named is None else [str(named)]
 
 

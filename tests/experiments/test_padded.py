@@ -115,7 +115,7 @@ def _truth(experiment: Experiment, student: Path) -> tuple[float, dict[str, Tens
     return float(total.detach()), {name.removeprefix("model."): gradient for name, gradient in gradients.items()}
 
 
-def _steps(experiment: Experiment):  # noqa: ANN202
+def _steps(experiment: Experiment):
     return training_steps(
         experiment.shards, experiment.collate, seed=0, start_row=0, rows_per_step=4, micro_batch=4, rank=0, ranks=1,
         vocab_size=V,
@@ -150,7 +150,9 @@ def test_losses_and_gradients_are_those_over_the_real_vocabulary(
     assert "vocabulary 305 in" in experiment.check()["student"]
     wanted = _truth(experiment, pair[student])
     _found(World(), experiment, wanted)
-    run_ranks(2, _found, _experiment(tiny, pair[student], pair[f"{teacher}_cache"], "parallel.tensor_parallel=2"), wanted)
+    run_ranks(
+        2, _found, _experiment(tiny, pair[student], pair[f"{teacher}_cache"], "parallel.tensor_parallel=2"), wanted
+    )
 
 
 @pytest.mark.parametrize("scorer", ["decoder", "transformers"])
@@ -216,7 +218,9 @@ def test_a_student_without_rows_for_all_tokens_is_refused(tiny: Tiny, tmp_path: 
     shutil.copytree(tiny.teacher, folder)
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**config, "vocab_size": 300})
-    with pytest.raises(UsageError, match=r"student.folder: .*small has a tokenizer of 305 tokens, but an embedding of 300"):
+    with pytest.raises(
+        UsageError, match=r"student.folder: .*small has a tokenizer of 305 tokens, but an embedding of 300"
+    ):
         _experiment(tiny, folder, tiny.root / "cache").check()
 
 
