@@ -46,7 +46,10 @@ def student_folders(start: Start, where: str = "student") -> dict[str, str]:
 
 
 def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
-    """Path (of a hub id with its commit) and sha256 of all that is read: of a cache, of its manifest, which has those of all its files."""
+    """Path and sha256 of all that is read: of a cache, of its manifest, which has those of all its files.
+
+    A hub id stands with the commit that was read.
+    """
     found = {
         where: {"path": pinned(folder), "sha256": model_identity(folder_of(folder, where))}
         for where, folder in student_folders(experiment.student).items()

@@ -56,7 +56,8 @@ def claim(plan: CachePlan) -> bool:
     if unknown and (missing or not manifest):
         raise UsageError(
             f"{plan.folder}: holds part of an export that an earlier version began, which divided documents into train "
-            "and validation in another way, or gave probability to padding. Finish it with that version, name another --out, or delete the folder."
+            "and validation in another way, or gave probability to padding. Finish it with that version, name another "
+            "--out, or delete the folder."
         )
     if manifest and missing and len(manifest.plans) > 1:
         raise UsageError(

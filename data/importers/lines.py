@@ -79,8 +79,8 @@ def read_lines(source: str, kind: str, vocab_size: int, columns: int = 0) -> Ite
                 value = json.loads(line.decode())
                 if not isinstance(value, dict):
                     raise ValueError(f"is a {type(value).__name__}, wanted an object")
-                line = KINDS[kind](value, f"{path.name}:{number}", max(columns, vocab_size))
-                yield line._replace(record=line.record.within(vocab_size))
+                found = KINDS[kind](value, f"{path.name}:{number}", max(columns, vocab_size))
+                yield found._replace(record=found.record.within(vocab_size))
             except KeyError as error:
                 raise UsageError(f"{path}:{number}: no field {error}. Is it {kind}?") from None
             except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:

@@ -23,6 +23,7 @@ log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
 LOOKED_AT = 5_000  # rows
 ON_DAMAGE = ("stop", "skip")
+SAID_BY = "that of the tokenizer in student.folder, or student.vocab_size"
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Shards:
         found = self.manifest
         if found.vocab_size < vocab_size and found.tokenizer != tokenizer:
             raise UsageError(
-                f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size} (that of the tokenizer in "
-                "student.folder, or student.vocab_size). Take a student of the teacher's tokenizer."
+                f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size} ({SAID_BY}). Take a "
+                "student of the teacher's tokenizer."
             )
         if "tokenizer" in found.unknown:
             log.warning(
@@ -138,8 +139,8 @@ class Shards:
         except ValueError as error:
             raise UsageError(
                 f"{self.path}: record {record.name} of {record.document}: {error}; the cache has a vocabulary of "
-                f"{self.manifest.vocab_size}, the student's is {vocab_size} (that of the tokenizer in student.folder, or "
-                "student.vocab_size). Take a student of the teacher's tokenizer, or export the cache again."
+                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({SAID_BY}). Take a student of the "
+                "teacher's tokenizer, or export the cache again."
             ) from None
 
     def cut(self, record: Record, vocab_size: int | None = None) -> Record:

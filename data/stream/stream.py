@@ -59,7 +59,8 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which
 ) -> Generator[list[Batch]]:  # fmt: skip
     """For each step, this rank's micro-batches of at most `micro_batch` rows; endless.
 
-    Entries are those of the first `vocab_size` tokens (None: of each manifest's). With `source.prefetch`, a thread makes so many steps ahead; they are the same.
+    Entries are those of the first `vocab_size` tokens (None: of each manifest's). With `source.prefetch`, a thread
+    makes so many steps ahead; they are the same.
     """
     readers = Readers(source.parts, vocab_size=vocab_size)
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)

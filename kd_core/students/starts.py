@@ -82,10 +82,11 @@ def stored_architecture(folder: Path) -> Architecture:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A student from a Hugging Face folder (or `hub:OWNER/NAME`), whole or with only `keep_layers` of its layers, in that order.
+    """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
 
-    Which layers to keep is measured by `python -m launchers.importance`. `vocab_size` is the real vocabulary,
-    where it is not the tokenizer's; rows of the folder's weights beyond it are padding.
+    `folder` may be `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`. Which layers to keep is measured by
+    `python -m launchers.importance`. `vocab_size` is the real vocabulary, where it is not the tokenizer's; rows of
+    the folder's weights beyond it are padding.
     """
 
     folder: str

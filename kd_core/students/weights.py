@@ -43,8 +43,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / "adapter_config.json").exists():
         raise UsageError(
-            f"{folder}: holds adapter_config.json beside a model, where transformers loads the adapter on its own base. "
-            "Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
+            f"{folder}: holds adapter_config.json beside a model, where transformers loads the adapter on its own "
+            "base. Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
         )
     candidates = _first_names(folder)
     first = next((name for name in candidates if is_plain_file(folder / name)), candidates[0])
@@ -151,7 +151,7 @@ def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _are_apart(files: tuple[tuple[Path, int, int], ...]) -> bool:
-    """True where an embedding and a head of other values are stored. Sizes and times of the files are part of the key."""
+    """True where an embedding and a head of other values are stored; `files` have sizes and times, for the cache."""
     with ExitStack() as stack:
         ends: dict[str | None, Stored] = {}
         for path, _, _ in files:
@@ -168,7 +168,7 @@ def _are_apart(files: tuple[tuple[Path, int, int], ...]) -> bool:
 
 
 def has_own_head(folder: Path) -> bool:
-    """True where the folder has an embedding and another head: transformers ties no such two, whatever config.json says.
+    """True where the folder has an embedding and another head: transformers ties no such two, whatever config.json has.
 
     False where there are no weights yet.
     """
@@ -188,13 +188,13 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tu
     """
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
     wanted, files = dict(parameters), weight_files(folder)
-    spare = {HEAD: None} if HEAD not in parameters else {}
-    if spare and EMBEDDING not in {_new_name(stored.name, position_of) for stored in stored_tensors(files)}:
-        spare[HEAD] = EMBEDDING
+    tied = HEAD not in parameters
+    alone = tied and EMBEDDING not in {_new_name(stored.name, position_of) for stored in stored_tensors(files)}
     for stored in stored_tensors(files):
         name = _new_name(stored.name, position_of)
-        name = spare.get(name, name) if name else None
-        if name is None or name.endswith(IGNORED):
+        if name == HEAD and alone:
+            name = EMBEDDING
+        if name is None or name.endswith(IGNORED) or (name == HEAD and tied):
             continue
         if name not in wanted:
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
