@@ -238,6 +238,7 @@ def test_a_beginning_that_needs_more_than_the_adapter_is_refused(tiny: Tiny, tmp
         _ours(tiny, tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT, on converting
 @pytest.mark.parametrize("begun", ["pissa", "olora"])
 def test_what_peft_has_converted_is_plain(tiny: Tiny, tmp_path: Path, begun: str) -> None:
     """The way out that the message names: twice the rank, on the base as it is."""
