@@ -67,7 +67,7 @@ class Record:
             ValueError: a token is beyond the vocabulary, or more mass than padding has, or all samples of a position.
         """
         if (largest := int(self.token_ids.max(initial=0))) >= vocab_size:
-            raise ValueError(f"token {largest}")
+            raise ValueError(f"token {largest} where there are {vocab_size}")
         samples, weights = self.samples()
         beyond, drawn_beyond = self.topk_token_ids >= vocab_size, samples >= vocab_size
         if not (beyond.any() or drawn_beyond.any()):

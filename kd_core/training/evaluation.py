@@ -168,7 +168,8 @@ def _sums(
             own["tokens"] += float(batch.loss_mask.sum())
             own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
             if asked.token_bytes is not None:
-                own["bytes"] += float(asked.token_bytes[batch.labels[batch.loss_mask].long()].sum())
+                labels = batch.labels[batch.loss_mask].long()
+                own["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
     let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
     for name in added:
