@@ -22,21 +22,24 @@ THEN = "Fetch the folder again"
 IGNORED = ".rotary_emb.inv_freq"  # a buffer that older files carry along; it follows from config.json
 
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 COMPARED_ROWS = 4096
 
 
-def _first_names(folder: Path) -> list[str]:
-    """Names of the files that weights are looked for in, the first that is there counts: as in transformers."""
-    config = folder / "config.json"
-    named = (
-        read_json(config, "a Hugging Face model configuration").get("transformers_weights") if config.exists() else None
-    )
-    return ["model.safetensors", "model.safetensors.index.json"] if named is None else [str(named)]
+def _indexed(index: Path) -> list[str]:
+    """Names of the files that an index has."""
+    with damaged(index, "a safetensors index", THEN):
+        names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
+        if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
+    return names
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads, in a stable order; what else lies in the folder is left alone.
+
+    That is the single file, and where there is none those of the index.
 
     Raises:
         UsageError: there are none, the index names one that is missing, or an adapter lies beside them.
@@ -46,15 +49,8 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: holds adapter_config.json beside a model, where transformers loads the adapter on its own "
             "base. Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
         )
-    candidates = _first_names(folder)
-    first = next((name for name in candidates if is_plain_file(folder / name)), candidates[0])
-    names, index = [first], folder / first
-    if first.endswith(".index.json"):
-        with damaged(index, "a safetensors index", THEN):
-            names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
-            if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-                raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
-    files = [folder / name for name in names]
+    indexed = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    files = [folder / name for name in ([SINGLE] if is_plain_file(folder / SINGLE) else indexed)]
     missing = [str(file) for file in files if not is_plain_file(file)]
     if missing:
         pickled = " Weights as .bin are not read: save them as safetensors." if [*folder.glob("*.bin")] else ""
@@ -172,7 +168,7 @@ def has_own_head(folder: Path) -> bool:
 
     False where there are no weights yet.
     """
-    if not any(is_plain_file(folder / name) for name in _first_names(folder)):
+    if not any(is_plain_file(folder / name) for name in (SINGLE, INDEX)):
         return False
     facts = ((path, path.stat()) for path in weight_files(folder))
     return _are_apart(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))

@@ -105,7 +105,7 @@ def _made(tiny: Tiny, folder: Path, change: Callable[[Path, Weights], None]) -> 
     [
         (_with_head, False), (_with_head_in_shards, False), (_with_the_same_head, True),
         (_with_a_head_for_an_embedding, True), (_older_shards_beside, True), (_a_shard_of_no_index_beside, True),
-        (_other_formats_beside, True), (_named_by_the_config, True),
+        (_other_formats_beside, True),
     ],
 )  # fmt: skip
 def test_a_folder_is_read_as_transformers_reads_it(
@@ -140,6 +140,7 @@ def _a_tensor_twice(folder: Path, weights: Weights) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_named_by_the_config, "transformers_weights is 'better.safetensors'; only None is supported"),
         (_adapter_beside, "holds adapter_config.json beside a model"),
         (_pickled_alone, r"model.safetensors: no such file.*as .bin are not read"),
         (_a_tensor_twice, "wanted no such tensor"),
