@@ -80,7 +80,7 @@ def padded_copy(source: Path, folder: Path, rows: int, size: float = 3.0) -> Pat
 def pair(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Wide and narrow models of one tokenizer, and the caches of both as teachers."""
     root, tied = tmp_path_factory.mktemp("pair"), request.param == "tied"
-    found = {"wide": qwen(tiny, root / "wide", 384, tied=tied), "narrow": qwen(tiny, root / "narrow", 320, tied=tied)}
+    found = {"wide": qwen(tiny, root / "wide", 640, tied=tied), "narrow": qwen(tiny, root / "narrow", 320, tied=tied)}
     for name in list(found):
         write_caches(tiny.export(teacher=str(found[name]), codec="lossless"), root / f"{name}_cache")
         found[f"{name}_cache"] = root / f"{name}_cache"
@@ -162,7 +162,7 @@ def test_a_padded_teachers_cache_is_over_the_real_vocabulary(
     write_caches(tiny.export(teacher=str(pair["wide"]), codec="lossless", scorer=scorer), tmp_path)
     manifest = read_manifest(tmp_path / "train")
     assert (manifest.vocab_size, manifest.plans[0]["vocab_size"]) == (V, V)
-    assert manifest.teacher["architecture"]["padded_vocab_size"] == 384
+    assert manifest.teacher["architecture"]["padded_vocab_size"] == 640
     model = AutoModelForCausalLM.from_pretrained(pair["wide"], dtype=torch.float64)
     most_padding = 0.0
     for record in tiny.records(tmp_path / "train"):
@@ -197,7 +197,7 @@ def test_a_padded_student_trains_and_its_export_never_says_padding(
     ]  # fmt: skip
     run("launchers.train", *configs(items), "--run_dir=run", cwd=tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
-    assert model.get_input_embeddings().weight.shape[0] == 384
+    assert model.get_input_embeddings().weight.shape[0] == 640
     with torch.no_grad():
         probs = model(torch.arange(V)[None]).logits[0].double().softmax(-1)
     assert (probs[:, V:] <= probs[:, :V].mean(-1, keepdim=True) * 1.0001).all()
@@ -268,6 +268,6 @@ def test_an_older_cache_with_padding_among_its_entries_is_read(tiny: Tiny, tmp_p
 def test_an_older_cache_of_a_teacher_that_says_padding_is_refused(
     tiny: Tiny, tmp_path: Path, pair: dict[str, Path]
 ) -> None:
-    _as_before(tiny.export(teacher=str(pair["wide"])), tmp_path, 384)
-    with pytest.raises(UsageError, match=r"ids from 305 on have a probability of 0\.[789].*vocabulary of 384"):
+    _as_before(tiny.export(teacher=str(pair["wide"])), tmp_path, 640)
+    with pytest.raises(UsageError, match=r"ids from 305 on have a probability of 0\.[789].*vocabulary of 640"):
         _experiment(tiny, pair["narrow"], tmp_path).check()
