@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.stream.location import Location
@@ -10,6 +9,7 @@ from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.identity import student_folders
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
@@ -39,7 +39,11 @@ def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
     for where, shards in caches.items():
         if not Location(shards.path).remote:
             wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
-    missing = [f"{where}: {folder} ({what})" for where, (folder, what) in wanted.items() if not Path(folder).is_dir()]
+    missing = [
+        f"{where}: {folder} ({what})"
+        for where, (folder, what) in wanted.items()
+        if not folder_of(folder, where).is_dir()
+    ]
     if missing:
         raise UsageError(f"no such folder: {'; '.join(missing)}. Make what is missing, or name what is there.")
 
@@ -100,11 +104,12 @@ def check(experiment: "Experiment") -> None:
     """
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     _check_folders(experiment, caches)
-    vocabulary = experiment.student.architecture().vocab_size
-    tokenizer = Tokenizer(Path(experiment.student.folder))
+    folder = experiment.student.folder
+    tokenizer = Tokenizer(folder_of(folder))
+    arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder, "student.folder")
     for where, shards in caches.items():
         try:
-            shards.check(vocabulary, tokenizer.fingerprint_like(shards.manifest.tokenizer))
+            shards.check(arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     _check_rows(experiment.collate.row_length, caches)
@@ -127,7 +132,7 @@ def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
-    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size, arch.vocab_rows)
+    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
     check_shape(parallel.tensor_parallel, parallel.sequence_parallel, Shape(*sizes, T))
     holds = held(student, layout, parallel.sequence_parallel)
     moments = f" and {holds.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""

@@ -8,16 +8,16 @@ import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from data.stream.collate import Collate
 from data.stream.source import Mixture, Shards, Source, epochs
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments import checks
-from experiments.identity import identities
+from experiments.identity import identities, student_folders
 from experiments.unused import unused_settings
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
@@ -25,7 +25,7 @@ from kd_core.parallel.sharding import spread
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Start
+from kd_core.students.starts import Start, decoder_of
 from kd_core.training.checkpoint import Checkpoint
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
@@ -153,6 +153,10 @@ class Experiment:
         """The caches of validation, by their paths in the experiment."""
         return caches_of(self.evaluation.shards, "evaluation.shards")
 
+    def decoder(self) -> Decoder:
+        """The student without memory; its real vocabulary is that of its tokenizer."""
+        return decoder_of(self.student, Tokenizer(folder_of(self.student.folder)).vocab_size)
+
     def check(self, ranks: int = 1) -> dict[str, str]:
         """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
 
@@ -160,7 +164,7 @@ class Experiment:
             UsageError: parts that do not fit.
         """
         checks.check(self)
-        student = self.student.decoder()  # without memory
+        student = self.decoder()
         arch = student.arch
         caches = [part.manifest for part in self.shards.parts]
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
@@ -168,7 +172,8 @@ class Experiment:
         rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
-            f"{arch.num_layers} layers, vocabulary {arch.vocab_size}",
+            f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"
+            + (f" in {arch.vocab_rows} rows" if arch.vocab_rows > arch.vocab_size else ""),
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
             "validation cache": ", ".join(
                 f"{positions} positions{f' of {name}' if name else ''}{'' if weights[name] else ' (only reported)'}"
@@ -194,12 +199,21 @@ class Experiment:
             found |= {name.replace("val/", f"val/{cache}/") for name in own}
         return found
 
+    def fetch(self) -> None:
+        """Have all that hub ids name on this machine, before ranks wait for each other.
+
+        Raises:
+            UsageError: the hub does not give it.
+        """
+        for where, folder in student_folders(self.student).items():
+            folder_of(folder, where)
+
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""
         return identities(self)
 
-    def _data(self, world: World) -> Data:
-        share = {"rank": world.dp_rank, "ranks": world.dp_size}
+    def _data(self, world: World, vocab_size: int) -> Data:
+        share = {"rank": world.dp_rank, "ranks": world.dp_size, "vocab_size": vocab_size}
 
         def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
@@ -207,7 +221,7 @@ class Experiment:
                 micro_batch=self.parallel.micro_batch_rows, **share,
             )  # fmt: skip
 
-        tokenizer = Tokenizer(Path(self.student.folder))
+        tokenizer = Tokenizer(folder_of(self.student.folder))
         return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
 
     def _held_out(self, share: dict[str, int]) -> dict[str, HeldOut]:
@@ -256,9 +270,9 @@ class Experiment:
         )
         world = world.laid_out(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)
-        model = spread(self.student.decoder(), self.parallel, world)
+        model = spread(self.decoder(), self.parallel, world)
         self.student.fill(model, self.seed)
-        if not run(model, self._data(world), recipe, folder, world, stopping=stopping):
+        if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
-        save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)
+        save_pretrained(model, folder.export, folder_of(self.student.folder), first=world.is_first)
         return True

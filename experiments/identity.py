@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_core.files import open_plain, sha256
+from kd_core.hub import folder_of, pinned
 from kd_core.students.starts import Start
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ def student_folders(start: Start, where: str = "student") -> dict[str, str]:
 
 
 def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
-    """Path and sha256 of all that is read: of a cache, of its manifest, which has those of all its files."""
+    """Path and sha256 of all that is read: of a cache, of its manifest, which has those of all its files.
+
+    A hub id stands with the commit that was read.
+    """
     found = {
-        where: {"path": folder, "sha256": model_identity(Path(folder))}
+        where: {"path": pinned(folder), "sha256": model_identity(folder_of(folder, where))}
         for where, folder in student_folders(experiment.student).items()
     }
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}

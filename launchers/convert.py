@@ -12,7 +12,8 @@ log-probabilities of token t + 1 after tokens 0 … t, as many as there are); if
 label_log_probs (T), document (a name).
 
 --model is a Hugging Face folder with the tokenizer that the source was made with: its vocabulary and fingerprint go
-into the cache, and a student of another one is refused. Without it, --vocab_size says how many tokens there are.
+into the cache, and a student of another one is refused. Entries of the model's padding, beyond the tokenizer, are left
+out and the others divided by what remains. Without it, --vocab_size says how many tokens there are.
 
 What the source does not say (the tail, the tokenizer, labels' log-probabilities) stands in the manifest as unknown, and
 losses that need the tail are refused. One pass, a shard in memory; interrupted, it is to be started again.
@@ -27,7 +28,7 @@ from launchers import app
 FORMAT = flags.DEFINE_string("format", None, "nemo_aligner or jsonl; required.")
 SOURCE = flags.DEFINE_string("source", None, "A file, a folder of .jsonl files, or a path with CHUNK_ID; required.")
 OUT = flags.DEFINE_string("out", None, "Folder for the cache; required.")
-MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer.")
+MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer, or hub:OWNER/NAME.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of the vocabulary, where there is no --model.")
 CODEC = flags.DEFINE_string("codec", "standard", "standard, compact or lossless.")
 SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of a shard.")
@@ -39,22 +40,26 @@ def main() -> None:
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import damaged, read_json
+    from kd_core.hub import folder_of
     from kd_core.json_fields import integer
     from kd_core.students.architecture import MOST
 
     kind, source, out = FORMAT.value, SOURCE.value, OUT.value
     if kind is None or source is None or out is None or (MODEL.value is None) == (VOCAB_SIZE.value is None):
         raise UsageError("wanted --format, --source, --out, and either --model or --vocab_size. Try --help.")
-    vocab_size, tokenizer = VOCAB_SIZE.value or 0, UNKNOWN
+    vocab_size = columns = VOCAB_SIZE.value or 0
+    tokenizer = UNKNOWN
     if MODEL.value is not None:
-        folder = Path(MODEL.value)
+        folder = folder_of(MODEL.value, "--model")
+        found = Tokenizer(folder)
+        vocab_size, tokenizer = found.vocab_size, found.fingerprint()
         config = read_json(folder / "config.json", "a Hugging Face model configuration")
-        if "vocab_size" not in config:
-            raise UsageError(f"{folder / 'config.json'}: no vocab_size there. Give --vocab_size in place of --model.")
         with damaged(folder / "config.json", "a Hugging Face model configuration"):
-            vocab_size = integer(config["vocab_size"], "vocab_size", 1, MOST["vocab_size"])
-        tokenizer = Tokenizer(folder).fingerprint()
-    job = Conversion(kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0)
+            columns = integer(config.get("vocab_size", vocab_size), "vocab_size", 1, MOST["vocab_size"])
+    job = Conversion(
+        kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0,
+        columns=max(columns, vocab_size),
+    )  # fmt: skip
     manifest = convert(job, Path(out))
     app.log.info("%s", manifest.summary(Path(out)))
     if manifest.unknown:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from kd_core.precision import Precision
 
 STUDENT = flags.DEFINE_string(
-    "student", None, "Hugging Face folder, a run that is finished, or a checkpoint of a run; required."
+    "student",
+    None,
+    "Hugging Face folder or hub:OWNER/NAME, a run that is finished, or a checkpoint of a run; required.",
 )
 CACHE = flags.DEFINE_multi_string("cache", [], "Folder or URL of a teacher's cache; at least one.")
 METRIC = flags.DEFINE_multi_string("metric", [], "FILE.py:NAME: a function of a SparseView, as in evaluation.metrics.")
@@ -63,7 +65,9 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
     Raises:
         UsageError: it is none of them, or a run without its end.
     """
+    from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
+    from kd_core.hub import folder_of
     from kd_core.students.starts import Pretrained, build
     from kd_core.training import checkpoint
     from kd_core.training.run_folder import RunFolder
@@ -79,11 +83,11 @@ def load_student(path: Path, device: Any) -> tuple[Any, Path]:
             )
         path = run.export
     if not (path / "progress.json").exists():
-        return build(Pretrained(str(path)), device, seed=0), path
+        return build(Pretrained(str(path)), device, 0, Tokenizer(path).vocab_size, "--student"), path
     start = recorded_student(path / "config.json")
-    model = build(start, device, seed=0)
+    model = build(start, device, 0, Tokenizer(folder_of(start.folder)).vocab_size)
     checkpoint.load_model(path, model)
-    return model, Path(start.folder)
+    return model, folder_of(start.folder)
 
 
 def _recorded_precision(path: Path) -> str | None:
@@ -127,7 +131,7 @@ def measure_model(
 
     def measured(shards: Shards) -> dict[str, float]:
         collate = Collate(shards.manifest.row_length)
-        share = {"rank": world.rank, "ranks": world.size}
+        share = {"rank": world.rank, "ranks": world.size, "vocab_size": model.arch.vocab_size}
         batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
         found = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
         names = [*SHOWN, *(metric.__name__ for metric in metrics)]
@@ -164,15 +168,16 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 def main() -> None:
     """Measure and print."""
     from kd_core.errors import UsageError
+    from kd_core.hub import folder_of
     from kd_core.parallel.mesh import joined_world
     from kd_core.precision import choose_precision
 
     if STUDENT.value is None or not CACHE.value:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
-    metrics = _user_metrics()
+    metrics, student = _user_metrics(), folder_of(STUDENT.value, "--student")
     with joined_world() as world:
-        model, tokenizer_folder = load_student(Path(STUDENT.value), world.device)
-        wanted, student = cast("Precision", PRECISION.value), Path(STUDENT.value)
+        model, tokenizer_folder = load_student(student, world.device)
+        wanted = cast("Precision", PRECISION.value)
         chosen = world.on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))
         chosen.warn_if_slow("--precision")
         caches = list(dict.fromkeys(CACHE.value))

@@ -65,9 +65,11 @@ def _export(export: Any, out: Path) -> None:
     from data.export.growth import end_growth, growth_of
     from data.export.plan import make_plans
     from kd_core.files import owned
+    from kd_core.hub import local_folder
     from kd_core.parallel.mesh import joined_world
     from launchers.folder_kinds import CACHES, refuse_others
 
+    local_folder(export.teacher)  # fetched before ranks wait for each other
     with joined_world() as world, ExitStack() as stack:
         world.on_first(lambda: refuse_others(out, CACHES, "out"))
         world.on_first(lambda: stack.enter_context(owned(out)))

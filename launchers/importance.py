@@ -22,7 +22,9 @@ from absl import flags
 
 from launchers import app
 
-TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder of the model to measure; required.")
+TEACHER = flags.DEFINE_string(
+    "teacher", None, "Hugging Face folder of the model to measure, or hub:OWNER/NAME; required."
+)
 CACHE = flags.DEFINE_string("cache", None, "A teacher's cache whose text is used; or --text.")
 TEXT = flags.DEFINE_string("text", None, "A text file; or --cache.")
 KEEP = flags.DEFINE_integer("keep", None, "How many layers to keep; default half of them.", lower_bound=1)
@@ -109,21 +111,24 @@ def main() -> None:
     """Load, measure, print."""
     import torch
 
+    from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import write_json
+    from kd_core.hub import local_folder
     from kd_core.precision import DTYPES, Precision, choose_precision
     from kd_core.students.importance import LayerwiseText, nll_of
     from kd_core.students.starts import Pretrained, build
 
     if TEACHER.value is None:
         raise UsageError("wanted --teacher=DIR. Try --help.")
-    teacher = Path(TEACHER.value)
+    teacher = local_folder(TEACHER.value, "--teacher")
     rows = _rows(teacher)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_precision(cast(Precision, DTYPE.value), device)
     app.log.info("dtype: %s", chosen)
     chosen.warn_if_slow("--dtype")
-    model = build(Pretrained(str(teacher)), device, seed=0).to(DTYPES[chosen.precision]).eval()
+    tokens = Tokenizer(teacher).vocab_size
+    model = build(Pretrained(str(teacher)), device, 0, tokens, "--teacher").to(DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:

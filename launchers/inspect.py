@@ -115,10 +115,11 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
     """
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
+    from kd_core.hub import folder_of
 
     fingerprint, teacher = manifest.tokenizer, manifest.made.get("teacher")
     if TOKENIZER.value is not None:
-        found = Tokenizer(Path(TOKENIZER.value))
+        found = Tokenizer(folder_of(TOKENIZER.value, "--tokenizer"))
         if found.fingerprint_like(fingerprint) != fingerprint:
             raise UsageError(
                 f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "
@@ -133,7 +134,7 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
 
 
 def _missing(manifest: "Manifest") -> str:
-    from data.importers.lines import UNKNOWN
+    from data.importers.convert import UNKNOWN
 
     teacher = manifest.made.get("teacher", UNKNOWN)
     place = "beside the cache" if teacher == UNKNOWN else f"in {teacher}, the teacher's folder"

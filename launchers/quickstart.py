@@ -79,8 +79,8 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
 
 def _fetch_teacher(folder: Path) -> str:
     from data.export import sources
-    from data.export.huggingface import local_folder
     from kd_core.files import new_folder
+    from kd_core.hub import local_folder
     from kd_core.students.gguf import convert_gguf
 
     target = folder / "teacher"
@@ -143,6 +143,7 @@ def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, An
     """Three models on held-out text in float32, and their continuations of one prompt."""
     from data.cache.manifest import read_manifest
     from data.tokenizer import Tokenizer
+    from kd_core.hub import folder_of
     from kd_core.parallel.mesh import joined_world
     from kd_core.parallel.plan import Parallel
     from kd_core.students.starts import Pretrained, build
@@ -161,8 +162,8 @@ def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, An
     report: dict[str, Any] = {"prompt": text, "models": []}
     with joined_world() as world:
         for name, start in starts.items():
-            model = build(start, world.device, seed=0)
-            (numbers,) = measure_model(model, Path(start.folder), [str(cache)], "float32", world).values()
+            model = build(start, world.device, 0, tokenizer.vocab_size)
+            (numbers,) = measure_model(model, folder_of(start.folder), [str(cache)], "float32", world).values()
             said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
             report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})
     return report

@@ -147,6 +147,7 @@ def main() -> None:
         raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
     max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
     experiment: Any = fdl.build(resolved.config)
+    experiment.fetch()
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     if app.FLAGS.dry_run:
         _dry_run(experiment, resolved, folder)

@@ -55,6 +55,10 @@ class Tiny:
         at = folder or self.train
         return list(ShardReader(at, read_manifest(at)).records())
 
+    def texts(self) -> list[str]:
+        """The corpus's documents."""
+        return [path.read_text() for path in sorted(self.corpus.iterdir())]
+
     def export(self, **changes: object) -> TeacherExport:
         """The export that made the caches."""
         settings = {
@@ -120,7 +124,7 @@ def make_tokenizer(folder: Path, texts: list[str], vocab: int = VOCAB) -> Tokeni
     return tokenizer
 
 
-def _teach(model: Decoder, tokenizer: Tokenizer, texts: list[str]) -> None:
+def teach(model: Decoder, tokenizer: Tokenizer, texts: list[str]) -> None:
     """Plain cross-entropy on the texts, by plain torch."""
     ids = [i for text in texts for i in tokenizer.encode(text).ids]
     rows = torch.tensor(ids[: len(ids) // 33 * 33]).view(-1, 33)
@@ -152,7 +156,7 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
     )
     write_json(folder / "config.json", config_of(arch, 0, 0))
     model = build(Random(str(folder), 32, 48, 4, 4, 2, init_std=0.1), torch.device("cpu"), seed=1)
-    _teach(model, Tokenizer.from_file(str(folder / "tokenizer.json")), texts)
+    teach(model, Tokenizer.from_file(str(folder / "tokenizer.json")), texts)
     temporary = folder.with_name(folder.name + "_made")
     save_pretrained(model, temporary, folder)
     (temporary / "model.safetensors").rename(folder / "model.safetensors")
@@ -187,7 +191,6 @@ def make_tiny(root: Path) -> Tiny:
     """Corpus, teacher and caches under `root`."""
     tiny = Tiny(root)
     make_corpus(tiny.corpus)
-    texts = [path.read_text() for path in sorted(tiny.corpus.iterdir())]
-    make_teacher(tiny.teacher, texts)
+    make_teacher(tiny.teacher, tiny.texts())
     write_caches(tiny.export(), root / "cache")
     return tiny

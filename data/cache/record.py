@@ -12,6 +12,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 UNUSED = -np.inf
+MOST_PADDING = 0.01  # of a position's mass: no column that a tokenizer never gives has learnt to take more
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,42 @@ class Record:
         """The head alone."""
         return replace(self, sampled_token_ids=None, sampled_log_weights=None)
 
+    def within(self, vocab_size: int) -> Self:
+        """The record given that the next token is one of the first `vocab_size`: the others are padding columns.
+
+        Entries of padding become unused, and the rest is divided by the mass that they leave. The other samples take
+        the weight of those that fell on padding. Padding mass inside the tail is not known, and stays there.
+
+        Raises:
+            ValueError: a token is beyond the vocabulary, or more mass than padding has, or all samples of a position.
+        """
+        if (largest := int(self.token_ids.max(initial=0))) >= vocab_size:
+            raise ValueError(f"token {largest} where there are {vocab_size}")
+        samples, weights = self.samples()
+        beyond, drawn_beyond = self.topk_token_ids >= vocab_size, samples >= vocab_size
+        if not (beyond.any() or drawn_beyond.any()):
+            return self
+        padding = _mass(np.where(beyond, self.topk_log_probs, UNUSED))  # [T]
+        kept_weights = np.where(drawn_beyond, UNUSED, weights)
+        drawn, kept = _mass(weights), _mass(kept_weights)  # [T]
+        if (most := padding.max(initial=0.0)) > MOST_PADDING:
+            raise ValueError(f"ids from {vocab_size} on have a probability of {most:.3f} at a position")
+        if (drawn > 0)[kept == 0].any():
+            raise ValueError(f"all samples of a position are ids from {vocab_size} on")
+        left = np.log1p(-padding)
+        share = np.log(np.divide(kept, drawn, where=drawn > 0, out=np.ones_like(drawn)))
+        has_samples = self.sampled_token_ids is not None
+        return replace(
+            self,
+            topk_token_ids=np.where(beyond, 0, self.topk_token_ids),
+            topk_log_probs=(np.where(beyond, UNUSED, self.topk_log_probs) - left[:, None]).astype(np.float32),
+            tail_log_prob=(self.tail_log_prob - left).astype(np.float32),
+            label_log_prob=(self.label_log_prob - left).astype(np.float32),
+            tempered_tails={t: (tail - left / t).astype(np.float32) for t, tail in self.tempered_tails.items()},
+            sampled_token_ids=np.where(drawn_beyond, 0, samples) if has_samples else None,
+            sampled_log_weights=(kept_weights - (left + share)[:, None]).astype(np.float32) if has_samples else None,
+        )
+
     def cut(self, top_k: int | None = None, min_prob: float = 0.0, mass: float = 1.0) -> Self:
         """The record as a narrower selection would have written it: what is cut off goes to the tail.
 
@@ -94,6 +131,11 @@ def chosen(sorted_log_probs: Array, top_k: int, min_prob: float, mass: float) ->
     kept = (np.arange(probs.shape[1]) < top_k) & (sorted_log_probs > UNUSED)
     kept &= sorted_log_probs >= (np.log(min_prob) if min_prob > 0 else UNUSED)
     return kept & (before < mass)
+
+
+def _mass(logs: Array) -> Array:
+    """Σ e^x of each row, in float64."""
+    return np.exp(logs.astype(np.float64)).sum(axis=1)
 
 
 def _with(tail: Array, lost: Array) -> Array:

@@ -46,8 +46,9 @@ def claim(plan: CachePlan) -> bool:
     if not path.exists():
         write_json(path, plan.plan)
     found = read_json(path, "the plan of an export")
-    # Before plans named their windows, documents were split by their names. Such a cache is reused if it is complete.
-    unknown = {"windows"} - set(found)
+    # Before plans named their windows, documents were split by their names; before they named the real vocabulary,
+    # padding took probability. Such a cache is reused if it is complete.
+    unknown = {"windows", "vocab_size"} & set(plan.plan) - set(found)
     names = sorted({*found, *plan.plan} - unknown)
     differing = [name for name in names if found.get(name) != plan.plan.get(name)]
     if differing:
@@ -63,7 +64,8 @@ def claim(plan: CachePlan) -> bool:
     if unknown and (missing or not manifest):
         raise UsageError(
             f"{plan.folder}: holds part of an export that an earlier version began, which divided documents into train "
-            "and validation in another way. Finish it with that version, name another --out, or delete the folder."
+            "and validation in another way, or gave probability to padding. Finish it with that version, name another "
+            "--out, or delete the folder."
         )
     if manifest and missing and len(manifest.plans) > 1:
         raise UsageError(

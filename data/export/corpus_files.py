@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.export.huggingface import HUB, NO_EXTRA
 from data.export.rows import FORMATS, TEXTS, reader_of
 from data.export.tables import saved_files
 from data.folders import FolderFiles, files_below
 from data.text_lines import PACKED
 from kd_core.errors import UsageError
 from kd_core.files import printable
+from kd_core.hub import HUB, NO_EXTRA
 
 HUB_CORPUS = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?", re.ASCII)
 CARDS = ("readme.md", "readme.markdown")  # what describes a data set

@@ -22,7 +22,6 @@ from data.cache.manifest import TABLES, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.totals import Totals
 from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
-from data.export.huggingface import local_folder
 from data.export.plan import CachePlan, PlannedShard, TeacherExport
 from data.export.scorers import load_scorer
 from data.export.scoring import score_windows, scoring_threads
@@ -30,6 +29,7 @@ from data.export.teacher import Scorer
 from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import sha256
+from kd_core.hub import local_folder, pinned
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
@@ -108,7 +108,7 @@ def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
     before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
-    made = {**made_now(plan.export.teacher, [*before, plan.export.corpus.path]), "drawn_from": plan.drawn_from}
+    made = {**made_now(pinned(plan.export.teacher), [*before, plan.export.corpus.path]), "drawn_from": plan.drawn_from}
     totals, coding = Totals.of(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []

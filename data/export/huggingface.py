@@ -1,4 +1,4 @@
-"""Teachers through transformers (extra `hf`): hub ids, and every causal language model that it knows."""
+"""Teachers through transformers (extra `hf`): every causal language model that it knows."""
 
 import re
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from torch import Tensor
 from data.export.teacher import CHUNK_TOKENS
 from kd_core.errors import UsageError
 from kd_core.files import damaged, read_json
+from kd_core.hub import NO_EXTRA
 from kd_core.memory import bounded_memory
 from kd_core.students.architecture import MOST
 from kd_core.students.weights import weight_files
@@ -20,33 +21,8 @@ from kd_core.students.weights import weight_files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
-HUB = "hub:"
 LAYERS, EXPERTS = re.compile("^(?!max_window_).*layers?$|blocks?$|stages?$"), re.compile("experts?$")
 MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
-NO_EXTRA = "needs the extra: pip install 'kd-workspace[hf]'."
-
-
-def local_folder(teacher: str) -> Path:
-    """The folder of a teacher: its name, or where `hub:OWNER/NAME` was fetched to, in the hub's own cache.
-
-    A hub id is marked as one, so that a mistyped path never fetches somebody's model.
-
-    Raises:
-        UsageError: the hub does not give it.
-    """
-    if not teacher.startswith(HUB):
-        if not Path(teacher).is_dir():
-            raise UsageError(f"teacher {teacher}: no such folder. Wanted one, or {HUB}OWNER/NAME for a hub id.")
-        return Path(teacher)
-    try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415 (an extra)
-    except ImportError:
-        raise UsageError(f"teacher {teacher}: a hub id {NO_EXTRA}") from None
-    try:
-        return Path(snapshot_download(teacher.removeprefix(HUB), allow_patterns=WANTED_FILES))
-    except Exception as error:  # the client raises its own, the network's and the cache's
-        raise UsageError(f"teacher {teacher}: not to be had from the hub ({error}).") from None
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
@@ -130,15 +106,18 @@ def _widen_lm_head(model: "PreTrainedModel") -> None:
 class HuggingFaceScorer(NamedTuple):
     """Any causal language model of transformers; the logits of a whole batch exist at once.
 
-    `vocab_size` is the configuration's: a head may be padded beyond it, and the padding takes no probability.
+    `vocab_size` is the real vocabulary, the tokenizer's: a head may be padded beyond it, and the padding takes no
+    probability.
     """
 
     model: "PreTrainedModel"
     vocab_size: int
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "HuggingFaceScorer":
-        """Load from safetensors alone: no pickle, no code of the folder's own.
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, tokens: int | None = None
+    ) -> "HuggingFaceScorer":
+        """Load from safetensors alone: no pickle, no code of the folder's own. `tokens` is the real vocabulary.
 
         Raises:
             UsageError: transformers has no such causal language model, or weights are missing.
@@ -169,7 +148,7 @@ class HuggingFaceScorer(NamedTuple):
             )
         model = model.to(device).eval()
         _widen_lm_head(model)
-        return cls(model, int(config.vocab_size))
+        return cls(model, int(config.vocab_size) if tokens is None else tokens)
 
     @property
     def device(self) -> torch.device:

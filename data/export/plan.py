@@ -19,11 +19,11 @@ from data.export.bad_rows import BadRows
 from data.export.corpus import Corpus, split_documents
 from data.export.encoding import Encoded, Encoder
 from data.export.growth import SPLITS, Growth
-from data.export.huggingface import local_folder
 from data.export.scorers import SCORERS, TeacherFacts, read_facts
 from data.export.windows import Window, choose_windows, windows_of
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
+from kd_core.hub import local_folder
 from kd_core.precision import Precision
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
 from kd_core.students.weights import weight_files
@@ -182,9 +182,9 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def _facts(export: TeacherExport, folder: Path) -> TeacherFacts:
+def _facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
     """Facts of the teacher, which must bear the export's settings."""
-    teacher, top_k = read_facts(folder, export.scorer), export.selection.top_k
+    teacher, top_k = read_facts(folder, export.scorer, tokens), export.selection.top_k
     if top_k >= teacher.vocab_size:
         raise UsageError(f"selection.top_k: got {top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
     if teacher.max_positions is not None and export.row_length > teacher.max_positions:
@@ -211,6 +211,8 @@ def _settings(
         **{name: ids for name, ids in zip((BEGINS, ENDS), encoder.used or (), strict=False) if ids},
         **settings,
         "scorer": teacher.scorer,
+        # Of a teacher with padding alone, whose columns took probability before.
+        **({"vocab_size": teacher.vocab_size} if teacher.architecture.get("padded_vocab_size") else {}),
     }
 
 
@@ -254,7 +256,8 @@ def make_plans(
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
     """
     folder = local_folder(export.teacher)
-    teacher, encoder = _facts(export, folder), Encoder(folder, export.corpus.bos, export.corpus.eos)
+    encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
+    teacher = _facts(export, folder, encoder.tokenizer.vocab_size)
     bad = bad_rows or export.corpus.bad_rows()
     sides = _sides(export, _scored_documents(export.corpus, encoder, bad), growth)
     settings = _settings(export, folder, teacher, encoder, bad)
@@ -273,12 +276,6 @@ def make_plans(
             raise UsageError(
                 f"corpus {export.corpus.path}: the {split} split has no window of two tokens or more within "
                 f"{tokens} tokens. Give more text, or a larger {split}_tokens."
-            )
-        largest = max(int(window.token_ids.max()) for window in windows)
-        if largest >= teacher.vocab_size:
-            raise UsageError(
-                f"{folder}: its tokenizer gives id {largest}, its model knows 0 to {teacher.vocab_size - 1}. "
-                "Tokenizer and model do not belong together."
             )
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})

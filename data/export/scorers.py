@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.export.huggingface import NO_EXTRA, HuggingFaceScorer, read_config
+from data.export.huggingface import HuggingFaceScorer, read_config
 from data.export.teacher import DecoderScorer, Scorer
+from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
-from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained, build
+from kd_core.hub import NO_EXTRA
+from kd_core.students.architecture import too_many_tokens
+from kd_core.students.starts import Pretrained, build, stored_architecture
 
 SCORERS = ("auto", "decoder", "transformers")
 log = logging.getLogger("kd")
@@ -28,37 +30,46 @@ class TeacherFacts(NamedTuple):
     architecture: dict[str, Any]
 
 
-def _through_transformers(folder: Path) -> TeacherFacts:
+def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
     config = read_config(folder)
-    limit = getattr(config, "max_position_embeddings", None)
-    known = {"model_type": config.model_type, "vocab_size": int(config.vocab_size)}
-    return TeacherFacts("transformers", int(config.vocab_size), limit, known)
+    limit, rows = getattr(config, "max_position_embeddings", None), int(config.vocab_size)
+    known: dict[str, Any] = {"model_type": config.model_type, "vocab_size": rows}
+    if tokens is not None and tokens > rows:
+        raise too_many_tokens(tokens, rows, str(folder), "teacher")
+    if tokens is not None and tokens < rows:
+        known |= {"vocab_size": tokens, "padded_vocab_size": rows}
+    return TeacherFacts("transformers", known["vocab_size"], limit, known)
 
 
-def read_facts(folder: Path, scorer: str) -> TeacherFacts:
+def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
     """The facts of a teacher, with the scorer that `scorer` (one of `SCORERS`) stands for.
+
+    `tokens` is the size of its tokenizer, the real vocabulary; None: all of its rows are.
 
     Raises:
         UsageError: the folder holds no model, or none that the scorer can score.
     """
     if scorer == "transformers":
-        return _through_transformers(folder)
+        return _through_transformers(folder, tokens)
     try:
-        arch = read_architecture(folder)
+        arch = stored_architecture(folder)
     except UsageError as reason:
         read_json(folder / "config.json", "a Hugging Face model configuration")
         if scorer == "decoder":
             raise
         if find_spec("transformers") is None:
             raise UsageError(f"{reason} Scoring it with transformers {NO_EXTRA}") from None
-        facts = _through_transformers(folder)
+        facts = _through_transformers(folder, tokens)
         log.info("%s: scored with transformers, for our decoder does not cover it", reason)
         return facts
+    if tokens is not None:
+        arch = arch.with_tokens(tokens, str(folder), "teacher")
     return TeacherFacts("decoder", arch.vocab_size, arch.max_positions, asdict(arch))
 
 
 def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.device) -> Scorer:
-    """The teacher in `folder`, ready to score."""
-    if read_facts(folder, scorer).scorer == "transformers":
-        return HuggingFaceScorer.load(folder, dtype, device)
-    return DecoderScorer(build(Pretrained(str(folder)), device, seed=0).to(dtype).eval())
+    """The teacher in `folder`, ready to score the vocabulary of its tokenizer."""
+    tokens = Tokenizer(folder).vocab_size
+    if read_facts(folder, scorer, tokens).scorer == "transformers":
+        return HuggingFaceScorer.load(folder, dtype, device, tokens)
+    return DecoderScorer(build(Pretrained(str(folder)), device, 0, tokens, "teacher").to(dtype).eval())

@@ -33,7 +33,10 @@ BYTES_OF_AN_ENTRY = 25  # of JSON, about: an id and a number
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert, and how. `tokenizer` is its fingerprint, or `UNKNOWN`."""
+    """What to convert, and how. `tokenizer` is its fingerprint, or `UNKNOWN`.
+
+    `columns`, if they are more than the vocabulary, are those of a padded model: entries of padding are left out.
+    """
 
     kind: str
     source: str
@@ -43,6 +46,7 @@ class Conversion:
     max_codec_kl: float = 1e-3
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
+    columns: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -107,7 +111,7 @@ def convert(job: Conversion, out: Path) -> Manifest:
     if out.exists():
         raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
     files = files_of(job.source)
-    counted = _Counted(read_lines(job.source, job.kind, job.vocab_size))
+    counted = _Counted(read_lines(job.source, job.kind, job.vocab_size, job.columns))
     blocks = _blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
     pilot = next(blocks, None)
     if pilot is None:

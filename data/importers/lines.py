@@ -71,8 +71,8 @@ def files_of(source: str) -> list[Path]:
     return [chunks[number] for number in sorted(chunks)]
 
 
-def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
-    """All records of a source.
+def read_lines(source: str, kind: str, vocab_size: int, columns: int = 0) -> Iterator[Line]:
+    """All records of a source; entries of padding, which `columns` has beyond the vocabulary, are left out.
 
     Raises:
         UsageError: file and line, what was found there, what was wanted.
@@ -86,7 +86,8 @@ def read_lines(source: str, kind: str, vocab_size: int) -> Iterator[Line]:
             where = f"{printable(path)}:{number}"
             value = json_object(json_value(decoded(line, where), where), where)
             try:
-                yield KINDS[kind](value, f"{name}:{number}", vocab_size)
+                found = KINDS[kind](value, f"{name}:{number}", max(columns, vocab_size))
+                yield found._replace(record=found.record.within(vocab_size))
             except KeyError as error:
                 raise UsageError(f"{where}: no field {error}. Is it {kind}?") from None
             except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:

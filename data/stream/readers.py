@@ -16,8 +16,8 @@ log = logging.getLogger("kd")
 class PartReader:
     """One cache: its blocks, and which of them are damaged."""
 
-    def __init__(self, shards: Shards, may_skip: bool) -> None:
-        self.shards, self.reader = shards, shards.reader()
+    def __init__(self, shards: Shards, may_skip: bool, vocab_size: int | None) -> None:
+        self.shards, self.reader, self.vocab_size = shards, shards.reader(), vocab_size
         self.skips = may_skip and shards.on_damage == "skip"
         self.window: frozenset[BlockRef] = frozenset()
         self.damaged: dict[BlockRef, str] = {}
@@ -48,10 +48,13 @@ class PartReader:
 
 
 class Readers:
-    """A reader for each cache of a source; without `may_skip`, what is damaged is an error whatever they say."""
+    """A reader for each cache of a source; without `may_skip`, what is damaged is an error whatever they say.
 
-    def __init__(self, parts: Sequence[Shards], may_skip: bool = True) -> None:
-        self.parts = [PartReader(part, may_skip) for part in parts]
+    `vocab_size` is the student's real vocabulary; None: that of each manifest.
+    """
+
+    def __init__(self, parts: Sequence[Shards], may_skip: bool = True, vocab_size: int | None = None) -> None:
+        self.parts = [PartReader(part, may_skip, vocab_size) for part in parts]
         self.latest = self.parts[0].reader
 
     def close(self) -> None:
@@ -90,7 +93,7 @@ class Readers:
             if found is None:
                 damaged += index == 0
             else:
-                records.append(part.shards.cut(found[index]))
+                records.append(part.shards.cut(found[index], part.vocab_size))
         if len(self.parts) > 1:
             records = [replace(record, name=f"{part.shards.path}:{record.name}") for record in records]
         return records, damaged

@@ -24,6 +24,7 @@ log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
 LOOKED_AT = 5_000  # rows
 ON_DAMAGE = ("stop", "skip")
+SAID_BY = "that of the tokenizer in student.folder, or student.vocab_size"
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ class Shards:
         return ShardReader(self.path, self.manifest)
 
     def check(self, vocab_size: int, tokenizer: str) -> None:
-        """Refuse a cache of another vocabulary or tokenizer, an empty one, or one whose labels are shifted."""
+        """Refuse a cache of another vocabulary or tokenizer, an empty one, or one whose labels are shifted.
+
+        A cache of more columns than the student's real vocabulary, written before the export left padding out or
+        converted without a tokenizer, is read by `Record.within`. One of fewer has a teacher without the last tokens.
+        """
         found = self.manifest
-        if found.vocab_size != vocab_size:
-            raise UsageError(f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size}.")
+        if found.vocab_size < vocab_size and found.tokenizer != tokenizer:
+            raise UsageError(
+                f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size} ({SAID_BY}). Take a "
+                "student of the teacher's tokenizer."
+            )
         if "tokenizer" in found.unknown:
             log.warning(
                 "%s: converted without a tokenizer; that the student's is the same cannot be checked", self.path
@@ -105,7 +113,8 @@ class Shards:
                 f"{self.path}: no position of the cache is scored. Export or convert it with labels to score."
             )
         with self.reader() as reader:
-            check_alignment(self._first_block(reader)[:ALIGNMENT_RECORDS], self.path)
+            first = [self.within(record, vocab_size) for record in self._first_block(reader)]
+            check_alignment(first[:ALIGNMENT_RECORDS], self.path)
 
     def _first_block(self, reader: ShardReader) -> list[Record]:
         """The first block; the first that is not damaged where such are skipped."""
@@ -118,9 +127,26 @@ class Shards:
                 continue
         return reader.block(blocks[min(allowed, len(blocks) - 1)])
 
-    def cut(self, record: Record) -> Record:
-        """What is read of a record."""
-        record = record if self.samples else record.without_samples()
+    def within(self, record: Record, vocab_size: int | None) -> Record:
+        """Returns the record over the real vocabulary; None: that of the manifest.
+
+        Raises:
+            UsageError: a token, or more mass than padding has, lies beyond it.
+        """
+        if vocab_size is None or vocab_size >= self.manifest.vocab_size:
+            return record
+        try:
+            return record.within(vocab_size)
+        except ValueError as error:
+            raise UsageError(
+                f"{self.path}: record {record.name} of {record.document}: {error}; the cache has a vocabulary of "
+                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({SAID_BY}). Take a student of the "
+                "teacher's tokenizer, or export the cache again."
+            ) from None
+
+    def cut(self, record: Record, vocab_size: int | None = None) -> Record:
+        """What is read of a record, over the real vocabulary."""
+        record = self.within(record if self.samples else record.without_samples(), vocab_size)
         return record.cut(self.top_k, self.min_prob, self.mass)
 
     @property

@@ -55,13 +55,14 @@ def _steps(
 
 def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which share of it)
     source: Source, collate: Collate, *, seed: int, start_row: int, rows_per_step: int, micro_batch: int,
-    rank: int, ranks: int,
+    rank: int, ranks: int, vocab_size: int | None = None,
 ) -> Generator[list[Batch]]:  # fmt: skip
     """For each step, this rank's micro-batches of at most `micro_batch` rows; endless.
 
-    With `source.prefetch`, a thread makes so many steps ahead; they are the same.
+    Entries are those of the first `vocab_size` tokens (None: of each manifest's). With `source.prefetch`, a thread
+    makes so many steps ahead; they are the same.
     """
-    readers = Readers(source.parts)
+    readers = Readers(source.parts, vocab_size=vocab_size)
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
     steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)))
     if source.prefetch:
@@ -70,10 +71,12 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which
         yield from steps
 
 
-def all_batches(shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int) -> Generator[Batch]:
+def all_batches(
+    shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int, vocab_size: int | None = None
+) -> Generator[Batch]:
     """Every record once, in stored order: this rank's share, for evaluation. What is damaged stops it."""
     order = shards.rows(collate.row_length, None, 0)
-    with closing(Readers([shards], may_skip=False)) as readers:
+    with closing(Readers([shards], False, vocab_size)) as readers:
         while some := list(itertools.islice(order, micro_batch * ranks)):
             readers.hold(some)
             yield from _shared(readers, some, collate, micro_batch, Share(rank, ranks))

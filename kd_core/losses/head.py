@@ -5,7 +5,7 @@ logits = cap · tanh((scale · hidden @ weight.T + bias) / cap), over the real v
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +96,10 @@ class Head(NamedTuple):
         if form.part.group is None and len(weight) < V:
             raise UsageError(f"head.vocab_size: got {V}; wanted at most the {len(weight)} rows of the weight.")
         rows = form.part.rows(len(weight), V)
+        part = replace(form.part, padding=rows == 0)
+        rows = max(rows, 1)
         cut = None if bias is None else bias[:rows].to(precision.keep)
-        return cls(weight[:rows], cut, form.scale, form.soft_cap, precision, form.part, V)
+        return cls(weight[:rows], cut, form.scale, form.soft_cap, precision, part, V)
 
     def finish_(self, product: Tensor, bias: Tensor | None) -> Tensor | None:
         """Turn hidden @ weight.T into logits; returns what their gradient is multiplied by, where capped."""

@@ -40,10 +40,14 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of the head from `first` on, of those that `group`'s ranks hold together; without a group, all of them."""
+    """Rows of the head from `first` on, of those that `group`'s ranks hold together; without a group, all of them.
+
+    `padding`: none of them is a real token. One row stands for them, with logits that nothing reads.
+    """
 
     first: int = 0
     group: dist.ProcessGroup | None = None
+    padding: bool = False
 
     def rows(self, held: int, vocab: int) -> int:
         """How many of the `held` rows are real tokens of a vocabulary."""
@@ -78,6 +82,13 @@ class Part:
         label, tail_sum, size, mass_of_all = singles.unbind(dim=1)
         found = Found(logits, distinct > 0, label, tail_sum, size.long(), largest, base + mass_of_all.log())
         return found, torch.where(mass > 0, mass / mass_of_all, 0.0)
+
+
+def nothing_found(like: Float[Tensor, "n V"], entries: int) -> Found:
+    """Returns what a part without a real token adds to the others."""
+    zeros = like.new_zeros(len(like))
+    logits = like.new_zeros(len(like), entries)
+    return Found(logits, logits > 0, zeros, zeros, zeros.long(), zeros - torch.inf, zeros - torch.inf)
 
 
 WHOLE = Part()

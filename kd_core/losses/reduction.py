@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.losses.job import Positions
-from kd_core.losses.part import Found, Located, Part
+from kd_core.losses.part import Found, Located, Part, nothing_found
 from kd_core.losses.view import SparseView
 
 # Rows at a time where a pass over the vocabulary needs a second copy of them.
@@ -102,7 +102,8 @@ def reduce_(logits: Tensor, chunk: Positions, part: Part, needs_tail_mean: bool)
     teacher, used, V = chunk.teacher, chunk.teacher.log_probs > -torch.inf, logits.shape[1]
     entries = part.locate(teacher.ids, used, V)
     labels = part.locate(chunk.labels[:, None], torch.ones_like(chunk.mask)[:, None], V)
-    found, share = part.together(_soften_tail_(logits, entries, labels, needs_tail_mean))
+    here = nothing_found(logits.zero_(), used.shape[1]) if part.padding else None
+    found, share = part.together(here or _soften_tail_(logits, entries, labels, needs_tail_mean))
     exists = found.tail_size > 0
     mean = found.tail_sum / found.tail_size.clamp(min=1)
     support = torch.where(used, found.logits, -torch.inf)

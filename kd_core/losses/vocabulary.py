@@ -77,7 +77,8 @@ class _Pass:
             write_gradient_(buffer[:n], each, by_view)
             if temperature != 1:
                 self.buffers[1.0][:n].add_(buffer[:n], alpha=1 / temperature)
-        return self.buffers[1.0][:n]
+        by_logits = self.buffers[1.0][:n]
+        return by_logits.zero_() if self.matmuls.head.part.padding else by_logits
 
 
 def sums_over_vocabulary(job: Job, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:

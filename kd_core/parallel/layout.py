@@ -18,7 +18,6 @@ class Shape:
     heads: int
     kv_heads: int
     intermediate: int
-    vocab: int
     vocab_rows: int
     row_length: int
 
@@ -49,7 +48,7 @@ def _fits(tensor: int, shape: Shape) -> bool:
     """Whether so many ranks can share a student's heads, feed-forward and vocabulary."""
     wide = shape.heads % tensor == 0 and shape.intermediate % tensor == 0
     kv = shape.kv_heads % tensor == 0 or tensor % shape.kv_heads == 0
-    return wide and kv and (tensor - 1) * math.ceil(shape.vocab_rows / tensor) < shape.vocab
+    return wide and kv and (tensor - 1) * math.ceil(shape.vocab_rows / tensor) < shape.vocab_rows
 
 
 def check_shape(tensor: int, sequence_parallel: bool, shape: Shape) -> None:
@@ -63,7 +62,7 @@ def check_shape(tensor: int, sequence_parallel: bool, shape: Shape) -> None:
         raise UsageError(
             f"parallel.tensor_parallel: got {tensor}, which does not divide the student's {shape.heads} heads "
             f"({shape.kv_heads} for keys and values, which also divide {tensor} or are divided by it), feed-forward "
-            f"width {shape.intermediate}, or leaves a rank without any of {shape.vocab} tokens. "
+            f"width {shape.intermediate}, or leaves a rank without any of {shape.vocab_rows} rows of the vocabulary. "
             f"Fitting: {', '.join(fitting)}."
         )
     if sequence_parallel and shape.row_length % tensor:

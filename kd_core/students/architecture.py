@@ -12,6 +12,15 @@ MOST = {
 }  # fmt: skip
 
 
+def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageError:
+    """Returns the error of a tokenizer that is larger than its model; `where` names the setting."""
+    return UsageError(
+        f"{where}: {folder} has a tokenizer of {tokens} tokens, but an embedding of {rows} rows (vocab_size in "
+        f"config.json), so ids from {rows} on have no row. Tokenizer and model do not belong together; where tokens "
+        "were added, widen the model by resize_token_embeddings of transformers."
+    )
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The numbers that fix a decoder's shape and arithmetic.
@@ -62,6 +71,26 @@ class Architecture:
     def window(self, layer: int) -> int | None:
         """How many positions a layer sees; None: all."""
         return None if self.windows is None else self.windows[layer]
+
+    def with_tokens(self, tokens: int, folder: str, where: str) -> "Architecture":
+        """The same rows, of which the `tokens` of the folder's tokenizer are real and the others padding.
+
+        Where a setting has said the real vocabulary already, that one counts.
+
+        Raises:
+            UsageError: the tokenizer has ids that have no row, or that the setting leaves out.
+        """
+        if tokens > self.vocab_rows:
+            raise too_many_tokens(tokens, self.vocab_rows, folder, where)
+        if self.padded_vocab_size is None:
+            padded = self.vocab_size if tokens < self.vocab_size else None
+            return replace(self, vocab_size=tokens, padded_vocab_size=padded)
+        if self.vocab_size < tokens:
+            raise UsageError(
+                f"student.vocab_size: got {self.vocab_size}; wanted at least the {tokens} tokens of the tokenizer in "
+                f"{folder}, which count where it is not set."
+            )
+        return self
 
     def with_layers(self, kept: tuple[int, ...]) -> "Architecture":
         """Only these layers, in this order."""

@@ -116,7 +116,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen, head_dim=128, kv_heads=32, expects=(("mlp_bias", False),)),
     "granite": Family("GraniteForCausalLM", _granite, _write_granite),
 }
-EVERYWHERE = (("hidden_act", "silu"), ("quantization_config", None))
+EVERYWHERE = (("hidden_act", "silu"), ("quantization_config", None), ("transformers_weights", None))
 
 
 def _family(path: Path, config: Config) -> Family:

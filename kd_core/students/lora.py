@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
 from kd_core.students.adapters import LoraLinear, LowRank, adapted_layers
 from kd_core.students.architecture import Architecture
@@ -103,7 +103,7 @@ class Adapted:
             assert isinstance(linear, nn.Linear)
             setattr(model.get_submodule(parent), last, LoraLinear(linear, settings))
         if self.adapter is not None:
-            check_same(Path(self.adapter), model)
+            check_same(folder_of(self.adapter, "student.adapter"), model)
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
@@ -111,7 +111,7 @@ class Adapted:
         self.base.fill(model, seed)
         if self.adapter is not None:
             with stopping_together(model.parameters()):
-                load_adapter(model, Path(self.adapter))
+                load_adapter(model, folder_of(self.adapter, "student.adapter"))
             return
         for name, layer in adapted_layers(model).items():
             fill_random(layer.lora_A, f"{name}.lora_A", seed, uniform_as_peft)

@@ -6,12 +6,15 @@ from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import damaged, is_plain_file, read_json
+from kd_core.hub import snapshot_at
 from kd_core.students.adapters import LoraLinear, adapted_layers
 from kd_core.students.decoder import Decoder
 from kd_core.students.weights import Stored, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
+# How an adapter may have begun on a base that stays as it is (the others of PEFT 0.21: pissa, olora, corda, …).
+PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings with which an adapter would mean something else.
 NOT_OURS = (
     "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "lora_bias",
@@ -43,6 +46,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; only 'none' is supported.")
+    if (begun := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
+        raise UsageError(
+            f"{path}: init_lora_weights is {begun!r}, a beginning that also changes the base, by what is not in the "
+            f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
+        )
     for name in NOT_OURS:
         if config.get(name):
             raise UsageError(f"{path}: {name} is {config[name]!r}, which is not supported.")
@@ -109,13 +118,16 @@ def _targets(names: list[str], num_layers: int) -> dict[str, Any]:
     return {"target_modules": lasts, "layers_to_transform": some, "layers_pattern": None if some is None else "layers"}
 
 
-def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: str | None) -> dict[str, Any]:
+def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
     """The `adapter_config.json` of a model's adapters; `base_folder` None where no folder has the frozen weights."""
     settings = next(iter(layers.values())).settings
+    fetched = None if base_folder is None else snapshot_at(base_folder)
+    base = fetched.repository if fetched else base_folder and str(base_folder)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_folder,
+        "base_model_name_or_path": base,
+        "revision": fetched.commit if fetched else None,
         "inference_mode": True,
         "bias": "none",
         "r": settings.rank,

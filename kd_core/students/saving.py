@@ -19,9 +19,10 @@ from kd_core.files import new_folder, read_json, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.students.adapters import adapted_layers, base_parameters
 from kd_core.students.decoder import Decoder
-from kd_core.students.families import config_of, read_architecture
+from kd_core.students.families import config_of
 from kd_core.students.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.placement import stopping_together, whole
+from kd_core.students.starts import stored_architecture
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,14 +50,28 @@ class _File(NamedTuple):
     pieces: list[_Piece]
 
 
+def _unlikely_padding(head: Tensor, real: int) -> Tensor:
+    """The head's rows [rows, D]; those beyond the `real` ones, which were not trained, become the mean of these.
+
+    A padding logit is then the mean of the real ones. exp is convex, so a padding token has at most 1/V of their
+    probability at any position, and is the likeliest at none.
+    """
+    rows = whole(head)
+    return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
+
+
 def _model_pieces(model: Decoder) -> list[_Piece]:
     """By transformers' names, adapters merged; a tied head is not stored."""
-    adapted = {f"{name}.weight": layer for name, layer in adapted_layers(model).items()}
+    arch = model.arch
+    values = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
+    if arch.vocab_rows > arch.vocab_size:
+        head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
+        values[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
     return [
         _Piece(
             name if name == "lm_head.weight" else f"model.{name}",
             parameter.numel(),
-            adapted[name].merged_weight if name in adapted else functools.partial(whole, parameter),
+            values.get(name, functools.partial(whole, parameter)),
         )
         for name, parameter in base_parameters(model).items()
     ]
@@ -117,7 +132,7 @@ def _write_about(model: Decoder, folder: Path, tokenizer_folder: Path, dtype: st
     layers = adapted_layers(model)
     if layers:
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
-        base = str(tokenizer_folder) if read_architecture(tokenizer_folder) == rows else None  # None: layers dropped
+        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
 

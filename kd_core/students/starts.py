@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.hub import folder_of
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.adapters import base_parameters
 from kd_core.students.architecture import Architecture
 from kd_core.students.decoder import Decoder, materialised, meta_decoder
 from kd_core.students.families import read_architecture
 from kd_core.students.placement import put, stopping_together
-from kd_core.students.weights import check_room, load_weights
+from kd_core.students.weights import check_room, has_own_head, load_weights
 
 
 @runtime_checkable
@@ -29,7 +30,7 @@ class Start(Protocol):
 
     @property
     def folder(self) -> str:
-        """The Hugging Face folder whose tokenizer the student keeps."""
+        """The Hugging Face folder, or `hub:OWNER/NAME`, whose tokenizer the student keeps."""
         ...
 
     def architecture(self) -> Architecture:
@@ -45,9 +46,23 @@ class Start(Protocol):
         ...
 
 
-def build(start: Start, device: torch.device, seed: int) -> Decoder:
-    """The student with its first weights, float32, whole on `device`, by one process."""
-    model = materialised(start.decoder(), device)
+def decoder_of(start: Start, tokens: int | None, where: str = "student.folder") -> Decoder:
+    """The start's decoder on the meta device; of its rows, `tokens` are the real vocabulary (None: as the start says).
+
+    Raises:
+        UsageError: fewer rows than tokens; `where` names the setting.
+    """
+    model = start.decoder()
+    if tokens is not None:
+        model.arch = model.arch.with_tokens(tokens, start.folder, where)
+    return model
+
+
+def build(
+    start: Start, device: torch.device, seed: int, tokens: int | None = None, where: str = "student.folder"
+) -> Decoder:
+    """The student of `decoder_of` with its first weights, float32, whole on `device`, by one process."""
+    model = materialised(decoder_of(start, tokens, where), device)
     start.fill(model, seed)
     return model
 
@@ -60,12 +75,19 @@ def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor,
     put(parameter, lambda box: values[box])
 
 
+def stored_architecture(folder: Path) -> Architecture:
+    """The architecture of a folder's weights: with a head of its own where one is stored that is not the embedding."""
+    arch = read_architecture(folder)
+    return replace(arch, tie_embeddings=False) if arch.tie_embeddings and has_own_head(folder) else arch
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
 
-    Which layers to keep is measured by `python -m launchers.importance`. `vocab_size` is the real vocabulary, where
-    the folder's weights are padded beyond it (its config does not say).
+    `folder` may be `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`. Which layers to keep is measured by
+    `python -m launchers.importance`. `vocab_size` is the real vocabulary, where it is not the tokenizer's; rows of
+    the folder's weights beyond it are padding.
     """
 
     folder: str
@@ -86,7 +108,7 @@ class Pretrained:
 
     def architecture(self) -> Architecture:
         """The folder's architecture with as many layers as are kept."""
-        stored = read_architecture(Path(self.folder))
+        stored = stored_architecture(folder_of(self.folder))
         arch = stored.with_layers(self._kept(stored))
         if self.vocab_size is None:
             return arch
@@ -99,7 +121,7 @@ class Pretrained:
     def decoder(self) -> Decoder:
         """See `Start`."""
         model = meta_decoder(self.architecture())
-        check_room(model.parameters(), Path(self.folder))
+        check_room(model.parameters(), folder_of(self.folder))
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
@@ -107,8 +129,8 @@ class Pretrained:
         del seed
         parameters = base_parameters(model)
         with stopping_together(parameters.values()):
-            kept = self._kept(read_architecture(Path(self.folder)))
-            load_weights(parameters, Path(self.folder), kept)
+            kept = self._kept(read_architecture(folder_of(self.folder)))
+            load_weights(parameters, folder_of(self.folder), kept)
 
 
 @dataclass(frozen=True)
@@ -138,7 +160,7 @@ class Random:
 
     def architecture(self) -> Architecture:
         """The folder's architecture with our sizes; where its layers see different windows, these go on in turn."""
-        stored = read_architecture(Path(self.folder))
+        stored = read_architecture(folder_of(self.folder))
         turns = tuple(layer % stored.num_layers for layer in range(self.num_layers))
         return replace(
             stored.with_layers(turns),

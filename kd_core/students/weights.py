@@ -1,5 +1,6 @@
 """Weights out of Hugging Face folders (safetensors, one file or sharded), each process only its own part of them."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -21,23 +22,39 @@ THEN = "Fetch the folder again"
 IGNORED = ".rotary_emb.inv_freq"  # a buffer that older files carry along; it follows from config.json
 
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+COMPARED_ROWS = 4096
+
+
+def _indexed(index: Path) -> list[str]:
+    """Names of the files that an index has."""
+    with damaged(index, "a safetensors index", THEN):
+        names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
+        if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
+    return names
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, in a stable order.
+    """The safetensors files that transformers loads, in a stable order; what else lies in the folder is left alone.
+
+    That is the single file, and where there is none those of the index.
 
     Raises:
-        UsageError: there are none, or the index names one that is missing.
+        UsageError: there are none, the index names one that is missing, or an adapter lies beside them.
     """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        with damaged(index, "a safetensors index", THEN):
-            names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
-            if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-                raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
-    files = [folder / name for name in names]
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(
+            f"{folder}: holds adapter_config.json beside a model, where transformers loads the adapter on its own "
+            "base. Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
+        )
+    indexed = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    files = [folder / name for name in ([SINGLE] if is_plain_file(folder / SINGLE) else indexed)]
     missing = [str(file) for file in files if not is_plain_file(file)]
     if missing:
-        raise UsageError(f"{missing[0]}: no such file; wanted the weights of a Hugging Face folder.")
+        pickled = " Weights as .bin are not read: save them as safetensors." if [*folder.glob("*.bin")] else ""
+        raise UsageError(f"{missing[0]}: no such file; wanted the weights of a Hugging Face folder.{pickled}")
     return files
 
 
@@ -96,6 +113,16 @@ class Stored:
         put(parameter, self.read)
 
 
+def _opened(path: Path, stack: ExitStack) -> Iterator[Stored]:
+    """The tensors of a safetensors file, which can be read until the stack is closed."""
+    try:
+        file = stack.enter_context(safe_open(path, "pt"))
+        for name in sorted(file.keys()):
+            yield Stored(file, path, name)
+    except (SafetensorError, OverflowError, UnicodeError) as error:
+        raise UsageError(f"{path}: damaged weights ({error}). Fetch or export the folder again.") from None
+
+
 def stored_tensors(files: list[Path]) -> Iterator[Stored]:
     """All tensors of safetensors files, each to be read before the next.
 
@@ -104,12 +131,7 @@ def stored_tensors(files: list[Path]) -> Iterator[Stored]:
     """
     for path in files:
         with ExitStack() as stack:
-            try:
-                file = stack.enter_context(safe_open(path, "pt"))
-                for name in sorted(file.keys()):
-                    yield Stored(file, path, name)
-            except (SafetensorError, OverflowError, UnicodeError) as error:
-                raise UsageError(f"{path}: damaged weights ({error}). Fetch or export the folder again.") from None
+            yield from _opened(path, stack)
 
 
 def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
@@ -123,19 +145,52 @@ def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
     return f"layers.{position_of[int(layer)]}.{rest[:-2]}" if int(layer) in position_of else None
 
 
+@functools.lru_cache(maxsize=16)
+def _are_apart(files: tuple[tuple[Path, int, int], ...]) -> bool:
+    """True where an embedding and a head of other values are stored; `files` have sizes and times, for the cache."""
+    with ExitStack() as stack:
+        ends: dict[str | None, Stored] = {}
+        for path, _, _ in files:
+            for stored in _opened(path, stack):
+                ends[_new_name(stored.name, {})] = stored
+        embedding, head = ends.get(EMBEDDING), ends.get(HEAD)
+        if embedding is None or head is None:
+            return False
+        if embedding.shape != head.shape:
+            return True
+        rows, width = embedding.shape
+        boxes = [(slice(at, min(at + COMPARED_ROWS, rows)), slice(0, width)) for at in range(0, rows, COMPARED_ROWS)]
+        return any(not torch.equal(embedding.read(box).float(), head.read(box).float()) for box in boxes)
+
+
+def has_own_head(folder: Path) -> bool:
+    """True where the folder has an embedding and another head: transformers ties no such two, whatever config.json has.
+
+    False where there are no weights yet.
+    """
+    if not any(is_plain_file(folder / name) for name in (SINGLE, INDEX)):
+        return False
+    facts = ((path, path.stat()) for path in weight_files(folder))
+    return _are_apart(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+
+
 def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
     """Copy the folder's weights into `parameters` by name, whose layer i is the folder's layer `keep_layers[i]`.
 
-    A stored head is left out where there is none to fill, for then the embedding is the head.
+    Where the head is the embedding, the embedding is taken if it is stored, else the head.
 
     Raises:
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
     """
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
-    wanted = dict(parameters)
-    for stored in stored_tensors(weight_files(folder)):
+    wanted, files = dict(parameters), weight_files(folder)
+    tied = HEAD not in parameters
+    alone = tied and EMBEDDING not in {_new_name(stored.name, position_of) for stored in stored_tensors(files)}
+    for stored in stored_tensors(files):
         name = _new_name(stored.name, position_of)
-        if name is None or name.endswith(IGNORED) or (name == "lm_head.weight" and name not in parameters):
+        if name == HEAD and alone:
+            name = EMBEDDING
+        if name is None or name.endswith(IGNORED) or (name == HEAD and tied):
             continue
         if name not in wanted:
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")

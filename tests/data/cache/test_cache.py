@@ -103,6 +103,6 @@ def test_an_aligned_cache_passes_and_another_tokenizer_or_vocabulary_does_not(ti
     with pytest.raises(UsageError, match="written with tokenizer"):
         shards.check(manifest.vocab_size, "another")
     with pytest.raises(UsageError, match="vocabulary of"):
-        shards.check(manifest.vocab_size + 1, manifest.tokenizer)
+        shards.check(manifest.vocab_size + 1, "another")
     with pytest.raises(UsageError, match=r"shards.top_k: got 9"):
         Shards(str(tiny.train), top_k=9).check(manifest.vocab_size, manifest.tokenizer)

@@ -24,7 +24,7 @@ from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
 from data.export import scorers
-from data.export.huggingface import HuggingFaceScorer, local_folder
+from data.export.huggingface import HuggingFaceScorer
 from data.export.plan import TeacherExport, make_plans
 from data.export.scorers import load_scorer, read_facts
 from data.export.teacher import Scores, score
@@ -186,9 +186,6 @@ def test_without_transformers_the_extra_is_named(tiny: Tiny, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match=r"scoring with transformers needs the extra"):
         read_facts(tiny.teacher, "transformers")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UsageError, match=r"hub:some/model: a hub id needs the extra"):
-        local_folder("hub:some/model")
 
 
 def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
@@ -197,7 +194,7 @@ def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
     with pytest.raises(UsageError, match="teacher some/model: no such folder. Wanted one, or hub:OWNER/NAME"):
         make_plans(tiny.export(teacher="some/model"), tmp_path / "out")
 
-    def fetched(name: str, allow_patterns: list[str]) -> str:
+    def fetched(name: str, allow_patterns: list[str], **_: object) -> str:
         assert "*.safetensors" in allow_patterns
         if name != "some/model":
             raise OSError("no such repository")
@@ -208,8 +205,8 @@ def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
     plans = [make_plans(each, tmp_path / "out")[0].plan for each in (export, tiny.export())]
     assert plans[0] == plans[1]
     assert steps.load_teacher(export, CPU).device == CPU
-    with pytest.raises(UsageError, match=r"hub:no/model: not to be had from the hub \(no such repository\)"):
-        local_folder("hub:no/model")
+    with pytest.raises(UsageError, match=r"teacher hub:no/model: not to be had from the hub \(no such repository\)"):
+        make_plans(tiny.export(teacher="hub:no/model"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

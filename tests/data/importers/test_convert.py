@@ -115,6 +115,30 @@ def test_a_servers_top_log_probabilities_of_any_length(tiny: Tiny, tmp_path: Pat
     Shards(str(tmp_path / "cache")).check(manifest.vocab_size, "any")
 
 
+def test_entries_of_a_servers_padding_are_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    """Of 320 columns, 305 are tokens: the other entries are divided by the mass that padding leaves."""
+    line = {
+        "tokens": [3, 4, 5],
+        "top_ids": [[4, 310], [5, 9]],
+        "top_log_probs": [np.log([0.6, 0.008]).tolist(), [-0.2, -3]],
+    }
+    manifest = convert(_job(tiny, "jsonl", _write(tmp_path / "a.jsonl", [line] * 8), columns=320), tmp_path / "cache")
+    assert manifest.vocab_size == 305
+    for record in tiny.records(tmp_path / "cache"):
+        pairs = zip(record.topk_token_ids.tolist(), record.topk_log_probs.tolist(), strict=True)
+        entries = [{i: log for i, log in zip(*pair, strict=True) if log > UNUSED} for pair in pairs]
+        assert np.exp(entries[0][4]) == pytest.approx(0.6 / 0.992, rel=1e-5)
+        assert np.exp(record.tail_log_prob[0]) == pytest.approx(0.392 / 0.992, rel=1e-5)
+        assert (entries[1][5], entries[1][9]) == pytest.approx((-0.2, -3))
+        assert [sorted(each) for each in entries] == [[4], [5, 9]]
+
+
+def test_a_token_beyond_the_tokenizer_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    line = {"tokens": [3, 310, 5], "top_ids": [[4], [5]], "top_log_probs": [[-0.2], [-0.2]]}
+    with pytest.raises(UsageError, match=r"a.jsonl:1: token 310"):
+        convert(_job(tiny, "jsonl", _write(tmp_path / "a.jsonl", [line]), columns=320), tmp_path / "cache")
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "labels not shifted": (lambda v: v.update(labels=v["tokens"]), "position 1: the label is"),
     "an id outside": (lambda v: v["topk_token_ids"][2].__setitem__(0, 10**6), r"the vocabulary has"),

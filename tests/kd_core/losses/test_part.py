@@ -1,6 +1,7 @@
 """Ranks that share the vocabulary: the whole loss family against the oracle, and what they say to each other."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -52,10 +53,10 @@ def parted(case: Case, objective: Objective, world: World, head: LogitHead) -> t
     return Result(loss=found.total.detach(), hidden=hidden.grad, weight=weight.grad), found.sums
 
 
-def fits(case: Case, size: int, vocab: int | None = None) -> bool:
-    """Whether every rank has a token."""
+def fits(case: Case, size: int) -> bool:
+    """Whether every rank has a row."""
     rows = len(case.weight)
-    return (size - 1) * math.ceil(rows / size) < (vocab or rows)
+    return (size - 1) * math.ceil(rows / size) < rows
 
 
 def all_cases(world: World) -> None:
@@ -82,7 +83,7 @@ def other_objectives(world: World) -> None:
             case = make(name).to(dtype)
             for objective in OBJECTIVES.values():
                 for head in HEADS.values():
-                    if not fits(case, world.size, head.vocab_size) or (head.vocab_size or 0) > len(case.weight):
+                    if not fits(case, world.size) or (head.vocab_size or 0) > len(case.weight):
                         continue
                     inside = (torch.where(case.mask[:, None], case.teacher.ids, 0) < (head.vocab_size or 99)).all()
                     if not inside or (torch.where(case.mask, case.labels, 0) >= (head.vocab_size or 99)).any():
@@ -91,6 +92,33 @@ def other_objectives(world: World) -> None:
                     alone, wanted = fused(case, objective, head=head)
                     assert error(found, alone) < tolerance, (name, objective, head)
                     assert all(torch.allclose(sums[k], v.double(), rtol=1e-4) for k, v in wanted.sums.items())
+
+
+def ranks_of_padding(world: World) -> None:
+    """Padding rows that would take nearly all probability; the last ranks hold nothing else."""
+    checked = 0
+    for name in ("plain", "varying entries", "odd sizes", "sure outside"):
+        case = make(name).to(torch.float64)
+        V = len(case.weight)
+        filler = 100 * torch.randn(3 * V, case.weight.shape[1], generator=torch.Generator().manual_seed(0)).double()
+        padded = replace(case, weight=torch.cat([case.weight, filler]))
+        for tail, divergences in ALLOWED.items():
+            for divergence in divergences:
+                term = Distillation(divergence=divergence, tail=tail)
+                found, _ = parted(padded, Objective({"kd": term}, 3), world, LogitHead(vocab_size=V))
+                assert not found["weight"][V:].any()
+                found["weight"] = found["weight"][:V]
+                assert error(found, reference(case, term)) < 1e-10, (name, divergence, tail)
+                checked += 1
+        for objective in OBJECTIVES.values():
+            for head in (LogitHead(), LogitHead(scale=0.5, soft_cap=3.0)):
+                found, sums = parted(padded, objective, world, replace(head, vocab_size=V))
+                alone, wanted = fused(case, objective, head=head)
+                assert not found["weight"][V:].any()
+                found["weight"] = found["weight"][:V]
+                assert error(found, alone) < 1e-10, (name, objective, head)
+                assert all(torch.allclose(sums[k], v.double()) for k, v in wanted.sums.items())
+    assert checked > 100
 
 
 class Counted:
@@ -137,3 +165,7 @@ def test_two_ranks_have_the_loss_and_gradients_of_one() -> None:
 
 def test_four_ranks_have_the_loss_and_gradients_of_one() -> None:
     run_ranks(4, other_objectives)
+
+
+def test_ranks_that_hold_padding_alone_take_no_probability() -> None:
+    run_ranks(4, ranks_of_padding)

@@ -1,0 +1,85 @@
+"""Models by hub ids, `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`, in the hub's own cache (extra `hf`).
+
+A hub id is marked as one, so that a mistyped path never fetches somebody's model. It is resolved once a process.
+Processes of one machine share the cache, whose locks have each file fetched by one of them.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from kd_core.errors import UsageError
+
+HUB = "hub:"
+NO_EXTRA = "needs the extra: pip install 'kd-workspace[hf]'."
+WANTED_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "LICENSE*"]
+UNWANTED_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+class Snapshot(NamedTuple):
+    """A repository as the hub's cache holds it."""
+
+    repository: str
+    commit: str
+
+
+@functools.lru_cache
+def _fetch(name: str) -> Path:
+    """The folder of a hub id."""
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 (an extra)
+    except ImportError:
+        raise UsageError(f"{name}: a hub id {NO_EXTRA}") from None
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
+            )
+        )
+    except Exception as error:  # the client raises its own, the network's and the cache's
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{name}: not to be had from the hub ({reason:.400}). Look at its name, at your connection and "
+            "token (hf auth login), or name a folder."
+        ) from None
+
+
+def folder_of(name: str, where: str = "student.folder") -> Path:
+    """The folder that a setting names, or where its hub id was fetched to. `where` is the setting.
+
+    Raises:
+        UsageError: the hub does not give it.
+    """
+    if not name.startswith(HUB):
+        return Path(name)
+    try:
+        return _fetch(name)
+    except UsageError as error:
+        raise UsageError(f"{where} {error}") from None
+
+
+def local_folder(name: str, where: str = "teacher") -> Path:
+    """As `folder_of`, of a folder that is there.
+
+    Raises:
+        UsageError: it is not, or the hub does not give it.
+    """
+    folder = folder_of(name, where)
+    if not folder.is_dir():
+        raise UsageError(f"{where} {name}: no such folder. Wanted one, or {HUB}OWNER/NAME for a hub id.")
+    return folder
+
+
+def snapshot_at(folder: Path) -> Snapshot | None:
+    """Which repository and commit a folder of the hub's cache holds (models--OWNER--NAME/snapshots/COMMIT)."""
+    kind, _, name = folder.parent.parent.name.partition("--")
+    if folder.parent.name != "snapshots" or kind != "models":
+        return None
+    return Snapshot(name.replace("--", "/"), folder.name)
+
+
+def pinned(name: str) -> str:
+    """The name with the commit that it stands for, where it is a hub id."""
+    held = snapshot_at(folder_of(name)) if name.startswith(HUB) else None
+    return f"{HUB}{held.repository}@{held.commit}" if held else name
