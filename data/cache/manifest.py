@@ -2,8 +2,11 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,6 +129,20 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
         write_text(folder / "manifest.json", self.as_json())
+
+
+def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
+    """Returns a manifest's `made`: teacher and corpora as the user named them, the time, and our version."""
+    try:
+        release = metadata.version("kd-workspace")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        release = "(not installed)"
+    return {
+        "teacher": teacher,
+        "corpora": list(corpora),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": f"kd-workspace {release}",
+    }
 
 
 def _shard(value: Any) -> Shard:

@@ -9,9 +9,7 @@ holds is fixed by the plan and the tables, so neither ranks nor interruptions ch
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from tqdm import tqdm
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.tables import fit_tables
-from data.cache.manifest import TABLES, Manifest, Shard
+from data.cache.manifest import TABLES, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.totals import Totals
 from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
@@ -106,21 +104,10 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
             write_shard(plan.folder / shard.name, _blocks(shard, records, plan, coding))
 
 
-def _made(plan: CachePlan) -> dict[str, Any]:
-    """Returns who made a cache, of what and when; the corpora of a cache that grew stand in order."""
-    before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
-    return {
-        "drawn_from": plan.drawn_from,
-        "teacher": plan.export.teacher,
-        "corpora": [*before, plan.export.corpus.path],
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": f"kd-workspace {version('kd-workspace')}",
-    }
-
-
 def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
+    before = plan.grown_from.made if plan.grown_from else {}
     totals, coding = Totals.of(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
@@ -147,7 +134,8 @@ def finish(plan: CachePlan) -> Manifest:
         tables=file_facts(plan.folder / TABLES),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
-        made=_made(plan),
+        made={"drawn_from": plan.drawn_from}
+        | made_now(plan.export.teacher, [*before.get("corpora", []), plan.export.corpus.path]),
     )
     manifest.write(plan.folder)
     return manifest

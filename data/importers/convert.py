@@ -17,7 +17,7 @@ from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.levels import CODECS
 from data.cache.codec.tables import fit_tables
-from data.cache.manifest import TABLES, Manifest, Shard
+from data.cache.manifest import TABLES, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.totals import Totals
@@ -157,4 +157,5 @@ def _manifest(
         plans=(plan,),
         shards=shards,
         unknown=tuple(sorted(unknown)),
+        made=made_now(UNKNOWN, [job.source]),
     )
