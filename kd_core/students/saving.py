@@ -15,21 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, read_json, write_json
+from kd_core.files import new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.students.adapters import adapted_layers, base_parameters
 from kd_core.students.decoder import Decoder
-from kd_core.students.families import config_of, read_architecture
+from kd_core.students.export_files import ChatFormat, write_about
+from kd_core.students.families import read_architecture
 from kd_core.students.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.placement import stopping_together, whole
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
 MAX_FILE_BYTES = 5_000_000_000
 ADAPTER = "adapter"
 
@@ -106,27 +100,20 @@ def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _write_about(model: Decoder, folder: Path, tokenizer_folder: Path, dtype: str) -> None:
-    """All that is no weight."""
-    source = read_json(tokenizer_folder / "config.json", "a Hugging Face model configuration")
-    ids = source.get("bos_token_id"), source.get("eos_token_id")
-    write_json(folder / "config.json", config_of(model.arch, *ids, dtype))
-    for name in TOKENIZER_FILES:
-        if (tokenizer_folder / name).is_file():
-            (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
-    layers = adapted_layers(model)
-    if layers:
+def _write_adapter_config(model: Decoder, folder: Path, tokenizer_folder: Path) -> None:
+    if layers := adapted_layers(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
         base = str(tokenizer_folder) if read_architecture(tokenizer_folder) == rows else None  # None: layers dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
 
 
-def save_pretrained(
+def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it is stored, and who writes)
     model: Decoder,
     folder: Path,
     tokenizer_folder: Path,
     *,
+    chat: ChatFormat | None = None,
     dtype: Dtype = "float32",
     max_file_bytes: int = MAX_FILE_BYTES,
     first: bool = True,
@@ -135,6 +122,7 @@ def save_pretrained(
 
     Every process calls it, the one that writes with `first`; an error of that one stops all. More than
     `max_file_bytes` of weights become several files with an index. Memory: one file's weights, on the first alone.
+    `chat` is how the conversations were written that the student was trained on, if it was.
 
     Raises:
         UsageError: files that cannot be written.
@@ -146,7 +134,8 @@ def save_pretrained(
         try:
             if first:
                 with new_folder(folder) as partial:
-                    _write_about(model, partial, tokenizer_folder, dtype)
+                    write_about(partial, model.arch, tokenizer_folder, dtype, chat)
+                    _write_adapter_config(model, partial, tokenizer_folder)
                     _write_weights(partial, files, tensors, DTYPES[dtype])
                     _write_weights(partial, adapters, tensors, torch.float32)
                     if len(files) > 1:
