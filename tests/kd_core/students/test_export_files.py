@@ -103,7 +103,7 @@ def test_a_link_is_copied_as_what_it_points_at(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_ids_of_special_tokens_are_those_of_the_source(tiny: Tiny, tmp_path: Path) -> None:
-    folder = _folder(tiny, tmp_path / "model", pad_token="<|im_start|>")
+    folder = _folder(tiny, tmp_path / "model")
     known = json.loads((folder / "config.json").read_text())
     known |= {"pad_token_id": 6, "bos_token_id": None, "eos_token_id": [0, 5], "sep_token_id": 7}
     (folder / "config.json").write_text(json.dumps(known))
