@@ -17,6 +17,7 @@ from experiments import checks
 from experiments.identity import identities
 from experiments.unused import unused_settings
 from kd_core.errors import UsageError
+from kd_core.files import place_of_new_folder
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
 from kd_core.parallel.plan import Parallel
@@ -215,6 +216,7 @@ class Experiment:
         if world.on_first(lambda: folder.is_finished):
             log.info("%s: already complete, reused", folder.path)
             return True
+        world.on_first(lambda: place_of_new_folder(folder.export))  # rather than once all is trained
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, write_json
+from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.students.adapters import adapted_layers, base_parameters
 from kd_core.students.decoder import Decoder
@@ -23,6 +23,7 @@ from kd_core.students.export_files import ChatFormat, write_about
 from kd_core.students.families import read_architecture
 from kd_core.students.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.placement import stopping_together, whole
+from kd_core.students.weights import weight_files
 
 MAX_FILE_BYTES = 5_000_000_000
 ADAPTER = "adapter"
@@ -106,6 +107,28 @@ def _write_adapter_config(model: Decoder, folder: Path, tokenizer_folder: Path) 
         base = str(tokenizer_folder) if read_architecture(tokenizer_folder) == rows else None  # None: layers dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
+
+
+def _ends(path: Path) -> bool:
+    """Checks that the JSON of a file ends with a bracket, as one that was cut short does not."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip().endswith((b"}", b"]"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Checks that a folder holds an exported student of which no file is missing or cut short; reads no weights."""
+    try:
+        weights = weight_files(folder)
+        if (adapter := folder / ADAPTER).is_dir():
+            weights.append(adapter / WEIGHTS)
+        for path in weights:
+            with safe_open(path, "pt"):  # compares the file's length with its header
+                pass
+        needed = [folder / "config.json", folder / "tokenizer.json"]
+        return all(is_plain_file(path) for path in needed) and all(_ends(path) for path in folder.rglob("*.json"))
+    except (UsageError, OSError, SafetensorError):
+        return False
 
 
 def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it is stored, and who writes)

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from kd_core.errors import UsageError, visible
 from kd_core.files import damaged, read_json, read_text, write_json, write_text
 from kd_core.json_fields import LARGEST, fields, integer, text
 from kd_core.parallel.mesh import World
+from kd_core.students.saving import is_whole
 
 log = logging.getLogger("kd")
 UNKNOWN_COMMIT = "unknown"
+NUMBER = re.compile(r"[0-9]{1,9}")
 PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
 
 
@@ -69,8 +72,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has ended: the student is written last, and whole. Its checkpoints may be deleted then."""
-        return self.export.is_dir()
+        """Checks whether the run has ended: its student is written last. Its checkpoints may be deleted then."""
+        return is_whole(self.export)
 
     def record(self) -> str:
         """The frozen configuration of the run, as `claim` wrote it."""
@@ -86,10 +89,11 @@ class RunFolder:
         Raises:
             UsageError: they are damaged.
         """
-        what, attempts = "the facts of a start", self.attempts()
-        if not attempts:
+        what = "the facts of a start"
+        known = [path for folder in self.attempts() if (path := folder / "attempt.json").exists()]
+        if not known:
             return {}
-        path = attempts[-1] / "attempt.json"
+        path = known[-1]
         with damaged(path, what):
             value = read_json(path, what)
             facts: dict[str, Any] = {name: _words(value[name], name) for name in ("started", "python", "commit")}
@@ -131,12 +135,16 @@ class RunFolder:
         return None if value is None else value.strip("'\"")
 
     def attempts(self) -> list[Path]:
-        """The folders of all starts, in order."""
-        return sorted((self.path / "attempts").glob("[0-9]*"))
+        """Returns the folders of all starts, in order, whatever else stands among them."""
+        return [path for _, path in sorted(self._numbered()) if path.is_dir()]
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        found = (self.path / "attempts").glob("*")
+        return [(int(path.name), path) for path in found if NUMBER.fullmatch(path.name)]
 
     def begin_attempt(self, facts: dict[str, Any]) -> Path:
         """Make `attempts/NNN` with the facts; the log goes there too."""
-        folder = self.path / "attempts" / f"{len(self.attempts()) + 1:03d}"
+        folder = self.path / "attempts" / f"{max(self._numbered(), default=(0,))[0] + 1:03d}"
         folder.mkdir(parents=True)
         write_json(folder / "attempt.json", facts)
         handler = logging.FileHandler(folder / "log.txt")
