@@ -14,6 +14,7 @@ from data.stream.source import Mixture, Shards, Source, epochs
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments import checks
+from experiments.chat_formats import chat_format
 from experiments.identity import identities
 from experiments.unused import unused_settings
 from kd_core.errors import UsageError
@@ -25,7 +26,7 @@ from kd_core.parallel.sharding import spread
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start
-from kd_core.training.checkpoint import Checkpoint
+from kd_core.training.checkpoint import Checkpoint, load_best
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
@@ -239,5 +240,9 @@ class Experiment:
         self.student.fill(model, self.seed)
         if not run(model, self._data(world), recipe, folder, world, stopping=stopping):
             return False
-        save_pretrained(model, folder.export, Path(self.student.folder), first=world.is_first)
+        if self.checkpoint.export == "best":
+            best = load_best(folder.checkpoints, self.checkpoint, model, world)
+            log.info("export: of %s, the best %s", best.name, self.checkpoint.best_metric)
+        chat = chat_format(self.shards)
+        save_pretrained(model, folder.export, Path(self.student.folder), chat=chat, first=world.is_first)
         return True
