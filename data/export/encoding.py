@@ -1,5 +1,6 @@
 """Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,14 +66,31 @@ class Encoder:
         self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.template: ChatTemplate | None = None
+        self.special_tokens = [token for token in self.tokenizer.special_tokens() if token]
+        self.turn_ends = Counter[str]()  # special tokens that end scored turns
 
     def _laid_out(self, document: Document) -> _LaidOut:
         if not isinstance(document.content, Conversation):
             return _LaidOut(document.name, document.digest(), document.content, None)
         if self.template is None:
-            self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
+            self.template = ChatTemplate.read(self.folder, self.special_tokens)
         text, spans = self.template.render(document.content, document.name)
+        for start, end in spans:
+            turn = text[start:end].rstrip()
+            known = (*self.turn_ends, *self.special_tokens)
+            self.turn_ends.update([token for token in known if turn.endswith(token)][:1])
         return _LaidOut(document.name, document.digest(), text, spans)
+
+    def chat_format(self) -> dict[str, Any] | None:
+        """Returns how the conversations so far were written: the template, what it names, and what ends turns."""
+        if self.template is None:
+            return None
+        source, ends = self.template.source, [token for token, _ in self.turn_ends.most_common()]
+        return {
+            "template": source,
+            "special_tokens": {name: text for name, text in self.template.special.items() if name in source},
+            "turn_ends": {token: ids[0] for token, ids in zip(ends, self.tokenizer.encode(ends), strict=True)},
+        }
 
     def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
         """Offsets, which take far more room than ids, only where there are spans."""

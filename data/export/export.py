@@ -108,6 +108,7 @@ def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
     before = plan.grown_from.made if plan.grown_from else {}
+    chat = plan.chat or before.get("chat")
     totals, coding = Totals.of(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
@@ -134,7 +135,10 @@ def finish(plan: CachePlan) -> Manifest:
         tables=file_facts(plan.folder / TABLES),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
-        made=made_now(plan.export.teacher, [*before.get("corpora", []), plan.export.corpus.path]),
+        made={
+            **made_now(plan.export.teacher, [*before.get("corpora", []), plan.export.corpus.path]),
+            **({"chat": chat} if chat else {}),
+        },
     )
     manifest.write(plan.folder)
     return manifest

@@ -110,6 +110,7 @@ class CachePlan:
     windows: list[Window]
     plan: dict[str, Any]
     grown_from: Manifest | None = None
+    chat: dict[str, Any] | None = None  # how conversations are written, for the manifest alone
 
     @property
     def first_record(self) -> int:
@@ -261,5 +262,5 @@ def make_plans(export: TeacherExport, out: Path, growth: Growth | None = None) -
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before))
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, encoder.chat_format()))
     return plans

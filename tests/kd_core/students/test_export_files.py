@@ -5,14 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
 from kd_core.students.export_files import ChatFormat
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Pretrained, build
-from tests.tiny import Tiny
+from tests.tiny import CHATML, Tiny, make_chat_folder
 
 FILES = (
     *(
@@ -29,29 +28,7 @@ FILES = (
 )
 OTHERS = ("README.md", "pytorch_model.bin", "modeling_own.py", "training_args.bin", "model.gguf", ".gitattributes")
 OWN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MESSAGES = [{"role": "user", "content": "Who sees a river?"}, {"role": "assistant", "content": "The old fox."}]
-
-
-def _folder(tiny: Tiny, folder: Path, **settings: object) -> Path:
-    """The teacher as it is published: ChatML's tokens in its tokenizer, settings beside it."""
-    folder.mkdir()
-    for path in tiny.teacher.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    vocabulary = json.loads(tokenizer.to_str())
-    for place, text in ((5, "<|im_end|>"), (6, "<|im_start|>")):  # ids that stand for bytes that no text here has
-        old = next(token for token, number in vocabulary["model"]["vocab"].items() if number == place)
-        vocabulary["model"]["vocab"][text] = vocabulary["model"]["vocab"].pop(old)
-        vocabulary["model"]["merges"] = [pair for pair in vocabulary["model"]["merges"] if old not in pair]
-        vocabulary["added_tokens"].append({**vocabulary["added_tokens"][0], "id": place, "content": text})
-    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
-    known = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(known))
-    return folder
 
 
 def _export(folder: Path, out: Path, chat: ChatFormat | None = None) -> Path:
@@ -77,7 +54,7 @@ def _new_tokens(model: transformers.PreTrainedModel, ids: list[int]) -> int:
 
 
 def test_every_file_of_the_tokenizer_and_the_licence_go_along(tiny: Tiny, tmp_path: Path) -> None:
-    folder = _folder(tiny, tmp_path / "model")
+    folder = make_chat_folder(tiny, tmp_path / "model")
     (folder / "additional_chat_templates").mkdir()
     for number, name in enumerate((*FILES[1:], *OTHERS)):
         (folder / name).write_text(json.dumps({"file": number}))
@@ -92,7 +69,7 @@ def test_every_file_of_the_tokenizer_and_the_licence_go_along(tiny: Tiny, tmp_pa
 
 def test_a_link_is_copied_as_what_it_points_at(tiny: Tiny, tmp_path: Path) -> None:
     """As a hub's cache of snapshots has them."""
-    folder = _folder(tiny, tmp_path / "model")
+    folder = make_chat_folder(tiny, tmp_path / "model")
     (tmp_path / "blob").write_text("terms")
     (folder / "LICENSE").symlink_to(tmp_path / "blob")
     (folder / "NOTICE").symlink_to(tmp_path / "nowhere")
@@ -103,7 +80,7 @@ def test_a_link_is_copied_as_what_it_points_at(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_ids_of_special_tokens_are_those_of_the_source(tiny: Tiny, tmp_path: Path) -> None:
-    folder = _folder(tiny, tmp_path / "model")
+    folder = make_chat_folder(tiny, tmp_path / "model")
     known = json.loads((folder / "config.json").read_text())
     known |= {"pad_token_id": 6, "bos_token_id": None, "eos_token_id": [0, 5], "sep_token_id": 7}
     (folder / "config.json").write_text(json.dumps(known))
@@ -119,7 +96,7 @@ def test_ids_of_special_tokens_are_those_of_the_source(tiny: Tiny, tmp_path: Pat
 
 
 def test_a_base_student_trained_on_chat_gets_template_and_end_of_turn(tiny: Tiny, tmp_path: Path) -> None:
-    folder = _folder(tiny, tmp_path / "model")
+    folder = make_chat_folder(tiny, tmp_path / "model")
     out = _export(folder, tmp_path / "out", _chat())
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
@@ -142,7 +119,7 @@ def test_the_template_of_the_cache_goes_before_the_students_own(
         "file": {},
     }
     for name, settings in places.items():
-        folder = _folder(tiny, tmp_path / name, **settings)
+        folder = make_chat_folder(tiny, tmp_path / name, **settings)
         if name == "file":
             (folder / "chat_template.jinja").write_text(OWN)
         caplog.clear()
@@ -156,7 +133,7 @@ def test_its_own_template_stays_where_it_is_the_same(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As Qwen2.5's base models have it: the template of the instruct model, and another end."""
-    folder = _folder(tiny, tmp_path / "model", chat_template=CHATML)
+    folder = make_chat_folder(tiny, tmp_path / "model", chat_template=CHATML)
     with caplog.at_level("INFO", "kd"):
         out = _export(folder, tmp_path / "out", _chat())
     assert "chat template" not in caplog.text
@@ -168,7 +145,9 @@ def test_its_own_template_stays_where_it_is_the_same(
 def test_what_the_template_calls_its_special_tokens_is_what_it_was_trained_with(tiny: Tiny, tmp_path: Path) -> None:
     """The template names `eos_token`: were it renamed to the end of the turn, the text would be another one."""
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    folder = _folder(tiny, tmp_path / "model", bos_token={"__type": "AddedToken", "content": "<end>", "special": True})
+    folder = make_chat_folder(
+        tiny, tmp_path / "model", bos_token={"__type": "AddedToken", "content": "<end>", "special": True}
+    )
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<end>"}))
     chat = ChatFormat(template, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, {"<|im_end|>": 5})
     out = _export(folder, tmp_path / "out", chat)
@@ -179,7 +158,7 @@ def test_what_the_template_calls_its_special_tokens_is_what_it_was_trained_with(
 
 
 def test_without_a_special_token_at_the_end_of_a_turn_the_ends_stay(tiny: Tiny, tmp_path: Path) -> None:
-    folder = _folder(tiny, tmp_path / "model")
+    folder = make_chat_folder(tiny, tmp_path / "model")
     out = _export(folder, tmp_path / "out", ChatFormat(OWN, {}, {}))
     assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<end>"
     assert transformers.AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == 0
