@@ -17,7 +17,7 @@ from kd_core.training.run_folder import RunFolder
 from kd_core.training.stopping import Stopping
 from launchers.config_items import describe, record, resolve
 from launchers.saved_students import find_student, load_student
-from tests.launchers.command import run
+from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
 CPU = torch.device("cpu")
@@ -137,3 +137,15 @@ def test_a_run_without_checkpoints_or_attempts_gives_its_export(whole: RunFolder
         shutil.rmtree(tmp_path / "run" / name)
     assert "run/export" in _export(tmp_path / "run", tmp_path / "out")
     assert torch.equal(_logits(tmp_path / "out"), _logits(whole.export))
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor_parallel=2", "parallel.shard=full"])
+def test_the_checkpoints_of_two_ranks_are_exported_by_one_process(tiny: Tiny, tmp_path: Path, layout: str) -> None:
+    flags = configs([*_items(tiny), *_LEAST_SURE, "checkpoint.export=best", layout])
+    done = run("launchers.train", *flags, f"--run_dir={tmp_path / 'run'}", nproc=2)
+    assert done.returncode == 0, done.stderr
+    assert "export: of step_00000002, the best val/student_entropy" in done.stderr
+    _export(tmp_path / "run", tmp_path / "out", "--step=best")
+    wanted = _our_logits(tmp_path / "run" / "checkpoints" / "step_00000002")
+    for folder in (tmp_path / "out", tmp_path / "run" / "export"):
+        assert (_logits(folder) - wanted).abs().max() < 1e-5
