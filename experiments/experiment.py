@@ -14,9 +14,11 @@ from data.stream.source import Mixture, Shards, Source, epochs
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments import checks
+from experiments.chat_formats import chat_format
 from experiments.identity import identities, student_folders
 from experiments.unused import unused_settings
 from kd_core.errors import UsageError
+from kd_core.files import place_of_new_folder
 from kd_core.hub import folder_of
 from kd_core.losses.objective import Objective
 from kd_core.parallel.mesh import World
@@ -26,7 +28,7 @@ from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start, decoder_of
-from kd_core.training.checkpoint import Checkpoint
+from kd_core.training.checkpoint import Checkpoint, load_best
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
@@ -252,6 +254,7 @@ class Experiment:
         if world.on_first(lambda: folder.is_finished):
             log.info("%s: already complete, reused", folder.path)
             return True
+        world.on_first(lambda: place_of_new_folder(folder.export))  # rather than once all is trained
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,
@@ -274,5 +277,9 @@ class Experiment:
         self.student.fill(model, self.seed)
         if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
-        save_pretrained(model, folder.export, folder_of(self.student.folder), first=world.is_first)
+        if self.checkpoint.export == "best":
+            best = load_best(folder.checkpoints, self.checkpoint, model, world)
+            log.info("export: of %s, the best %s", best.name, self.checkpoint.best_metric)
+        chat = chat_format(self.shards)
+        save_pretrained(model, folder.export, folder_of(self.student.folder), chat=chat, first=world.is_first)
         return True

@@ -157,9 +157,28 @@ def content_fingerprint(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def place_of_new_folder(path: Path) -> Path:
+    """Returns where a new folder `path` is made: where it points if it is a link, through which nothing is deleted.
+
+    Raises:
+        UsageError: a file stands there, or a link to a folder with something in it.
+    """
+    place = path.resolve() if path.is_symlink() else path
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{path}: a file stands there; wanted a folder. Move it away.")
+    if path.is_symlink() and place.is_dir() and any(place.iterdir()):
+        raise UsageError(f"{path}: is a link to {place}, which holds something. Empty that folder, or remove the link.")
+    return place
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Generator[Path]:
-    """Fill a temporary folder; it becomes `path` by rename when the block ends well, and is removed otherwise."""
+    """Fill a temporary folder; it becomes `path` by rename when the block ends well, and is removed otherwise.
+
+    Raises:
+        UsageError: as for `place_of_new_folder`.
+    """
+    path = place_of_new_folder(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -204,6 +204,11 @@ def differences(base: Resolved, changed: Resolved) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def recorded_text(path: Path) -> str:
+    """Describe the settings of a record, with today's defaults for those that are newer than it."""
+    return describe(Resolved(load_record(path), path.name))
+
+
 def record(config: fdl.Config[Any]) -> str:
     """The frozen config as JSON."""
     return serialization.dump_json(frozen(config), indent=2) + "\n"

@@ -1,7 +1,7 @@
 """Measure a model against a teacher's caches, over every position of them.
 
     python -m launchers.evaluate --student=runs/quickstart --cache=quickstart/cache/validation
-    python -m launchers.evaluate --student=runs/quickstart/checkpoints/step_00000030 --cache=quickstart/cache/validation
+    python -m launchers.evaluate --student=runs/quickstart --step=30 --cache=quickstart/cache/validation
     python -m launchers.evaluate --student=quickstart/teacher --cache=quickstart/cache/validation
     python -m launchers.evaluate --student=runs/a --cache=news/validation --cache=code/validation --metric=mine.py:surer
 
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from kd_core.precision import Precision
 
 STUDENT = flags.DEFINE_string(
-    "student",
-    None,
-    "Hugging Face folder or hub:OWNER/NAME, a run that is finished, or a checkpoint of a run; required.",
+    "student", None, "Hugging Face folder or hub:OWNER/NAME, a run, or a checkpoint of a run; required."
 )
+STEP = flags.DEFINE_string("step", None, "Of a run: best, last, or a number; default its export/.")
 CACHE = flags.DEFINE_multi_string("cache", [], "Folder or URL of a teacher's cache; at least one.")
 METRIC = flags.DEFINE_multi_string("metric", [], "FILE.py:NAME: a function of a SparseView, as in evaluation.metrics.")
 PRECISION = flags.DEFINE_enum(
@@ -57,37 +56,6 @@ SHOWN = {
     "temperature": "temperature that would mend it",
     "tokens": "positions",
 }
-
-
-def load_student(path: Path, device: Any) -> tuple[Any, Path]:
-    """A model and the folder of its tokenizer, from a Hugging Face folder, a finished run or a checkpoint of one.
-
-    Raises:
-        UsageError: it is none of them, or a run without its end.
-    """
-    from data.tokenizer import Tokenizer
-    from kd_core.errors import UsageError
-    from kd_core.hub import folder_of
-    from kd_core.students.starts import Pretrained, build
-    from kd_core.training import checkpoint
-    from kd_core.training.run_folder import RunFolder
-    from launchers.records import recorded_student
-
-    run = RunFolder(path)
-    if run.attempts():
-        if not run.is_finished:
-            newest = checkpoint.newest(run.checkpoints)
-            raise UsageError(
-                f"{path}: a run that is not finished. "
-                + (f"Name a checkpoint: --student={newest}." if newest else "It has no checkpoint yet.")
-            )
-        path = run.export
-    if not (path / "progress.json").exists():
-        return build(Pretrained(str(path)), device, 0, Tokenizer(path).vocab_size, "--student"), path
-    start = recorded_student(path / "config.json")
-    model = build(start, device, 0, Tokenizer(folder_of(start.folder)).vocab_size)
-    checkpoint.load_model(path, model)
-    return model, folder_of(start.folder)
 
 
 def _recorded_precision(path: Path) -> str | None:
@@ -171,11 +139,13 @@ def main() -> None:
     from kd_core.hub import folder_of
     from kd_core.parallel.mesh import joined_world
     from kd_core.precision import choose_precision
+    from launchers.saved_students import find_student, load_student
 
     if STUDENT.value is None or not CACHE.value:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
-    metrics, student = _user_metrics(), folder_of(STUDENT.value, "--student")
+    metrics = _user_metrics()
     with joined_world() as world:
+        student = find_student(folder_of(STUDENT.value, "--student"), STEP.value)
         model, tokenizer_folder = load_student(student, world.device)
         wanted = cast("Precision", PRECISION.value)
         chosen = world.on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))

@@ -11,6 +11,9 @@ Run the same line again and it resumes: from the newest whole checkpoint of the 
 so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGTERM, SIGUSR1, Ctrl-C and the end of
 --max_time_per_run save after the step under way, and end with status 0. --profile=5 traces five steps.
 
+With more steps, and with them another schedule, a run goes on, finished or not; what changed is recorded:
+    --config=run:runs/quickstart --config=steps=90 --run_dir=runs/quickstart
+
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
     run:DIR, config_file:F the frozen record of a run (the first item); run: first says what differs since
@@ -47,6 +50,29 @@ PROFILE = flags.DEFINE_integer(
 )
 
 
+GOES_ON = (
+    "goes on to %d steps: what varies with the step (the learning rate, weights of losses) follows its schedule over "
+    "all of them from now on; the record and the student of before are kept in %s"
+)
+
+
+def _claim(run_folder: Any, resolved: Any, text: str, facts: dict[str, Any]) -> None:
+    """Write the record of a run and of this start, or say what of its settings this start has otherwise."""
+    from kd_core.parallel.plan import LAYOUT_SETTINGS
+    from launchers import config_items
+
+    may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
+    record, then = config_items.record(resolved.config), run_folder.path / "config.json"
+    changed = run_folder.claim(record, text, may_change, lambda: config_items.recorded_text(then))
+    attempt = run_folder.begin_attempt({**facts, "changed": changed})
+    for name, how in changed.items():
+        other = "layout" if name in may_change else "length" if name == "steps" else "schedule"
+        app.log.info("resumed with another %s: %s is %s", other, name, how)
+    if "steps" in changed:
+        run_folder.change_record(attempt, record, text)
+        app.log.info(GOES_ON, resolved.config.steps, attempt / "before")
+
+
 def _set_precision(experiment: Any, resolved: Any, chosen: "ChosenPrecision") -> Any:
     """Returns the experiment with a precision that is not auto, and writes it into the config to be recorded."""
     if experiment.parallel.precision == chosen.precision:
@@ -60,7 +86,6 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
     from kd_core.files import owned
     from kd_core.parallel.agreement import prove_same, together
     from kd_core.parallel.mesh import joined_world
-    from kd_core.parallel.plan import LAYOUT_SETTINGS
     from kd_core.precision import choose_precision
     from kd_core.training.profile import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
@@ -85,11 +110,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
         def claim() -> None:
             facts = attempt_facts(world, experiment.inputs())
             said = repeat.report(resolved, facts) if resolved.repeats else ""  # of the attempts before this one
-            may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
-            changed = run_folder.claim(config_items.record(resolved.config), text, may_change)
-            run_folder.begin_attempt({**facts, "changed": changed})
-            for name, how in changed.items():
-                app.log.info("resumed with another layout: %s is %s", name, how)
+            _claim(run_folder, resolved, text, facts)
             for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
             chosen.warn_if_slow("parallel.precision")

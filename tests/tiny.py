@@ -25,6 +25,10 @@ from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Random, build
 
 ROW_LENGTH = 32
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 VOCAB = 320
 
 
@@ -160,6 +164,24 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
     temporary = folder.with_name(folder.name + "_made")
     save_pretrained(model, temporary, folder)
     (temporary / "model.safetensors").rename(folder / "model.safetensors")
+    return folder
+
+
+def make_chat_folder(tiny: Tiny, folder: Path, **settings: object) -> Path:
+    """The teacher as it is published: ChatML's tokens in its tokenizer, settings beside it."""
+    folder.mkdir()
+    for path in tiny.teacher.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocabulary = json.loads(tokenizer.to_str())
+    for place, text in ((5, "<|im_end|>"), (6, "<|im_start|>")):  # ids that stand for bytes that no text here has
+        old = next(token for token, number in vocabulary["model"]["vocab"].items() if number == place)
+        vocabulary["model"]["vocab"][text] = vocabulary["model"]["vocab"].pop(old)
+        vocabulary["model"]["merges"] = [pair for pair in vocabulary["model"]["merges"] if old not in pair]
+        vocabulary["added_tokens"].append({**vocabulary["added_tokens"][0], "id": place, "content": text})
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(known))
     return folder
 
 

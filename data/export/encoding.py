@@ -5,6 +5,7 @@ EOS is a label, the BOS none. A conversation gets neither, since its template wr
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,8 @@ class Encoder:
         self.around = self.tokenizer.around(bos, eos)
         self.used: Around | None = None
         self.doubled = 0
+        self.special_tokens = [token for token in self.tokenizer.special_tokens() if token]
+        self.turn_ends = Counter[str]()  # special tokens that end scored turns
 
     def describe(self) -> str:
         """Returns in words what texts got in front and behind; nothing where there was no text."""
@@ -98,17 +101,32 @@ class Encoder:
             scored = (len(prompt), len(prompt) + len(completion))
             return _LaidOut(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
         text, spans = self.template.render(document.content, document.where or document.name)
+        for start, end in spans:
+            turn = text[start:end].rstrip()
+            known = (*self.turn_ends, *self.special_tokens)
+            self.turn_ends.update([token for token in known if turn.endswith(token)][:1])
         return _LaidOut(document.name, document.digest(), text, spans, is_plain=False)
 
     def _read_template(self, is_plain: bool) -> None:
         """Read the chat template, which only prompts and completions of plain text can do without."""
         try:
-            self.template = ChatTemplate.read(self.folder, self.tokenizer.special_tokens())
+            self.template = ChatTemplate.read(self.folder, self.special_tokens)
         except NoTemplateError:
             if not is_plain:
                 raise
             self.joins_prompts = True
             log.info("%s: no chat template, so a completion stands right behind its prompt, as one text", self.folder)
+
+    def chat_format(self) -> dict[str, Any] | None:
+        """Returns how the conversations so far were written: the template, what it names, and what ends turns."""
+        if self.template is None:
+            return None
+        source, ends = self.template.source, [token for token, _ in self.turn_ends.most_common()]
+        return {
+            "template": source,
+            "special_tokens": {name: text for name, text in self.template.special.items() if name in source},
+            "turn_ends": {token: ids[0] for token, ids in zip(ends, self.tokenizer.encode(ends), strict=True)},
+        }
 
     def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
         """Offsets, which take far more room than ids, only where there are spans."""

@@ -107,8 +107,13 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
 def finish(plan: CachePlan) -> Manifest:
     """Read every shard back, strictly, and write the manifest of what was read."""
     shards: list[Shard] = []
-    before = plan.grown_from.made.get("corpora", []) if plan.grown_from else []
-    made = {**made_now(pinned(plan.export.teacher), [*before, plan.export.corpus.path]), "drawn_from": plan.drawn_from}
+    before = plan.grown_from.made if plan.grown_from else {}
+    made = {
+        **made_now(pinned(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
+        "drawn_from": plan.drawn_from,
+    }
+    if chat := plan.chat or before.get("chat"):
+        made["chat"] = chat
     totals, coding = Totals.of(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []

@@ -118,6 +118,7 @@ class CachePlan:
     grown_from: Manifest | None = None
     texts: str = ""  # what each gets in front and behind, in words, where there are texts
     drawn_from: int = 0  # positions that the split has
+    chat: dict[str, Any] | None = None  # how conversations are written, for the manifest alone
 
     @property
     def first_record(self) -> int:
@@ -281,5 +282,6 @@ def make_plans(
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
         drawn_from = sum(window.positions for window in found)
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, encoder.describe(), drawn_from))
+        said = encoder.describe(), drawn_from, encoder.chat_format()
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, *said))
     return plans

@@ -10,27 +10,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, read_json, write_json
+from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.students.adapters import adapted_layers, base_parameters
 from kd_core.students.decoder import Decoder
-from kd_core.students.families import config_of
+from kd_core.students.export_files import ChatFormat, write_about
 from kd_core.students.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.placement import stopping_together, whole
 from kd_core.students.starts import stored_architecture
+from kd_core.students.weights import weight_files
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
 MAX_FILE_BYTES = 5_000_000_000
 ADAPTER = "adapter"
 
@@ -121,27 +115,42 @@ def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _write_about(model: Decoder, folder: Path, tokenizer_folder: Path, dtype: str) -> None:
-    """All that is no weight."""
-    source = read_json(tokenizer_folder / "config.json", "a Hugging Face model configuration")
-    ids = source.get("bos_token_id"), source.get("eos_token_id")
-    write_json(folder / "config.json", config_of(model.arch, *ids, dtype))
-    for name in TOKENIZER_FILES:
-        if (tokenizer_folder / name).is_file():
-            (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
-    layers = adapted_layers(model)
-    if layers:
+def _write_adapter_config(model: Decoder, folder: Path, tokenizer_folder: Path) -> None:
+    if layers := adapted_layers(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
         base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
 
 
-def save_pretrained(
+def _ends(path: Path) -> bool:
+    """Checks that the JSON of a file ends with a bracket, as one that was cut short does not."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip().endswith((b"}", b"]"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Checks that a folder holds an exported student of which no file is missing or cut short; reads no weights."""
+    try:
+        weights = weight_files(folder)
+        if (adapter := folder / ADAPTER).is_dir():
+            weights.append(adapter / WEIGHTS)
+        for path in weights:
+            with safe_open(path, "pt"):  # compares the file's length with its header
+                pass
+        needed = [folder / "config.json", folder / "tokenizer.json"]
+        return all(is_plain_file(path) for path in needed) and all(_ends(path) for path in folder.rglob("*.json"))
+    except (UsageError, OSError, SafetensorError):
+        return False
+
+
+def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it is stored, and who writes)
     model: Decoder,
     folder: Path,
     tokenizer_folder: Path,
     *,
+    chat: ChatFormat | None = None,
     dtype: Dtype = "float32",
     max_file_bytes: int = MAX_FILE_BYTES,
     first: bool = True,
@@ -150,6 +159,7 @@ def save_pretrained(
 
     Every process calls it, the one that writes with `first`; an error of that one stops all. More than
     `max_file_bytes` of weights become several files with an index. Memory: one file's weights, on the first alone.
+    `chat` is how the conversations were written that the student was trained on, if it was.
 
     Raises:
         UsageError: files that cannot be written.
@@ -161,7 +171,8 @@ def save_pretrained(
         try:
             if first:
                 with new_folder(folder) as partial:
-                    _write_about(model, partial, tokenizer_folder, dtype)
+                    write_about(partial, model.arch, tokenizer_folder, dtype, chat)
+                    _write_adapter_config(model, partial, tokenizer_folder)
                     _write_weights(partial, files, tensors, DTYPES[dtype])
                     _write_weights(partial, adapters, tensors, torch.float32)
                     if len(files) > 1:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,7 @@ class Checkpoint:
         keep_best: so many of the best are kept besides, of those whose step was validated.
         best_metric: what "best" means.
         best_mode: whether its smallest values are the best (min) or its largest (max).
+        export: what `export/` is made of at the end: the last step, or the best checkpoint.
     """
 
     every: int = 10
@@ -68,11 +70,17 @@ class Checkpoint:
     keep_best: int = 1
     best_metric: str = "val/loss"
     best_mode: str = "min"
+    export: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         check_ranges(self, "checkpoint.", every=AT_LEAST_1, keep_newest=AT_LEAST_1, keep_best=AT_LEAST_0)
         if self.best_mode not in MODES:
             raise UsageError(f"checkpoint.best_mode: got {self.best_mode!r}; wanted one of {', '.join(MODES)}.")
+        if self.export == "best" and not self.keep_best:
+            raise UsageError(
+                "checkpoint.export: got best, and checkpoint.keep_best=0 keeps none. Set checkpoint.keep_best=1, or "
+                "checkpoint.export=last."
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ def _said_as_usage_error(folder: Path, what: str, then: str) -> Generator[None]:
         raise UsageError(f"{folder}: cannot be {what} ({reason}). {then}.") from None
 
 
-def _folders(root: Path) -> list[Path]:
+def kept(root: Path) -> list[Path]:
+    """Returns all complete checkpoints in order, damaged or not."""
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
 
@@ -210,12 +219,15 @@ def keep_some(root: Path, policy: Checkpoint) -> None:
     """Delete all but the newest and the best checkpoints, and what a kill left half-written."""
     for partial in root.glob("step_*.partial"):
         shutil.rmtree(partial)
-    folders = _folders(root)
-    sign = 1 if policy.best_mode == "min" else -1
-    scored = [(sign * metric, folder) for folder in folders if (metric := _metric(folder)) is not None]
-    best = {folder for _, folder in sorted(scored)[: policy.keep_best]}
-    for folder in sorted(set(folders[: -policy.keep_newest]) - best):
+    for folder in sorted(set(kept(root)[: -policy.keep_newest]) - {*best_first(root, policy)[: policy.keep_best]}):
         delete(folder)
+
+
+def best_first(root: Path, policy: Checkpoint) -> list[Path]:
+    """Returns the checkpoints with a metric, the best first; of equal ones the oldest."""
+    sign = 1 if policy.best_mode == "min" else -1
+    scored = [(sign * metric, folder) for folder in kept(root) if (metric := _metric(folder)) is not None]
+    return [folder for _, folder in sorted(scored)]
 
 
 def read_progress(folder: Path) -> Progress:
@@ -239,8 +251,7 @@ def _read_norms(folder: Path) -> dict[str, float]:
 
 def newest(root: Path) -> Path | None:
     """The newest complete checkpoint, damaged or not."""
-    folders = _folders(root)
-    return folders[-1] if folders else None
+    return max(kept(root), default=None)
 
 
 def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> Progress:
@@ -264,9 +275,30 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None =
     return progress
 
 
-def load_model(folder: Path, model: Decoder) -> None:
-    """Restore the parameters of `model` alone, after a look at every byte; errors as in `load`, or what is damaged."""
+def load_model(folder: Path, model: Decoder, world: World | None = None) -> None:
+    """Restore the parameters of `model` alone, after a look at every byte, which the ranks of `world` share.
+
+    Raises:
+        UsageError: as for `load`, or what is damaged.
+    """
+    world = world or World()
     with in_use(folder):
-        if wrong := damage(folder):
-            raise UsageError(f"{folder}: damaged: {'; '.join(wrong)}. Take another checkpoint.")
+        own = damage(folder, slice(world.rank, None, world.size))
+        wrong = list(dict.fromkeys(found for some in gathered(world, own) for found in some))
+        stop_alike(world, f"{folder}: damaged: {'; '.join(wrong)}. Take another checkpoint." if wrong else None)
         load(folder, model)
+
+
+def load_best(root: Path, policy: Checkpoint, model: Decoder, world: World) -> Path:
+    """Restore the best checkpoint's parameters on all ranks; returns its folder.
+
+    Raises:
+        UsageError: as for `load_model`, or no checkpoint has a number of the metric.
+    """
+    best = next(iter(world.on_first(lambda: best_first(root, policy))), None)
+    if best is None:
+        stop_alike(world, f"{root}: no checkpoint has a {policy.best_metric}, by which the best is known. Take the "
+                   "last: launchers.export_student --step=last.")  # fmt: skip
+        raise AssertionError
+    load_model(best, model, world)
+    return best

@@ -9,7 +9,6 @@ go on without a gap or a double. What a repeated run cannot repeat (times, memor
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,7 +59,8 @@ class MetricLog:
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         """Start anew, or go on after `resume_step` with everything later forgotten."""
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        for path in (folder / "tensorboard").glob("events.out.tfevents.*"):  # also where the folder is a link
+            path.unlink()
         self.events = Events(folder / "tensorboard")
         self.events.begin(settings_of(RunFolder(folder)))
         self.numbers = _Lines(folder / "metrics.jsonl", resume_step, self.events.add)

@@ -3,8 +3,11 @@
 import logging
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,9 +18,12 @@ from kd_core.errors import UsageError, visible
 from kd_core.files import damaged, read_json, read_text, write_json, write_text
 from kd_core.json_fields import LARGEST, fields, integer, text
 from kd_core.parallel.mesh import World
+from kd_core.students.saving import is_whole
+from kd_core.training import checkpoint
 
 log = logging.getLogger("kd")
 UNKNOWN_COMMIT = "unknown"
+NUMBER = re.compile(r"[0-9]{1,9}")
 PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
 
 
@@ -69,8 +75,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has ended: the student is written last, and whole. Its checkpoints may be deleted then."""
-        return self.export.is_dir()
+        """Checks whether the run has ended: its student is written last. Its checkpoints may be deleted then."""
+        return is_whole(self.export)
 
     def record(self) -> str:
         """The frozen configuration of the run, as `claim` wrote it."""
@@ -86,10 +92,11 @@ class RunFolder:
         Raises:
             UsageError: they are damaged.
         """
-        what, attempts = "the facts of a start", self.attempts()
-        if not attempts:
+        what = "the facts of a start"
+        known = [path for folder in self.attempts() if (path := folder / "attempt.json").exists()]
+        if not known:
             return {}
-        path = attempts[-1] / "attempt.json"
+        path = known[-1]
         with damaged(path, what):
             value = read_json(path, what)
             facts: dict[str, Any] = {name: _words(value[name], name) for name in ("started", "python", "commit")}
@@ -101,29 +108,66 @@ class RunFolder:
             }
             return facts
 
-    def claim(self, config_json: str, config_text: str, may_change: frozenset[str] = frozenset()) -> dict[str, str]:
+    def claim(
+        self,
+        config_json: str,
+        config_text: str,
+        may_change: frozenset[str] = frozenset(),
+        recorded_text: Callable[[], str] | None = None,
+    ) -> dict[str, str]:
         """Write the record of the experiment, or check that the folder is of the same one.
 
-        `may_change` are paths of settings that a resumed run may have otherwise; returns those that it has.
+        `may_change` are paths of settings that a resumed run may have otherwise; returns those that it has. With them
+        it may have other `steps`, and with those another schedule. `recorded_text` gives the settings of the record
+        with today's defaults for what is newer than it.
 
         Raises:
-            UsageError: the folder belongs to another experiment.
+            UsageError: the folder belongs to another experiment, or has done more than the steps.
         """
-        record, settings = self.path / "config.json", self.path / "config.txt"
-        if not record.exists():
-            write_text(settings, config_text)
-            write_text(record, config_json)
+        if not (self.path / "config.json").exists():
+            self._write_record(config_json, config_text)
             return {}
         if self.record() == config_json:
             return {}
-        differences = _differences(self.settings_text(), config_text)
-        if not differences or not may_change.issuperset(differences):
-            others = {name: how for name, how in differences.items() if name not in may_change}
+        differences = _differences(recorded_text() if recorded_text else self.settings_text(), config_text)
+        free = ("steps", "schedule") if "steps" in differences else ()
+        others = {name: how for name, how in differences.items()
+                  if name not in may_change and name.split(".")[0] not in free}  # fmt: skip
+        if others or not (differences or recorded_text):
             raise UsageError(
                 f"{self.path}: holds a run of another experiment ({_listed(others) or 'its config.json differs'}). "
                 "Name another --run_dir, or the same settings to resume."
             )
+        if "steps" in differences:
+            self._check_steps(int(read_settings(config_text)["steps"][0]))
         return differences
+
+    def _write_record(self, config_json: str, config_text: str) -> None:
+        write_text(self.path / "config.txt", config_text)
+        write_text(self.path / "config.json", config_json)
+
+    def _check_steps(self, steps: int) -> None:
+        newest = checkpoint.newest(self.checkpoints)
+        if newest is None and self.is_finished:
+            raise UsageError(
+                f"{self.path}: is finished, and its checkpoints are gone, so it cannot go on to {steps} steps. Begin "
+                f"another run from its student: student.folder={self.export}."
+            )
+        if newest is not None and steps < (done := checkpoint.read_progress(newest).step):
+            raise UsageError(
+                f"steps: got {steps}; {self.path} has done {done}. Give more, or take an earlier student: "
+                f"launchers.export_student --student={self.path} --step={steps}, where that checkpoint is kept."
+            )
+
+    def change_record(self, attempt: Path, config_json: str, config_text: str) -> None:
+        """Write another record; the one before, and the student that was made by it, are kept in `attempt`/before."""
+        before = attempt / "before"
+        before.mkdir()
+        write_text(before / "config.txt", self.settings_text())
+        write_text(before / "config.json", self.record())
+        if self.export.exists():  # first, for with the new record it would be that of a finished run
+            shutil.move(self.export, before / "export")
+        self._write_record(config_json, config_text)
 
     def precision(self) -> str | None:
         """Returns the precision that the run began with. None before it has a record."""
@@ -131,12 +175,16 @@ class RunFolder:
         return None if value is None else value.strip("'\"")
 
     def attempts(self) -> list[Path]:
-        """The folders of all starts, in order."""
-        return sorted((self.path / "attempts").glob("[0-9]*"))
+        """Returns the folders of all starts, in order, whatever else stands among them."""
+        return [path for _, path in sorted(self._numbered()) if path.is_dir()]
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        found = (self.path / "attempts").glob("*")
+        return [(int(path.name), path) for path in found if NUMBER.fullmatch(path.name)]
 
     def begin_attempt(self, facts: dict[str, Any]) -> Path:
         """Make `attempts/NNN` with the facts; the log goes there too."""
-        folder = self.path / "attempts" / f"{len(self.attempts()) + 1:03d}"
+        folder = self.path / "attempts" / f"{max(self._numbered(), default=(0,))[0] + 1:03d}"
         folder.mkdir(parents=True)
         write_json(folder / "attempt.json", facts)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.stream.source import Shards
@@ -20,8 +19,8 @@ from kd_core.files import owned
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.metrics import read_metrics
-from launchers.evaluate import load_student
 from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
+from launchers.saved_students import find_student
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import Command, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny, bytes_of
@@ -150,10 +149,10 @@ def test_evaluate_gives_the_runs_last_validation_and_reads_checkpoints(tiny: Tin
 def test_evaluate_says_of_a_run_without_its_end_which_checkpoint_there_is(whole_run: Path, tmp_path: Path) -> None:
     shutil.copytree(whole_run / "attempts", tmp_path / "run" / "attempts")
     with pytest.raises(UsageError, match="is not finished. It has no checkpoint yet"):
-        load_student(tmp_path / "run", torch.device("cpu"))
+        find_student(tmp_path / "run", None)
     (tmp_path / "run" / "checkpoints").symlink_to(whole_run / "checkpoints")
-    with pytest.raises(UsageError, match=r"Name a checkpoint: --student=.*step_00000010\."):
-        load_student(tmp_path / "run", torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"has checkpoints of the steps .*, 10: name one by --step"):
+        find_student(tmp_path / "run", None)
 
 
 def test_the_export_command_killed_and_run_under_two_ranks_writes_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from kd_core.training.metrics import read_metrics
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.stopping import Stopping
 from launchers.config_items import describe, record, resolve
-from launchers.evaluate import load_student, measure_model
+from launchers.evaluate import measure_model
+from launchers.saved_students import load_student
 from tests.launchers.command import run
 from tests.tiny import Tiny
 

@@ -1,0 +1,57 @@
+"""Write the student of a run as a Hugging Face folder: its best, its last or any step, finished or not.
+
+    python -m launchers.export_student --student=runs/quickstart --step=best --out=my/student
+    python -m launchers.export_student --student=runs/quickstart --step=30 --dtype=bfloat16 --out=my/student
+    python -m launchers.export_student --student=runs/quickstart/checkpoints/step_00000030 --out=my/student
+
+A run's own export/ is float32, of its last step or its best (checkpoint.export). --student may be a run that was
+stopped or is still at work, a checkpoint, or a Hugging Face folder, as to store it in another dtype. Adapters are
+merged, and written to OUT/adapter/ as well. --out is a new folder, which appears whole or not at all.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from absl import flags
+
+from launchers import app
+
+if TYPE_CHECKING:
+    from kd_core.precision import Dtype
+
+STUDENT = flags.DEFINE_string("student", None, "A run, a checkpoint of one, or a Hugging Face folder; required.")
+STEP = flags.DEFINE_string(
+    "step", None, "Of a run: best, last, or a number; default last (without checkpoints: its export/)."
+)
+OUT = flags.DEFINE_string("out", None, "The new folder; required.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "How the weights are stored.")
+
+
+def main() -> None:
+    """Find, load, write."""
+    from kd_core.errors import UsageError
+
+    if STUDENT.value is None or OUT.value is None:
+        raise UsageError("wanted --student=RUN_DIR and --out=DIR.")
+    import torch
+
+    from kd_core.files import place_of_new_folder
+    from kd_core.students.saving import save_pretrained
+    from kd_core.training.checkpoint import newest
+    from kd_core.training.run_folder import RunFolder
+    from launchers.saved_students import find_student, load_student, recorded_chat_format
+
+    source, out = Path(STUDENT.value), Path(OUT.value)
+    place = place_of_new_folder(out)
+    if place.exists() and any(place.iterdir()):
+        raise UsageError(f"--out={out}: holds something ({next(place.iterdir()).name}). Name a new folder.")
+    folder = find_student(source, STEP.value or ("last" if newest(RunFolder(source).checkpoints) else None))
+    model, tokenizer_folder = load_student(folder, torch.device("cpu"))
+    dtype = cast("Dtype", DTYPE.value)
+    save_pretrained(model, out, tokenizer_folder, chat=recorded_chat_format(folder), dtype=dtype)
+    parameters = sum(each.numel() for each in model.parameters())
+    print(f"{out}: {folder}, {parameters / 1e6:.1f}M parameters in {dtype}")
+
+
+if __name__ == "__main__":
+    app.start(main, "launchers.export_student", __doc__ or "")
