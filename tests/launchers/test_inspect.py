@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache.readable import columns, fit, spots, visible, words_of
+from data.cache.readable import columns, fit, spots, tokenizer_folders, visible, words_of
 from data.cache.selection import Selection
-from launchers.inspect import folders
 from launchers.records_page import Tables, html_page, terminal_lines
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import run
@@ -41,7 +40,9 @@ def test_without_a_tokenizer_it_shows_ids_and_another_one_is_refused(tiny: Tiny,
         (cache / "manifest.json").write_text(json.dumps({**manifest, "made": {**manifest["made"], "teacher": teacher}}))
         done = run("launchers.inspect", str(cache))
         assert re.search(r"^ +0  #\d+ +#\d+ +", done.stdout, re.MULTILINE)
-        told = f"ids, not text: the tokenizer {manifest['tokenizer'][:12]}… is not {named}. Name its folder with --token"
+        told = (
+            f"ids, not text: the tokenizer {manifest['tokenizer'][:12]}… is not {named}. Name its folder with --token"
+        )
         assert told in done.stdout
     given = run("launchers.inspect", str(cache), f"--tokenizer={tiny.teacher}")
     assert re.search(r"^ +0  The +", given.stdout, re.MULTILINE)
@@ -81,12 +82,12 @@ def test_a_teacher_of_the_hub_is_looked_for_where_it_was_fetched_to(
 ) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert not [place for place in folders(tiny.train, "hub:some/body") if place.is_relative_to(tmp_path)]
+    assert not [place for place in tokenizer_folders(tiny.train, "hub:some/body") if place.is_relative_to(tmp_path)]
     fetched = tmp_path / "models--some--body"
     shutil.copytree(tiny.teacher, fetched / "snapshots" / "abc")
     (fetched / "refs").mkdir()
     (fetched / "refs" / "main").write_text("abc")
-    assert next(iter(folders(tiny.train, "hub:some/body"))) == fetched / "snapshots" / "abc"
+    assert next(iter(tokenizer_folders(tiny.train, "hub:some/body"))) == fetched / "snapshots" / "abc"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_verify_says_that_all_is_well_or_all_that_is_not(tiny: Tiny, tmp_path: P
     cache = shutil.copytree(tiny.train, tmp_path / "cache")
     done = run("launchers.inspect", "--verify", str(cache))
     assert done.returncode == 0, done.stdout
-    assert re.search(r"whole; verified \d+ bytes, 29 records, 660 positions in .* MB/s", done.stdout)
+    assert re.search(r"whole; verified \d+ bytes, 30 records, 688 positions in .* MB/s", done.stdout)
     data = bytearray((cache / "shard-000001.tar").read_bytes())
     data[700] ^= 4
     (cache / "shard-000001.tar").write_bytes(data)
