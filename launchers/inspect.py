@@ -19,7 +19,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -92,27 +91,13 @@ def costs(survey: "Survey") -> list[tuple[str, int, float]]:
     return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
 
 
-def folders(folder: Path, teacher: str) -> Iterator[Path]:
-    """Where the tokenizer of a cache's teacher may lie: in its folder, as named from here or from above the cache; in
-    the hub's own cache, from which nothing is fetched here; in a folder `teacher` beside the cache."""
-    above = folder.absolute().parents
-    if teacher.startswith("hub:"):
-        with suppress(ImportError, ValueError):
-            from huggingface_hub import try_to_load_from_cache
-
-            if isinstance(found := try_to_load_from_cache(teacher.removeprefix("hub:"), "tokenizer.json"), str):
-                yield Path(found).parent
-    elif teacher:
-        yield from (start / teacher for start in (Path(), *above))
-    yield from (parent / "teacher" for parent in above[:2])
-
-
 def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
     """The teacher's tokenizer: that of --tokenizer, or of the teacher that the cache says it was made with.
 
     Raises:
         UsageError: that of --tokenizer is another.
     """
+    from data.cache.readable import tokenizer_folders
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.hub import folder_of
@@ -126,7 +111,7 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
                 f"{fingerprint[:12]}…. Name the teacher's folder."
             )
         return found
-    for place in folders(folder, teacher if isinstance(teacher, str) else ""):
+    for place in tokenizer_folders(folder, teacher if isinstance(teacher, str) else ""):
         with suppress(UsageError, OSError):  # a name that somebody else has written down
             if (found := Tokenizer(place)).fingerprint_like(fingerprint) == fingerprint:
                 return found
@@ -134,10 +119,8 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
 
 
 def _missing(manifest: "Manifest") -> str:
-    from data.importers.convert import UNKNOWN
-
-    teacher = manifest.made.get("teacher", UNKNOWN)
-    place = "beside the cache" if teacher == UNKNOWN else f"in {teacher}, the teacher's folder"
+    teacher = manifest.made.get("teacher", "unknown")
+    place = "beside the cache" if teacher == "unknown" else f"in {teacher}, the teacher's folder"
     return f"the tokenizer {manifest.tokenizer[:12]}… is not {place}"
 
 

@@ -2,6 +2,8 @@
 
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +59,21 @@ def words_of(tokenizer: Tokenizer | None) -> Words:
         return visible(text)
 
     return words
+
+
+def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
+    """Where the tokenizer of a cache's teacher may lie: in its folder, as named from here or from above the cache; in
+    the hub's own cache, from which nothing is fetched here; in a folder `teacher` beside the cache."""
+    above = folder.absolute().parents
+    if teacher.startswith("hub:"):
+        with suppress(ImportError, ValueError):
+            from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (an extra)
+
+            if isinstance(found := try_to_load_from_cache(teacher.removeprefix("hub:"), "tokenizer.json"), str):
+                yield Path(found).parent
+    elif teacher:
+        yield from (start / teacher for start in (Path(), *above))
+    yield from (parent / "teacher" for parent in above[:2])
 
 
 def spots(record: Record, words: Words, most: int) -> Iterator[Spot]:

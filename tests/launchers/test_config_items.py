@@ -45,7 +45,7 @@ def test_a_value_of_python_is_checked_as_one_of_text_and_a_part_is_copied() -> N
     assert (config.optimizer.lr, config.schedule.warmup_steps) == (1.0, 3)
     for path, value, message in (
         ("optimizer.lr", "fast", "here: got 'fast', wanted float"),
-        ("optimizer", schedule, "here: got a WarmupCosine, wanted AdamW"),
+        ("optimizer", schedule, "here: got a WarmupCosine, wanted Optimizer"),
         ("optimizer", 3, "optimizer is a part"),
         ("optimizer.lrr", 3, "Did you mean 'lr'"),
     ):

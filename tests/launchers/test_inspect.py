@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache.readable import columns, fit, spots, visible, words_of
+from data.cache.readable import columns, fit, spots, tokenizer_folders, visible, words_of
 from data.cache.selection import Selection
-from launchers.inspect import folders
 from launchers.records_page import Tables, html_page, terminal_lines
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import run
@@ -83,12 +82,12 @@ def test_a_teacher_of_the_hub_is_looked_for_where_it_was_fetched_to(
 ) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert not [place for place in folders(tiny.train, "hub:some/body") if place.is_relative_to(tmp_path)]
+    assert not [place for place in tokenizer_folders(tiny.train, "hub:some/body") if place.is_relative_to(tmp_path)]
     fetched = tmp_path / "models--some--body"
     shutil.copytree(tiny.teacher, fetched / "snapshots" / "abc")
     (fetched / "refs").mkdir()
     (fetched / "refs" / "main").write_text("abc")
-    assert next(iter(folders(tiny.train, "hub:some/body"))) == fetched / "snapshots" / "abc"
+    assert next(iter(tokenizer_folders(tiny.train, "hub:some/body"))) == fetched / "snapshots" / "abc"
 
 
 @pytest.mark.parametrize(

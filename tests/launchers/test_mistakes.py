@@ -92,7 +92,7 @@ IN_A_FILE = {
     "a term mistyped": ('config.loss.terms["kdd"].weight = 1.0', "user_file.py:13: KeyError: 'kdd' Did you mean 'kd'?"),
     "a wrong type": ('config.steps = "many"', "experiments/user_file.py:13: steps: got 'many', wanted int."),
     "a wrong part": ("config.optimizer = fdl.Config(WarmupCosine)", "user_file.py:13: optimizer: got WarmupCosine, "
-                     "wanted AdamW."),
+                     "wanted Optimizer."),
     "a part without its value": ("del config.steps", "steps: not set, and has no default; wanted int."),
     "a name that is not there": ("config.steps = stepz", "user_file.py:13: NameError: name 'stepz' is not defined"),
     "an error of its own": ("config.steps = 1 // 0", "experiments/user_file.py:13: ZeroDivisionError: "),

@@ -151,7 +151,7 @@ MISTAKES: list[tuple[Sweep, list[str], str]] = [
     (Sweep(quickstart) * grid("steps", [1.5]), [], "got 1.5, wanted int"),
     (Sweep(quickstart) * grid("steps", [True]), [], "got True, wanted int"),
     (Sweep(quickstart) * grid("optimizer", [1]), [], "optimizer is a part"),
-    (Sweep(quickstart) * grid("schedule", [fdl.Config(AdamW)]), [], "got a AdamW, wanted WarmupCosine"),
+    (Sweep(quickstart) * grid("schedule", [fdl.Config(AdamW)]), [], "got a AdamW, wanted Schedule"),
     (Sweep(quickstart) * tied(("steps", "seed"), ["x"]), [], "got 'x', wanted int"),
     (Sweep(quickstart_export) * seeds(1), [], "gives a TeacherExport, wanted an Experiment"),
     (Sweep(quickstart) * seeds(2), ["quickstart"], "only the first --config names an experiment"),
