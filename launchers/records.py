@@ -2,8 +2,11 @@
 
 text → JSON → `_unfolded`: no calls while it is loaded, no end that never comes → Fiddle, which imports what
 `OurPartsOnly` lets in → arguments that the parts have
+
+Only a training that is started from a record runs the texts of user files that the record keeps (`with_code`).
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,6 +18,7 @@ from fiddle.experimental import serialization
 from kd_core.errors import UsageError
 from kd_core.files import read_text
 from kd_core.json_fields import LARGEST
+from launchers import user_code, user_files
 from launchers.values import PLAIN, OurPartsOnly, check_values, walk
 
 MOST_BYTES = 1 << 22
@@ -22,8 +26,8 @@ MOST_VALUES = 100_000
 WANTED = "the config.json of a run"
 
 
-def load_record(path: Path) -> fdl.Config[Any]:
-    """Read a frozen config.
+def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
+    """Read a frozen config. Where it keeps user files, they are run first, or only its student is read.
 
     Raises:
         UsageError: missing, damaged, or naming code that no record may name.
@@ -31,16 +35,29 @@ def load_record(path: Path) -> fdl.Config[Any]:
     text = read_text(path, WANTED, MOST_BYTES)
     try:
         value = json.loads(text)
+        kept = user_files.from_record(value.pop("user_files", []), str(path))
         if "\\u0000" in json.dumps(value) or not json.dumps(value, ensure_ascii=False).encode():
             raise ValueError("a text that is none: a zero character")
         if _unfolded(value["root"], value["objects"], {}) > MOST_VALUES:
             raise ValueError(f"unfolds to more than {MOST_VALUES} values")
-        config: Any = serialization.load_json(text, pyref_policy=OurPartsOnly())
+        for file in kept if with_code else ():
+            user_code.guarded(functools.partial(user_files.load, file), str(path))
+        if kept and not with_code:
+            root = value["objects"][value["root"]["key"]]
+            root["items"] = [item for item in root["items"] if item[0] == "Attr(name='student')"]
+        config: Any = serialization.load_json(json.dumps(value), pyref_policy=OurPartsOnly())
         if not isinstance(config, fdl.Config):
             raise TypeError(f"holds a {type(config).__name__}")
         for place in walk(config):
             _refuse_foreign_arguments(place.node)
+    except UsageError:
+        raise
     except serialization.PyrefPolicyError as error:
+        if error.module.startswith(f"{user_files.PACKAGE}."):
+            raise UsageError(
+                f"{path}: its student is made by code of a file that the record keeps, which only training runs. "
+                "Take the run's export/."
+            ) from None
         named = f"{error.symbol!a} of {error.module!a}"
         raise UsageError(
             f"{path}: names {named}, which no experiment is made of, so it was not loaded. Take a record that "
@@ -99,5 +116,5 @@ def recorded_student(path: Path) -> Any:
     config = load_record(path)
     if fdl.get_callable(config).__name__ != "Experiment":
         raise UsageError(f"{path}: holds a {fdl.get_callable(config).__name__}, wanted an Experiment.")
-    check_values(config, recorded=False)
+    check_values(config.student, recorded=False)
     return fdl.build(config.student)
