@@ -35,16 +35,11 @@ def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
     text = read_text(path, WANTED, MOST_BYTES)
     try:
         value = json.loads(text)
-        kept = user_files.from_record(value.pop("user_files", []), str(path))
+        _take_user_files(value, path, with_code)
         if "\\u0000" in json.dumps(value) or not json.dumps(value, ensure_ascii=False).encode():
             raise ValueError("a text that is none: a zero character")
         if _unfolded(value["root"], value["objects"], {}) > MOST_VALUES:
             raise ValueError(f"unfolds to more than {MOST_VALUES} values")
-        for file in kept if with_code else ():
-            user_code.guarded(functools.partial(user_files.load, file), str(path))
-        if kept and not with_code:
-            root = value["objects"][value["root"]["key"]]
-            root["items"] = [item for item in root["items"] if item[0] == "Attr(name='student')"]
         config: Any = serialization.load_json(json.dumps(value), pyref_policy=OurPartsOnly())
         if not isinstance(config, fdl.Config):
             raise TypeError(f"holds a {type(config).__name__}")
@@ -53,22 +48,30 @@ def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
     except UsageError:
         raise
     except serialization.PyrefPolicyError as error:
-        if error.module.startswith(f"{user_files.PACKAGE}."):
-            raise UsageError(
-                f"{path}: its student is made by code of a file that the record keeps, which only training runs. "
-                "Take the run's export/."
-            ) from None
-        named = f"{error.symbol!a} of {error.module!a}"
-        raise UsageError(
-            f"{path}: names {named}, which no experiment is made of, so it was not loaded. Take a record that "
-            "launchers.train wrote."
-        ) from None
+        raise UsageError(f"{path}: {_refused(error)}") from None
     except Exception as error:  # a record of another version fails in as many ways as there are versions
         found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UsageError(
             f"{path}: not a record of this version's experiments ({found}). Take one that launchers.train wrote."
         ) from None
     return cast(fdl.Config[Any], config)
+
+
+def _take_user_files(value: dict[str, Any], path: Path, with_code: bool) -> None:
+    """Take the user files out of a record, and run them. Else all but the student, which may need them, goes too."""
+    kept = user_files.from_record(value.pop("user_files", []), str(path))
+    for file in kept if with_code else ():
+        user_code.guarded(functools.partial(user_files.load, file), str(path))
+    if kept and not with_code:
+        root = value["objects"][value["root"]["key"]]
+        root["items"] = [item for item in root["items"] if item[0] == "Attr(name='student')"]
+
+
+def _refused(error: serialization.PyrefPolicyError) -> str:
+    named = f"{error.symbol!a} of {error.module!a}"
+    if error.module.startswith(f"{user_files.PACKAGE}."):
+        return f"its student is made by {named}, code that only training runs from a record. Take the run's export/."
+    return f"names {named}, which no experiment is made of, so it was not loaded. Take a record that launchers.train wrote."
 
 
 def _unfolded(value: Any, objects: dict[str, Any], known: dict[str, float]) -> float:

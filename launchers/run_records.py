@@ -1,5 +1,6 @@
 """Runs as they lie on disk, finished or not: settings, provenance, numbers. What two of them differ by."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,11 @@ def settings_rows(runs: list[Run], everything: bool) -> list[Row]:
     return _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
 
 
+def _together(sources: dict[str, str]) -> str:
+    """One short hash for all files."""
+    return f"{hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()[:12]}…" if sources else ABSENT
+
+
 def _provenance(run: Run) -> dict[str, str]:
     facts = run.facts
     found = {
@@ -99,6 +105,7 @@ def _provenance(run: Run) -> dict[str, str]:
         "starts": str(run.starts),
         "last start": facts.get("started", ABSENT),
         "code": facts.get("commit", ABSENT)[:12] + ("-dirty" if facts.get("commit", "").endswith("-dirty") else ""),
+        "source files": _together(facts.get("sources", {})),
         "ranks": " ".join(f"{name}={value}" for name, value in facts.get("world", {}).items() if name != "pid"),
         "python": facts.get("python", ABSENT),
         **facts.get("versions", {}),

@@ -65,7 +65,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
     from kd_core.training.profile import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stopping import Stopping
-    from launchers import config_items, proof, repeat
+    from launchers import config_items, proof, repeat, sources
     from launchers.folder_kinds import A_RUN, refuse_others
 
     run_folder = RunFolder(folder)
@@ -83,14 +83,14 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
             return {"precision": str(chosen), **shown}
 
         def claim() -> None:
-            facts = attempt_facts(world, experiment.inputs())
-            said = repeat.report(resolved, facts) if resolved.repeats else ""  # of the attempts before this one
+            facts = {**attempt_facts(world, experiment.inputs()), **sources.code_facts(resolved.repeats)}
+            said = repeat.differences_before(run_folder, resolved, facts)  # of the attempts before this one
             may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
             changed = run_folder.claim(config_items.record(resolved.config), text, may_change)
-            run_folder.begin_attempt({**facts, "changed": changed})
+            sources.keep_code(run_folder.begin_attempt({**facts, "changed": changed}))
             for name, how in changed.items():
                 app.log.info("resumed with another layout: %s is %s", name, how)
-            for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
+            for line in (*said, *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
             chosen.warn_if_slow("parallel.precision")
             for setting in experiment.unused():
@@ -108,9 +108,10 @@ def _repeated(experiment: Any, resolved: Any, device: Any) -> str:
     """What a run of `--world` ranks here would differ by from the one that it repeats."""
     from kd_core.parallel.mesh import World
     from kd_core.training.run_folder import attempt_facts
-    from launchers import repeat
+    from launchers import repeat, sources
 
-    return repeat.report(resolved, attempt_facts(World(size=WORLD.value, device=device), experiment.inputs()))
+    facts = attempt_facts(World(size=WORLD.value, device=device), experiment.inputs())
+    return repeat.report(resolved, {**facts, **sources.code_facts()})
 
 
 def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.abc import ExecutionLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -39,7 +38,7 @@ class UserFile:
     @property
     def module(self) -> str:
         """The main file's module: its name, and the hash of all texts."""
-        digest = hashlib.sha256(json.dumps([self.main, self.texts], sort_keys=True).encode()).hexdigest()
+        digest = _hash(json.dumps([self.main, self.texts], sort_keys=True))
         name = re.sub(r"\W", "_", PurePosixPath(self.main).stem)
         return f"{PACKAGE}.{name}_{digest[:12]}"
 
@@ -50,12 +49,25 @@ class UserFile:
 
     def hashes(self) -> dict[str, str]:
         """Returns the sha256 of each text, by path."""
-        return {path: hashlib.sha256(each.encode()).hexdigest() for path, each in self.texts.items()}
+        return {path: _hash(each) for path, each in self.texts.items()}
 
     def modules(self) -> dict[str, str]:
         """Returns the path of the text behind each module."""
         beside = {_module_of(path): path for path in self.texts if path != self.main}
         return {self.module: self.main, **beside}
+
+
+def _hash(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _source(path: Path) -> str:
+    return importlib.util.decode_source(path.read_bytes())
+
+
+def source_hash(path: Path) -> str:
+    """Returns the sha256 of a file's text, as `UserFile.hashes` has it."""
+    return _hash(_source(path))
 
 
 def _module_of(path: str) -> str:
@@ -68,9 +80,7 @@ class _Texts(MetaPathFinder, ExecutionLoader):
     def __init__(self) -> None:
         self.files: dict[str, UserFile] = {}
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         return importlib.util.spec_from_loader(fullname, self) if fullname in (PACKAGE, *self.files) else None
 
     def get_source(self, fullname: str) -> str:
@@ -136,7 +146,7 @@ def read(path: Path) -> UserFile:
         name = waiting.pop()
         if name in texts:
             continue
-        texts[name] = importlib.util.decode_source((folder / name).read_bytes())
+        texts[name] = _source(folder / name)
         waiting += _beside(folder, _imported(ast.parse(texts[name], str(folder / name))))
     if (size := sum(map(len, texts.values()))) > MOST_CHARACTERS:
         raise UsageError(f"{path}: has {size} characters with the files that it imports; a record keeps at most "

@@ -31,8 +31,8 @@ WORDS = {"true": True, "false": False, "none": None, "True": True, "False": Fals
 
 class OurPartsOnly(serialization.DefaultPyrefPolicy):
     """Policy of what a record may name: the dataclasses that experiments are made of, tags, and what a user's file of
-    `experiments/` or one that is loaded defines. Loading a record imports what it names, and building it calls that with any arguments, so
-    no other function of ours and nothing that our modules have imported themselves is let in.
+    `experiments/`, or another one that is loaded, defines. Loading a record imports what it names, and building it
+    calls that with any arguments, so no other function of ours and nothing that our modules have imported is let in.
     """
 
     def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
