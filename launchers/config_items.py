@@ -99,7 +99,11 @@ def _first(item: str, kind: str) -> Resolved:
     if item.startswith(("run:", "config_file:")):
         return _from_record(item, kind)
     if _is_change(item):
-        raise UsageError(f"--config={item}: the first --config must name an experiment (--list shows them).")
+        name = "quickstart_export" if kind == "TeacherExport" else "quickstart"
+        raise UsageError(
+            f"--config={item}: the first --config must name an experiment (--list shows them), as in "
+            f"--config={name} --config={item}."
+        )
     entry, arguments = _function(item.removeprefix("config:"), item, kind)
     return Resolved(user_code.config_of(entry, arguments, f"--config={item}"), entry.name)
 
@@ -177,8 +181,17 @@ def resolve(items: Sequence[str], kind: str) -> Resolved:
     resolved = _first(items[0], kind)
     for item in items[1:]:
         apply(resolved, item)
+    expand_home(resolved)
     check_values(resolved.config, recorded=kind == "Experiment")
     return resolved
+
+
+def expand_home(resolved: Resolved) -> None:
+    """Write out the home folder in values that begin with `~/`."""
+    for place in list(walk(resolved.config)):
+        if isinstance(place.value, str) and place.value.startswith("~/"):
+            resolved.set_by.setdefault(place.path, place.set_at())
+            place.put(str(Path(place.value).expanduser()))
 
 
 def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:

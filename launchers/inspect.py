@@ -12,6 +12,11 @@ is held (mass at K = 1, 8, 64 and all), and records as text, each position with 
 names all that is wrong, with shard, block and member, and ends with status 1 if anything is.
 """
 
+if __name__ == "inspect":  # `python launchers/NAME.py` has put this folder before the standard library
+    from launchers_by_file import start_again
+
+    start_again()
+
 import os
 import shutil
 import sys

@@ -71,7 +71,7 @@ def _refused(error: serialization.PyrefPolicyError) -> str:
     named = f"{error.symbol!a} of {error.module!a}"
     if error.module.startswith(f"{user_files.PACKAGE}."):
         return f"its student is made by {named}, code that only training runs from a record. Take the run's export/."
-    return f"names {named}, which no experiment is made of, so it was not loaded. Take a record that launchers.train wrote."
+    return f"names {named}, which no experiment is made of, so it was not loaded. Take one that launchers.train wrote."
 
 
 def _unfolded(value: Any, objects: dict[str, Any], known: dict[str, float]) -> float:
