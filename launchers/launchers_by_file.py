@@ -1,7 +1,7 @@
 """Starts a command that was started by its file, `python launchers/train.py`, again by its module.
 
-Its folder is then first on the path, where `inspect.py` shadows the standard library's. Only what needs no `inspect` can
-be imported here.
+Its folder is then first on the path, where `inspect.py` shadows the standard library's. Only what needs no `inspect`
+can be imported here.
 """
 
 import os
