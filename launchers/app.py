@@ -147,7 +147,7 @@ def _unknown_flag(name: str, argv: Sequence[str]) -> str:
     known = [flag.name for module in modules for flag in of_module.get(module, ())]
     text = next((each.lstrip("-") for each in argv if each.lstrip("-").startswith(f"{name}=")), "")
     setting = f"A value of the experiment is set by --config={text}." if text and "config" in FLAGS else ""
-    return " ".join(filter(None, [f"no flag --{name}.", catalog.nearest(name, known) or setting, "Try --help."]))
+    return " ".join(filter(None, [f"unknown flag --{name}.", catalog.nearest(name, known) or setting, "Try --help."]))
 
 
 def _take_items(given: Sequence[str]) -> None:
