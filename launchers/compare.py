@@ -4,7 +4,8 @@
     python -m launchers.compare runs/* --html=runs.html
     python -m launchers.compare runs/quickstart runs/again --all
 
-Differences are to the first run, of numbers that are of the same quantity: not of losses of two objectives. --html writes one page with a plot for each number, that needs nothing else.
+Differences are to the first run, between numbers of the same quantity: not between losses of two objectives. --html
+writes one page with a plot for each number, that needs nothing else.
 """
 
 import shutil
@@ -49,9 +50,9 @@ def main(*folders: str) -> None:
     """Read the runs; print tables; write the page."""
     from kd_core.errors import UsageError, visible
     from kd_core.files import write_text
+    from launchers import run_records as of
     from launchers.compare_page import page
     from launchers.plots import sparkline
-    from launchers import run_records as of
     from launchers.run_records import labels, metric_names, read_run
 
     if len(folders) > MOST_RUNS:

@@ -217,7 +217,9 @@ def describe(resolved: Resolved) -> str:
     ]
     if user_files.known():
         kept = user_files.used(serialization.dump_json(resolved.config))
-        lines += [f"code of {path} = {sha}  # {file.place}" for file in kept for path, sha in file.hashes().items()]
+        lines += [
+            f"code of {path} = {sha[:12]}  # {file.place}" for file in kept for path, sha in file.hashes().items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,8 @@ Row = tuple[str, list[str]]
 ABSENT = "–"
 COUNT = re.compile(r"\d{1,15}")
 MOST_FILES = 10
-OTHER = "≠"
+OTHER, CONTENTS = "≠", ": contents"
+OF_TEXT = ("nll", "perplexity", "bits_per_byte", "ece", "temperature", "student_entropy")  # need no teacher
 CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
 
 
@@ -141,7 +142,8 @@ def _decides(name: str, setting: str) -> bool:
         of_term = setting.startswith(f"loss.terms.{metric.removesuffix('_loss')}.") and ".weight" not in setting
         return setting != "loss.chunk_tokens" and (metric == "loss" or (metric.endswith("_loss") and of_term))
     held_out = setting.startswith("evaluation.shards") and not setting.endswith("path") and name.startswith("val/")
-    return held_out or setting == f"metric {metric}"
+    of_text = metric in OF_TEXT and not setting.endswith(CONTENTS)  # whatever is read of the teacher
+    return (held_out and not of_text) or setting == f"metric {metric}"
 
 
 def _deciding(run: Run) -> dict[str, str]:
@@ -149,7 +151,7 @@ def _deciding(run: Run) -> dict[str, str]:
     functions = re.findall(r"[\w.]+", run.settings.get("evaluation.metrics", ("", ""))[0])
     return {
         **{path: value for path, (value, _) in run.settings.items()},
-        **{f"{path}: contents": each["sha256"] for path, each in run.facts.get("inputs", {}).items()},
+        **{f"{path}{CONTENTS}": each["sha256"] for path, each in run.facts.get("inputs", {}).items()},
         **{f"metric {function.rpartition('.')[2]}": function for function in functions},
     }
 
