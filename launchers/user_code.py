@@ -25,10 +25,12 @@ def _is_users(filename: str) -> bool:
     return user_files.holds(filename) or (path.is_relative_to(FOLDER) and path != FOLDER / "sweep.py")
 
 
-def _place(error: BaseException) -> tuple[str, dict[str, Any]]:
-    """File and line of the innermost frame that is in an experiment's file, and what its names stand for."""
+def _place(error: BaseException, file: str) -> tuple[str, dict[str, Any]]:
+    """File and line of the innermost frame that is in `file` or an experiment's, and what its names stand for."""
     frames = [
-        (frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame.f_code.co_filename)
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == file or _is_users(frame.f_code.co_filename)
     ]
     if not frames:
         return "", {}
@@ -51,8 +53,8 @@ def _hint(error: Exception, names: dict[str, Any]) -> str:
     return nearest(wrong[1], known) if wrong else ""
 
 
-def guarded(work: Callable[[], R], said: str) -> R:
-    """What `work` returns, which runs code of experiments/ or of another file of the user's.
+def guarded(work: Callable[[], R], said: str, file: str = "") -> R:
+    """What `work` returns, which runs code of experiments/ or of another `file` of the user's.
 
     Raises:
         UsageError: for anything that it raises, with file and line.
@@ -60,15 +62,15 @@ def guarded(work: Callable[[], R], said: str) -> R:
     try:
         return work()
     except SystemExit as error:
-        where, _ = _place(error)
+        where, _ = _place(error, file)
         raise UsageError(f"{said}: {where}ended the program ({error.code}).") from error
     except UsageError as error:
-        where, _ = _place(error)
+        where, _ = _place(error, file)
         raise UsageError(f"{said}: {where}{error}") from error
     except SyntaxError as error:
         raise UsageError(f"{said}: {short_path(error.filename or '')}:{error.lineno}: {error.msg}.") from error
     except Exception as error:
-        where, names = _place(error)
+        where, names = _place(error, file)
         text = traceback.TracebackException.from_exception(error).format_exception_only()
         line = re.sub(r" has been set on <Config\[.*", " is there.", "".join(text).split("\n", 1)[0].strip())
         raise UsageError(f"{said}: {where}{line} {_hint(error, names)}".rstrip()) from error
@@ -151,5 +153,7 @@ def of_file(text: str, said: str, wanted: str, kind: str = "") -> Entry:
 
 
 def of(function: Callable[..., R], said: str, *args: Any) -> R:
-    """What a function of the user's returns; errors as in `guarded`."""
-    return guarded(functools.partial(function, *args), said)
+    """What a function of any file returns; errors as in `guarded`."""
+    plain: Any = function.func if isinstance(function, functools.partial) else function
+    file = str(inspect.getsourcefile(plain)) if inspect.isfunction(plain) else ""
+    return guarded(functools.partial(function, *args), said, file)

@@ -1,8 +1,9 @@
-"""One command for all, whatever lies in the current folder; and what is typed in other ways than the documents have it."""
+"""One command for all, whatever lies in the current folder; and lines that are typed otherwise than documented."""
 
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,11 @@ def test_items_without_their_flag_are_understood_in_any_order(in_tmp: Path) -> N
     assert shown == ["5", "6", "7"]
 
 
-def test_the_home_folder_behind_a_flag(tiny: Tiny, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _live_in(home: Path) -> None:
+    os.environ["HOME"] = str(home)
+
+
+def test_the_home_folder_behind_a_flag(tiny: Tiny, in_tmp: Path) -> None:
     home = in_tmp / "home"
     home.mkdir()
     for name in ("cache", "teacher"):
@@ -110,14 +115,14 @@ def test_the_home_folder_behind_a_flag(tiny: Tiny, in_tmp: Path, monkeypatch: py
     (home / "mine.py").write_text(
         "from experiments.quickstart import quickstart as of\n\n\ndef mine():\n    return of()\n"
     )
-    monkeypatch.setenv("HOME", str(home))
+    here = partial(_live_in, home)
     items = ["~/mine.py:mine", *tiny.train_items(1)[1:], "schedule.warmup_steps=1", "tag:Interval=1"]
     items += ["student.folder=~/teacher", 'fiddler:cache(folder="~/cache")']
-    done = run("launchers.train", *configs(items), "--run_dir=~/runs/x", cwd=in_tmp)
+    done = run("launchers.train", *configs(items), "--run_dir=~/runs/x", cwd=in_tmp, before=here)
     assert done.returncode == 0, done.stderr
     assert (home / "runs/x/export/model.safetensors").exists()
     assert not (in_tmp / "~").exists()
-    again = run("launchers.train", "--config=run:~/runs/x", "--dry_run", cwd=in_tmp)
+    again = run("launchers.train", "--config=run:~/runs/x", "--dry_run", cwd=in_tmp, before=here)
     assert "the same bits are expected" in again.stdout, again.stderr
-    measured = run("launchers.evaluate", "--student=~/runs/x", "--cache=~/cache/validation", cwd=in_tmp)
+    measured = run("launchers.evaluate", "--student=~/runs/x", "--cache=~/cache/validation", cwd=in_tmp, before=here)
     assert measured.returncode == 0, measured.stderr

@@ -30,7 +30,8 @@ def mine() -> fdl.Config[Experiment]:
 """
 
 
-def test_an_edited_file_of_experiments_is_named(tiny: Tiny, user_folder: Path, in_tmp: Path) -> None:
+@pytest.mark.usefixtures("in_tmp")
+def test_an_edited_file_of_experiments_is_named(tiny: Tiny, user_folder: Path) -> None:
     (user_folder / "user_mine.py").write_text(MINE)
     ours = partial(look_in, user_folder)
     items = ["mine", *tiny.train_items(2)[1:], "schedule.warmup_steps=1"]
@@ -96,7 +97,8 @@ def test_the_patch_leads_from_the_commit_to_what_ran(checkout: Path, tmp_path: P
     assert found == wanted
 
 
-def test_a_large_patch_is_cut_and_says_so(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("checkout")
+def test_a_large_patch_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MOST_PATCH", 100)
     sources.keep_code(tmp_path)
     assert "Cut here: the patch has " in (tmp_path / "changes.diff").read_text(errors="replace")
