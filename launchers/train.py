@@ -13,12 +13,15 @@ so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGT
 
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
+    FILE.py:NAME(arg=v)    one of a file of your own, anywhere (the first item)
     run:DIR, config_file:F the frozen record of a run (the first item); run: first says what differs since
     path=value             one value, e.g. steps=60, loss.terms.kd.weight=1.0, student.folder=my/model
     tag:NAME=value         all values that must agree, e.g. tag:RowLength=1024
-    fiddler:NAME(arg=v)    a function of experiments/ that changes the config, e.g. 'fiddler:cache(folder="my/cache")'
+    fiddler:NAME(arg=v)    a function of experiments/ that changes the config, e.g. 'fiddler:cache(folder="my/cache")';
+                           or fiddler:FILE.py:NAME(arg=v)
 
-Your own experiment is a function in a file of your own under experiments/; it needs no registration.
+Your own experiment is a function in a file of your own, under experiments/ or elsewhere; it needs no registration.
+--config= may be left out: quickstart steps=5.
 """
 
 from contextlib import ExitStack
