@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -18,6 +19,7 @@ from launchers import catalog
 FLAGS = flags.FLAGS
 log = logging.getLogger("kd")
 MOST_MESSAGE = 20_000  # characters; a message may quote a value
+started_as = ""  # "kd", where that command runs another one
 
 
 def define_config_flags(kind: str) -> None:
@@ -53,13 +55,22 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     return resolved
 
 
+def as_started(text: str) -> str:
+    """Returns a text with its command lines as they are typed: of `kd`, where that was started."""
+    if not started_as:
+        return text
+    for before, after in ((r"\S*python[\d.]* -m launchers\.(\w+)", ""), (r"-m launchers\.(\w+)", "--no-python ")):
+        text = re.sub(before, lambda found, after=after: f"{after}{started_as} {found[1].replace('_', '-')}", text)
+    return text
+
+
 def _help(doc: str, kind: str | None) -> str:
     parts = [doc.strip()]
     if kind is not None:
         parts.append(f"Known to --config (first docstring line, module):\n{catalog.listing(kind)}")
     shared = [__name__] if kind is not None else []
     described = [FLAGS.module_help(module).split(":", 1)[1].strip("\n") for module in (*shared, sys.argv[0])]
-    return "\n\n".join([*parts, "Flags:\n" + "\n".join(described)])
+    return as_started("\n\n".join([*parts, "Flags:\n" + "\n".join(described)]))
 
 
 def _visible_lines(text: str) -> str:
@@ -99,6 +110,10 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
+def _print_error(prog: str, message: str) -> None:
+    print(f"{prog}: error: {_visible_lines(_short(as_started(message)))}", file=sys.stderr, flush=True)
+
+
 def guarded(main: Callable[[], None], prog: str) -> int:
     """The exit status of `main`; a user's mistake is printed, as `prog`'s, by one rank."""
     try:
@@ -109,14 +124,15 @@ def guarded(main: Callable[[], None], prog: str) -> int:
             raise
         log.debug("%s", traceback.format_exc())  # for the attempt's log alone
         if _is_first() or isinstance(error, RankError):
-            print(f"{prog}: error: {_visible_lines(_short(message))}", file=sys.stderr, flush=True)
+            _print_error(prog, message)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
-def _refuse(prog: str, message: str) -> NoReturn:
+def refuse(prog: str, message: str) -> NoReturn:
+    """End with one message of what is wrong with a command line."""
     if _is_first():
-        print(f"{prog}: error: {_visible_lines(_short(message))}", file=sys.stderr)
+        _print_error(prog, message)
     raise SystemExit(2)
 
 
@@ -125,6 +141,49 @@ def _escape_what_encodings_lack() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _with_home(argument: str) -> str:
+    """Returns `--flag=~/path` with the home folder, which a shell puts in only where a word begins with it."""
+    return re.sub(r"^(--?\w+=)~(?=/|$)", lambda found: f"{found[1]}{Path.home()}", argument)
+
+
+def _unknown_flag(name: str, argv: Sequence[str]) -> str:
+    """Returns the nearest flag, and how a value of an experiment is given."""
+    of_module = FLAGS.flags_by_module_dict()
+    modules = [sys.argv[0], *([__name__] if "list" in FLAGS else [])]
+    known = [flag.name for module in modules for flag in of_module.get(module, ())]
+    text = next((each.lstrip("-") for each in argv if each.lstrip("-").startswith(f"{name}=")), "")
+    setting = f"A value of the experiment is set by --config={text}." if text and "config" in FLAGS else ""
+    return " ".join(filter(None, [f"unknown flag --{name}.", catalog.nearest(name, known) or setting, "Try --help."]))
+
+
+def _take_items(given: Sequence[str]) -> None:
+    """Take arguments that are no flags as `--config` items, the experiment first."""
+    changes = [item for item in given if "=" in item.partition("(")[0] or item.startswith(("fiddler:", "tag:", "set:"))]
+    FLAGS.config = [*(item for item in given if item not in changes), *FLAGS.config, *changes]
+
+
+def _parse(argv: Sequence[str], prog: str, doc: str, kind: str | None) -> list[str]:
+    """Parse flags, which is what `app.run` asks for; returns the rest, the program's name first."""
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(_help(doc, kind))
+        raise SystemExit(0)
+    try:
+        return FLAGS([_with_home(each) for each in argv])
+    except flags.UnrecognizedFlagError as error:
+        refuse(prog, _unknown_flag(error.flagname, argv))
+    except flags.Error as error:
+        refuse(prog, f"{error}. Try --help.")
+
+
+def _check_arguments(given: Sequence[str], wanted: Sequence[str], more: bool, prog: str) -> None:
+    if len(given) > len(wanted) and not more:
+        wrong = given[len(wanted)]
+        meant = f"Did you mean --config={wrong}? " if "=" in wrong and "config" in FLAGS else ""
+        refuse(prog, f"unexpected argument {wrong!r}. {meant}Flags begin with --; try --help.")
+    if len(given) < len(wanted):
+        refuse(prog, f"no {wanted[len(given)]} given. Try --help.")
 
 
 def start(
@@ -138,31 +197,24 @@ def start(
 ) -> None:
     """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags.
 
-    With `more`, the last of them may be repeated.
+    With `more`, the last of them may be repeated. A command that takes a config has no arguments of its own: they are
+    items of `--config`.
     """
     _escape_what_encodings_lack()
-    FLAGS.set_gnu_getopt(bool(arguments))
-    prog = module.removeprefix("launchers.")
-
-    def parse(argv: Sequence[str]) -> list[str]:
-        if {"--help", "-help", "-h"} & set(argv[1:]):
-            print(_help(doc, kind))
-            raise SystemExit(0)
-        try:
-            return FLAGS(list(argv))
-        except flags.Error as error:
-            _refuse(prog, f"{error}. Try --help.")
+    FLAGS.set_gnu_getopt(True)
+    command = module.removeprefix("launchers.")
+    prog = f"{started_as} {command.replace('_', '-')}" if started_as else command
 
     def run(argv: Sequence[str]) -> None:
         given = argv[1:]
-        if len(given) > len(arguments) and not more:
-            _refuse(prog, f"unexpected argument {given[len(arguments)]!r}. Flags begin with --; try --help.")
-        if len(given) < len(arguments):
-            _refuse(prog, f"no {arguments[len(given)]} given. Try --help.")
+        if kind is not None:
+            _take_items(given)
+            given = []
+        _check_arguments(given, arguments, more, prog)
         log.setLevel(logging.DEBUG)
         log.propagate = False  # absl's own handler would say everything twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
         raise SystemExit(guarded(lambda: main(*given), prog))
 
-    app.run(run, argv=sys.argv, flags_parser=parse)
+    app.run(run, argv=sys.argv, flags_parser=lambda argv: _parse(argv, prog, doc, kind))

@@ -4,7 +4,8 @@
     python -m launchers.compare runs/* --html=runs.html
     python -m launchers.compare runs/quickstart runs/again --all
 
-Differences are to the first run. --html writes one page with a plot for each number, that needs nothing else.
+Differences are to the first run, between numbers of the same quantity: not between losses of two objectives. --html
+writes one page with a plot for each number, that needs nothing else.
 """
 
 import shutil
@@ -22,6 +23,15 @@ SHOWN = ("val/loss", "val/kl", "val/nll", "train/loss")
 MOST_RUNS = 26
 
 
+def _cut(cells: Sequence[str], room: int) -> list[str]:
+    """Returns cells of at most so many characters, from where they begin to differ."""
+    most = max(map(len, cells))
+    same = next((at for at, letters in enumerate(zip(*cells, strict=False)) if len(set(letters)) > 1), 0)
+    start = min(max(0, same - 4), most - room + 1) if most > room and len(set(cells)) > 1 else 0
+    moved = [f"…{cell[start:]}" if start > 0 else cell for cell in cells]
+    return [cell if len(cell) <= room else cell[: room - 1] + "…" for cell in moved]
+
+
 def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], none: str) -> None:
     print(f"\n{title}" if rows else f"\n{title}: {none}")
     if not rows:
@@ -29,7 +39,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[s
     lines = [("", list(head)), *rows]
     first = max(len(name) for name, _ in lines)
     room = max(16, (shutil.get_terminal_size((120, 24)).columns - first - 2) // len(head) - 2)
-    cut = [(name, [cell if len(cell) <= room else cell[: room - 1] + "…" for cell in cells]) for name, cells in lines]
+    cut = [(name, _cut(cells, room)) for name, cells in lines]
     widths = [max(len(cells[column]) for _, cells in cut) for column in range(len(head))]
     for name, cells in cut:
         padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -40,9 +50,10 @@ def main(*folders: str) -> None:
     """Read the runs; print tables; write the page."""
     from kd_core.errors import UsageError, visible
     from kd_core.files import write_text
+    from launchers import run_records as of
     from launchers.compare_page import page
     from launchers.plots import sparkline
-    from launchers.run_records import labels, metric_names, metric_rows, provenance_rows, read_run, settings_rows
+    from launchers.run_records import labels, metric_names, read_run
 
     if len(folders) > MOST_RUNS:
         raise UsageError(f"{len(folders)} runs given; wanted at most {MOST_RUNS}.")
@@ -51,9 +62,11 @@ def main(*folders: str) -> None:
     for name, run in zip(names, runs, strict=True):
         note = "" if run.lines else "  (no number logged yet)"
         print(f"{name}: {visible(str(run.folder))}, step {run.step} of {run.steps}{note}")
-    _table("Settings that differ", names, settings_rows(runs, ALL.value), "none.")
-    _table("Provenance", names, provenance_rows(runs, ALL.value), "nothing differs.")
-    _table("Numbers, last (and difference to A)", names, metric_rows(runs, ALL.value), "no run has logged any yet.")
+    _table("Settings that differ", names, of.settings_rows(runs, ALL.value), "none.")
+    _table("Provenance", names, of.provenance_rows(runs, ALL.value), "nothing differs.")
+    _table("Numbers, last (and difference to A)", names, of.metric_rows(runs, ALL.value), "no run has logged any yet.")
+    if note := of.other_quantities(runs):
+        print(f"  {note}")
     shown = [name for name in metric_names(runs) if name in SHOWN]
     _table("Curves", names, [(name, [sparkline(run.curve(name)) for run in runs]) for name in shown], "none yet.")
     if HTML.value:

@@ -4,7 +4,16 @@ import html
 from collections.abc import Sequence
 
 from launchers.plots import COLOURS, plot
-from launchers.run_records import Row, Run, labels, metric_names, metric_rows, provenance_rows, settings_rows
+from launchers.run_records import (
+    Row,
+    Run,
+    labels,
+    metric_names,
+    metric_rows,
+    other_quantities,
+    provenance_rows,
+    settings_rows,
+)
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -51,9 +60,10 @@ def page(runs: list[Run], everything: bool, by_tokens: bool) -> str:
     folders = "".join(f"<p>{_key(i, f'{names[i]}: {run.folder}')}</p>" for i, run in enumerate(runs))
     parts = [
         folders,
+        _section("Settings that differ", names, settings_rows(runs, everything), "All settings are the same."),
         _section("Numbers", names, metric_rows(runs, everything), "No run has logged a number yet."),
+        f"<p>{html.escape(other_quantities(runs))}</p>",
         "<h2>Curves</h2>" + "\n".join(plots) if plots else "",
-        _section("Settings", names, settings_rows(runs, everything), "All settings are the same."),
         _section("Provenance", names, provenance_rows(runs, everything), "Nothing differs."),
     ]
     return (

@@ -1,8 +1,9 @@
 """`--config` items, applied in order, to one Fiddle config.
 
     NAME  NAME(arg=v)            a base function of experiments/ (first item)
+    FILE.py:NAME(arg=v)          one of a file of the user's own (first item)
     config_file:F  run:RUN_DIR   a frozen record (first item)
-    fiddler:NAME(arg=v)          a function that changes the config
+    fiddler:NAME(arg=v)          a function that changes the config; also fiddler:FILE.py:NAME(arg=v)
     tag:NAME=value               all values that carry the tag, since they must agree
     path=value                   one value; text needs no quotes
 
@@ -12,6 +13,7 @@ anything is built.
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +24,8 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 from kd_core.errors import UsageError
-from launchers import user_code
-from launchers.catalog import FIDDLER, TAG, find, nearest
+from launchers import user_code, user_files
+from launchers.catalog import FIDDLER, TAG, Entry, find, nearest
 from launchers.records import load_record
 from launchers.values import Place, check_values, parse_value, set_path, walk
 
@@ -58,10 +60,22 @@ def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
     raise UsageError(f"--config={item}: cannot be read. {wanted}")
 
 
+def _function(text: str, item: str, kind: str, takes: str = "") -> tuple[Entry, dict[str, Any]]:
+    """Returns the function that an item names, of experiments/ or of another file, and its arguments."""
+    file, colon, call = text.rpartition(".py:") if ".py:" in text.partition("(")[0] else (text, "", "")
+    if colon or text.endswith(".py"):
+        name, arguments = _parse_call(call, item) if call else ("", {})
+        wanted = "NAME of experiments/, or FILE.py:NAME"
+        return user_code.of_file(f"{file}{colon}{name}", f"--config={item}", wanted, kind), arguments
+    name, arguments = _parse_call(text, item)
+    return find(name, kind, takes), arguments
+
+
 def _from_record(item: str, kind: str) -> Resolved:
     prefix, target = item.split(":", 1)
+    target = str(Path(target).expanduser())
     folder = Path(target) if prefix == "run" else None
-    config = load_record(folder / "config.json" if folder else Path(target))
+    config = load_record(folder / "config.json" if folder else Path(target), with_code=True)
     found = fdl.get_callable(config).__name__
     if found != kind:
         raise UsageError(f"--config={item}: holds a {found}, wanted a {kind}.")
@@ -85,9 +99,13 @@ def _first(item: str, kind: str) -> Resolved:
     if item.startswith(("run:", "config_file:")):
         return _from_record(item, kind)
     if _is_change(item):
-        raise UsageError(f"--config={item}: the first --config must name an experiment (--list shows them).")
-    name, arguments = _parse_call(item.removeprefix("config:"), item)
-    return Resolved(user_code.config_of(find(name, kind), arguments, f"--config={item}"), name)
+        name = "quickstart_export" if kind == "TeacherExport" else "quickstart"
+        raise UsageError(
+            f"--config={item}: the first --config must name an experiment (--list shows them), as in "
+            f"--config={name} --config={item}."
+        )
+    entry, arguments = _function(item.removeprefix("config:"), item, kind)
+    return Resolved(user_code.config_of(entry, arguments, f"--config={item}"), entry.name)
 
 
 def _leaves(config: fdl.Config[Any]) -> dict[str, Place]:
@@ -109,9 +127,9 @@ def written(value: Any) -> str:
 
 def _apply_fiddler(resolved: Resolved, item: str) -> None:
     kind = fdl.get_callable(resolved.config).__name__
-    name, arguments = _parse_call(item.removeprefix("fiddler:"), item)
+    entry, arguments = _function(item.removeprefix("fiddler:"), item, FIDDLER, kind)
     before = {path: shown(place) for path, place in _leaves(resolved.config).items()}
-    user_code.call(find(name, FIDDLER, kind), arguments, f"--config={item}", resolved.config)
+    user_code.call(entry, arguments, f"--config={item}", resolved.config)
     for path, place in _leaves(resolved.config).items():
         if before.get(path) != shown(place):
             resolved.set_by[path] = f"{place.set_at()}, --config={item}"
@@ -163,8 +181,17 @@ def resolve(items: Sequence[str], kind: str) -> Resolved:
     resolved = _first(items[0], kind)
     for item in items[1:]:
         apply(resolved, item)
+    expand_home(resolved)
     check_values(resolved.config, recorded=kind == "Experiment")
     return resolved
+
+
+def expand_home(resolved: Resolved) -> None:
+    """Write out the home folder in values that begin with `~/`."""
+    for place in list(walk(resolved.config)):
+        if isinstance(place.value, str) and place.value.startswith("~/"):
+            resolved.set_by.setdefault(place.path, place.set_at())
+            place.put(str(Path(place.value).expanduser()))
 
 
 def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
@@ -182,12 +209,17 @@ def _who(place: Place, set_by: dict[str, str]) -> str:
 
 
 def describe(resolved: Resolved) -> str:
-    """One line a leaf: path = value, and who set it."""
+    """One line a leaf: path = value, and who set it; and one a user file that the graph has code of: its hash."""
     lines = [
         f"{place.path} = {shown(place)}  # {_who(place, resolved.set_by)}"
         for place in walk(resolved.config)
         if not isinstance(place.value, dict)
     ]
+    if user_files.known():
+        kept = user_files.used(serialization.dump_json(resolved.config))
+        lines += [
+            f"code of {path} = {sha[:12]}  # {file.place}" for file in kept for path, sha in file.hashes().items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -210,5 +242,9 @@ def recorded_text(path: Path) -> str:
 
 
 def record(config: fdl.Config[Any]) -> str:
-    """The frozen config as JSON."""
-    return serialization.dump_json(frozen(config), indent=2) + "\n"
+    """The frozen config as JSON, with the texts of the user files that it has functions or classes of."""
+    text = serialization.dump_json(frozen(config), indent=2)
+    if files := user_files.used(text):
+        kept = [{"main": file.main, "texts": file.texts} for file in files]
+        text = json.dumps({**json.loads(text), "user_files": kept}, indent=2)
+    return text + "\n"

@@ -112,10 +112,7 @@ def _user_metrics() -> list[Any]:
     from launchers import user_code
 
     wanted = "FILE.py:NAME"
-    return [
-        user_code.function_of(Path(text.rpartition(":")[0]), text.rpartition(":")[2], f"--metric={text}", wanted)
-        for text in METRIC.value
-    ]
+    return [user_code.of_file(text, f"--metric={text}", wanted).load() for text in METRIC.value]
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:

@@ -14,6 +14,11 @@ with, or of a folder `teacher` beside the cache; where neither is there, name on
 names all that is wrong, with shard, block and member, and ends with status 1 if anything is.
 """
 
+if __name__ == "inspect":  # `python launchers/NAME.py` has put this folder before the standard library
+    from launchers_by_file import start_again
+
+    start_again()
+
 import itertools
 import os
 import shutil

@@ -43,7 +43,7 @@ PROMPT_TOKENS = 40
 
 
 def _say(text: str) -> None:
-    print("\n".join(map(visible, text.split("\n"))), flush=True)
+    print("\n".join(map(visible, app.as_started(text).split("\n"))), flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:

@@ -2,8 +2,11 @@
 
 text → JSON → `_unfolded`: no calls while it is loaded, no end that never comes → Fiddle, which imports what
 `OurPartsOnly` lets in → arguments that the parts have
+
+Only a training that is started from a record runs the texts of user files that the record keeps (`with_code`).
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -13,17 +16,20 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 from kd_core.errors import UsageError
-from kd_core.files import read_text
+from kd_core.files import damaged, read_text
 from kd_core.json_fields import LARGEST
+from launchers import user_code, user_files
 from launchers.values import PLAIN, OurPartsOnly, check_values, walk
 
 MOST_BYTES = 1 << 22
 MOST_VALUES = 100_000
+# What is read of a record that keeps user files, where they are not run.
+WITHOUT_CODE = [f"Attr(name='{name}')" for name in ("student", "shards", "checkpoint")]
 WANTED = "the config.json of a run"
 
 
-def load_record(path: Path) -> fdl.Config[Any]:
-    """Read a frozen config.
+def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
+    """Read a frozen config. Where it keeps user files, they are run first, or only `WITHOUT_CODE` is read.
 
     Raises:
         UsageError: missing, damaged, or naming code that no record may name.
@@ -31,27 +37,49 @@ def load_record(path: Path) -> fdl.Config[Any]:
     text = read_text(path, WANTED, MOST_BYTES)
     try:
         value = json.loads(text)
+        _take_user_files(value, path, with_code)
         if "\\u0000" in json.dumps(value) or not json.dumps(value, ensure_ascii=False).encode():
             raise ValueError("a text that is none: a zero character")
         if _unfolded(value["root"], value["objects"], {}) > MOST_VALUES:
             raise ValueError(f"unfolds to more than {MOST_VALUES} values")
-        config: Any = serialization.load_json(text, pyref_policy=OurPartsOnly())
+        config: Any = serialization.load_json(json.dumps(value), pyref_policy=OurPartsOnly())
         if not isinstance(config, fdl.Config):
             raise TypeError(f"holds a {type(config).__name__}")
         for place in walk(config):
             _refuse_foreign_arguments(place.node)
+    except UsageError:
+        raise
     except serialization.PyrefPolicyError as error:
-        named = f"{error.symbol!a} of {error.module!a}"
-        raise UsageError(
-            f"{path}: names {named}, which no experiment is made of, so it was not loaded. Take a record that "
-            "launchers.train wrote."
-        ) from None
+        raise UsageError(f"{path}: {_refused(error)}") from None
     except Exception as error:  # a record of another version fails in as many ways as there are versions
         found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UsageError(
             f"{path}: not a record of this version's experiments ({found}). Take one that launchers.train wrote."
         ) from None
     return cast(fdl.Config[Any], config)
+
+
+def _take_user_files(value: dict[str, Any], path: Path, with_code: bool) -> None:
+    """Take the user files out of a record, and run them. Else all but `WITHOUT_CODE` goes too."""
+    kept = user_files.from_record(value.pop("user_files", []), str(path))
+    for file in kept if with_code else ():
+        user_code.guarded(functools.partial(user_files.load, file), str(path))
+    if kept and not with_code:
+        root = value["objects"][value["root"]["key"]]
+        root["items"] = [item for item in root["items"] if item[0] in WITHOUT_CODE]
+
+
+def keeps_code(path: Path) -> bool:
+    """Checks whether a record keeps user files."""
+    with damaged(path, WANTED):
+        return bool(json.loads(read_text(path, WANTED, MOST_BYTES)).get("user_files"))
+
+
+def _refused(error: serialization.PyrefPolicyError) -> str:
+    named = f"{error.symbol!a} of {error.module!a}"
+    if error.module.startswith(f"{user_files.PACKAGE}."):
+        return f"its student is made by {named}, code that only training runs from a record. Take the run's export/."
+    return f"names {named}, which no experiment is made of, so it was not loaded. Take one that launchers.train wrote."
 
 
 def _unfolded(value: Any, objects: dict[str, Any], known: dict[str, float]) -> float:
@@ -99,5 +127,5 @@ def recorded_student(path: Path) -> Any:
     config = load_record(path)
     if fdl.get_callable(config).__name__ != "Experiment":
         raise UsageError(f"{path}: holds a {fdl.get_callable(config).__name__}, wanted an Experiment.")
-    check_values(config, recorded=False)
+    check_values(config.student, recorded=False)
     return fdl.build(config.student)

@@ -13,6 +13,9 @@ from kd_core.training.run_folder import RunFolder, read_settings
 Row = tuple[str, list[str]]
 ABSENT = "–"
 COUNT = re.compile(r"\d{1,15}")
+MOST_FILES = 10
+OTHER, CONTENTS = "≠", ": contents"
+OF_TEXT = ("nll", "perplexity", "bits_per_byte", "ece", "temperature", "student_entropy")  # need no teacher
 CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
 
 
@@ -84,11 +87,12 @@ def labels(runs: list[Run]) -> list[str]:
 def _rows(columns: list[dict[str, str]], everything: bool) -> list[Row]:
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [column.get(name, ABSENT) for column in columns]) for name in names]
-    return [row for row in rows if everything or len(set(row[1])) > 1]
+    differing, same = ([row for row in rows if (len(set(row[1])) > 1) is differs] for differs in (True, False))
+    return [*differing, *(same if everything else ())]
 
 
 def settings_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Settings that are not the same in all runs, or all."""
+    """Settings that are not the same in all runs; then, where all are asked for, the others."""
     return _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
 
 
@@ -107,9 +111,14 @@ def _provenance(run: Run) -> dict[str, str]:
 
 
 def provenance_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Progress always; of code, versions, layout and data what is not the same, or all."""
+    """Progress always; of code, versions, layout and data what is not the same, or all; source files that differ."""
     rows = _rows([_provenance(run) for run in runs], everything=True)
-    return [row for row in rows if everything or len(set(row[1])) > 1 or row[0] == "steps"]
+    files = _rows(
+        [{f"code {name}": f"{sha[:12]}…" for name, sha in run.facts.get("sources", {}).items()} for run in runs], False
+    )
+    more = [(f"… and {len(files) - MOST_FILES} more files", [""] * len(runs))] if len(files) > MOST_FILES else []
+    shown = [row for row in rows if everything or len(set(row[1])) > 1 or row[0] == "steps"]
+    return [*shown, *files[:MOST_FILES], *more]
 
 
 def metric_names(runs: list[Run]) -> list[str]:
@@ -123,14 +132,58 @@ def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3e}"
 
 
-def _with_difference(values: list[float | None]) -> list[str]:
-    """Numbers, from the second on with their difference to the first."""
-    first = values[0]
-    shown = [_number(values[0])]
-    for value in values[1:]:
-        difference = "" if value is None or first is None else f" ({value - first:+.4f})"
-        shown.append(_number(value) + difference)
+def _decides(name: str, setting: str) -> bool:
+    """Returns True for a setting which must be the same for two runs' numbers of that name to be of the same quantity.
+
+    The objective of a loss, but for weights where it is a term's; the metric's function; what is held out.
+    """
+    metric = name.rpartition("/")[2]
+    if setting.startswith("loss."):
+        of_term = setting.startswith(f"loss.terms.{metric.removesuffix('_loss')}.") and ".weight" not in setting
+        return setting != "loss.chunk_tokens" and (metric == "loss" or (metric.endswith("_loss") and of_term))
+    held_out = setting.startswith("evaluation.shards") and not setting.endswith("path") and name.startswith("val/")
+    of_text = metric in OF_TEXT and not setting.endswith(CONTENTS)  # whatever is read of the teacher
+    return (held_out and not of_text) or setting == f"metric {metric}"
+
+
+def _deciding(run: Run) -> dict[str, str]:
+    """Returns a run's settings, with the contents of its held-out caches, and each function that is a metric."""
+    functions = re.findall(r"[\w.]+", run.settings.get("evaluation.metrics", ("", ""))[0])
+    return {
+        **{path: value for path, (value, _) in run.settings.items()},
+        **{f"{path}{CONTENTS}": each["sha256"] for path, each in run.facts.get("inputs", {}).items()},
+        **{f"metric {function.rpartition('.')[2]}": function for function in functions},
+    }
+
+
+def incomparable(name: str, first: Run, other: Run) -> list[str]:
+    """Returns the settings for which two runs' numbers of that name are not of the same quantity."""
+    one, two = _deciding(first), _deciding(other)
+    paths = (path for path in dict.fromkeys([*one, *two]) if one.get(path) != two.get(path))
+    return [path for path in paths if _decides(name, path)]
+
+
+def _with_difference(name: str, runs: list[Run]) -> list[str]:
+    """Numbers, from the second on with their difference to the first, where they are of the same quantity."""
+    first = runs[0].final(name)
+    shown = [_number(first)]
+    for run in runs[1:]:
+        value = run.final(name)
+        difference = (
+            OTHER
+            if incomparable(name, runs[0], run)
+            else ""
+            if value is None or first is None
+            else f"{value - first:+.4f}"
+        )
+        shown.append(f"{_number(value)} ({difference})" if difference and value is not None else _number(value))
     return shown
+
+
+def other_quantities(runs: list[Run]) -> str:
+    """Returns what the sign in place of a difference means; nothing where there is none."""
+    found = {path: None for name in metric_names(runs) for run in runs[1:] for path in incomparable(name, runs[0], run)}
+    return f"{OTHER}: another quantity than in A, by {', '.join(found)}." if found else ""
 
 
 def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
@@ -139,7 +192,7 @@ def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
     for name in metric_names(runs):
         if not everything and name.endswith(CONSTANT):
             continue
-        rows.append((name, _with_difference([run.final(name) for run in runs])))
+        rows.append((name, _with_difference(name, runs)))
         if not (name.startswith("val/") and best_is(name)):
             continue
         best = [run.best(name) for run in runs]

@@ -16,12 +16,15 @@ With more steps, and with them another schedule, a run goes on, finished or not;
 
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
+    FILE.py:NAME(arg=v)    one of a file of your own, anywhere (the first item)
     run:DIR, config_file:F the frozen record of a run (the first item); run: first says what differs since
     path=value             one value, e.g. steps=60, loss.terms.kd.weight=1.0, student.folder=my/model
     tag:NAME=value         all values that must agree, e.g. tag:RowLength=1024
-    fiddler:NAME(arg=v)    a function of experiments/ that changes the config, e.g. 'fiddler:cache(folder="my/cache")'
+    fiddler:NAME(arg=v)    a function of experiments/ that changes the config, e.g. 'fiddler:cache(folder="my/cache")';
+                           or fiddler:FILE.py:NAME(arg=v)
 
-Your own experiment is a function in a file of your own under experiments/; it needs no registration.
+Your own experiment is a function in a file of your own, under experiments/ or elsewhere; it needs no registration.
+--config= may be left out: quickstart steps=5.
 """
 
 from contextlib import ExitStack
@@ -59,12 +62,16 @@ GOES_ON = (
 def _claim(run_folder: Any, resolved: Any, text: str, facts: dict[str, Any]) -> None:
     """Write the record of a run and of this start, or say what of its settings this start has otherwise."""
     from kd_core.parallel.plan import LAYOUT_SETTINGS
-    from launchers import config_items
+    from launchers import config_items, sources
+    from launchers.records import keeps_code
 
     may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
     record, then = config_items.record(resolved.config), run_folder.path / "config.json"
-    changed = run_folder.claim(record, text, may_change, lambda: config_items.recorded_text(then))
+    # The settings as text serve where a description would run code of the record.
+    describe = None if then.exists() and keeps_code(then) else lambda: config_items.recorded_text(then)
+    changed = run_folder.claim(record, text, may_change, describe)
     attempt = run_folder.begin_attempt({**facts, "changed": changed})
+    sources.keep_code(attempt)
     for name, how in changed.items():
         other = "layout" if name in may_change else "length" if name == "steps" else "schedule"
         app.log.info("resumed with another %s: %s is %s", other, name, how)
@@ -90,7 +97,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
     from kd_core.training.profile import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stopping import Stopping
-    from launchers import config_items, proof, repeat
+    from launchers import config_items, proof, repeat, sources
     from launchers.folder_kinds import A_RUN, refuse_others
 
     run_folder = RunFolder(folder)
@@ -108,10 +115,10 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
             return {"precision": str(chosen), **shown}
 
         def claim() -> None:
-            facts = attempt_facts(world, experiment.inputs())
-            said = repeat.report(resolved, facts) if resolved.repeats else ""  # of the attempts before this one
+            facts = {**attempt_facts(world, experiment.inputs()), **sources.code_facts(resolved.repeats)}
+            said = repeat.differences_before(run_folder, resolved, facts)  # of the attempts before this one
             _claim(run_folder, resolved, text, facts)
-            for line in (*said.splitlines(), *(f"{name}: {value}" for name, value in shown.items())):
+            for line in (*said, *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
             chosen.warn_if_slow("parallel.precision")
             for setting in experiment.unused():
@@ -129,9 +136,10 @@ def _repeated(experiment: Any, resolved: Any, device: Any) -> str:
     """What a run of `--world` ranks here would differ by from the one that it repeats."""
     from kd_core.parallel.mesh import World
     from kd_core.training.run_folder import attempt_facts
-    from launchers import repeat
+    from launchers import repeat, sources
 
-    return repeat.report(resolved, attempt_facts(World(size=WORLD.value, device=device), experiment.inputs()))
+    facts = attempt_facts(World(size=WORLD.value, device=device), experiment.inputs())
+    return repeat.report(resolved, {**facts, **sources.code_facts()})
 
 
 def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Functions of experiment files, imported and called so that a mistake in one is a message with its file and line."""
 
 import functools
-import importlib.util
 import inspect
 import re
 import traceback
@@ -13,15 +12,17 @@ from typing import Any, TypeVar
 import fiddle as fdl
 
 from kd_core.errors import UsageError
+from launchers import user_files
 from launchers.catalog import FOLDER, Entry, did_you_mean, nearest
 from launchers.values import is_of_type, short_path, shown_type, walk
 
 R = TypeVar("R")
 
 
-def _is_experiments(path: Path) -> bool:
+def _is_users(filename: str) -> bool:
     """A file that says what is run; the words for sweeps are none."""
-    return path.is_relative_to(FOLDER) and path != FOLDER / "sweep.py"
+    path = Path(filename)
+    return user_files.holds(filename) or (path.is_relative_to(FOLDER) and path != FOLDER / "sweep.py")
 
 
 def _place(error: BaseException, file: str) -> tuple[str, dict[str, Any]]:
@@ -29,7 +30,7 @@ def _place(error: BaseException, file: str) -> tuple[str, dict[str, Any]]:
     frames = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if frame.f_code.co_filename == file or _is_experiments(Path(frame.f_code.co_filename))
+        if frame.f_code.co_filename == file or _is_users(frame.f_code.co_filename)
     ]
     if not frames:
         return "", {}
@@ -130,23 +131,25 @@ def load(entry: Entry, said: str) -> Any:
     return guarded(entry.load, said)
 
 
-def function_of(path: Path, name: str, said: str, wanted: str) -> Any:
-    """A function of any file, which is imported; `wanted` says what could have been named.
+def of_file(text: str, said: str, wanted: str, kind: str = "") -> Entry:
+    """Returns the function that `FILE.py:NAME` names; the file is imported. `wanted` says what could have been named.
 
     Raises:
         UsageError: there is none (names the nearest), or the file cannot be imported.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    file, _, name = text.partition(".py:") if ".py:" in text else (text.removesuffix(".py"), "", "")
+    path = Path(f"{file}.py").expanduser()
+    if not path.is_file():
         raise UsageError(f"{said}: {path} is no Python file. Wanted {wanted}.")
-    module, loader = importlib.util.module_from_spec(spec), spec.loader
-    guarded(lambda: loader.exec_module(module), said, str(spec.origin))
-    functions = {
-        key: each for key, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == path.stem
-    }
+    module = guarded(lambda: user_files.load(user_files.read(path)), said)
+    functions = [
+        key for key, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == module.__name__
+    ]
+    if not name:
+        raise UsageError(f"{said}: names no function of the file. Add it: {path}:{'|'.join(functions) or 'NAME'}.")
     if name not in functions:
         raise UsageError(f"{said}: no function {name!r} there. {did_you_mean(name, functions)}")
-    return functions[name]
+    return Entry(name, module.__name__, kind, "")
 
 
 def of(function: Callable[..., R], said: str, *args: Any) -> R:

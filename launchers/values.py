@@ -16,6 +16,7 @@ from fiddle.experimental import serialization
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from kd_core.errors import UsageError
+from launchers import user_files
 from launchers.catalog import FOLDER, did_you_mean
 
 OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
@@ -30,24 +31,25 @@ WORDS = {"true": True, "false": False, "none": None, "True": True, "False": Fals
 
 class OurPartsOnly(serialization.DefaultPyrefPolicy):
     """Policy of what a record may name: the dataclasses that experiments are made of, tags, and what a user's file of
-    `experiments/` defines. Loading a record imports what it names, and building it calls that with any arguments, so
-    no other function of ours and nothing that our modules have imported themselves is let in.
+    `experiments/`, or another one that is loaded, defines. Loading a record imports what it names, and building it
+    calls that with any arguments, so no other function of ours and nothing that our modules have imported is let in.
     """
 
     def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Lets a record import one plain name of our packages. A dot would lead on into another module."""
         if module in PLAIN:
             return symbol in PLAIN[module]
-        return f"{module}.".startswith(OUR_PACKAGES) and symbol.isidentifier()
+        return (f"{module}.".startswith(OUR_PACKAGES) or module in user_files.known()) and symbol.isidentifier()
 
     def allows_value(self, value: Any) -> bool:
         """Lets a record use a dataclass, a tag, or what a user's file defines."""
         module = str(getattr(value, "__module__", ""))
         if module in PLAIN:
             return value.__name__ in PLAIN[module]
-        if not f"{module}.".startswith(OUR_PACKAGES):
+        is_users = module in user_files.known()
+        if not is_users and not f"{module}.".startswith(OUR_PACKAGES):
             return False
-        if module.startswith("experiments.") and module not in MACHINERY:
+        if is_users or (module.startswith("experiments.") and module not in MACHINERY):
             return inspect.isclass(value) or inspect.isfunction(value)
         return inspect.isclass(value) and (is_dataclass(value) or issubclass(value, (fdl.Tag, Enum, tuple)))
 
@@ -261,7 +263,7 @@ def _refuse_what_no_record_holds(place: Place, where: str) -> None:
         if not (policy.allows_import(made.__module__, made.__qualname__) and policy.allows_value(made)):
             raise UsageError(
                 f"{where}: {place.path}: {made.__name__} stands in {made.__module__}, from which no record of "
-                "a run is loaded. Let it stand in a file of experiments/."
+                "a run is loaded. Let it stand in a file of experiments/, or in FILE.py of --config=FILE.py:NAME."
             )
         return
     try:

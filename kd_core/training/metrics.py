@@ -62,7 +62,7 @@ class MetricLog:
         for path in (folder / "tensorboard").glob("events.out.tfevents.*"):  # also where the folder is a link
             path.unlink()
         self.events = Events(folder / "tensorboard")
-        self.events.begin(settings_of(RunFolder(folder)))
+        self.events.begin(settings_of(RunFolder(folder)), name="/".join(folder.resolve().parts[-2:]))
         self.numbers = _Lines(folder / "metrics.jsonl", resume_step, self.events.add)
         self.said = _Lines(folder / "continuations.jsonl", resume_step, self.events.add_continuations)
         self.spreads = _Lines(folder / "histograms.jsonl", resume_step, self.events.add_histograms)

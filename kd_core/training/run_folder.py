@@ -102,10 +102,14 @@ class RunFolder:
             facts: dict[str, Any] = {name: _words(value[name], name) for name in ("started", "python", "commit")}
             facts["versions"] = {visible(k): _words(v, k) for k, v in fields(value["versions"], "versions").items()}
             facts["world"] = {visible(k): _fact(v, k) for k, v in fields(value["world"], "world").items()}
-            facts["inputs"] = {
-                visible(name): {key: _words(each[key], key) for key in ("path", "sha256")}
-                for name, each in fields(value["inputs"], "inputs").items()
+            facts["sources"] = {
+                visible(k): _words(v, k) for k, v in fields(value.get("sources", {}), "sources").items()
             }
+            for name, found in (("inputs", value["inputs"]), ("user_files", value.get("user_files", {}))):
+                facts[name] = {
+                    visible(where): {key: _words(each[key], key) for key in ("path", "sha256")}
+                    for where, each in fields(found, name).items()
+                }
             return facts
 
     def claim(
@@ -215,7 +219,10 @@ def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, 
 
 def _commit() -> str:
     """The commit of the code, with `-dirty` where the tree differs; `UNKNOWN_COMMIT` outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # else a repository around an installed package would be taken for ours
+        return UNKNOWN_COMMIT
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         found = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False

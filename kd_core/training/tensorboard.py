@@ -89,15 +89,15 @@ class Events:
         # A thread of its own writes; a step must not wait for it. What a kill takes from it is written anew on resume.
         self.writer = SummaryWriter(str(folder), max_queue=QUEUE, flush_secs=FLUSH_SECONDS)
 
-    def begin(self, settings: Mapping[str, str]) -> None:
-        """Lay out the pages, and note the settings of a run, if there are any."""
+    def begin(self, settings: Mapping[str, str], name: str) -> None:
+        """Lay out the pages, and note the settings of a run, if there are any, under its name."""
         layout = {
             page: {title: ["Multiline", [tag]] for title, tag in charts.items()} for page, charts in PAGES.items()
         }
         self.writer.add_custom_scalars(layout)
         if settings:
             self.writer.add_text("settings", _table(("setting", "value"), settings), 0)
-            self.add_summary(summary_v2.hparams_pb(hparams_of(settings)))
+            self.add_summary(summary_v2.hparams_pb(hparams_of(settings), trial_id=name))
 
     def add(self, line: Mapping[str, float]) -> None:
         """One metrics line, each number under its own name."""

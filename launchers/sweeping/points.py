@@ -150,6 +150,7 @@ def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
             user_code.of(value, said, config)
     check_values(config, recorded=True)
     _all_stand(config, set_here, draft, name)
+    config_items.expand_home(resolved)
     record = config_items.record(config)
     point_id = hashlib.sha256(record.encode()).hexdigest()[:ID_LENGTH]
     return Point(point_id, {EXPERIMENT: draft.experiment, **draft.values}, config, record)

@@ -1,7 +1,6 @@
 """Where a sweep is written: a function of `experiments/` that returns a `Sweep`, or one of a file of the user's own."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from experiments.sweep import Sweep
 from launchers import catalog, user_code
@@ -13,8 +12,9 @@ def find(text: str) -> tuple[str, Callable[[], Sweep]]:
     Raises:
         UsageError: there is none (names the nearest), or its file cannot be imported.
     """
-    file, colon, name = text.rpartition(":")
-    if not colon:
-        said = f"--sweep={name}"
-        return name, user_code.load(catalog.find(name, catalog.SWEEP, said=said), said)
-    return name, user_code.function_of(Path(file), name, f"--sweep={text}", "NAME, or FILE.py:NAME")
+    said = f"--sweep={text}"
+    if ".py" in text:
+        entry = user_code.of_file(text, said, "NAME, or FILE.py:NAME", catalog.SWEEP)
+    else:
+        entry = catalog.find(text, catalog.SWEEP, said=said)
+    return entry.name, user_code.load(entry, said)

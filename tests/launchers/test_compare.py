@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers.plots import plot, sparkline, ticks
-from launchers.run_records import metric_rows, provenance_rows, read_run, settings_rows
+from launchers.run_records import Run, metric_rows, provenance_rows, read_run, settings_rows
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
@@ -162,3 +162,27 @@ def test_a_sparkline_is_lowest_where_the_curve_is() -> None:
     assert sparkline([(0, 3.0), (1, 1.0), (2, 2.0)]) == "█▁▅"
     assert len(sparkline([(i, float(i)) for i in range(100)])) == 24
     assert sparkline([(0, float("nan"))]) == ""
+
+
+def test_numbers_of_different_quantities_are_not_subtracted() -> None:
+    lines = [{"step": 1, "val/loss": 1.0, "val/kd_loss": 0.5, "val/sft_loss": 2.0, "val/nll": 2.0, "val/kl": 0.5}]
+    settings = {"loss.terms.kd.divergence": ("'forward_kl'", ""), "loss.terms.kd.weight": ("0.9", "")}
+    first = Run(Path("first"), settings, {}, 1, lines)
+
+    def cells(inputs: dict[str, dict[str, str]], **changes: str) -> dict[str, str]:
+        changed = settings | {name.replace("__", "."): (value, "") for name, value in changes.items()}
+        rows = metric_rows([first, Run(Path("other"), changed, {"inputs": inputs}, 1, lines)], everything=False)
+        return {name.removeprefix("val/"): row[1].split()[1] for name, row in rows}
+
+    same, other = "(+0.0000)", "(≠)"
+    assert set(cells({}).values()) == {same}
+    assert cells({}, loss__terms__kd__weight="0.5") == dict.fromkeys(("kd_loss", "sft_loss", "nll", "kl"), same) | {
+        "loss": other
+    }
+    divergence = cells({}, loss__terms__kd__divergence="'jsd'")
+    assert {name for name, cell in divergence.items() if cell == other} == {"loss", "kd_loss"}
+    contents = cells({"evaluation.shards.path": {"path": "x", "sha256": "f" * 64}})
+    assert set(contents.values()) == {other}
+    read = cells({}, evaluation__shards__top_k="4")
+    assert read["nll"] == same
+    assert read["kl"] == other

@@ -232,7 +232,7 @@ def test_a_fiddler_of_experiments_is_refused_for_an_export(user_folder: Path) ->
         (["quickstart"], ["--world=8"], "--world: is for --dry_run"),
         (["quickstart"], ["--max_time_per_run=abc", "--dry_run"], "got the time 'abc'"),
         (["quickstart"], ["--base=sampled"], "--base=sampled: is for --diff, which is not given."),
-        (["quickstart"], ["--confg=steps=3"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        (["quickstart"], ["--confg=steps=3"], "unknown flag --confg. Did you mean 'config'?"),
     ],
 )
 def test_the_command_itself_says_it_once(items: list[str], flags: list[str], wanted: str, in_tmp: Path) -> None:
