@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.forks import CORES
 from tests.patience import patience
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -47,6 +48,7 @@ class Cluster:
     nodes: int = 2
     settings: dict[str, str] = field(default_factory=dict)
     main: str = ""
+    held: dict[str, float] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -103,8 +105,9 @@ class Cluster:
         wait(lambda: self.call("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False) == f"{self.nodes}\n")
 
     def start_node(self, node: str) -> None:
-        """Start a node's daemon."""
-        self.call("slurmd", "-N", node)
+        """Start a node's daemon on a core of its own: commands compute with as many threads as they have cores."""
+        core = CORES[int(node.removeprefix("n")) % len(CORES)]
+        self.call("taskset", "--cpu-list", str(core), "slurmd", "-N", node)
 
     def lose_node(self, node: str) -> None:
         """End a node's daemon and all that it started at once, and have the controller take the node for lost."""
@@ -130,10 +133,21 @@ class Cluster:
         return {job: each for job, each in found.items() if not states or each[0] in states}
 
     def hasten(self) -> None:
-        """Let jobs that were put back start now, not two minutes later; called once their old steps have ended."""
+        """Let jobs that were put back start now, not two minutes later, but not before their old steps have ended."""
         for job, (_, reason, _) in self.jobs("PENDING").items():
-            if reason == HELD:
+            since = self.held.setdefault(job, time.monotonic()) if reason == HELD else self.held.pop(job, None)
+            if reason == HELD and since is not None and time.monotonic() - since > 3:
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+                del self.held[job]
+
+    def wait_until_idle(self, seconds: float) -> None:
+        """Until no job waits or runs; those that are put back need not wait their two minutes."""
+
+        def idle() -> bool:
+            self.hasten()
+            return not self.jobs()
+
+        wait(idle, seconds, pause=0.5)
 
     def end(self) -> None:
         """Cancel what runs, and end the daemons."""

@@ -1,9 +1,9 @@
-"""Sweeps under a scheduler that really runs what is submitted (`fake_slurm.py`): the script, preemption, resumption."""
+"""Sweeps under a real Slurm of two nodes on this machine: preemption, lost nodes, time limits, limits of the cluster."""
 
+import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -18,26 +18,30 @@ from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
 from tests.forks import ENVIRONMENT
-from tests.launchers.sweeping import fake_slurm
-from tests.patience import patience
+from tests.launchers.sweeping.real_slurm import MISSING, Cluster, cluster, wait
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
-STEPS = 120
-REQUEST = slurm.Request(None, 60, 1, 0, None, 2, {})
+STEPS = 60
+REQUEST = slurm.Request(None, 60, 1, 0, 2, 2, {})  # two cores: a job has a node of its own
 pytestmark = pytest.mark.timeout(300)
 
 
+needs_slurm = pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here: {', '.join(MISSING)} not found")
+
+
 @pytest.fixture
-def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
-    """Its state; its commands are on the PATH of this test."""
-    environment = {**ENVIRONMENT, **fake_slurm.install(tmp_path / "slurm")}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    state = Path(environment["FAKE_SLURM"])
-    monkeypatch.setattr(fake_slurm, "STATE", state)
-    yield state
-    fake_slurm.end()
+def start_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Callable[..., Cluster]]:
+    """Starts a cluster whose commands are on the PATH of this test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: object) -> Cluster:
+            made = stack.enter_context(cluster(tmp_path / "slurm", **options))
+            for name, value in {**ENVIRONMENT, **made.environment}.items():
+                monkeypatch.setenv(name, value)
+            return made
+
+        yield start
 
 
 def _sweep(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
@@ -46,13 +50,6 @@ def _sweep(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
     folder = SweepFolder(out)
     folder.claim("study", points)
     return folder, points
-
-
-def _wait(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + patience(90)
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def _steps(folder: SweepFolder, point: Point) -> int:
@@ -64,8 +61,24 @@ def _attempts(folder: SweepFolder, point: Point) -> list[str]:
     return [log.read_text() for log in logs]
 
 
-@pytest.mark.usefixtures("scheduler")
-def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path: Path) -> None:
+def _ended_once(folder: SweepFolder, point: Point, starts: int) -> None:
+    """The point is finished, after so many starts of which the last one alone came to the end, and no step is lost."""
+    assert folder.status(point.id).state == FINISHED
+    assert folder.status(point.id).starts == starts
+    *earlier, last = _attempts(folder, point)
+    assert len(earlier) == starts - 1
+    assert not any("done: " in log for log in earlier)
+    assert "done: " in last
+    assert starts == 1 or "resumed from" in last
+    lines = read_metrics(folder.run_folder(point.id).path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(point.steps + 1))
+
+
+@needs_slurm
+def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
+) -> None:
+    at = start_cluster()
     folder, points = _sweep(tiny, tmp_path / "out", 2)
     lost_without_a_word = slurm.Status(RUNNING, job="99")  # as a job that was killed and not put back leaves it
     folder.set_status(points[0].id, lost_without_a_word)
@@ -73,29 +86,22 @@ def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path
     jobs = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
     assert [folder.status(point.id).job for point in points] == jobs
     assert slurm.queued(folder, points) == [point.id for point in points]
-    assert jobs == ["100_0", "100_1"]
-    assert all(slurm.in_queue(job) for job in jobs)
-    assert not slurm.in_queue("99")
+    assert set(slurm.in_queue([*jobs, "99"])) == set(jobs)
     warned, lost = points
-    _wait(lambda: _steps(folder, warned) > 15)
-    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
-    _wait(lambda: _steps(folder, lost) > 15)
-    subprocess.run(["scancel", "--full", "--signal=KILL", jobs[1]], check=True)
-    fake_slurm.wait_until_idle(patience(100))
-    assert not any(slurm.in_queue(job) for job in jobs)
+    wait(lambda: _steps(folder, warned) > 15)
+    at.call("scancel", "--signal=USR2", jobs[0])
+    wait(lambda: _steps(folder, lost) > 15)
+    node = at.jobs("RUNNING")[jobs[1]][2]
+    at.lose_node(node)
+    at.start_node(node)
+    at.wait_until_idle(100)
+    assert not slurm.in_queue(jobs)
     for point in points:
-        assert folder.status(point.id).state == FINISHED
-        assert folder.status(point.id).starts == 2
-        first, second = _attempts(folder, point)
-        assert "done: " not in first
-        assert "resumed from" in second
-        assert "done: " in second
+        _ended_once(folder, point, starts=2)
         assert not folder.run_folder(point.id).checkpoints.exists()
-        lines = read_metrics(folder.run_folder(point.id).path / "metrics.jsonl")
-        assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert "2 of 2 points are finished" in write_results(folder, points)
     said = "".join(path.read_text() for path in (folder.path / "slurm").glob("*/*_log.err"))
-    assert "this job is preempted" in said
+    assert "Caught signal SIGUSR2" in said
 
 
 def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_path: Path) -> None:
