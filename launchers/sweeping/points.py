@@ -4,6 +4,7 @@ base() → --config items → swept values, in order → every one of them still
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -110,13 +111,22 @@ def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     points: dict[str, Point] = {}
     for draft in sweep:
         point = _resolve(draft, items, name)
-        if (same := points.get(point.id)) is not None:
+        if (same := points.get(key := _by_value(point.record))) is not None:
             one, other = (f"({', '.join(f'{k}={shown(v)}' for k, v in p.values.items())})" for p in (same, point))
             raise UsageError(f"--sweep={name}: {one} and {other} are the same experiment. Leave one of them out.")
-        points[point.id] = point
+        points[key] = point
     if not points:
         raise UsageError(f"--sweep={name}: has no points. Give it axes that hold values, and filters that keep some.")
     return list(points.values())
+
+
+def _by_value(record: str) -> str:
+    """Returns a record in which equal numbers are written alike: 1 and 1.0, 0.0 and -0.0."""
+
+    def number(text: str) -> int | float:
+        return int(value) if (value := float(text)).is_integer() else value
+
+    return json.dumps(json.loads(record, parse_float=number))
 
 
 def _base(draft: Draft, name: str) -> fdl.Config[Any]:
