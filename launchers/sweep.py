@@ -65,21 +65,13 @@ def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
     return left
 
 
-def _results(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> str:
-    """Write the tables, and delete what finished points need no longer."""
-    from launchers.sweeping.results import write_results
-
-    if not KEEP.value:
-        folder.drop_checkpoints(point.id for point in points)
-    return write_results(folder, points, gone)
-
-
 def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     """The tables, and an error where points have failed."""
     from kd_core.errors import UsageError
     from launchers.sweeping.folder import FAILED
+    from launchers.sweeping.results import write_results
 
-    print(_results(folder, points, gone))
+    print(write_results(folder, points, gone, keep_checkpoints=KEEP.value))
     app.log.info("tables: %s/results.md, results.csv, summary.csv, curves.csv; tensorboard --logdir %s/tensorboard",
                  folder.path, folder.path)  # fmt: skip
     known = {point.id: folder.status(point.id) for point in points}
@@ -98,6 +90,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     from kd_core.parallel.mesh import usable_cores
     from launchers.sweeping import child, slurm
     from launchers.sweeping.local import Queue, StoppedError
+    from launchers.sweeping.results import Results
 
     if queued := slurm.queued(folder, points):
         raise UsageError(
@@ -105,9 +98,11 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
         )
     nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), usable_cores()
     slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
+    results = Results(folder, points, gone, KEEP.value)
     try:
-        Queue(folder, _left(folder, points), slots, nproc, lambda: _results(folder, points, gone)).run()
+        Queue(folder, _left(folder, points), slots, nproc, results.keep_up).run()
     except StoppedError as stopped:
+        results.write()
         if stopped.number == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise UsageError(f"stopped by {stopped}. Run the same command again to go on.") from None

@@ -3,6 +3,7 @@
 base() → --config items → swept values, in order → every one of them still stands → record → id
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -40,11 +41,17 @@ class Point:
         """Positions that it trains on."""
         return self.steps * int(self.config.tokens_per_step)
 
+    @functools.cached_property
     def but_for_the_seed(self) -> str:
-        """The record with a seed of 0: the same for points that differ in nothing else."""
+        """A hash of the record with a seed of 0: the same for points that differ in nothing else."""
         config = self.config.__deepcopy__({})
         config.seed = 0
-        return config_items.record(config)
+        return hashlib.sha256(config_items.record(config).encode()).hexdigest()
+
+    @functools.cached_property
+    def validation_metrics(self) -> set[str]:
+        """Names of what its validation gives; errors as in `build`."""
+        return self.build().validation_metrics()
 
     def build(self) -> Experiment:
         """The experiment.
