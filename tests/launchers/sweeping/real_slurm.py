@@ -109,9 +109,10 @@ class Cluster:
         core = CORES[int(node.removeprefix("n")) % len(CORES)]
         self.call("taskset", "--cpu-list", str(core), "slurmd", "-N", node)
 
-    def lose_node(self, node: str) -> None:
-        """End a node's daemon and all that it started at once, and have the controller take the node for lost."""
-        for pid in [int((self.folder / f"slurmd.{node}.pid").read_text()), *self._job_keepers(node)]:
+    def lose_node(self, node: str, *, still_at_work: bool = False) -> None:
+        """Have the controller take a node for lost: without power, or `still_at_work` where nobody reaches it."""
+        os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        for pid in [] if still_at_work else self._job_keepers(node):
             _kill_tree(pid)
         self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
@@ -125,6 +126,12 @@ class Cluster:
                 if line.startswith("slurmstepd: [") and line.split("[")[1].split(".")[0] in steps:
                     found.append(int(path.parent.name))
         return found
+
+    def preempt(self, node: str) -> None:
+        """Have a job of the partition `high` take the whole node for a moment."""
+        self.call(
+            "sbatch", "--partition=high", "--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=true"
+        )
 
     def jobs(self, *states: str) -> dict[str, tuple[str, str, str]]:
         """State, reason and nodes of what waits or runs, by job."""

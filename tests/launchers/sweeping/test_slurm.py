@@ -1,10 +1,13 @@
-"""Sweeps under a real Slurm of two nodes on this machine: preemption, lost nodes, time limits, limits of the cluster."""
+"""Sweeps under a real Slurm of two nodes on this machine: what interrupts jobs, and the limits of a cluster."""
 
 import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
 from tests.forks import ENVIRONMENT
-from tests.launchers.sweeping.real_slurm import MISSING, Cluster, cluster, wait
+from tests.launchers.command import run
+from tests.launchers.sweeping.real_slurm import HELD, MISSING, Cluster, cluster, wait
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
@@ -104,7 +108,160 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     assert "Caught signal SIGUSR2" in said
 
 
-def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_path: Path) -> None:
+@needs_slurm
+def test_a_preempted_job_that_is_left_time_to_save_puts_itself_back(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
+) -> None:
+    at = start_cluster(nodes=1, main="GraceTime=60")
+    folder, points = _sweep(tiny, tmp_path / "out", 1)
+    (job,) = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=True)
+    wait(lambda: _steps(folder, points[0]) > 5)
+    at.preempt("n1")
+    wait(lambda: at.jobs("PENDING").get(job, ("", ""))[1] == HELD)
+    assert folder.status(points[0].id).state == SUBMITTED
+    assert "told to by SIGTERM" in folder.status(points[0].id).last_line
+    at.wait_until_idle(60)
+    _ended_once(folder, points[0], starts=2)
+
+
+@needs_slurm
+def test_a_job_that_is_put_back_waits_for_its_training_on_a_node_that_nobody_reaches(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
+) -> None:
+    at = start_cluster()
+    folder, points = _sweep(tiny, tmp_path / "out", 1)
+    (job,) = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=True)
+    wait(lambda: _steps(folder, points[0]) > 2)
+    at.lose_node(at.jobs("RUNNING")[job][2], still_at_work=True)
+    at.wait_until_idle(60)
+    _ended_once(folder, points[0], starts=1)
+
+
+@needs_slurm
+def test_a_sweep_is_cut_into_arrays_that_the_cluster_takes_and_asks_for_its_queue_once(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = start_cluster(settings={"MaxArraySize": "21"})
+    folder, (point, *_) = _sweep(tiny, tmp_path / "out", 1)
+    points = [replace(point, id=f"{i:012x}") for i in range(50)]
+    folder.claim("study", points)
+    request = replace(REQUEST, at_once=6, more={"begin": "now+1hour"})
+    jobs = slurm.submit(folder, points, "study", request, nproc=1, keep_checkpoints=True)
+    first = int(jobs[0].partition("_")[0])
+    assert jobs == [f"{first + i // 17}_{i % 17}" for i in range(50)]
+    assert sorted(at.jobs()) == sorted(jobs)
+    scripts = "".join(path.read_text() for path in (folder.path / "slurm").glob("*/*_submission.sh"))
+    assert sorted(re.findall(r"--array='?([^'\n]*)", scripts)) == ["0-15%1", "0-16%2", "0-16%2"]
+    asked = _refusing(tmp_path / "bin", "squeue", at, "true")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert slurm.queued(folder, points) == [each.id for each in points]
+    assert asked.read_text().count("\n") == 1
+    at.call("scancel", jobs[7], str(first + 2))
+    assert slurm.queued(folder, points) == [each.id for i, each in enumerate(points[:34]) if i != 7]
+
+
+@needs_slurm
+def test_where_a_user_may_have_no_more_jobs_as_many_are_submitted_as_fit(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of a user's jobs needs Slurm's accounting, so what refuses here stands before a real sbatch."""
+    at = start_cluster()
+    folder, (point, *_) = _sweep(tiny, tmp_path / "out", 1)
+    points = [replace(point, id=f"{i:012x}") for i in range(10)]
+    folder.claim("study", points)
+    refusal = "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates policy"
+    _refusing(
+        tmp_path / "bin",
+        "sbatch",
+        at,
+        f"""
+        last=$(sed -n "s/^#SBATCH --array='\\{{0,1\\}}0-\\([0-9]*\\).*/\\1/p" "$1")
+        test $(($(squeue -h -r | wc -l) + ${{last:-0}} + 1)) -le 7 || {{ echo "{refusal}" >&2; false; }}""",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    request = replace(REQUEST, more={"begin": "now+1hour"})
+    assert len(slurm.submit(folder, points, "study", request, 1, keep_checkpoints=True)) == 7
+    assert slurm.queued(folder, points) == [each.id for each in points[:7]]
+    with pytest.raises(UsageError, match="sbatch refused 1 jobs: .*AssocMaxSubmitJobLimit"):
+        slurm.submit(folder, points[7:], "study", request, 1, keep_checkpoints=True)
+
+
+def _refusing(folder: Path, name: str, at: Cluster, condition: str) -> Path:
+    """Put a command of Slurm into a folder that runs where `condition` holds; returns the file of its calls."""
+    folder.mkdir()
+    real = shutil.which(name, path=at.environment["PATH"])
+    (folder / name).write_text(f'#!/bin/sh\necho x >> {folder}/calls\n{condition} && exec {real} "$@"\n')
+    (folder / name).chmod(0o755)
+    return folder / "calls"
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
+) -> None:
+    at = start_cluster()
+    folder, points = _sweep(tiny, tmp_path / "out", 12)
+    calm, _ = _sweep(tiny, tmp_path / "calm", 12)
+    for point in points:
+        run(
+            "launchers.train",
+            f"--config=config_file:{calm.config(point.id)}",
+            f"--run_dir={calm.run_folder(point.id).path}",
+        )
+    slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
+    by_job = {folder.status(point.id).job: point for point in points}
+
+    def at_work(done: int = 10) -> str:
+        """A job that has done some steps of its point, and has some before it."""
+
+        def found() -> list[str]:
+            at.hasten()
+            return [job for job in at.jobs("RUNNING") if done < _steps(folder, by_job[job]) < STEPS - 20]
+
+        wait(lambda: bool(found()), seconds=200)
+        return found()[0]
+
+    at.preempt(at.jobs()[at_work()][2])
+    at.lose_node(node := at.jobs()[at_work()][2])
+    at.start_node(node)
+    limited = at_work()
+    at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=2")  # less than the warning before it
+    wait(lambda: at.jobs().get(limited, ("",))[0] == "PENDING")
+    at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
+    at.call("scancel", "--full", "--signal=KILL", at_work())
+    at.wait_until_idle(1000)
+    left = folder.left(points, retry_failed=False)
+    assert len(left) == 1
+    slurm.submit(folder, left, "study", REQUEST, nproc=1, keep_checkpoints=False)
+    at.wait_until_idle(200)
+    assert sorted(folder.status(point.id).starts for point in points) == [1] * 8 + [2] * 4
+    for point in points:
+        _ended_once(folder, point, folder.status(point.id).starts)
+    write_results(folder, points)
+    write_results(calm, points)
+    for name in ("results.csv", "summary.csv", "curves.csv", "results.md"):
+        assert (folder.path / name).read_bytes() == (calm.path / name).read_bytes(), name
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_nodes_whose_names_are_no_hosts_meet(start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path) -> None:
+    at = start_cluster()
+    folder, points = _sweep(tiny, tmp_path / "out", 1)
+    request = replace(REQUEST, nodes=2)
+    slurm.submit(folder, points, "study", request, nproc=1, keep_checkpoints=True)
+    at.wait_until_idle(200)
+    _ended_once(folder, points[0], starts=1)
+    assert "layout: 2 ranks" in _attempts(folder, points[0])[0]
+
+
+def test_the_script_asks_for_what_was_wanted(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun"):  # which only have to be there
+        (tmp_path / "bin" / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     folder, points = _sweep(tiny, tmp_path / "out", 3)
     executor = slurm._executor(
         folder, "study", slurm.Request("gpu", 240, 2, 8, 16, 2, {"account": "lab", "exclude": "n1,n2"})
@@ -117,7 +274,7 @@ def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_pa
     (logs,) = (folder.path / "slurm").iterdir()
     assert options == {
         "job-name": "study",
-        "array": "0-2%2",
+        "array": "0-2%3",
         "partition": "gpu",
         "time": "240",
         "nodes": "2",
@@ -138,11 +295,14 @@ def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_pa
         == f"srun --unbuffered --output {logs}/%A_%a_%t_log.out --error {logs}/%A_%a_%t_log.err COMMAND"
     )
     assert executor._executor._submitit_command_str == f"{sys.executable} -u -m submitit.core._submit {logs}"
-    assert not list(scheduler.iterdir())
 
 
-@pytest.mark.usefixtures("scheduler")
-def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path) -> None:
+@needs_slurm
+def test_what_is_in_the_queue_is_not_submitted_again(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
+) -> None:
+    at = start_cluster()
+    job = at.call("sbatch", "--parsable", "--begin=now+1hour", "--wrap=true").strip()
     (tmp_path / "study.py").write_text(
         "from experiments.quickstart import quickstart\nfrom experiments.sweep import Sweep, seeds\n\n"
         "def study():\n    return Sweep(quickstart) * seeds(1)\n"
@@ -151,9 +311,8 @@ def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path)
     out = tmp_path / "out"
     flags = [f"--sweep={tmp_path / 'study.py'}:study", f"--out={out}", "--backend=slurm", *items]
     (point,) = resolve(Sweep(quickstart) * seeds(1), [*tiny.train_items(STEPS)[1:], "shards.top_k=3"], "study")
-    (fake_slurm.STATE / "77.state").write_text("PENDING")
     SweepFolder(out).claim("study", [point])
-    SweepFolder(out).set_status(point.id, slurm.Status(SUBMITTED, job="77"))
+    SweepFolder(out).set_status(point.id, slurm.Status(SUBMITTED, job=job))
     done = subprocess.run(
         [sys.executable, "-m", "launchers.sweep", *flags],
         capture_output=True,
@@ -176,10 +335,10 @@ def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path: Path, monk
     command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UsageError, match=r"job 7 may run: squeue failed .*Unable to contact slurm controller"):
-        slurm.in_queue("7")
+    with pytest.raises(UsageError, match=r"jobs 12, 7 may run: squeue failed .*Unable to contact slurm controller"):
+        slurm.in_queue(["7", "12_3", "12_4"])
     command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
-    assert not slurm.in_queue("7")
+    assert not slurm.in_queue(["7"])
 
 
 def test_without_submitit_or_slurm_the_error_says_what_to_do(
