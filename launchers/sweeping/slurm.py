@@ -11,7 +11,6 @@ A job that is put back starts some two minutes later, and trains on from the new
 
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,20 +19,19 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import is_owned
-from launchers.sweeping import child
+from launchers.sweeping import child, slurm_queue
 from launchers.sweeping.child import SAVING, Slot
 from launchers.sweeping.folder import FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
 from launchers.sweeping.points import Point
 
 WARNING = 120  # seconds between Slurm's warning and its kill, more than the training takes to save
-MOST_IN_ARRAY = 1001  # Slurm's own default of MaxArraySize
 # How often a job may use up its time: each time it got further, so this only ends what does not.
 MOST_TIMEOUTS = 100
 FIRST_PORT, PORTS = 29_500, 1_000
@@ -105,10 +103,10 @@ class PointJob:
         A training that was asked to end may go on. One that was killed must have done more steps than when it began.
         """
         may_go_on = ended.exit_code in (0, -signal.SIGTERM) or self._steps_done() > begun
-        again = ended.state == STOPPED and may_go_on and in_queue([ended.job]).get(ended.job) == "RUNNING"
+        again = ended.state == STOPPED and may_go_on and slurm_queue.states([ended.job]).get(ended.job) == "RUNNING"
         self.folder.set_status(self.point_id, replace(ended, state=SUBMITTED) if again else ended)
         if again:
-            subprocess.run(["scontrol", "requeue", ended.job], check=True)
+            slurm_queue.put_back(ended.job)
         if ended.state != FINISHED:
             raise RuntimeError(f"point {self.point_id} {ended.state} ({ended.exit_code}): {ended.last_line}")
         if not self.keep_checkpoints:
@@ -151,42 +149,6 @@ def launcher(hosts: Sequence[str], node: int, nproc: int, job: str) -> list[str]
     port = FIRST_PORT + int(job) % PORTS
     meeting = ["--node-rank", str(node), "--rdzv-id", job, "--master-addr", first, "--master-port", str(port)]
     return ["--nnodes", str(len(hosts)), "--nproc-per-node", str(nproc), *meeting]
-
-
-def in_queue(jobs: Iterable[str]) -> dict[str, str]:
-    """Returns, of the jobs that Slurm still has, the states. A job that it does not know has ended.
-
-    Raises:
-        UsageError: Slurm does not answer.
-    """
-    arrays = sorted({job.partition("_")[0] for job in jobs})
-    if not arrays:
-        return {}
-    command = ["squeue", "--noheader", "--array", "--format", "%i %T", "--jobs", ",".join(arrays)]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UsageError(
-            f"jobs {', '.join(arrays)} may run: no squeue on the PATH to ask. Start it where Slurm takes jobs; or, "
-            "where they have surely ended, delete the sweep's status/ folder, which forgets failures and jobs alone."
-        ) from None
-    if found.returncode != 0 and "invalid job id" not in found.stderr.lower():
-        raise UsageError(
-            f"jobs {', '.join(arrays)} may run: squeue failed ({found.stderr.strip()}). Run the same line again later."
-        )
-    lines = (line.partition(" ") for line in found.stdout.splitlines())
-    return {job: state.strip() for job, _, state in lines}
-
-
-def queued(folder: SweepFolder, points: Sequence[Point]) -> list[str]:
-    """Of the points that are not finished, those whose job Slurm still has; errors as for `in_queue`.
-
-    One that has stopped or failed may have been put back by Slurm.
-    """
-    known = {point.id: folder.status(point.id) for point in points}
-    jobs = {key: each.job for key, each in known.items() if each.state != FINISHED and each.job}
-    there = in_queue(jobs.values())
-    return [key for key, job in jobs.items() if job in there]
 
 
 def _jobs_folder(folder: SweepFolder) -> Path:
@@ -240,16 +202,6 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
     return executor
 
 
-def _most_in_array() -> int:
-    """Returns the number of jobs that the cluster takes in one array."""
-    try:
-        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False).stdout
-    except FileNotFoundError:
-        shown = ""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, flags=re.MULTILINE)
-    return max(1, int(found[1])) if found else MOST_IN_ARRAY
-
-
 def submit(
     folder: SweepFolder, points: Sequence[Point], name: str, request: Request, nproc: int, *, keep_checkpoints: bool
 ) -> list[str]:
@@ -263,7 +215,7 @@ def submit(
     executor = _executor(folder, name, request)
     saving = SAVING * request.warning / WARNING
     at = SweepFolder(folder.path.resolve())
-    arrays = -(-len(points) // _most_in_array())
+    arrays = -(-len(points) // slurm_queue.most_in_array())
     size = -(-len(points) // arrays)
     left, numbers = deque(points[i : i + size] for i in range(0, len(points), size)), list[str]()
     while left:

@@ -16,7 +16,7 @@ from experiments.quickstart import quickstart
 from experiments.sweep import Sweep, seeds
 from kd_core.errors import UsageError
 from kd_core.training.metrics import read_metrics
-from launchers.sweeping import slurm
+from launchers.sweeping import slurm, slurm_queue
 from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
 from launchers.sweeping.points import Point, resolve
 from launchers.sweeping.results import write_results
@@ -86,11 +86,11 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     folder, points = _sweep(tiny, tmp_path / "out", 2)
     lost_without_a_word = slurm.Status(RUNNING, job="99")  # as a job that was killed and not put back leaves it
     folder.set_status(points[0].id, lost_without_a_word)
-    assert slurm.queued(folder, points) == []
+    assert not slurm_queue.of_points(folder, points)
     jobs = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
     assert [folder.status(point.id).job for point in points] == jobs
-    assert slurm.queued(folder, points) == [point.id for point in points]
-    assert set(slurm.in_queue([*jobs, "99"])) == set(jobs)
+    assert list(slurm_queue.of_points(folder, points)) == [point.id for point in points]
+    assert set(slurm_queue.states([*jobs, "99"])) == set(jobs)
     warned, lost = points
     wait(lambda: _steps(folder, warned) > 15)
     at.call("scancel", "--signal=USR2", jobs[0])
@@ -99,7 +99,7 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     at.lose_node(node)
     at.start_node(node)
     at.wait_until_idle(100)
-    assert not slurm.in_queue(jobs)
+    assert not slurm_queue.states(jobs)
     for point in points:
         _ended_once(folder, point, starts=2)
         assert not folder.run_folder(point.id).checkpoints.exists()
@@ -154,10 +154,10 @@ def test_a_sweep_is_cut_into_arrays_that_the_cluster_takes_and_asks_for_its_queu
     assert sorted(re.findall(r"--array='?([^'\n]*)", scripts)) == ["0-15%1", "0-16%2", "0-16%2"]
     asked = _refusing(tmp_path / "bin", "squeue", at, "true")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert slurm.queued(folder, points) == [each.id for each in points]
+    assert list(slurm_queue.of_points(folder, points)) == [each.id for each in points]
     assert asked.read_text().count("\n") == 1
     at.call("scancel", jobs[7], str(first + 2))
-    assert slurm.queued(folder, points) == [each.id for i, each in enumerate(points[:34]) if i != 7]
+    assert list(slurm_queue.of_points(folder, points)) == [each.id for i, each in enumerate(points[:34]) if i != 7]
 
 
 @needs_slurm
@@ -181,7 +181,7 @@ def test_where_a_user_may_have_no_more_jobs_as_many_are_submitted_as_fit(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     request = replace(REQUEST, more={"begin": "now+1hour"})
     assert len(slurm.submit(folder, points, "study", request, 1, keep_checkpoints=True)) == 7
-    assert slurm.queued(folder, points) == [each.id for each in points[:7]]
+    assert list(slurm_queue.of_points(folder, points)) == [each.id for each in points[:7]]
     with pytest.raises(UsageError, match="sbatch refused 1 jobs: .*AssocMaxSubmitJobLimit"):
         slurm.submit(folder, points[7:], "study", request, 1, keep_checkpoints=True)
 
@@ -321,7 +321,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 are in Slurm's queue" in done.stderr
+    assert "1 are in Slurm's queue: 1 PENDING (BeginTime)" in done.stderr
     assert "submitted" not in done.stderr
     flags[2] = "--backend=local"
     command = [sys.executable, "-m", "launchers.sweep", *flags]
@@ -336,9 +336,11 @@ def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path: Path, monk
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UsageError, match=r"jobs 12, 7 may run: squeue failed .*Unable to contact slurm controller"):
-        slurm.in_queue(["7", "12_3", "12_4"])
+        slurm_queue.states(["7", "12_3", "12_4"])
     command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
-    assert not slurm.in_queue(["7"])
+    assert not slurm_queue.states(["7"])
+    command.write_text("#!/bin/sh\necho no such format\n")  # which is no word of an end either
+    assert slurm_queue.states(["7"]) == {"7": "UNKNOWN"}
 
 
 def test_without_submitit_or_slurm_the_error_says_what_to_do(
