@@ -77,14 +77,14 @@ class PointJob:
         from submitit import JobEnvironment
 
         here = JobEnvironment()
-        speaks = here.global_rank == 0
-        while speaks and is_owned(self.folder.run_folder(self.point_id).path):
+        is_first = here.global_rank == 0
+        while is_first and is_owned(self.folder.run_folder(self.point_id).path):
             time.sleep(1)  # a node that Slurm has lost may be at work all the same
         known = self.folder.status(self.point_id)
         if known.state == FINISHED:
             return FINISHED
         status, begun = Status(RUNNING, known.starts + 1, job=here.job_id), self._steps_done()
-        if speaks:
+        if is_first:
             self.folder.set_status(self.point_id, status)
         torchrun = launcher(here.hostnames, here.node, self.nproc, here.raw_job_id)
         line = child.training_line(self.folder, self.point_id, torchrun)
@@ -93,7 +93,7 @@ class PointJob:
         while (code := self.process.poll()) is None:
             time.sleep(PAUSE)
         state, words = child.outcome(self.folder, self.point_id, code, since)
-        if speaks:
+        if is_first:
             self._settle(replace(status, state=state, exit_code=code, last_line=words), begun)
         return state
 
@@ -102,10 +102,10 @@ class PointJob:
 
         A training that was asked to end may go on. One that was killed must have done more steps than when it began.
         """
+        self.folder.set_status(self.point_id, ended)
         may_go_on = ended.exit_code in (0, -signal.SIGTERM) or self._steps_done() > begun
-        again = ended.state == STOPPED and may_go_on and slurm_queue.states([ended.job]).get(ended.job) == "RUNNING"
-        self.folder.set_status(self.point_id, replace(ended, state=SUBMITTED) if again else ended)
-        if again:
+        if ended.state == STOPPED and may_go_on and slurm_queue.is_running(ended.job):
+            self.folder.set_status(self.point_id, replace(ended, state=SUBMITTED))
             slurm_queue.put_back(ended.job)
         if ended.state != FINISHED:
             raise RuntimeError(f"point {self.point_id} {ended.state} ({ended.exit_code}): {ended.last_line}")

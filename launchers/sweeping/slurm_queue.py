@@ -55,6 +55,11 @@ def of_points(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
     return {key: there[job] for key, job in jobs.items() if job in there}
 
 
+def is_running(job: str) -> bool:
+    """Returns False for a job that Slurm has ended or is about to end. Errors as in `states`."""
+    return states([job]).get(job, "").startswith("RUNNING")
+
+
 def put_back(job: str) -> None:
     """Have Slurm end a running job and start it again later."""
     subprocess.run(["scontrol", "requeue", job], check=True)

@@ -26,7 +26,7 @@ MISSING = [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_
 HELD = "BeginTime"
 
 
-def wait(ready: Callable[[], bool], seconds: float = 60, pause: float = 0.1) -> None:
+def wait(ready: Callable[[], bool], seconds: float = 60, pause: float = 0.02) -> None:
     """Wait until `ready`; fails after as long as the machine may need."""
     deadline = time.monotonic() + patience(seconds)
     while not ready():

@@ -26,7 +26,7 @@ from tests.launchers.sweeping.real_slurm import HELD, MISSING, Cluster, cluster,
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
-STEPS = 60
+STEPS = 200
 REQUEST = slurm.Request(None, 60, 1, 0, 2, 2, {})  # two cores: a job has a node of its own
 pytestmark = pytest.mark.timeout(300)
 
@@ -49,7 +49,7 @@ def start_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[
 
 
 def _sweep(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
-    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=5", "evaluation.every=100"]
+    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=10", "evaluation.every=100"]
     points = resolve(Sweep(quickstart) * seeds(n), items, "study")
     folder = SweepFolder(out)
     folder.claim("study", points)
@@ -213,15 +213,20 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
     slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
     by_job = {folder.status(point.id).job: point for point in points}
 
-    def at_work(done: int = 10) -> str:
-        """A job that has done some steps of its point, and has some before it."""
+    met: list[str] = []
 
-        def found() -> list[str]:
+    def at_work() -> str:
+        """Another job than those before that has done some steps of its point, and has many before it."""
+
+        def found() -> bool:
             at.hasten()
-            return [job for job in at.jobs("RUNNING") if done < _steps(folder, by_job[job]) < STEPS - 20]
+            there = [job for job in at.jobs("RUNNING") if job not in met]
+            met.extend([job for job in there if 10 < _steps(folder, by_job[job]) < STEPS // 2][:1])
+            return len(met) > before
 
-        wait(lambda: bool(found()), seconds=200)
-        return found()[0]
+        before = len(met)
+        wait(found, seconds=200, pause=0.02)
+        return met[-1]
 
     at.preempt(at.jobs()[at_work()][2])
     at.lose_node(node := at.jobs()[at_work()][2])
