@@ -247,5 +247,8 @@ def _submit_array(executor: Any, jobs: Sequence[PointJob]) -> list[str]:
         with executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UsageError(f"--backend=slurm: sbatch refused {len(jobs)} jobs: {error}") from None
+        raise UsageError(
+            f"--backend=slurm: sbatch refused {len(jobs)} jobs: {error}. Where you have as many jobs as you may, run "
+            "the same line again once some have ended."
+        ) from None
     return [str(job.job_id) for job in submitted]

@@ -125,6 +125,7 @@ def test_a_preempted_job_that_is_left_time_to_save_puts_itself_back(
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_job_that_is_put_back_waits_for_its_training_on_a_node_that_nobody_reaches(
     start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
 ) -> None:
