@@ -139,6 +139,10 @@ class Cluster:
         found = {job: (state, reason, nodes) for job, state, reason, nodes in (x.split("|") for x in shown.split())}
         return {job: each for job, each in found.items() if not states or each[0] in states}
 
+    def node_of(self, job: str) -> str:
+        """The node on which a job runs."""
+        return self.jobs("RUNNING")[job][2]
+
     def hasten(self) -> None:
         """Let jobs that were put back start now, not two minutes later, but not before their old steps have ended."""
         for job, (_, reason, _) in self.jobs("PENDING").items():

@@ -26,7 +26,7 @@ from tests.launchers.sweeping.real_slurm import HELD, MISSING, Cluster, cluster,
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
-STEPS = 200
+STEPS = 120
 REQUEST = slurm.Request(None, 60, 1, 0, 2, 2, {})  # two cores: a job has a node of its own
 pytestmark = pytest.mark.timeout(300)
 
@@ -95,8 +95,7 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     wait(lambda: _steps(folder, warned) > 15)
     at.call("scancel", "--signal=USR2", jobs[0])
     wait(lambda: _steps(folder, lost) > 15)
-    node = at.jobs("RUNNING")[jobs[1]][2]
-    at.lose_node(node)
+    at.lose_node(node := at.node_of(jobs[1]))
     at.start_node(node)
     at.wait_until_idle(100)
     assert not slurm_queue.states(jobs)
@@ -133,7 +132,7 @@ def test_a_job_that_is_put_back_waits_for_its_training_on_a_node_that_nobody_rea
     folder, points = _sweep(tiny, tmp_path / "out", 1)
     (job,) = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=True)
     wait(lambda: _steps(folder, points[0]) > 2)
-    at.lose_node(at.jobs("RUNNING")[job][2], still_at_work=True)
+    at.lose_node(at.node_of(job), still_at_work=True)
     at.wait_until_idle(60)
     _ended_once(folder, points[0], starts=1)
 
@@ -229,8 +228,8 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
         wait(found, seconds=200, pause=0.02)
         return met[-1]
 
-    at.preempt(at.jobs()[at_work()][2])
-    at.lose_node(node := at.jobs()[at_work()][2])
+    at.preempt(at.node_of(at_work()))
+    at.lose_node(node := at.node_of(at_work()))
     at.start_node(node)
     limited = at_work()
     at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=2")  # less than the warning before it
