@@ -244,6 +244,7 @@ def _three_digits(value: float) -> float:
 
 def seeds(n: int) -> Axis:
     """Seeds 0 to n − 1: the axis that result tables take means over."""
+    n = _plain(n)
     if not isinstance(n, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"seeds: got {n!r}; wanted how many, as seeds(3); for others: grid('seed', [7, 8]).")
     return grid("seed", range(n))

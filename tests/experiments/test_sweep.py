@@ -126,10 +126,11 @@ def test_numbers_of_numpy_are_pythons_own() -> None:
         grid("name", np.array(["a"])),
         grid("pair", [(np.int64(1), np.float64(2))]),
         tied(["a", "b"], np.arange(1)),
+        seeds(cast(Any, np.int64(2))),
         random("c", lambda source: np.int64(source.randrange(9)), 2),
     ]
     kinds = [{type(value) for choice_ in axis.choices for value in choice_.values()} for axis in axes]
-    assert kinds == [{int}, {float}, {bool}, {list}, {str}, {tuple}, {int}, {int}]
+    assert kinds == [{int}, {float}, {bool}, {list}, {str}, {tuple}, {int}, {int}, {int}]
     assert [type(value) for value in axes[5].choices[0]["pair"]] == [int, float]
 
 
