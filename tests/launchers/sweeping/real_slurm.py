@@ -16,12 +16,23 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
+from experiments.quickstart import quickstart
+from experiments.sweep import Sweep, seeds
+from launchers.sweeping import slurm
+from launchers.sweeping.folder import SweepFolder
+from launchers.sweeping.points import Point, resolve
 from tests.forks import CORES
 from tests.patience import patience
+from tests.tiny import Tiny
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]
+needs_slurm = pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here: {', '.join(MISSING)} not found")
+STEPS = 120
+REQUEST = slurm.Request(None, 60, 1, 0, 2, 2, {})  # two cores: a job has a node of its own
 # Debian's Slurm refuses jobs whose credential is older than this, so it holds a job that is put back for as long.
 HELD = "BeginTime"
 
@@ -188,3 +199,12 @@ def cluster(folder: Path, **options: object) -> Generator[Cluster]:
         yield made
     finally:
         made.end()
+
+
+def sweep_of(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
+    """A folder of a sweep of `n` points, of which none has begun."""
+    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=10", "evaluation.every=100"]
+    points = resolve(Sweep(quickstart) * seeds(n), items, "study")
+    folder = SweepFolder(out)
+    folder.claim("study", points)
+    return folder, points
