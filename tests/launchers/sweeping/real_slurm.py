@@ -201,9 +201,9 @@ def cluster(folder: Path, **options: object) -> Generator[Cluster]:
         made.end()
 
 
-def sweep_of(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
+def sweep_of(tiny: Tiny, out: Path, n: int, steps: int = STEPS) -> tuple[SweepFolder, list[Point]]:
     """A folder of a sweep of `n` points, of which none has begun."""
-    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=10", "evaluation.every=100"]
+    items = [*tiny.train_items(steps)[1:], "checkpoint.every=10", "evaluation.every=100"]
     points = resolve(Sweep(quickstart) * seeds(n), items, "study")
     folder = SweepFolder(out)
     folder.claim("study", points)

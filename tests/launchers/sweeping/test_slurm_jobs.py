@@ -1,18 +1,22 @@
 """Jobs of a sweep under a real Slurm of two nodes on this machine, through all that interrupts them."""
 
+import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kd_core.files import read_json
 from kd_core.training.metrics import read_metrics
 from launchers.sweeping import slurm, slurm_queue
 from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
 from launchers.sweeping.points import Point
 from launchers.sweeping.results import write_results
 from tests.launchers.command import run
-from tests.launchers.sweeping.real_slurm import HELD, REQUEST, STEPS, Cluster, needs_slurm, sweep_of, wait
+from tests.launchers.sweeping.real_slurm import HELD, REQUEST, Cluster, needs_slurm, sweep_of, wait
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
@@ -107,14 +111,15 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
     start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
 ) -> None:
     at = start_cluster()
-    folder, points = sweep_of(tiny, tmp_path / "out", 12)
-    calm, _ = sweep_of(tiny, tmp_path / "calm", 12)
-    for point in points:
-        run(
-            "launchers.train",
-            f"--config=config_file:{calm.config(point.id)}",
-            f"--run_dir={calm.run_folder(point.id).path}",
-        )
+    folder, points = sweep_of(tiny, tmp_path / "out", 12, steps=80)
+    calm, _ = sweep_of(tiny, tmp_path / "calm", 12, steps=80)
+
+    def train(point: Point) -> None:
+        files = [f"--config=config_file:{calm.config(point.id)}", f"--run_dir={calm.run_folder(point.id).path}"]
+        assert run("launchers.train", *files).returncode == 0
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, points))
     slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
     by_job = {folder.status(point.id).job: point for point in points}
 
@@ -125,8 +130,8 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
 
         def found() -> bool:
             at.hasten()
-            there = [job for job in at.jobs("RUNNING") if job not in met]
-            met.extend([job for job in there if 15 < _steps(folder, by_job[job]) < STEPS // 2][:1])
+            there = [job for job in at.jobs("RUNNING") if job in by_job and job not in met]
+            met.extend([job for job in there if 15 < _steps(folder, by_job[job]) < 40][:1])
             return len(met) > before
 
         before = len(met)
@@ -137,7 +142,13 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
     at.lose_node(node := at.node_of(at_work()))
     at.start_node(node)
     limited = at_work()
+    attempt = folder.run_folder(by_job[limited].id).attempts()[-1] / "attempt.json"
+    training = read_json(attempt, "the facts of a start")["world"]["pid"]
+    os.kill(training, signal.SIGSTOP)  # Slurm looks at time limits twice a minute
     at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=2")  # less than the warning before it
+    (said,) = (folder.path / "slurm").glob(f"*/{limited}_0_log.err")
+    wait(lambda: "Caught signal SIGUSR2" in said.read_text(), seconds=90)
+    os.kill(training, signal.SIGCONT)
     wait(lambda: at.jobs().get(limited, ("",))[0] == "PENDING")
     at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
     at.call("scancel", "--full", "--signal=KILL", at_work())
