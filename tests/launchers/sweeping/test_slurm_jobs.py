@@ -104,6 +104,33 @@ def test_a_job_that_is_put_back_waits_for_its_training_on_a_node_that_nobody_rea
     _ended_once(folder, points[0], starts=1)
 
 
+def _undisturbed(tiny: Tiny, out: Path, n: int, steps: int) -> SweepFolder:
+    """The same sweep, each point trained in one go without Slurm."""
+    folder, points = sweep_of(tiny, out, n, steps)
+
+    def train(point: Point) -> None:
+        files = [f"--config=config_file:{folder.config(point.id)}", f"--run_dir={folder.run_folder(point.id).path}"]
+        assert run("launchers.train", *files).returncode == 0
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, points))
+    write_results(folder, points)
+    return folder
+
+
+def _end_its_time(at: Cluster, job: str, folder: SweepFolder, point: Point) -> None:
+    """Have Slurm warn a job of the end of its time, which it looks at twice a minute; its training waits so long."""
+    attempt = folder.run_folder(point.id).attempts()[-1] / "attempt.json"
+    training = read_json(attempt, "the facts of a start")["world"]["pid"]
+    os.kill(training, signal.SIGSTOP)
+    at.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # less than the warning before it
+    (log,) = (folder.path / "slurm").glob(f"*/{job}_0_log.err")
+    wait(lambda: "Caught signal SIGUSR2" in log.read_text(), seconds=90)
+    os.kill(training, signal.SIGCONT)
+    wait(lambda: at.jobs().get(job, ("",))[0] == "PENDING")
+    at.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+
 @needs_slurm
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
@@ -112,17 +139,8 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
 ) -> None:
     at = start_cluster()
     folder, points = sweep_of(tiny, tmp_path / "out", 12, steps=80)
-    calm, _ = sweep_of(tiny, tmp_path / "calm", 12, steps=80)
-
-    def train(point: Point) -> None:
-        files = [f"--config=config_file:{calm.config(point.id)}", f"--run_dir={calm.run_folder(point.id).path}"]
-        assert run("launchers.train", *files).returncode == 0
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(train, points))
     slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
     by_job = {folder.status(point.id).job: point for point in points}
-
     met: list[str] = []
 
     def at_work() -> str:
@@ -141,16 +159,7 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
     at.preempt(at.node_of(at_work()))
     at.lose_node(node := at.node_of(at_work()))
     at.start_node(node)
-    limited = at_work()
-    attempt = folder.run_folder(by_job[limited].id).attempts()[-1] / "attempt.json"
-    training = read_json(attempt, "the facts of a start")["world"]["pid"]
-    os.kill(training, signal.SIGSTOP)  # Slurm looks at time limits twice a minute
-    at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=2")  # less than the warning before it
-    (said,) = (folder.path / "slurm").glob(f"*/{limited}_0_log.err")
-    wait(lambda: "Caught signal SIGUSR2" in said.read_text(), seconds=90)
-    os.kill(training, signal.SIGCONT)
-    wait(lambda: at.jobs().get(limited, ("",))[0] == "PENDING")
-    at.call("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
+    _end_its_time(at, limited := at_work(), folder, by_job[limited])
     at.call("scancel", "--full", "--signal=KILL", at_work())
     at.wait_until_idle(1000)
     left = folder.left(points, retry_failed=False)
@@ -161,7 +170,7 @@ def test_twelve_points_through_all_that_interrupts_a_job_end_in_the_same_tables(
     for point in points:
         _ended_once(folder, point, folder.status(point.id).starts)
     write_results(folder, points)
-    write_results(calm, points)
+    calm = _undisturbed(tiny, tmp_path / "calm", 12, steps=80)
     for name in ("results.csv", "summary.csv", "curves.csv", "results.md"):
         assert (folder.path / name).read_bytes() == (calm.path / name).read_bytes(), name
 
