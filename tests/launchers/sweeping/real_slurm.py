@@ -134,7 +134,8 @@ class Cluster:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes().decode(errors="replace")
-                if line.startswith("slurmstepd: [") and line.split("[")[1].split(".")[0] in steps:
+                ours = Path(os.readlink(path.parent / "cwd")).is_relative_to(self.folder)
+                if ours and line.startswith("slurmstepd: [") and line.split("[")[1].split(".")[0] in steps:
                     found.append(int(path.parent.name))
         return found
 
@@ -176,6 +177,9 @@ class Cluster:
         self.call("scancel", f"--user={getpass.getuser()}", check=False)
         with contextlib.suppress(AssertionError):
             wait(lambda: not self.jobs(), seconds=5)
+        for i in range(self.nodes):  # of a node that was lost, steps are left over
+            for pid in self._job_keepers(f"n{i + 1}"):
+                _kill_tree(pid)
         for path in self.folder.glob("*.pid"):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
