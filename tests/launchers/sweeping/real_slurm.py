@@ -134,7 +134,7 @@ class Cluster:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes().decode(errors="replace")
-                ours = Path(os.readlink(path.parent / "cwd")).is_relative_to(self.folder)
+                ours = (path.parent / "cwd").readlink().is_relative_to(self.folder)
                 if ours and line.startswith("slurmstepd: [") and line.split("[")[1].split(".")[0] in steps:
                     found.append(int(path.parent.name))
         return found
