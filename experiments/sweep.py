@@ -7,6 +7,7 @@ choice sets one path or several. `launchers.sweep` resolves the points against t
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from random import Random
 from typing import Any
 
 import fiddle as fdl
+import numpy as np
 
 from kd_core.errors import UsageError
 
@@ -21,13 +23,40 @@ Base = Callable[[], fdl.Config[Any]]
 Values = dict[str, Any]
 Sampler = Callable[[Random], Any]
 EXPERIMENT, FIDDLER = "experiment", "fiddler:"
+MOST_REPEATED = 10_000  # draws in a row that were drawn before, after which no other one is expected
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Choices, each of which sets values by path; a name that begins with `fiddler:` holds a function instead."""
+    """Choices, each of which sets values by path; a name that begins with `fiddler:` holds a function instead.
+
+    `draws` begins the endless draws of a random axis anew. Its choices are the first of them, repetitions included.
+    """
 
     choices: tuple[Values, ...]
+    draws: Callable[[], Iterator[Values]] | None = None
+
+    def distinct(self) -> Sequence[Values]:
+        """Returns the choices; of a random axis, the first draws that differ, as many as it has choices.
+
+        Raises:
+            UsageError: so many different draws do not come.
+        """
+        if self.draws is None:
+            return self.choices
+        found, repeated = list[Values](), 0
+        for draw in self.draws():
+            repeated = repeated + 1 if draw in found else 0
+            if not repeated:
+                found.append(draw)
+            if len(found) == len(self.choices):
+                break
+            if repeated == MOST_REPEATED:
+                raise UsageError(
+                    f"random({', '.join(map(repr, draw))}): got {len(self.choices)} draws, of which only {len(found)} "
+                    f"differ; equal ones would be one point. Draw {len(found)}, or from more values."
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +133,8 @@ class Sweep:
             raise UsageError(
                 f"Sweep * {other!r}: wanted an axis (grid, zipped, tied, random, fiddled, seeds) or where(…)."
             )
-        return self._of(draft.with_choice(choice) for draft in self.drafts for choice in other.choices)
+        choices = other.distinct()
+        return self._of(draft.with_choice(choice) for draft in self.drafts for choice in choices)
 
     def __add__(self, other: "Sweep") -> "Sweep":
         if not isinstance(other, Sweep):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -121,7 +151,14 @@ class Sweep:
 def _values(values: Iterable[Any], said: str) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Iterable) or not (listed := list(values)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"{said}: got {values!r}; wanted a list of at least one value.")
-    return listed
+    return [_plain(value) for value in listed]
+
+
+def _plain(value: Any) -> Any:
+    """Returns Python's own numbers and texts in place of numpy's, also within tuples and lists."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain, value))
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def grid(path: str, values: Iterable[Any]) -> Axis:
@@ -143,13 +180,18 @@ def together(*axes: Axis) -> Axis:
     lengths = [len(axis.choices) for axis in axes]
     if len(set(lengths)) != 1:
         raise UsageError(f"zipped: got {lengths} values; wanted as many for each path.")
-    choices: list[Values] = []
-    for row in zip(*(axis.choices for axis in axes), strict=True):
-        merged = {path: value for choice in row for path, value in choice.items()}
-        if len(merged) != sum(len(choice) for choice in row):
-            raise UsageError(f"zipped: {', '.join(merged)} are set more than once. Name each path once.")
-        choices.append(merged)
-    return Axis(tuple(choices))
+    choices = tuple(map(_merged, zip(*(axis.choices for axis in axes), strict=True)))
+    draws = [axis.draws for axis in axes if axis.draws is not None]
+    if len(draws) < len(axes):
+        return Axis(choices)
+    return Axis(choices, lambda: map(_merged, zip(*(begin() for begin in draws), strict=True)))
+
+
+def _merged(choices: Sequence[Values]) -> Values:
+    merged = {path: value for choice in choices for path, value in choice.items()}
+    if len(merged) != sum(len(choice) for choice in choices):
+        raise UsageError(f"zipped: {', '.join(merged)} are set more than once. Name each path once.")
+    return merged
 
 
 def zipped(values: Mapping[str, Iterable[Any]]) -> Axis:
@@ -158,11 +200,20 @@ def zipped(values: Mapping[str, Iterable[Any]]) -> Axis:
 
 
 def random(path: str, sampler: Sampler, n: int, seed: int = 0) -> Axis:
-    """`n` draws at `path`, a function of (path, seed): of more draws, the first `n` are the same."""
+    """`n` draws at `path`, a function of (path, seed): of more draws, the first `n` are the same.
+
+    Draws that repeat an earlier one are left out where the axis is crossed with a sweep: equal points would be one. Of
+    random axes side by side (`together`), those are left out that repeat in all of their values.
+    """
     if n < 1:
         raise UsageError(f"random({path!r}): got {n} draws; wanted at least 1.")
-    source = Random(f"{seed} {path}")  # noqa: S311 (a search, not a secret)
-    return Axis(tuple({path: sampler(source)} for _ in range(n)))
+
+    def draws() -> Iterator[Values]:
+        source = Random(f"{seed} {path}")  # noqa: S311 (a search, not a secret)
+        while True:
+            yield {path: _plain(sampler(source))}
+
+    return Axis(tuple(itertools.islice(draws(), n)), draws)
 
 
 def uniform(low: float, high: float) -> Sampler:
@@ -193,6 +244,7 @@ def _three_digits(value: float) -> float:
 
 def seeds(n: int) -> Axis:
     """Seeds 0 to n − 1: the axis that result tables take means over."""
+    n = _plain(n)
     if not isinstance(n, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"seeds: got {n!r}; wanted how many, as seeds(3); for others: grid('seed', [7, 8]).")
     return grid("seed", range(n))

@@ -14,6 +14,7 @@ Tables: OUT/results.md, results.csv, summary.csv (means over seeds), curves.csv 
 OUT/tensorboard.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,21 +66,13 @@ def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
     return left
 
 
-def _results(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> str:
-    """Write the tables, and delete what finished points need no longer."""
-    from launchers.sweeping.results import write_results
-
-    if not KEEP.value:
-        folder.drop_checkpoints(point.id for point in points)
-    return write_results(folder, points, gone)
-
-
 def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     """The tables, and an error where points have failed."""
     from kd_core.errors import UsageError
     from launchers.sweeping.folder import FAILED
+    from launchers.sweeping.results import write_results
 
-    print(_results(folder, points, gone))
+    print(write_results(folder, points, gone, keep_checkpoints=KEEP.value))
     app.log.info("tables: %s/results.md, results.csv, summary.csv, curves.csv; tensorboard --logdir %s/tensorboard",
                  folder.path, folder.path)  # fmt: skip
     known = {point.id: folder.status(point.id) for point in points}
@@ -96,18 +89,21 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
 
     from kd_core.errors import UsageError
     from kd_core.parallel.mesh import usable_cores
-    from launchers.sweeping import child, slurm
+    from launchers.sweeping import child, slurm_queue
     from launchers.sweeping.local import Queue, StoppedError
+    from launchers.sweeping.results import Results
 
-    if queued := slurm.queued(folder, points):
+    if queued := slurm_queue.of_points(folder, points):
         raise UsageError(
             f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or scancel their jobs."
         )
     nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), usable_cores()
     slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
+    results = Results(folder, points, gone, KEEP.value)
     try:
-        Queue(folder, _left(folder, points), slots, nproc, lambda: _results(folder, points, gone)).run()
+        Queue(folder, _left(folder, points), slots, nproc, results.keep_up).run()
     except StoppedError as stopped:
+        results.write()
         if stopped.number == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise UsageError(f"stopped by {stopped}. Run the same command again to go on.") from None
@@ -116,7 +112,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
 
 def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     from kd_core.errors import UsageError
-    from launchers.sweeping import slurm
+    from launchers.sweeping import slurm, slurm_queue
 
     wrong = [option for option in MORE.value if "=" not in option]
     if wrong:
@@ -125,14 +121,15 @@ def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     request = slurm.Request(
         PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
     )
-    queued = slurm.queued(folder, points)
+    queued = slurm_queue.of_points(folder, points)
     left = [point for point in _left(folder, points) if point.id not in queued]
-    app.log.info("%d are in Slurm's queue", len(queued))
+    by_state = (f"{n} {state}" for state, n in Counter(queued.values()).items())
+    app.log.info("%s", ": ".join([f"{len(queued)} are in Slurm's queue", *([", ".join(by_state)] if queued else [])]))
     if left:
         nproc = NPROC.value or max(1, GPUS.value)
         jobs = slurm.submit(folder, left, name, request, nproc, keep_checkpoints=KEEP.value)
-        app.log.info("submitted %d: jobs %s to %s. Run the same line again for those that are left over; tables: "
-                     "--backend=report", len(jobs), jobs[0], jobs[-1])  # fmt: skip
+        app.log.info("submitted %d of %d: jobs %s to %s. Run the same line again for those that are left over; tables: "
+                     "--backend=report", len(jobs), len(left), jobs[0], jobs[-1])  # fmt: skip
 
 
 def _plan(folder: "SweepFolder", points: Sequence["Point"]) -> None:

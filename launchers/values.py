@@ -251,6 +251,8 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, said: str) -> None
     else:
         _refuse_part(place, said)
         fitted = _fitted(value, place.wanted, said, value)
+        if isinstance(fitted, (int, float)) and not isinstance(fitted, bool) and _takes(place.wanted, float):
+            fitted = float(fitted) + 0.0  # 1 as 1.0 and -0.0 as 0.0: equal values make equal records
     _refuse_what_no_record_holds(place._replace(value=fitted), said)
     place.put(fitted)
 

@@ -3,7 +3,9 @@
 base() → --config items → swept values, in order → every one of them still stands → record → id
 """
 
+import functools
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,11 +41,17 @@ class Point:
         """Positions that it trains on."""
         return self.steps * int(self.config.tokens_per_step)
 
+    @functools.cached_property
     def but_for_the_seed(self) -> str:
-        """The record with a seed of 0: the same for points that differ in nothing else."""
+        """A hash of the record with a seed of 0: the same for points that differ in nothing else."""
         config = self.config.__deepcopy__({})
         config.seed = 0
-        return config_items.record(config)
+        return hashlib.sha256(config_items.record(config).encode()).hexdigest()
+
+    @functools.cached_property
+    def validation_metrics(self) -> set[str]:
+        """Names of what its validation gives; errors as in `build`."""
+        return self.build().validation_metrics()
 
     def build(self) -> Experiment:
         """The experiment.
@@ -110,13 +118,22 @@ def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     points: dict[str, Point] = {}
     for draft in sweep:
         point = _resolve(draft, items, name)
-        if (same := points.get(point.id)) is not None:
+        if (same := points.get(key := _by_value(point.record))) is not None:
             one, other = (f"({', '.join(f'{k}={shown(v)}' for k, v in p.values.items())})" for p in (same, point))
             raise UsageError(f"--sweep={name}: {one} and {other} are the same experiment. Leave one of them out.")
-        points[point.id] = point
+        points[key] = point
     if not points:
         raise UsageError(f"--sweep={name}: has no points. Give it axes that hold values, and filters that keep some.")
     return list(points.values())
+
+
+def _by_value(record: str) -> str:
+    """Returns a record in which equal numbers are written alike: 1 and 1.0, 0.0 and -0.0."""
+
+    def number(text: str) -> int | float:
+        return int(value) if (value := float(text)).is_integer() else value
+
+    return json.dumps(json.loads(record, parse_float=number))
 
 
 def _base(draft: Draft, name: str) -> fdl.Config[Any]:

@@ -1,16 +1,19 @@
 """What compares the points: `results.csv` (a row a point), `summary.csv` (over seeds), `curves.csv` (every validation),
 `results.md`, `tensorboard/`.
 
-Made anew from the points' own folders after each one that finishes; nothing in the tables tells when or how often a
-point was started.
+Made of the points' own folders while they finish. A finished point is read once, and writing the tables takes at most a
+tenth of the time, so the cost of a sweep grows with its points and not with their square. Nothing in the tables tells
+when or how often a point was started.
 """
 
 import logging
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from kd_core.errors import UsageError, visible
 from kd_core.files import new_folder, read_json, write_json, write_text
@@ -22,29 +25,84 @@ from launchers.sweeping.points import Point, label, short_names, shown, swept_pa
 from launchers.sweeping.statistics import CONFIDENCE, Mean, mean_of
 
 SEED = "seed"
+PAUSES = 9  # of what the tables took, until they are written anew
+Line = dict[str, float]
 log = logging.getLogger("kd")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A point, how it stands, and its numbers after the last step, none before it is finished."""
+    """A point, how it stands, and of a finished one the numbers after the last step, all validations, and precision."""
 
     point: Point
     state: str
-    final: dict[str, float]
+    final: Line
+    curve: Sequence[Line] = ()
+    precision: str | None = None
 
 
-def rows_of(folder: SweepFolder, points: Sequence[Point]) -> list[Row]:
-    """All points in the sweep's order."""
-    rows: list[Row] = []
-    for point in points:
-        state = folder.status(point.id).state
-        final: dict[str, float] = {}
-        if state == FINISHED:
-            last = (folder.metrics(point.id) or [{}])[-1]
-            final = {visible(name): value for name, value in last.items() if name.startswith("val/")}
-        rows.append(Row(point, state, final))
-    return rows
+def _row(folder: SweepFolder, point: Point) -> Row:
+    state = folder.status(point.id).state
+    if state != FINISHED:
+        return Row(point, state, {})
+    lines = folder.metrics(point.id)
+    curve = [{name: line[name] for name in line if name == "step" or name.startswith("val/")} for line in lines]
+    final = {visible(name): value for name, value in (curve or [{}])[-1].items() if name != "step"}
+    precision = folder.run_folder(point.id).precision() if point.config.parallel.precision == "auto" else None
+    return Row(point, state, final, [line for line in curve if len(line) > 1], precision)
+
+
+@dataclass
+class Results:
+    """The tables of a sweep while its points finish, of which `gone` earlier ones are no longer in the sweep."""
+
+    folder: SweepFolder
+    points: Sequence[Point]
+    gone: int = 0
+    keep_checkpoints: bool = True
+    finished: dict[str, Row] = field(default_factory=dict)
+    shown: set[str] = field(default_factory=set)  # points that TensorBoard has
+    due: float = 0.0
+
+    def rows(self) -> list[Row]:
+        """All points in the sweep's order."""
+        return [self.finished.get(point.id) or self._read(point) for point in self.points]
+
+    def _read(self, point: Point) -> Row:
+        row = _row(self.folder, point)
+        if row.state == FINISHED:
+            self.finished[point.id] = row
+            if not self.keep_checkpoints:
+                self.folder.drop_checkpoints([point.id])
+        return row
+
+    def keep_up(self) -> None:
+        """Write the tables, unless they were written so shortly before that they would take much of the time."""
+        if time.monotonic() >= self.due:
+            self.write()
+
+    def write(self) -> str:
+        """Write all of them; returns the Markdown."""
+        begun = time.monotonic()
+        rows, paths = self.rows(), swept_paths(self.points)
+        names = metric_names(self.points, rows)
+        groups, at = groups_of(rows, names), self.folder.path
+        write_text(at / "results.csv", _points_csv(rows, paths, names))
+        write_text(at / "summary.csv", _groups_csv(groups, paths, names))
+        write_text(at / "curves.csv", _curves_csv(rows, paths, names))
+        text = _markdown(rows, groups, paths, names, self.gone)
+        write_text(at / "results.md", text)
+        _write_tensorboard(at / "tensorboard", rows, paths, names, self.shown)
+        self.due = time.monotonic() + PAUSES * (time.monotonic() - begun)
+        return text
+
+
+def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0, *, keep_checkpoints: bool = True) -> str:
+    """Write the tables once, and warn of what makes points incomparable; returns the Markdown."""
+    results = Results(folder, points, gone, keep_checkpoints)
+    text = results.write()
+    _warn_of_precisions(list(results.finished.values()))
+    return text
 
 
 def metric_names(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
@@ -55,7 +113,7 @@ def metric_names(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
     known = {name for row in rows for name in row.final}
     for point in points:
         try:
-            known |= point.build().validation_metrics()
+            known |= point.validation_metrics
         except UsageError:
             continue  # a point that cannot be built has no numbers; `check` tells why
     first = [f"val/{name}" for name in SHOWN]
@@ -76,7 +134,7 @@ def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.final:
-            found.setdefault(row.point.but_for_the_seed(), []).append(row)
+            found.setdefault(row.point.but_for_the_seed, []).append(row)
     return [
         Group(
             members[0].point,
@@ -91,31 +149,15 @@ def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
     ]
 
 
-def _warn_of_precisions(folder: SweepFolder, rows: Sequence[Row]) -> None:
+def _warn_of_precisions(rows: Sequence[Row]) -> None:
     """Warn where machines of several kinds have chosen several precisions for points that leave it to them."""
-    left_open = [row.point for row in rows if row.state == FINISHED and row.point.config.parallel.precision == "auto"]
-    taken = Counter(folder.run_folder(point.id).precision() for point in left_open)
+    taken = Counter(row.precision for row in rows if row.point.config.parallel.precision == "auto")
     if len(taken) > 1:
         log.warning(
             "points were trained in several precisions (%s), as their machines do well: compare them with care, or "
             "train anew with --config=parallel.precision=float32",
             ", ".join(f"{count} in {precision}" for precision, count in taken.items()),
         )
-
-
-def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0) -> str:
-    """Write all of them; returns the Markdown."""
-    rows, paths = rows_of(folder, points), swept_paths(points)
-    _warn_of_precisions(folder, rows)
-    names = metric_names(points, rows)
-    groups = groups_of(rows, names)
-    write_text(folder.path / "results.csv", _points_csv(rows, paths, names))
-    write_text(folder.path / "summary.csv", _groups_csv(groups, paths, names))
-    write_text(folder.path / "curves.csv", _curves_csv(folder, rows, paths, names))
-    text = _markdown(rows, groups, paths, names, gone)
-    write_text(folder.path / "results.md", text)
-    _write_tensorboard(folder, rows, paths, names)
-    return text
 
 
 def _values(point: Point, paths: Sequence[str]) -> list[str]:
@@ -140,13 +182,13 @@ def _points_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str])
     return tables.comma_separated(["id", *paths, "state", *names], lines)
 
 
-def _curves_csv(folder: SweepFolder, rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
+def _curves_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
     """A row a validation of a finished point."""
     lines = [
         [row.point.id, *_values(row.point, paths), f"{found['step']:.0f}", *_numbers(found, names)]
         for row in rows
         if row.final
-        for found in _validation(folder, row.point)
+        for found in row.curve
     ]
     return tables.comma_separated(["id", *paths, "step", *names], lines)
 
@@ -220,10 +262,12 @@ def _hparams(points: Sequence[Point], paths: Sequence[str]) -> dict[str, dict[st
     return found
 
 
-def _write_tensorboard(folder: SweepFolder, rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> None:
+def _write_tensorboard(
+    root: Path, rows: Sequence[Row], paths: Sequence[str], names: Sequence[str], shown: set[str]
+) -> None:
     """TensorBoard fixes its columns at the first run that it sees, so they are written before it, and all anew when
-    they change."""
-    short, root = short_names(paths), folder.path / "tensorboard"
+    they change. `shown` are points that it has already."""
+    short = short_names(paths)
     hparams = _hparams([row.point for row in rows], paths)
     columns = {short[path]: list(values.values()) for path, values in hparams.items()}
     wanted = {"hparams": columns, "metrics": list(names)}
@@ -233,18 +277,13 @@ def _write_tensorboard(folder: SweepFolder, rows: Sequence[Row], paths: Sequence
         root.mkdir()
         write_columns(root, columns, names)
         write_json(record, wanted)
+        shown.clear()
     for row in rows:
+        if not row.final or row.point.id in shown:
+            continue
         name = re.sub(r"[^\w.=+-]+", ",", label(row.point, paths))[:100] + f",{row.point.id}"
-        if row.final and not (root / name).exists():
+        if not (root / name).exists():
             values = {short[path]: each[row.point.id] for path, each in hparams.items() if row.point.id in each}
             with new_folder(root / name) as partial:
-                write_session(partial, name, values, _validation(folder, row.point))
-
-
-def _validation(folder: SweepFolder, point: Point) -> list[dict[str, float]]:
-    """The point's validation lines, with the step."""
-    lines = [
-        {name: value for name, value in line.items() if name == "step" or name.startswith("val/")}
-        for line in folder.metrics(point.id)
-    ]
-    return [line for line in lines if len(line) > 1]
+                write_session(partial, name, values, row.curve)
+        shown.add(row.point.id)

@@ -1,24 +1,32 @@
-"""Points under Slurm, through submitit: one job array, one job a point, which resumes when it is put back.
+"""Points under Slurm, through submitit: job arrays, one job a point, which resumes when it is put back.
 
-Before a job's time ends or its place is taken, Slurm sends SIGUSR2; submitit then calls `PointJob.checkpoint`, which
-asks the training to save and end, and puts the job back into the queue. A job that is killed without a warning is
-put back by Slurm itself (`--requeue`). Either way the same line trains on from the newest checkpoint.
+time limit   Slurm sends SIGUSR2, and submitit calls `PointJob.checkpoint`: the training saves, the job is put back
+preemption   Slurm sends SIGTERM to all processes: the training saves, and Slurm puts the job back. Where it leaves a
+             job time to end (GraceTime), it takes that end for a failure, so the job puts itself back.
+lost node    Slurm puts the job back (`--requeue`), which waits for a training that is still at work elsewhere
+all else     the point has stopped or failed, and the same line submits again what has stopped
+
+A job that is put back starts some two minutes later, and trains on from the newest checkpoint.
 """
 
+import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
-from launchers.sweeping import child
+from kd_core.files import is_owned
+from launchers.sweeping import child, slurm_queue
 from launchers.sweeping.child import SAVING, Slot
 from launchers.sweeping.folder import FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
 from launchers.sweeping.points import Point
@@ -28,6 +36,7 @@ WARNING = 120  # seconds between Slurm's warning and its kill, more than the tra
 MOST_TIMEOUTS = 100
 FIRST_PORT, PORTS = 29_500, 1_000
 PAUSE = 0.2
+log = logging.getLogger("kd")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,11 @@ class Request:
     at_once: int
     more: Mapping[str, str]
 
+    @property
+    def warning(self) -> int:
+        """Seconds between Slurm's warning and the end of the job's time: at most half of it."""
+        return min(WARNING, 30 * self.minutes)
+
 
 @dataclass
 class PointJob:
@@ -51,6 +65,7 @@ class PointJob:
     point_id: str
     nproc: int
     keep_checkpoints: bool
+    saving: float = SAVING
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __call__(self) -> str:
@@ -62,25 +77,44 @@ class PointJob:
         from submitit import JobEnvironment
 
         here = JobEnvironment()
+        is_first = here.global_rank == 0
+        while is_first and is_owned(self.folder.run_folder(self.point_id).path):
+            time.sleep(1)  # a node that Slurm has lost may be at work all the same
         known = self.folder.status(self.point_id)
         if known.state == FINISHED:
             return FINISHED
-        status, speaks = Status(RUNNING, known.starts + 1, job=here.job_id), here.global_rank == 0
-        if speaks:
+        status, begun = Status(RUNNING, known.starts + 1, job=here.job_id), self._steps_done()
+        if is_first:
             self.folder.set_status(self.point_id, status)
-        line = child.training_line(self.folder, self.point_id, launcher(here.hostnames, self.nproc, here.job_id))
+        torchrun = launcher(here.hostnames, here.node, self.nproc, here.raw_job_id)
+        line = child.training_line(self.folder, self.point_id, torchrun)
         since = self.folder.log_size(self.point_id)
         self.process = child.start(line, self.folder, self.point_id, Slot())
         while (code := self.process.poll()) is None:
             time.sleep(PAUSE)
         state, words = child.outcome(self.folder, self.point_id, code, since)
-        if speaks:
-            self.folder.set_status(self.point_id, replace(status, state=state, exit_code=code, last_line=words))
-            if state == FINISHED and not self.keep_checkpoints:
-                self.folder.drop_checkpoints([self.point_id])
-            if state != FINISHED:
-                raise RuntimeError(f"point {self.point_id} {state} (exit code {code}): {words}")
+        if is_first:
+            self._settle(replace(status, state=state, exit_code=code, last_line=words), begun)
         return state
+
+    def _settle(self, ended: Status, begun: float) -> None:
+        """Note how the training ended, and put the job back where Slurm would take an interruption for a failure.
+
+        A training that was asked to end may go on. One that was killed must have done more steps than when it began.
+        """
+        self.folder.set_status(self.point_id, ended)
+        may_go_on = ended.exit_code in (0, -signal.SIGTERM) or self._steps_done() > begun
+        if ended.state == STOPPED and may_go_on and slurm_queue.is_running(ended.job):
+            self.folder.set_status(self.point_id, replace(ended, state=SUBMITTED))
+            slurm_queue.put_back(ended.job)
+        if ended.state != FINISHED:
+            raise RuntimeError(f"point {self.point_id} {ended.state} ({ended.exit_code}): {ended.last_line}")
+        if not self.keep_checkpoints:
+            self.folder.drop_checkpoints([self.point_id])
+
+    def _steps_done(self) -> float:
+        lines = self.folder.metrics(self.point_id)
+        return lines[-1]["step"] if lines else 0
 
     def checkpoint(self) -> Any:
         """Called by submitit in a signal's handler: end the training well, and run the same again.
@@ -89,9 +123,9 @@ class PointJob:
         """
         from submitit.helpers import DelayedSubmission
 
-        if self.process is not None:
+        if self.process is not None and self.process.returncode is None:
             os.kill(self.process.pid, signal.SIGTERM)
-            options, deadline = os.WEXITED | os.WNOHANG | os.WNOWAIT, time.monotonic() + SAVING
+            options, deadline = os.WEXITED | os.WNOHANG | os.WNOWAIT, time.monotonic() + self.saving
             while os.waitid(os.P_PID, self.process.pid, options) is None:
                 if time.monotonic() > deadline:
                     os.killpg(self.process.pid, signal.SIGKILL)
@@ -100,43 +134,21 @@ class PointJob:
         return DelayedSubmission(replace(self))
 
 
-def launcher(hosts: Sequence[str], nproc: int, job: str) -> list[str]:
-    """torchrun's options for `nproc` ranks on each of the hosts; they meet at the first one."""
+def launcher(hosts: Sequence[str], node: int, nproc: int, job: str) -> list[str]:
+    """Returns torchrun's options for `nproc` ranks on each of the hosts. They meet at the first one.
+
+    A node's name need not be a host's. The address of the first node is then the one from which srun began the tasks.
+    """
     if len(hosts) == 1:
         return child.on_this_machine(nproc)
-    port = FIRST_PORT + int("".join(filter(str.isdigit, job)) or "0") % PORTS
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", f"{hosts[0]}:{port}"]
-    return ["--nnodes", str(len(hosts)), "--nproc-per-node", str(nproc), *meeting]
-
-
-def in_queue(job: str) -> bool:
-    """Whether Slurm still has the job, waiting or running; a job that it does not know has ended.
-
-    Raises:
-        UsageError: Slurm does not answer.
-    """
+    first = hosts[0]
     try:
-        found = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise UsageError(
-            f"job {job} may run: no squeue on the PATH to ask. Start it where Slurm takes jobs; or, where the job has "
-            "surely ended, delete the sweep's status/ folder, which forgets failures and jobs alone."
-        ) from None
-    if found.returncode != 0 and "invalid job id" not in found.stderr.lower():
-        raise UsageError(f"job {job} may run: squeue failed ({found.stderr.strip()}). Run the same line again later.")
-    return found.returncode == 0 and bool(found.stdout.strip())
-
-
-def queued(folder: SweepFolder, points: Sequence[Point]) -> list[str]:
-    """Of the points that are not finished, those whose job Slurm still has; errors as for `in_queue`.
-
-    One that has stopped may have been put back by Slurm.
-    """
-    known = {point.id: folder.status(point.id) for point in points}
-    states = (RUNNING, SUBMITTED, STOPPED)
-    return [key for key, each in known.items() if each.state in states and each.job and in_queue(each.job)]
+        socket.getaddrinfo(first, None)
+    except OSError:
+        first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", first)
+    port = FIRST_PORT + int(job) % PORTS
+    meeting = ["--node-rank", str(node), "--rdzv-id", job, "--master-addr", first, "--master-port", str(port)]
+    return ["--nnodes", str(len(hosts)), "--nproc-per-node", str(nproc), *meeting]
 
 
 def _jobs_folder(folder: SweepFolder) -> Path:
@@ -183,8 +195,7 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
         "gpus_per_node": request.gpus_per_node or None,
         "cpus_per_task": request.cpus_per_task,
         "slurm_partition": request.partition,
-        "slurm_signal_delay_s": WARNING,
-        "slurm_array_parallelism": request.at_once,
+        "slurm_signal_delay_s": request.warning,
         "slurm_additional_parameters": {"requeue": True, **request.more},
     }
     executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
@@ -194,22 +205,50 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
 def submit(
     folder: SweepFolder, points: Sequence[Point], name: str, request: Request, nproc: int, *, keep_checkpoints: bool
 ) -> list[str]:
-    """One array with a job for each point; returns their numbers.
+    """Submit a job for each point, in as few arrays as the cluster allows; returns their numbers.
+
+    Where a limit on a user's jobs is met, the number returned is less than that of the points.
 
     Raises:
         UsageError: without submitit or Slurm, or where Slurm refuses.
     """
     executor = _executor(folder, name, request)
+    saving = SAVING * request.warning / WARNING
+    at = SweepFolder(folder.path.resolve())
+    arrays = -(-len(points) // slurm_queue.most_in_array())
+    size = -(-len(points) // arrays)
+    left, numbers = deque(points[i : i + size] for i in range(0, len(points), size)), list[str]()
+    while left:
+        array = left.popleft()
+        # Arrays run beside each other, each with its share of the jobs that may run at once.
+        executor.update_parameters(slurm_array_parallelism=max(1, request.at_once * len(array) // len(points)))
+        try:
+            jobs = _submit_array(executor, [PointJob(at, each.id, nproc, keep_checkpoints, saving) for each in array])
+        except UsageError as refused:
+            if len(array) > 1 and "limit" in str(refused).lower():  # of jobs that a user may have
+                left.extendleft((array[len(array) // 2 :], array[: len(array) // 2]))
+                continue
+            if numbers:
+                log.warning("%s", refused)
+                break
+            raise
+        for point, job in zip(array, jobs, strict=True):
+            known = folder.status(point.id)
+            if known.job != job:  # else it has begun at once, and its status is newer
+                folder.set_status(point.id, replace(known, state=SUBMITTED, job=job))
+        numbers += jobs
+    return numbers
+
+
+def _submit_array(executor: Any, jobs: Sequence[PointJob]) -> list[str]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    at = SweepFolder(folder.path.resolve())
     try:
         with executor.batch():
-            jobs = [executor.submit(PointJob(at, point.id, nproc, keep_checkpoints)) for point in points]
+            submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UsageError(f"--backend=slurm: sbatch refused: {error}") from None
-    for point, job in zip(points, jobs, strict=True):
-        known = folder.status(point.id)
-        if known.job != job.job_id:  # else it has begun at once, and says itself how it stands
-            folder.set_status(point.id, replace(known, state=SUBMITTED, job=job.job_id))
-    return [str(job.job_id) for job in jobs]
+        raise UsageError(
+            f"--backend=slurm: sbatch refused {len(jobs)} jobs: {error}. Where you have as many jobs as you may, run "
+            "the same line again once some have ended."
+        ) from None
+    return [str(job.job_id) for job in submitted]

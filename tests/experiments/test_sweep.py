@@ -4,6 +4,7 @@ import functools
 import itertools
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +100,40 @@ def test_draws_differ_by_path_and_by_seed_and_stay_within_their_bounds() -> None
     assert {c["t"] for c in random("t", choice("x", "y"), 50).choices} == {"x", "y"}
 
 
+def test_draws_do_not_repeat_where_there_are_others() -> None:
+    three = Sweep(quickstart) * random("lr", choice(1e-4, 2e-4, 3e-4), 3)
+    assert sorted(draft.values["lr"] for draft in three) == [1e-4, 2e-4, 3e-4]
+    few = [draft.values["lr"] for draft in Sweep(quickstart) * random("lr", choice(1e-4, 2e-4, 3e-4), 2)]
+    assert few == [draft.values["lr"] for draft in three][:2]
+    hundred = Sweep(quickstart) * random("lr", uniform(0.1, 0.2), 101)  # all that have three digits
+    assert sorted(draft.values["lr"] for draft in hundred) == pytest.approx([0.1 + i / 1000 for i in range(101)])
+
+
+def test_draws_side_by_side_repeat_each_value_but_no_pair() -> None:
+    drawn = together(random("tail", choice("a", "b"), 6), random("k", choice(1, 2, 4), 6))
+    pairs = [(draft.values["tail"], draft.values["k"]) for draft in Sweep(quickstart) * drawn]
+    assert sorted(pairs) == sorted(itertools.product("ab", (1, 2, 4)))
+    numbered = Sweep(quickstart) * together(random("tail", choice("a", "b"), 6), seeds(6))
+    assert len({draft.values["tail"] for draft in numbered}) == 2
+
+
+def test_numbers_of_numpy_are_pythons_own() -> None:
+    axes = [
+        grid("steps", np.arange(2, 4)),
+        grid("lr", np.linspace(0, 1, 3, dtype=np.float32)),
+        grid("on", np.array([True, False])),
+        grid("betas", np.array([[0.5, 0.9]])),
+        grid("name", np.array(["a"])),
+        grid("pair", [(np.int64(1), np.float64(2))]),
+        tied(["a", "b"], np.arange(1)),
+        seeds(cast(Any, np.int64(2))),
+        random("c", lambda source: np.int64(source.randrange(9)), 2),
+    ]
+    kinds = [{type(value) for choice_ in axis.choices for value in choice_.values()} for axis in axes]
+    assert kinds == [{int}, {float}, {bool}, {list}, {str}, {tuple}, {int}, {int}, {int}]
+    assert [type(value) for value in axes[5].choices[0]["pair"]] == [int, float]
+
+
 def test_axes_side_by_side() -> None:
     joined = together(grid("a", [1, 2]), random("b", uniform(0, 1), 2))
     assert isinstance(joined, Axis)
@@ -137,6 +172,10 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: zipped({"a": [1, 2], "b": [1]}), r"got \[2, 1\] values; wanted as many"),
     (lambda: together(grid("a", [1]), grid("a", [2])), "more than once"),
     (lambda: random("a", uniform(0, 1), 0), "at least 1"),
+    (
+        lambda: Sweep(quickstart) * random("lr", choice(1, 2, 2.0), 4),
+        r"random\('lr'\): got 4 draws, of which only 2 differ; equal ones would be one point. Draw 2, or from more",
+    ),
     (lambda: log_uniform(0, 1), "0 < low < high"),
     (lambda: Sweep(quickstart) * where(lambda v: v["top_k"] == 1), "no value 'top_k'; it has 'experiment'"),
 ]

@@ -256,6 +256,32 @@ def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing
         assert status["exit_code"] == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("answer", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_sweep_on_a_file_system_without_locks_works_and_says_so(answer: str, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import errno, fcntl, os\n\n\ndef flock(*_):\n"
+        f"    raise OSError(errno.{answer}, os.strerror(errno.{answer}))\n\n\nfcntl.flock = flock\n"
+    )
+    out = tmp_path / "out"
+    flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(1)"), out, tiny, jobs=1)
+    path = f"{tmp_path / 'site'}:{ENVIRONMENT['PYTHONPATH']}"
+    for expected in ("started", "1 points: 0 to run"):
+        done = subprocess.run(
+            line("launchers.sweep", *flags, "--nokeep_checkpoints"),
+            env={**ENVIRONMENT, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stderr
+        assert done.stderr.count("the file system has no locks") == 1
+    (row,) = table(out / "results.csv")
+    assert row["state"] == "finished"
+    assert not (out / "points" / row["id"] / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_a_point_of_two_ranks_goes_on_after_its_torchrun_is_stopped_and_after_a_rank_is_killed(
     tiny: Tiny, tmp_path: Path

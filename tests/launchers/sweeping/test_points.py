@@ -10,6 +10,7 @@ import pytest
 from experiments.quickstart import quickstart, quickstart_export
 from experiments.sweep import Axis, Sweep, fiddled, grid, seeds, tied
 from kd_core.errors import UsageError
+from kd_core.losses.schedules import Linear
 from kd_core.training.optimizer import AdamW
 from kd_core.training.schedule import WarmupCosine
 from launchers import config_items
@@ -66,6 +67,17 @@ def test_points_are_averaged_that_differ_in_their_seed_alone() -> None:
     assert [group.n for group in groups_of(rows[:3], ["val/kl"])] == [2, 1]
 
 
+def test_equal_values_are_one_point_whenever_they_are_run() -> None:
+    for path, one, other in (
+        ("loss.terms.kd.weight", 1, 1.0),
+        ("optimizer.weight_decay", 0.0, -0.0),
+        ("optimizer.lr", 1, np.int64(1)),
+        ("steps", 7, np.int32(7)),
+    ):
+        points = [_points(Sweep(quickstart) * grid(path, [value]))[0] for value in (one, other)]
+        assert points[0].id == points[1].id, path
+
+
 def test_more_values_leave_the_points_there_as_they_are() -> None:
     few, more = (_points(Sweep(quickstart) * grid("shards.top_k", range(1, n)) * seeds(n)) for n in (3, 5))
     assert {point.id for point in few} < {point.id for point in more}
@@ -108,6 +120,14 @@ def _of_another_type(config: fdl.Config[Any]) -> None:
 MISTAKES: list[tuple[Sweep, list[str], str]] = [
     (Sweep(quickstart) * grid("seed", [1, 1]), [], r"seed=1\) and \(.*seed=1\) are the same experiment"),
     (Sweep(quickstart, quickstart), [], "are the same experiment"),
+    (Sweep(quickstart) * grid("loss.terms.kd.weight", [1, 1.0]), [], r"weight=1\) and \(.*weight=1.0\) are the same"),
+    (Sweep(quickstart) * grid("optimizer.weight_decay", [0.0, -0.0]), [], r"=0.0\) and \(.*=-0.0\) are the same"),
+    (Sweep(quickstart) * grid("optimizer.betas", [(0, 0.9), (-0.0, 0.9)]), [], "are the same experiment"),
+    (
+        Sweep(quickstart) * grid("loss.terms.kd.weight", [fdl.Config(Linear, 0, 1), fdl.Config(Linear, 0.0, 1.0)]),
+        [],
+        "are the same experiment",
+    ),
     (Sweep(quickstart) * grid("steps", [60, 30]) + Sweep(quickstart), [], r"steps=60\) and .* the same experiment"),
     (Sweep(quickstart) * seeds(2), ["seed=3"], "--config=seed=3: seed is swept"),
     (Sweep(quickstart) * seeds(2), ["set:seed=3"], "seed is swept"),

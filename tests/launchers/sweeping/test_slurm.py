@@ -1,10 +1,12 @@
-"""Sweeps under a scheduler that really runs what is submitted (`fake_slurm.py`): the script, preemption, resumption."""
+"""What a sweep asks of Slurm: scripts, its queue, the limits of a cluster."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,94 +14,80 @@ import pytest
 from experiments.quickstart import quickstart
 from experiments.sweep import Sweep, seeds
 from kd_core.errors import UsageError
-from kd_core.training.metrics import read_metrics
-from launchers.sweeping import slurm
-from launchers.sweeping.folder import FINISHED, RUNNING, SUBMITTED, SweepFolder
-from launchers.sweeping.points import Point, resolve
-from launchers.sweeping.results import write_results
-from tests.forks import ENVIRONMENT
-from tests.launchers.sweeping import fake_slurm
-from tests.patience import patience
+from launchers.sweeping import slurm, slurm_queue
+from launchers.sweeping.folder import SUBMITTED, SweepFolder
+from launchers.sweeping.points import resolve
+from tests.launchers.sweeping.real_slurm import REQUEST, STEPS, Cluster, needs_slurm, sweep_of
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
-STEPS = 120
-REQUEST = slurm.Request(None, 60, 1, 0, None, 2, {})
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture
-def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
-    """Its state; its commands are on the PATH of this test."""
-    environment = {**ENVIRONMENT, **fake_slurm.install(tmp_path / "slurm")}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    state = Path(environment["FAKE_SLURM"])
-    monkeypatch.setattr(fake_slurm, "STATE", state)
-    yield state
-    fake_slurm.end()
-
-
-def _sweep(tiny: Tiny, out: Path, n: int) -> tuple[SweepFolder, list[Point]]:
-    items = [*tiny.train_items(STEPS)[1:], "checkpoint.every=5", "evaluation.every=100"]
-    points = resolve(Sweep(quickstart) * seeds(n), items, "study")
-    folder = SweepFolder(out)
+@needs_slurm
+def test_a_sweep_is_cut_into_arrays_that_the_cluster_takes_and_asks_for_its_queue_once(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = start_cluster(settings={"MaxArraySize": "21"})
+    folder, (point, *_) = sweep_of(tiny, tmp_path / "out", 1)
+    points = [replace(point, id=f"{i:012x}") for i in range(50)]
     folder.claim("study", points)
-    return folder, points
+    request = replace(REQUEST, at_once=6, more={"begin": "now+1hour"})
+    jobs = slurm.submit(folder, points, "study", request, nproc=1, keep_checkpoints=True)
+    first = int(jobs[0].partition("_")[0])
+    assert jobs == [f"{first + i // 17}_{i % 17}" for i in range(50)]
+    assert sorted(at.jobs()) == sorted(jobs)
+    scripts = "".join(path.read_text() for path in (folder.path / "slurm").glob("*/*_submission.sh"))
+    assert sorted(re.findall(r"--array='?([^'\n]*)", scripts)) == ["0-15%1", "0-16%2", "0-16%2"]
+    asked = _refusing(tmp_path / "bin", "squeue", at, "true")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert list(slurm_queue.of_points(folder, points)) == [each.id for each in points]
+    assert asked.read_text().count("\n") == 1
+    at.call("scancel", jobs[7], str(first + 2))
+    assert list(slurm_queue.of_points(folder, points)) == [each.id for i, each in enumerate(points[:34]) if i != 7]
 
 
-def _wait(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + patience(90)
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+@needs_slurm
+def test_where_a_user_may_have_no_more_jobs_as_many_are_submitted_as_fit(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of a user's jobs needs Slurm's accounting, so what refuses here stands before a real sbatch."""
+    at = start_cluster()
+    folder, (point, *_) = sweep_of(tiny, tmp_path / "out", 1)
+    points = [replace(point, id=f"{i:012x}") for i in range(10)]
+    folder.claim("study", points)
+    refusal = "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates policy"
+    _refusing(
+        tmp_path / "bin",
+        "sbatch",
+        at,
+        f"""
+        last=$(sed -n "s/^#SBATCH --array='\\{{0,1\\}}0-\\([0-9]*\\).*/\\1/p" "$1")
+        test $(($(squeue -h -r | wc -l) + ${{last:-0}} + 1)) -le 7 || {{ echo "{refusal}" >&2; false; }}""",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    request = replace(REQUEST, more={"begin": "now+1hour"})
+    assert len(slurm.submit(folder, points, "study", request, 1, keep_checkpoints=True)) == 7
+    assert list(slurm_queue.of_points(folder, points)) == [each.id for each in points[:7]]
+    with pytest.raises(UsageError, match="sbatch refused 1 jobs: .*AssocMaxSubmitJobLimit"):
+        slurm.submit(folder, points[7:], "study", request, 1, keep_checkpoints=True)
 
 
-def _steps(folder: SweepFolder, point: Point) -> int:
-    return len(folder.metrics(point.id))
+def _refusing(folder: Path, name: str, at: Cluster, condition: str) -> Path:
+    """Put a command of Slurm into a folder that runs where `condition` holds; returns the file of its calls."""
+    folder.mkdir()
+    real = shutil.which(name, path=at.environment["PATH"])
+    (folder / name).write_text(f'#!/bin/sh\necho x >> {folder}/calls\n{condition} && exec {real} "$@"\n')
+    (folder / name).chmod(0o755)
+    return folder / "calls"
 
 
-def _attempts(folder: SweepFolder, point: Point) -> list[str]:
-    logs = sorted((folder.run_folder(point.id).path / "attempts").glob("*/log.txt"))
-    return [log.read_text() for log in logs]
-
-
-@pytest.mark.usefixtures("scheduler")
-def test_a_warned_job_and_a_lost_one_are_put_back_and_go_on(tiny: Tiny, tmp_path: Path) -> None:
-    folder, points = _sweep(tiny, tmp_path / "out", 2)
-    lost_without_a_word = slurm.Status(RUNNING, job="99")  # as a job that was killed and not put back leaves it
-    folder.set_status(points[0].id, lost_without_a_word)
-    assert slurm.queued(folder, points) == []
-    jobs = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
-    assert [folder.status(point.id).job for point in points] == jobs
-    assert slurm.queued(folder, points) == [point.id for point in points]
-    assert jobs == ["100_0", "100_1"]
-    assert all(slurm.in_queue(job) for job in jobs)
-    assert not slurm.in_queue("99")
-    warned, lost = points
-    _wait(lambda: _steps(folder, warned) > 15)
-    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
-    _wait(lambda: _steps(folder, lost) > 15)
-    subprocess.run(["scancel", "--full", "--signal=KILL", jobs[1]], check=True)
-    fake_slurm.wait_until_idle(patience(100))
-    assert not any(slurm.in_queue(job) for job in jobs)
-    for point in points:
-        assert folder.status(point.id).state == FINISHED
-        assert folder.status(point.id).starts == 2
-        first, second = _attempts(folder, point)
-        assert "done: " not in first
-        assert "resumed from" in second
-        assert "done: " in second
-        assert not folder.run_folder(point.id).checkpoints.exists()
-        lines = read_metrics(folder.run_folder(point.id).path / "metrics.jsonl")
-        assert [line["step"] for line in lines] == list(range(STEPS + 1))
-    assert "2 of 2 points are finished" in write_results(folder, points)
-    said = "".join(path.read_text() for path in (folder.path / "slurm").glob("*/*_log.err"))
-    assert "this job is preempted" in said
-
-
-def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_path: Path) -> None:
-    folder, points = _sweep(tiny, tmp_path / "out", 3)
+def test_the_script_asks_for_what_was_wanted(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun"):  # which only have to be there
+        (tmp_path / "bin" / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    folder, points = sweep_of(tiny, tmp_path / "out", 3)
     executor = slurm._executor(
         folder, "study", slurm.Request("gpu", 240, 2, 8, 16, 2, {"account": "lab", "exclude": "n1,n2"})
     )
@@ -111,7 +99,7 @@ def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_pa
     (logs,) = (folder.path / "slurm").iterdir()
     assert options == {
         "job-name": "study",
-        "array": "0-2%2",
+        "array": "0-2%3",
         "partition": "gpu",
         "time": "240",
         "nodes": "2",
@@ -132,11 +120,14 @@ def test_the_script_asks_for_what_was_wanted(scheduler: Path, tiny: Tiny, tmp_pa
         == f"srun --unbuffered --output {logs}/%A_%a_%t_log.out --error {logs}/%A_%a_%t_log.err COMMAND"
     )
     assert executor._executor._submitit_command_str == f"{sys.executable} -u -m submitit.core._submit {logs}"
-    assert not list(scheduler.iterdir())
 
 
-@pytest.mark.usefixtures("scheduler")
-def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path) -> None:
+@needs_slurm
+def test_what_is_in_the_queue_is_not_submitted_again(
+    start_cluster: Callable[..., Cluster], tiny: Tiny, tmp_path: Path
+) -> None:
+    at = start_cluster()
+    job = at.call("sbatch", "--parsable", "--begin=now+1hour", "--wrap=true").strip()
     (tmp_path / "study.py").write_text(
         "from experiments.quickstart import quickstart\nfrom experiments.sweep import Sweep, seeds\n\n"
         "def study():\n    return Sweep(quickstart) * seeds(1)\n"
@@ -145,9 +136,8 @@ def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path)
     out = tmp_path / "out"
     flags = [f"--sweep={tmp_path / 'study.py'}:study", f"--out={out}", "--backend=slurm", *items]
     (point,) = resolve(Sweep(quickstart) * seeds(1), [*tiny.train_items(STEPS)[1:], "shards.top_k=3"], "study")
-    (fake_slurm.STATE / "77.state").write_text("PENDING")
     SweepFolder(out).claim("study", [point])
-    SweepFolder(out).set_status(point.id, slurm.Status(SUBMITTED, job="77"))
+    SweepFolder(out).set_status(point.id, slurm.Status(SUBMITTED, job=job))
     done = subprocess.run(
         [sys.executable, "-m", "launchers.sweep", *flags],
         capture_output=True,
@@ -156,7 +146,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(tiny: Tiny, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 are in Slurm's queue" in done.stderr
+    assert "1 are in Slurm's queue: 1 PENDING (BeginTime)" in done.stderr
     assert "submitted" not in done.stderr
     flags[2] = "--backend=local"
     command = [sys.executable, "-m", "launchers.sweep", *flags]
@@ -170,16 +160,18 @@ def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path: Path, monk
     command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UsageError, match=r"job 7 may run: squeue failed .*Unable to contact slurm controller"):
-        slurm.in_queue("7")
+    with pytest.raises(UsageError, match=r"jobs 12, 7 may run: squeue failed .*Unable to contact slurm controller"):
+        slurm_queue.states(["7", "12_3", "12_4"])
     command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
-    assert not slurm.in_queue("7")
+    assert not slurm_queue.states(["7"])
+    command.write_text("#!/bin/sh\necho no such format\n")  # which is no word of an end either
+    assert slurm_queue.states(["7"]) == {"7": "UNKNOWN"}
 
 
 def test_without_submitit_or_slurm_the_error_says_what_to_do(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, points = _sweep(tiny, tmp_path / "out", 1)
+    folder, points = sweep_of(tiny, tmp_path / "out", 1)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="no sbatch and srun on the PATH"):
         slurm.submit(folder, points, "study", REQUEST, 1, keep_checkpoints=True)

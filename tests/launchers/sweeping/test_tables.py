@@ -63,8 +63,12 @@ def test_a_machine_is_shared_between_jobs() -> None:
     assert slots(1, 1, [], [0, 1]) == [Slot((), (0, 1))]
 
 
-def test_nodes_meet_at_the_first_one() -> None:
-    assert launcher(["a"], 1, "12_3") == []
-    assert launcher(["a"], 8, "12_3") == ["--standalone", "--nproc-per-node", "8"]
-    line = " ".join(launcher(["a", "b"], 8, "12_3"))
-    assert line == "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 12_3 --rdzv-endpoint a:29623"
+def test_nodes_meet_at_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launcher(["a"], 0, 1, "123") == []
+    assert launcher(["a"], 0, 8, "123") == ["--standalone", "--nproc-per-node", "8"]
+    common = ["--nnodes", "2", "--nproc-per-node", "8", "--node-rank", "1", "--rdzv-id", "123"]
+    named = launcher(["localhost", "b"], 1, 8, "123")
+    assert named == [*common, "--master-addr", "localhost", "--master-port", "29623"]
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
+    aliased = launcher(["no-host.invalid", "b"], 1, 8, "123")
+    assert aliased == [*common, "--master-addr", "10.0.0.7", "--master-port", "29623"]
