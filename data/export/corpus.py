@@ -15,6 +15,7 @@ from data.export.rows import rows_of
 from data.tokenizer import Choice
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, printable
+from kd_core.ranges import NOT_NEGATIVE, check_ranges
 
 log = logging.getLogger("kd")
 
@@ -61,8 +62,7 @@ class Corpus:
             raise UsageError(f"corpus.content: got {self.content!r}; wanted one of {', '.join(contents)}.")
         if self.on_bad_row not in get_args(OnBadRow):
             raise UsageError(f"corpus.on_bad_row: got {self.on_bad_row!r}; wanted one of stop, skip.")
-        if not self.most_bad_rows >= 0:
-            raise UsageError(f"corpus.most_bad_rows: got {self.most_bad_rows}; wanted 0 or more.")
+        check_ranges(self, "corpus.", most_bad_rows=NOT_NEGATIVE)
         if self.fields is not None:
             try:
                 check_fields(self.fields)
