@@ -13,6 +13,7 @@ from kd_core.hub import folder_of
 from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import Shape, check_shape
 from kd_core.parallel.sharding import held
+from kd_core.students.architecture import too_many_tokens
 from kd_core.students.decoder import Decoder
 from kd_core.training.evaluation import Metric, best_is, metric_names
 from kd_core.training.optimizer import ALONE, AdamW, TorchOptimizer
@@ -106,9 +107,11 @@ def check(experiment: "Experiment") -> None:
     _check_folders(experiment, caches)
     folder = experiment.student.folder
     tokenizer = Tokenizer(folder_of(folder))
-    arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder, "student.folder")
+    arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder)
     for where, shards in caches.items():
         try:
+            if arch.vocab_rows < min(shards.manifest.vocab_size, tokenizer.vocab_size):
+                raise too_many_tokens(shards.manifest.vocab_size, arch.vocab_rows, folder, "student.folder")
             shards.check(arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None

@@ -128,7 +128,7 @@ def main() -> None:
     app.log.info("dtype: %s", chosen)
     chosen.warn_if_slow("--dtype")
     tokens = Tokenizer(teacher).vocab_size
-    model = build(Pretrained(str(teacher)), device, 0, tokens, "--teacher").to(DTYPES[chosen.precision]).eval()
+    model = build(Pretrained(str(teacher)), device, 0, tokens).to(DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:

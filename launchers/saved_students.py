@@ -68,7 +68,7 @@ def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
         UsageError: it is neither, or damaged.
     """
     if not (folder / "progress.json").exists():
-        return build(Pretrained(str(folder)), device, 0, Tokenizer(folder).vocab_size, "--student"), folder
+        return build(Pretrained(str(folder)), device, 0, Tokenizer(folder).vocab_size), folder
     start = recorded_student(folder / "config.json")
     tokenizer_folder = folder_of(start.folder)
     model = build(start, device, 0, Tokenizer(tokenizer_folder).vocab_size)

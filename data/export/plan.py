@@ -26,6 +26,7 @@ from kd_core.files import content_fingerprint, sha256
 from kd_core.hub import local_folder
 from kd_core.precision import Precision
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
+from kd_core.students.architecture import too_many_tokens
 from kd_core.students.weights import weight_files
 
 log = logging.getLogger("kd")
@@ -278,6 +279,8 @@ def make_plans(
                 f"corpus {export.corpus.path}: the {split} split has no window of two tokens or more within "
                 f"{tokens} tokens. Give more text, or a larger {split}_tokens."
             )
+        if (largest := max(int(window.token_ids.max()) for window in windows)) >= teacher.vocab_size:
+            raise too_many_tokens(largest + 1, teacher.vocab_size, str(folder), "teacher")
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         plan = plain({**settings, **contents, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None

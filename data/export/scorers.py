@@ -14,7 +14,6 @@ from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.hub import NO_EXTRA
-from kd_core.students.architecture import too_many_tokens
 from kd_core.students.starts import Pretrained, build, stored_architecture
 
 SCORERS = ("auto", "decoder", "transformers")
@@ -34,8 +33,6 @@ def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
     config = read_config(folder)
     limit, rows = getattr(config, "max_position_embeddings", None), int(config.vocab_size)
     known: dict[str, Any] = {"model_type": config.model_type, "vocab_size": rows}
-    if tokens is not None and tokens > rows:
-        raise too_many_tokens(tokens, rows, str(folder), "teacher")
     if tokens is not None and tokens < rows:
         known |= {"vocab_size": tokens, "padded_vocab_size": rows}
     return TeacherFacts("transformers", known["vocab_size"], limit, known)
@@ -63,7 +60,7 @@ def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherF
         log.info("%s: scored with transformers, for our decoder does not cover it", reason)
         return facts
     if tokens is not None:
-        arch = arch.with_tokens(tokens, str(folder), "teacher")
+        arch = arch.with_tokens(tokens, str(folder))
     return TeacherFacts("decoder", arch.vocab_size, arch.max_positions, asdict(arch))
 
 
@@ -72,4 +69,4 @@ def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.dev
     tokens = Tokenizer(folder).vocab_size
     if read_facts(folder, scorer, tokens).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens)
-    return DecoderScorer(build(Pretrained(str(folder)), device, 0, tokens, "teacher").to(dtype).eval())
+    return DecoderScorer(build(Pretrained(str(folder)), device, 0, tokens).to(dtype).eval())

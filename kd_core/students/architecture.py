@@ -13,11 +13,11 @@ MOST = {
 
 
 def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageError:
-    """Returns the error of a tokenizer that is larger than its model; `where` names the setting."""
+    """Returns the error of a model without rows for tokens that are used. `where` names the setting."""
     return UsageError(
-        f"{where}: {folder} has a tokenizer of {tokens} tokens, but an embedding of {rows} rows (vocab_size in "
-        f"config.json), so ids from {rows} on have no row. Tokenizer and model do not belong together; where tokens "
-        "were added, widen the model by resize_token_embeddings of transformers."
+        f"{where}: {folder} has an embedding of {rows} rows (vocab_size in config.json), and {tokens} tokens are used, "
+        f"so ids from {rows} on have no row. Tokenizer and model do not belong together, or tokens were added: widen "
+        "the model by resize_token_embeddings of transformers."
     )
 
 
@@ -72,16 +72,16 @@ class Architecture:
         """How many positions a layer sees; None: all."""
         return None if self.windows is None else self.windows[layer]
 
-    def with_tokens(self, tokens: int, folder: str, where: str) -> "Architecture":
-        """The same rows, of which the `tokens` of the folder's tokenizer are real and the others padding.
+    def with_tokens(self, tokens: int, folder: str) -> "Architecture":
+        """Returns the same rows, of which the `tokens` of the folder's tokenizer are real and the others padding.
 
-        Where a setting has said the real vocabulary already, that one counts.
+        Where a setting has said the real vocabulary already, that one counts. A tokenizer may have more tokens than
+        there are rows, such as a padding token that was added and is in no text. Then all rows are real.
 
         Raises:
-            UsageError: the tokenizer has ids that have no row, or that the setting leaves out.
+            UsageError: the setting leaves out tokens that have rows.
         """
-        if tokens > self.vocab_rows:
-            raise too_many_tokens(tokens, self.vocab_rows, folder, where)
+        tokens = min(tokens, self.vocab_rows)
         if self.padded_vocab_size is None:
             padded = self.vocab_size if tokens < self.vocab_size else None
             return replace(self, vocab_size=tokens, padded_vocab_size=padded)

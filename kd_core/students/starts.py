@@ -46,23 +46,17 @@ class Start(Protocol):
         ...
 
 
-def decoder_of(start: Start, tokens: int | None, where: str = "student.folder") -> Decoder:
-    """The start's decoder on the meta device; of its rows, `tokens` are the real vocabulary (None: as the start says).
-
-    Raises:
-        UsageError: fewer rows than tokens; `where` names the setting.
-    """
+def decoder_of(start: Start, tokens: int | None) -> Decoder:
+    """Returns the start's decoder on the meta device. Of its rows, `tokens` are real (None: as the start says)."""
     model = start.decoder()
     if tokens is not None:
-        model.arch = model.arch.with_tokens(tokens, start.folder, where)
+        model.arch = model.arch.with_tokens(tokens, start.folder)
     return model
 
 
-def build(
-    start: Start, device: torch.device, seed: int, tokens: int | None = None, where: str = "student.folder"
-) -> Decoder:
+def build(start: Start, device: torch.device, seed: int, tokens: int | None = None) -> Decoder:
     """The student of `decoder_of` with its first weights, float32, whole on `device`, by one process."""
-    model = materialised(decoder_of(start, tokens, where), device)
+    model = materialised(decoder_of(start, tokens), device)
     start.fill(model, seed)
     return model
 
