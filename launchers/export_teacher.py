@@ -69,9 +69,9 @@ def _export(export: Any, out: Path) -> None:
     from kd_core.parallel.mesh import joined_world
     from launchers.folder_kinds import CACHES, refuse_others
 
+    refuse_others(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before ranks wait for each other
     with joined_world() as world, ExitStack() as stack:
-        world.on_first(lambda: refuse_others(out, CACHES, "out"))
         world.on_first(lambda: stack.enter_context(owned(out)))
         chosen = world.on_first(lambda: _choose_dtype(export, out, world.device))
         app.log.info("dtype: %s", chosen)

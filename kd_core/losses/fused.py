@@ -60,11 +60,14 @@ class _FusedHead(torch.autograd.Function):
                 (weight, bias), ctx.needs_input_grad[1:3], strict=True
             ))  # fmt: skip
             gradients = HeadGradients.zeros(hidden, of_weight, of_bias, precision.keep)
-        with torch.autocast(device.type, enabled=False), matmul_in(precision, device):
+        with torch.autocast(device.type, enabled=False):
             head = Head.of(weight, bias, call.head, precision)
             job = Job(Positions(hidden, call.teacher, call.labels, call.mask), call.objective, call.scale)
-            over = sums_over_vocabulary if call.objective.needs_vocabulary else sums_over_support
-            sums |= over(job, head, gradients)
+            if call.objective.needs_vocabulary:
+                with matmul_in(precision, device):
+                    sums |= sums_over_vocabulary(job, head, gradients)
+            else:  # its products of float32 rows stay float32, also on a CPU that has bfloat16 units for them
+                sums |= sums_over_support(job, head, gradients)
         ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return (sums["loss"] * call.scale).to(device=device, dtype=precision.keep)
 

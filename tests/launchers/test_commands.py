@@ -187,8 +187,8 @@ def _refused(*arguments: str, nproc: int | None = None) -> str:
 
 
 def test_a_folder_of_another_experiment_is_refused(tiny: Tiny, whole_run: Path) -> None:
-    message = _refused(*configs(tiny.train_items(11)), f"--run_dir={whole_run}")
-    assert "another experiment (steps is 10 there, 11 now)" in message
+    message = _refused(*configs([*tiny.train_items(), "seed=1"]), f"--run_dir={whole_run}")
+    assert "another experiment (seed is 0 there, 1 now)" in message
 
 
 def test_nothing_is_laid_over_another_kind_of_folder(tiny: Tiny, whole_run: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_prompt_without_a_token_is_refused(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_evaluate_prints_a_table_of_all(tiny: Tiny) -> None:
-    done = run("launchers.evaluate", f"--student={tiny.teacher}", f"--cache={tiny.validation}")
+    done = run("launchers.evaluate", f"--student={tiny.teacher}", f"--cache={tiny.validation}", "--precision=float32")
     assert done.returncode == 0, done.stderr
     rows = {words: float(number) for words, number in (re.split(r"  +", line) for line in done.stdout.splitlines())}
     assert rows["likeliest token is the teacher's"] == rows["likeliest token is among the teacher's five"] == 1

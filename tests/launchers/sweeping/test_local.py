@@ -134,7 +134,7 @@ def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tin
         assert folder.status(points[0].id).state == STOPPED
 
 
-def test_the_speed_of_finished_points_is_by_steps_and_not_by_scored_tokens(tmp_path: Path) -> None:
+def test_the_speed_of_finished_points_is_by_steps_and_not_by_scored_tokens(tiny: Tiny, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     for point, seconds in (("a", [9.0, 0.5, 0.5]), ("b", [0.25, 0.25, 4.0]), ("unfinished", [1e-9] * 3)):
         path = folder.run_folder(point).path
@@ -145,7 +145,7 @@ def test_the_speed_of_finished_points_is_by_steps_and_not_by_scored_tokens(tmp_p
         ]
         (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         if point != "unfinished":
-            (path / "export").mkdir()
+            shutil.copytree(tiny.teacher, path / "export")
     costs = {point: Cost(flops=3000.0, export=1, checkpoints=1) for point in ("a", "b", "unfinished")}
     assert measured_rate(folder, costs) == 3000.0  # 1000 FLOP a step: 2000 and 4000 FLOP/s
     assert measured_rate(folder, {"unfinished": costs["a"]}) is None
