@@ -54,7 +54,9 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     lost_without_a_word = slurm.Status(RUNNING, job="99")  # as a job that was killed and not put back leaves it
     folder.set_status(points[0].id, lost_without_a_word)
     assert not slurm_queue.of_points(folder, points)
-    jobs = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=False)
+    # One after the other, so that neither ends while the test looks at the other.
+    request = replace(REQUEST, at_once=1)
+    jobs = slurm.submit(folder, points, "study", request, nproc=1, keep_checkpoints=False)
     assert [folder.status(point.id).job for point in points] == jobs
     assert list(slurm_queue.of_points(folder, points)) == [point.id for point in points]
     assert set(slurm_queue.states([*jobs, "99"])) == set(jobs)
