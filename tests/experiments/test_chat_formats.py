@@ -91,7 +91,8 @@ def test_a_format_that_cannot_be_read_is_said_before_anything_is_trained(
     manifest = read_manifest(caches / "train")
     dataclasses.replace(manifest, made={**manifest.made, "chat": 3}).write(caches / "train")
     items = [item.replace(f"{tiny.root}/cache", str(caches)) for item in tiny.train_items(2)]
-    experiment = fdl.build(resolve([*items, f"collate.row_length={2 * ROW_LENGTH}"], "Experiment").config)
+    more = [f"student.folder={chats / 'base'}", f"collate.row_length={2 * ROW_LENGTH}"]
+    experiment = fdl.build(resolve([*items, *more], "Experiment").config)
     with pytest.raises(UsageError, match="how conversations were written"):
         experiment.check()
 
