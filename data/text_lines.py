@@ -171,3 +171,13 @@ def json_object(value: Any, where: str) -> dict[str, Any]:
         message = f"{where}: holds a {type(value).__name__}, wanted a JSON object.{hint}"
         raise BadRowError(message, "not a JSON object")
     return cast(dict[str, Any], value)
+
+
+def without_nulls(value: Any) -> Any:
+    """Returns the value without fields that are null, at any depth: Parquet writes null for what is not there."""
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value)
+        return {key: without_nulls(item) for key, item in fields.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in cast(list[Any], value)]
+    return value

@@ -166,6 +166,7 @@ class Experiment:
             UsageError: parts that do not fit.
         """
         checks.check(self)
+        chat_format(self.shards)  # rather than once all is trained
         student = self.decoder()
         arch = student.arch
         caches = [part.manifest for part in self.shards.parts]

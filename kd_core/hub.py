@@ -12,8 +12,12 @@ from kd_core.errors import UsageError
 
 HUB = "hub:"
 NO_EXTRA = "needs the extra: pip install 'kd-workspace[hf]'."
-WANTED_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "LICENSE*"]
-UNWANTED_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
+WANTED_FILES = [
+    *("*.json", "*.jinja", "*.safetensors", "*.model", "*.tiktoken", "*.txt"),
+    *("LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*"),
+]
+# Other formats of the same weights. Of folders, the one of further chat templates alone is read.
+UNWANTED_FILES = ["consolidated*", *(f"*/{pattern}" for pattern in WANTED_FILES if pattern != "*.jinja")]
 
 
 class Snapshot(NamedTuple):

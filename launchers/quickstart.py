@@ -26,7 +26,7 @@ TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder, or hub:OWNER/NAME; default SmolLM2-135M-Instruct, fetched."
 )
 CORPUS = flags.DEFINE_string(
-    "corpus", None, "Your own .txt, .jsonl or .parquet files, one or a folder; default fetched."
+    "corpus", None, "Your own corpus: a file, a folder, or hub:OWNER/NAME (docs/corpora.md); default fetched."
 )
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to the training experiment, path=value.")
 EXPORT_CONFIG = flags.DEFINE_multi_string("export_config", [], "Changes to the teacher's export, path=value.")

@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple, cast
 
-from data.text_lines import BadRowError
+from data.text_lines import BadRowError, without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -20,19 +20,13 @@ class Conversation(NamedTuple):
     tools: list[Any] | None = None
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in cast(Message, value).items() if item is not None}
-    return [_without_nulls(item) for item in cast(list[Any], value)] if isinstance(value, list) else value
-
-
 def _present(value: Any, where: str) -> Any:
     """Returns the value without the keys that hold null.
 
     Parquet gives every object every key of any object in its column, and null stands for "not there".
     """
     try:
-        return _without_nulls(value)
+        return without_nulls(value)
     except RecursionError:
         raise BadRowError(f"{where}: nests too deeply.", "nesting too deep") from None
 

@@ -8,7 +8,6 @@ from data.export.chat import Conversation
 from data.export.layouts import Reading, content_of
 from data.export.rows import Row
 from data.text_lines import BadRowError
-from kd_core.errors import UsageError
 
 
 class Document(NamedTuple):
@@ -37,9 +36,4 @@ def document_of(row: Row, reading: Reading) -> Document:
         raise row.value
     if isinstance(row.value, str):
         return Document(row.name, row.value, row.where)
-    try:
-        return Document(row.name, content_of(row.value, reading, row.where), row.where)
-    except BadRowError:
-        raise
-    except UsageError as error:
-        raise BadRowError(str(error), "not a conversation") from None
+    return Document(row.name, content_of(row.value, reading, row.where), row.where)

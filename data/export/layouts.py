@@ -202,7 +202,7 @@ def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str |
         field = next(name for name in LAYOUTS[layout][0] if name in fields)
         messages = _messages(fields[field], where, field)
     made = conversation(messages, where, layout)
-    system = next((name for name in ("system", "system_prompt") if isinstance(fields.get(name), str)), None)
+    system = next((name for name in ("system", "system_prompt") if name in fields), None)
     return made if layout == "messages" else _with_system(made, fields, system, where)
 
 

@@ -8,11 +8,11 @@ import codecs
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
-from data.export.tables import arrow_batches, parquet_batches
+from data.export.tables import Choose, arrow_batches, parquet_batches
 from data.text_lines import (
     PACKED,
     BadRowError,
@@ -23,16 +23,14 @@ from data.text_lines import (
     open_unpacked,
     refuse_bomb,
     refuse_half_pairs,
+    without_nulls,
 )
 from kd_core.errors import UsageError
 from kd_core.files import printable
 
-__all__ = ["FORMATS", "TEXTS", "BadRowError", "Row", "reader_of", "rows_of"]
-
 MOST_DOCUMENT = 1 << 28  # bytes
 MOST_ELEMENT = 1 << 25  # characters of an element of a JSON array
 JSON_STEP = 1 << 20  # characters of a JSON array at a time
-Choose = Callable[[Sequence[str]], list[str]]  # the columns to read, of those that a table has
 
 
 class Row(NamedTuple):
@@ -50,16 +48,6 @@ def _row(where: str, name: str, read: Callable[[], Any]) -> Row:
         return Row(where, name, error)
     except RecursionError:
         return Row(where, name, BadRowError(f"{where}: nests too deeply. Drop it.", "nesting too deep"))
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without fields that are null, at any depth: Parquet writes null for what is not there."""
-    if isinstance(value, dict):
-        fields = cast(dict[str, Any], value)
-        return {key: without_nulls(item) for key, item in fields.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in cast(list[Any], value)]
-    return value
 
 
 def _text_file(path: Path, name: str, choose: Choose) -> Iterator[Row]:
@@ -123,6 +111,7 @@ def _json_elements(path: Path) -> Iterator[tuple[Any, str]]:
             while at < len(buffer) and buffer[at] in " \t\r\n,":
                 at += 1
             if buffer.startswith("]", at):
+                _refuse_rest(itertools.chain([buffer[at + 1 :]], text), number, path)
                 return
             try:
                 value, end = decoder.raw_decode(buffer, at)
@@ -143,6 +132,15 @@ def _json_elements(path: Path) -> Iterator[tuple[Any, str]]:
             number += 1
             yield value, buffer[at:end]
             at = end
+
+
+def _refuse_rest(text: Iterable[str], number: int, path: Path) -> None:
+    """Refuse what stands behind an array, such as another one."""
+    if rest := next(filter(None, map(str.strip, text)), ""):
+        raise UsageError(
+            f"{printable(path)}: goes on behind the {number} elements of its array ({rest!a:.40}). Write one array, or "
+            "an object a line: jq -c '.[]'."
+        )
 
 
 def _utf8(file: IO[bytes], path: Path) -> Iterator[str]:

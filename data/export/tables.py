@@ -14,7 +14,7 @@ from kd_core.memory import bounded_memory
 BATCH_ROWS = 256
 MOST_MEMORY = 4 << 30  # bytes for a batch of rows
 ARROW_FILE = b"ARROW1"
-Choose = Callable[[Sequence[str]], list[str]]
+Choose = Callable[[Sequence[str]], list[str]]  # the columns to read, of those that a table has
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from jinja2 import TemplateError
 from data.export.assistant_turns import Marked, Span, TurnFinder, mark_of
 from data.export.bounded_template import bounded, bounded_text
 from data.export.chat import Conversation, Message, text_of
-from data.export.rows import BadRowError
 from data.export.template_program import CLOSE, OPEN, compile_template, plain, without_marks
+from data.text_lines import BadRowError
 from kd_core.errors import UsageError
 from kd_core.files import damaged, read_json, read_text
 

@@ -172,7 +172,7 @@ class _Run:
             self.progress = replace(done, skipped=done.skipped + 1)
             return self._skipped(error, step, batches)
         self.progress = done
-        if self.group_settings is not None:
+        if self.group_settings is not None and result.moved:
             check_kept(self.model, self.optimizer, self.group_settings)
             self.group_settings = None
         if not result.moved:

@@ -122,6 +122,9 @@ class TorchOptimizer:
         known = {name for name, each in vars(torch.optim).items() if inspect.isclass(each)} - {*UNFIT}
         if isinstance(self.cls, str) and self.cls not in known:
             raise UsageError(f"optimizer.cls: got {self.cls!r}; wanted one of {', '.join(sorted(known))}.")
+        if own := {"lr", "weight_decay"} & set(self.settings):
+            name = min(own)
+            raise UsageError(f"optimizer.settings: {name} stands beside them. Set optimizer.{name}.")
         if bool(self.only) != bool(self.others):
             raise UsageError("optimizer.only, .others: wanted both, or none: what is not its own must have another.")
         # Its own checks of its settings, on two matrices, before there is a student.

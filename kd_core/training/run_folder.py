@@ -129,9 +129,12 @@ class RunFolder:
             UsageError: the folder belongs to another experiment, or has done more than the steps.
         """
         if not (self.path / "config.json").exists():
-            self._write_record(config_json, config_text)
+            write_text(self.path / "config.txt", config_text)
+            write_text(self.path / "config.json", config_json)
             return {}
         if self.record() == config_json:
+            if _differences(self.settings_text(), config_text):  # a kill came between the two files
+                write_text(self.path / "config.txt", config_text)
             return {}
         differences = _differences(recorded_text() if recorded_text else self.settings_text(), config_text)
         free = ("steps", "schedule") if "steps" in differences else ()
@@ -145,10 +148,6 @@ class RunFolder:
         if "steps" in differences:
             self._check_steps(int(read_settings(config_text)["steps"][0]))
         return differences
-
-    def _write_record(self, config_json: str, config_text: str) -> None:
-        write_text(self.path / "config.txt", config_text)
-        write_text(self.path / "config.json", config_json)
 
     def _check_steps(self, steps: int) -> None:
         newest = checkpoint.newest(self.checkpoints)
@@ -171,7 +170,9 @@ class RunFolder:
         write_text(before / "config.json", self.record())
         if self.export.exists():  # first, for with the new record it would be that of a finished run
             shutil.move(self.export, before / "export")
-        self._write_record(config_json, config_text)
+        # The record first: with its text alone, nothing would tell which of the two the run is of.
+        write_text(self.path / "config.json", config_json)
+        write_text(self.path / "config.txt", config_text)
 
     def precision(self) -> str | None:
         """Returns the precision that the run began with. None before it has a record."""

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fiddle as fdl
 import pytest
 import transformers
 
@@ -13,6 +14,7 @@ from data.export.corpus import Corpus
 from data.stream.source import Mixture, Shards
 from experiments.chat_formats import chat_format
 from kd_core.errors import UsageError
+from launchers.config_items import resolve
 from launchers.saved_students import recorded_chat_format
 from tests.launchers.test_saved_students import train
 from tests.tiny import CHATML, ROW_LENGTH, Tiny, make_chat_folder, write_caches
@@ -80,6 +82,19 @@ def test_a_base_student_trained_on_chat_speaks_as_the_teacher_does(tiny: Tiny, c
     assert found.turn_ends == {"<|im_end|>": 5}
     shutil.rmtree(caches)
     assert recorded_chat_format(checkpoint) is None, "said, and the weights are exported nevertheless"
+
+
+def test_a_format_that_cannot_be_read_is_said_before_anything_is_trained(
+    tiny: Tiny, chats: Path, tmp_path: Path
+) -> None:
+    caches = shutil.copytree(chats / "cache", tmp_path / "cache")
+    manifest = read_manifest(caches / "train")
+    dataclasses.replace(manifest, made={**manifest.made, "chat": 3}).write(caches / "train")
+    items = [item.replace(f"{tiny.root}/cache", str(caches)) for item in tiny.train_items(2)]
+    more = [f"student.folder={chats / 'base'}", f"collate.row_length={2 * ROW_LENGTH}"]
+    experiment = fdl.build(resolve([*items, *more], "Experiment").config)
+    with pytest.raises(UsageError, match="how conversations were written"):
+        experiment.check()
 
 
 def test_caches_that_were_written_differently_are_said(

@@ -27,8 +27,12 @@ FILES = {
     "consolidated.safetensors": b"again",
     "pytorch_model.bin": b"pickled",
     "onnx/model.safetensors": b"other",
+    "original/USE_POLICY.md": b"again",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "USE_POLICY.md": b"terms",
 }
-WANTED = {"config.json", "model.safetensors", "tokenizer.model"}
+TOOLS = "additional_chat_templates/tool_use.jinja"
+WANTED = {"config.json", "model.safetensors", "tokenizer.model", TOOLS, "USE_POLICY.md"}
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -110,7 +114,8 @@ def test_one_process_of_a_machine_fetches_what_all_read(tmp_path: Path, hub: tup
     folder, name = said.split()
     assert name == f"hub:owner/name@{COMMIT}"
     assert snapshot_at(Path(folder)) == ("owner/name", COMMIT)
-    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == {f: FILES[f] for f in WANTED}
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in files} == {f: FILES[f] for f in WANTED}
     assert fetched == dict.fromkeys(WANTED, 1)
     for again in ("hub:owner/name", f"hub:owner/name@{COMMIT}"):
         assert _said(_start(tmp_path, again, HF_HUB_OFFLINE="1")) == said

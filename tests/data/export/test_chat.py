@@ -17,8 +17,8 @@ from data.export.chat import Conversation, Message, conversation
 from data.export.corpus import Corpus
 from data.export.documents import Document
 from data.export.encoding import Encoder
-from data.export.rows import BadRowError
 from data.export.template import ChatTemplate
+from data.text_lines import BadRowError
 from tests.tiny import Tiny, make_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -206,6 +206,9 @@ def test_earlier_turns_of_alpaca(tmp_path: Path) -> None:
     _json_lines(tmp_path / "a.jsonl", [row])
     [messages] = _contents(tmp_path)
     assert [m["content"] for m in messages] == ["Be brief.", "Hear?", "No.", "Who?", "The owl."]
+    _json_lines(tmp_path / "a.jsonl", [{**row, "system": ["Be brief."]}])
+    with pytest.raises(UsageError, match=r"a.jsonl:1: 'system' is a list, wanted text"):
+        _contents(tmp_path)
     _json_lines(tmp_path / "a.jsonl", [{**row, "history": [["Hear?"]]}])
     with pytest.raises(UsageError, match=r"a.jsonl:1: 'history' is no list of pairs"):
         _contents(tmp_path)

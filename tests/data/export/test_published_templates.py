@@ -17,7 +17,7 @@ from transformers.utils import chat_template_utils
 from data.export.chat import Message, conversation
 from data.export.documents import Document
 from data.export.encoding import Encoder
-from data.export.rows import BadRowError
+from data.text_lines import BadRowError
 from tests.tiny import Tiny, make_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, place_of_new_folder
+from kd_core.files import new_folder, place_of_new_folder, write_text
 from kd_core.parallel.mesh import World
 from kd_core.students.saving import is_whole, save_pretrained
 from kd_core.students.starts import Pretrained, build
@@ -141,3 +141,33 @@ def test_a_new_folder_behind_a_link_is_made_there_and_nothing_is_deleted_there(t
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="a file stands there"):
         place_of_new_folder(tmp_path / "file")
+
+
+def test_a_record_that_a_kill_left_with_the_text_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the run's steps were raised, and its record keeps code, which nothing but training loads."""
+    run, texts = RunFolder(tmp_path), {steps: f"steps = {steps}  # --config=steps={steps}\n" for steps in (10, 20, 30)}
+    assert run.claim("ten", texts[10]) == {}
+    assert run.claim("twenty", texts[20]) == {"steps": "10 there, 20 now"}
+    attempt = run.begin_attempt({})
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_core.training.run_folder.write_text", _killed_at(run.path, 2))
+        with pytest.raises(KeyboardInterrupt):
+            run.change_record(attempt, "twenty", texts[20])
+    assert (run.record(), run.settings_text()) == ("twenty", texts[10])
+    assert run.claim("twenty", texts[20]) == {}
+    assert run.settings_text() == texts[20]
+    assert run.claim("thirty", texts[30]) == {"steps": "20 there, 30 now"}
+
+
+def _killed_at(folder: Path, number: int) -> Callable[[Path, str], None]:
+    """A writer that is killed at the file of that number in `folder`."""
+    written = itertools.count(1)
+
+    def write(path: Path, text: str) -> None:
+        if path.parent == folder and next(written) == number:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    return write
