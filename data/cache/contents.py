@@ -30,15 +30,17 @@ class CachedDocuments:
 
     name_of: list[str] = field(default_factory=list[str])
     windows_of: list[int] = field(default_factory=list[int])  # number of windows of each document
+    cache_of: list[str] = field(default_factory=list[str])  # the cache of each document
     documents_with: dict[bytes, list[int]] = field(default_factory=dict[bytes, list[int]])  # by a window's digest
 
-    def add(self, records: Iterable[Record]) -> None:
+    def add(self, records: Iterable[Record], cache: str = "") -> None:
         """Adds the documents of a cache. Neighbours of the same name whose starts grow are of one document."""
         before = MAX_NUMBER
         for record in records:
             if record.start <= before or record.document != self.name_of[-1]:
                 self.name_of.append(record.document)
                 self.windows_of.append(0)
+                self.cache_of.append(cache)
             before = record.start
             self.windows_of[-1] += 1
             digest = window_digest(record.start, record.token_ids)
@@ -47,6 +49,10 @@ class CachedDocuments:
     def hold(self, windows: Iterable[bytes]) -> bool:
         """Checks whether all windows of one of the documents are among `windows`, the digests of one."""
         return bool(self.among(windows))
+
+    def caches_with_any(self, windows: Iterable[bytes]) -> set[str]:
+        """Returns the caches that have one of `windows` or more, as those of a document that was continued."""
+        return {self.cache_of[document] for window in windows for document in self.documents_with.get(window, ())}
 
     def among(self, windows: Iterable[bytes]) -> list[str]:
         """Returns the names of the documents of which all windows are among `windows`."""

@@ -1,7 +1,8 @@
 """A cache that grows: the next export adds the documents that are not in it, and touches no shard that is there.
 
 Documents are known by their content, through the windows that the caches hold, and not by their names: a file that
-was renamed, or whose lines moved, is not added again, and new text under an old name is.
+was renamed, or whose lines moved, is not added again, and new text under an old name is. A document that was continued
+goes to the cache that has its beginning, which is not written again.
 
 `growth.json` stands in the folder of both caches while it happens: how many shards each had before, so that an
 interrupted growth goes on as the same one. The old manifests stay valid until the new ones take their place.
@@ -50,7 +51,7 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
     documents = CachedDocuments()
     for split, manifest in before.items():
         records = ShardReader(out / split, manifest).records()
-        documents.add(tqdm(records, f"read {split}", manifest.records, mininterval=1, delay=2, leave=False))
+        documents.add(tqdm(records, f"read {split}", manifest.records, mininterval=1, delay=2, leave=False), split)
     return Growth(before, documents)
 
 

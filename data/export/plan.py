@@ -240,12 +240,19 @@ def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Grow
 
 
 def _sides(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
-    """Documents by split; of a growth those that are new, and one alone goes to training."""
-    if growth:
-        documents = _new_documents(export, documents, growth)
-        if len(documents) < 2:
-            return {"train": documents, "validation": []}
-    return split_documents(documents, export.validation_share, export.seed)
+    """Documents by split. New ones go to the cache that has windows of theirs, and one alone to training."""
+    if not growth:
+        return split_documents(documents, export.validation_share, export.seed)
+    continued: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
+    others: list[Encoded] = []
+    for document in _new_documents(export, documents, growth):
+        windows = _digests(windows_of([document], export.row_length, export.overlap))
+        caches = growth.documents.caches_with_any(windows)
+        (continued[min(caches)] if caches else others).append(document)  # of both: to train
+    if len(others) < 2:
+        return {**continued, "train": continued["train"] + others}
+    sides = split_documents(others, export.validation_share, export.seed)
+    return {split: continued[split] + sides[split] for split in SPLITS}
 
 
 def make_plans(
@@ -271,6 +278,8 @@ def make_plans(
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
         found = list(windows_of(sides[split], export.row_length, export.overlap))
+        if growth:
+            found = [window for window in found if not growth.documents.caches_with_any(_digests([window]))]
         windows = choose_windows(found, tokens, export.seed)
         if growth and not windows:
             continue

@@ -129,6 +129,29 @@ def test_documents_are_known_by_their_content(tiny: Tiny, tmp_path: Path, caplog
     assert bytes_of(out) == before
 
 
+def test_a_continued_document_stays_on_its_side_and_no_window_stands_twice(tiny: Tiny, tmp_path: Path) -> None:
+    old = [" ".join(f"The old fox sees a river {i} and a road {j}." for j in range(9)) for i in range(10)]
+    out, path = tmp_path / "out", tmp_path / "data.jsonl"
+    write_caches(tiny.export(corpus=_lines(path, old)), out)
+    longer = [f"{text} The owl hears a new light." for text in old]
+    write_caches(tiny.export(corpus=_lines(path, [*longer, "A new hen.", "Another new hen."])), out, extend=True)
+    windows = {
+        split: [(record.start, tuple(record.token_ids.tolist())) for record in tiny.records(out / split)]
+        for split in ("train", "validation")
+    }
+    every = windows["train"] + windows["validation"]
+    assert len(set(every)) == len(every)
+    words = Tokenizer(tiny.teacher)
+    fresh = {ids: split for split, found in windows.items() for _, ids in found if "light" in words.decode(ids)}
+    assert len(fresh) == len(old), "the end of each document is there"
+    named = {split: {record.document for record in tiny.records(out / split) if record.start} for split in windows}
+    assert named["validation"]
+    assert not named["train"] & named["validation"]
+    before = bytes_of(out)
+    write_caches(tiny.export(corpus=_lines(path, [*longer, "A new hen.", "Another new hen."])), out, extend=True)
+    assert bytes_of(out) == before
+
+
 def test_verify_finds_held_out_documents_in_train_and_other_windows(tiny: Tiny, tmp_path: Path) -> None:
     texts = [f"The old fox sees a river {i}." for i in range(8)]
     write_caches(tiny.export(corpus=_lines(tmp_path / "a.jsonl", texts)), tmp_path / "out")
