@@ -181,13 +181,20 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     again = f"{python} -m launchers.train --config=run:{run_dir}"
+    tensorboard = "make tensorboard" if Path("Makefile").exists() else f"tensorboard --logdir={run_dir.parent}"
+    if CORPUS.value:
+        next_command = f"{python} -m launchers.compare {run_dir} runs/renormalized --html=runs.html"
+    else:
+        next_command = (
+            f"{python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine"
+        )
     _say(f"""
-  Curves:  make tensorboard   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
+  Curves:  {tensorboard}   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
   Student: {run_dir}/export   (loads with transformers)
   Next:
     {again} --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
     {python} -m launchers.evaluate --student={run_dir}/export --cache={cache}
-    {python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine""")
+    {next_command}""")
 
 
 def main() -> None:

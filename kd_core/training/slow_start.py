@@ -71,7 +71,7 @@ class SlowStart:
             return
         left = (seconds + waited) * (self.steps - self.watched)
         log.warning(
-            "slow: a step takes %.1f s, %.0f times the %.1f s that its matmuls would in float32 at this machine's "
+            "slow: a step takes %.1f s, %.0f times the %.2g s that its matmuls would in float32 at this machine's "
             "%.0f GFLOP/s; the steps that are left take %.0f min. %s", seconds + waited,
             (seconds + waited) / expected, expected, rate / 1e9, left / 60, self._cause(seconds, waited),
         )  # fmt: skip
