@@ -9,8 +9,8 @@
 | instruction | `instruction`, `input` or `context`, `output` or `response`, `history` | Alpaca, Dolly |
 | question | `question` and `response` | OpenOrca |
 
-A `system` or `system_prompt` beside `conversations`, `instruction` or `question` is the system message, where there is
-none. Fields of other names are given by `corpus.fields`.
+A `system` or `system_prompt` beside any of them but `text` is the system message, where there is none. Fields of other
+names are given by `corpus.fields`.
 """
 
 import json
@@ -191,8 +191,9 @@ def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str |
     """What a row of a known layout holds."""
     if layout == "text":
         return _text(fields, reading.text_field, where)
+    system = next((name for name in ("system", "system_prompt") if name in fields), None)
     if layout == "completion":
-        return _completed(fields["prompt"], fields["completion"], where)
+        return _with_system(_completed(fields["prompt"], fields["completion"], where), fields, system, where)
     if layout == "instruction":
         messages = _instruction(fields, where)
     elif layout == "question":
@@ -201,9 +202,7 @@ def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str |
     else:
         field = next(name for name in LAYOUTS[layout][0] if name in fields)
         messages = _messages(fields[field], where, field)
-    made = conversation(messages, where, layout)
-    system = next((name for name in ("system", "system_prompt") if name in fields), None)
-    return made if layout == "messages" else _with_system(made, fields, system, where)
+    return _with_system(conversation(messages, where, layout), fields, system, where)
 
 
 def _completed(prompt: Any, completion: Any, where: str) -> Conversation:

@@ -331,3 +331,14 @@ def test_a_field_that_is_missing_and_a_system_message_by_name(tmp_path: Path) ->
         next(documents)
     assert Corpus(str(tmp_path), fields=fields).identity()["fields"] == fields
     assert "fields" not in Corpus(str(tmp_path)).identity()
+
+
+def test_a_system_message_beside_messages_and_completions_is_taken(tmp_path: Path) -> None:
+    rows = [
+        {"system": "Be brief.", "messages": PAIR},
+        {"system_prompt": "Be brief.", "prompt": ASK["content"], "completion": TELL["content"]},
+        {"system": "Be long.", "messages": [SYSTEM, *PAIR]},
+    ]
+    _json_lines(tmp_path / "a.jsonl", rows)
+    found = [document.content for document in Corpus(str(tmp_path / "a.jsonl")).documents()]
+    assert [content.messages for content in found if not isinstance(content, str)] == [[SYSTEM, *PAIR]] * 3
