@@ -36,6 +36,9 @@ def test_a_small_corpus_is_taken_whole_measured_trained_and_compared(tiny: Tiny,
 
     shown = quickstart()
     assert "; all of the corpus" in shown
+    assert "tensorboard --logdir=runs " in shown, "no Makefile stands in this folder"
+    assert "launchers.compare runs/mine runs/renormalized" in shown
+    assert "FOLDER_OF_YOUR_TEXTS" not in shown, "the corpus was the user's own already"
     kept = tuple(read_json(tmp_path / "mine" / "keep_layers.json", "layers")["keep_layers"])
     settings = (tmp_path / "runs/mine/config.txt").read_text()
     assert f"student.keep_layers = {kept}  #" in settings
