@@ -32,7 +32,7 @@ class BadRows:
     """
 
     def __init__(self, on_bad_row: OnBadRow | Literal["raise"], most: float = 0) -> None:
-        """`on_bad_row`: stop, skip up to `most` (below 1 a share of all rows), or raise each at once."""
+        """`on_bad_row`: stop, skip up to `most` (below 1 a share of all rows, rounded up), or raise each at once."""
         self.on_bad_row, self.most = on_bad_row, most
         self.rows = 0
         self.rows_at_limit: int | None = None
@@ -81,7 +81,7 @@ class BadRows:
         Raises:
             UsageError: there are bad rows and none may be skipped, or more than may be.
         """
-        if self.will_stop or (self.most < 1 and len(self.bad) > self.most * self.rows):
+        if self.will_stop or (self.most < 1 and len(self.bad) > math.ceil(self.most * self.rows)):
             self._refuse("the rows that follow")
         if self.bad:
             log.warning("corpus %s: %d of %d rows skipped: %s", corpus, len(self.bad), self.rows, self._by_reason())

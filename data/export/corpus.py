@@ -43,7 +43,7 @@ class Corpus:
         fields: other names of fields, such as {"prompt": "question", "completion": "answer"}, {"messages": "dialogue",
             "role": "speaker", "content": "utterance"} or {"text": "body"}; also "system".
         on_bad_row: stop with one message at a row that cannot be used, or skip it.
-        most_bad_rows: the most rows that may be skipped: below 1 a share of all, from 1 on a number.
+        most_bad_rows: the most rows that may be skipped: below 1 a share of all, rounded up; from 1 on a number.
         bos, eos: whether a text begins with the tokenizer's BOS and ends with its EOS (auto: as the tokenizer itself
             adds them). What comes of it stands in the plan, and is no part of the corpus.
     """

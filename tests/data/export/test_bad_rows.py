@@ -152,3 +152,15 @@ def test_the_command_skips_counts_and_names(teacher: Path, tmp_path: Path) -> No
         assert len((tmp_path / "out" / FILE).read_text().splitlines()) == 3
     manifest: dict[str, Any] = read_manifest(tmp_path / "out" / "train").plans[0]
     assert manifest["corpus"]["skipped"] == {"not JSON": 1, "not UTF-8": 1, "half a surrogate pair": 1}
+
+
+def test_a_share_of_few_rows_is_one_row() -> None:
+    bad = BadRows("skip", 0.01)
+    for number in range(60):
+        bad.count_row()
+        if number == 7:
+            bad.add("a:7", BadRowError("a:7: no", "no"))
+    bad.finish("a")
+    bad.add("a:8", BadRowError("a:8: no", "no"))
+    with pytest.raises(UsageError, match="2 of 60 rows cannot be used"):
+        bad.finish("a")
