@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from data.cache.manifest import read_manifest
-from data.export.bad_rows import FILE
+from data.export.bad_rows import FILE, BadRows
 from data.export.corpus import Corpus
 from data.export.documents import Document
 from data.export.encoding import Encoder
 from data.export.plan import make_plans
+from data.text_lines import BadRowError
 from kd_core.errors import UsageError
 from tests.launchers.command import run
 from tests.tiny import Tiny
