@@ -23,7 +23,7 @@ class FolderFiles:
     left_out: Counter[str] = field(default_factory=Counter[str])
 
     def summary(self) -> str:
-        """What is left out, in words; empty where nothing is."""
+        """Describes what is left out; empty where nothing is."""
         counts = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{number} {reason}" for reason, number in counts)
 
@@ -97,7 +97,9 @@ class _Walk:
 
 
 def files_below(root: Path, is_wanted: Callable[[Path], bool]) -> FolderFiles:
-    """All files below a folder that are wanted; links to folders are followed, each folder once; hidden ones are not.
+    """Finds all files below a folder that are wanted.
+
+    Links to folders are followed, each folder once. Hidden folders are left out.
 
     Raises:
         UsageError: a folder cannot be read, or a link leads nowhere.

@@ -1,4 +1,4 @@
-"""How the conversations of a run's caches were written: what an export of the student needs to speak alike."""
+"""The format of conversations in a run's caches, which an export of the student needs."""
 
 import logging
 

@@ -97,7 +97,7 @@ class Evaluation:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """What each counts in the numbers of the whole; 0: it is only reported."""
+        """Returns the weight of each in the numbers of the whole. One of 0 is only reported."""
         if isinstance(self.shards, Mixture):
             return self.shards.weights
         return {name: float(at == 0) for at, name in enumerate(self.caches)}

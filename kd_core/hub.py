@@ -76,7 +76,7 @@ def local_folder(name: str, where: str = "teacher") -> Path:
 
 
 def snapshot_at(folder: Path) -> Snapshot | None:
-    """Which repository and commit a folder of the hub's cache holds (models--OWNER--NAME/snapshots/COMMIT)."""
+    """Returns the repository and commit of a folder in the hub's cache (models--OWNER--NAME/snapshots/COMMIT)."""
     kind, _, name = folder.parent.parent.name.partition("--")
     if folder.parent.name != "snapshots" or kind != "models":
         return None

@@ -1,4 +1,4 @@
-"""What the quick start sets for a teacher or a corpus of one's own: measured on the cache, or computed from it."""
+"""Settings of the quick start for one's own teacher or corpus, measured on the cache or computed from it."""
 
 import subprocess
 import sys

@@ -44,7 +44,7 @@ class UserFile:
 
     @property
     def path(self) -> str:
-        """Where the main file stands."""
+        """Path of the main file."""
         return f"{self.place}/{self.main}"
 
     def hashes(self) -> dict[str, str]:

@@ -115,7 +115,7 @@ def short_path(filename: str) -> str:
 
 
 def _is_mapping(wanted: Any) -> bool:
-    """Whether an annotation is that of a mapping with values of a type."""
+    """Checks whether an annotation is that of a mapping with values of a type."""
     origin = typing.get_origin(wanted)
     return isinstance(origin, type) and issubclass(origin, Mapping)
 

@@ -23,7 +23,7 @@ KNOWN = 0.4  # and in less than this share of the nats that a uniform choice of 
 
 
 def label_scores(record: Record, shift: int, at: Array) -> tuple[Array, Array]:
-    """Whether the label `shift` positions on agrees with its log-probability, and its likelihood, at positions.
+    """Checks which labels `shift` positions on agree with their log-probability, and returns their likelihood too.
 
     Without an entry it is given a small part of the tail: the whole would favour labels of anywhere where few entries
     are kept. It is below all entries then. Samples count as entries for the likelihood alone, for a weight is no
@@ -49,7 +49,7 @@ def _entry(ids: Array, logs: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def _explains_better(other: Array, own: Array, most: int) -> bool:
-    """Whether labels of another shift are likelier, clearly and not by chance, to a teacher that knows them."""
+    """Checks whether labels of another shift are likelier, clearly and not by chance, to a teacher that knows them."""
     gain, n = other - own, len(own)
     if n < 2 or gain.mean() < LIKELIER or -other.mean() > KNOWN * np.log(most):
         return False

@@ -62,8 +62,11 @@ def words_of(tokenizer: Tokenizer | None) -> Words:
 
 
 def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
-    """Where the tokenizer of a cache's teacher may lie: in its folder, as named from here or from above the cache; in
-    the hub's own cache, from which nothing is fetched here; in a folder `teacher` beside the cache."""
+    """Yields folders that may hold the tokenizer of a cache's teacher.
+
+    They are its folder as named from here or from above the cache, its place in the hub's own cache, from which
+    nothing is fetched here, and a folder `teacher` beside the cache.
+    """
     above = folder.absolute().parents
     if teacher.startswith("hub:"):
         with suppress(ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""Where an assistant's turn stands in the rendering of its whole conversation.
+"""The place of an assistant's turn in the rendering of its whole conversation.
 
 Templates write a turn another way once more messages follow: they drop its reasoning, put tools beside the last
 question, close the conversation with a token of its own. So a turn is sought in the whole rendering, by four others:

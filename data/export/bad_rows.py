@@ -26,7 +26,7 @@ class _Bad(NamedTuple):
 
 
 class BadRows:
-    """What becomes of bad rows, and those that were met.
+    """Bad rows that were met, and a limit to their number.
 
     Once there are too many, the rest of the corpus is looked at for a while, so that the one message has the count.
     """
@@ -40,11 +40,11 @@ class BadRows:
 
     @property
     def will_stop(self) -> bool:
-        """Whether there are too many bad rows already, and nothing need be made of others but a count."""
+        """Checks whether there are too many bad rows already, so that others are only counted."""
         return self.rows_at_limit is not None
 
     def counts(self) -> dict[str, int]:
-        """How many rows are bad, by reason, the most frequent first."""
+        """Counts the bad rows by reason, the most frequent first."""
         return dict(Counter(each.reason for each in self.bad).most_common())
 
     def count_row(self) -> None:

@@ -21,7 +21,7 @@ log = logging.getLogger("kd")
 
 
 class Known(Protocol):
-    """What is split: anything that is known by its content."""
+    """Anything that is known by its content and can be split."""
 
     @property
     def digest(self) -> bytes:
@@ -88,11 +88,11 @@ class Corpus:
         }
 
     def bad_rows(self) -> BadRows:
-        """What is to become of rows that cannot be used."""
+        """Returns an empty list of bad rows with the limit of this corpus."""
         return BadRows(self.on_bad_row, self.most_bad_rows)
 
     def documents(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        """All documents, one at a time: each text file, each row of the others.
+        """Yields all documents: each text file, each row of the others.
 
         Args:
             bad_rows: takes the rows that cannot be used; without, the first of them is raised.

@@ -1,4 +1,4 @@
-"""Where a corpus lies: which files of a folder are its documents, and data sets of the hub (extra `hf`)."""
+"""Files of a corpus: those of a folder that are its documents, and data sets of the hub (extra `hf`)."""
 
 import fnmatch
 import functools

@@ -52,7 +52,7 @@ MAPPED = ("text", "messages", "role", "content", "prompt", "completion", "system
 
 
 class Reading(NamedTuple):
-    """How rows are read, as the corpus's settings have it: `content` is a layout or `auto`."""
+    """Settings of a corpus by which rows are read. `content` is a layout or `auto`."""
 
     content: str = "auto"
     text_field: str = "text"
@@ -88,7 +88,7 @@ def present_layouts(names: Collection[str], reading: Reading) -> list[str]:
 
 
 def columns_to_read(columns: Collection[str], reading: Reading) -> list[str]:
-    """Of a table's columns, those that a document can be made of; all, where there are none, for a message to name."""
+    """Returns the columns that a document can be made of, or all where there are none, for a message to name."""
     if reading.fields:
         wanted = {*reading.fields.values(), "tools"}
     else:
@@ -98,7 +98,7 @@ def columns_to_read(columns: Collection[str], reading: Reading) -> list[str]:
 
 
 def _one_of(fields: Fields, names: tuple[str, ...], where: str) -> str | None:
-    """Which one of several names is there."""
+    """Returns the one of several names that is there."""
     found = [name for name in names if name in fields]
     if len(found) > 1:
         message = (
@@ -188,7 +188,7 @@ def _instruction(fields: Fields, where: str) -> list[Message]:
 
 
 def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str | Conversation:
-    """What a row of a known layout holds."""
+    """Returns the text or conversation of a row of a known layout."""
     if layout == "text":
         return _text(fields, reading.text_field, where)
     system = next((name for name in ("system", "system_prompt") if name in fields), None)
@@ -212,7 +212,7 @@ def _completed(prompt: Any, completion: Any, where: str) -> Conversation:
 
 
 def _mapped(mapping: Mapping[str, str], fields: Fields, where: str) -> str | Conversation:
-    """What a row holds in the fields that `corpus.fields` names."""
+    """Returns the text or conversation in the fields that `corpus.fields` names."""
     needed = [name for name in ("text", "messages", "prompt", "completion") if name in mapping]
     _refuse_missing([mapping[name] for name in needed], fields, where, f"corpus.fields={dict(mapping)}")
     if "text" in mapping:
@@ -244,7 +244,7 @@ def _is_rendering(text: Any, content: str | Conversation) -> bool:
 
 
 def _found_content(fields: Fields, reading: Reading, where: str) -> str | Conversation:
-    """What a row holds, where nobody says in which layout."""
+    """Returns the text or conversation of a row whose layout is not set."""
     layouts = present_layouts(fields, reading)
     if len(layouts) == 2 and layouts[0] == "text":
         if reading.text_field != "text":
@@ -268,7 +268,7 @@ def _found_content(fields: Fields, reading: Reading, where: str) -> str | Conver
 
 
 def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversation:
-    """What a row holds: a text or a conversation, in exactly one layout.
+    """Returns the text or conversation that a row holds in exactly one layout.
 
     Raises:
         BadRowError: it holds none, or several of which none is named, or something of another type.

@@ -34,7 +34,7 @@ JSON_STEP = 1 << 20  # characters of a JSON array at a time
 
 
 class Row(NamedTuple):
-    """Where it lies (for messages), a name that stays the same between exports, and the text, the fields or a fault."""
+    """A row: its place for messages, a name that stays the same, and its text, its fields or a fault."""
 
     where: str
     name: str

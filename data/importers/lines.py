@@ -72,7 +72,7 @@ def files_of(source: str) -> list[Path]:
 
 
 def read_lines(source: str, kind: str, vocab_size: int, columns: int = 0) -> Iterator[Line]:
-    """All records of a source; entries of padding, which `columns` has beyond the vocabulary, are left out.
+    """Yields all records of a source. Entries of padding, which `columns` has beyond the vocabulary, are left out.
 
     Raises:
         UsageError: file and line, what was found there, what was wanted.

@@ -145,7 +145,7 @@ class Shards:
             ) from None
 
     def cut(self, record: Record, vocab_size: int | None = None) -> Record:
-        """What is read of a record, over the real vocabulary."""
+        """Returns the part of a record that is read, over the real vocabulary."""
         record = self.within(record if self.samples else record.without_samples(), vocab_size)
         return record.cut(self.top_k, self.min_prob, self.mass)
 

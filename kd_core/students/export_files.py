@@ -25,7 +25,7 @@ MODEL_CONFIG = "a Hugging Face model configuration"
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How conversations were written that a student was trained on.
+    """Format of the conversations that a student was trained on.
 
     Args:
         template: the chat template.

@@ -22,7 +22,7 @@ Setting = float | int | bool | str | tuple[float | None, ...] | None
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """What a run must know of an optimiser.
+    """Settings of an optimiser, as a run uses them.
 
     The peak rate is `lr`; the gradient is clipped to `clip_norm` (0: never). A step whose loss or gradient is not
     finite never moves the student. The run then stops, or skips the step (`on_non_finite`) and goes on with the next

@@ -65,7 +65,7 @@ class Results:
     due: float = 0.0
 
     def rows(self) -> list[Row]:
-        """All points in the sweep's order."""
+        """Returns all points in the sweep's order."""
         return [self.finished.get(point.id) or self._read(point) for point in self.points]
 
     def _read(self, point: Point) -> Row:

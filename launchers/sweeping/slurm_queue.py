@@ -1,4 +1,4 @@
-"""What Slurm's own commands say of the cluster: which jobs it has, and how many it takes in an array."""
+"""Queries of Slurm's commands: the jobs of the cluster, and how many it takes in an array."""
 
 import logging
 import re
