@@ -20,18 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.cache.codec.coding import Coding
-from data.cache.codec.tables import fit_tables
+from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.tar import padded, read_members
 from data.cache.writer import block_bytes, write_shard, write_tables
+from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.claim import claim
-from data.export.corpus import Corpus
 from data.export.plan import CachePlan, TeacherExport, make_plans
+from data.export.resume_check import claim
 from data.export.scoring import score_batch
-from data.export.teacher import Scorer
+from data.teacher.scorer import Scorer
 
 KINDS = {
     "K = 64": (Selection(64), "standard"),

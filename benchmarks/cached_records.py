@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cache.codec.coding import Coding
-from data.cache.codec.tables import fit_tables
+from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import TABLES, Audit, Block, Manifest, Shard, read_manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.selection import Selection

@@ -12,7 +12,7 @@ from benchmarks import unfused
 from benchmarks.inputs import Inputs, Step, factors
 from benchmarks.peers import axolotl, distillkit, megatron, nemo, trl, verl
 from benchmarks.peers.installed import INSTALLED
-from kd_core.losses.fused import fused_loss
+from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective, Term
 
 CE, FUSED_CE, FUSED_KD, MATMULS = "CE as users write it", "fused CE", "fused KD", "bare matmuls"

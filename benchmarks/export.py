@@ -15,12 +15,12 @@ import torch
 from einops import rearrange
 
 from data.cache.selection import Selection
+from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.claim import claim
-from data.export.corpus import Corpus
 from data.export.plan import CachePlan, TeacherExport, make_plans
-from data.export.teacher import DecoderScorer, Scorer
-from kd_core.students.decoder import Decoder
+from data.export.resume_check import claim
+from data.teacher.scorer import DecoderScorer, Scorer
+from kd_core.students.decoder.decoder import Decoder
 
 TOKENS = 8192
 CHUNK = 256

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fault_kinds import ACCIDENTS, ATTACKS, Cache, Changed
+from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
-from data.cache.verify import verify
 from data.stream.shards import ShardReader
 from kd_core.errors import UsageError
 from tests.data.cache.kinds import KINDS

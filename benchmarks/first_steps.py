@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.throughput import arithmetic, matmul_rate
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
 
 MOST_TIMES = 5.0

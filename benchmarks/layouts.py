@@ -26,11 +26,11 @@ import torch.distributed as dist
 from benchmarks.step import STUDENT, make_batch
 from kd_core.files import read_json, write_json
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import spread
-from kd_core.students.decoder import meta_decoder
-from kd_core.students.starts import fill_random
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import spread
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import meta_decoder
+from kd_core.students.starts.start import fill_random
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import train_step
 

@@ -22,13 +22,14 @@ from typing import Any
 import fiddle as fdl
 import torch
 
-from kd_core.parallel.mesh import World
-from kd_core.training import loop, saver
-from kd_core.training.metrics import MetricLog
+from experiments.config import config_items
+from kd_core.parallel.world import World
+from kd_core.training import loop
+from kd_core.training.checkpoints import async_saver
+from kd_core.training.checkpoints.async_saver import Saver
+from kd_core.training.monitoring.metric_log import MetricLog
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.saver import Saver
-from kd_core.training.stopping import Stopping
-from launchers import config_items
+from kd_core.training.stop_signals import Stopping
 from tests.tiny import make_tiny
 
 BAR = 0.02
@@ -46,7 +47,7 @@ PARTS = {
     LINES: (MetricLog, "add"),
     AGREE: (Stopping, "agreed"),
     SAVE: (Saver, "save"),
-    COPY: (saver, "staged"),
+    COPY: (async_saver, "staged"),
     VALIDATION: (loop, "evaluate_all"),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 
 from data.cache.manifest import read_manifest
-from launchers import tables
+from launchers.reports import text_tables
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -65,7 +65,7 @@ def table(found: list[Kept]) -> str:
         ]
         for kept in found
     ]
-    return tables.markdown(["kept", "tail", "bytes a position", "entries", *METRICS], lines)
+    return text_tables.markdown(["kept", "tail", "bytes a position", "entries", *METRICS], lines)
 
 
 def draw(found: list[Kept], target: Path) -> None:

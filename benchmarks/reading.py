@@ -36,7 +36,7 @@ from data.cache.columns import Columns, audit
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.stream.collate import Collate
-from data.stream.pack import pack_rows
+from data.stream.packing import pack_rows
 from data.stream.stream import Shards, training_steps
 from kd_core.types import Batch
 

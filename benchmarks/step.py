@@ -3,7 +3,7 @@
     python -m benchmarks.step                       # both precisions, one thread
     python -m benchmarks.step --rounds 3 --precisions bfloat16
 
-The student of `experiments/quickstart.py`: 15 layers of SmolLM2-135M, 49,152 tokens, tied. Its weights are random,
+The student of `experiments/half_depth.py`: 15 layers of SmolLM2-135M, 49,152 tokens, tied. Its weights are random,
 which changes no shape; two rows of 512 positions with 64 entries each, as one micro-batch. Each round takes one step
 with each objective, in turn, on one and the same student. Bar: 1.03 times the time of CE alone.
 
@@ -17,12 +17,12 @@ from statistics import median
 
 import torch
 
-from experiments.quickstart import KEEP_LAYERS
+from experiments.half_depth import KEEP_LAYERS
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.students.architecture import Architecture
-from kd_core.students.decoder import Decoder, materialised, meta_decoder
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder, materialised, meta_decoder
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import train_step
 from kd_core.types import Batch

@@ -30,11 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.step import STUDENT, make_batch, make_student
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
 from kd_core.precision import DTYPES
-from kd_core.students.decoder import Decoder
-from kd_core.students.families import config_of
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.huggingface.config_json import config_of
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import train_step
 from kd_core.types import Batch

@@ -1,1 +1,1 @@
-"""Experiments as functions that return `fdl.Config`; the only folder besides `launchers` that knows Fiddle."""
+"""Experiments as functions that return `fdl.Config`; the only folder that knows Fiddle."""

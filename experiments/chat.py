@@ -11,9 +11,9 @@ Seen:     nothing yet: the quick start brings no conversations along.
 import fiddle as fdl
 
 from data.export.plan import TeacherExport
-from experiments.bases import distill
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart_export
+from experiments.base.distill import distill
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart_export
 
 
 def chat() -> fdl.Config[Experiment]:

@@ -3,11 +3,11 @@
 import fiddle as fdl
 
 from data.stream.source import Shards
-from experiments.bases import read
-from experiments.experiment import Experiment
+from experiments.base.distill import read
+from experiments.base.experiment import Experiment
 from kd_core.losses.objective import CrossEntropy, Distillation
+from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
-from kd_core.training.schedule import WarmupCosine
 
 
 def cache(config: fdl.Config[Experiment], folder: str) -> None:

@@ -9,8 +9,8 @@ Seen:     never run; `--dry_run` checks the parts and names the folders that are
 
 import fiddle as fdl
 
-from experiments.bases import distill
-from experiments.experiment import Experiment
+from experiments.base.distill import distill
+from experiments.base.experiment import Experiment
 
 
 def gpus8() -> fdl.Config[Experiment]:

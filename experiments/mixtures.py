@@ -8,9 +8,9 @@ Seen:     not run yet.
 import fiddle as fdl
 
 from data.stream.source import Mixture
-from experiments.bases import read
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
+from experiments.base.distill import read
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
 
 
 def cache_mix(

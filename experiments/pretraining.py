@@ -8,9 +8,9 @@ Seen:     (not run yet)
 
 import fiddle as fdl
 
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
-from kd_core.students.starts import Random
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
+from kd_core.students.starts.start import Random
 
 
 def pretraining() -> fdl.Config[Experiment]:

@@ -12,8 +12,8 @@ Seen:     2026-11-25, 3 seeds, as points of the study `storage`: held-out KL 0.8
 import fiddle as fdl
 
 from data.export.plan import TeacherExport
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart, quickstart_export
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart, quickstart_export
 
 
 def sampled_export() -> fdl.Config[TeacherExport]:

@@ -1,6 +1,6 @@
 """Tags: marks of values that must agree, wherever they stand in a graph. `--config=tag:RowLength=1024` sets them all.
 
-A base function puts them on (`experiments/bases.py`); the library does not know them.
+A base function puts them on (`experiments/base/distill.py`); the library does not know them.
 """
 
 import fiddle as fdl

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 HTML = flags.DEFINE_string("html", None, "Write a page to this file, too.")
 ALL = flags.DEFINE_bool("all", False, "Show what is the same, too.")
@@ -50,10 +50,10 @@ def main(*folders: str) -> None:
     """Read the runs; print tables; write the page."""
     from kd_core.errors import UsageError, visible
     from kd_core.files import write_text
-    from launchers import run_records as of
-    from launchers.compare_page import page
-    from launchers.plots import sparkline
-    from launchers.run_records import labels, metric_names, read_run
+    from launchers.reports import runs as of
+    from launchers.reports.plots import sparkline
+    from launchers.reports.runs import labels, metric_names, read_run
+    from launchers.reports.runs_page import page
 
     if len(folders) > MOST_RUNS:
         raise UsageError(f"{len(folders)} runs given; wanted at most {MOST_RUNS}.")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 FORMAT = flags.DEFINE_string("format", None, "nemo_aligner or jsonl; required.")
 SOURCE = flags.DEFINE_string("source", None, "A file, a folder of .jsonl files, or a path with CHUNK_ID; required.")
@@ -36,13 +36,13 @@ SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of 
 
 def main() -> None:
     """Convert, and show what came of it."""
-    from data.importers.convert import UNKNOWN, Conversion, convert
+    from data.importers.import_cache import UNKNOWN, Conversion, convert
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import damaged, read_json
     from kd_core.hub import folder_of
     from kd_core.json_fields import integer
-    from kd_core.students.architecture import MOST
+    from kd_core.students.decoder.architecture import MOST
 
     kind, source, out = FORMAT.value, SOURCE.value, OUT.value
     if kind is None or source is None or out is None or (MODEL.value is None) == (VOCAB_SIZE.value is None):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 if TYPE_CHECKING:
     from kd_core.precision import Precision
@@ -85,9 +85,9 @@ def measure_model(
     from data.stream.source import Shards
     from data.stream.stream import all_batches
     from data.tokenizer import Tokenizer
-    from experiments.checks import cache_facts, refuse_taken_names
+    from experiments.base.checks import cache_facts, refuse_taken_names
     from kd_core.losses.objective import CrossEntropy, Objective
-    from kd_core.parallel.plan import Parallel
+    from kd_core.parallel.config import Parallel
     from kd_core.training.evaluation import Asked, evaluate
 
     opened, tokenizer = {cache: Shards(cache) for cache in caches}, Tokenizer(tokenizer_folder)
@@ -109,7 +109,7 @@ def measure_model(
 
 
 def _user_metrics() -> list[Any]:
-    from launchers import user_code
+    from experiments.config import user_code
 
     wanted = "FILE.py:NAME"
     return [user_code.of_file(text, f"--metric={text}", wanted).load() for text in METRIC.value]
@@ -117,7 +117,7 @@ def _user_metrics() -> list[Any]:
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A row a number, a column a cache; the caches' names where there are several."""
-    from launchers.tables import aligned
+    from launchers.reports.text_tables import aligned
 
     def cell(name: str, numbers: Mapping[str, float]) -> str:
         return "" if name not in numbers else f"{numbers[name]:.0f}" if name == "tokens" else f"{numbers[name]:.5f}"
@@ -132,11 +132,11 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 
 def main() -> None:
     """Measure and print."""
+    from experiments.config.saved_students import find_student, load_student
     from kd_core.errors import UsageError
     from kd_core.hub import folder_of
-    from kd_core.parallel.mesh import joined_world
+    from kd_core.parallel.world import joined_world
     from kd_core.precision import choose_precision
-    from launchers.saved_students import find_student, load_student
 
     if STUDENT.value is None or not CACHE.value:
         raise UsageError("wanted --student=DIR and --cache=DIR.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 if TYPE_CHECKING:
     from kd_core.precision import Dtype
@@ -35,11 +35,11 @@ def main() -> None:
         raise UsageError("wanted --student=RUN_DIR and --out=DIR.")
     import torch
 
+    from experiments.config.saved_students import find_student, load_student, recorded_chat_format
     from kd_core.files import place_of_new_folder
-    from kd_core.students.saving import save_pretrained
-    from kd_core.training.checkpoint import newest
+    from kd_core.students.huggingface.save import save_pretrained
+    from kd_core.training.checkpoints.checkpoint import newest
     from kd_core.training.run_folder import RunFolder
-    from launchers.saved_students import find_student, load_student, recorded_chat_format
 
     source, out = Path(STUDENT.value), Path(OUT.value)
     place = place_of_new_folder(out)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 if TYPE_CHECKING:
     from kd_core.precision import ChosenPrecision
@@ -51,7 +51,7 @@ EXTEND = flags.DEFINE_bool(
 
 def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
     """Returns the teacher's dtype: that of the caches in `out`, else what suits the device. Warns where it is slow."""
-    from data.export.claim import recorded_dtype
+    from data.export.resume_check import recorded_dtype
     from kd_core.precision import choose_precision
 
     chosen = choose_precision(export.dtype, device, recorded_dtype(out), "cache")
@@ -61,13 +61,13 @@ def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
 
 def _export(export: Any, out: Path) -> None:
     from data.export import export as steps
-    from data.export.claim import claim, claim_growth
-    from data.export.growth import end_growth, growth_of
+    from data.export.extend import end_growth, growth_of
     from data.export.plan import make_plans
+    from data.export.resume_check import claim, claim_growth
     from kd_core.files import owned
     from kd_core.hub import local_folder
-    from kd_core.parallel.mesh import joined_world
-    from launchers.folder_kinds import CACHES, refuse_others
+    from kd_core.parallel.world import joined_world
+    from launchers.cli.folder_guard import CACHES, refuse_others
 
     refuse_others(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before ranks wait for each other
@@ -110,13 +110,11 @@ def main() -> None:
 
     if OUT.value is None:
         raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
-    import fiddle as fdl
-
-    export: Any = fdl.build(resolved.config)
+    export = resolved.build()
     if app.FLAGS.dry_run:
         import torch
 
-        from data.export.growth import growth_of
+        from data.export.extend import growth_of
         from data.export.plan import make_plans
 
         out = Path(OUT.value)

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder of the model to measure, or hub:OWNER/NAME; required."
@@ -89,7 +89,7 @@ def _rows(teacher: Path) -> Any:
 
 def _measured(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:
     """A score a layer, more where it matters more, and what to keep."""
-    from kd_core.students.importance import block_influence, drop_greedily, kept_of, nll_of, nll_without_each
+    from kd_core.students.layer_importance import block_influence, drop_greedily, kept_of, nll_of, nll_without_each
 
     layers = range(text.model.arch.num_layers)
     if MEASURE.value == "influence":
@@ -116,8 +116,8 @@ def main() -> None:
     from kd_core.files import write_json
     from kd_core.hub import local_folder
     from kd_core.precision import DTYPES, Precision, choose_precision
-    from kd_core.students.importance import LayerwiseText, nll_of
-    from kd_core.students.starts import Pretrained, build
+    from kd_core.students.layer_importance import LayerwiseText, nll_of
+    from kd_core.students.starts.start import Pretrained, build
 
     if TEACHER.value is None:
         raise UsageError("wanted --teacher=DIR. Try --help.")

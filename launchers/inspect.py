@@ -15,7 +15,7 @@ names all that is wrong, with shard, block and member, and ends with status 1 if
 """
 
 if __name__ == "inspect":  # `python launchers/NAME.py` has put this folder before the standard library
-    from launchers_by_file import start_again
+    from cli.start_by_file import start_again  # pyright: ignore[reportMissingImports]
 
     start_again()
 
@@ -30,13 +30,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 if TYPE_CHECKING:
+    from data.cache.inspection.readable import Words
+    from data.cache.inspection.survey import Survey
     from data.cache.manifest import Manifest
-    from data.cache.readable import Words
     from data.cache.record import Record
-    from data.cache.survey import Survey
     from data.tokenizer import Tokenizer
 
 VERIFY = flags.DEFINE_bool("verify", False, "Read and check every byte; nothing else is shown.")
@@ -102,7 +102,7 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
     Raises:
         UsageError: that of --tokenizer is another.
     """
-    from data.cache.readable import tokenizer_folders
+    from data.cache.inspection.readable import tokenizer_folders
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.hub import folder_of
@@ -133,9 +133,9 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
     """Read the whole cache; the first records are kept."""
     from tqdm import tqdm
 
+    from data.cache.inspection.scan import blocks, read_coding
+    from data.cache.inspection.survey import Survey
     from data.cache.manifest import read_manifest
-    from data.cache.survey import Survey
-    from data.cache.walk import blocks, read_coding
     from kd_core.errors import UsageError
 
     def refuse(where: str, what: str) -> NoReturn:
@@ -153,7 +153,7 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
 
 
 def _print_records(records: "list[Record]", words: "Words") -> None:
-    from launchers import records_page
+    from launchers.reports import records_page
 
     width = shutil.get_terminal_size((100, 24)).columns
     for record in records[: RECORDS.value]:
@@ -166,9 +166,9 @@ def _print_records(records: "list[Record]", words: "Words") -> None:
 
 def show(folder: Path) -> None:
     """Print what is in the cache, and write the page."""
-    from data.cache.readable import visible, words_of
+    from data.cache.inspection.readable import visible, words_of
     from kd_core.files import write_text
-    from launchers import records_page
+    from launchers.reports import records_page
 
     wanted = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
     manifest, survey, records = _look(folder, wanted)
@@ -199,9 +199,9 @@ def check(folder: Path) -> None:
     """Verify, print all that is wrong, and end with status 1 if anything is."""
     from tqdm import tqdm
 
+    from data.cache.inspection.readable import visible
+    from data.cache.inspection.verify import verify
     from data.cache.manifest import read_manifest
-    from data.cache.readable import visible
-    from data.cache.verify import verify
 
     started = time.perf_counter()
     with ExitStack() as stack:

@@ -11,7 +11,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from launchers import app, catalog
+from experiments.config import catalog
+from launchers.cli import app
 
 
 def commands() -> dict[str, str]:

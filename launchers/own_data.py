@@ -17,7 +17,7 @@ PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
 
 def row_length_items(teacher: str) -> list[str]:
     """Returns settings for rows as long as the teacher's context, where that is shorter than the quick start's."""
-    from kd_core.students.families import read_architecture
+    from kd_core.students.huggingface.config_json import read_architecture
 
     length = read_architecture(Path(teacher)).max_positions
     return [f"tag:RowLength={length}"] if length < ROW_LENGTH else []
@@ -31,7 +31,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
     """
     from kd_core.errors import UsageError
     from kd_core.files import damaged, read_json
-    from kd_core.students.families import read_architecture
+    from kd_core.students.huggingface.config_json import read_architecture
 
     count = read_architecture(Path(teacher)).num_layers
     if count < 2:
@@ -50,7 +50,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
 def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Returns settings of the steps: once over the cache, or up to four times where that is little."""
     from data.cache.manifest import read_manifest
-    from launchers.config_items import resolve
+    from experiments.config.config_items import resolve
 
     config = resolve([*items, *changes], "Experiment").config
     length = config.collate.row_length

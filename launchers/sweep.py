@@ -6,11 +6,11 @@
     python -m launchers.sweep --sweep=my_study.py:by_rate --backend=local --config=steps=20
     python -m launchers.sweep --sweep=objectives --backend=slurm --partition=gpu --gpus_per_node=8 --minutes=240
 
-A sweep is a function of experiments/ that returns a Sweep (see experiments/sweep.py), or of a file of your own. Run
-the same line again and it resumes: finished points are left as they are, those that were stopped go on from their
-checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point. The plan
-says how much disk it takes; --nokeep_checkpoints needs the least: a finished point keeps its student alone.
-Tables: OUT/results.md, results.csv, summary.csv (means over seeds), curves.csv (each validation); TensorBoard:
+A sweep is a function of experiments/ that returns a Sweep (see experiments/base/sweep_definition.py), or of a file of
+your own. Run the same line again and it resumes: finished points are left as they are, those that were stopped go on
+from their checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point.
+The plan says how much disk it takes; --nokeep_checkpoints needs the least: a finished point keeps its student alone.
+Tables: OUT/results.md, results.csv, summary.csv (means over seeds), curves.csv (each validation). TensorBoard:
 OUT/tensorboard.
 """
 
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launchers import app, catalog
+from experiments.config import catalog
+from launchers.cli import app
 
 if TYPE_CHECKING:
-    from launchers.sweeping.folder import SweepFolder
-    from launchers.sweeping.points import Point
+    from experiments.config.sweep_points import Point
+    from launchers.sweeps.sweep_folder import SweepFolder
 
 SWEEP = flags.DEFINE_string("sweep", None, "The sweep: NAME, or FILE.py:NAME.")
 BACKEND = flags.DEFINE_enum(
@@ -69,8 +70,8 @@ def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
 def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     """The tables, and an error where points have failed."""
     from kd_core.errors import UsageError
-    from launchers.sweeping.folder import FAILED
-    from launchers.sweeping.results import write_results
+    from launchers.sweeps.results import write_results
+    from launchers.sweeps.sweep_folder import FAILED
 
     print(write_results(folder, points, gone, keep_checkpoints=KEEP.value))
     app.log.info("tables: %s/results.md, results.csv, summary.csv, curves.csv; tensorboard --logdir %s/tensorboard",
@@ -88,17 +89,17 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     import signal
 
     from kd_core.errors import UsageError
-    from kd_core.parallel.mesh import usable_cores
-    from launchers.sweeping import child, slurm_queue
-    from launchers.sweeping.local import Queue, StoppedError
-    from launchers.sweeping.results import Results
+    from kd_core.parallel.world import usable_cores
+    from launchers.sweeps import point_process, slurm_commands
+    from launchers.sweeps.local_queue import Queue, StoppedError
+    from launchers.sweeps.results import Results
 
-    if queued := slurm_queue.of_points(folder, points):
+    if queued := slurm_commands.of_points(folder, points):
         raise UsageError(
             f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or scancel their jobs."
         )
-    nproc, gpus, cores = NPROC.value or 1, child.visible_gpus(), usable_cores()
-    slots = child.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
+    nproc, gpus, cores = NPROC.value or 1, point_process.visible_gpus(), usable_cores()
+    slots = point_process.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
     results = Results(folder, points, gone, KEEP.value)
     try:
         Queue(folder, _left(folder, points), slots, nproc, results.keep_up).run()
@@ -112,7 +113,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
 
 def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     from kd_core.errors import UsageError
-    from launchers.sweeping import slurm, slurm_queue
+    from launchers.sweeps import slurm, slurm_commands
 
     wrong = [option for option in MORE.value if "=" not in option]
     if wrong:
@@ -121,7 +122,7 @@ def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     request = slurm.Request(
         PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
     )
-    queued = slurm_queue.of_points(folder, points)
+    queued = slurm_commands.of_points(folder, points)
     left = [point for point in _left(folder, points) if point.id not in queued]
     by_state = (f"{n} {state}" for state, n in Counter(queued.values()).items())
     app.log.info("%s", ": ".join([f"{len(queued)} are in Slurm's queue", *([", ".join(by_state)] if queued else [])]))
@@ -133,14 +134,14 @@ def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
 
 
 def _plan(folder: "SweepFolder", points: Sequence["Point"]) -> None:
-    from launchers.sweeping.plan import plan
+    from launchers.sweeps.cost_plan import plan
 
     print(plan(folder, points, RATE.value))
 
 
 def _check(points: Sequence["Point"]) -> None:
     from kd_core.errors import UsageError
-    from launchers.sweeping.plan import check
+    from launchers.sweeps.cost_plan import check
 
     wrong = check(points, NODES.value * (NPROC.value or max(1, GPUS.value)))
     if wrong:
@@ -161,17 +162,16 @@ def main() -> None:
     if LIST.value:
         print(catalog.listing(catalog.SWEEP))
         return
+    from experiments.config import find_sweep, user_code
+    from experiments.config.sweep_points import resolve
     from kd_core.errors import UsageError
     from kd_core.files import owned
-    from launchers import user_code
-    from launchers.folder_kinds import A_SWEEP, refuse_others
-    from launchers.sweeping import source
-    from launchers.sweeping.folder import SweepFolder
-    from launchers.sweeping.points import resolve
+    from launchers.cli.folder_guard import A_SWEEP, refuse_others
+    from launchers.sweeps.sweep_folder import SweepFolder
 
     if not SWEEP.value:
         raise UsageError("no --sweep given. Name one: --sweep=NAME (--list shows them), or --sweep=FILE.py:NAME.")
-    name, function = source.find(SWEEP.value)
+    name, function = find_sweep.find(SWEEP.value)
     points = resolve(user_code.of(function, f"--sweep={SWEEP.value}"), CONFIG.value, name)
     folder = SweepFolder(Path(OUT.value or f"sweeps/{name}"))
     _refuse_flags_of_slurm()

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launchers import app
+from launchers.cli import app
 
 if TYPE_CHECKING:
     from kd_core.precision import ChosenPrecision
@@ -61,9 +61,9 @@ GOES_ON = (
 
 def _claim(run_folder: Any, resolved: Any, text: str, facts: dict[str, Any]) -> None:
     """Write the record of a run and of this start, or say what of its settings this start has otherwise."""
-    from kd_core.parallel.plan import LAYOUT_SETTINGS
-    from launchers import config_items, sources
-    from launchers.records import keeps_code
+    from experiments.config import code_hashes, config_items
+    from experiments.config.frozen_records import keeps_code
+    from kd_core.parallel.config import LAYOUT_SETTINGS
 
     may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
     record, then = config_items.record(resolved.config), run_folder.path / "config.json"
@@ -71,7 +71,7 @@ def _claim(run_folder: Any, resolved: Any, text: str, facts: dict[str, Any]) -> 
     describe = None if then.exists() and keeps_code(then) else lambda: config_items.recorded_text(then)
     changed = run_folder.claim(record, text, may_change, describe)
     attempt = run_folder.begin_attempt({**facts, "changed": changed})
-    sources.keep_code(attempt)
+    code_hashes.keep_code(attempt)
     for name, how in changed.items():
         other = "layout" if name in may_change else "length" if name == "steps" else "schedule"
         app.log.info("resumed with another %s: %s is %s", other, name, how)
@@ -90,15 +90,16 @@ def _set_precision(experiment: Any, resolved: Any, chosen: "ChosenPrecision") ->
 
 
 def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | None) -> None:
+    from experiments.config import code_hashes, config_items, record_diff
     from kd_core.files import owned
-    from kd_core.parallel.agreement import prove_same, together
-    from kd_core.parallel.mesh import joined_world
+    from kd_core.parallel.collectives import prove_same, together
+    from kd_core.parallel.world import joined_world
     from kd_core.precision import choose_precision
-    from kd_core.training.profile import profiled
+    from kd_core.training.monitoring.profiler import profiled
     from kd_core.training.run_folder import RunFolder, attempt_facts
-    from kd_core.training.stopping import Stopping
-    from launchers import config_items, proof, repeat, sources
-    from launchers.folder_kinds import A_RUN, refuse_others
+    from kd_core.training.stop_signals import Stopping
+    from launchers.cli import rank_facts
+    from launchers.cli.folder_guard import A_RUN, refuse_others
 
     run_folder = RunFolder(folder)
     patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
@@ -115,8 +116,8 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
             return {"precision": str(chosen), **shown}
 
         def claim() -> None:
-            facts = {**attempt_facts(world, experiment.inputs()), **sources.code_facts(resolved.repeats)}
-            said = repeat.differences_before(run_folder, resolved, facts)  # of the attempts before this one
+            facts = {**attempt_facts(world, experiment.inputs()), **code_hashes.code_facts(resolved.repeats)}
+            said = record_diff.differences_before(run_folder, resolved, facts)  # of the attempts before this one
             _claim(run_folder, resolved, text, facts)
             for line in (*said, *(f"{name}: {value}" for name, value in shown.items())):
                 app.log.info("%s", line)
@@ -125,7 +126,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
                 app.log.warning("unused: %s.", setting)
 
         shown = world.on_first(check)
-        prove_same(world, together(world, lambda: proof.facts(text, experiment))[world.rank])
+        prove_same(world, together(world, lambda: rank_facts.facts(text, experiment))[world.rank])
         world.on_first(claim)
         stack.enter_context(profiled(PROFILE.value, folder / "profile", world.rank))
         if experiment.run(run_folder, world, stopping):
@@ -134,12 +135,12 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
 
 def _repeated(experiment: Any, resolved: Any, device: Any) -> str:
     """What a run of `--world` ranks here would differ by from the one that it repeats."""
-    from kd_core.parallel.mesh import World
+    from experiments.config import code_hashes, record_diff
+    from kd_core.parallel.world import World
     from kd_core.training.run_folder import attempt_facts
-    from launchers import repeat, sources
 
     facts = attempt_facts(World(size=WORLD.value, device=device), experiment.inputs())
-    return repeat.report(resolved, {**facts, **sources.code_facts()})
+    return record_diff.report(resolved, {**facts, **code_hashes.code_facts()})
 
 
 def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
@@ -167,15 +168,13 @@ def main() -> None:
     resolved = app.resolve_flags(KIND)
     if resolved is None:
         return
-    import fiddle as fdl
-
     from kd_core.errors import UsageError
-    from kd_core.training.stopping import seconds_of
+    from kd_core.training.stop_signals import seconds_of
 
     if WORLD.present and not app.FLAGS.dry_run:
         raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
     max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
-    experiment: Any = fdl.build(resolved.config)
+    experiment = resolved.build()
     experiment.fetch()
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")
     if app.FLAGS.dry_run:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["kd_core.losses", "kd_core.students", "data.export.teacher"], "beartype.beartype")
+install_import_hook(["kd_core.losses", "kd_core.students", "data.teacher.scorer"], "beartype.beartype")
 torch.set_num_threads(1)
 
 from tests.forks import CORES, bind  # noqa: E402 (after the hook, so that it applies)

@@ -19,12 +19,12 @@ PRELOADED = [
     "torch._dynamo",
     "torch.distributed.tensor",
     "data.export.export",
-    "data.export.scorers",
+    "data.teacher.choose_scorer",
     "data.stream.stream",
-    "experiments.experiment",
-    "kd_core.training.profile",
-    "kd_core.training.tensorboard",
-    "launchers.config_items",
+    "experiments.base.experiment",
+    "kd_core.training.monitoring.profiler",
+    "kd_core.training.monitoring.tensorboard",
+    "experiments.config.config_items",
     "tests.launchers.command",
 ]
 # The cores of this process, before it was bound to one of them.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kd_core.parallel.mesh import World
+from kd_core.parallel.world import World
 from tests.forks import CORES, bind, start_server
 from tests.patience import patience
 

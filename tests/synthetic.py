@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cache.codec.coding import Coding
-from data.cache.codec.tables import fit_tables
+from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import TABLES, Audit, Block, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from launchers import config_items
-from launchers.values import set_path, walk
+from experiments.config import config_items
+from experiments.config.paths import set_path, walk
 from tests.launchers.command import Command, configs, kill_when, run
 from tests.tiny import Tiny
 

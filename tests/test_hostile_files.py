@@ -25,33 +25,34 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import save as dcp_save
 
-from data.export.chat import Conversation
-from data.export.corpus import Corpus
-from data.export.huggingface import HuggingFaceScorer
-from data.export.template import ChatTemplate
+from data.corpus.chat.chat_template import ChatTemplate
+from data.corpus.chat.conversations import Conversation
+from data.corpus.corpus import Corpus
 from data.importers.lines import files_of, read_lines
+from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.tokenizer import Tokenizer
-from experiments.quickstart import quickstart
-from experiments.sweep import Sweep, seeds
+from experiments.base.sweep_definition import Sweep, seeds
+from experiments.config import config_items
+from experiments.config.frozen_records import load_record, recorded_student
+from experiments.config.sweep_points import resolve
+from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
 from kd_core.files import json_text, read_json, write_bytes, write_json, write_text
-from kd_core.parallel.mesh import World, joined_world
-from kd_core.students.decoder import Decoder
-from kd_core.students.gguf import convert_gguf
-from kd_core.students.starts import Pretrained, build
-from kd_core.training import checkpoint
-from kd_core.training.checkpoint import Content, Progress
-from kd_core.training.metrics import MetricLog, read_metrics
+from kd_core.parallel.world import World, joined_world
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.huggingface.gguf import convert_gguf
+from kd_core.students.starts.start import Pretrained, build
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.checkpoints.checkpoint import Content, Progress
+from kd_core.training.checkpoints.checkpoint_state import run_state
+from kd_core.training.monitoring.metric_log import MetricLog, read_metrics
 from kd_core.training.optimizer import AdamW
-from kd_core.training.state import run_state
-from launchers import app, config_items
-from launchers.compare_page import page
-from launchers.records import load_record, recorded_student
-from launchers.run_records import read_run
-from launchers.sweeping import slurm
-from launchers.sweeping.folder import SweepFolder
-from launchers.sweeping.points import resolve
-from launchers.tables import aligned
+from launchers.cli import app
+from launchers.reports.runs import read_run
+from launchers.reports.runs_page import page
+from launchers.reports.text_tables import aligned
+from launchers.sweeps import slurm
+from launchers.sweeps.sweep_folder import SweepFolder
 from tests.launchers.command import run
 from tests.patience import patience
 from tests.tiny import Tiny
@@ -275,7 +276,7 @@ def _hostile_records(marker: Path, record: str) -> dict[str, str]:
         "a function of ours that deletes": _fiddle_config(checkpoint.delete, folder=str(marker)),
         "a call while it is loaded": _calls("kd_core.files", "sync_folder", "/", record=record),
         "a call of a dataclass while it is loaded": _calls(
-            "kd_core.training.checkpoint", "Checkpoint", 1, record=record
+            "kd_core.training.checkpoints.checkpoint", "Checkpoint", 1, record=record
         ),
         "no experiment": _fiddle_config(Corpus, path="x"),
         "another student": record.replace('"Pretrained"', '"Random"'),
@@ -437,7 +438,7 @@ TEMPLATES = [
 def test_a_template_neither_leaves_its_sandbox_nor_its_bounds(
     marker: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr("data.export.template.SECONDS", 1.0)
+    monkeypatch.setattr("data.corpus.chat.chat_template.SECONDS", 1.0)
     hostile = source.replace("MARKER", str(marker))
     _refused(lambda: ChatTemplate(hostile, {}, [], "template").render(CONVERSATION, "doc"), "template", 15)
     assert not marker.exists()
@@ -482,7 +483,7 @@ def _rows(path: Path) -> int:
 def test_corpora_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.text_lines.MOST_LINE", MIB)
     monkeypatch.setattr("data.text_lines.MOST_UNPACKED", 2 * MIB)
-    monkeypatch.setattr("data.export.rows.MOST_DOCUMENT", MIB)
+    monkeypatch.setattr("data.corpus.file_rows.MOST_DOCUMENT", MIB)
     row = b'{"text": "' + b"a" * 1000 + b'"}\n'
     hostile: dict[str, tuple[bytes, str]] = {
         "bomb.jsonl.gz": (gzip.compress(b'{"text": "' + bytes(64 * MIB)), "a line of more than"),

@@ -11,9 +11,9 @@ import transformers
 
 from data.cache.manifest import read_manifest
 from data.stream.shards import ShardReader
-from kd_core.parallel.mesh import World
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Pretrained, build
+from kd_core.parallel.world import World
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Pretrained, build
 from launchers.evaluate import measure_model
 
 TEACHER, EXPORT, CACHE = Path("quickstart/teacher"), Path("runs/quickstart/export"), Path("quickstart/cache/validation")

@@ -11,18 +11,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
+from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.claim import claim, claim_growth
-from data.export.corpus import Corpus
-from data.export.growth import end_growth, growth_of
+from data.export.extend import end_growth, growth_of
 from data.export.plan import TeacherExport, make_plans
+from data.export.resume_check import claim, claim_growth
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
-from kd_core.students.architecture import Architecture
-from kd_core.students.decoder import Decoder
-from kd_core.students.families import config_of
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Random, build
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Random, build
 
 ROW_LENGTH = 32
 CHATML = (

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import CODECS
-from data.cache.codec.tables import MAX_VOCABULARY
+from data.cache.codec.rank_tables import MAX_VOCABULARY
 from data.cache.selection import Selection
 from data.cache.tar import END
 from kd_core.errors import UsageError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.cache.codec.block import encode_block
 from data.cache.codec.coding import Coding
-from data.cache.codec.tables import Tables
+from data.cache.codec.rank_tables import Tables
 from data.cache.record import Record
 from data.cache.tar import END, member_bytes, write_tar
 from kd_core.files import no_link, sha256

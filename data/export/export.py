@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
-from data.cache.codec.tables import fit_tables
+from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import TABLES, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.totals import Totals
 from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
 from data.export.plan import CachePlan, PlannedShard, TeacherExport
-from data.export.scorers import load_scorer
 from data.export.scoring import score_windows, scoring_threads
-from data.export.teacher import Scorer
 from data.stream.shards import read_tables, read_written
+from data.teacher.choose_scorer import load_scorer
+from data.teacher.scorer import Scorer
 from kd_core.errors import UsageError
 from kd_core.files import sha256
 from kd_core.hub import local_folder, pinned

@@ -15,19 +15,19 @@ from data.cache.codec.levels import CODECS
 from data.cache.contents import window_digest, windows_digest
 from data.cache.manifest import BEGINS, ENDS, Manifest
 from data.cache.selection import Selection
-from data.export.bad_rows import BadRows
-from data.export.corpus import Corpus, split_documents
-from data.export.encoding import Encoded, Encoder
-from data.export.growth import SPLITS, Growth
-from data.export.scorers import SCORERS, TeacherFacts, read_facts
-from data.export.windows import Window, choose_windows, windows_of
+from data.corpus.bad_rows import BadRows
+from data.corpus.corpus import Corpus, split_documents
+from data.corpus.encoding import Encoded, Encoder
+from data.corpus.windows import Window, choose_windows, windows_of
+from data.export.extend import SPLITS, Growth
+from data.teacher.choose_scorer import SCORERS, TeacherFacts, read_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
 from kd_core.hub import local_folder
 from kd_core.precision import Precision
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
-from kd_core.students.architecture import too_many_tokens
-from kd_core.students.weights import weight_files
+from kd_core.students.decoder.architecture import too_many_tokens
+from kd_core.students.huggingface.weights import weight_files
 
 log = logging.getLogger("kd")
 # Below, p^(1/t) of a wide vocabulary is 0 in float32, and all draws are one token; above, it says little of p.

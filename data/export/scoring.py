@@ -16,7 +16,7 @@ import torch
 
 from data.cache.record import Array, Record
 from data.export.plan import CachePlan
-from data.export.teacher import Scorer, score
+from data.teacher.scorer import Scorer, score
 
 LOOKAHEAD = 8  # batches begun while a block is written
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.stream import webdata
+from data.stream import webdataset_io
 from kd_core.errors import UsageError
 
 PROGRAMS = {"http": "curl", "https": "curl", "gs": "gsutil", "ais": "ais"}
@@ -54,7 +54,7 @@ class Location:
         match = SCHEME.match(self.path)
         if match is None:
             return
-        if (scheme := match[1]) not in PROGRAMS or not webdata.known_scheme(scheme):
+        if (scheme := match[1]) not in PROGRAMS or not webdataset_io.known_scheme(scheme):
             raise UsageError(
                 f"{self.path}: {scheme!r} is no place to read a cache from; wanted a folder, or "
                 f"{', '.join(f'{name}://' for name in PROGRAMS)}. (A folder of such a name is ./{self.path}.)"
@@ -125,12 +125,12 @@ class RemoteFile:
     def stop(self) -> None:
         """End the transfer, from any thread; who reads gets an error."""
         self.stopped = True
-        webdata.stop(self.stream)
+        webdataset_io.stop(self.stream)
 
     def close(self) -> None:
         """Close the stream; by the thread that reads."""
         if self.stream is not None:
-            webdata.close(self.stream)
+            webdataset_io.close(self.stream)
         self.stream, self.at = None, 0
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -152,7 +152,7 @@ class RemoteFile:
 
     def _opened(self) -> Any:
         try:
-            return webdata.opened(self.url)
+            return webdataset_io.opened(self.url)
         except FileNotFoundError:
             program = PROGRAMS[self.url.partition(":")[0]]
             raise _TransferError(f"the program {program!r}, which opens such URLs, is not installed", True) from None
@@ -164,7 +164,7 @@ class RemoteFile:
         except OSError:  # webdataset's, of a program that ended badly
             data = b""
         self.at += len(data)
-        if not data and (status := webdata.exit_status(self.stream)):
+        if not data and (status := webdataset_io.exit_status(self.stream)):
             program = PROGRAMS[self.url.partition(":")[0]]
             says = CURL_SAYS.get(status, "") if program == "curl" else ""
             why = f"{program} ended with status {status} after {self.at} bytes{': ' * bool(says)}{says}"

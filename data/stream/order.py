@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from data.stream.pack import pack_rows
+from data.stream.packing import pack_rows
 
 BlockRef = tuple[int, int]  # shard, block of it
 RecordRef = tuple[int, int, int]  # shard, block, record of it

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Self
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
-from data.cache.codec.tables import Tables
+from data.cache.codec.rank_tables import Tables
 from data.cache.manifest import TABLES, Block, Manifest, Shard, parse_manifest, read_manifest
 from data.cache.record import Record
 from data.cache.tar import END, read_members
-from data.stream import webdata
+from data.stream import webdataset_io
 from data.stream.location import Location, RemoteFile
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
@@ -32,7 +32,7 @@ def _why(data: bytes, coding: Coding, url: str) -> str:
     """What is wrong with bytes whose hash is not the manifest's, as far as they tell."""
     try:
         names = [member.name for member in read_members(data)]
-        decode_block(webdata.members_of(data, url), coding)
+        decode_block(webdataset_io.members_of(data, url), coding)
     except Exception as error:  # anything may be in damaged bytes
         return str(error)
     return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
@@ -160,7 +160,7 @@ class ShardReader:
         if index == len(shard.blocks) - 1 and end != END:
             raise _damaged(path, index, f"behind it wanted the {len(END)} zeros that end a tar")
         try:
-            records = decode_block(webdata.members_of(data, path), self.coding)
+            records = decode_block(webdataset_io.members_of(data, path), self.coding)
         except Exception as error:  # what webdataset raises is not narrowed down
             raise _damaged(path, index, str(error)) from None
         if (found := tuple(record.positions for record in records)) != block.lengths:
@@ -185,7 +185,7 @@ class ShardReader:
             raise UsageError(f"{path}: no such shard; the manifest wants it. Run the same export again to restore it.")
         if (found := local.stat().st_size) != shard.bytes:
             raise _damaged(path, index, f"the shard has {found} bytes; the manifest wants {shard.bytes}")
-        with closing(webdata.opened(str(local.absolute()))) as stream:
+        with closing(webdataset_io.opened(str(local.absolute()))) as stream:
             stream.seek(offset)
             return stream.read(size)
 
@@ -220,7 +220,7 @@ def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
         edges = [*sorted(starts.values()), len(data) - len(END)]
         for start, end in itertools.pairwise(edges):
-            members = webdata.members_of(data[start:end], str(path))
+            members = webdataset_io.members_of(data[start:end], str(path))
             records = decode_block(members, coding)
             lengths = tuple(record.positions for record in records)
             digest = hashlib.sha256(data[start:end]).hexdigest()

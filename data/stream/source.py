@@ -14,7 +14,7 @@ from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.stream.location import Location
-from data.stream.mix import interleave
+from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
 from data.stream.shards import DamagedError, ShardReader, manifest_at
 from kd_core.errors import UsageError

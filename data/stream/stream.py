@@ -13,9 +13,9 @@ from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
-from data.stream.ahead import ahead
 from data.stream.collate import Collate
 from data.stream.order import Row
+from data.stream.prefetch import ahead
 from data.stream.readers import Readers
 from data.stream.source import Shards, Source
 from kd_core.types import Batch

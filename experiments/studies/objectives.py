@@ -2,9 +2,9 @@
 
 import fiddle as fdl
 
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
-from experiments.sweep import Sweep, grid, seeds, zipped
+from experiments.base.experiment import Experiment
+from experiments.base.sweep_definition import Sweep, grid, seeds, zipped
+from experiments.half_depth import quickstart
 
 EPOCH = 60  # steps: 121 rows of 512 positions, two of them a step
 

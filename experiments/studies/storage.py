@@ -3,9 +3,9 @@
 import fiddle as fdl
 
 from data.export.plan import TeacherExport
-from experiments.quickstart import quickstart_export
+from experiments.base.sweep_definition import Sweep, seeds, zipped
+from experiments.half_depth import quickstart_export
 from experiments.studies.objectives import by_the_epoch
-from experiments.sweep import Sweep, seeds, zipped
 from kd_core.errors import UsageError
 
 FOLDER = "quickstart/storage"

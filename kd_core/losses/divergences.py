@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kd_core.losses.view import Events, log_softmax_over
+from kd_core.losses.sparse_view import Events, log_softmax_over
 
 
 class Parameters(NamedTuple):

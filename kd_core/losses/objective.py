@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.losses.calibration import AT_TEMPERATURES, GAPS
-from kd_core.losses.combinations import check_combination, check_parameters, check_temperature, choose
+from kd_core.losses.compatibility import check_combination, check_parameters, check_temperature, choose
 from kd_core.losses.divergences import DIVERGENCES, Parameters
-from kd_core.losses.schedules import Weight, at_step, largest, value_of
-from kd_core.losses.selection import KeepUncertain
+from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.tails import TAILS, Temperatures
-from kd_core.losses.view import SparseView
+from kd_core.losses.term_weights import Weight, at_step, largest, value_of
+from kd_core.losses.token_selection import KeepUncertain
 from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_ranges
 
 # What costs more than a step pays, and the sums that it gives.

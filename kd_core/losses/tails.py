@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_core.losses.view import Events, SparseView, events, log_softmax_over
+from kd_core.losses.sparse_view import Events, SparseView, events, log_softmax_over
 
 # A tail that was recorded as exactly nothing counts as e^−30: below what float32 can tell from a mass of 1, and
 # without it any divergence that asks log p of the student's mass there is infinite.

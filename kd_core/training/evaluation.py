@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from kd_core.errors import UsageError
 from kd_core.losses.calibration import AT_TEMPERATURES, GAPS, best_temperature, calibration_error
-from kd_core.losses.fused import LossSums
+from kd_core.losses.fused.loss import LossSums
 from kd_core.losses.objective import OBSERVED, CacheFacts, CrossEntropy, Distillation, Objective, Term
-from kd_core.losses.view import SparseView
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import let_go
-from kd_core.students.decoder import Decoder
-from kd_core.training.metrics import per_token
+from kd_core.losses.sparse_view import SparseView
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import let_go
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.training.monitoring.metric_log import per_token
 from kd_core.training.step import batch_loss, sum_over
 from kd_core.types import Batch
 

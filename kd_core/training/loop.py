@@ -19,26 +19,26 @@ from torch import Tensor
 
 from kd_core.errors import NonFiniteError, UsageError
 from kd_core.losses.objective import Objective
-from kd_core.parallel.agreement import gathered, prove_same
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.students.decoder import Decoder
-from kd_core.training import checkpoint
-from kd_core.training.checkpoint import Checkpoint, Progress
-from kd_core.training.continuations import Prompts, continuations
+from kd_core.parallel.collectives import gathered, prove_same
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.checkpoints.async_saver import Saver
+from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
+from kd_core.training.checkpoints.checkpoint_state import check_kept, settings_of_groups
 from kd_core.training.evaluation import Asked, HeldOut, Metric, evaluate_all
-from kd_core.training.histograms import histograms_of_step
-from kd_core.training.live import Live
-from kd_core.training.metrics import MetricLog, per_token
+from kd_core.training.generation import Prompts, continuations
+from kd_core.training.lr_schedule import Schedule, rate_factor
+from kd_core.training.monitoring.hang_watchdog import Pulse, watched
+from kd_core.training.monitoring.histograms import histograms_of_step
+from kd_core.training.monitoring.metric_log import MetricLog, per_token
+from kd_core.training.monitoring.progress_line import Live
+from kd_core.training.monitoring.slow_start import SlowStart
 from kd_core.training.optimizer import Optimizer, set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
-from kd_core.training.saver import Saver
-from kd_core.training.schedule import Schedule, rate_factor
-from kd_core.training.slow_start import SlowStart
-from kd_core.training.state import check_kept, settings_of_groups
 from kd_core.training.step import count, train_step
-from kd_core.training.stopping import Stopping
-from kd_core.training.watch import Pulse, watched
+from kd_core.training.stop_signals import Stopping
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")

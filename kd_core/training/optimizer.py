@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_core.errors import UsageError
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
-from kd_core.students.patterns import matching
+from kd_core.students.starts.name_patterns import matching
 
 ON_NON_FINITE = ("stop", "skip")
 # They take a step by calling the model again, or want sparse gradients.

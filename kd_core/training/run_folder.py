@@ -17,9 +17,9 @@ from typing import Any
 from kd_core.errors import UsageError, visible
 from kd_core.files import damaged, read_json, read_text, write_json, write_text
 from kd_core.json_fields import LARGEST, fields, integer, text
-from kd_core.parallel.mesh import World
-from kd_core.students.saving import is_whole
-from kd_core.training import checkpoint
+from kd_core.parallel.world import World
+from kd_core.students.huggingface.save import is_whole
+from kd_core.training.checkpoints import checkpoint
 
 log = logging.getLogger("kd")
 UNKNOWN_COMMIT = "unknown"

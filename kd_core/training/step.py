@@ -10,14 +10,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from kd_core.errors import NonFiniteError
-from kd_core.losses.fused import LossSums, fused_loss
-from kd_core.losses.head import LogitHead
+from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import Objective
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import gradients_wait
-from kd_core.parallel.vocabulary import local_head
-from kd_core.students.decoder import Decoder
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import gradients_wait
+from kd_core.parallel.vocab_parallel import local_head
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
 from kd_core.types import Batch
 
 

@@ -10,7 +10,7 @@ from benchmarks import unfused
 from benchmarks.inputs import Inputs, Step
 from benchmarks.peers import axolotl, distillkit, megatron, nemo, trl, verl
 from benchmarks.peers.installed import liger, stand_in_teacher, trl_dense, trl_tail
-from kd_core.losses.fused import fused_loss
+from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.objective import Distillation, Objective
 from kd_core.types import TeacherTopK
 

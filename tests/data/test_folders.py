@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.export.corpus import Corpus
+from data.corpus.corpus import Corpus
 from data.folders import files_below
 from kd_core.errors import UsageError
 from tests.forks import ROOT
@@ -110,7 +110,7 @@ def test_names_that_are_not_utf8_are_read_under_printable_names_in_every_locale(
     wanted = ["a.txt", "rows.jsonl:1", "ö.txt", "\\xf6.txt"]
     assert _names(tmp_path) == wanted
     script = (
-        "import json, locale, sys; from data.export.corpus import Corpus; corpus = Corpus(sys.argv[1]);"
+        "import json, locale, sys; from data.corpus.corpus import Corpus; corpus = Corpus(sys.argv[1]);"
         "print(json.dumps([[d.name for d in corpus.documents()], corpus.identity(), locale.getpreferredencoding()]))"
     )
     for settings, encoding in ({}, "UTF-8"), ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "ANSI"):

@@ -10,13 +10,13 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
-from experiments.experiment import Experiment
+from experiments.base.experiment import Experiment
+from experiments.config import catalog, config_items, frozen_records
+from experiments.config.catalog import Entry
+from experiments.config.paths import walk
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.students.families import config_of, read_architecture
-from launchers import catalog, config_items, records
-from launchers.catalog import Entry
-from launchers.values import walk
+from kd_core.students.huggingface.config_json import config_of, read_architecture
 from tests.tiny import Tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -73,7 +73,7 @@ def test_it_has_a_summary(entry: Entry) -> None:
 def test_its_record_gives_it_back(entry: Entry, tmp_path: Path) -> None:
     config = entry.load()()
     (tmp_path / "config.json").write_text(config_items.record(config))
-    back = records.load_record(tmp_path / "config.json")
+    back = frozen_records.load_record(tmp_path / "config.json")
     assert back == config_items.frozen(config)
     assert config_items.record(back) == config_items.record(config)
 

@@ -10,12 +10,12 @@ import pytest
 import transformers
 
 from data.cache.manifest import read_manifest
-from data.export.corpus import Corpus
+from data.corpus.corpus import Corpus
 from data.stream.source import Mixture, Shards
-from experiments.chat_formats import chat_format
+from experiments.base.chat_formats import chat_format
+from experiments.config.config_items import resolve
+from experiments.config.saved_students import recorded_chat_format
 from kd_core.errors import UsageError
-from launchers.config_items import resolve
-from launchers.saved_students import recorded_chat_format
 from tests.launchers.test_saved_students import train
 from tests.tiny import CHATML, ROW_LENGTH, Tiny, make_chat_folder, write_caches
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
-from experiments.checks import warn_of_layout
-from experiments.experiment import Experiment
+from experiments.base.checks import warn_of_layout
+from experiments.base.experiment import Experiment
+from experiments.config import config_items
 from kd_core.errors import UsageError
-from launchers import config_items
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from launchers import catalog
-from launchers.catalog import Entry
-from launchers.sweeping.points import resolve
+from experiments.config import catalog
+from experiments.config.catalog import Entry
+from experiments.config.sweep_points import resolve
 
 SWEEPS = [entry for entry in catalog.entries() if entry.kind == catalog.SWEEP]
 

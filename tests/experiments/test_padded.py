@@ -20,22 +20,22 @@ from transformers import AutoModelForCausalLM
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
-from data.export.claim import claim
 from data.export.plan import TeacherExport, make_plans
-from data.export.teacher import DecoderScorer
+from data.export.resume_check import claim
 from data.stream.source import Shards
 from data.stream.stream import training_steps
-from experiments.experiment import Experiment
+from data.teacher.scorer import DecoderScorer
+from experiments.base.experiment import Experiment
+from experiments.config import config_items
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.parallel.mesh import World
-from kd_core.parallel.sharding import spread
-from kd_core.students.architecture import Architecture
-from kd_core.students.families import config_of
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Pretrained, Random, build
+from kd_core.parallel.parallelize import spread
+from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Pretrained, Random, build
 from kd_core.training.step import batch_loss
-from launchers import config_items
 from tests.kd_core.parallel.test_layouts import whole
 from tests.launchers.command import configs, run
 from tests.ranks import run_ranks

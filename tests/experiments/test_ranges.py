@@ -10,18 +10,18 @@ import pytest
 
 from data.cache.selection import Selection
 from experiments.chat import chat_export
-from experiments.lora import lora
+from experiments.config.paths import Place, find, walk
+from experiments.half_depth import quickstart
+from experiments.low_rank import lora
 from experiments.mixtures import cache_mix
 from experiments.pretraining import pretraining
-from experiments.quickstart import quickstart
 from experiments.sampled import sampled_export
 from kd_core.errors import UsageError
 from kd_core.losses.objective import CrossEntropy, Distillation
-from kd_core.losses.schedules import Constant, Cosine, Linear, WarmupStableDecay
-from kd_core.losses.selection import KeepUncertain
-from kd_core.training import schedule
+from kd_core.losses.term_weights import Constant, Cosine, Linear, WarmupStableDecay
+from kd_core.losses.token_selection import KeepUncertain
+from kd_core.training import lr_schedule
 from kd_core.training.optimizer import AdamW, TorchOptimizer
-from launchers.values import Place, find, walk
 
 # Where 0 makes sense, by the ends of paths. Everywhere else it is refused, and so is 1 where all must be below.
 ZERO = (
@@ -65,9 +65,9 @@ GRAPHS = {
     "linear": _with_schedules(Linear, start=1.0, end=0.5),
     "cosine": _with_schedules(Cosine, start=1.0, end=0.5),
     "stable": _with_schedules(WarmupStableDecay, peak=1.0, warmup_steps=2, decay_steps=2, floor=0.5),
-    "rates, linear": _with(schedule=fdl.Config(schedule.WarmupLinear)),
-    "rates, stable": _with(schedule=fdl.Config(schedule.WarmupStableDecay, decay_steps=5)),
-    "rates, constant": _with(schedule=fdl.Config(schedule.WarmupConstant)),
+    "rates, linear": _with(schedule=fdl.Config(lr_schedule.WarmupLinear)),
+    "rates, stable": _with(schedule=fdl.Config(lr_schedule.WarmupStableDecay, decay_steps=5)),
+    "rates, constant": _with(schedule=fdl.Config(lr_schedule.WarmupConstant)),
     "Muon": _with(
         optimizer=fdl.Config(
             TorchOptimizer, cls="Muon", lr=0.02, settings={"momentum": 0.9}, only=("layers.*",),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kd_core.errors import UsageError
-from kd_core.parallel.plan import Parallel
+from kd_core.parallel.config import Parallel
 from kd_core.precision import bfloat16_support, choose_precision, dtype_of
 
 CPU = torch.device("cpu")

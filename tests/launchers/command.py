@@ -15,9 +15,9 @@ from typing import Any
 import torch.distributed as dist
 
 import experiments
-from kd_core.training.metrics import read_metrics
-from launchers import catalog, user_code
-from launchers import values as values_of_graphs
+from experiments.config import catalog, user_code
+from experiments.config import paths as values_of_graphs
+from kd_core.training.monitoring.metric_log import read_metrics
 from tests.forks import start_server
 from tests.patience import patience
 

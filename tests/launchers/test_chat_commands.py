@@ -5,7 +5,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 from tests.launchers.command import configs, run
 from tests.tiny import ROW_LENGTH, Tiny
 

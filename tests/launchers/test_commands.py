@@ -14,13 +14,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.stream.source import Shards
+from experiments.config.saved_students import find_student
 from kd_core.errors import UsageError
 from kd_core.files import owned
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
-from kd_core.training.metrics import read_metrics
-from launchers.folder_kinds import A_RUN, A_SWEEP, CACHES, refuse_others
-from launchers.saved_students import find_student
+from kd_core.training.monitoring.metric_log import read_metrics
+from launchers.cli.folder_guard import A_RUN, A_SWEEP, CACHES, refuse_others
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import Command, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny, bytes_of

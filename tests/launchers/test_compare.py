@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.plots import plot, sparkline, ticks
-from launchers.run_records import Run, metric_rows, provenance_rows, read_run, settings_rows
+from launchers.reports.plots import plot, sparkline, ticks
+from launchers.reports.runs import Run, metric_rows, provenance_rows, read_run, settings_rows
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
+from experiments.config import config_items
+from experiments.config.config_items import resolve
+from experiments.config.paths import set_value
 from kd_core.errors import UsageError
-from kd_core.training.schedule import WarmupCosine
-from launchers import config_items
-from launchers.config_items import resolve
-from launchers.values import set_value
+from kd_core.training.lr_schedule import WarmupCosine
 
 
 def _lines(*items: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_a_value_of_python_is_checked_as_one_of_text_and_a_part_is_copied() -> N
 def test_defaults_and_the_experiments_own_values_name_their_place() -> None:
     lines = _lines()
     assert "optimizer.eps = 1e-08  # default of AdamW" in lines
-    assert any(line.startswith("steps = ") and "# experiments/quickstart.py:" in line for line in lines)
+    assert any(line.startswith("steps = ") and "# experiments/half_depth.py:" in line for line in lines)
 
 
 def test_later_items_win() -> None:
@@ -120,7 +120,7 @@ def test_a_value_that_makes_no_sense_is_refused_when_built(item: str, message: s
 
 def test_a_record_cannot_name_code_that_is_not_ours(tmp_path: Path) -> None:
     record = json.loads(config_items.record(resolve(["quickstart"], "Experiment").config))
-    text = json.dumps(record).replace('"module": "kd_core.students.starts"', '"module": "subprocess"')
+    text = json.dumps(record).replace('"module": "kd_core.students.starts.start"', '"module": "subprocess"')
     text = text.replace('"name": "Pretrained"', '"name": "check_output"')
     assert "subprocess" in text
     (tmp_path / "config.json").write_text(text)

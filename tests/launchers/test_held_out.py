@@ -10,15 +10,15 @@ import fiddle as fdl
 import pytest
 
 from data.stream.source import Mixture, Shards
-from experiments.experiment import Experiment
+from experiments.base.experiment import Experiment
+from experiments.config import config_items, frozen_records
 from experiments.fiddlers import cache
 from kd_core.errors import NonFiniteError, UsageError
-from kd_core.parallel.mesh import World
-from kd_core.training import checkpoint
-from kd_core.training.metrics import read_metrics
+from kd_core.parallel.world import World
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stopping import Stopping
-from launchers import config_items, records
+from kd_core.training.stop_signals import Stopping
 from tests.tiny import Tiny
 
 
@@ -37,7 +37,7 @@ def _run(config: fdl.Config[Experiment], folder: Path) -> list[dict[str, float]]
     """Train by the record of a config, and give the validations."""
     folder.mkdir()
     (folder / "config.json").write_text(config_items.record(config))
-    fdl.build(records.load_record(folder / "config.json")).run(RunFolder(folder), World(), Stopping())
+    fdl.build(frozen_records.load_record(folder / "config.json")).run(RunFolder(folder), World(), Stopping())
     return [line for line in read_metrics(folder / "metrics.jsonl") if "val/nll" in line]
 
 

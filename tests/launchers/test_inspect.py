@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache.readable import columns, fit, spots, tokenizer_folders, visible, words_of
+from data.cache.inspection.readable import columns, fit, spots, tokenizer_folders, visible, words_of
 from data.cache.selection import Selection
-from launchers.records_page import Tables, html_page, terminal_lines
+from launchers.reports.records_page import Tables, html_page, terminal_lines
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import run
 from tests.tiny import Tiny, write_caches

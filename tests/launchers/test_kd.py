@@ -113,7 +113,7 @@ def test_the_home_folder_behind_a_flag(tiny: Tiny, in_tmp: Path) -> None:
     for name in ("cache", "teacher"):
         (home / name).symlink_to(tiny.root / name)
     (home / "mine.py").write_text(
-        "from experiments.quickstart import quickstart as of\n\n\ndef mine():\n    return of()\n"
+        "from experiments.half_depth import quickstart as of\n\n\ndef mine():\n    return of()\n"
     )
     here = partial(_live_in, home)
     items = ["~/mine.py:mine", *tiny.train_items(1)[1:], "schedule.warmup_steps=1", "tag:Interval=1"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 from tests.launchers.command import configs, run
 from tests.tiny import ROW_LENGTH, Tiny
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
-from launchers import app, catalog, config_items
+from experiments.config import catalog, config_items
+from launchers.cli import app
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
 FILE = '''"""A user's file."""
 import fiddle as fdl
 
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
-from kd_core.training.schedule import WarmupCosine
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
+from kd_core.training.lr_schedule import WarmupCosine
 
 
 def mine(lr: float = 1e-3) -> fdl.Config[Experiment]:

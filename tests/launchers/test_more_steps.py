@@ -9,10 +9,10 @@ import pytest
 from fiddle.experimental import serialization
 from safetensors.torch import load_file
 
+from experiments.config.config_items import describe, frozen, record, recorded_text, resolve
 from kd_core.errors import UsageError
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder, settings_of
-from launchers.config_items import describe, frozen, record, recorded_text, resolve
 from tests.launchers.command import configs, run, values
 from tests.tiny import Tiny
 

@@ -8,18 +8,18 @@ import fiddle as fdl
 import pytest
 import torch
 
-from experiments.experiment import Experiment
+from experiments.base.experiment import Experiment
+from experiments.config import config_items
 from kd_core.errors import NonFiniteError
 from kd_core.losses.objective import Distillation, Objective
-from kd_core.losses.schedules import WarmupStableDecay
-from kd_core.parallel.mesh import World
-from kd_core.students.starts import build
-from kd_core.training import checkpoint
-from kd_core.training.metrics import read_metrics
+from kd_core.losses.term_weights import WarmupStableDecay
+from kd_core.parallel.world import World
+from kd_core.students.starts.start import build
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stopping import Stopping
-from launchers import config_items
+from kd_core.training.stop_signals import Stopping
 from tests.tiny import Tiny
 
 STEPS = 5

@@ -8,11 +8,11 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
-from experiments.experiment import Experiment
+from experiments.base.experiment import Experiment
+from experiments.config import config_items, frozen_records
 from kd_core.errors import UsageError
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.optimizer import TorchOptimizer
-from launchers import config_items, records
 from tests.launchers.command import Command, configs, kill_when, look_in, run, values
 from tests.tiny import Tiny
 
@@ -25,8 +25,8 @@ from typing import Any
 import fiddle as fdl
 import torch
 
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
 from kd_core.training.optimizer import TorchOptimizer
 
 
@@ -90,7 +90,7 @@ def test_they_train_are_resumed_bit_for_bit_and_recorded(user_folder: Path, tiny
     lines = (tmp_path / "whole" / "config.txt").read_text()
     assert "optimizer.cls = experiments.user_signs.lion  # " in lines
     assert "optimizer.settings.beta = 0.7  # --config=optimizer.settings.beta=0.7" in lines
-    again = fdl.build(records.load_record(tmp_path / "whole" / "config.json"))
+    again = fdl.build(frozen_records.load_record(tmp_path / "whole" / "config.json"))
     assert again.optimizer.settings == {"beta": 0.7}
     assert again.schedule.factor(2, 6) == 2 / 3
 
@@ -99,10 +99,10 @@ def test_those_of_torch_are_checked_with_the_graph(tiny: Tiny, user_folder: Path
     (user_folder / "user_torch.py").write_text('''"""Stochastic gradient descent, held and then lowered."""
 
 import fiddle as fdl
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
 from kd_core.training.optimizer import TorchOptimizer
-from kd_core.training.schedule import WarmupStableDecay
+from kd_core.training.lr_schedule import WarmupStableDecay
 
 
 def held() -> fdl.Config[Experiment]:

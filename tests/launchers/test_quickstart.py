@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.cache.manifest import read_manifest
-from data.export.corpus import Corpus
+from data.corpus.corpus import Corpus
+from experiments.config.config_items import resolve
 from kd_core.files import read_json
 from launchers import own_data
-from launchers.config_items import resolve
 from tests.forks import ENVIRONMENT
 from tests.launchers.command import line
 from tests.patience import patience

@@ -10,13 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 
 from data.cache.selection import Selection
-from experiments.experiment import Experiment
-from kd_core.training.metrics import read_metrics
-from launchers import config_items
-from launchers.sweeping import source
-from launchers.sweeping.folder import SweepFolder
-from launchers.sweeping.plan import check, plan
-from launchers.sweeping.points import resolve
+from experiments.base.experiment import Experiment
+from experiments.config import config_items, find_sweep
+from experiments.config.sweep_points import resolve
+from kd_core.training.monitoring.metric_log import read_metrics
+from launchers.sweeps.cost_plan import check, plan
+from launchers.sweeps.sweep_folder import SweepFolder
 from tests.forks import ROOT
 from tests.launchers.command import configs, run, table
 from tests.tiny import Tiny, write_caches
@@ -104,7 +103,7 @@ def test_the_readmes_own_experiment_and_sweep_do_what_they_say(user_folder: Path
     write_caches(tiny.export(selection=Selection(top_k=64)), tmp_path / "cache")
     items = [*tiny.train_items(STEPS)[1:], f"shards.path={tmp_path / 'cache' / 'train'}"]
     _check_experiment(items)
-    name, sweep = source.find("weights")
+    name, sweep = find_sweep.find("weights")
     points = resolve(sweep(), items, name)
     assert check(points) == []
     # A process of its own looks for names in our own folder, so it is given the file.

@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 
+from experiments.config.config_items import describe, record, resolve
+from experiments.config.saved_students import find_student, load_student
 from kd_core.errors import UsageError
-from kd_core.parallel.mesh import World
-from kd_core.training.checkpoint import kept, read_progress
-from kd_core.training.metrics import read_metrics
+from kd_core.parallel.world import World
+from kd_core.training.checkpoints.checkpoint import kept, read_progress
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stopping import Stopping
-from launchers.config_items import describe, record, resolve
-from launchers.saved_students import find_student, load_student
+from kd_core.training.stop_signals import Stopping
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 

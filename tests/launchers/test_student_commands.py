@@ -11,17 +11,17 @@ import pytest
 import torch
 import transformers
 
-from kd_core.parallel.mesh import World
-from kd_core.students.importance import LayerwiseText, block_influence, drop_greedily, nll_of, nll_without_each
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Pretrained, build
+from experiments.config.config_items import describe, record, resolve
+from experiments.config.saved_students import load_student
+from kd_core.parallel.world import World
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.layer_importance import LayerwiseText, block_influence, drop_greedily, nll_of, nll_without_each
+from kd_core.students.starts.start import Pretrained, build
 from kd_core.training import loop
-from kd_core.training.metrics import read_metrics
+from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stopping import Stopping
-from launchers.config_items import describe, record, resolve
+from kd_core.training.stop_signals import Stopping
 from launchers.evaluate import measure_model
-from launchers.saved_students import load_student
 from tests.launchers.command import run
 from tests.tiny import Tiny
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config import config_items, find_sweep, user_files
 from kd_core.errors import UsageError
-from launchers import config_items, user_files
-from launchers.sweeping import source
 from tests.launchers.command import configs, run, values
 from tests.tiny import Tiny
 
@@ -17,10 +16,10 @@ from pathlib import Path
 import fiddle as fdl
 from torch import Tensor
 
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
-from experiments.sweep import Sweep, grid
-from kd_core.losses.view import SparseView
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
+from experiments.base.sweep_definition import Sweep, grid
+from kd_core.losses.sparse_view import SparseView
 from shares import HALF
 
 Path("code_ran").touch()
@@ -117,14 +116,14 @@ def test_a_file_that_cannot_be_imported_is_named_with_its_line(in_tmp: Path, tex
 
 
 def test_a_sweep_of_a_file_has_points_with_its_code(file: Path) -> None:
-    name, function = source.find(f"{file}:rates")
+    name, function = find_sweep.find(f"{file}:rates")
     assert name == "rates"
     assert len(function()) == 2
     with pytest.raises(UsageError, match="Did you mean 'rates'"):
-        source.find(f"{file}:rate")
+        find_sweep.find(f"{file}:rate")
 
 
-@pytest.mark.parametrize("path", ["../shares.py", "/etc/shares.py", "data.py", "launchers/app.py", "a b.py"])
+@pytest.mark.parametrize("path", ["../shares.py", "/etc/shares.py", "data.py", "launchers/cli/app.py", "a b.py"])
 def test_a_record_names_no_file_that_would_be_in_the_way_of_another(path: str) -> None:
     with pytest.raises(ValueError, match="no file beside"):
         user_files.from_record([{"main": "mine.py", "texts": {"mine.py": "", path: ""}}], "config.json")

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from kd_core.training.metrics import read_metrics
-from launchers import records
+from experiments.config import frozen_records
+from kd_core.training.monitoring.metric_log import read_metrics
 from launchers.evaluate import table
 from tests.launchers.command import configs, look_in, run
 from tests.tiny import Tiny
@@ -24,10 +24,10 @@ import fiddle as fdl
 from torch import Tensor
 
 from data.stream.source import Mixture
-from experiments.bases import read
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
-from kd_core.losses.view import SparseView
+from experiments.base.distill import read
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
+from kd_core.losses.sparse_view import SparseView
 
 
 def surprise(view: SparseView) -> Tensor:
@@ -59,7 +59,7 @@ def test_a_metric_of_ones_own_on_two_caches_in_a_run_that_is_repeated(
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     for cache in ("", "seen/", "held/"):
         assert last[f"val/{cache}surprise"] == last[f"val/{cache}nll"]
-    experiment = fdl.build(records.load_record(tmp_path / "run" / "config.json"))
+    experiment = fdl.build(frozen_records.load_record(tmp_path / "run" / "config.json"))
     assert experiment.validation_metrics() == {name for name in last if name.startswith("val/")}
     assert last["val/nll"] == pytest.approx(0.25 * last["val/seen/nll"] + 0.75 * last["val/held/nll"])
     assert "evaluation.metrics = (experiments.user_watched.surprise,)" in (tmp_path / "run" / "config.txt").read_text()

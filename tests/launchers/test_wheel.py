@@ -19,9 +19,9 @@ FILE = """import math
 
 import fiddle as fdl
 
-from experiments.experiment import Experiment
-from experiments.quickstart import quickstart
-from experiments.sweep import Sweep, grid
+from experiments.base.experiment import Experiment
+from experiments.half_depth import quickstart
+from experiments.base.sweep_definition import Sweep, grid
 
 
 def surer(view):

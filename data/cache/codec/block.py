@@ -21,9 +21,9 @@ from data.cache.codec.entries import Entries, decode_entries
 from data.cache.codec.header import Header, check_size
 from data.cache.codec.log_probs import LogProbs, decode_log_probs, log_prob_planes
 from data.cache.codec.planes import compress, decompress, join, split, width_of
+from data.cache.codec.rank_tables import Tables
 from data.cache.codec.ranks import Ragged
 from data.cache.codec.samples import decode_weights, plane_count, weight_planes
-from data.cache.codec.tables import Tables
 from data.cache.columns import Columns, audit
 from data.cache.record import Record
 from kd_core.json_fields import fields

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data.cache.codec.levels import STEPS, Levels
-from data.cache.codec.tables import Tables
+from data.cache.codec.rank_tables import Tables
 from data.cache.selection import Selection
 
 Array = np.ndarray[Any, np.dtype[Any]]

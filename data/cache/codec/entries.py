@@ -6,8 +6,8 @@ import numpy as np
 
 from data.cache.codec.coding import Coding
 from data.cache.codec.planes import join, split
+from data.cache.codec.rank_tables import Tables
 from data.cache.codec.ranks import Ragged, gap_planes, ranks_of
-from data.cache.codec.tables import Tables
 from data.cache.record import UNUSED
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -10,10 +10,10 @@ import torch
 from data.cache.alignment import check_alignment
 from data.cache.record import UNUSED, Record
 from data.cache.selection import Selection
-from data.export.select import select
+from data.teacher.select import select
 from kd_core.errors import UsageError
-from kd_core.students.architecture import Architecture
-from kd_core.students.decoder import materialised, meta_decoder
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import materialised, meta_decoder
 from tests.tiny import Tiny
 
 POSITIONS = 100

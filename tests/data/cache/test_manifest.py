@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from data.cache.inspection.verify import verify
 from data.cache.manifest import parse_manifest, read_manifest
-from data.cache.verify import verify
 from data.stream.shards import ShardReader
 from kd_core.errors import UsageError
 from tests.tiny import Tiny

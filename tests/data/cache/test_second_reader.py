@@ -22,7 +22,7 @@ def test_both_readers_agree(
 ) -> None:
     selection, codec = KINDS[kind]
     if lists:  # else the cache is too small to carry any
-        monkeypatch.setattr("data.cache.codec.tables.POSITIONS_PER_LIST", 50)
+        monkeypatch.setattr("data.cache.codec.rank_tables.POSITIONS_PER_LIST", 50)
     write_caches(tiny.export(selection=selection, codec=codec), tmp_path)
     assert bool(len(read_tables(tmp_path / "train", read_manifest(tmp_path / "train").tables).tokens)) == lists
     ours, theirs = tiny.records(tmp_path / "train"), list(read_cache(tmp_path / "train"))

@@ -11,19 +11,19 @@ import torch
 
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
+from data.corpus.corpus import Corpus, split_documents
+from data.corpus.documents import Document
+from data.corpus.encoding import Encoded, Encoder
+from data.corpus.windows import choose_windows, windows_of
 from data.export import export as steps
-from data.export.claim import claim
-from data.export.corpus import Corpus, split_documents
-from data.export.documents import Document
-from data.export.encoding import Encoded, Encoder
-from data.export.growth import SPLITS
+from data.export.extend import SPLITS
 from data.export.plan import make_plans
-from data.export.select import select
-from data.export.windows import choose_windows, windows_of
+from data.export.resume_check import claim
+from data.teacher.select import select
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.students.families import read_architecture
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.huggingface.config_json import read_architecture
+from kd_core.students.starts.start import Pretrained, build
 from tests.tiny import ROW_LENGTH, Tiny, bytes_of, write_caches
 
 

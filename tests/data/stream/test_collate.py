@@ -7,8 +7,8 @@ import torch
 from data.cache.record import UNUSED, Record
 from data.stream.collate import Collate
 from kd_core.errors import UsageError
-from kd_core.students.decoder import Decoder
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.starts.start import Pretrained, build
 from kd_core.types import Batch
 from tests.tiny import Tiny
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.stream.collate import Collate
-from data.stream.mix import interleave
+from data.stream.mixing import interleave
 from data.stream.order import Row
 from data.stream.source import Mixture, Shards
 from data.stream.stream import training_steps

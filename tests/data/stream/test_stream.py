@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from data.cache.manifest import read_manifest
 from data.stream.collate import Collate
 from data.stream.order import epoch_rows
-from data.stream.pack import pack_rows
+from data.stream.packing import pack_rows
 from data.stream.source import Shards
 from data.stream.stream import all_batches
 from kd_core.errors import UsageError

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kd_core.losses.fused import LossSums, fused_loss
-from kd_core.losses.head import LogitHead
+from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import Distillation, Objective, Term
 from kd_core.types import TeacherTopK
 from tests.reference import dense

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from kd_core.losses.fused import LossSums, fused_loss
+from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.students.architecture import Architecture
-from kd_core.students.decoder import Decoder
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder
 from kd_core.types import TeacherTopK
 from tests.kd_core.losses.cases import Case, Result, error, make
 

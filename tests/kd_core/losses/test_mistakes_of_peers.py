@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused import fused_loss
-from kd_core.losses.head import LogitHead
+from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.types import TeacherTopK
 from tests.kd_core.losses.cases import Case, Result, error, fused, leaves, plain, reference

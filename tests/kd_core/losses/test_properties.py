@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_core.losses.divergences import Parameters, jsd, log_mixture
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.losses.view import events
+from kd_core.losses.sparse_view import events
 from kd_core.types import TeacherTopK
 from tests.kd_core.losses.cases import Case, Result, error, fused, plain, random_teacher
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_core.losses.combinations import ALLOWED
+from kd_core.losses.compatibility import ALLOWED
 from kd_core.losses.divergences import DIVERGENCES
 from kd_core.losses.objective import Distillation
 from kd_core.types import TeacherTopK

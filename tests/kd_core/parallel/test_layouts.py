@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import spread
-from kd_core.students.adapters import LoraLinear, LowRank
-from kd_core.students.architecture import Architecture
-from kd_core.students.decoder import Decoder, meta_decoder
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import spread
+from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder, meta_decoder
+from kd_core.students.decoder.lora_layers import LoraLinear, LowRank
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-from kd_core.students.decoder import Decoder
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.starts.start import Pretrained, build
 
 CPU = torch.device("cpu")
 VOCAB = 96

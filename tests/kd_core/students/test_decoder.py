@@ -9,13 +9,13 @@ import transformers
 
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.students.attention import document_segments
-from kd_core.students.families import config_of
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Pretrained, Random, build
-from kd_core.training.continuations import continue_greedily
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
+from kd_core.students.decoder.attention import document_segments
+from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Pretrained, Random, build
+from kd_core.training.generation import continue_greedily
 from tests.tiny import Tiny, make_teacher
 
 TOLERANCE = 1e-5

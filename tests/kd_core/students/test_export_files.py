@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from kd_core.students.export_files import ChatFormat
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.huggingface.export_files import ChatFormat
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Pretrained, build
 from tests.tiny import CHATML, Tiny, make_chat_folder
 
 FILES = (

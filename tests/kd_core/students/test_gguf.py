@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data.tokenizer import Tokenizer as OurTokenizer
-from kd_core.students.decoder import Decoder
-from kd_core.students.gguf import TENSOR_NAMES, convert_gguf
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.huggingface.gguf import TENSOR_NAMES, convert_gguf
+from kd_core.students.starts.start import Pretrained, build
 from tests.tiny import Tiny
 
 

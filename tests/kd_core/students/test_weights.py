@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kd_core.errors import UsageError
-from kd_core.students.decoder import Decoder
-from kd_core.students.lora import Adapted
-from kd_core.students.saving import save_pretrained
-from kd_core.students.starts import Pretrained, build
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.lora_start import Adapted
+from kd_core.students.starts.start import Pretrained, build
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -9,15 +9,15 @@ import torch
 
 from kd_core.errors import UsageError
 from kd_core.files import read_json, write_json
-from kd_core.parallel.mesh import World
-from kd_core.students.decoder import Decoder
-from kd_core.students.starts import Pretrained, build
-from kd_core.training import checkpoint
-from kd_core.training.checkpoint import Checkpoint, Content, Progress, in_use, keep_some, newest_whole
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.starts.start import Pretrained, build
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.checkpoints.async_saver import Saver
+from kd_core.training.checkpoints.checkpoint import Checkpoint, Content, Progress, in_use, keep_some, newest_whole
+from kd_core.training.checkpoints.checkpoint_state import run_state
+from kd_core.training.monitoring.hang_watchdog import Pulse
 from kd_core.training.optimizer import AdamW
-from kd_core.training.saver import Saver
-from kd_core.training.state import run_state
-from kd_core.training.watch import Pulse
 from tests.tiny import Tiny
 
 

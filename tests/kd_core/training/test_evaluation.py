@@ -13,12 +13,12 @@ from data.stream.collate import Collate
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
-from kd_core.losses.view import SparseView
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import spread
-from kd_core.students.decoder import Decoder
-from kd_core.students.starts import Pretrained, build
+from kd_core.losses.sparse_view import SparseView
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import spread
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.starts.start import Pretrained, build
 from kd_core.training.evaluation import Asked, HeldOut, evaluate, evaluate_all, metric_names
 from kd_core.types import Batch
 from tests.ranks import run_ranks

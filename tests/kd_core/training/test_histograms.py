@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.training.histograms import histograms, histograms_of_step
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
+from kd_core.training.monitoring.histograms import histograms, histograms_of_step
 from kd_core.training.step import train_step
 from tests.kd_core.parallel.test_layouts import OBJECTIVE, PLAIN, batches, student, tied
 from tests.ranks import run_ranks

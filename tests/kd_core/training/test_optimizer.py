@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import spread
-from kd_core.students.decoder import Decoder
-from kd_core.training import checkpoint
-from kd_core.training.checkpoint import Content, Progress
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import spread
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.checkpoints.checkpoint import Content, Progress
+from kd_core.training.checkpoints.checkpoint_state import check_kept, run_state, settings_of_groups
 from kd_core.training.optimizer import AdamW, Optimizer, TorchOptimizer, set_rates
-from kd_core.training.state import check_kept, run_state, settings_of_groups
 from kd_core.training.step import train_step
 from tests.kd_core.parallel.test_layouts import OBJECTIVE, OF_TWO, PLAIN, batches, first_weights, put, tied, whole
 from tests.ranks import run_ranks

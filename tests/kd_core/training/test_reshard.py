@@ -12,14 +12,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from kd_core.errors import UsageError
-from kd_core.parallel.mesh import World
-from kd_core.students.architecture import Architecture
-from kd_core.students.decoder import Decoder, materialised, meta_decoder
-from kd_core.training import checkpoint
-from kd_core.training.checkpoint import Checkpoint, Progress
+from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder, materialised, meta_decoder
+from kd_core.training.checkpoints import checkpoint
+from kd_core.training.checkpoints.async_saver import Saver
+from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
+from kd_core.training.monitoring.hang_watchdog import Pulse
 from kd_core.training.optimizer import AdamW
-from kd_core.training.saver import Saver
-from kd_core.training.watch import Pulse
 from tests.ranks import run_ranks
 
 ARCH = Architecture(

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_core.errors import UsageError
 from kd_core.files import new_folder, place_of_new_folder, write_text
-from kd_core.parallel.mesh import World
-from kd_core.students.saving import is_whole, save_pretrained
-from kd_core.students.starts import Pretrained, build
-from kd_core.training.metrics import MetricLog
+from kd_core.parallel.world import World
+from kd_core.students.huggingface.save import is_whole, save_pretrained
+from kd_core.students.starts.start import Pretrained, build
+from kd_core.training.monitoring.metric_log import MetricLog
 from kd_core.training.run_folder import RunFolder, attempt_facts
 from tests.tiny import Tiny
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
 from kd_core.precision import bfloat16_support
-from kd_core.training.slow_start import SlowStart, flops_per_token
+from kd_core.training.monitoring.slow_start import SlowStart, flops_per_token
 
 PARAMETERS, POSITIONS = 1_000_000, 1_000
 HOURS = 10_000.0

@@ -12,16 +12,16 @@ from data.cache.record import Record
 from data.stream.collate import Collate
 from kd_core.errors import NonFiniteError
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
-from kd_core.losses.schedules import WarmupStableDecay
-from kd_core.losses.selection import KeepUncertain
-from kd_core.parallel.mesh import World
-from kd_core.parallel.plan import Parallel
-from kd_core.parallel.sharding import spread
-from kd_core.students.decoder import Decoder
-from kd_core.students.starts import Pretrained, build
+from kd_core.losses.term_weights import WarmupStableDecay
+from kd_core.losses.token_selection import KeepUncertain
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import spread
+from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.starts.start import Pretrained, build
+from kd_core.training.checkpoints.checkpoint_state import run_state
 from kd_core.training.evaluation import Asked, evaluate
 from kd_core.training.optimizer import AdamW
-from kd_core.training.state import run_state
 from kd_core.training.step import StepSums, batch_loss, train_step
 from kd_core.types import Batch
 from tests.ranks import run_ranks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.cache.codec.coding import Coding
-from data.cache.codec.tables import fit_tables
+from data.cache.codec.rank_tables import fit_tables
 from data.cache.record import UNUSED, Array, Record
 from data.cache.selection import Selection
 

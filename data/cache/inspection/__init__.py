@@ -1,0 +1,1 @@
+"""Every byte of a cache: verified, measured, shown."""

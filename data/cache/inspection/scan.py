@@ -1,0 +1,133 @@
+"""Every byte of a cache in stored order, block by block; what is wrong is reported, not raised.
+
+    tables.tar → hash → tables ; shard → size → block: hash → members → records ; rest of the shard → hash
+
+Training reads through `data/stream`; this is the second pair of eyes, which knows no webdataset and skips nothing.
+"""
+
+import hashlib
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from data.cache.codec.block import decode_block
+from data.cache.codec.coding import Coding
+from data.cache.codec.header import Header
+from data.cache.codec.rank_tables import Tables
+from data.cache.manifest import MAX_BLOCK_BYTES, TABLES, Block, Manifest, Shard
+from data.cache.record import Record
+from data.cache.tar import END, Member, read_members
+
+CHUNK = 1 << 20
+Report = Callable[[str, str], None]  # where, and what is wrong there
+
+
+class Visited(NamedTuple):
+    """A block that could be read; `first` is the number of records before it, `where` its shard and number."""
+
+    where: str
+    first: int
+    members: list[Member]
+    header: Header
+    records: list[Record]
+
+
+def read_coding(folder: Path, manifest: Manifest, report: Report) -> Coding | None:
+    """The tables, checked; None where they cannot be used."""
+    path, wanted = folder / TABLES, manifest.tables
+    if not _is_file(path, report):
+        return None
+    if (size := path.stat().st_size) != wanted["bytes"]:
+        report(TABLES, f"has {size} bytes; the manifest wants {wanted['bytes']}")
+        return None
+    data = path.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != wanted["sha256"]:
+        report(TABLES, f"sha256 {found[:12]}…; the manifest wants {wanted['sha256'][:12]}…")
+    try:
+        members = {member.name: member.payload for member in read_members(data)}
+        tables = Tables.of_members(members)
+    except ValueError as error:
+        report(TABLES, str(error))
+        return None
+    if tables.vocab_size != manifest.vocab_size:
+        report(TABLES, f"of a vocabulary of {tables.vocab_size}; the manifest's has {manifest.vocab_size}")
+        return None
+    return Coding(tables, manifest.selection, manifest.codec)
+
+
+def blocks(folder: Path, manifest: Manifest, coding: Coding | None, report: Report) -> Iterator[Visited]:
+    """The blocks that can be read, all others reported. Without `coding`, only hashes are checked."""
+    first = 0
+    for shard in manifest.shards:
+        yield from _shard(folder / shard.name, shard, first, coding, report)
+        first += len(shard.lengths)
+
+
+def _is_file(path: Path, report: Report) -> bool:
+    """Whether a plain file is there; a pipe or device would be waited for."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        report(path.name, f"cannot be read ({error.strerror}); the manifest wants it")
+        return False
+    if not stat.S_ISREG(found.st_mode):
+        report(path.name, "is no file; the manifest wants one")
+        return False
+    return True
+
+
+def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: Report) -> Iterator[Visited]:
+    if not _is_file(path, report):
+        return
+    if (size := path.stat().st_size) != shard.bytes:
+        report(shard.name, f"has {size} bytes; the manifest wants {shard.bytes}")
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        for index, block in enumerate(shard.blocks):
+            visited = _block(file, f"{shard.name}, block {index}", block, coding, report, whole.update)
+            if visited is not None:
+                yield visited._replace(first=first)
+            first += len(block.lengths)
+        end = file.read(len(END) + 1)
+        if end != END:
+            report(shard.name, f"its end is not that of a tar: wanted {len(END)} zero bytes and nothing behind them")
+        whole.update(end)
+        if size <= shard.bytes and whole.hexdigest() != shard.sha256:
+            report(shard.name, f"sha256 {whole.hexdigest()[:12]}…; the manifest wants {shard.sha256[:12]}…")
+
+
+def _block(
+    file: IO[bytes], where: str, block: Block, coding: Coding | None, report: Report, also: Callable[[bytes], None]
+) -> Visited | None:
+    data = file.read(min(block.bytes, MAX_BLOCK_BYTES))
+    also(data)
+    if len(data) != block.bytes:
+        report(where, f"is cut off: {len(data)} bytes of {block.bytes}")
+    elif (found := hashlib.sha256(data).hexdigest()) != block.sha256:
+        report(where, f"sha256 {found[:12]}…; the manifest wants {block.sha256[:12]}…")
+    try:
+        members = list(read_members(data))
+        visited = _decode(where, members, coding) if coding else None
+    except Exception as error:  # anything may be in damaged bytes
+        report(where, str(error) or type(error).__name__)
+        return None
+    if visited and (lengths := tuple(record.positions for record in visited.records)) != block.lengths:
+        report(where, f"holds records of {lengths} positions; the manifest wants {block.lengths}")
+        return None
+    return visited
+
+
+def _decode(where: str, members: list[Member], coding: Coding) -> Visited:
+    names = [member.name.partition(".") for member in members]
+    first = names[0][0] if names else ""
+    if {name for name, _, _ in names} != {first}:
+        raise ValueError(f"has members {', '.join(member.name for member in members)}; wanted those of one sample")
+    found = {suffix: member.payload for (_, _, suffix), member in zip(names, members, strict=True)}
+    if [suffix for _, _, suffix in names] != coding.members:
+        wanted = ", ".join(coding.members)
+        raise ValueError(f"has members {', '.join(suffix for _, _, suffix in names)}; wanted {wanted}, in this order")
+    header, records = Header.of(found["json"]), decode_block(found, coding)
+    if first != f"{header.first:08d}":
+        raise ValueError(f"members are named {first}; its json says that record {header.first} is its first")
+    return Visited(where, 0, members, header, records)

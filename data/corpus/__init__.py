@@ -1,0 +1,1 @@
+"""Files → rows → documents → token ids and loss mask → windows."""

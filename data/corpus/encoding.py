@@ -1,0 +1,177 @@
+"""Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation.
+
+A plain text gets the tokenizer's BOS in front and its EOS behind, where it has them or the corpus asks for them: the
+EOS is a label, the BOS none. A conversation gets neither, since its template writes them.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.corpus.bad_rows import BadRows
+from data.corpus.chat.chat_template import ChatTemplate, NoTemplateError, Span
+from data.corpus.chat.conversations import Conversation, PlainPrompt
+from data.corpus.documents import Document
+from data.text_lines import BadRowError
+from data.tokenizer import Around, Choice, Pieces, Tokenizer
+from kd_core.errors import UsageError
+
+log = logging.getLogger("kd")
+# What is held as text at a time.
+BATCH_DOCUMENTS = 256
+BATCH_CHARACTERS = 1 << 20
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Encoded(NamedTuple):
+    """A document's T + 1 tokens; `loss_mask[t]` says whether label t, which is token t + 1, is scored.
+
+    `digest` is that of the document's content, whatever its name and whoever tokenized it.
+    """
+
+    name: str
+    token_ids: Array
+    loss_mask: Array
+    digest: bytes = b""
+
+
+class _LaidOut(NamedTuple):
+    """A document as one text; `spans` are the characters to score (None: all). A plain one is by no template."""
+
+    name: str
+    digest: bytes
+    text: str
+    spans: list[Span] | None
+    is_plain: bool
+
+
+def _batches(documents: Iterable[_LaidOut]) -> Iterator[list[_LaidOut]]:
+    batch: list[_LaidOut] = []
+    for document in documents:
+        batch.append(document)
+        if sum(len(each.text) for each in batch) >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _scored(pieces: Pieces, spans: Sequence[Span]) -> Array:
+    """Which tokens have a character in a span."""
+    scored = np.zeros(len(pieces.ids), np.uint8)
+    starts, ends = np.asarray(pieces.offsets, np.int64).reshape(-1, 2).T
+    for start, end in spans:
+        scored |= ((starts < end) & (ends > start)).astype(np.uint8)
+    return scored
+
+
+class Encoder:
+    """The tokenizer of a folder, and its chat template once a conversation asks for it.
+
+    `used` is what texts got in front and behind, once there was a text; `doubled` counts those that begin so anyway.
+    """
+
+    def __init__(self, folder: Path, bos: Choice = "auto", eos: Choice = "auto") -> None:
+        self.folder = folder
+        self.tokenizer = Tokenizer(folder)
+        self.template: ChatTemplate | None = None
+        self.joins_prompts = False
+        self.around = self.tokenizer.around(bos, eos)
+        self.used: Around | None = None
+        self.doubled = 0
+        self.special_tokens = [token for token in self.tokenizer.special_tokens() if token]
+        self.turn_ends = Counter[str]()  # special tokens that end scored turns
+
+    def describe(self) -> str:
+        """Returns in words what texts got in front and behind; nothing where there was no text."""
+        return self.tokenizer.describe(self.used) if self.used else ""
+
+    def _laid_out(self, document: Document) -> _LaidOut:
+        if not isinstance(document.content, Conversation):
+            return _LaidOut(document.name, document.digest(), document.content, None, is_plain=True)
+        is_plain = isinstance(document.content, PlainPrompt)
+        if self.template is None and not (is_plain and self.joins_prompts):
+            self._read_template(is_plain)
+        if self.template is None:
+            prompt, completion = (str(message["content"]) for message in document.content.messages)
+            scored = (len(prompt), len(prompt) + len(completion))
+            return _LaidOut(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
+        text, spans = self.template.render(document.content, document.where or document.name)
+        for start, end in spans:
+            turn = text[start:end].rstrip()
+            known = (*self.turn_ends, *self.special_tokens)
+            self.turn_ends.update([token for token in known if turn.endswith(token)][:1])
+        return _LaidOut(document.name, document.digest(), text, spans, is_plain=False)
+
+    def _read_template(self, is_plain: bool) -> None:
+        """Read the chat template, which only prompts and completions of plain text can do without."""
+        try:
+            self.template = ChatTemplate.read(self.folder, self.special_tokens)
+        except NoTemplateError:
+            if not is_plain:
+                raise
+            self.joins_prompts = True
+            log.info("%s: no chat template, so a completion stands right behind its prompt, as one text", self.folder)
+
+    def chat_format(self) -> dict[str, Any] | None:
+        """Returns how the conversations so far were written: the template, what it names, and what ends turns."""
+        if self.template is None:
+            return None
+        source, ends = self.template.source, [token for token, _ in self.turn_ends.most_common()]
+        return {
+            "template": source,
+            "special_tokens": {name: text for name, text in self.template.special.items() if name in source},
+            "turn_ends": {token: ids[0] for token, ids in zip(ends, self.tokenizer.encode(ends), strict=True)},
+        }
+
+    def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
+        """Offsets, which take far more room than ids, only where there are spans."""
+        texts = [each.text for each in batch if each.spans is None]
+        plain = iter(self.tokenizer.encode(texts))
+        chats = iter(self.tokenizer.encode_with_offsets([each.text for each in batch if each.spans is not None]))
+        for each in batch:
+            if each.spans is None:
+                ids = np.asarray(next(plain), np.int32)
+                scored = np.ones(len(ids), np.uint8)
+            else:
+                pieces = next(chats)
+                ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, each.spans)
+            if each.is_plain and len(ids):
+                ids, scored = self._wrapped(ids, scored)
+            yield Encoded(each.name, ids, scored[1:], each.digest)
+
+    def _wrapped(self, ids: Array, scored: Array) -> tuple[Array, Array]:
+        """Returns a plain text with its BOS, which is not scored, and its EOS, which is if the last token is."""
+        begins, ends = self.used = self.around
+        self.doubled += bool(begins) and ids[: len(begins)].tolist() == begins
+        scored = np.concatenate([np.zeros(len(begins), np.uint8), scored, scored[-1:].repeat(len(ends))])
+        return np.concatenate([begins, ids, ends]).astype(np.int32), scored
+
+    def encode(self, documents: Iterable[Document], bad_rows: BadRows | None = None) -> Iterator[Encoded]:
+        """Each document, in order; a few are text at a time.
+
+        Args:
+            bad_rows: takes the documents that cannot be encoded; without, the first of them is raised.
+
+        Raises:
+            UsageError: there is no chat template for a conversation, or it cannot render it.
+        """
+        bad = bad_rows or BadRows("raise")
+        laid_out = (each for d in documents for each in bad.attempt(d.name, self._laid_out, d))
+        for batch in _batches(laid_out):
+            if not bad.will_stop:
+                yield from self._encoded_or_bad(batch, bad)
+
+    def _encoded_or_bad(self, batch: Sequence[_LaidOut], bad_rows: BadRows) -> list[Encoded]:
+        """A batch's documents; where the tokenizer fails, those that it does not fail on."""
+        try:
+            return list(self._encoded(batch))
+        except UsageError as error:
+            if len(batch) > 1:
+                return [each for one in batch for each in self._encoded_or_bad([one], bad_rows)]
+            bad_rows.add(batch[0].name, BadRowError(f"{batch[0].name}: {error}", "the tokenizer fails"))
+            return []

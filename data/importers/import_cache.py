@@ -1,0 +1,165 @@
+"""Records of other systems into a cache of ours:
+
+    lines ─► pilot ─► tables      lines ─► records ─► blocks ─► tars ─► manifest, with what the source did not say
+
+One pass over the source; only a shard's blocks are held. What is written becomes the cache by rename, at the end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.cache.alignment import check_alignment
+from data.cache.codec.coding import Coding
+from data.cache.codec.levels import CODECS
+from data.cache.codec.rank_tables import fit_tables
+from data.cache.manifest import TABLES, Manifest, Shard, made_now
+from data.cache.record import Record
+from data.cache.selection import Selection
+from data.cache.totals import Totals
+from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
+from data.importers.lines import KINDS, Line, files_of, read_lines
+from data.stream.shards import read_tables, read_written
+from kd_core.errors import UsageError
+from kd_core.files import content_fingerprint, new_folder, sha256
+
+UNKNOWN = "unknown"
+BYTES_OF_AN_ENTRY = 25  # of JSON, about: an id and a number
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert, and how. `tokenizer` is its fingerprint, or `UNKNOWN`.
+
+    `columns`, if they are more than the vocabulary, are those of a padded model: entries of padding are left out.
+    """
+
+    kind: str
+    source: str
+    vocab_size: int
+    tokenizer: str
+    codec: str = "standard"
+    max_codec_kl: float = 1e-3
+    block_positions: int = 8192
+    shard_bytes: int = 4_000_000
+    columns: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"--format: got {self.kind!r}; wanted one of {', '.join(KINDS)}.")
+        if self.codec not in CODECS:
+            raise UsageError(f"--codec: got {self.codec!r}; wanted one of {', '.join(CODECS)}.")
+        if self.vocab_size < 1 or self.block_positions < 1 or self.shard_bytes < 1:
+            raise UsageError("wanted a vocabulary, block_positions and shard_bytes of at least 1.")
+
+
+class _Counted:
+    """Records of lines, and what has been seen of them."""
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self.lines, self.unknown = lines, set[str]()
+        self.longest = self.widest = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        for line in self.lines:
+            self.unknown |= line.unknown
+            self.longest = max(self.longest, line.record.positions)
+            self.widest = max(self.widest, line.record.topk_token_ids.shape[1])
+            yield line.record
+
+
+def _blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
+    """Runs of neighbours of about `most` positions."""
+    block: list[Record] = []
+    for record in records:
+        if block and sum(each.positions for each in block) + record.positions > most:
+            yield block
+            block = []
+        block.append(record)
+    if block:
+        yield block
+
+
+def _shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> Iterator[list[bytes]]:
+    """Coded blocks of about a shard."""
+    shard: list[bytes] = []
+    first = 0
+    for block in blocks:
+        try:
+            data = block_bytes(first, block, coding, job.max_codec_kl)
+        except ValueError as error:
+            raise UsageError(f"{block[0].document} to {block[-1].document}: {error}.") from None
+        if shard and sum(map(len, shard)) + len(data) > job.shard_bytes:
+            yield shard
+            shard = []
+        shard.append(data)
+        first += len(block)
+    if shard:
+        yield shard
+
+
+def convert(job: Conversion, out: Path) -> Manifest:
+    """Write the cache `out`.
+
+    Raises:
+        UsageError: `out` is there, or a line is not what its format wants.
+    """
+    if out.exists():
+        raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
+    files = files_of(job.source)
+    counted = _Counted(read_lines(job.source, job.kind, job.vocab_size, job.columns))
+    blocks = _blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
+    pilot = next(blocks, None)
+    if pilot is None:
+        raise UsageError(f"{job.source}: holds no record.")
+    with new_folder(out) as folder:
+        about = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
+        write_tables(folder / TABLES, fit_tables(pilot, job.vocab_size, about))
+        facts = file_facts(folder / TABLES)
+        coding = Coding(read_tables(folder, facts), Selection(top_k=1), job.codec)
+        shards, totals = list[Shard](), Totals()
+        for number, parts in enumerate(_shards(chain([pilot], blocks), coding, job)):
+            path = folder / f"shard-{number:06d}.tar"
+            write_shard(path, parts)
+            written = list(read_written(path, coding))
+            for each in written:
+                check_alignment(each.records, f"{job.source}, {path.name}")
+                totals.add(each.header, each.records)
+            own = tuple(each.block for each in written)
+            shards.append(Shard(path.name, path.stat().st_size, sha256(path), own))
+        manifest = _manifest(job, counted, totals, facts, tuple(shards))
+        manifest.write(folder)
+    return manifest
+
+
+def _manifest(
+    job: Conversion, counted: _Counted, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
+) -> Manifest:
+    unknown = counted.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
+    selection = Selection(top_k=counted.widest)
+    plan = {
+        "source": job.kind,
+        "content": content_fingerprint(files_of(job.source)),
+        "codec": job.codec,
+        "tokenizer": job.tokenizer,
+        "row_length": counted.longest,
+    }
+    return Manifest(
+        vocab_size=job.vocab_size,
+        tokenizer=job.tokenizer,
+        teacher={"source": job.kind, "weights": UNKNOWN, "dtype": UNKNOWN},
+        selection=selection,
+        row_length=counted.longest,
+        codec=job.codec,
+        audit=totals.audit(),
+        statistics=totals.statistics(),
+        tables=tables,
+        plans=(plan,),
+        shards=shards,
+        unknown=tuple(sorted(unknown)),
+        made=made_now(UNKNOWN, [job.source]),
+    )

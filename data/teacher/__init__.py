@@ -1,0 +1,1 @@
+"""Windows → logits → what the cache keeps of them."""

@@ -1,0 +1,73 @@
+"""Which scorer speaks for a teacher: our decoder where it covers the family, transformers where it does not."""
+
+import logging
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data.teacher.scorer import DecoderScorer, Scorer
+from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
+from data.tokenizer import Tokenizer
+from kd_core.errors import UsageError
+from kd_core.files import read_json
+from kd_core.hub import NO_EXTRA
+from kd_core.students.huggingface.weights import stored_architecture
+from kd_core.students.starts.start import Pretrained, build
+
+SCORERS = ("auto", "decoder", "transformers")
+log = logging.getLogger("kd")
+
+
+class TeacherFacts(NamedTuple):
+    """What a plan needs of a teacher before it is loaded; `max_positions` None: it names no limit."""
+
+    scorer: str
+    vocab_size: int
+    max_positions: int | None
+    architecture: dict[str, Any]
+
+
+def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
+    config = read_config(folder)
+    limit, rows = getattr(config, "max_position_embeddings", None), int(config.vocab_size)
+    known: dict[str, Any] = {"model_type": config.model_type, "vocab_size": rows}
+    if tokens is not None and tokens < rows:
+        known |= {"vocab_size": tokens, "padded_vocab_size": rows}
+    return TeacherFacts("transformers", known["vocab_size"], limit, known)
+
+
+def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
+    """The facts of a teacher, with the scorer that `scorer` (one of `SCORERS`) stands for.
+
+    `tokens` is the size of its tokenizer, the real vocabulary; None: all of its rows are.
+
+    Raises:
+        UsageError: the folder holds no model, or none that the scorer can score.
+    """
+    if scorer == "transformers":
+        return _through_transformers(folder, tokens)
+    try:
+        arch = stored_architecture(folder)
+    except UsageError as reason:
+        read_json(folder / "config.json", "a Hugging Face model configuration")
+        if scorer == "decoder":
+            raise
+        if find_spec("transformers") is None:
+            raise UsageError(f"{reason} Scoring it with transformers {NO_EXTRA}") from None
+        facts = _through_transformers(folder, tokens)
+        log.info("%s: scored with transformers, for our decoder does not cover it", reason)
+        return facts
+    if tokens is not None:
+        arch = arch.with_tokens(tokens, str(folder))
+    return TeacherFacts("decoder", arch.vocab_size, arch.max_positions, asdict(arch))
+
+
+def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.device) -> Scorer:
+    """The teacher in `folder`, ready to score the vocabulary of its tokenizer."""
+    tokens = Tokenizer(folder).vocab_size
+    if read_facts(folder, scorer, tokens).scorer == "transformers":
+        return HuggingFaceScorer.load(folder, dtype, device, tokens)
+    return DecoderScorer(build(Pretrained(str(folder)), device, 0, tokens).to(dtype).eval())

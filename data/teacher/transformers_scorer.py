@@ -1,0 +1,163 @@
+"""Teachers through transformers (extra `hf`): every causal language model that it knows."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Int
+from torch import Tensor
+
+from data.teacher.scorer import CHUNK_TOKENS
+from kd_core.errors import UsageError
+from kd_core.files import damaged, read_json
+from kd_core.hub import NO_EXTRA
+from kd_core.memory import bounded_memory
+from kd_core.students.decoder.architecture import MOST
+from kd_core.students.huggingface.weights import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+LAYERS, EXPERTS = re.compile("^(?!max_window_).*layers?$|blocks?$|stages?$"), re.compile("experts?$")
+MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
+
+
+def read_config(folder: Path) -> "PretrainedConfig":
+    """transformers' configuration of the language model in `folder` (for one of several parts: of its text).
+
+    Raises:
+        UsageError: no transformers here, or it does not know the model.
+    """
+    try:
+        from transformers import AutoConfig  # noqa: PLC0415 (an extra)
+    except ImportError:
+        raise UsageError(f"{folder}: scoring with transformers {NO_EXTRA}") from None
+    _check_config(folder)
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        if not 1 <= int(found.vocab_size) <= MOST["vocab_size"]:
+            raise ValueError(f"a vocabulary of {found.vocab_size}")
+    except Exception as error:  # there are as many ways to fail as there are models
+        raise UsageError(f"{folder}: transformers cannot read its config.json ({error!s:.400}).") from None
+    return found
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse a `config.json` that would have transformers look elsewhere, or count for ever.
+
+    Raises:
+        UsageError: it names code of a hub, an adapter lies beside it, or it has more parts than any model.
+    """
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(f"{folder}: holds adapter_config.json, whose base lies elsewhere. Wanted a merged model.")
+    with damaged(path, "a Hugging Face model configuration", "Fetch the folder again"):
+        parts = _count_parts(read_json(path, "a Hugging Face model configuration"))
+    if parts > MOST_PARTS:
+        raise UsageError(f"{path}: describes {parts} layers and experts; wanted {MOST_PARTS} at most.")
+
+
+def _count_parts(config: dict[str, Any]) -> int:
+    """Returns about how many modules a configuration asks for: layers times experts, of all of its models."""
+    nested, layers, experts = 0, 1, 1
+    for name, value in config.items():
+        if "implementation" in name and isinstance(value, str) and "/" in value:
+            raise ValueError(f"{name} is {value!a:.80}, which would be fetched and run")
+        if isinstance(value, dict):
+            nested += _count_parts(cast(dict[str, Any], value))
+        elif type(value) is int and abs(value) > MOST_NUMBER:
+            raise ValueError(f"{name} is {value!a:.80}")
+        elif type(value) is int and LAYERS.search(name):
+            layers = max(layers, value)
+        elif type(value) is int and EXPERTS.search(name):
+            experts = max(experts, value)
+    return nested + layers * experts
+
+
+def _check_room(config: "PretrainedConfig", folder: Path) -> None:
+    """Refuse a model that has more numbers than its folder, 4 bits each, before it has memory."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
+
+    with torch.device("meta"), bounded_memory(MOST_MEMORY):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    stored = 2 * sum(path.stat().st_size for path in weight_files(folder))
+    needed = sum(each.numel() for each in model.parameters())
+    buffers = sum(each.nbytes for each in model.buffers())
+    if needed > stored or buffers > stored + MOST_MEMORY:
+        raise UsageError(
+            f"{folder}: config.json describes {needed} weights (and {buffers} bytes of buffers), but the safetensors "
+            f"files hold at most {stored}. Fetch the folder again."
+        )
+
+
+def _widen_lm_head(model: "PreTrainedModel") -> None:
+    """Makes the output head compute float32 logits, and leaves a tied embedding in the model's dtype."""
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
+        return
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
+    head.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
+
+
+class HuggingFaceScorer(NamedTuple):
+    """Any causal language model of transformers; the logits of a whole batch exist at once.
+
+    `vocab_size` is the real vocabulary, the tokenizer's: a head may be padded beyond it, and the padding takes no
+    probability.
+    """
+
+    model: "PreTrainedModel"
+    vocab_size: int
+
+    @classmethod
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, tokens: int | None = None
+    ) -> "HuggingFaceScorer":
+        """Load from safetensors alone: no pickle, no code of the folder's own. `tokens` is the real vocabulary.
+
+        Raises:
+            UsageError: transformers has no such causal language model, or weights are missing.
+        """
+        config = read_config(folder)
+        from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415 (an extra)
+
+        logging.disable_progress_bar()  # each rank would show its own
+        try:
+            _check_room(config, folder)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+        except UsageError:
+            raise
+        except Exception as error:  # as above
+            raise UsageError(
+                f"{folder}: transformers cannot load it as a causal language model ({error!s:.400})."
+            ) from None
+        model, found = loaded
+        # transformers would fill them with random numbers and warn.
+        absent = sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str)
+        if absent:
+            raise UsageError(
+                f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}. "
+                "Fetch the folder again."
+            )
+        model = model.to(device).eval()
+        _widen_lm_head(model)
+        return cls(model, int(config.vocab_size) if tokens is None else tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens are to lie."""
+        return self.model.device
+
+    def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:
+        """See `Scorer`. Padding stands on the right, where causal attention never looks: no mask is needed."""
+        del document_ids
+        out = self.model(input_ids=tokens, use_cache=False).logits
+        for chunk in rearrange(out, "B T V -> (B T) V").split(CHUNK_TOKENS):
+            yield chunk[:, : self.vocab_size].float().contiguous()

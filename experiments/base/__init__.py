@@ -1,0 +1,1 @@
+"""The parts that every experiment is made of."""

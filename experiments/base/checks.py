@@ -1,0 +1,162 @@
+"""What an experiment's parts must be to each other, checked before anything is trained; each failure is one message."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from data.stream.location import Location
+from data.stream.source import Shards
+from data.tokenizer import Tokenizer
+from experiments.base.provenance import student_folders
+from kd_core.errors import UsageError
+from kd_core.hub import folder_of
+from kd_core.losses.objective import CacheFacts, Objective
+from kd_core.parallel.layout import Shape, check_shape
+from kd_core.parallel.parallelize import held
+from kd_core.students.decoder.architecture import too_many_tokens
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.training.evaluation import Metric, best_is, metric_names
+from kd_core.training.optimizer import ALONE, AdamW, TorchOptimizer
+
+if TYPE_CHECKING:
+    from experiments.base.experiment import Experiment
+
+log = logging.getLogger("kd")
+
+
+def cache_facts(shards: Shards) -> CacheFacts:
+    """What the losses must know of what is read of a cache."""
+    found = shards.manifest
+    temperatures, tail_known = (1.0, *found.selection.tail_temperatures), "tail" not in found.unknown
+    return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
+
+
+def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
+    """All that is missing at once, so that it is made at once."""
+    wanted = {
+        where: (folder, "an adapter in PEFT's format" if where.endswith(".adapter") else "a Hugging Face folder")
+        for where, folder in student_folders(experiment.student).items()
+    }
+    for where, shards in caches.items():
+        if not Location(shards.path).remote:
+            wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
+    missing = [
+        f"{where}: {folder} ({what})"
+        for where, (folder, what) in wanted.items()
+        if not folder_of(folder, where).is_dir()
+    ]
+    if missing:
+        raise UsageError(f"no such folder: {'; '.join(missing)}. Make what is missing, or name what is there.")
+
+
+def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
+    """A record is never cut, so a row must hold the longest."""
+    for where, shards in caches.items():
+        longest = max(length for shard in shards.manifest.shards for length in shard.lengths)
+        if longest > row_length:
+            raise UsageError(
+                f"collate.row_length: got {row_length}; {where}.path {shards.path} has a record of {longest} "
+                f"positions, and none is cut. Set tag:RowLength={longest} here (tokens_per_step is a multiple of it), "
+                f"or export with --config=tag:RowLength={row_length}."
+            )
+
+
+def _warn_of_training_data(experiment: "Experiment") -> None:
+    """Validation on what is trained on measures memory."""
+    trained = {shards.path: where for where, shards in experiment.training_caches().items()}
+    for where, shards in experiment.held_out_caches().items():
+        if shards.path in trained:
+            log.warning("%s.path is %s.path, %s: validation on what is trained on tells what is learnt by heart.",
+                        where, trained[shards.path], shards.path)  # fmt: skip
+
+
+def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Iterable[Shards]) -> None:
+    """A user's metric has a name that no other number has.
+
+    Raises:
+        UsageError: it has one that is there already.
+    """
+    own = [metric.__name__ for metric in metrics]
+    taken = {name.removeprefix("val/") for shards in caches for name in metric_names(loss, cache_facts(shards))}
+    if doubles := sorted({name for name in own if name in taken or own.count(name) > 1}):
+        raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: there is a number of this name. Rename it.")
+
+
+def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
+    evaluation = experiment.evaluation
+    for prompt, ids in zip(evaluation.prompts, tokenizer.encode(evaluation.prompts), strict=True):
+        if not ids:
+            raise UsageError(f"evaluation.prompts: {prompt!r} has no token. Begin with a word.")
+    refuse_taken_names(evaluation.metrics, experiment.loss, experiment.held_out_caches().values())
+    known = experiment.validation_metrics()
+    if (best := experiment.checkpoint.best_metric) not in known:
+        raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
+    mode, users = experiment.checkpoint.best_mode, {metric.__name__ for metric in evaluation.metrics}
+    right = best_is(best) if best.rpartition("/")[2] not in users else None
+    if experiment.checkpoint.keep_best and right and mode != right:
+        raise UsageError(f"checkpoint.best_mode: got {mode} for {best}, which would keep the worst; wanted {right}.")
+
+
+def check(experiment: "Experiment") -> None:
+    """Check the parts against each other and the files.
+
+    Raises:
+        UsageError: parts that do not fit, or files that are missing.
+    """
+    caches = {**experiment.training_caches(), **experiment.held_out_caches()}
+    _check_folders(experiment, caches)
+    folder = experiment.student.folder
+    tokenizer = Tokenizer(folder_of(folder))
+    arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder)
+    for where, shards in caches.items():
+        try:
+            if arch.vocab_rows < min(shards.manifest.vocab_size, tokenizer.vocab_size):
+                raise too_many_tokens(shards.manifest.vocab_size, arch.vocab_rows, folder, "student.folder")
+            shards.check(arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    _check_rows(experiment.collate.row_length, caches)
+    for shards in experiment.training_caches().values():
+        experiment.loss.check_cache(cache_facts(shards))
+    _check_evaluation(experiment, tokenizer)
+    _warn_of_training_data(experiment)
+
+
+def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict[str, str]:
+    """Whether so many ranks can be laid out for a student without memory; what each does and holds.
+
+    Raises:
+        UsageError: a layout that does not fit, with what would.
+    """
+    parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
+    optimizer = experiment.optimizer
+    if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in ALONE:
+        raise UsageError(f"optimizer.cls: {optimizer.cls} runs on one rank alone; there are {ranks}. Take another.")
+    layout = parallel.layout(ranks)
+    longest = collate.row_length if collate.padding == "row_length" else collate.multiple
+    T = -(-longest // collate.multiple) * collate.multiple
+    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
+    check_shape(parallel.tensor_parallel, parallel.sequence_parallel, Shape(*sizes, T))
+    holds = held(student, layout, parallel.sequence_parallel)
+    moments = f" and {holds.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
+    rows = -(-experiment.rows_per_step // layout.data)
+    passes = -(-rows // parallel.micro_batch_rows)
+    return {
+        "layout": f"{ranks} ranks: {layout}",
+        "a rank": f"at most {rows} rows a step in {passes} passes; holds {holds.parameters / 1e6:.2f}M parameters "
+        f"({4 * holds.parameters / 1e9:.3f} GB in float32){moments}",
+    }
+
+
+def warn_of_layout(rows_per_step: int, ranks: int) -> None:
+    """Say when data-parallel ranks have nothing to do, or wait for others."""
+    if rows_per_step < ranks:
+        log.warning(
+            "tokens_per_step: a step has %d rows for %d data-parallel ranks; %d of them are idle. Raise it, or start "
+            "fewer.", rows_per_step, ranks, ranks - rows_per_step,
+        )  # fmt: skip
+    elif rows_per_step % ranks:
+        log.warning(
+            "tokens_per_step: a step has %d rows for %d data-parallel ranks; some wait while others take one row more.",
+            rows_per_step, ranks,
+        )  # fmt: skip

@@ -1,0 +1,53 @@
+"""The base of the experiments: every part named once, values that must agree tagged.
+
+Command:  torchrun --nproc-per-node 1 -m launchers.train --config='distill(model="my/model", cache="my/cache")'
+Expected: a run that makes sense before anything is tuned; what is particular to a question is set by its experiment.
+Seen:     as `quickstart`, which is this with seven values of its own.
+"""
+
+import fiddle as fdl
+
+from data.stream.collate import Collate
+from data.stream.source import Shards
+from experiments.base.experiment import Evaluation, Experiment, Logger
+from experiments.tags import Interval, RowLength, TopK
+from kd_core.losses.objective import CrossEntropy, Distillation, Objective
+from kd_core.parallel.config import Parallel
+from kd_core.students.starts.start import Pretrained
+from kd_core.training.checkpoints.checkpoint import Checkpoint
+from kd_core.training.lr_schedule import WarmupCosine
+from kd_core.training.optimizer import AdamW
+
+
+def read(path: str) -> fdl.Config[Shards]:
+    """A cache, all of it."""
+    config = fdl.Config(Shards, path=path)
+    fdl.add_tag(config, "top_k", TopK)
+    return config
+
+
+def distill(model: str = "my/model", cache: str = "my/cache") -> fdl.Config[Experiment]:
+    """A whole model as the student, on `cache`/train and `cache`/validation: 0.9 forward KL + 0.1 cross-entropy."""
+    config = fdl.Config(
+        Experiment,
+        student=fdl.Config(Pretrained, folder=model),
+        shards=read(f"{cache}/train"),
+        collate=fdl.Config(Collate, row_length=512),
+        loss=fdl.Config(
+            Objective,
+            terms={"kd": fdl.Config(Distillation, weight=0.9), "sft": fdl.Config(CrossEntropy, weight=0.1)},
+        ),
+        optimizer=fdl.Config(AdamW, lr=1e-4),
+        schedule=fdl.Config(WarmupCosine, warmup_steps=20),
+        parallel=fdl.Config(Parallel),
+        checkpoint=fdl.Config(Checkpoint, every=100),
+        logger=fdl.Config(Logger),
+        evaluation=fdl.Config(Evaluation, shards=read(f"{cache}/validation"), every=100),
+        steps=1000,
+        seed=0,
+        tokens_per_step=8192,
+    )
+    fdl.add_tag(config.collate, "row_length", RowLength)
+    fdl.add_tag(config.checkpoint, "every", Interval)
+    fdl.add_tag(config.evaluation, "every", Interval)
+    return config

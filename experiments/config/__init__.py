@@ -1,0 +1,1 @@
+"""The experiment graph by text: names, items, paths, records."""

@@ -1,0 +1,1 @@
+"""The losses through the output head, without all N × V logits."""

@@ -1,0 +1,1 @@
+"""Our own decoder: its modules and the numbers that fix it."""

@@ -1,0 +1,138 @@
+"""Adapters in PEFT's own format: `adapter_config.json` beside `adapter_model.safetensors`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_core.errors import UsageError
+from kd_core.files import damaged, is_plain_file, read_json
+from kd_core.hub import snapshot_at
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.decoder.lora_layers import LoraLinear, adapted_layers
+from kd_core.students.huggingface.weights import Stored, stored_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model.model."
+# How an adapter may have begun on a base that stays as it is (the others of PEFT 0.21: pissa, olora, corda, …).
+PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Settings with which an adapter would mean something else.
+NOT_OURS = (
+    "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "lora_bias",
+    "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+
+
+def stored_name(layer: str, which: str) -> str:
+    """The name in PEFT's file of a layer's `lora_A` or `lora_B`."""
+    return f"{PREFIX}{layer}.{which}.weight"
+
+
+def _our_name(stored: str) -> str:
+    return stored.removeprefix(PREFIX).removesuffix(".weight")
+
+
+def _files(folder: Path) -> list[Path]:
+    path = folder / WEIGHTS
+    if not is_plain_file(path):
+        raise UsageError(f"{path}: no such file; wanted an adapter in PEFT's format.")
+    return [path]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    config = read_json(path, "a PEFT adapter's configuration")
+    if config.get("peft_type") != "LORA":
+        raise UsageError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported.")
+    if config.get("bias", "none") != "none":
+        raise UsageError(f"{path}: bias is {config['bias']!r}; only 'none' is supported.")
+    if (begun := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
+        raise UsageError(
+            f"{path}: init_lora_weights is {begun!r}, a beginning that also changes the base, by what is not in the "
+            f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
+        )
+    for name in NOT_OURS:
+        if config.get(name):
+            raise UsageError(f"{path}: {name} is {config[name]!r}, which is not supported.")
+    return config
+
+
+def check_same(folder: Path, model: Decoder) -> None:
+    """That a stored adapter has the settings and the layers of the model's own. Dropout may differ.
+
+    Raises:
+        UsageError: it has others, or is none that we can load; says what to set.
+    """
+    config, layers = _read_config(folder), adapted_layers(model)
+    own = next(iter(layers.values())).settings
+    with damaged(folder / CONFIG, "a PEFT adapter's configuration"):
+        stored = {
+            "rank": (own.rank, int(config.get("r", 8))),
+            "alpha": (own.alpha, float(config.get("lora_alpha", 8))),
+            "rank_stabilised": (own.rank_stabilised, bool(config.get("use_rslora", False))),
+        }
+    for name, (ours, theirs) in stored.items():
+        if ours != theirs:
+            raise UsageError(f"student.{name}: got {ours}; {folder} has {theirs}. Set student.{name}={theirs}.")
+    names = {_our_name(each.name).rsplit(".", 1)[0] for each in stored_tensors(_files(folder))}
+    if names != set(layers):
+        there, here = sorted(names - set(layers)), sorted(set(layers) - names)
+        which = f"{there[0]} there alone" if there else f"{here[0]} here alone"
+        raise UsageError(
+            f"student.targets: {folder} adapts {len(names)} layers, the student {len(layers)} ({which}). "
+            "Set student.targets and student.layers to those of the adapter."
+        )
+
+
+def load_adapter(model: Decoder, folder: Path) -> None:
+    """Copy a stored adapter into the model's own, which `check_same` has compared.
+
+    Raises:
+        UsageError: a tensor is missing, of another shape, or not finite.
+    """
+    wanted = {
+        f"{name}.{which}": parameter
+        for name, layer in adapted_layers(model).items()
+        for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+    }
+    for stored in stored_tensors(_files(folder)):
+        _fill(stored, wanted.pop(_our_name(stored.name), None))
+    if wanted:
+        raise UsageError(f"{folder}: {len(wanted)} tensors are missing, the first is {min(wanted)}.")
+
+
+def _fill(stored: Stored, parameter: Any) -> None:
+    if parameter is None:
+        raise UsageError(f"{stored.path}: found {stored.name}; wanted no such tensor.")
+    stored.fill(parameter)
+
+
+def _targets(names: list[str], num_layers: int) -> dict[str, Any]:
+    """Names and layers apart where every named layer has every name, as people write it; else each in full."""
+    pairs = {(int(name.split(".")[1]), name.rsplit(".", 1)[1]) for name in names}
+    layers, lasts = sorted({layer for layer, _ in pairs}), sorted({last for _, last in pairs})
+    if len(pairs) != len(layers) * len(lasts):
+        return {"target_modules": [f"model.{name}" for name in sorted(names)]}
+    some = None if len(layers) == num_layers else layers
+    return {"target_modules": lasts, "layers_to_transform": some, "layers_pattern": None if some is None else "layers"}
+
+
+def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
+    """The `adapter_config.json` of a model's adapters; `base_folder` None where no folder has the frozen weights."""
+    settings = next(iter(layers.values())).settings
+    fetched = None if base_folder is None else snapshot_at(base_folder)
+    base = fetched.repository if fetched else base_folder and str(base_folder)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": fetched.commit if fetched else None,
+        "inference_mode": True,
+        "bias": "none",
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rank_stabilised,
+        **_targets(list(layers), num_layers),
+    }

@@ -1,0 +1,107 @@
+"""RoPE's fields of a `config.json` to a theta and a scaling, and back.
+
+Older files have `rope_theta` and `rope_scaling`, those of transformers 5 `rope_parameters` with all of it.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from kd_core.errors import UsageError
+from kd_core.students.decoder.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+
+DEFAULT_THETA = 10_000.0
+KINDS = ("default", "linear", "llama3", "yarn")
+NOT_OURS = {
+    "dynamic": "its frequencies depend on the longest row seen, so a position would have no fixed angle",
+    "longrope": "its frequencies depend on the length of the row",
+}
+KNOWN_FIELDS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "truncate"},
+}  # fmt: skip
+
+
+def _fields(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of scaling and its fields, theta among them, of either form."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise UsageError(f"{path}: rope_parameters is {found!r}; only one setting for all layers is supported.")
+    fields: dict[str, Any] = {**found}
+    older = fields.pop("type", None)
+    kind = str(fields.pop("rope_type", older) or "default")
+    if kind not in KINDS:
+        why = f" ({NOT_OURS[kind]})" if kind in NOT_OURS else ""
+        raise UsageError(f"{path}: rope_type is {kind!r}{why}; only {', '.join(KINDS)} are supported.")
+    fields.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
+    share = fields.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if share not in (None, 1, 1.0):
+        raise UsageError(f"{path}: partial_rotary_factor is {share}; only 1.0 is supported.")
+    unknown = sorted(set(fields) - KNOWN_FIELDS[kind] - {"rope_theta"})
+    # Files of models that never were stretched carry fields of other kinds along; with `default` they do nothing.
+    if unknown and kind != "default":
+        raise UsageError(f"{path}: rope_type {kind!r} has {unknown[0]!r}, which is not supported.")
+    return kind, fields
+
+
+def _yarn_amplitude(fields: dict[str, Any], factor: float) -> float:
+    def of(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if fields.get("attention_factor") is not None:
+        return float(fields["attention_factor"])
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        return of(fields["mscale"]) / of(fields["mscale_all_dim"])
+    return of(1.0)
+
+
+def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling of a configuration; `path` names it in errors.
+
+    Raises:
+        UsageError: a kind of scaling, or a field of one, that we do not have.
+        KeyError: a field that the kind needs is missing.
+    """
+    kind, fields = _fields(path, config)
+    theta = float(fields["rope_theta"])
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearScaling(float(fields["factor"]))
+    stretched = int(config["max_position_embeddings"])
+    # The top-level field is some older files' place for it, and counts first, as in transformers.
+    outer = config.get("original_max_position_embeddings")
+    original = int(outer or fields.get("original_max_position_embeddings") or stretched)
+    if kind == "llama3":
+        return theta, Llama3Scaling(
+            float(fields["factor"]), float(fields["low_freq_factor"]), float(fields["high_freq_factor"]), original
+        )
+    factor = float(fields["factor"] if fields.get("factor") is not None else stretched / original)
+    scaling = YarnScaling(
+        factor,
+        original,
+        _yarn_amplitude(fields, factor),
+        float(fields.get("beta_fast") or 32),
+        float(fields.get("beta_slow") or 1),
+        bool(fields.get("truncate", True)),
+    )
+    return theta, scaling
+
+
+def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    original = {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_positions}
+    if isinstance(scaling, Llama3Scaling):
+        bounds = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        return {"rope_type": "llama3", **original, **bounds}
+    turns = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.whole_pairs}
+    return {"rope_type": "yarn", **original, **turns, "attention_factor": scaling.amplitude}
+
+
+def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The fields, in the older form, which every transformers reads."""
+    return {"rope_theta": theta, "rope_scaling": None if scaling is None else _scaling_fields(scaling)}

@@ -1,0 +1,181 @@
+"""A student into a Hugging Face folder: adapters merged, and again beside it in PEFT's format.
+
+Where parameters are spread over processes, all of them take part, one whole tensor at a time; the first one writes.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd_core.errors import UsageError
+from kd_core.files import is_plain_file, new_folder, write_json
+from kd_core.precision import DTYPES, Dtype
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
+from kd_core.students.decoder.sharded_values import stopping_together, whole
+from kd_core.students.huggingface.export_files import ChatFormat, write_about
+from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
+from kd_core.students.huggingface.weights import stored_architecture, weight_files
+
+MAX_FILE_BYTES = 5_000_000_000
+ADAPTER = "adapter"
+
+
+class _Piece(NamedTuple):
+    """A tensor to be stored, and how every rank takes part in making it whole."""
+
+    name: str
+    numbers: int
+    values: Callable[[], Tensor]
+
+
+class _File(NamedTuple):
+    """A file of the folder, and what is to lie in it."""
+
+    name: str
+    pieces: list[_Piece]
+
+
+def _unlikely_padding(head: Tensor, real: int) -> Tensor:
+    """The head's rows [rows, D]; those beyond the `real` ones, which were not trained, become the mean of these.
+
+    A padding logit is then the mean of the real ones. exp is convex, so a padding token has at most 1/V of their
+    probability at any position, and is the likeliest at none.
+    """
+    rows = whole(head)
+    return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
+
+
+def _model_pieces(model: Decoder) -> list[_Piece]:
+    """By transformers' names, adapters merged; a tied head is not stored."""
+    arch = model.arch
+    values = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
+    if arch.vocab_rows > arch.vocab_size:
+        head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
+        values[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
+    return [
+        _Piece(
+            name if name == "lm_head.weight" else f"model.{name}",
+            parameter.numel(),
+            values.get(name, functools.partial(whole, parameter)),
+        )
+        for name, parameter in base_parameters(model).items()
+    ]
+
+
+def _adapter_pieces(model: Decoder) -> list[_Piece]:
+    return [
+        _Piece(stored_name(name, which), parameter.numel(), functools.partial(whole, parameter))
+        for name, layer in adapted_layers(model).items()
+        for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+    ]
+
+
+def _split(pieces: list[_Piece], most: int) -> list[_File]:
+    """Files of at most so many numbers each, but of one tensor at least."""
+    groups: list[list[_Piece]] = [[]]
+    for piece in pieces:
+        if groups[-1] and sum(each.numbers for each in groups[-1]) + piece.numbers > most:
+            groups.append([])
+        groups[-1].append(piece)
+    if len(groups) == 1:
+        return [_File("model.safetensors", groups[0])]
+    return [_File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def _gathered(files: list[_File]) -> Iterator[Tensor]:
+    """The whole tensors in order; every step is one that all ranks take."""
+    for file in files:
+        for piece in file.pieces:
+            yield piece.values()
+
+
+def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
+    for file in files:
+        state = {piece.name: next(tensors).to("cpu", dtype).contiguous() for piece in file.pieces}
+        try:
+            save_file(state, folder / file.name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UsageError(
+                f"{folder / file.name}: cannot be written ({error}). Free some space and run the same again."
+            ) from None
+
+
+def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
+    places = {piece.name: file.name for file in files for piece in file.pieces}
+    size = sum(piece.numbers for file in files for piece in file.pieces) * dtype.itemsize
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _write_adapter_config(model: Decoder, folder: Path, tokenizer_folder: Path) -> None:
+    if layers := adapted_layers(model):
+        rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
+        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
+        (folder / ADAPTER).mkdir()
+        write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
+
+
+def _ends(path: Path) -> bool:
+    """Checks that the JSON of a file ends with a bracket, as one that was cut short does not."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip().endswith((b"}", b"]"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Checks that a folder holds an exported student of which no file is missing or cut short; reads no weights."""
+    try:
+        weights = weight_files(folder)
+        if (adapter := folder / ADAPTER).is_dir():
+            weights.append(adapter / WEIGHTS)
+        for path in weights:
+            with safe_open(path, "pt"):  # compares the file's length with its header
+                pass
+        needed = [folder / "config.json", folder / "tokenizer.json"]
+        return all(is_plain_file(path) for path in needed) and all(_ends(path) for path in folder.rglob("*.json"))
+    except (UsageError, OSError, SafetensorError):
+        return False
+
+
+def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it is stored, and who writes)
+    model: Decoder,
+    folder: Path,
+    tokenizer_folder: Path,
+    *,
+    chat: ChatFormat | None = None,
+    dtype: Dtype = "float32",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    first: bool = True,
+) -> None:
+    """Write a folder that transformers loads: config, weights, the tokenizer's files, and `adapter/` for PEFT.
+
+    Every process calls it, the one that writes with `first`; an error of that one stops all. More than
+    `max_file_bytes` of weights become several files with an index. Memory: one file's weights, on the first alone.
+    `chat` is how the conversations were written that the student was trained on, if it was.
+
+    Raises:
+        UsageError: files that cannot be written.
+    """
+    files = _split(_model_pieces(model), max_file_bytes // DTYPES[dtype].itemsize)
+    adapters = [_File(f"{ADAPTER}/{WEIGHTS}", pieces)] if (pieces := _adapter_pieces(model)) else []
+    tensors = _gathered([*files, *adapters])
+    with stopping_together(model.parameters()):
+        try:
+            if first:
+                with new_folder(folder) as partial:
+                    write_about(partial, model.arch, tokenizer_folder, dtype, chat)
+                    _write_adapter_config(model, partial, tokenizer_folder)
+                    _write_weights(partial, files, tensors, DTYPES[dtype])
+                    _write_weights(partial, adapters, tensors, torch.float32)
+                    if len(files) > 1:
+                        _write_index(partial, files, DTYPES[dtype])
+        finally:
+            for _ in tensors:  # the others' part, and what an error of the first has left over
+                pass

@@ -1,0 +1,1 @@
+"""The first weights of a student."""

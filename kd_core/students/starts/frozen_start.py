@@ -1,0 +1,44 @@
+"""A start of which some parameters are not trained."""
+
+from dataclasses import dataclass
+
+from kd_core.errors import UsageError
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.starts.name_patterns import matching
+from kd_core.students.starts.start import Start
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """`base` with the parameters that `patterns` fit held as they are: `embed_tokens.weight`, `layers.[0-3].*`."""
+
+    base: Start
+    patterns: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """See `Start`."""
+        return self.base.folder
+
+    def architecture(self) -> Architecture:
+        """That of the base."""
+        return self.base.architecture()
+
+    def decoder(self) -> Decoder:
+        """The base's, with `requires_grad` off where a pattern fits.
+
+        Raises:
+            UsageError: a pattern fits nothing, or nothing is left to train.
+        """
+        model = self.base.decoder()
+        named = dict(model.named_parameters(remove_duplicate=False))  # a tied head by either name
+        for name in matching(named, self.patterns, "student.patterns"):
+            named[name].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in named.values()):
+            raise UsageError(f"student.patterns: {self.patterns} fit every parameter; nothing is left to train.")
+        return model
+
+    def fill(self, model: Decoder, seed: int) -> None:
+        """As the base."""
+        self.base.fill(model, seed)

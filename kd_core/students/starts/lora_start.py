@@ -1,0 +1,119 @@
+"""A start of which low-rank adapters alone are trained."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd_core.errors import UsageError
+from kd_core.hub import folder_of
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.decoder.lora_layers import LoraLinear, LowRank, adapted_layers
+from kd_core.students.decoder.sharded_values import stopping_together
+from kd_core.students.huggingface.peft_folder import check_same, load_adapter
+from kd_core.students.starts.name_patterns import matches, matching
+from kd_core.students.starts.start import Start, fill_random
+
+QKV, DENSE, FC1, FC2 = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+# NeMo-Aligner's names.
+ALIASES = {
+    "attention_qkv": QKV,
+    "attention_dense": DENSE,
+    "mlp_fc1": FC1,
+    "mlp_fc2": FC2,
+    "attention": QKV + DENSE,
+    "mlp": FC1 + FC2,
+    "all": QKV + DENSE + FC1 + FC2,
+}
+
+
+def uniform_as_peft(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform with a = √5 (arXiv 1502.01852), as PEFT begins: within ± 1/√in."""
+    bound = 1 / math.sqrt(values.shape[1])
+    return values.uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """`base`, frozen, with trained low-rank adapters (LoRA, arXiv 2106.09685) beside linear layers of its blocks.
+
+    Args:
+        base: where the frozen weights come from.
+        targets: patterns on the names of linear layers (`q_proj`, `self_attn.*`, `layers.3.mlp.up_proj`), or
+            `attention_qkv`, `attention_dense`, `mlp_fc1`, `mlp_fc2`, `attention`, `mlp`, `all`.
+        rank: rows of A, columns of B.
+        alpha: the product is multiplied by alpha / rank.
+        dropout: share of the adapter's inputs that a training step leaves out.
+        layers: only in these layers, counted from 0; None: in all.
+        rank_stabilised: alpha / √rank (arXiv 2312.03732).
+        adapter: a folder in PEFT's format to begin with, of just these settings; None: A random, B zero.
+    """
+
+    base: Start
+    targets: tuple[str, ...] = ("attention_qkv",)
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+    rank_stabilised: bool = False
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "student.", rank=AT_LEAST_1, alpha=ABOVE_0, dropout=SHARE_BELOW_1, layers=AT_LEAST_0
+        )  # fmt: skip
+
+    @property
+    def folder(self) -> str:
+        """See `Start`."""
+        return self.base.folder
+
+    def architecture(self) -> Architecture:
+        """That of the base."""
+        return self.base.architecture()
+
+    def _adapted_names(self, model: Decoder) -> list[str]:
+        count = model.arch.num_layers
+        if self.layers is not None and not set(self.layers) <= set(range(count)):
+            raise UsageError(f"student.layers: got {self.layers}; wanted some of 0 to {count - 1}.")
+        linears = [name for name, each in model.layers.named_modules(prefix="layers") if isinstance(each, nn.Linear)]
+        wanted = [each for target in self.targets for each in ALIASES.get(target, (target,))]
+        found = matching(linears, wanted, f"student.targets (patterns, or {', '.join(ALIASES)})")
+        if self.layers is not None:
+            within = tuple(f"layers.{layer}.*" for layer in self.layers)
+            found = [name for name in found if any(matches(name, each) for each in within)]
+        if not found:
+            raise UsageError(f"student.targets: {self.targets} in layers {self.layers} is no layer; nothing to adapt.")
+        return found
+
+    def decoder(self) -> Decoder:
+        """The base's, frozen, with adapters.
+
+        Raises:
+            UsageError: a target that fits nothing, a layer that is not there, an adapter of other settings.
+        """
+        model = self.base.decoder().requires_grad_(False)
+        settings = LowRank(self.rank, self.alpha, self.dropout, self.rank_stabilised)
+        for name in self._adapted_names(model):
+            parent, last = name.rsplit(".", 1)
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            setattr(model.get_submodule(parent), last, LoraLinear(linear, settings))
+        if self.adapter is not None:
+            check_same(folder_of(self.adapter, "student.adapter"), model)
+        return model
+
+    def fill(self, model: Decoder, seed: int) -> None:
+        """The base's weights; adapters from the folder, or A random by (seed, name) and B zero."""
+        self.base.fill(model, seed)
+        if self.adapter is not None:
+            with stopping_together(model.parameters()):
+                load_adapter(model, folder_of(self.adapter, "student.adapter"))
+            return
+        for name, layer in adapted_layers(model).items():
+            fill_random(layer.lora_A, f"{name}.lora_A", seed, uniform_as_peft)
+            with torch.no_grad():
+                layer.lora_B.zero_()

@@ -1,0 +1,255 @@
+"""Tensors of a checkpoint as safetensors files, one a rank: numbers alone, no pickle, so reading them runs no code.
+
+    tensors_00000.safetensors    header: name → dtype, shape, bytes; "offsets": name → where in the whole tensor it lies
+
+DCP plans who writes and reads which part of a tensor (resharding included); here stand only the files. A shape in a
+header is backed by as many bytes of the file, or safetensors refuses it: what is allocated is bounded by the file.
+DCP's own `HuggingFaceStorageWriter` holds two more copies of a rank's tensors in memory while it writes.
+"""
+
+import json
+import math
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from kd_core.errors import UsageError
+from kd_core.files import MOST_TEXT, damaged, is_plain_file
+from kd_core.json_fields import fields, integer, items
+from kd_core.training.checkpoints.checkpoint_files import TENSORS
+
+OFFSETS = "offsets"
+EARLIER = ".metadata"
+ALIGNMENT = 8
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """The file that a rank writes."""
+    return folder / f"tensors_{rank:05d}.safetensors"
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+class TensorWriter(StorageWriter):
+    """Writes what DCP plans for this rank, a tensor at a time."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = file_of(folder, rank)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: the folder is fixed."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the folder is there."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Order items by size of their elements, so that each lies where its dtype may."""
+        return replace(plan, items=sorted(plan.items, key=lambda item: -_properties(item).dtype.itemsize))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Return the plans as they are."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file and flush it to the disk."""
+        with self.path.open("wb") as file:
+            file.write(_header(plan.items))
+            for item in plan.items:
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, Tensor)
+                flat = tensor.detach().cpu().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        return _done([WriteResult(item.index, item.tensor_storage_size() or 0, self.path.name) for item in plan.items])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write nothing more: the headers hold all that reading needs."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return False: DCP is handed this writer, and never looks for one."""
+        del checkpoint_id
+        return False
+
+
+def _properties(item: WriteItem) -> TensorProperties:
+    assert item.tensor_data is not None, "a checkpoint holds tensors alone"
+    return item.tensor_data.properties
+
+
+def _header(plan_items: list[WriteItem]) -> bytes:
+    """The length and the JSON of a safetensors header."""
+    header: dict[str, Any] = {}
+    offsets: dict[str, list[int]] = {}
+    end = 0
+    for item in plan_items:
+        assert item.tensor_data is not None
+        name, chunk, dtype = item.index.fqn, item.tensor_data.chunk, item.tensor_data.properties.dtype
+        assert name not in header, f"a rank holds two parts of {name}"
+        start, end = end, end + math.prod(chunk.sizes) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(chunk.sizes), "data_offsets": [start, end]}
+        offsets[name] = list(chunk.offsets)
+    text = json.dumps({"__metadata__": {OFFSETS: json.dumps(offsets)}, **header}).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Reads the headers of a checkpoint: sizes, dtypes and chunks of all tensors, and the file of each chunk.
+
+    Raises:
+        UsageError: an earlier format, a damaged file, or chunks that do not make up a tensor.
+    """
+    paths = sorted(folder.glob(TENSORS))
+    if not paths:
+        which = (
+            f"holds {EARLIER}, a pickle of an earlier version, which is never read"
+            if (folder / EARLIER).exists()
+            else "holds no tensors_*.safetensors"
+        )
+        raise UsageError(f"{folder}: {which}. Wanted a checkpoint of this version: train again, or take another one.")
+    chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
+    dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
+    files: dict[MetadataIndex, Path] = {}
+    for path in paths:
+        for name, dtype, chunk in _chunks(path):
+            dtypes[name].add(dtype)
+            chunks[name].append(chunk)
+            files[MetadataIndex(name, chunk.offsets)] = path
+    found: dict[str, Any] = {}
+    for name, parts in chunks.items():
+        if len(dtypes[name]) > 1:
+            raise UsageError(f"{folder}: {name!a} has parts of several dtypes. Take another checkpoint.")
+        size = _size(parts)
+        if size is None:
+            raise UsageError(f"{folder}: the parts of {name!a} overlap, or leave a gap. Take another checkpoint.")
+        found[name] = TensorStorageMetadata(TensorProperties(dtype=min(dtypes[name], key=str)), size, parts)
+    return Metadata(found, storage_data=files)
+
+
+def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata]]:
+    """The chunks in a file, by its header alone."""
+    if not is_plain_file(path):
+        raise UsageError(f"{path}: is no file. Take another checkpoint.")
+    with damaged(path, "the tensors of a checkpoint", "Take another checkpoint"), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(OFFSETS, "null")
+        if len(text) > MOST_TEXT:
+            raise ValueError(f"{OFFSETS} of {len(text)} characters")
+        offsets = fields(json.loads(text), OFFSETS, file.keys())
+        for name in file.keys():  # noqa: SIM118 (no dictionary)
+            part = file.get_slice(name)
+            shape, kind = part.get_shape(), part.get_dtype()
+            if kind not in DTYPES:
+                raise ValueError(f"{name!a} is of dtype {kind}; wanted one of {', '.join(DTYPES)}")
+            starts = [integer(start, OFFSETS, 0, 1 << 48) for start in items(offsets[name], OFFSETS)]
+            if len(starts) != len(shape):
+                raise ValueError(f"{name!a} has {len(starts)} offsets for {len(shape)} dimensions")
+            yield name, DTYPES[kind], ChunkStorageMetadata(torch.Size(starts), torch.Size(shape))
+
+
+def _size(parts: list[ChunkStorageMetadata]) -> torch.Size | None:
+    """The size of the tensor that chunks make up, each place once; None where they do not.
+
+    However ranks are laid out, they cut a tensor by a grid: each dimension at the same places for all.
+    """
+    filled = [part for part in parts if math.prod(part.sizes)] or parts[:1]
+    size: list[int] = []
+    cuts: list[dict[int, int]] = []  # of each dimension, by where a part begins: where it ends
+    for dimension in range(len(filled[0].sizes)):
+        ends = {part.offsets[dimension]: part.offsets[dimension] + part.sizes[dimension] for part in filled}
+        cuts.append(ends)
+        size.append(max(ends.values()))
+        if sorted(ends) != sorted([0, *ends.values()])[:-1]:  # each begins where the one before ends
+            return None
+    whole = len({tuple(part.offsets) for part in filled}) == len(filled) == math.prod(map(len, cuts))
+    even = all(
+        cut[start] == start + length
+        for part in filled
+        for cut, start, length in zip(cuts, part.offsets, part.sizes, strict=True)
+    )
+    return torch.Size(size) if whole and even else None
+
+
+class TensorReader(StorageReader):
+    """Reads what DCP plans for this rank from the files of all."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers; errors as in `read_metadata`."""
+        self.metadata = read_metadata(folder)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: the folder is fixed."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what the headers hold."""
+        del args, kwargs
+        return self.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the headers are read."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy this rank's parts into its tensors, a file at a time."""
+        by_file: dict[Path, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self.metadata.storage_data[item.storage_index]].append(item)
+        for path, reads in by_file.items():
+            with safe_open(path, "pt") as file:
+                for item in reads:
+                    target = planner.resolve_tensor(item)
+                    target.detach().copy_(_read(file, item))
+                    planner.commit_tensor(item, target)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return False: DCP is handed this reader, and never looks for one."""
+        del checkpoint_id
+        return False
+
+
+def _read(file: Any, item: ReadItem) -> Tensor:
+    """The box of a stored chunk that an item asks for."""
+    box = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
+    name = item.storage_index.fqn
+    return file.get_slice(name)[box] if box and math.prod(item.lengths) else file.get_tensor(name)[box]

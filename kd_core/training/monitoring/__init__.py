@@ -1,0 +1,1 @@
+"""Reports of a run under way: metrics, TensorBoard, progress, traces, hangs."""

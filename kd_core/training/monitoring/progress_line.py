@@ -1,0 +1,90 @@
+"""What the terminal shows of a run under way: one line that lives, or, where nobody sees it live, a line in the log."""
+
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from tqdm import tqdm
+
+from kd_core.parallel.world import World
+
+log = logging.getLogger("kd")
+GIB = 1 << 30
+FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
+
+
+def memory_gib(device: torch.device) -> float:
+    """What this process holds: on a GPU the most that was allocated so far, else its resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / GIB
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # elsewhere only the most so far can be had
+    return most / GIB if sys.platform == "darwin" else most * 1024 / GIB
+
+
+def line(values: dict[str, float]) -> str:
+    """A step's numbers in one line; those that are not there (of a skipped step) are left out."""
+    losses = {name: name.removeprefix("train/") for name in values if name.startswith("train/")}
+    losses = {name: own for name, own in losses.items() if own == "loss" or own.endswith("_loss")}
+    ordered = sorted(losses, key=lambda name: losses[name] != "loss")
+    shown = [f"{losses[name].removesuffix('_loss')} {values[name]:.3f}" for name in ordered]
+    forms = {
+        "train/lr": "lr {:.2e}",
+        "speed/tokens_per_second": "{:.0f} tok/s",
+        "speed/data_wait_share": "{:.0%} waiting",
+        "speed/memory_gib": "{:.2f} GiB",
+    }
+    shown += [form.format(values[name]) for name, form in forms.items() if name in values]
+    if "speed/eta_seconds" in values:
+        shown.append(f"ETA {tqdm.format_interval(values['speed/eta_seconds'])}")
+    return ", ".join(shown)
+
+
+class Live:
+    """The line, of the first rank; every other one is silent.
+
+    `every`: steps from one line of the log to the next, where stderr is no terminal.
+    """
+
+    def __init__(self, steps: int, done: int, every: int, world: World) -> None:
+        self.steps, self.done, self.every, self.world = steps, done, every, world
+        self.started = time.perf_counter()
+        seen = world.is_first and sys.stderr.isatty()
+        self.bar: tqdm[NoReturn] | None = None
+        if seen:
+            options: dict[str, Any] = {"mininterval": 1, "bar_format": FORMAT, "dynamic_ncols": True}
+            self.bar = tqdm(total=steps, initial=done, desc="distil", **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def speed(self, step: int, seconds: float, waited: float) -> dict[str, float]:
+        """Numbers of a step that took so long after it had waited for its data.
+
+        The time that is left is that of the steps since the start, validation and checkpoints included.
+        """
+        each = (time.perf_counter() - self.started) / (step - self.done)
+        return {
+            "speed/data_wait_seconds": waited,
+            "speed/data_wait_share": waited / max(1e-9, waited + seconds),
+            "speed/memory_gib": memory_gib(self.world.device),
+            "speed/eta_seconds": each * (self.steps - step),
+        }
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """A step is done."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(line(values), refresh=False)
+            self.bar.update()
+        elif self.world.is_first and (step % self.every == 0 or step in (self.done + 1, self.steps)):
+            log.info("step %d of %d: %s", step, self.steps, line(values))

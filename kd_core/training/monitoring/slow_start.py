@@ -1,0 +1,90 @@
+"""One warning where the first steps cost far more than their matmuls should on this machine, with the likely cause."""
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
+from kd_core.precision import bfloat16_support, dtype_of
+
+log = logging.getLogger("kd")
+# Operations a parameter and token: the forward pass and the gradient of its inputs, and the gradient of a parameter
+# that is trained (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+THROUGH, TRAINED = 4, 2
+# A step is slow beyond so many times its matmuls in float32. That leaves room for attention, the optimiser and small
+# tensors. A step below `SHORT` seconds is bound by launches, and never called slow.
+MOST_TIMES, SHORT = 4.0, 1.0
+WATCHED_STEPS = 2
+MEASURED_SIZE = 1024
+
+
+def flops_per_token(parameters: Iterable[nn.Parameter]) -> float:
+    """Returns the floating-point operations of one token's forward and backward pass through the matmuls."""
+    return float(sum((THROUGH + TRAINED * p.requires_grad) * p.numel() for p in parameters))
+
+
+def float32_rate(device: torch.device) -> float:
+    """Returns the FLOP/s of a float32 matmul on a device: the best of a few, in a fraction of a second."""
+    left, right = torch.randn(2, MEASURED_SIZE, MEASURED_SIZE, device=device)
+    seconds: list[float] = []
+    for _ in range(4):
+        started = time.perf_counter()
+        float((left @ right)[0, 0])  # reading a number waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * MEASURED_SIZE**3 / min(seconds)
+
+
+class SlowStart:
+    """Compares the faster of the first two steps of this start with its matmuls. The first rank warns, once.
+
+    The first step alone also pays for what is done once, such as compilation.
+
+    Args:
+        model: the student; its parameters count as whole tensors.
+        parallel: its precision is a likely cause.
+        world: the ranks, which share the positions and the tensor-parallel matmuls of a step.
+        steps: optimiser steps that are left.
+    """
+
+    def __init__(self, model: nn.Module, parallel: Parallel, world: World, steps: int) -> None:
+        self.flops = flops_per_token(model.parameters()) / (world.dp_size * world.layout.tensor)
+        self.parallel, self.device, self.steps = parallel, world.device, steps
+        self.watched = min(WATCHED_STEPS, steps) if world.is_first else 0
+        self.seen: list[tuple[float, float]] = []
+
+    def add(self, positions: int, seconds: float, waited: float) -> None:
+        """Looks at a step of so many positions over all ranks that took `seconds` after it `waited` for its data."""
+        if len(self.seen) >= self.watched:
+            return
+        self.seen.append((seconds, waited))
+        seconds, waited = min(self.seen, key=sum)
+        if len(self.seen) < self.watched or seconds + waited < SHORT:
+            return
+        rate = float32_rate(self.device)
+        expected = positions * self.flops / rate
+        if seconds + waited < MOST_TIMES * expected:
+            return
+        left = (seconds + waited) * (self.steps - self.watched)
+        log.warning(
+            "slow: a step takes %.1f s, %.0f times the %.2g s that its matmuls would in float32 at this machine's "
+            "%.0f GFLOP/s; the steps that are left take %.0f min. %s", seconds + waited,
+            (seconds + waited) / expected, expected, rate / 1e9, left / 60, self._cause(seconds, waited),
+        )  # fmt: skip
+
+    def _cause(self, seconds: float, waited: float) -> str:
+        support, load = bfloat16_support(self.device), os.getloadavg()[0]
+        if waited > seconds:
+            return f"{waited:.1f} s of it are a wait for data: bring the cache nearer, or onto a faster disk."
+        if dtype_of(self.parallel.precision, self.device) == torch.bfloat16 and not support.is_fast:
+            return (
+                f"It multiplies in bfloat16, and {support.reason}. Start anew in another --run_dir with "
+                "--config=parallel.precision=float32."
+            )
+        if self.device.type == "cpu" and load > 1.5 * (os.cpu_count() or 1):
+            return f"Other work keeps the cores busy (load {load:.1f} on {os.cpu_count()} cores): end it, or wait."
+        return "--profile=3 in another --run_dir shows where the time goes."

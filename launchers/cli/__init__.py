@@ -1,0 +1,1 @@
+"""Flags, help, errors and checks that all commands share."""

@@ -1,0 +1,220 @@
+"""What every command shares: flags that teach, and a user's mistake as one message without a traceback."""
+
+import errno
+import io
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from experiments.config import catalog
+from kd_core.errors import NonFiniteError, RankError, UsageError, visible
+
+FLAGS = flags.FLAGS
+log = logging.getLogger("kd")
+MOST_MESSAGE = 20_000  # characters; a message may quote a value
+started_as = ""  # "kd", where that command runs another one
+
+
+def define_config_flags(kind: str) -> None:
+    """The flags of commands that take a config of `kind`."""
+    name = "experiment" if kind == "Experiment" else "export"
+    flags.DEFINE_multi_string("config", [], f"The {name}, then changes to it; applied in order (see above).")
+    flags.DEFINE_bool("list", False, f"List every {name} and fiddler with its first docstring line, and exit.")
+    flags.DEFINE_bool("print_config", False, "Print every value and who set it, and exit.")
+    flags.DEFINE_bool("diff", False, "Print only what differs from the base (the first --config), and exit.")
+    flags.DEFINE_string("base", None, "For --diff: another base, NAME or run:RUN_DIR.")
+    flags.DEFINE_bool("dry_run", False, "Check the parts against each other and the files, and exit.")
+
+
+def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
+    """The config of the flags (and of `more` items); None once the flags' wish to be shown something is fulfilled."""
+    if FLAGS.list:
+        print(catalog.listing(kind))
+        return None
+    from experiments.config import config_items
+
+    if FLAGS.base and not FLAGS.diff:
+        raise UsageError(f"--base={FLAGS.base}: is for --diff, which is not given. Add it, or leave --base out.")
+    items = [*FLAGS.config, *more]
+    resolved = config_items.resolve(items, kind)
+    if FLAGS.diff:
+        base = FLAGS.base or items[0]
+        lines = config_items.differences(config_items.resolve([base], kind), resolved)
+        print(_visible_lines(lines or f"nothing differs from {base}\n"), end="")
+        return None
+    if FLAGS.print_config:
+        print(_visible_lines(config_items.describe(resolved)), end="")
+        return None
+    return resolved
+
+
+def as_started(text: str) -> str:
+    """Returns a text with its command lines as they are typed: of `kd`, where that was started."""
+    if not started_as:
+        return text
+    for before, after in ((r"\S*python[\d.]* -m launchers\.(\w+)", ""), (r"-m launchers\.(\w+)", "--no-python ")):
+        text = re.sub(before, lambda found, after=after: f"{after}{started_as} {found[1].replace('_', '-')}", text)
+    return text
+
+
+def _help(doc: str, kind: str | None) -> str:
+    parts = [doc.strip()]
+    if kind is not None:
+        parts.append(f"Known to --config (first docstring line, module):\n{catalog.listing(kind)}")
+    shared = [__name__] if kind is not None else []
+    described = [FLAGS.module_help(module).split(":", 1)[1].strip("\n") for module in (*shared, sys.argv[0])]
+    return as_started("\n\n".join([*parts, "Flags:\n" + "\n".join(described)]))
+
+
+def _visible_lines(text: str) -> str:
+    """Lines without what would move the cursor: a message may quote a file of somebody else."""
+    return "\n".join(map(visible, text.expandtabs().split("\n")))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_MESSAGE else text[: MOST_MESSAGE - 1] + "…"
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines above the progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(_visible_lines(self.format(record)), file=sys.stderr)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell the user; None for an error that is ours and deserves its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. Run the same command again to go on from what is done."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk full: {error}. Free some space and run the same command again; what was complete is kept."
+    if isinstance(error, (UsageError, NonFiniteError)):
+        text, _, context = str(error).partition("\n\nFiddle context: ")
+        at = re.search(r"<root>\.([^ ]+)", context)
+        return f"{text} (At {at[1]} in the config.)" if at else text
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    return None
+
+
+def _print_error(prog: str, message: str) -> None:
+    print(f"{prog}: error: {_visible_lines(_short(as_started(message)))}", file=sys.stderr, flush=True)
+
+
+def guarded(main: Callable[[], None], prog: str) -> int:
+    """The exit status of `main`; a user's mistake is printed, as `prog`'s, by one rank."""
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        message = _message(error)
+        if message is None:
+            raise
+        log.debug("%s", traceback.format_exc())  # for the attempt's log alone
+        if _is_first() or isinstance(error, RankError):
+            _print_error(prog, message)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def refuse(prog: str, message: str) -> NoReturn:
+    """End with one message of what is wrong with a command line."""
+    if _is_first():
+        _print_error(prog, message)
+    raise SystemExit(2)
+
+
+def _escape_what_encodings_lack() -> None:
+    """Have output in another locale's encoding hold escapes for characters that it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _with_home(argument: str) -> str:
+    """Returns `--flag=~/path` with the home folder, which a shell puts in only where a word begins with it."""
+    return re.sub(r"^(--?\w+=)~(?=/|$)", lambda found: f"{found[1]}{Path.home()}", argument)
+
+
+def _unknown_flag(name: str, argv: Sequence[str]) -> str:
+    """Returns the nearest flag, and how a value of an experiment is given."""
+    of_module = FLAGS.flags_by_module_dict()
+    modules = [sys.argv[0], *([__name__] if "list" in FLAGS else [])]
+    known = [flag.name for module in modules for flag in of_module.get(module, ())]
+    text = next((each.lstrip("-") for each in argv if each.lstrip("-").startswith(f"{name}=")), "")
+    setting = f"A value of the experiment is set by --config={text}." if text and "config" in FLAGS else ""
+    return " ".join(filter(None, [f"unknown flag --{name}.", catalog.nearest(name, known) or setting, "Try --help."]))
+
+
+def _take_items(given: Sequence[str]) -> None:
+    """Take arguments that are no flags as `--config` items, the experiment first."""
+    changes = [item for item in given if "=" in item.partition("(")[0] or item.startswith(("fiddler:", "tag:", "set:"))]
+    FLAGS.config = [*(item for item in given if item not in changes), *FLAGS.config, *changes]
+
+
+def _parse(argv: Sequence[str], prog: str, doc: str, kind: str | None) -> list[str]:
+    """Parse flags, which is what `app.run` asks for; returns the rest, the program's name first."""
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(_help(doc, kind))
+        raise SystemExit(0)
+    try:
+        return FLAGS([_with_home(each) for each in argv])
+    except flags.UnrecognizedFlagError as error:
+        refuse(prog, _unknown_flag(error.flagname, argv))
+    except flags.Error as error:
+        refuse(prog, f"{error}. Try --help.")
+
+
+def _check_arguments(given: Sequence[str], wanted: Sequence[str], more: bool, prog: str) -> None:
+    if len(given) > len(wanted) and not more:
+        wrong = given[len(wanted)]
+        meant = f"Did you mean --config={wrong}? " if "=" in wrong and "config" in FLAGS else ""
+        refuse(prog, f"unexpected argument {wrong!r}. {meant}Flags begin with --; try --help.")
+    if len(given) < len(wanted):
+        refuse(prog, f"no {wanted[len(given)]} given. Try --help.")
+
+
+def start(
+    main: Callable[..., None],
+    module: str,
+    doc: str,
+    kind: str | None = None,
+    *,
+    arguments: Sequence[str] = (),
+    more: bool = False,
+) -> None:
+    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags.
+
+    With `more`, the last of them may be repeated. A command that takes a config has no arguments of its own: they are
+    items of `--config`.
+    """
+    _escape_what_encodings_lack()
+    FLAGS.set_gnu_getopt(True)
+    command = module.removeprefix("launchers.")
+    prog = f"{started_as} {command.replace('_', '-')}" if started_as else command
+
+    def run(argv: Sequence[str]) -> None:
+        given = argv[1:]
+        if kind is not None:
+            _take_items(given)
+            given = []
+        _check_arguments(given, arguments, more, prog)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False  # absl's own handler would say everything twice
+        if _is_first():
+            log.addHandler(_TqdmHandler(logging.INFO))
+        raise SystemExit(guarded(lambda: main(*given), prog))
+
+    app.run(run, argv=sys.argv, flags_parser=lambda argv: _parse(argv, prog, doc, kind))

@@ -1,0 +1,131 @@
+"""A cache's records as a table in the terminal, and as one HTML page that needs nothing else."""
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from data.cache.inspection.readable import Spot, Words, columns, fit, spots, visible
+from data.cache.record import Record
+
+NARROW = 40
+TOKEN, NUMBER = 14, 7
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 0 2rem 1.5rem 0; display: inline-table; vertical-align: top; }
+td, th { padding: .1rem .8rem .1rem 0; text-align: left; border-bottom: 1px solid #8883; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+h2 { font-size: 1.1rem; margin-top: 2rem; }
+.text { font: 15px/2 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
+.t { position: relative; border-radius: 3px; cursor: default; }
+.t.context { opacity: .55; }
+.t > .more { display: none; position: absolute; z-index: 1; left: 0; top: 1.7em; padding: .4rem .7rem;
+  width: max-content; max-width: 22rem; background: Canvas; color: CanvasText; border: 1px solid #888;
+  border-radius: 4px; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+.t:hover > .more, .t:focus > .more { display: block; }
+.own { font-weight: bold; }
+"""
+
+
+class Tables(NamedTuple):
+    """What stands above the records."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    costs: Sequence[tuple[str, int, float]]
+    coverage: Sequence[tuple[str, float]]
+
+
+def _title(record: Record) -> str:
+    return f"record {record.name}, {visible(record.document)} from token {record.start}, {record.positions} positions"
+
+
+def terminal_lines(record: Record, words: Words, most: int, width: int) -> Iterator[str]:
+    """The record as a table that fits into `width` places."""
+    width = max(width, NARROW)
+    token = min(TOKEN, (width - NUMBER - 12) // 3)
+    yield fit(_title(record), width).rstrip()
+    yield fit(
+        f"{'at':>5}  {'token':<{token}} {'came':<{token}} {'nats':>{NUMBER}}  the teacher expected", width
+    ).rstrip()
+    for at, spot in enumerate(spots(record, words, most)):
+        mark = " " if spot.scored else "·"
+        line = f"{at:>5}{mark} {fit(spot.token, token)} {fit(spot.label, token)} {spot.surprise:>{NUMBER}.2f}  "
+        yield (line + _alternatives(spot, width - columns(line))).rstrip()
+
+
+def _alternatives(spot: Spot, width: int) -> str:
+    """As many as fit, each with its probability; then what is left."""
+    shown, rest = "", f"rest {spot.rest:.0%}"
+    for text, prob in spot.alternatives:
+        more = f"{text} {prob:.0%}  "
+        if columns(shown) + columns(more) + columns(rest) > width:
+            break
+        shown += more
+    return shown + rest if columns(shown) + columns(rest) <= width else shown
+
+
+def _colour(surprise: float) -> str:
+    """From nothing at 0 nats to a full red at 8 and above."""
+    share = min(1.0, max(0.0, surprise) / 8) if not math.isnan(surprise) else 1.0
+    return f"background:rgb(220 60 30 / {0.75 * share:.2f})"
+
+
+def _span(spot: Spot) -> str:
+    """The token that came, with what was expected in its place."""
+    probs = [f"{prob:>6.1%}  {alternative}" for alternative, prob in spot.alternatives]
+    own = [f"{spot.surprise:.2f} nats" + ("" if spot.scored else ", not scored")]
+    more = [
+        f'<span class="own">{html.escape(line)}</span>' if text.text == spot.label else html.escape(line)
+        for line, text in zip(probs, spot.alternatives, strict=True)
+    ]
+    lines = [*map(html.escape, [spot.label, *own]), *more, html.escape(f"{spot.rest:>6.1%}  all others")]
+    kind = "t" if spot.scored else "t context"
+    shown = html.escape(spot.label).replace("\\n", "\\n\n") or "&nbsp;"
+    inner = "\n".join(lines)
+    colour = _colour(spot.surprise)
+    return f'<span class="{kind}" tabindex="0" style="{colour}">{shown}<span class="more">{inner}</span></span>'
+
+
+def _record(record: Record, words: Words, most: int) -> str:
+    found = list(spots(record, words, most))
+    first = html.escape(found[0].token) if found else ""
+    spans = "".join(_span(spot) for spot in found)
+    return f'<h2>{html.escape(_title(record))}</h2>\n<p class="text">{first}{spans}</p>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is text, the others are numbers where there are more than two."""
+    numbers = ' class="n"' if len(head) > 1 else ""
+    top = "".join(f"<th>{html.escape(each)}</th>" for each in head)
+    lines = [
+        "<tr>"
+        + "".join(f"<td{numbers if i else ''}>{html.escape(visible(cell))}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in rows
+    ]
+    return f"<table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table>"
+
+
+def html_page(tables: Tables, records: Sequence[Record], words: Words, most: int) -> str:
+    """The page: no scripts, no links, everything from the cache escaped."""
+    title = html.escape(visible(tables.title))
+    parts = [
+        _table([], tables.facts),
+        _table(
+            ["bytes", "all", "a position"], [(name, f"{size:,}", f"{each:.2f}") for name, size, each in tables.costs]
+        ),
+        _table(["likeliest", "teacher's mass"], [(name, f"{mass:.4f}") for name, mass in tables.coverage])
+        if tables.coverage
+        else "",
+        "<p>A token is the redder the less the teacher expected it. Point at one for what was expected in its place; "
+        "pale ones are not scored.</p>",
+        *(_record(record, words, most) for record in records),
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style></head>\n'
+        f"<body><h1>{title}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )

@@ -1,0 +1,202 @@
+"""Runs as they lie on disk, finished or not: settings, provenance, numbers. What two of them differ by."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_core.errors import UsageError, visible
+from kd_core.training.evaluation import best_is
+from kd_core.training.monitoring.metric_log import read_metrics
+from kd_core.training.run_folder import RunFolder, read_settings
+
+Row = tuple[str, list[str]]
+ABSENT = "–"
+COUNT = re.compile(r"\d{1,15}")
+MOST_FILES = 10
+OTHER, CONTENTS = "≠", ": contents"
+OF_TEXT = ("nll", "perplexity", "bits_per_byte", "ece", "temperature", "student_entropy")  # need no teacher
+CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its folder, settings with who set each, the facts of its last start, and its lines of numbers."""
+
+    folder: Path
+    settings: dict[str, tuple[str, str]]
+    facts: dict[str, Any]
+    starts: int
+    lines: list[dict[str, float]]
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return int(self.settings["steps"][0])
+
+    def curve(self, metric: str, by_tokens: bool = False) -> list[tuple[float, float]]:
+        """Where the metric stands: step (or positions read so far), value."""
+        scale = int(self.settings["tokens_per_step"][0]) if by_tokens else 1
+        return [(line["step"] * scale, line[metric]) for line in self.lines if metric in line]
+
+    def final(self, metric: str) -> float | None:
+        """The last value."""
+        curve = self.curve(metric)
+        return curve[-1][1] if curve else None
+
+    def best(self, metric: str) -> tuple[float, int] | None:
+        """The best value and its step."""
+        curve = [(value, int(step)) for step, value in self.curve(metric)]
+        if not curve:
+            return None
+        return (max if best_is(metric) == "max" else min)(curve, key=lambda point: point[0])
+
+
+def read_run(folder: Path) -> Run:
+    """A run's record.
+
+    Raises:
+        UsageError: the folder holds no run, or a file of it is damaged.
+    """
+    if not (folder / "config.txt").is_file():
+        raise UsageError(f"{folder}: no run there (no config.txt). Wanted the --run_dir of launchers.train.")
+    run, metrics = RunFolder(folder), folder / "metrics.jsonl"
+    lines = (
+        [{visible(name): value for name, value in line.items()} for line in read_metrics(metrics)]
+        if (metrics.exists())
+        else []
+    )
+    found = read_settings(run.settings_text())
+    settings = {visible(path): (visible(value), visible(who)) for path, (value, who) in found.items()}
+    for name in ("steps", "tokens_per_step"):
+        if not COUNT.fullmatch(settings.get(name, ("", ""))[0]):
+            raise UsageError(f"{folder / 'config.txt'}: has no whole number {name}. Restore it, or leave the run out.")
+    return Run(folder, settings, run.last_facts(), len(run.attempts()), lines)
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """A, B, C, … for the columns."""
+    return [chr(ord("A") + index) for index in range(len(runs))]
+
+
+def _rows(columns: list[dict[str, str]], everything: bool) -> list[Row]:
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, [column.get(name, ABSENT) for column in columns]) for name in names]
+    differing, same = ([row for row in rows if (len(set(row[1])) > 1) is differs] for differs in (True, False))
+    return [*differing, *(same if everything else ())]
+
+
+def settings_rows(runs: list[Run], everything: bool) -> list[Row]:
+    """Settings that are not the same in all runs; then, where all are asked for, the others."""
+    return _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
+
+
+def _provenance(run: Run) -> dict[str, str]:
+    facts = run.facts
+    found = {
+        "steps": f"{run.step} of {run.steps}",
+        "starts": str(run.starts),
+        "last start": facts.get("started", ABSENT),
+        "code": facts.get("commit", ABSENT)[:12] + ("-dirty" if facts.get("commit", "").endswith("-dirty") else ""),
+        "ranks": " ".join(f"{name}={value}" for name, value in facts.get("world", {}).items() if name != "pid"),
+        "python": facts.get("python", ABSENT),
+        **facts.get("versions", {}),
+    }
+    return {**found, **{name: f"{each['sha256'][:12]}…" for name, each in facts.get("inputs", {}).items()}}
+
+
+def provenance_rows(runs: list[Run], everything: bool) -> list[Row]:
+    """Progress always; of code, versions, layout and data what is not the same, or all; source files that differ."""
+    rows = _rows([_provenance(run) for run in runs], everything=True)
+    files = _rows(
+        [{f"code {name}": f"{sha[:12]}…" for name, sha in run.facts.get("sources", {}).items()} for run in runs], False
+    )
+    more = [(f"… and {len(files) - MOST_FILES} more files", [""] * len(runs))] if len(files) > MOST_FILES else []
+    shown = [row for row in rows if everything or len(set(row[1])) > 1 or row[0] == "steps"]
+    return [*shown, *files[:MOST_FILES], *more]
+
+
+def metric_names(runs: list[Run]) -> list[str]:
+    """Names of curves, val/ first, those of the reader's first look at the head."""
+    names = {name for run in runs for line in run.lines for name in line if name.startswith(("val/", "train/"))}
+    first = {name: place for place, name in enumerate(("val/loss", "val/kl", "val/nll", "train/loss"))}
+    return sorted(names, key=lambda name: (first.get(name, 9), not name.startswith("val/"), name))
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3e}"
+
+
+def _decides(name: str, setting: str) -> bool:
+    """Returns True for a setting which must be the same for two runs' numbers of that name to be of the same quantity.
+
+    The objective of a loss, but for weights where it is a term's; the metric's function; what is held out.
+    """
+    metric = name.rpartition("/")[2]
+    if setting.startswith("loss."):
+        of_term = setting.startswith(f"loss.terms.{metric.removesuffix('_loss')}.") and ".weight" not in setting
+        return setting != "loss.chunk_tokens" and (metric == "loss" or (metric.endswith("_loss") and of_term))
+    held_out = setting.startswith("evaluation.shards") and not setting.endswith("path") and name.startswith("val/")
+    of_text = metric in OF_TEXT and not setting.endswith(CONTENTS)  # whatever is read of the teacher
+    return (held_out and not of_text) or setting == f"metric {metric}"
+
+
+def _deciding(run: Run) -> dict[str, str]:
+    """Returns a run's settings, with the contents of its held-out caches, and each function that is a metric."""
+    functions = re.findall(r"[\w.]+", run.settings.get("evaluation.metrics", ("", ""))[0])
+    return {
+        **{path: value for path, (value, _) in run.settings.items()},
+        **{f"{path}{CONTENTS}": each["sha256"] for path, each in run.facts.get("inputs", {}).items()},
+        **{f"metric {function.rpartition('.')[2]}": function for function in functions},
+    }
+
+
+def incomparable(name: str, first: Run, other: Run) -> list[str]:
+    """Returns the settings for which two runs' numbers of that name are not of the same quantity."""
+    one, two = _deciding(first), _deciding(other)
+    paths = (path for path in dict.fromkeys([*one, *two]) if one.get(path) != two.get(path))
+    return [path for path in paths if _decides(name, path)]
+
+
+def _with_difference(name: str, runs: list[Run]) -> list[str]:
+    """Numbers, from the second on with their difference to the first, where they are of the same quantity."""
+    first = runs[0].final(name)
+    shown = [_number(first)]
+    for run in runs[1:]:
+        value = run.final(name)
+        difference = (
+            OTHER
+            if incomparable(name, runs[0], run)
+            else ""
+            if value is None or first is None
+            else f"{value - first:+.4f}"
+        )
+        shown.append(f"{_number(value)} ({difference})" if difference and value is not None else _number(value))
+    return shown
+
+
+def other_quantities(runs: list[Run]) -> str:
+    """Returns what the sign in place of a difference means; nothing where there is none."""
+    found = {path: None for name in metric_names(runs) for run in runs[1:] for path in incomparable(name, runs[0], run)}
+    return f"{OTHER}: another quantity than in A, by {', '.join(found)}." if found else ""
+
+
+def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
+    """Last values with their differences to the first run's, and the best of the held-out ones."""
+    rows: list[Row] = []
+    for name in metric_names(runs):
+        if not everything and name.endswith(CONSTANT):
+            continue
+        rows.append((name, _with_difference(name, runs)))
+        if not (name.startswith("val/") and best_is(name)):
+            continue
+        best = [run.best(name) for run in runs]
+        if any(found is not None and found[1] != run.step for found, run in zip(best, runs, strict=True)):
+            shown = [f"{_number(found[0])} at {found[1]}" if found else ABSENT for found in best]
+            rows.append((f"  best {name}", shown))
+    return rows

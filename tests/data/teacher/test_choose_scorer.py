@@ -1,0 +1,239 @@
+"""Scorers: our decoder and transformers say the same; any causal language model of transformers makes a cache."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from data.cache.manifest import read_manifest
+from data.cache.selection import Selection
+from data.export import export as steps
+from data.export.plan import TeacherExport, make_plans
+from data.teacher import choose_scorer
+from data.teacher.choose_scorer import load_scorer, read_facts
+from data.teacher.scorer import Scores, score
+from data.teacher.transformers_scorer import HuggingFaceScorer
+from data.tokenizer import Tokenizer
+from kd_core.errors import UsageError
+from tests.tiny import Tiny, bytes_of, write_caches
+
+CPU = torch.device("cpu")
+
+
+def _vocab(tiny: Tiny) -> int:
+    return read_facts(tiny.teacher, "decoder").vocab_size
+
+
+def _other_family(tiny: Tiny, folder: Path, model: PreTrainedModel) -> Path:
+    """A folder of a family that our decoder does not cover, with the tiny tokenizer; it has read the corpus."""
+    texts = [path.read_text() for path in sorted(tiny.corpus.iterdir())]
+    ids = [i for found in Tokenizer(tiny.teacher).encode(texts) for i in found]
+    rows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    model.eval()  # without dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    shutil.copy(tiny.teacher / "tokenizer.json", folder)
+    return folder
+
+
+def _gpt2(tiny: Tiny, folder: Path) -> Path:
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    return _other_family(tiny, folder, GPT2LMHeadModel(GPT2Config(vocab_size=_vocab(tiny), **size)))
+
+
+def _gemma(tiny: Tiny, folder: Path) -> Path:
+    """Scaled embeddings, sliding windows, soft-capped logits: nothing that hidden states times a head would give."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=_vocab(tiny), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, max_position_embeddings=128, final_logit_softcapping=6.0,
+        query_pre_attn_scalar=8, initializer_range=0.1,
+    )  # fmt: skip
+    return _other_family(tiny, folder, Gemma2ForCausalLM(config))
+
+
+def _scores(tiny: Tiny, scorer: str, dtype: torch.dtype) -> Scores:
+    loaded = load_scorer(tiny.teacher, scorer, dtype, CPU)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(_vocab(tiny), (3, 101), generator=generator)  # 300 positions: more than a chunk
+    documents = torch.arange(3)[:, None].repeat(1, 100)
+    documents[1, 60:] = -1
+    found = score(loaded, tokens, documents, Selection(8), torch.zeros(300, 0))
+    real = (documents >= 0).flatten()
+    return Scores(*(field[real] for field in found))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
+def test_both_scorers_say_the_same(tiny: Tiny, dtype: torch.dtype, tolerance: float) -> None:
+    ours, theirs = (_scores(tiny, scorer, dtype) for scorer in ("decoder", "transformers"))
+    if dtype == torch.float32:
+        assert (ours.ids == theirs.ids).all()
+    for name in ("log_probs", "tail_log_prob", "label_log_prob"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=tolerance, rtol=0)
+        assert getattr(theirs, name).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scorer", ["decoder", "transformers"])
+def test_a_bfloat16_teacher_has_float32_logits(tiny: Tiny, scorer: str) -> None:
+    """The hidden states of transformers' own bfloat16 model, multiplied in float64.
+
+    Rows of one position, where attention adds up nothing, so that both bodies round alike.
+    """
+    tokens, documents = torch.randint(200, (19, 1)), torch.zeros(19, 1, dtype=torch.int64)
+    model = AutoModelForCausalLM.from_pretrained(tiny.teacher, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states[-1][:, 0].double()
+        (logits,) = load_scorer(tiny.teacher, scorer, torch.bfloat16, CPU).logits(tokens, documents)
+    truth = hidden @ model.lm_head.weight.double().t()
+    assert logits.dtype == torch.float32
+    assert (logits - truth).abs().max() < 1e-5 < (truth.bfloat16() - truth).abs().median()
+
+
+@pytest.mark.parametrize("make", [_gpt2, _gemma])
+def test_a_family_that_our_decoder_does_not_cover_makes_a_cache(
+    tiny: Tiny, tmp_path: Path, make: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert callable(make)
+    folder = make(tiny, tmp_path / "teacher")
+    with caplog.at_level(logging.INFO, logger="kd"):
+        write_caches(tiny.export(teacher=str(folder), codec="lossless"), tmp_path / "out")
+    assert "scored with transformers, for our decoder does not cover it" in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    manifest = read_manifest(tmp_path / "out" / "train")
+    assert manifest.vocab_size == _vocab(tiny)
+    assert manifest.plans[0]["scorer"] == "transformers"
+    assert manifest.teacher["architecture"]["model_type"] == model.config.model_type
+    for record in tiny.records(tmp_path / "out" / "train"):
+        tokens = torch.from_numpy(record.token_ids.astype(np.int64))
+        with torch.no_grad():
+            truth = torch.log_softmax(model(tokens[None, :-1]).logits[0].double(), dim=-1)
+        assert np.abs(truth.topk(8).values.numpy() + np.sort(-record.topk_log_probs, axis=1)).max() < 1e-4
+        assert np.abs(truth.gather(1, tokens[1:, None])[:, 0].numpy() - record.label_log_prob).max() < 1e-4
+
+
+def test_ranks_and_threads_do_not_change_a_byte_of_transformers_cache(tiny: Tiny, tmp_path: Path) -> None:
+    export = tiny.export(teacher=str(_gpt2(tiny, tmp_path / "teacher")), train_tokens=400, validation_tokens=100)
+    made: list[dict[str, bytes]] = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            write_caches(export, tmp_path / f"out{count}", ranks=count)
+        finally:
+            torch.set_num_threads(threads)
+        made.append(bytes_of(tmp_path / f"out{count}"))
+    assert made[0] == made[1]
+
+
+def test_columns_beyond_the_vocabulary_take_no_probability(tiny: Tiny) -> None:
+    whole = load_scorer(tiny.teacher, "transformers", torch.float32, CPU)
+    assert isinstance(whole, HuggingFaceScorer)
+    tokens, documents = torch.randint(200, (1, 20)), torch.zeros(1, 19, dtype=torch.int64)
+    found = score(whole._replace(vocab_size=200), tokens, documents, Selection(8), torch.zeros(19, 0))
+    with torch.no_grad():
+        truth = torch.log_softmax(whole.model(tokens[:, :-1]).logits[0, :, :200], dim=-1)
+    assert found.ids.max() < 200
+    torch.testing.assert_close(found.log_probs, truth.topk(8).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.log_probs.exp().sum(1) + found.tail_log_prob.exp(), torch.ones(19), atol=1e-5, rtol=0
+    )
+
+
+def test_another_scorer_is_another_plan_and_auto_is_what_it_stands_for(tiny: Tiny) -> None:
+    plans = {
+        scorer: make_plans(tiny.export(scorer=scorer), tiny.root / "unused")[0].plan
+        for scorer in ("auto", "decoder", "transformers")
+    }
+    assert plans["auto"] == plans["decoder"] != plans["transformers"]
+    assert plans["transformers"]["scorer"] == "transformers"
+
+
+def test_a_scorer_that_is_named_is_not_replaced_by_another(tiny: Tiny, tmp_path: Path) -> None:
+    folder = _gpt2(tiny, tmp_path / "teacher")
+    with pytest.raises(UsageError, match="model_type is 'gpt2'; wanted one of"):
+        read_facts(folder, "decoder")
+    with pytest.raises(UsageError, match="scorer: got 'vllm'; wanted one of auto, decoder, transformers"):
+        tiny.export(scorer="vllm")
+    with pytest.raises(UsageError, match="row_length: got 65; the teacher's context is 64"):
+        make_plans(tiny.export(teacher=str(folder), row_length=65), tmp_path / "out")
+
+
+def test_without_transformers_the_extra_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _gpt2(tiny, tmp_path / "teacher")
+    monkeypatch.setattr(choose_scorer, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"model_type is 'gpt2'.*pip install 'kd-workspace\[hf\]'"):
+        read_facts(folder, "auto")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"scoring with transformers needs the extra"):
+        read_facts(tiny.teacher, "transformers")
+
+
+def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="teacher some/model: no such folder. Wanted one, or hub:OWNER/NAME"):
+        make_plans(tiny.export(teacher="some/model"), tmp_path / "out")
+
+    def fetched(name: str, allow_patterns: list[str], **_: object) -> str:
+        assert "*.safetensors" in allow_patterns
+        if name != "some/model":
+            raise OSError("no such repository")
+        return str(tiny.teacher)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    export: TeacherExport = tiny.export(teacher="hub:some/model")
+    plans = [make_plans(each, tmp_path / "out")[0].plan for each in (export, tiny.export())]
+    assert plans[0] == plans[1]
+    assert steps.load_teacher(export, CPU).device == CPU
+    with pytest.raises(UsageError, match=r"teacher hub:no/model: not to be had from the hub \(no such repository\)"):
+        make_plans(tiny.export(teacher="hub:no/model"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "config.json: not valid JSON"),
+        ('{"model_type": "no_such_family"}', "transformers cannot read its config.json"),
+    ],
+)
+def test_a_config_that_nobody_knows_is_named(tmp_path: Path, config: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UsageError, match=message):
+        read_facts(tmp_path, "auto")
+
+
+def test_models_that_cannot_speak_or_lack_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = _gpt2(tiny, tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    dropped = next(name for name in weights if "mlp.c_fc.weight" in name)
+    save_file({k: v for k, v in weights.items() if k != dropped}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="1 weights are missing or of another shape, the first is .*mlp.c_fc.weight"):
+        load_scorer(folder, "auto", torch.float32, CPU)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")  # a pickle may run what it likes
+    with pytest.raises(UsageError, match="model.safetensors: no such file"):
+        load_scorer(folder, "auto", torch.float32, CPU)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "clip", "architectures": ["CLIPModel"]}))
+    with pytest.raises(UsageError, match="transformers cannot"):
+        load_scorer(folder, "auto", torch.float32, CPU)
