@@ -48,6 +48,7 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/basedpyright
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m tests.style
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff format .
