@@ -30,13 +30,13 @@ class Optimizer(Protocol):
     """
 
     @property
-    def lr(self) -> float: ...  # noqa: D102 (as the class says)
+    def lr(self) -> float: ...
     @property
-    def clip_norm(self) -> float: ...  # noqa: D102
+    def clip_norm(self) -> float: ...
     @property
-    def on_non_finite(self) -> str: ...  # noqa: D102
+    def on_non_finite(self) -> str: ...
     @property
-    def max_skipped(self) -> int: ...  # noqa: D102
+    def max_skipped(self) -> int: ...
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of `model`'s trainable parameters."""
