@@ -9,19 +9,18 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import Tables
 from data.cache.manifest import TABLES, Block, Manifest, Shard, parse_manifest, read_manifest
 from data.cache.record import Record
+from data.cache.storage import RangeReader, is_url, storage_at
 from data.cache.tar import END, read_members
-from data.stream import webdataset_io
-from data.stream.location import Location, RemoteFile
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
@@ -42,43 +41,46 @@ class DamagedError(UsageError):
     """A block is not what the manifest says."""
 
 
-def manifest_at(location: Location) -> Manifest:
-    """The manifest of a cache, wherever it lies.
+def manifest_at(path: str) -> Manifest:
+    """Reads the manifest of a cache, wherever it lies.
 
     Raises:
         UsageError: it cannot be had, or is of another format or version.
     """
-    if not location.remote:
-        return read_manifest(location.folder)
-    url = location.of("manifest.json")
+    if not is_url(path):
+        return read_manifest(Path(path))
+    storage = storage_at(path)
+    url = storage.url("manifest.json")
     try:
-        return parse_manifest(json.loads(location.read("manifest.json", MOST_MANIFEST)), url)
+        return parse_manifest(json.loads(storage.read("manifest.json", MOST_MANIFEST)), url)
     except (ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
 
 
-def read_tables(folder: Path | str, wanted: dict[str, Any]) -> Tables:
-    """The tables of a cache.
+def read_tables(folder: Path | str, expected: dict[str, Any]) -> Tables:
+    """Reads the rank tables of a cache.
+
+    Args:
+        folder: the cache's folder or URL.
+        expected: bytes and sha256 of the tables, as the manifest has them.
 
     Raises:
         UsageError: missing, or not those of the manifest.
     """
-    location = Location(str(folder))
-    path = location.of(TABLES)
-    if not location.remote and not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; the manifest wants it. Restore it, or export the cache again.")
-    if not location.remote and (size := Path(path).stat().st_size) != wanted["bytes"]:
+    storage = storage_at(folder)
+    path, size = storage.url(TABLES), storage.size(TABLES)
+    if size is not None and size != expected["bytes"]:
         raise UsageError(
-            f"{path}: damaged: has {size} bytes, the manifest wants {wanted['bytes']}. Restore it, or export again."
+            f"{path}: damaged: has {size} bytes, the manifest wants {expected['bytes']}. Restore it, or export again."
         )
-    data = location.read(TABLES, int(wanted["bytes"])) if location.remote else Path(path).read_bytes()
-    found = hashlib.sha256(data).hexdigest()
+    data = storage.read(TABLES, int(expected["bytes"]))
+    digest = hashlib.sha256(data).hexdigest()
     try:
         members = {member.name: member.payload for member in read_members(data)}
-        if found != wanted["sha256"]:
-            raise ValueError(f"sha256 {found[:12]}…, the manifest wants {str(wanted['sha256'])[:12]}…")
+        if digest != expected["sha256"]:
+            raise ValueError(f"sha256 {digest[:12]}…, the manifest wants {str(expected['sha256'])[:12]}…")
         return Tables.of_members(members)
     except ValueError as error:
         raise UsageError(f"{path}: damaged: {error}. Restore it, or export the cache again.") from None
@@ -91,16 +93,16 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path | str, manifest: Manifest) -> None:
-        self.location, self.manifest = Location(str(folder)), manifest
+        self.storage, self.manifest = storage_at(folder), manifest
         tables = read_tables(folder, manifest.tables)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
-                f"{self.location.of(TABLES)}: is of a vocabulary of {tables.vocab_size}, the manifest of "
+                f"{self.storage.url(TABLES)}: is of a vocabulary of {tables.vocab_size}, the manifest of "
                 f"{manifest.vocab_size}. Restore it, or export the cache again."
             )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
-        self.transfers: dict[int, RemoteFile] = {}
+        self.open_shards: dict[int, RangeReader] = {}
         self.doing = "nothing was asked for"  # for who waits
 
     def __enter__(self) -> Self:
@@ -115,15 +117,15 @@ class ShardReader:
 
     def stop(self) -> None:
         """End all transfers, from any thread; who reads gets an error."""
-        for transfer in list(self.transfers.values()):
-            transfer.stop()
+        for file in list(self.open_shards.values()):
+            file.stop()
 
     def keep_only(self, blocks: set[BlockRef]) -> None:
         """Forget all blocks but these."""
         for ref in set(self.held) - blocks:
             del self.held[ref]
-        for shard in set(self.transfers) - {shard for shard, _ in blocks}:
-            self.transfers.pop(shard).close()
+        for shard in set(self.open_shards) - {shard for shard, _ in blocks}:
+            self.open_shards.pop(shard).close()
 
     def record(self, ref: RecordRef) -> Record:
         """One record."""
@@ -151,7 +153,7 @@ class ShardReader:
 
     def _read(self, ref: BlockRef) -> list[Record]:
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        block, path = shard.blocks[index], self.location.of(shard.name)
+        block, path = shard.blocks[index], self.storage.url(shard.name)
         self.doing = f"{path}: block {index}"
         data = self._bytes(ref)
         data, end = data[: block.bytes], data[block.bytes :]
@@ -170,24 +172,18 @@ class ShardReader:
     def _bytes(self, ref: BlockRef) -> bytes:
         """The bytes of a block, and behind the last one those that end the shard."""
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        path, offset, size = self.location.of(shard.name), offset_of(shard, index), shard.blocks[index].bytes
+        path, offset, size = self.storage.url(shard.name), offset_of(shard, index), shard.blocks[index].bytes
         size += len(END) if index == len(shard.blocks) - 1 else 0
-        if self.location.remote:
-            transfer = self.transfers.setdefault(ref[0], RemoteFile(path))
-            data = transfer.read(offset, size)
-            if len(data) < size:
-                raise _damaged(
-                    path, index, f"the shard ends after {transfer.at} bytes; the manifest wants {shard.bytes}"
-                )
-            return data
-        local = Path(path)
-        if not local.is_file():
-            raise UsageError(f"{path}: no such shard; the manifest wants it. Run the same export again to restore it.")
-        if (found := local.stat().st_size) != shard.bytes:
-            raise _damaged(path, index, f"the shard has {found} bytes; the manifest wants {shard.bytes}")
-        with closing(webdataset_io.opened(str(local.absolute()))) as stream:
-            stream.seek(offset)
-            return stream.read(size)
+        stored = self.storage.size(shard.name)
+        if stored is not None and stored != shard.bytes:
+            raise _damaged(path, index, f"the shard has {stored} bytes; the manifest wants {shard.bytes}")
+        if ref[0] not in self.open_shards:
+            self.open_shards[ref[0]] = self.storage.open(shard.name)
+        data = self.open_shards[ref[0]].read(offset, size)
+        if len(data) < size:
+            end = offset + len(data)
+            raise _damaged(path, index, f"the shard ends after {end} bytes; the manifest wants {shard.bytes}")
+        return data
 
 
 def offset_of(shard: Shard, block: int) -> int:

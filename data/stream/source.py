@@ -13,7 +13,7 @@ from functools import cached_property
 from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest
 from data.cache.record import Record
-from data.stream.location import Location
+from data.cache.storage import storage_at
 from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
 from data.stream.shards import DamagedError, ShardReader, manifest_at
@@ -64,7 +64,7 @@ class Shards:
         )  # fmt: skip
         if self.on_damage not in ON_DAMAGE:
             raise UsageError(f"shards.on_damage: got {self.on_damage!r}; wanted one of {', '.join(ON_DAMAGE)}.")
-        Location(self.path)
+        storage_at(self.path)
 
     @property
     def parts(self) -> tuple["Shards", ...]:
@@ -74,7 +74,7 @@ class Shards:
     @cached_property
     def manifest(self) -> Manifest:
         """The cache's manifest."""
-        return manifest_at(Location(self.path))
+        return manifest_at(self.path)
 
     def reader(self) -> ShardReader:
         """A reader of the cache's shards."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from data.stream.location import Location
+from data.cache.storage import is_url
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.base.provenance import student_folders
@@ -38,7 +38,7 @@ def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
         for where, folder in student_folders(experiment.student).items()
     }
     for where, shards in caches.items():
-        if not Location(shards.path).remote:
+        if not is_url(shards.path):
             wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
     missing = [
         f"{where}: {folder} ({what})"

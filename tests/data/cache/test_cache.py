@@ -47,7 +47,7 @@ def test_one_flipped_byte_is_found_before_anything_is_read(tiny: Tiny, tmp_path:
 def test_a_missing_shard_is_named(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.train, tmp_path / "cache")
     (tmp_path / "cache" / "shard-000001.tar").unlink()
-    with pytest.raises(UsageError, match="shard-000001.tar: no such shard"):
+    with pytest.raises(UsageError, match="shard-000001.tar: no such file"):
         ShardReader(tmp_path / "cache", read_manifest(tmp_path / "cache")).block((1, 0))
 
 

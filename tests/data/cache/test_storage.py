@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data.stream import location
+from data.cache import storage
+from data.cache.storage import RemoteFile, is_url, storage_at
 from data.stream.collate import Collate
-from data.stream.location import Location, RemoteFile
 from data.stream.shards import ShardReader
 from data.stream.source import Shards
 from data.stream.stream import all_batches, training_steps
@@ -21,7 +21,7 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(location, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -38,7 +38,7 @@ def test_only_plain_urls_of_known_schemes_are_let_through(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["a/b", "/a:b", "./a:b", "https://a.b:80/c-d/e_f.g", "gs://bucket/x", "ais://b/x"])
 def test_folders_and_plain_urls_are_places(path: str) -> None:
-    assert Location(path).remote == (not path.startswith((".", "/", "a/")))
+    assert is_url(path) == (not path.startswith((".", "/", "a/")))
 
 
 def test_the_environment_cannot_have_something_else_opened(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_shard_that_is_shorter_on_the_server_is_damaged(tiny: Tiny, tmp_path: 
 @needs_curl
 def test_tables_and_manifest_of_another_size_are_not_read_to_the_end(tiny: Tiny) -> None:
     with serving(tiny.train) as (url, _), pytest.raises(UsageError, match="has more than 10 bytes"):
-        Location(url).read("tables.tar", 10)
+        storage_at(url).read("tables.tar", 10)
 
 
 def _children() -> set[str]:

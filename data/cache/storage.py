@@ -1,0 +1,289 @@
+"""Storage of a cache's files: a folder of this machine, or a URL. A new kind of storage is one more class here.
+
+    storage_at(path) ─► Storage: read a whole file, open one for ranges, list files, write one whole
+
+Only the schemes named here reach webdataset, which would run commands for some others.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.cache import webdataset_io
+from kd_core.errors import UsageError
+from kd_core.files import no_link
+
+PROGRAMS = {"http": "curl", "https": "curl", "gs": "gsutil", "ais": "ais"}
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+PLAIN_URL = re.compile(r"[a-z]+://[A-Za-z0-9][A-Za-z0-9.:-]*(/[A-Za-z0-9._~%+,=:@-]*)*")
+RETRIES = 3
+RETRY_SECONDS = 1.0  # then twice as long each time
+CHUNK_BYTES = 1 << 20
+CURL_STATUS = {
+    6: "the host is not known",
+    7: "no connection",
+    18: "the transfer ended early",
+    22: "the server answers with an error, as 404 (no such file)",
+    28: "timed out",
+    52: "the server sent nothing",
+    56: "the connection broke",
+}
+FINAL_CURL_STATUS = (3, 6, 22)  # curl itself tries again where a server says that it is busy
+
+
+class RangeReader(Protocol):
+    """An open file, read by ranges in ascending order."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Returns `size` bytes from `offset` on, fewer where the file ends.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Ends a read under way, from any thread. The reading thread gets an error."""
+        ...
+
+    def close(self) -> None:
+        """Closes the file, in the thread that reads."""
+        ...
+
+
+class Storage(Protocol):
+    """The files of one cache, by their names."""
+
+    def url(self, name: str) -> str:
+        """Returns the path or URL of a file, as messages show it."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Returns a file's bytes, or None where only reading it would tell.
+
+        Raises:
+            UsageError: no such file.
+        """
+        ...
+
+    def read(self, name: str, most: int) -> bytes:
+        """Returns a whole file.
+
+        Raises:
+            UsageError: it cannot be read, or has more than `most` bytes.
+        """
+        ...
+
+    def open(self, name: str) -> RangeReader: ...
+
+    def names(self) -> list[str]:
+        """Returns the names of all files, sorted.
+
+        Raises:
+            UsageError: this kind of storage cannot be listed.
+        """
+        ...
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Writes a file that is complete or absent, whatever happens.
+
+        Raises:
+            UsageError: this kind of storage cannot be written.
+        """
+        ...
+
+
+def is_url(path: str) -> bool:
+    return SCHEME.match(path) is not None
+
+
+def storage_at(path: Path | str) -> Storage:
+    """Returns the storage that holds the cache at a path or URL.
+
+    Raises:
+        UsageError: a URL of another scheme than `PROGRAMS`, or with more in it than a host and plain path.
+    """
+    return UrlStorage(str(path)) if is_url(str(path)) else LocalStorage(Path(path))
+
+
+class LocalStorage:
+    """A folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def url(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def size(self, name: str) -> int:
+        path = self.folder / name
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file; the manifest wants it. Restore it, or export the cache again.")
+        return path.stat().st_size
+
+    def read(self, name: str, most: int) -> bytes:
+        if (size := self.size(name)) > most:
+            raise _too_large(self.url(name), most, size)
+        return (self.folder / name).read_bytes()
+
+    def open(self, name: str) -> "LocalFile":
+        self.size(name)
+        return LocalFile(self.folder / name)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        partial = self.folder / f"{name}.partial"
+        with open(partial, "wb", opener=no_link) as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(self.folder / name)
+
+
+class LocalFile:
+    """A file of this machine, opened anew for each range by webdataset's opener."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, offset: int, size: int) -> bytes:
+        with closing(webdataset_io.opened(str(self.path.absolute()))) as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class UrlStorage:
+    """A folder behind a URL, read through the program that webdataset runs for its scheme. It is read only."""
+
+    def __init__(self, path: str) -> None:
+        scheme = path.partition(":")[0]
+        if scheme not in PROGRAMS or not webdataset_io.known_scheme(scheme):
+            raise UsageError(
+                f"{path}: {scheme!r} is no place to read a cache from; wanted a folder, or "
+                f"{', '.join(f'{name}://' for name in PROGRAMS)}. (A folder of such a name is ./{path}.)"
+            )
+        if not PLAIN_URL.fullmatch(path) or "/../" in path + "/":
+            raise UsageError(
+                f"{path}: wanted {scheme}://HOST/PATH of plain characters: no user, query, braces or brackets, "
+                "which the program that opens it would act on."
+            )
+        self.base = path.rstrip("/")
+
+    def url(self, name: str) -> str:
+        return f"{self.base}/{name}"
+
+    def size(self, name: str) -> None:
+        del name
+
+    def read(self, name: str, most: int) -> bytes:
+        with closing(self.open(name)) as file:
+            data = file.read(0, most + 1)
+        if len(data) > most:
+            raise _too_large(self.url(name), most)
+        return data
+
+    def open(self, name: str) -> "RemoteFile":
+        return RemoteFile(self.url(name))
+
+    def names(self) -> list[str]:
+        raise UsageError(f"{self.base}: files behind a URL cannot be listed. Copy the cache to a folder.")
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        del chunks
+        raise UsageError(f"{self.url(name)}: caches behind a URL are read only. Write to a folder, then copy it there.")
+
+
+def _too_large(url: str, most: int, size: int | None = None) -> UsageError:
+    size_text = "more" if size is None else f"{size} bytes"
+    return UsageError(f"{url}: has {size_text}{' than' if size is None else ', wanted at most'} {most} bytes.")
+
+
+class _TransferError(Exception):
+    """A transfer that died. `final`: another attempt would die, too."""
+
+    def __init__(self, why: str, final: bool) -> None:
+        super().__init__(why)
+        self.final = final
+
+
+class RemoteFile:
+    """One file behind a URL. It is opened once and read in order, and a skip reads on.
+
+    A transfer that dies is begun again a few times. Then it is an error with its cause.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self.stream, self.position, self.stopped = url, None, 0, False
+
+    def read(self, offset: int, size: int) -> bytes:
+        for attempt in range(RETRIES + 1):
+            try:
+                return self._read(offset, size)
+            except _TransferError as error:
+                self.close()
+                if error.final or self.stopped or attempt == RETRIES:
+                    attempts = f" ({attempt + 1} attempts)" if attempt else ""
+                    raise UsageError(
+                        f"{self.url}: cannot be read{attempts}: {error}. Look whether it can be had at all, then run "
+                        "the same again."
+                    ) from None
+                time.sleep(RETRY_SECONDS * 2**attempt)
+        raise AssertionError
+
+    def stop(self) -> None:
+        self.stopped = True
+        webdataset_io.stop(self.stream)
+
+    def close(self) -> None:
+        if self.stream is not None:
+            webdataset_io.close(self.stream)
+        self.stream, self.position = None, 0
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if self.position > offset:
+            self.close()
+        if self.stream is None:
+            self.stream = self._opened()
+        if self.stopped:
+            raise _TransferError("it was stopped", True)
+        while self.position < offset:
+            if not self._next(min(CHUNK_BYTES, offset - self.position)):
+                return b""
+        chunks: list[bytes] = []
+        while size > 0 and (chunk := self._next(min(CHUNK_BYTES, size))):
+            chunks.append(chunk)
+            size -= len(chunk)
+        return b"".join(chunks)
+
+    def _opened(self) -> Any:
+        try:
+            return webdataset_io.opened(self.url)
+        except FileNotFoundError:
+            program = PROGRAMS[self.url.partition(":")[0]]
+            raise _TransferError(f"the program {program!r}, which opens such URLs, is not installed", True) from None
+
+    def _next(self, size: int) -> bytes:
+        """Returns the next bytes, or none at the end of a whole file."""
+        data = b""
+        with suppress(OSError):  # webdataset raises it for a program that ended badly
+            data = self.stream.read(size)  # pyright: ignore[reportOptionalMemberAccess]
+        self.position += len(data)
+        if not data and (status := webdataset_io.exit_status(self.stream)):
+            program = PROGRAMS[self.url.partition(":")[0]]
+            cause = CURL_STATUS.get(status, "") if program == "curl" else ""
+            why = f"{program} ended with status {status} after {self.position} bytes{': ' * bool(cause)}{cause}"
+            raise _TransferError(why, program == "curl" and status in FINAL_CURL_STATUS)
+        return data
