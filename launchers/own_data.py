@@ -15,6 +15,16 @@ STEPS, EPOCHS, LEAST_STEPS = 60, 4, 10
 PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
 
 
+def first_stage(teacher: str | None, corpus: str | None) -> str:
+    """Returns the title of the stage that takes what the user named, and fetches and checks the rest."""
+    given = {"teacher": teacher, "corpus": corpus}
+    taken = " and ".join(name for name, value in given.items() if value)
+    fetched = " and ".join(name for name, value in given.items() if not value)
+    if not taken:
+        return "Fetch teacher and corpus, checked by sha256"
+    return f"Take your {taken}" + (f", fetch the {fetched}, checked by sha256" if fetched else "")
+
+
 def row_length_items(teacher: str) -> list[str]:
     """Returns settings for rows as long as the teacher's context, where that is shorter than the quick start's."""
     from kd_core.students.families import read_architecture
