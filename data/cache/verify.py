@@ -146,7 +146,7 @@ def _check_windows(found: Findings, windows: list[bytes], masks: list[bytes]) ->
             return
         if windows_digest(windows[first:last]) != planned["sha256"]:
             found.report("manifest.json", f"plan {number}: the records are not those of its windows")
-        if "loss_masks" in plan and windows_digest(masks[first:last]) != plan["loss_masks"]:
+        if "windows_masks" in plan and windows_digest(masks[first:last]) != plan["windows_masks"]:
             found.report("manifest.json", f"plan {number}: the records score other labels than its loss masks")
         first = last
 

@@ -12,7 +12,7 @@ from kd_core.json_fields import text
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
 MAY_GROW = (
-    *("corpus", "windows", "loss_masks", "tokens", "seed", "validation_share"),
+    *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share"),
     *("shard_bytes", "block_positions", "batch_rows"),
 )
 
@@ -52,7 +52,7 @@ def claim(plan: CachePlan) -> bool:
     # Before plans named their windows, documents were split by their names; before they named the real vocabulary,
     # padding took probability; before they named the loss masks, a cache could be finished with others. Such a cache is
     # reused if it is complete.
-    unknown = {"windows", "vocab_size", "loss_masks"} & set(plan.plan) - set(found)
+    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.plan) - set(found)
     names = sorted({*found, *plan.plan} - unknown)
     differing = [name for name in names if found.get(name) != plan.plan.get(name)]
     if differing:

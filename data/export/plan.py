@@ -292,7 +292,7 @@ def make_plans(
             raise too_many_tokens(largest + 1, teacher.vocab_size, str(folder), "teacher")
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         masks = windows_digest(mask_digest(window.loss_mask) for window in windows)
-        plan = plain({**settings, **contents, "loss_masks": masks, "split": split, "tokens": tokens})
+        plan = plain({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
         drawn_from = sum(window.positions for window in found)
         said = encoder.describe(), drawn_from, encoder.chat_format()

@@ -154,11 +154,11 @@ def test_an_interrupted_export_does_not_go_on_with_other_labels_to_score(
             yield window._replace(loss_mask=np.concatenate([[0], window.loss_mask[1:]]))
 
     monkeypatch.setattr("data.export.plan.windows_of", unscored)
-    with pytest.raises(UsageError, match="holds an export with another loss_masks"):
+    with pytest.raises(UsageError, match="holds an export with another windows_masks"):
         write_caches(tiny.export(), tmp_path)
 
 
-@pytest.mark.parametrize("lacking", [("windows", "loss_masks"), ("loss_masks",)])
+@pytest.mark.parametrize("lacking", [("windows", "windows_masks"), ("windows_masks",)])
 def test_a_cache_of_an_earlier_version_is_reused_and_half_of_one_refused(
     tiny: Tiny, tmp_path: Path, lacking: tuple[str, ...]
 ) -> None:

@@ -164,7 +164,7 @@ def test_verify_finds_held_out_documents_in_train_other_windows_and_other_masks(
     assert problem.startswith("../validation: 1 of its documents are in train, too")
     path = tmp_path / "other" / "train" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["plans"][0]["windows"]["sha256"] = manifest["plans"][0]["loss_masks"] = "0" * 64
+    manifest["plans"][0]["windows"]["sha256"] = manifest["plans"][0]["windows_masks"] = "0" * 64
     path.write_text(json.dumps(manifest))
     found = verify(path.parent, lambda _: None).problems
     assert "manifest.json: plan 0: the records are not those of its windows" in found
