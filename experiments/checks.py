@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.stream.location import Location
@@ -31,15 +32,20 @@ def cache_facts(shards: Shards) -> CacheFacts:
     return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
-def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
+def local_caches(experiment: "Experiment") -> dict[str, Path]:
+    """Folders of the caches that lie on this machine, by the settings that name them."""
+    caches = {**experiment.training_caches(), **experiment.held_out_caches()}
+    return {f"{at}.path": Path(shards.path) for at, shards in caches.items() if not Location(shards.path).remote}
+
+
+def _check_folders(experiment: "Experiment") -> None:
     """All that is missing at once, so that it is made at once."""
     wanted = {
         where: (folder, "an adapter in PEFT's format" if where.endswith(".adapter") else "a Hugging Face folder")
         for where, folder in student_folders(experiment.student).items()
     }
-    for where, shards in caches.items():
-        if not Location(shards.path).remote:
-            wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
+    for where, folder in local_caches(experiment).items():
+        wanted[where] = (str(folder), "a cache, made by launchers.export_teacher")
     missing = [
         f"{where}: {folder} ({what})"
         for where, (folder, what) in wanted.items()
@@ -104,7 +110,7 @@ def check(experiment: "Experiment") -> None:
         UsageError: parts that do not fit, or files that are missing.
     """
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
-    _check_folders(experiment, caches)
+    _check_folders(experiment)
     folder = experiment.student.folder
     tokenizer = Tokenizer(folder_of(folder))
     arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder)
