@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd_core.errors import UsageError
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 from kd_core.students.patterns import matching
+from kd_core.training.state import trained
 
 ON_NON_FINITE = ("stop", "skip")
 # They take a step by calling the model again, or want sparse gradients.
@@ -53,10 +54,6 @@ def _check_common(part: Optimizer) -> None:
     )  # fmt: skip
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only."""
     return [
@@ -83,7 +80,7 @@ class AdamW:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """See `Optimizer`."""
-        return self.over(list(_trained(model).values()))
+        return self.over(list(trained(model).values()))
 
     def over(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of some parameters."""
@@ -157,7 +154,7 @@ class TorchOptimizer:
         Raises:
             UsageError: a pattern fits nothing, or the optimiser does not take a parameter.
         """
-        named = _trained(model)
+        named = trained(model)
         own = matching(named, self.only, "optimizer.only") if self.only else list(named)
         made = self._make([named[name] for name in own])
         left = [parameter for name, parameter in named.items() if name not in {*own}]
