@@ -28,7 +28,7 @@ from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder import Decoder
 from kd_core.students.saving import save_pretrained
 from kd_core.students.starts import Start, decoder_of
-from kd_core.training.checkpoint import Checkpoint, load_best
+from kd_core.training.checkpoint import Checkpoint, best_first, load_best
 from kd_core.training.continuations import Prompts
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.loop import Data, Recipe, run
@@ -247,6 +247,18 @@ class Experiment:
         ids = [[*begins, *ids] for ids in tokenizer.encode(texts)]
         return Prompts(texts, ids, self.evaluation.continuation_tokens, tokenizer.decode)
 
+    def _take_best(self, folder: RunFolder, model: Decoder, world: World) -> None:
+        """Load the best checkpoint for the export. The last step stays where none has a finite metric."""
+        metric = self.checkpoint.best_metric
+        if world.on_first(lambda: bool(best_first(folder.checkpoints, self.checkpoint))):
+            best = load_best(folder.checkpoints, self.checkpoint, model, world)
+            log.info("export: of %s, the best %s", best.name, metric)
+        else:
+            log.warning(
+                "export: of the last step, for no checkpoint has a finite %s, by which checkpoint.export=best knows "
+                "the best. Look at %s in metrics.jsonl, or set checkpoint.best_metric.", metric, metric,
+            )  # fmt: skip
+
     def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
 
@@ -279,8 +291,7 @@ class Experiment:
         if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
         if self.checkpoint.export == "best":
-            best = load_best(folder.checkpoints, self.checkpoint, model, world)
-            log.info("export: of %s, the best %s", best.name, self.checkpoint.best_metric)
+            self._take_best(folder, model, world)
         chat = chat_format(self.shards)
         save_pretrained(model, folder.export, folder_of(self.student.folder), chat=chat, first=world.is_first)
         return True
