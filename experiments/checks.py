@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.stream.location import Location
-from data.stream.source import Shards
+from data.stream.source import Passes, Shards
 from data.tokenizer import Tokenizer
 from experiments.identity import student_folders
 from kd_core.errors import UsageError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from experiments.experiment import Experiment
 
 log = logging.getLogger("kd")
+# Text that is repeated 4 times teaches about as much as new text, more than 16 times hardly more (arXiv 2305.16264).
+EPOCHS, MOST_EPOCHS = 4, 16
 
 
 def cache_facts(shards: Shards) -> CacheFacts:
@@ -152,6 +154,18 @@ def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict
         "a rank": f"at most {rows} rows a step in {passes} passes; holds {holds.parameters / 1e6:.2f}M parameters "
         f"({4 * holds.parameters / 1e9:.3f} GB in float32){moments}",
     }
+
+
+def warn_of_repeats(steps: int, found: Sequence[Passes]) -> None:
+    """Say when a run repeats a small cache more often than its text has something new to teach."""
+    for each in found:
+        if each.times > MOST_EPOCHS:
+            log.warning(
+                "steps: %d steps go %.0f times through %s, a cache of %d rows. What is read more than %d times teaches "
+                "hardly more, and is learnt by heart. Set steps=%d, which goes %d times through it (with a lower "
+                "tokens_per_step where these are too few), or export more text.", steps, each.times, each.shards.path,
+                each.rows, MOST_EPOCHS, max(1, round(steps * EPOCHS / each.times)), EPOCHS,
+            )  # fmt: skip
 
 
 def warn_of_layout(rows_per_step: int, ranks: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.stream.collate import Collate
-from data.stream.source import Mixture, Shards, Source, epochs
+from data.stream.source import Mixture, Shards, Source, in_words, passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments import checks
@@ -172,7 +172,8 @@ class Experiment:
         caches = [part.manifest for part in self.shards.parts]
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
         weights = self.evaluation.weights
-        rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
+        repeats = passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
+        checks.warn_of_repeats(self.steps, repeats)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"
@@ -183,7 +184,7 @@ class Experiment:
                 for name, positions in held_out.items()
             ),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
-            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
+            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {in_words(repeats)}",
             **checks.check_layout(self, student, ranks),
         }
 
