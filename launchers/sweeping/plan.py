@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.cache.manifest import caches_in
 from experiments.checks import local_caches
 from kd_core.errors import UsageError
 from launchers import tables
@@ -100,7 +101,11 @@ def refuse_missing_caches(points: Sequence[Point]) -> None:
             if not (folder / "manifest.json").is_file():
                 readers.setdefault((where, folder), []).append(point.id)
     if readers:
-        missing = "\n  ".join(f"{where} {folder}, of {_some(ids)}" for (where, folder), ids in readers.items())
+        missing = "\n  ".join(
+            f"{where} {folder}{f' (there are some in it: {inside})' if (inside := caches_in(folder)) else ''}, "
+            f"of {_some(ids)}"
+            for (where, folder), ids in readers.items()
+        )
         raise UsageError(
             f"no complete cache (no manifest.json) at\n  {missing}\nNo point was started. Make each with "
             "launchers.export_teacher, or name what is there. --backend=check looks at all else."

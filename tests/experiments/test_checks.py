@@ -52,6 +52,17 @@ def test_a_student_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -
         _experiment(tiny, f"student.folder={tmp_path / 'other'}").check()
 
 
+def test_a_folder_of_caches_in_place_of_one_of_a_mixture_names_what_to_take(tiny: Tiny) -> None:
+    caches = tiny.train.parent
+    items = [f"cache_mix(first={str(tiny.train)!r}, second={str(caches)!r})", *tiny.train_items()[1:3]]
+    config = config_items.resolve([*items, f"evaluation.shards.path={tiny.validation}"], "Experiment").config
+    with pytest.raises(
+        UsageError,
+        match=rf"shards.caches.second: {caches}: no cache .* some in it. Name one: {tiny.train}, {tiny.validation}\.",
+    ):
+        fdl.build(config).check()
+
+
 def test_a_cache_that_is_read_too_often_is_named_with_the_steps_to_set(
     tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -235,6 +235,8 @@ def test_points_whose_caches_are_missing_are_refused_before_any_starts(
         assert f"shards.path {folder}, of 2 points: {one.id}, {other.id}" in done.stderr
     assert str(tiny.train) not in done.stderr
     assert not out.exists()
+    inside = run("launchers.sweep", *flags, f"--config=evaluation.shards.path={tiny.train.parent}").stderr
+    assert f"{tiny.train.parent} (there are some in it: {tiny.train}, {tiny.validation}), of 6 points" in inside
 
     folder = SweepFolder(out)
     folder.claim("study", points)
