@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from data.cache.manifest import Manifest
 
 ROW_LENGTH = 512
-# A cache of less than STEPS steps is read up to EPOCHS times.
-STEPS, EPOCHS, LEAST_STEPS = 60, 4, 10
+# A cache of less than STEPS steps is read up to four times.
+STEPS, LEAST_STEPS = 60, 10
 PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
 
 
@@ -60,6 +60,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
 def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Returns settings of the steps: once over the cache, or up to four times where that is little."""
     from data.cache.manifest import read_manifest
+    from experiments.checks import EPOCHS
     from launchers.config_items import resolve
 
     config = resolve([*items, *changes], "Experiment").config
