@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 
 from data.added_tokens import add_tokens_beside
+from data.tokenizer_classes import warn_of_other_rules
 from kd_core.errors import UsageError
 from kd_core.files import is_plain_file
 
@@ -84,7 +85,7 @@ def _refuse_missing(path: Path) -> None:
 
 
 class Tokenizer:
-    """Text to ids and back, as transformers reads the folder."""
+    """Text to ids and back, as transformers reads the folder but for classes with rules of their own."""
 
     def __init__(self, folder: Path) -> None:
         """Read `folder/tokenizer.json`, and the tokens that files beside it add.
@@ -102,6 +103,7 @@ class Tokenizer:
             self.beside = add_tokens_beside(self.fast, folder)
             self._check()
             self.own_around = self._around()
+            warn_of_other_rules(self.fast, folder, self.beside.settings)
         except (KeyboardInterrupt, SystemExit, UsageError):
             raise
         except BaseException as error:  # the library raises nothing narrower; where it panics, no Exception

@@ -3,6 +3,7 @@
 Command:  python -m launchers.export_teacher --config=chat_export --config=teacher=my/model \\
               --config=corpus.path=my/chats --out=chats/cache
           torchrun --nproc-per-node 1 -m launchers.train --config=chat --config=student.folder=my/model
+          A small cache needs fewer steps than the 1,000 here. A warning names them: --config=steps=…
 Expected: a cache whose scored positions are the assistant's; the rest is context for the teacher and the student.
           The student's held-out KL on the assistant's tokens falls; on plain text nothing is promised.
 Seen:     nothing yet: the quick start brings no conversations along.

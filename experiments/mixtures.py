@@ -16,7 +16,10 @@ from experiments.half_depth import quickstart
 def cache_mix(
     first: str = "quickstart/cache/train", second: str = "quickstart/more/train", share: float = 0.75
 ) -> fdl.Config[Experiment]:
-    """The quick start on two caches: of the scored positions, `share` from the first, the others from the second."""
+    """The quick start on two caches: of the scored positions, `share` from the first, the others from the second.
+
+    Each is a folder with a manifest: OUT/train of an export to OUT, or what was converted.
+    """
     config = quickstart()
     caches = {name: read(path) for name, path in (("first", first), ("second", second))}
     config.shards = fdl.Config(Mixture, caches=caches, weights={"first": share, "second": 1 - share})

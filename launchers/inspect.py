@@ -58,7 +58,7 @@ def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
     lines = [
         ("teacher", f"{layers}{teacher.get('dtype', '')}, weights {str(teacher.get('weights'))[:12]}…"),
         ("tokenizer", f"{manifest.tokenizer[:12]}…, vocabulary of {manifest.vocab_size:,}"),
-        ("texts begin with", " ".join(map(str, manifest.text_begins_with)) or "nothing more"),
+        *_beginnings(manifest),
         ("kept", selection.words() + _further(selection)),
         ("codec", f"{manifest.codec}; KL(original‖decoded) mean {audit.kl_mean:.1e}, worst {audit.kl_worst:.1e} nats"),
         ("", f"mass of the entries off by {audit.mass_error:.1e} at the most"),
@@ -70,6 +70,14 @@ def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
         ("label is kept", f"at {survey.inside / n:.1%} of positions"),
     ]
     return [*lines, *(("plan", _plan(plan)) for plan in manifest.plans)]
+
+
+def _beginnings(manifest: "Manifest") -> list[tuple[str, str]]:
+    """Returns what texts begin with; nothing where the cache may hold conversations alone, or was converted."""
+    if ids := manifest.text_begins_with:
+        return [("texts begin with", " ".join(map(str, ids)))]
+    may_lack_texts = any(plan.get("chat_template", "unknown") is not None for plan in manifest.plans)
+    return [] if may_lack_texts else [("texts begin with", "nothing more")]
 
 
 def _further(selection: Any) -> str:
@@ -86,7 +94,16 @@ def _plan(plan: dict[str, Any]) -> str:
     corpus = plan.get("corpus")
     found = corpus.get("fingerprint", corpus) if isinstance(corpus, dict) else corpus
     tokens = "all" if plan.get("tokens") is None else plan["tokens"]
-    return f"{plan.get('split')} of corpus {str(found)[:12]}…, {tokens} tokens, seed {plan.get('seed')}"
+    skipped = _skipped(corpus.get("skipped")) if isinstance(corpus, dict) else ""
+    return f"{plan.get('split')} of corpus {str(found)[:12]}…, {tokens} tokens, seed {plan.get('seed')}{skipped}"
+
+
+def _skipped(counts: Any) -> str:
+    """Returns how many rows of the corpus were skipped, and why; somebody else may have written the counts."""
+    named = counts.items() if isinstance(counts, dict) else ()
+    numbers = {reason: count for reason, count in named if type(count) is int}
+    reasons = ", ".join(f"{count} {reason}" for reason, count in numbers.items())
+    return f"; {sum(numbers.values())} rows skipped: {reasons}" if numbers else ""
 
 
 def costs(survey: "Survey") -> list[tuple[str, int, float]]:
@@ -228,11 +245,6 @@ def check(folder: Path) -> None:
 def main(cache: str) -> None:
     """Show or verify."""
     folder = Path(cache)
-    if not (folder / "manifest.json").exists() and (inside := sorted(folder.glob("*/manifest.json"))):
-        from kd_core.errors import UsageError
-
-        named = ", ".join(str(path.parent) for path in inside[:4])
-        raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {named}.")
     try:
         (check if VERIFY.value else show)(folder)
         sys.stdout.flush()

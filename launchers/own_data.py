@@ -10,9 +10,19 @@ if TYPE_CHECKING:
     from data.cache.manifest import Manifest
 
 ROW_LENGTH = 512
-# A cache of less than STEPS steps is read up to EPOCHS times.
-STEPS, EPOCHS, LEAST_STEPS = 60, 4, 10
+# A cache of less than STEPS steps is read up to four times.
+STEPS, LEAST_STEPS = 60, 10
 PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
+
+
+def first_stage(teacher: str | None, corpus: str | None) -> str:
+    """Returns the title of the stage that takes what the user named, and fetches and checks the rest."""
+    given = {"teacher": teacher, "corpus": corpus}
+    taken = " and ".join(name for name, value in given.items() if value)
+    fetched = " and ".join(name for name, value in given.items() if not value)
+    if not taken:
+        return "Fetch teacher and corpus, checked by sha256"
+    return f"Take your {taken}" + (f", fetch the {fetched}, checked by sha256" if fetched else "")
 
 
 def row_length_items(teacher: str) -> list[str]:
@@ -50,6 +60,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
 def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Returns settings of the steps: once over the cache, or up to four times where that is little."""
     from data.cache.manifest import read_manifest
+    from experiments.base.checks import EPOCHS
     from experiments.config.config_items import resolve
 
     config = resolve([*items, *changes], "Experiment").config

@@ -242,7 +242,7 @@ def main() -> None:
         write_json(report_path, _report(found["teacher"], cache / "validation", run_dir, prompt))
         return f"made {report_path}"
 
-    _stage(1, "Fetch teacher and corpus, checked by sha256", fetch)
+    _stage(1, own_data.first_stage(TEACHER.value, CORPUS.value), fetch)
     _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
     _stage(3, "Distil a student with half the layers", train)
     _stage(4, "Compare student before, student after and teacher on held-out text", compare)

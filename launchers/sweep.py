@@ -157,6 +157,14 @@ def _refuse_flags_of_slurm() -> None:
         raise UsageError(f"{', '.join(wrong)}: for --backend=slurm alone; a local queue has --jobs and --nproc.")
 
 
+def _refuse_missing_caches(folder: "SweepFolder", points: Sequence["Point"]) -> None:
+    """Look at the points that are to run, before the folder is made."""
+    from launchers.sweeps.cost_plan import refuse_missing_caches
+
+    if BACKEND.value != "report":
+        refuse_missing_caches(folder.left(points, RETRY.value))
+
+
 def main() -> None:
     """Find the sweep, resolve its points, and hand them to the backend."""
     if LIST.value:
@@ -182,6 +190,7 @@ def main() -> None:
         _check(points)
         return
     refuse_others(folder.path, A_SWEEP, "out")
+    _refuse_missing_caches(folder, points)
     with owned(folder.path):
         gone = folder.claim(name, points)
         if gone:

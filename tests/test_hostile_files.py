@@ -359,15 +359,19 @@ def test_weights_are_those_of_the_folder_and_no_pickle(tiny: Tiny, tmp_path: Pat
     for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
         (folder / name).write_bytes(hostile)
     load()
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    kept = single.read_bytes()
+    single.unlink()  # beside it no index is read
     for names in ({"a": "../../x.safetensors"}, {"a": "pytorch_model.bin"}, {"a": 3}, ["x"], {"a": "/dev/zero"}):
         write_json(index, {"weight_map": names})
         _refused(load, "index.json: damaged")
+    single.write_bytes(kept)
+    load()
     index.unlink()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + hostile)
+    single.write_bytes(struct.pack("<Q", 1 << 40) + hostile)
     _refused(load, r"model\.safetensors|weights")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("/dev/zero")
+    single.unlink()
+    single.symlink_to("/dev/zero")
     _refused(load, r"model\.safetensors: no such file")
     assert not marker.exists()
 

@@ -16,8 +16,13 @@ def window_digest(start: int, token_ids: Array) -> bytes:
     return hashlib.sha256(f"{start} ".encode() + np.asarray(token_ids, "<i4").tobytes()).digest()[:16]
 
 
+def mask_digest(loss_mask: Array) -> bytes:
+    """Returns 16 bytes by which the labels to score of a window are known."""
+    return hashlib.sha256(np.asarray(loss_mask, np.uint8).tobytes()).digest()[:16]
+
+
 def windows_digest(windows: Iterable[bytes]) -> str:
-    """Returns the sha256 over the digests of windows, in order."""
+    """Returns the sha256 over the digests of windows or of their masks, in order."""
     total = hashlib.sha256()
     for window in windows:
         total.update(window)

@@ -260,13 +260,20 @@ def parse_manifest(value: Any, path: str) -> Manifest:
         raise UsageError(f"{path}: {error}. Restore it, or export the cache again.") from None
 
 
+def caches_in(folder: Path) -> str:
+    """Names the first few caches inside of a folder, for who named it in place of one of them; empty if it has none."""
+    return ", ".join(str(path.parent) for path in sorted(folder.glob("*/manifest.json"))[:4])
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a cache.
 
     Raises:
-        UsageError: none there (the export has not ended), or of another format or version.
+        UsageError: none there (the export has not ended, or it is a folder of caches), or of another format or version.
     """
     path = folder / "manifest.json"
+    if not path.exists() and (inside := caches_in(folder)):
+        raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {inside}.")
     if not path.exists() and (folder / "plan.json").exists():
         raise UsageError(
             f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."

@@ -40,8 +40,8 @@ class Corpus:
         path: a file, a folder, or `hub:OWNER/NAME[@REVISION][:FOLDER_OR_PATTERN]`.
         text_field: the field of a row that is a text.
         content: the layout of rows (`data/corpus/row_layouts.py`), where they have several.
-        fields: other names of fields, such as {"prompt": "question", "completion": "answer"}, {"messages": "dialogue",
-            "role": "speaker", "content": "utterance"} or {"text": "body"}; also "system".
+        fields: instead of these two, other names of fields, such as {"prompt": "question", "completion": "answer"},
+            {"messages": "dialogue", "role": "speaker", "content": "utterance"} or {"text": "body"}; also "system".
         on_bad_row: stop with one message at a row that cannot be used, or skip it.
         most_bad_rows: the most rows that may be skipped: below 1 a share of all, rounded up; from 1 on a number.
         bos, eos: whether a text begins with the tokenizer's BOS and ends with its EOS (auto: as the tokenizer itself
@@ -64,10 +64,21 @@ class Corpus:
             raise UsageError(f"corpus.on_bad_row: got {self.on_bad_row!r}; wanted one of stop, skip.")
         check_ranges(self, "corpus.", most_bad_rows=NOT_NEGATIVE)
         if self.fields is not None:
-            try:
-                check_fields(self.fields)
-            except ValueError as error:
-                raise UsageError(f"corpus.fields: got {self.fields}; {error}.") from None
+            self._check_fields(self.fields)
+
+    def _check_fields(self, mapping: dict[str, str]) -> None:
+        try:
+            check_fields(mapping)
+        except ValueError as error:
+            raise UsageError(f"corpus.fields: got {mapping}; {error}.") from None
+        # Nothing would read the others beside a mapping.
+        others = {"content": (self.content, "auto"), "text_field": (self.text_field, "text")}
+        for name, (value, default) in others.items():
+            if value != default:
+                raise UsageError(
+                    f"corpus.fields and corpus.{name}: got {mapping} and {value!r}; wanted one of them, for each says "
+                    "how rows are read. Leave one out."
+                )
 
     def files(self) -> list[Path]:
         """All files of the corpus, in a stable order.

@@ -118,13 +118,18 @@ class Encoder:
             log.info("%s: no chat template, so a completion stands right behind its prompt, as one text", self.folder)
 
     def chat_format(self) -> dict[str, Any] | None:
-        """Returns how the conversations so far were written: the template, what it names, and what ends turns."""
+        """Returns how the conversations so far were written: the templates, what they name, and what ends turns.
+
+        The template of tools is there wherever the teacher has one, as transformers reads it.
+        """
         if self.template is None:
             return None
-        source, ends = self.template.source, [token for token, _ in self.turn_ends.most_common()]
+        for_tools, ends = self.template.for_tools, [token for token, _ in self.turn_ends.most_common()]
+        templates = {"template": self.template.source} | ({"tool_use": for_tools.source} if for_tools else {})
+        special = self.template.special.items()
         return {
-            "template": source,
-            "special_tokens": {name: text for name, text in self.template.special.items() if name in source},
+            **templates,
+            "special_tokens": {name: text for name, text in special if any(name in t for t in templates.values())},
             "turn_ends": {token: ids[0] for token, ids in zip(ends, self.tokenizer.encode(ends), strict=True)},
         }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.cache.codec.levels import CODECS
-from data.cache.contents import window_digest, windows_digest
+from data.cache.contents import mask_digest, window_digest, windows_digest
 from data.cache.manifest import BEGINS, ENDS, Manifest
 from data.cache.selection import Selection
 from data.corpus.bad_rows import BadRows
@@ -291,7 +291,8 @@ def make_plans(
         if (largest := max(int(window.token_ids.max()) for window in windows)) >= teacher.vocab_size:
             raise too_many_tokens(largest + 1, teacher.vocab_size, str(folder), "teacher")
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
-        plan = plain({**settings, **contents, "split": split, "tokens": tokens})
+        masks = windows_digest(mask_digest(window.loss_mask) for window in windows)
+        plan = plain({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
         drawn_from = sum(window.positions for window in found)
         said = encoder.describe(), drawn_from, encoder.chat_format()

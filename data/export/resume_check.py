@@ -11,7 +11,10 @@ from kd_core.files import damaged, read_json, write_json
 from kd_core.json_fields import text
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
-MAY_GROW = ("corpus", "windows", "tokens", "seed", "validation_share", "shard_bytes", "block_positions", "batch_rows")
+MAY_GROW = (
+    *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share"),
+    *("shard_bytes", "block_positions", "batch_rows"),
+)
 
 
 def _around_texts(name: str, before: Any, now: Any) -> str:
@@ -47,8 +50,9 @@ def claim(plan: CachePlan) -> bool:
         write_json(path, plan.plan)
     found = read_json(path, "the plan of an export")
     # Before plans named their windows, documents were split by their names; before they named the real vocabulary,
-    # padding took probability. Such a cache is reused if it is complete.
-    unknown = {"windows", "vocab_size"} & set(plan.plan) - set(found)
+    # padding took probability; before they named the loss masks, a cache could be finished with others. Such a cache is
+    # reused if it is complete.
+    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.plan) - set(found)
     names = sorted({*found, *plan.plan} - unknown)
     differing = [name for name in names if found.get(name) != plan.plan.get(name)]
     if differing:
@@ -64,8 +68,8 @@ def claim(plan: CachePlan) -> bool:
     if unknown and (missing or not manifest):
         raise UsageError(
             f"{plan.folder}: holds part of an export that an earlier version began, which divided documents into train "
-            "and validation in another way, or gave probability to padding. Finish it with that version, name another "
-            "--out, or delete the folder."
+            "and validation in another way, gave probability to padding, or did not record which labels are scored. "
+            "Finish it with that version, name another --out, or delete the folder."
         )
     if manifest and missing and len(manifest.plans) > 1:
         raise UsageError(

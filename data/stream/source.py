@@ -6,9 +6,10 @@ Both are used alike: `parts` are the caches, `order` the rows of all epochs, eac
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest
@@ -229,15 +230,30 @@ class Mixture:
 Source = Shards | Mixture
 
 
-def epochs(source: Source, row_length: int, seed: int, rows: int) -> str:
-    """In words, how often a run of so many rows goes through its caches; of a long run by the shares of its start."""
+class Passes(NamedTuple):
+    """How often a run goes through a cache, and the rows of one epoch of it."""
+
+    shards: Shards
+    times: float
+    rows: int
+
+
+def passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes]:
+    """How often a run of so many rows goes through each of its caches; of a long run by the shares of its start."""
     looked = min(rows, LOOKED_AT)
     taken: list[int] = [0] * len(source.parts)
     for row in itertools.islice(source.order(row_length, seed), looked):
         taken[row.part] += 1
-    each: list[str] = []
+    found: list[Passes] = []
     for count, part in zip(taken, source.parts, strict=True):
         epoch = sum(1 for _ in part.rows(row_length, seed, 0))
-        of = f" of {part.path}" if len(taken) > 1 else ""
-        each.append(f"{count * rows / looked / epoch:.2f} epochs of {epoch} rows{of}")
-    return ", ".join(each)
+        found.append(Passes(part, count * rows / looked / epoch, epoch))
+    return found
+
+
+def in_words(found: Sequence[Passes]) -> str:
+    """`1.50 epochs of 40 rows`; of several caches, each with its path."""
+    several = len(found) > 1
+    return ", ".join(
+        f"{each.times:.2f} epochs of {each.rows} rows{f' of {each.shards.path}' if several else ''}" for each in found
+    )

@@ -17,10 +17,12 @@ def _read(manifest: Manifest, path: str) -> ChatFormat | None:
     if (stated := manifest.made.get("chat")) is None:
         return None
     with damaged(f"{path}: manifest.json", "how conversations were written"):
-        found = fields(stated, "chat", ("template", "special_tokens", "turn_ends"))
+        optional = {"tool_use"} & set(fields(stated, "chat"))
+        found = fields(stated, "chat", {"template", "special_tokens", "turn_ends"} | optional)
         special = {name: text(each, name) for name, each in fields(found["special_tokens"], "special_tokens").items()}
         ends = {name: integer(each, name, 0, MOST_ID) for name, each in fields(found["turn_ends"], "turn_ends").items()}
-        return ChatFormat(text(found["template"], "template"), special, ends)
+        for_tools = text(found["tool_use"], "tool_use") if optional else None
+        return ChatFormat(text(found["template"], "template"), special, ends, for_tools)
 
 
 def chat_format(source: Source) -> ChatFormat | None:

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.cache.storage import is_url
-from data.stream.source import Shards
+from data.stream.source import Passes, Shards
 from data.tokenizer import Tokenizer
 from experiments.base.provenance import student_folders
 from kd_core.errors import UsageError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from experiments.base.experiment import Experiment
 
 log = logging.getLogger("kd")
+# Trained on labels, 4 epochs teach about as much as new text, and returns fall fast beyond 16 (arXiv 2305.16264).
+EPOCHS, MOST_EPOCHS = 4, 16
 
 
 def cache_facts(shards: Shards) -> CacheFacts:
@@ -31,15 +34,20 @@ def cache_facts(shards: Shards) -> CacheFacts:
     return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
-def _check_folders(experiment: "Experiment", caches: dict[str, Shards]) -> None:
+def local_caches(experiment: "Experiment") -> dict[str, Path]:
+    """Folders of the caches that lie on this machine, by the settings that name them."""
+    caches = {**experiment.training_caches(), **experiment.held_out_caches()}
+    return {f"{at}.path": Path(shards.path) for at, shards in caches.items() if not is_url(shards.path)}
+
+
+def _check_folders(experiment: "Experiment") -> None:
     """All that is missing at once, so that it is made at once."""
     wanted = {
         where: (folder, "an adapter in PEFT's format" if where.endswith(".adapter") else "a Hugging Face folder")
         for where, folder in student_folders(experiment.student).items()
     }
-    for where, shards in caches.items():
-        if not is_url(shards.path):
-            wanted[f"{where}.path"] = (shards.path, "a cache, made by launchers.export_teacher")
+    for where, folder in local_caches(experiment).items():
+        wanted[where] = (str(folder), "a cache, made by launchers.export_teacher")
     missing = [
         f"{where}: {folder} ({what})"
         for where, (folder, what) in wanted.items()
@@ -104,7 +112,7 @@ def check(experiment: "Experiment") -> None:
         UsageError: parts that do not fit, or files that are missing.
     """
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
-    _check_folders(experiment, caches)
+    _check_folders(experiment)
     folder = experiment.student.folder
     tokenizer = Tokenizer(folder_of(folder))
     arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder)
@@ -146,6 +154,18 @@ def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict
         "a rank": f"at most {rows} rows a step in {passes} passes; holds {holds.parameters / 1e6:.2f}M parameters "
         f"({4 * holds.parameters / 1e9:.3f} GB in float32){moments}",
     }
+
+
+def warn_of_repeats(steps: int, found: Sequence[Passes]) -> None:
+    """Say when a run repeats a small cache more often than its text has something new to teach."""
+    for each in found:
+        if each.times > MOST_EPOCHS:
+            log.warning(
+                "steps: %d steps go %.0f times through %s, a cache of %d rows. Text repeated more than %d times "
+                "is mostly memorised. Set steps=%d, which goes %d times through it (with a lower tokens_per_step where "
+                "these are too few), or export more text.", steps, each.times, each.shards.path, each.rows, MOST_EPOCHS,
+                max(1, round(steps * EPOCHS / each.times)), EPOCHS,
+            )  # fmt: skip
 
 
 def warn_of_layout(rows_per_step: int, ranks: int) -> None:

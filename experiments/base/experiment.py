@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.stream.collate import Collate
-from data.stream.source import Mixture, Shards, Source, epochs
+from data.stream.source import Mixture, Shards, Source, in_words, passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments.base import checks
@@ -28,7 +28,7 @@ from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Start, decoder_of
-from kd_core.training.checkpoints.checkpoint import Checkpoint, load_best
+from kd_core.training.checkpoints.checkpoint import Checkpoint, best_first, load_best
 from kd_core.training.evaluation import HeldOut, Metric, metric_names
 from kd_core.training.generation import Prompts
 from kd_core.training.loop import Data, Recipe, run
@@ -172,7 +172,8 @@ class Experiment:
         caches = [part.manifest for part in self.shards.parts]
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
         weights = self.evaluation.weights
-        rows = epochs(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
+        repeats = passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
+        checks.warn_of_repeats(self.steps, repeats)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"
@@ -183,7 +184,7 @@ class Experiment:
                 for name, positions in held_out.items()
             ),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
-            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {rows}",
+            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {in_words(repeats)}",
             **checks.check_layout(self, student, ranks),
         }
 
@@ -247,6 +248,18 @@ class Experiment:
         ids = [[*begins, *ids] for ids in tokenizer.encode(texts)]
         return Prompts(texts, ids, self.evaluation.continuation_tokens, tokenizer.decode)
 
+    def _take_best(self, folder: RunFolder, model: Decoder, world: World) -> None:
+        """Load the best checkpoint for the export. The last step stays where none has a finite metric."""
+        metric = self.checkpoint.best_metric
+        if world.on_first(lambda: bool(best_first(folder.checkpoints, self.checkpoint))):
+            best = load_best(folder.checkpoints, self.checkpoint, model, world)
+            log.info("export: of %s, the best %s", best.name, metric)
+        else:
+            log.warning(
+                "export: of the last step, for no checkpoint has a finite %s, by which checkpoint.export=best knows "
+                "the best. Look at %s in metrics.jsonl, or set checkpoint.best_metric.", metric, metric,
+            )  # fmt: skip
+
     def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
 
@@ -279,8 +292,7 @@ class Experiment:
         if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
         if self.checkpoint.export == "best":
-            best = load_best(folder.checkpoints, self.checkpoint, model, world)
-            log.info("export: of %s, the best %s", best.name, self.checkpoint.best_metric)
+            self._take_best(folder, model, world)
         chat = chat_format(self.shards)
         save_pretrained(model, folder.export, folder_of(self.student.folder), chat=chat, first=world.is_first)
         return True

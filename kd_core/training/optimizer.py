@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from kd_core.errors import UsageError
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 from kd_core.students.starts.name_patterns import matching
+from kd_core.training.checkpoints.checkpoint_state import trained
 
 ON_NON_FINITE = ("stop", "skip")
 # They take a step by calling the model again, or want sparse gradients.
 UNFIT = ("LBFGS", "Optimizer", "SparseAdam")
 # Torch 2.13 cannot take their steps on tensors that are spread over ranks.
 ALONE = ("Adafactor", "Rprop")
+# Settings of a step as a whole, whichever optimisers take it.
+OF_THE_STEP = ("clip_norm", "on_non_finite", "max_skipped")
 Setting = float | int | bool | str | tuple[float | None, ...] | None
 
 
@@ -53,10 +56,6 @@ def _check_common(part: Optimizer) -> None:
     )  # fmt: skip
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only."""
     return [
@@ -83,7 +82,7 @@ class AdamW:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """See `Optimizer`."""
-        return self.over(list(_trained(model).values()))
+        return self.over(list(trained(model).values()))
 
     def over(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of some parameters."""
@@ -101,7 +100,8 @@ class TorchOptimizer:
         settings: its further arguments, by their names there.
         weight_decay: on matrices only.
         only: patterns on the names of the parameters that are its own: `layers.*_proj.weight`; none: all are.
-        others: of all others. Their rate follows the same schedule, from a peak of their own.
+        others: of all others. Their rate follows the same schedule, from a peak of their own. What is said of a step
+            as a whole (`OF_THE_STEP`) is said here, once for both.
         clip_norm: see `Optimizer`.
         on_non_finite: see `Optimizer`.
         max_skipped: see `Optimizer`.
@@ -127,8 +127,19 @@ class TorchOptimizer:
             raise UsageError(f"optimizer.settings: {name} stands beside them. Set optimizer.{name}.")
         if bool(self.only) != bool(self.others):
             raise UsageError("optimizer.only, .others: wanted both, or none: what is not its own must have another.")
+        self._refuse_others_of_the_step()
         # Its own checks of its settings, on two matrices, before there is a student.
         self._make([nn.Parameter(torch.zeros(2, 2)) for _ in range(2)])
+
+    def _refuse_others_of_the_step(self) -> None:
+        """A step is clipped and skipped as a whole, so `others` cannot say otherwise."""
+        for name in OF_THE_STEP if self.others else ():
+            said, own = getattr(self.others, name), getattr(self, name)
+            if said not in (own, getattr(AdamW, name)):
+                raise UsageError(
+                    f"optimizer.others.{name}: got {said!r}; a step is clipped and skipped as a whole, by "
+                    f"optimizer.{name}, which is {own!r}. Set optimizer.{name}, and leave this one out."
+                )
 
     def _make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Call torch's class or the function.
@@ -157,7 +168,7 @@ class TorchOptimizer:
         Raises:
             UsageError: a pattern fits nothing, or the optimiser does not take a parameter.
         """
-        named = _trained(model)
+        named = trained(model)
         own = matching(named, self.only, "optimizer.only") if self.only else list(named)
         made = self._make([named[name] for name in own])
         left = [parameter for name, parameter in named.items() if name not in {*own}]

@@ -1,14 +1,19 @@
-"""The table of a sweep before it runs, and the check of every point."""
+"""The table of a sweep before it runs, and the checks of its points."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
+from data.cache.manifest import caches_in
+from experiments.base.checks import local_caches
 from kd_core.errors import UsageError
 from launchers.reports import text_tables
 from launchers.sweeps.point_cost import Cost, cost_of, measured_rate
 from launchers.sweeps.sweep_folder import SweepFolder
 from experiments.config.sweep_points import Point, label, short_names, shown, swept_paths
+
+NAMED = 8  # points of one missing cache
 
 
 def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float | None) -> str:
@@ -76,3 +81,38 @@ def check(points: Sequence[Point], ranks: int = 1) -> list[str]:
         except (UsageError, OSError) as error:
             wrong.append(f"{point.id} {label(point, paths)}: {error}")
     return wrong
+
+
+def refuse_missing_caches(points: Sequence[Point]) -> None:
+    """Refuse points of which a cache on this machine is missing or incomplete. `check` looks at all the rest.
+
+    A point that cannot be built is left to fail alone.
+
+    Raises:
+        UsageError: it is, for any of them.
+    """
+    readers: dict[tuple[str, Path], list[str]] = {}
+    for point in points:
+        try:
+            caches = local_caches(point.build())
+        except UsageError:
+            continue
+        for where, folder in caches.items():
+            if not (folder / "manifest.json").is_file():
+                readers.setdefault((where, folder), []).append(point.id)
+    if readers:
+        missing = "\n  ".join(
+            f"{where} {folder}{f' (there are some in it: {inside})' if (inside := caches_in(folder)) else ''}, "
+            f"of {_some(ids)}"
+            for (where, folder), ids in readers.items()
+        )
+        raise UsageError(
+            f"no complete cache (no manifest.json) at\n  {missing}\nNo point was started. Make each with "
+            "launchers.export_teacher, or name what is there. --backend=check looks at all else."
+        )
+
+
+def _some(ids: Sequence[str]) -> str:
+    """Names points, the first few of many."""
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return f"{len(ids)} point{'s' * (len(ids) > 1)}: {', '.join(ids[:NAMED])}{more}"

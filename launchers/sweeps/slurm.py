@@ -36,6 +36,7 @@ WARNING = 120  # seconds between Slurm's warning and its kill, more than the tra
 MOST_TIMEOUTS = 100
 FIRST_PORT, PORTS = 29_500, 1_000
 PAUSE = 0.2
+SAID_EVERY = 60  # seconds
 log = logging.getLogger("kd")
 
 
@@ -78,8 +79,8 @@ class PointJob:
 
         here = JobEnvironment()
         is_first = here.global_rank == 0
-        while is_first and is_owned(self.folder.run_folder(self.point_id).path):
-            time.sleep(1)  # a node that Slurm has lost may be at work all the same
+        if is_first:
+            self._wait_for_owner()
         known = self.folder.status(self.point_id)
         if known.state == FINISHED:
             return FINISHED
@@ -96,6 +97,21 @@ class PointJob:
         if is_first:
             self._settle(replace(status, state=state, exit_code=code, last_line=words), begun)
         return state
+
+    def _wait_for_owner(self) -> None:
+        """Wait for a training of the point on a node that Slurm has lost, and say so once a minute."""
+        path = self.folder.run_folder(self.point_id).path
+        begun, lines = time.monotonic(), 0
+        while is_owned(path):
+            waited = time.monotonic() - begun
+            if waited >= SAID_EVERY * lines:
+                log.warning(
+                    "point %s: waits, for %.0f minutes so far: another process is working in %s, such as a training on "
+                    "a node that Slurm has lost. It begins once that has ended. End it where it runs, or scancel this "
+                    "job.", self.point_id, waited / 60, path,
+                )  # fmt: skip
+                lines += 1
+            time.sleep(1)
 
     def _settle(self, ended: Status, begun: float) -> None:
         """Note how the training ended, and put the job back where Slurm would take an interruption for a failure.

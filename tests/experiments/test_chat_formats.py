@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fiddle as fdl
 import pytest
+import torch
 import transformers
 
 from data.cache.manifest import read_manifest
@@ -16,6 +17,8 @@ from experiments.base.chat_formats import chat_format
 from experiments.config.config_items import resolve
 from experiments.config.saved_students import recorded_chat_format
 from kd_core.errors import UsageError
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Pretrained, build
 from tests.launchers.test_saved_students import train
 from tests.tiny import CHATML, ROW_LENGTH, Tiny, make_chat_folder, write_caches
 
@@ -84,6 +87,39 @@ def test_a_base_student_trained_on_chat_speaks_as_the_teacher_does(tiny: Tiny, c
     assert recorded_chat_format(checkpoint) is None, "said, and the weights are exported nevertheless"
 
 
+@pytest.mark.parametrize("place", ["settings", "files"])
+def test_the_template_of_tools_reaches_the_export_of_a_student_that_has_another(
+    tiny: Tiny, tmp_path: Path, place: str
+) -> None:
+    """It names a special token of its own, and the default of the student is the teacher's already."""
+    for_tools = "{{ bos_token }}{{ tools | length }} tools\n" + CHATML
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": for_tools}]
+    settings = {"bos_token": "<|im_start|>", **({"chat_template": named} if place == "settings" else {})}
+    teacher = make_chat_folder(tiny, tmp_path / "teacher", **settings)
+    base = make_chat_folder(tiny, tmp_path / "base", chat_template=CHATML)
+    if place == "files":
+        for folder, template in ((teacher, for_tools), (base, "{{ messages }}")):
+            (folder / "chat_template.jinja").write_text(CHATML)
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(template)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    rows = [{"messages": [{**MESSAGES[0], "content": f"The fox {i}."}, MESSAGES[1]], "tools": tools} for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export = tiny.export(teacher=str(teacher), corpus=Corpus(str(tmp_path / "chats.jsonl")), validation_share=0.3)
+    write_caches(export, tmp_path / "cache")
+    stated = read_manifest(tmp_path / "cache" / "train").made["chat"]
+    assert (stated["tool_use"], stated["special_tokens"]) == (for_tools, {"bos_token": "<|im_start|>"})
+
+    found = chat_format(Shards(str(tmp_path / "cache" / "train")))
+    student = build(Pretrained(str(base)), torch.device("cpu"), seed=0)
+    save_pretrained(student, tmp_path / "out", base, chat=found)
+    ours, teachers = (transformers.AutoTokenizer.from_pretrained(each) for each in (tmp_path / "out", teacher))
+    assert ours.chat_template == teachers.chat_template == {"default": CHATML, "tool_use": for_tools}
+    for given in (None, tools):
+        text = teachers.apply_chat_template(MESSAGES, tools=given, tokenize=False)
+        assert ours.apply_chat_template(MESSAGES, tools=given, tokenize=False) == text
+
+
 def test_a_format_that_cannot_be_read_is_said_before_anything_is_trained(
     tiny: Tiny, chats: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +152,7 @@ def test_caches_that_were_written_differently_are_said(
     assert not caplog.records
     assert chat_format(mixed(stated({**known, "template": "{{ messages }}"}))) is None
     assert "were written by different chat templates" in caplog.text
-    for chat in (3, {}, {**known, "template": 7}, {**known, "turn_ends": {"a": -1}}, {**known, "special_tokens": []}):
+    for chat in (3, {}, {**known, "template": 7}, {**known, "turn_ends": {"a": -1}}, {**known, "special_tokens": []},
+                 {**known, "tool_use": None}, {**known, "rag": ""}):  # fmt: skip
         with pytest.raises(UsageError, match=r"manifest\.json: damaged .*wanted how conversations were written"):
             chat_format(stated(chat))

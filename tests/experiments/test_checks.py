@@ -1,6 +1,7 @@
 """Parts that do not fit are refused with their path; settings that nothing reads are named, and no others."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,33 @@ def test_a_student_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="shards: .* written with tokenizer"):
         _experiment(tiny, f"student.folder={tmp_path / 'other'}").check()
+
+
+def test_a_folder_of_caches_in_place_of_one_of_a_mixture_names_what_to_take(tiny: Tiny) -> None:
+    caches = tiny.train.parent
+    items = [f"cache_mix(first={str(tiny.train)!r}, second={str(caches)!r})", *tiny.train_items()[1:3]]
+    config = config_items.resolve([*items, f"evaluation.shards.path={tiny.validation}"], "Experiment").config
+    with pytest.raises(
+        UsageError,
+        match=rf"shards.caches.second: {caches}: no cache .* some in it. Name one: {tiny.train}, {tiny.validation}\.",
+    ):
+        fdl.build(config).check()
+
+
+def test_a_cache_that_is_read_too_often_is_named_with_the_steps_to_set(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = _experiment(tiny).check()["the run"]
+    times, rows = re.fullmatch(r"6 steps, .* positions, (.*) epochs of (\d+) rows", shown).groups()  # type: ignore[union-attr]
+    epoch = int(rows) / 4  # steps, of 4 rows each
+    assert float(times) == pytest.approx(6 / epoch, abs=0.01)
+    enough, often = int(16 * epoch), int(16 * epoch) + 1
+    _experiment(tiny, f"steps={enough}").check()
+    assert "times through" not in caplog.text
+    _experiment(tiny, f"steps={often}").check()
+    said = f"{often} steps go 16 times through {tiny.train}, a cache of {rows} rows"
+    assert said in caplog.text
+    assert f"Set steps={round(4 * epoch)}, which goes 4 times through it" in caplog.text
 
 
 UNUSED = {

@@ -25,12 +25,34 @@ def test_it_shows_what_is_there_with_words_of_the_tokenizer_beside_the_cache(tin
     page = tmp_path / "cache.html"
     done = run("launchers.inspect", str(tiny.train), "--records=2", f"--html={page}")
     assert done.returncode == 0, done.stderr
-    for wanted in ("top 8", "KL(original‖decoded)", "teacher NLL", "ids of entries", "K = 1", "record 00000001"):
+    for wanted in (
+        "texts begin with nothing more",
+        "top 8",
+        "KL(original‖decoded)",
+        "teacher NLL",
+        "ids of entries",
+        "K = 1",
+        "record 00000001",
+    ):
         assert wanted in done.stdout
     every = int(re.search(r"^  all +([\d,]+)", done.stdout, re.MULTILINE)[1].replace(",", ""))
     assert every == sum(path.stat().st_size for path in tiny.train.iterdir())
     assert re.search(r"^ +0  The +(young|old|loud) +\d\.\d\d   (young|old|loud) \d+%", done.stdout, re.MULTILINE)
     assert "record 00000019" in page.read_text()
+
+
+def test_of_conversations_it_does_not_say_what_texts_begin_with_and_skipped_rows_are_counted(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(tiny.train, tmp_path / "cache")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (plan,) = manifest["plans"]
+    plan["chat_template"] = "0" * 64
+    plan["corpus"]["skipped"] = {"not JSON": 2, "no field that is known": 1, "by others": "x"}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    shown = run("launchers.inspect", str(cache), "--records=0").stdout
+    assert "texts begin with" not in shown
+    assert re.search(r"^  plan +train of .* seed 0; 3 rows skipped: 2 not JSON, 1 no field that is known$", shown, re.M)
 
 
 def test_without_a_tokenizer_it_shows_ids_and_another_one_is_refused(tiny: Tiny, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_a_small_corpus_is_taken_whole_measured_trained_and_compared(tiny: Tiny,
 
     shown = quickstart()
     assert "; all of the corpus" in shown
+    assert "[1/4] Take your teacher and corpus\n" in shown
     assert "tensorboard --logdir=runs " in shown, "no Makefile stands in this folder"
     assert "launchers.compare runs/mine runs/renormalized" in shown
     assert "FOLDER_OF_YOUR_TEXTS" not in shown, "the corpus was the user's own already"
@@ -52,6 +53,12 @@ def test_a_small_corpus_is_taken_whole_measured_trained_and_compared(tiny: Tiny,
     assert before > after > teacher
     again = quickstart()
     assert again.count("reused") == 4
+
+
+def test_the_first_stage_says_what_is_taken_and_what_is_fetched() -> None:
+    assert own_data.first_stage(None, None) == "Fetch teacher and corpus, checked by sha256"
+    assert own_data.first_stage("my/model", None) == "Take your teacher, fetch the corpus, checked by sha256"
+    assert own_data.first_stage(None, "texts") == "Take your corpus, fetch the teacher, checked by sha256"
 
 
 def test_steps_follow_the_cache_and_a_users_step(tiny: Tiny) -> None:

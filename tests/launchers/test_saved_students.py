@@ -1,7 +1,9 @@
 """Students out of runs and checkpoints into Hugging Face folders, read again by transformers."""
 
 import json
+import logging
 import shutil
+from math import nan
 from pathlib import Path
 
 import fiddle as fdl
@@ -13,6 +15,7 @@ from experiments.config.config_items import describe, record, resolve
 from experiments.config.saved_students import find_student, load_student
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
+from kd_core.training import loop
 from kd_core.training.checkpoints.checkpoint import kept, read_progress
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
@@ -101,6 +104,21 @@ def test_an_export_of_the_best_is_that_of_the_checkpoint(tiny: Tiny, tmp_path: P
     assert (_logits(found.export) - wanted).abs().max() < 1e-5
     assert (_logits(found.export) - _our_logits(found.checkpoints / f"step_{STEPS:08d}")).abs().max() > 1e-3
     assert json.loads((found.path / "config.json").read_text())
+
+
+def test_where_no_step_was_measured_as_finite_the_last_is_exported_with_a_warning(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = loop.evaluate_all
+    monkeypatch.setattr(loop, "evaluate_all", lambda *given, **named: {**measured(*given, **named), "val/loss": nan})
+    items = [*_items(tiny), "checkpoint.export=best"]
+    with caplog.at_level(logging.WARNING, "kd"):
+        found = train(tmp_path / "run", items)
+    assert "export: of the last step, for no checkpoint has a finite val/loss" in caplog.text
+    assert (_logits(found.export) - _our_logits(found.checkpoints / f"step_{STEPS:08d}")).abs().max() < 1e-5
+    times = {path: path.stat().st_mtime_ns for path in found.path.rglob("*")}
+    assert fdl.build(resolve(items, "Experiment").config).run(found, World(), Stopping())
+    assert times == {path: path.stat().st_mtime_ns for path in found.path.rglob("*")}
 
 
 def test_a_best_export_is_refused_where_no_best_is_kept(tiny: Tiny) -> None:

@@ -14,7 +14,7 @@ from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
-from data.cache.contents import CachedDocuments, window_digest, windows_digest
+from data.cache.contents import CachedDocuments, mask_digest, window_digest, windows_digest
 from data.cache.inspection.scan import Visited, blocks, read_coding
 from data.cache.manifest import TABLES, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
@@ -52,7 +52,8 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         UsageError: there is no manifest, or it cannot be read.
     """
     manifest = read_manifest(folder)
-    found, totals, windows, documents = Findings(manifest), Totals(), list[bytes](), _held_out(folder)
+    found, totals, windows, masks = Findings(manifest), Totals(), list[bytes](), list[bytes]()
+    documents = _held_out(folder)
     coding = read_coding(folder, manifest, found.report)
     for visited in blocks(folder, manifest, coding, found.report):
         for problem in _problems(visited, coding, manifest):
@@ -65,8 +66,9 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         found.positions += visited.header.positions
         progress(visited.header.positions)
         windows.extend(window_digest(record.start, record.token_ids) for record in visited.records)
+        masks.extend(mask_digest(record.loss_mask) for record in visited.records)
     _compare(found, totals, manifest)
-    _check_windows(found, windows)
+    _check_windows(found, windows, masks)
     if documents and (leaked := documents.among(windows)):
         found.report("../validation", f"{len(leaked)} of its documents are in train, too: {shown(leaked[0])}")
     _check_plans(found, manifest)
@@ -130,8 +132,8 @@ def _check_plans(found: Findings, manifest: Manifest) -> None:
                 found.report("manifest.json", f"{name} is {shown(said[name])}; that of its plan is {shown(plan[name])}")
 
 
-def _check_windows(found: Findings, windows: list[bytes]) -> None:
-    """Reports plans whose windows are not those of the records: some are missing, or stand there twice."""
+def _check_windows(found: Findings, windows: list[bytes], masks: list[bytes]) -> None:
+    """Reports plans whose windows or masks are not those of the records: some are missing, or stand there twice."""
     first = 0
     for number, plan in enumerate(found.manifest.plans):
         if "windows" not in plan or len(windows) != found.manifest.records:
@@ -144,6 +146,8 @@ def _check_windows(found: Findings, windows: list[bytes]) -> None:
             return
         if windows_digest(windows[first:last]) != planned["sha256"]:
             found.report("manifest.json", f"plan {number}: the records are not those of its windows")
+        if "windows_masks" in plan and windows_digest(masks[first:last]) != plan["windows_masks"]:
+            found.report("manifest.json", f"plan {number}: the records score other labels than its loss masks")
         first = last
 
 

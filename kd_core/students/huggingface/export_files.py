@@ -17,7 +17,7 @@ COPIED = (
     *("special_tokens_map.json", "chat_template*", "generation_config.json"),
     *("licen[cs]e*", "copying*", "notice*", "*use_policy*"),
 )
-NAMED_TEMPLATES = "additional_chat_templates"
+NAMED_TEMPLATES, TOOL_USE = "additional_chat_templates", "tool_use"
 TEMPLATE, SETTINGS, TOKENS = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 GENERATION = "generation_config.json"
 MODEL_CONFIG = "a Hugging Face model configuration"
@@ -31,11 +31,18 @@ class ChatFormat:
         template: the chat template.
         special_tokens: texts of the special tokens that the template names, such as `bos_token`.
         turn_ends: ids of the tokens that end the assistant's turns by their texts, the most frequent first.
+        tool_use: the template of conversations with tools, where that is another one.
     """
 
     template: str
     special_tokens: dict[str, str]
     turn_ends: dict[str, int]
+    tool_use: str | None = None
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Returns the templates by the names that transformers has for them."""
+        return {"default": self.template} | ({TOOL_USE: self.tool_use} if self.tool_use is not None else {})
 
     @property
     def tokenizer_tokens(self) -> dict[str, str]:
@@ -59,24 +66,39 @@ def _settings(path: Path) -> dict[str, Any]:
     return read_json(path, "settings of a tokenizer") if path.exists() else {}
 
 
-def _own_template(folder: Path, settings: dict[str, Any]) -> Any:
-    """Returns the default chat template of a folder, as transformers finds it."""
-    if (folder / TEMPLATE).exists():
-        return read_text(folder / TEMPLATE, "a chat template")
+def _template_path(folder: Path, name: str) -> Path:
+    return folder / TEMPLATE if name == "default" else folder / NAMED_TEMPLATES / f"{name}.jinja"
+
+
+def _own_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the chat templates of a folder by name, as transformers finds them: files go before settings."""
+    paths = {name: _template_path(folder, name) for name in ("default", TOOL_USE)}
+    if files := {name: read_text(path, "a chat template") for name, path in paths.items() if path.exists()}:
+        return files
     found = settings.get("chat_template")
     with damaged(folder / SETTINGS, "the settings of a tokenizer"):
-        return {each["name"]: each["template"] for each in found}.get("default") if isinstance(found, list) else found
+        return {each["name"]: each["template"] for each in found} if isinstance(found, list) else {"default": found}
+
+
+def _write_templates(folder: Path, chat: ChatFormat, settings: dict[str, Any], tokenizer_folder: Path) -> None:
+    """Write the cache's templates, all of them in files, where the folder and its settings have others."""
+    own = _own_templates(folder, settings)
+    if all(own.get(name) == template for name, template in chat.templates.items()):
+        return
+    settings.pop("chat_template", None)
+    _template_path(folder, TOOL_USE).unlink(missing_ok=True)  # of another format
+    for name, template in chat.templates.items():
+        path = _template_path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, template)
+    found = "has no chat template" if own.get("default") is None else "has another chat template"
+    log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, found)
 
 
 def _write_chat(folder: Path, chat: ChatFormat, tokenizer_folder: Path) -> None:
-    """Write the template and the special tokens over those that were copied into `folder`."""
+    """Write the templates and the special tokens over those that were copied into `folder`."""
     settings = _settings(folder / SETTINGS)
-    own = _own_template(folder, settings)
-    if own != chat.template:
-        settings.pop("chat_template", None)
-        write_text(folder / TEMPLATE, chat.template)
-        found = "has no chat template" if own is None else "has another chat template"
-        log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, found)
+    _write_templates(folder, chat, settings, tokenizer_folder)
     for name, known in ((SETTINGS, settings), (TOKENS, _settings(folder / TOKENS))):
         for role, text in chat.tokenizer_tokens.items():
             value = known.get(role)

@@ -42,7 +42,7 @@ def _indexed(index: Path) -> list[str]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads, in a stable order; what else lies in the folder is left alone.
 
-    That is the single file, and where there is none those of the index.
+    That is the single file, and where there is none those of the index. An index beside a single file is not read.
 
     Raises:
         UsageError: there are none, the index names one that is missing, or an adapter lies beside them.
@@ -52,8 +52,8 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: holds adapter_config.json beside a model, where transformers loads the adapter on its own "
             "base. Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
         )
-    indexed = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
-    files = [folder / name for name in ([SINGLE] if is_plain_file(folder / SINGLE) else indexed)]
+    is_single = is_plain_file(folder / SINGLE) or not (folder / INDEX).exists()
+    files = [folder / name for name in ([SINGLE] if is_single else _indexed(folder / INDEX))]
     missing = [str(file) for file in files if not is_plain_file(file)]
     if missing:
         pickled = " Weights as .bin are not read: save them as safetensors." if [*folder.glob("*.bin")] else ""

@@ -20,13 +20,14 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")
 CLOSE = 1e-6  # relative; norms of one and the same tensor differ by the layout's order of adding up
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that are trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def model_state(model: nn.Module) -> State:
     """The trained parameters themselves, not copies."""
-    return {f"model.{name}": parameter.detach() for name, parameter in _trained(model).items()}
+    return {f"model.{name}": parameter.detach() for name, parameter in trained(model).items()}
 
 
 def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
@@ -36,7 +37,7 @@ def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
         UsageError: the optimiser keeps something else, which would be lost.
     """
     state = model_state(model)
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained(model).items():
         kept: Mapping[str, object] = optimizer.state.get(parameter, {})
         for key, value in kept.items():
             if not _can_be_kept(value, key, parameter):
@@ -124,12 +125,12 @@ def stored_names(metadata: Metadata) -> set[str]:
 
 def empty_moments(model: nn.Module, metadata: Metadata) -> dict[str, State]:
     """By parameter, memory for all that a checkpoint holds of the optimiser for it."""
-    trained = _trained(model)
-    moments: dict[str, State] = {name: {} for name in trained}
+    parameters = trained(model)
+    moments: dict[str, State] = {name: {} for name in parameters}
     for full_name, stored in metadata.state_dict_metadata.items():
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
-        if full_name.startswith("optimizer.") and name in trained and isinstance(stored, TensorStorageMetadata):
-            moments[name][key] = _like(trained[name].detach(), full_name, stored)
+        if full_name.startswith("optimizer.") and name in parameters and isinstance(stored, TensorStorageMetadata):
+            moments[name][key] = _like(parameters[name].detach(), full_name, stored)
     return moments
 
 

@@ -320,6 +320,13 @@ def test_a_mapping_that_names_no_document_is_refused(fields: dict[str, str], mes
         Corpus("x", fields=fields)
 
 
+@pytest.mark.parametrize("other", [{"content": "messages"}, {"text_field": "body"}])
+def test_a_mapping_beside_another_setting_of_the_layout_is_refused(other: dict[str, Any]) -> None:
+    [(name, value)] = other.items()
+    with pytest.raises(UsageError, match=rf"corpus.fields and corpus.{name}: got .*'dialogue'.* and '{value}'"):
+        Corpus("x", fields={"messages": "dialogue"}, **other)
+
+
 def test_a_field_that_is_missing_and_a_system_message_by_name(tmp_path: Path) -> None:
     fields = {"prompt": "q", "completion": "a", "system": "s"}
     _json_lines(tmp_path / "a.jsonl", [{"q": "Who?", "a": "The owl.", "s": "Be brief."}, {"q": "Who?", "s": "x"}])

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from data.cache.selection import Selection
 from data.corpus.corpus import Corpus, split_documents
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoded, Encoder
-from data.corpus.windows import choose_windows, windows_of
+from data.corpus.windows import Window, choose_windows, windows_of
 from data.export import export as steps
 from data.export.extend import SPLITS
 from data.export.plan import make_plans
@@ -139,11 +141,32 @@ def test_an_interrupted_export_goes_on_with_the_same_documents_alone(tiny: Tiny,
         write_caches(export, out)
 
 
-def test_a_cache_of_an_earlier_version_is_reused_and_half_of_one_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_interrupted_export_does_not_go_on_with_other_labels_to_score(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a change of what counts as the assistant's would have it: all else, the tokens too, is the same."""
+    write_caches(tiny.export(), tmp_path)
+    (tmp_path / "train" / "manifest.json").unlink()
+    plain = windows_of
+
+    def unscored(*args: Any) -> Iterator[Window]:
+        for window in plain(*args):
+            yield window._replace(loss_mask=np.concatenate([[0], window.loss_mask[1:]]))
+
+    monkeypatch.setattr("data.export.plan.windows_of", unscored)
+    with pytest.raises(UsageError, match="holds an export with another windows_masks"):
+        write_caches(tiny.export(), tmp_path)
+
+
+@pytest.mark.parametrize("lacking", [("windows", "windows_masks"), ("windows_masks",)])
+def test_a_cache_of_an_earlier_version_is_reused_and_half_of_one_refused(
+    tiny: Tiny, tmp_path: Path, lacking: tuple[str, ...]
+) -> None:
     shutil.copytree(tiny.root / "cache", tmp_path / "cache")
     plan, path = tmp_path / "cache" / "train" / "plan.json", tmp_path / "cache" / "train" / "manifest.json"
     old = json.loads(plan.read_text())
-    del old["windows"]
+    for name in lacking:
+        del old[name]
     plan.write_text(json.dumps(old))
     manifest = {**json.loads(path.read_text()), "plans": [old]}
     del manifest["made"]

@@ -152,7 +152,7 @@ def test_a_continued_document_stays_on_its_side_and_no_window_stands_twice(tiny:
     assert bytes_of(out) == before
 
 
-def test_verify_finds_held_out_documents_in_train_and_other_windows(tiny: Tiny, tmp_path: Path) -> None:
+def test_verify_finds_held_out_documents_in_train_other_windows_and_other_masks(tiny: Tiny, tmp_path: Path) -> None:
     texts = [f"The old fox sees a river {i}." for i in range(8)]
     write_caches(tiny.export(corpus=_lines(tmp_path / "a.jsonl", texts)), tmp_path / "out")
     held_out, *_ = _texts(tiny, tmp_path / "out")["validation"]
@@ -164,7 +164,8 @@ def test_verify_finds_held_out_documents_in_train_and_other_windows(tiny: Tiny, 
     assert problem.startswith("../validation: 1 of its documents are in train, too")
     path = tmp_path / "other" / "train" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["plans"][0]["windows"]["sha256"] = "0" * 64
+    manifest["plans"][0]["windows"]["sha256"] = manifest["plans"][0]["windows_masks"] = "0" * 64
     path.write_text(json.dumps(manifest))
     found = verify(path.parent, lambda _: None).problems
     assert "manifest.json: plan 0: the records are not those of its windows" in found
+    assert "manifest.json: plan 0: the records score other labels than its loss masks" in found

@@ -129,6 +129,19 @@ def test_the_template_of_the_cache_goes_before_the_students_own(
         assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
 
 
+def test_the_template_of_tools_goes_with_the_default_that_it_belongs_to(tiny: Tiny, tmp_path: Path) -> None:
+    """The student's own goes where the cache has another default and no template of tools."""
+    folder = make_chat_folder(tiny, tmp_path / "model", chat_template=OWN)
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag"):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(OWN)
+    load = transformers.AutoTokenizer.from_pretrained
+    assert load(_export(folder, tmp_path / "other", _chat())).chat_template == {"default": CHATML, "rag": OWN}
+    (folder / "chat_template.jinja").write_text(CHATML)
+    kept = {"default": CHATML, "tool_use": OWN, "rag": OWN}
+    assert load(_export(folder, tmp_path / "same", _chat())).chat_template == kept
+
+
 def test_its_own_template_stays_where_it_is_the_same(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

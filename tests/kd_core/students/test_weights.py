@@ -120,6 +120,52 @@ def test_a_folder_is_read_as_transformers_reads_it(
     torch.testing.assert_close(_theirs(tmp_path / "export"), theirs, atol=1e-4, rtol=1e-4)
 
 
+def _nothing(path: Path) -> None:
+    path.unlink()
+
+
+def _whole(path: Path) -> None:
+    assert path.is_file()
+
+
+def _cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "gone")
+
+
+def _a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _of_a_missing_shard(path: Path) -> None:
+    path.write_text(path.read_text().replace("model-00002-", "model-00003-"))
+
+
+@pytest.mark.parametrize("index", [_nothing, _whole, _cut_short, _dangling, _a_folder, _of_a_missing_shard])
+@pytest.mark.parametrize("single", [_nothing, _whole, _cut_short, _dangling, _a_folder])
+def test_a_single_file_and_an_index_are_taken_as_transformers_takes_them(
+    tiny: Tiny, tmp_path: Path, single: Callable[[Path], None], index: Callable[[Path], None]
+) -> None:
+    folder = _made(tiny, tmp_path / "model", _older_shards_beside)
+    single(folder / SINGLE)
+    index(folder / INDEX)
+    try:
+        theirs = _theirs(folder)
+    except Exception:  # their errors are of many types
+        with pytest.raises(UsageError):
+            build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+        assert single is _cut_short or (single is not _whole and index is not _whole)
+        return
+    model = build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+    torch.testing.assert_close(_logits(model), theirs, atol=1e-4, rtol=1e-4)
+    assert single is _whole or (single is not _cut_short and index is _whole)
+
+
 def _adapter_beside(folder: Path, weights: Weights) -> None:
     del weights
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from torch import tensor
 
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
@@ -15,7 +15,7 @@ from kd_core.parallel.world import World
 from kd_core.training.evaluation import metric_names
 from kd_core.training.monitoring.histograms import histograms
 from kd_core.training.monitoring.metric_log import MetricLog, read_metrics
-from kd_core.training.monitoring.tensorboard import PAGES, hparams_of
+from kd_core.training.monitoring.tensorboard import PAGES, hparams_of, write_session
 
 CONFIG = """student = Pretrained  # experiments/x.py:1
 student.folder = 'a | b'  # --config=student.folder=a
@@ -72,16 +72,40 @@ def test_a_run_is_a_row_of_hparams_with_its_values_and_its_end(tmp_path: Path) -
     (tmp_path / "config.txt").write_text(CONFIG)
     with MetricLog(tmp_path, None) as log:
         log.end()
-    metadata = events(tmp_path).PluginTagToContent("hparams")
-    started = plugin_data_pb2.HParamsPluginData.FromString(metadata["_hparams_/session_start_info"])
+    contents = events(tmp_path).PluginTagToContent("hparams")
+    started = plugin_data_pb2.HParamsPluginData.FromString(contents["_hparams_/session_start_info"])
     values = started.session_start_info.hparams
     assert values["optimizer.lr"].number_value == 0.0004
     assert values["seed"].number_value == 3
     assert values["student"].string_value == "Pretrained"
     assert values["collate.eod_mask_loss"].bool_value is False
     assert "parallel.precision" not in values
-    ended = plugin_data_pb2.HParamsPluginData.FromString(metadata["_hparams_/session_end_info"])
+    ended = plugin_data_pb2.HParamsPluginData.FromString(contents["_hparams_/session_end_info"])
     assert ended.session_end_info.status == 1  # api_pb2.STATUS_SUCCESS
+
+
+def name_among_hparams(folder: Path) -> str:
+    """What the page shows of a run in front of its values, as TensorBoard reads it."""
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    content = found.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    return metadata.parse_session_start_info_plugin_data(content).group_name
+
+
+def test_the_hparams_page_names_runs_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (folder := tmp_path / "runs" / name).mkdir(parents=True)
+        (folder / "config.txt").write_text(CONFIG)
+        for resume_step in (None, 1):  # by a resume it is written anew
+            with MetricLog(folder, resume_step) as log:
+                report(log, 1 + (resume_step or 0))
+        assert name_among_hparams(folder / "tensorboard") == f"runs/{name}"
+    monkeypatch.chdir(tmp_path / "runs")
+    with MetricLog(Path("one"), None):
+        pass
+    assert name_among_hparams(Path("one/tensorboard")) == "runs/one"
+    write_session(tmp_path / "sweep", "lr=0.1,0123456789ab", {"lr": 0.1}, [{"step": 1, "val/kl": 0.5}])
+    assert name_among_hparams(tmp_path / "sweep") == "lr=0.1,0123456789ab"
 
 
 def test_a_run_that_was_stopped_has_no_end(tmp_path: Path) -> None:

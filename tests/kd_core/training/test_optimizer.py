@@ -195,6 +195,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no decay": ({"cls": "Rprop", "weight_decay": 0.1}, "optimizer.weight_decay: got 0.1; Rprop has none"),
     "a rate of nothing": ({"cls": "SGD", "lr": 0.0}, "optimizer.lr: got 0.0; wanted more than 0"),
     "half of the parameters": ({"cls": "Muon", "only": HIDDEN}, "optimizer.only, .others: wanted both"),
+    "another bound for the others": (
+        {"cls": "Muon", "only": HIDDEN, "others": AdamW(clip_norm=0.5)},
+        r"optimizer.others.clip_norm: got 0.5; .*by optimizer.clip_norm, which is 1.0. Set optimizer.clip_norm",
+    ),
+    "others that are skipped alone": (
+        {"cls": "Muon", "only": HIDDEN, "others": AdamW(on_non_finite="skip")},
+        "optimizer.others.on_non_finite: got 'skip'; .*optimizer.on_non_finite, which is 'stop'",
+    ),
+    "another count for the others": (
+        {"cls": "Muon", "only": HIDDEN, "others": AdamW(max_skipped=3), "max_skipped": 2},
+        "optimizer.others.max_skipped: got 3; .*which is 2",
+    ),
     "a function of nothing": ({"cls": nothing}, "optimizer.cls: nothing made a NoneType"),
 }
 
@@ -203,6 +215,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_settings_are_refused_before_there_is_a_student(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TorchOptimizer(**{"lr": 1e-3, **settings})
+
+
+def test_the_others_may_say_the_same_of_a_step() -> None:
+    for others in (AdamW(), AdamW(clip_norm=0.5)):
+        assert TorchOptimizer("Muon", 1e-3, only=HIDDEN, others=others, clip_norm=0.5).clip_norm == 0.5
 
 
 @pytest.mark.parametrize(

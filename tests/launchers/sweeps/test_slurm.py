@@ -1,5 +1,7 @@
 """What a sweep asks of Slurm: scripts, its queue, the limits of a cluster."""
 
+import contextlib
+import logging
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +21,10 @@ from kd_core.errors import UsageError
 from launchers.sweeps import slurm, slurm_commands
 from launchers.sweeps.sweep_folder import SUBMITTED, SweepFolder
 from tests.launchers.sweeps.real_slurm import REQUEST, STEPS, Cluster, needs_slurm, sweep_of
+from kd_core.files import owned
+from launchers.sweeps import slurm, slurm_commands
+from launchers.sweeps.sweep_folder import FINISHED, SUBMITTED, Status, SweepFolder
+from experiments.config.sweep_points import resolve
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
@@ -153,6 +160,31 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
     assert done.returncode == 1
     assert f"1 points are in Slurm's queue ({point.id}). Wait for them, or scancel their jobs." in done.stderr
+
+
+def test_a_job_that_waits_for_another_process_says_so_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, clock = SweepFolder(tmp_path / "out"), [0.0]
+    run_folder = folder.run_folder("0" * 12).path
+    (tmp_path / "out" / "status").mkdir(parents=True)
+    folder.set_status("0" * 12, Status(FINISHED, 1))
+    with contextlib.ExitStack() as owner:
+        owner.enter_context(owned(run_folder))
+
+        def sleep(seconds: float) -> None:
+            clock[0] += seconds
+            if clock[0] >= 150:
+                owner.close()
+
+        monkeypatch.setattr(slurm, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+        monkeypatch.setattr("submitit.JobEnvironment", lambda: SimpleNamespace(global_rank=0))
+        with caplog.at_level(logging.WARNING, "kd"):
+            assert slurm.PointJob(folder, "0" * 12, 1, True)() == FINISHED
+    assert clock[0] == 150
+    waits = [record.getMessage() for record in caplog.records]
+    assert [f"{minutes} minutes" in line for minutes, line in enumerate(waits)] == [True] * 3
+    assert all(f"another process is working in {run_folder}" in line for line in waits)
 
 
 def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,12 @@ def _attempts(folder: SweepFolder, point: Point) -> list[str]:
     return [log.read_text() for log in logs]
 
 
+def _training(folder: SweepFolder, point: Point) -> int:
+    """The process that trains the point."""
+    attempt = folder.run_folder(point.id).attempts()[-1] / "attempt.json"
+    return int(read_json(attempt, "the facts of a start")["world"]["pid"])
+
+
 def _ended_once(folder: SweepFolder, point: Point, starts: int) -> None:
     """The point is finished, after so many starts of which the last one alone came to the end, and no step is lost."""
     assert folder.status(point.id).state == FINISHED
@@ -101,7 +107,18 @@ def test_a_job_that_is_put_back_waits_for_its_training_on_a_node_that_nobody_rea
     folder, points = sweep_of(tiny, tmp_path / "out", 1)
     (job,) = slurm.submit(folder, points, "study", REQUEST, nproc=1, keep_checkpoints=True)
     wait(lambda: _steps(folder, points[0]) > 2)
+    training = _training(folder, points[0])
+    os.kill(training, signal.SIGSTOP)
     at.lose_node(at.node_of(job), still_at_work=True)
+    (log,) = (folder.path / "slurm").glob(f"*/{job}_0_log.err")
+    said = f"point {points[0].id}: waits, for 0 minutes so far: another process is working in"
+
+    def waits() -> bool:
+        at.hasten()
+        return said in log.read_text()
+
+    wait(waits, seconds=90)
+    os.kill(training, signal.SIGCONT)
     at.wait_until_idle(60)
     _ended_once(folder, points[0], starts=1)
 
@@ -122,8 +139,7 @@ def _undisturbed(tiny: Tiny, out: Path, n: int, steps: int) -> SweepFolder:
 
 def _end_its_time(at: Cluster, job: str, folder: SweepFolder, point: Point) -> None:
     """Have Slurm warn a job of the end of its time, which it looks at twice a minute; its training waits so long."""
-    attempt = folder.run_folder(point.id).attempts()[-1] / "attempt.json"
-    training = read_json(attempt, "the facts of a start")["world"]["pid"]
+    training = _training(folder, point)
     os.kill(training, signal.SIGSTOP)
     at.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # less than the warning before it
     (log,) = (folder.path / "slurm").glob(f"*/{job}_0_log.err")

@@ -17,6 +17,13 @@ from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
 from launchers.sweeps.results import Row, groups_of
 from tests.launchers.command import run
+from kd_core.training.lr_schedule import WarmupCosine
+from experiments.config import config_items
+from experiments.config import find_sweep
+from launchers.sweeps.sweep_folder import Status, SweepFolder
+from experiments.config.sweep_points import Point, label, resolve, short_names, swept_paths
+from tests.launchers.command import configs, run
+from tests.tiny import Tiny
 
 
 def _points(sweep: Sweep, *items: str) -> list[Point]:
@@ -208,6 +215,38 @@ def test_slurms_flags_are_refused_of_a_local_queue(tmp_path: Path) -> None:
     done = run("launchers.sweep", *flags)
     assert "--partition, --nodes: for --backend=slurm alone; a local queue has --jobs" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("backend", ["local", "slurm"])
+def test_points_whose_caches_are_missing_are_refused_before_any_starts(
+    backend: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    moved, begun, out = tmp_path / "moved", tmp_path / "begun", tmp_path / "out"
+    begun.mkdir()
+    (begun / "plan.json").touch()
+    study = tmp_path / "study.py"
+    study.write_text(
+        "from experiments.half_depth import quickstart\nfrom experiments.base.sweep_definition import Sweep, grid, seeds\n\n"
+        f"def study():\n    paths = {[str(tiny.train), str(moved), str(begun)]}\n"
+        "    return Sweep(quickstart) * grid('shards.path', paths) * seeds(2)\n"
+    )
+    items = [item for item in tiny.train_items()[1:] if not item.startswith("shards.path")]
+    points = resolve(source.find(f"{study}:study")[1](), items, "study")
+    flags = [f"--sweep={study}:study", f"--out={out}", f"--backend={backend}", *configs(items)]
+    done = run("launchers.sweep", *flags)
+    assert done.returncode == 1
+    for folder, (one, other) in ((moved, points[2:4]), (begun, points[4:6])):
+        assert f"shards.path {folder}, of 2 points: {one.id}, {other.id}" in done.stderr
+    assert str(tiny.train) not in done.stderr
+    assert not out.exists()
+    inside = run("launchers.sweep", *flags, f"--config=evaluation.shards.path={tiny.train.parent}").stderr
+    assert f"{tiny.train.parent} (there are some in it: {tiny.train}, {tiny.validation}), of 6 points" in inside
+
+    folder = SweepFolder(out)
+    folder.claim("study", points)
+    for point in points:
+        folder.set_status(point.id, Status("failed", 1))
+    assert "6 of 6 points failed" in run("launchers.sweep", *flags[:2], "--backend=local", *flags[3:]).stderr
 
 
 def test_what_is_no_sweep_is_refused() -> None:
