@@ -88,13 +88,13 @@ def _top5_agreement(of: Reduction) -> dict[str, Tensor]:
 
 def _calibration(of: Reduction) -> dict[str, Tensor]:
     best = of.log_best()
-    return calibration.gaps(best, of.reduced.view.student_label.detach() >= best, of.mask)
+    return calibration.gap_sums(best, of.reduced.view.student_label.detach() >= best, of.mask)
 
 
 def _temperature(of: Reduction) -> dict[str, Tensor]:
     view, share = of.reduced.view, of.reduced.share
     inverse = torch.tensor(calibration.EIGHTHS, device=of.mask.device) / 8
-    powers = calibration.powers(of.tail_softmax)
+    powers = calibration.power_sums(of.tail_softmax)
     if share is not None:
         powers = of.part.sum_(powers * share[:, None] ** inverse)
     tail = torch.where(view.tail_size > 0, view.student_tail.detach(), 0.0)[:, None] * inverse + powers.log()
