@@ -48,7 +48,7 @@ def tail_bucket(view: SparseView, temperatures: Temperatures) -> Events:
     on how that mass is spread.
     """
     entries, tail = _teacher_at(view, temperatures.teacher)
-    # An empty tail of the teacher keeps log p finite. Where S is the whole vocabulary, the bucket is unused.  [n]
+    # Keep log p of an empty tail finite. Where S is the whole vocabulary, the bucket is an unused event.  [n]
     tail = torch.where(tail > -torch.inf, tail, EMPTY_TAIL)
     exists = (view.tail_size > 0)[:, None]
     # The bucket is the last event.  [n, K + 1]
