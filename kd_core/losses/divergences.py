@@ -16,7 +16,7 @@ from kd_core.losses.sparse_view import Events, log_softmax_over
 
 
 class Parameters(NamedTuple):
-    """Parameters of the divergences that its comments name."""
+    """Parameters of single divergences. Each is read only by those named beside it."""
 
     beta: float = 0.5  # jsd
     skew: float = 0.1  # skew_kl, skew_reverse_kl
@@ -33,7 +33,7 @@ def log_mixture(log_ratio: Tensor, share: float) -> Tensor:
     Near 0, logaddexp loses all digits to rounding, which matters because JSD divides by a small share. Far from 0,
     the form by log1p and expm1 overflows. So each is used where it is exact.
     """
-    # The mixture is one of its two sides.
+    # A mixture of one side alone.
     if share == 0:
         return torch.zeros_like(log_ratio)
     if share == 1:
@@ -75,7 +75,7 @@ def jsd(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
     vanishes at β = 0 and 1. The scaled form tends to forward KL at 0 and to reverse KL at 1. At β = ½ it is 4 times
     the textbook's JSD.
     """
-    # The limits, where one of the two terms would be 0 / 0.
+    # The limits at both ends, where the form below would be 0 / 0.
     beta = parameters.beta
     if beta in (0, 1):
         return (forward_kl if beta == 0 else reverse_kl)(events, parameters)

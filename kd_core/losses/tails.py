@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kd_core.losses.sparse_view import Events, SparseView, events, log_softmax_over
 
-# Log mass of a tail that was recorded as exactly 0. It is too small to change a float32 sum near 1, and it keeps
-# divergences finite that multiply the student's tail mass with log p of the tail.
+# Log mass of a tail that was recorded as exactly 0. It is too small to change a float32 sum near 1. With −inf instead,
+# every divergence would be infinite that multiplies log p of the tail with the student's mass there.
 EMPTY_TAIL = -30.0
 
 

@@ -60,7 +60,7 @@ class LossCall(NamedTuple):
             for name, selection in selections.items()
         }
 
-    def losses(
+    def weighted_loss(
         self, views: Mapping[float, SparseView], mask: Tensor, factors: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the weighted loss of a chunk, differentiable in its views, and the sums to log.

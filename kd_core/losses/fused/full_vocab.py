@@ -80,13 +80,13 @@ class _Pass:
 
     def write_dlogits_(self, chunk: Positions, reduced: dict[float, ReducedLogits], loss: Tensor) -> Tensor:
         """Writes dL/dlogits [n, V] of a chunk into the first buffer."""
-        views = [by_temperature.view for by_temperature in reduced.values()]
+        views = [reduced_logits.view for reduced_logits in reduced.values()]
         n = len(chunk.hidden)
         # τ dL/dz of each view into its own buffer, and the sum of dL/dz over views into the first one.  [n, V]
-        for (temperature, buffer), by_temperature, view_gradients in zip(
+        for (temperature, buffer), reduced_logits, view_gradients in zip(
             self.buffers.items(), reduced.values(), Gradients.from_loss(loss, self.call.scale, views), strict=True
         ):
-            write_dlogits_(buffer[:n], by_temperature, view_gradients)
+            write_dlogits_(buffer[:n], reduced_logits, view_gradients)
             if temperature != 1:
                 self.buffers[1.0][:n].add_(buffer[:n], alpha=1 / temperature)
         dlogits = self.buffers[1.0][:n]
@@ -102,9 +102,9 @@ def sum_over_vocabulary(call: LossCall, head: Head, gradients: HeadGradients | N
         # Logits to views. Buffers now hold softmaxes over the tail.  [n, V] → [n, K]
         chunk = call.chunk(rows)
         reduced, slope = full_pass.reduce_(chunk)
-        views = {temperature: by_temperature.view for temperature, by_temperature in reduced.items()}
+        views = {temperature: reduced_logits.view for temperature, reduced_logits in reduced.items()}
         # Loss and metrics, in float32 over the chunk and in float64 over chunks.
-        loss, sums = call.losses(views, chunk.mask, {name: factor[rows] for name, factor in factors.items()})
+        loss, sums = call.weighted_loss(views, chunk.mask, {name: factor[rows] for name, factor in factors.items()})
         sums |= metric_sums(reduced[1.0], chunk.mask)
         sums |= extra_metric_sums(
             call.objective.observe, reduced[1.0], full_pass.tail_softmax(chunk), head.shard, chunk.mask

@@ -126,7 +126,9 @@ def sum_over_support(call: LossCall, head: Head, gradients: HeadGradients | None
         logits, slope = rows.logits(hidden)
         view = _view(logits, chunk, head.vocab_size)
         # Loss and metrics, in float32 over the chunk and in float64 over chunks.
-        loss, sums = call.losses({1.0: view}, chunk.mask, {name: factor[positions] for name, factor in factors.items()})
+        loss, sums = call.weighted_loss(
+            {1.0: view}, chunk.mask, {name: factor[positions] for name, factor in factors.items()}
+        )
         sums |= teacher_metric_sums(view, chunk.mask)
         totals = {name: total + sums[name].double() for name, total in totals.items()}
         if gradients is not None:
