@@ -1,4 +1,4 @@
-"""Which divergence goes with which tail, temperature and parameter; the others are refused, with what to use."""
+"""Checks of which divergence goes with which tail, temperature and parameter. Errors name what to use instead."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,9 @@ from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, check_ranges
 
-# What sums teacher-weighted terms alone can do without the events that a tail treatment leaves out.
+# Divergences whose terms are all weighted by p. They need nothing of events that a tail treatment leaves out.
 TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
+# The divergences that are defined on each tail.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "tail_bucket": tuple(DIVERGENCES),
     "renormalized": tuple(name for name in DIVERGENCES if name != "decoupled_kl"),
@@ -18,6 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "residual_to_label": ("forward_kl", "cross_entropy"),
     "sampled": ("forward_kl", "cross_entropy"),
 }
+# Why a tail allows no other divergence, for the error message.
 REASONS = {
     "renormalized": "most of the tail that it weighs apart is not there",
     "truncated": "it weighs events by the student, whose mass outside the entries this tail leaves out",
@@ -26,9 +28,10 @@ REASONS = {
     "residual_to_label": "a teacher with all its tail on the label is a target for the forward forms alone",
     "sampled": "importance weights estimate sums over the teacher, which the forward forms alone are",
 }
-# At τ ≠ 1 the teacher's other tails would need probabilities that the entries do not hold.
-TEACHER_TEMPERATURE = ("tail_bucket", "renormalized", "truncated")
-USES = {
+# Tails that allow a teacher at τ ≠ 1. The others would need probabilities that the entries do not hold.
+TEMPERED_TAILS = ("tail_bucket", "renormalized", "truncated")
+# The parameters that each divergence uses.
+USED_PARAMETERS = {
     "jsd": ("beta",),
     "skew_kl": ("skew",),
     "skew_reverse_kl": ("skew",),
@@ -36,19 +39,20 @@ USES = {
     "adaptive_kl": ("head_mass",),
     "decoupled_kl": ("head_size", "head_weight", "tail_weight"),
 }
-RANGES = {"head_size": AT_LEAST_1, "head_weight": NOT_NEGATIVE, "tail_weight": NOT_NEGATIVE}
+# Ranges of parameters that are not shares, which lie in 0 to 1.
+PARAMETER_RANGES = {"head_size": AT_LEAST_1, "head_weight": NOT_NEGATIVE, "tail_weight": NOT_NEGATIVE}
 
 
-def choose(what: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not known."""
-    if name not in known:
-        raise UsageError(f"loss: {what} {name!r} is unknown; wanted one of {', '.join(sorted(known))}.")
+def check_choice(setting: str, name: str, choices: Iterable[str]) -> None:
+    """Raises a `UsageError` if a name is not one of the choices."""
+    if name not in choices:
+        raise UsageError(f"loss: {setting} {name!r} is unknown; wanted one of {', '.join(sorted(choices))}.")
 
 
 def check_combination(divergence: str, tail: str) -> None:
-    """Refuse a divergence on a tail that it makes no sense on."""
-    choose("divergence", divergence, DIVERGENCES)
-    choose("tail", tail, TAILS)
+    """Raises a `UsageError` if the divergence is not defined on the tail."""
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("tail", tail, TAILS)
     if divergence not in ALLOWED[tail]:
         instead = [name for name in ("tail_bucket", "renormalized") if divergence in ALLOWED[name]]
         raise UsageError(
@@ -57,23 +61,24 @@ def check_combination(divergence: str, tail: str) -> None:
         )
 
 
-def check_temperature(tail: str, at: Temperatures, scaling: str) -> None:
-    """Refuse a teacher's temperature that its entries cannot give."""
-    choose("temperature_scaling", scaling, ("squared", "none"))
-    if at.teacher != 1 and tail not in TEACHER_TEMPERATURE:
+def check_temperature(tail: str, temperatures: Temperatures, scaling: str) -> None:
+    """Raises a `UsageError` if the teacher's entries do not determine its distribution at the temperature."""
+    check_choice("temperature_scaling", scaling, ("squared", "none"))
+    if temperatures.teacher != 1 and tail not in TEMPERED_TAILS:
         raise UsageError(
-            f"loss: temperature {at.teacher} on tail {tail!r}: the teacher's entries at another temperature need "
-            f"its whole distribution. Use tail 'renormalized', or temperature=1 with student_temperature."
+            f"loss: temperature {temperatures.teacher} on tail {tail!r}: the teacher's entries at another temperature "
+            f"need its whole distribution. Use tail 'renormalized', or temperature=1 with student_temperature."
         )
 
 
 def check_parameters(divergence: str, parameters: Parameters) -> None:
-    """Refuse a parameter out of its range, or one that this divergence does not use."""
+    """Raises a `UsageError` if a parameter is out of its range, or set although the divergence does not use it."""
     default = Parameters()
     for name, value in parameters._asdict().items():
-        check_ranges(parameters, "loss: ", **{name: RANGES.get(name, SHARE)})
-        if value != getattr(default, name) and name not in USES.get(divergence, ()):
-            users = [user for user, names in USES.items() if name in names]
+        check_ranges(parameters, "loss: ", **{name: PARAMETER_RANGES.get(name, SHARE)})
+        if value != getattr(default, name) and name not in USED_PARAMETERS.get(divergence, ()):
+            users = [user for user, names in USED_PARAMETERS.items() if name in names]
             raise UsageError(f"loss: {name}={value}: {divergence!r} does not use it; {' and '.join(users)} does.")
-    if "skew" in USES.get(divergence, ()) and parameters.skew == 1:
+    # The mixture at α = 1 is the first argument itself, so the divergence is 0 everywhere.
+    if "skew" in USED_PARAMETERS.get(divergence, ()) and parameters.skew == 1:
         raise UsageError("loss: skew=1 compares a distribution with itself. Use less than 1 (DistiLLM: 0.1).")

@@ -1,6 +1,10 @@
-"""The objective: named, weighted terms over one and the same sparse view of teacher and student.
+"""The training objective: a weighted sum of named terms, each a loss per position of the same sparse view.
 
-A new loss is a divergence in `divergences.py`, a tail in `tails.py`, or a `Term` like those here.
+    Objective = Σ weight · term
+    Distillation    divergence(tail treatment(view))    divergences.py, tails.py
+    CrossEntropy    −log q(label), with label smoothing and z-loss
+
+A new loss is a divergence in `divergences.py`, a tail in `tails.py`, or a `Term` like the two here.
 """
 
 import math
@@ -14,28 +18,32 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.losses.calibration import AT_TEMPERATURES, GAPS
-from kd_core.losses.compatibility import check_combination, check_parameters, check_temperature, choose
+from kd_core.losses.compatibility import check_choice, check_combination, check_parameters, check_temperature
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.tails import TAILS, Temperatures
-from kd_core.losses.term_weights import Weight, at_step, largest, value_of
+from kd_core.losses.term_weights import Weight, max_weight, resolve_weight, resolved_value
 from kd_core.losses.token_selection import KeepUncertain
 from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_ranges
 
-# What costs more than a step pays, and the sums that it gives.
+# Metrics that cost too much for a training step, with the names of their sums (`fused/loss_metrics.py`).
 OBSERVED: Mapping[str, tuple[str, ...]] = {
     "student_entropy": ("student_entropy",),
     "top5_agreement": ("top5_agreement",),
     "calibration": GAPS,
     "temperature": AT_TEMPERATURES,
 }
-# What `observations.py` sums at every step; of the student only in a pass over the vocabulary.
-OF_TEACHER = ("teacher_mass", "teacher_entropy", "label_in_support")
-OF_STUDENT = ("student_mass", "top1_agreement", "topk_agreement", "acceptance")
+# Sums of every step, also from `fused/loss_metrics.py`. The student's need a pass over the whole vocabulary.
+TEACHER_METRICS = ("teacher_mass", "teacher_entropy", "label_in_support")
+STUDENT_METRICS = ("student_mass", "top1_agreement", "topk_agreement", "acceptance")
 
 
 class CacheFacts(NamedTuple):
-    """What a loss must know of a cache to say whether it can be trained on it."""
+    """Properties of a cache that decide which terms can be trained on it.
+
+    `sampled` is true for entries drawn from a proposal. `tail_known` is false where the source of the cache did not
+    give the mass that its entries have.
+    """
 
     vocab_size: int
     top_k: int
@@ -46,46 +54,52 @@ class CacheFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Term(ABC):
-    """A loss per position, in nats; its sum enters the objective times `weight`, and is logged without it."""
+    """A loss per position, in nats. Its sum enters the objective times `weight` and is logged without the weight."""
 
     weight: Weight = 1.0
 
     @property
     def view_temperature(self) -> float:
-        """The temperature of the view that `values` wants. One other than 1 costs a softmax and a buffer."""
+        """Returns the student temperature of the view that `values` gets. Any but 1 costs a softmax and a buffer."""
         return 1.0
 
     @property
     def needs_tail_mean(self) -> bool:
-        """Whether `values` reads `student_tail_mean`, which costs a pass over the vocabulary."""
+        """Returns true if `values` reads `student_tail_mean`, which costs a pass over the vocabulary."""
         return False
 
     @property
     def needs_vocabulary(self) -> bool:
-        """Whether `values` reads more of the student than its logits on the support, up to a number a position."""
+        """Returns false if `values` reads only the student's logits on the support, up to a constant per position."""
         return True
 
     @property
     def positions(self) -> KeepUncertain | None:
-        """Which scored positions count; None is all."""
+        """Returns the rule that selects among the scored positions. None selects all."""
         return None
 
     @abstractmethod
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
-        """The loss at each position, differentiable in the view's student fields."""
+        """Computes the loss at each position, differentiable in the view's student fields."""
         ...
 
     def check_cache(self, where: str, cache: CacheFacts) -> None:  # noqa: B027 (most terms can be trained on any)
-        """Refuse a cache that this term cannot be trained on."""
+        """Raises a `UsageError` if this term cannot be trained on the cache. `where` is its path in the graph."""
 
 
 @dataclass(frozen=True)
 class Distillation(Term):
-    """A divergence between teacher and student under a tail treatment (names as in their modules).
+    """A divergence between teacher and student under a tail treatment.
 
-    `temperature` is the teacher's, and the student's too unless `student_temperature` is given. The value
-    (and so the gradient) is multiplied by both, τ² where they are one, so that the gradient keeps its size as τ
-    grows; `temperature_scaling="none"` leaves that out. The last seven are parameters of single divergences.
+    Args:
+        divergence: a name in `DIVERGENCES`.
+        tail: a name in `TAILS`.
+        temperature: the teacher's, and the student's too unless `student_temperature` is given.
+        temperature_scaling: `squared` multiplies the value by both temperatures, τ² where they are equal, so that the
+            gradient keeps its size as τ grows. `none` leaves the factor out.
+        keep: the rule that selects positions. None selects all.
+
+    All other arguments are parameters of single divergences (`Parameters`).
     """
 
     divergence: str = "forward_kl"
@@ -110,8 +124,8 @@ class Distillation(Term):
 
     @property
     def _temperatures(self) -> Temperatures:
-        apart = self.student_temperature
-        return Temperatures(self.temperature, self.temperature if apart is None else apart)
+        student = self.student_temperature
+        return Temperatures(self.temperature, self.temperature if student is None else student)
 
     @property
     def _parameters(self) -> Parameters:
@@ -119,51 +133,53 @@ class Distillation(Term):
 
     @property
     def view_temperature(self) -> float:
-        """1 for `renormalized`: it needs the support's logits alone and divides them itself."""
+        """Returns the student's temperature, but 1 for `renormalized`, which divides the support's logits itself."""
         return 1.0 if self.tail == "renormalized" else self._temperatures.student
 
     @property
     def needs_tail_mean(self) -> bool:
-        """True for `uniform_tail` alone."""
         return self.tail == "uniform_tail"
 
     @property
     def needs_vocabulary(self) -> bool:
-        """False for `renormalized`, but where positions are selected by the student's entropy."""
-        selects = self.keep is not None and self.keep.signal == "student_entropy"
-        return self.tail != "renormalized" or selects
+        """Returns false for `renormalized`, unless positions are selected by the student's entropy."""
+        needs_entropy = self.keep is not None and self.keep.signal == "student_entropy"
+        return self.tail != "renormalized" or needs_entropy
 
     @property
     def positions(self) -> KeepUncertain | None:
-        """As given in `keep`."""
         return self.keep
 
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
-        """The divergence at each position, in nats, times both temperatures."""
-        at = self._temperatures
-        factor = at.teacher * at.student if self.temperature_scaling == "squared" else 1.0
-        return factor * DIVERGENCES[self.divergence](TAILS[self.tail](view, at), self._parameters)
+        """Computes the divergence at each position, in nats, times both temperatures if they are scaled."""
+        temperatures = self._temperatures
+        factor = temperatures.teacher * temperatures.student if self.temperature_scaling == "squared" else 1.0
+        return factor * DIVERGENCES[self.divergence](TAILS[self.tail](view, temperatures), self._parameters)
 
     def check_cache(self, where: str, cache: CacheFacts) -> None:
-        """Refuse what only the cache can tell.
+        """Checks the tail treatment against the entries of the cache.
 
         Raises:
-            UsageError: a tail that the cache does not have, or entries that are not what the tail treatment takes.
+            UsageError: the cache does not have the tail, or its entries are not of the kind that the treatment takes.
         """
+        # Sampled entries carry importance weights, which the `sampled` treatment alone reads.
         if cache.sampled != (self.tail == "sampled"):
             kind = "sampled entries" if cache.sampled else "the likeliest entries"
             instead = "sampled" if cache.sampled else "tail_bucket"
             raise UsageError(f"{where}.tail: {self.tail!r} on a cache of {kind}. Use {instead!r}, or another cache.")
+        # Without the true mass of the entries, only treatments that renormalise the teacher are defined.
         if self.tail not in ("renormalized", "truncated") and not cache.tail_known:
             raise UsageError(
                 f"{where}.tail: {self.tail!r} on a cache whose source did not say what mass its entries have. Use "
                 "'renormalized', which compares nothing else, or export with a teacher of your own."
             )
+        # With K = V there is no tail to treat.
         if self.tail in ("tail_bucket", "uniform_tail", "residual_to_label") and cache.top_k >= cache.vocab_size:
             raise UsageError(
                 f"{where}.tail: {self.tail!r} on a cache of all {cache.vocab_size} tokens, which has no tail. "
                 "Use 'unnormalized' for the forward forms and 'renormalized' for the others: with K = V both are exact."
             )
+        # Σ p^(1/τ) over the tail must have been captured when the cache was written.
         if self.tail == "tail_bucket" and self.temperature not in (1.0, *cache.tail_temperatures):
             raise UsageError(
                 f"{where}.temperature: got {self.temperature}, but the cache has the tail at "
@@ -174,10 +190,12 @@ class Distillation(Term):
 
 @dataclass(frozen=True)
 class CrossEntropy(Term):
-    """−log q(label): the SFT loss. (1 − ε) · that − ε · mean of log q over V + z · log² Z, in nats (nats² the last).
+    """The SFT loss −log q(label), with label smoothing and z-loss:
 
-    Label smoothing ε (arXiv 1512.00567) gives every token of the vocabulary ε / V of the target. The z-loss
-    (PaLM, arXiv 2204.02311) pulls log Z, the logsumexp of the logits, towards 0. Smoothing costs a pass over V.
+        −(1 − ε) · log q(label) − ε · mean of log q over V + z · log² Z        in nats, the last term in nats²
+
+    Label smoothing ε (arXiv 1512.00567) gives every token of the vocabulary ε / V of the target, at the cost of a pass
+    over the vocabulary. The z-loss (PaLM, arXiv 2204.02311) pulls log Z, the logsumexp of the logits, towards 0.
     """
 
     label_smoothing: float = 0.0
@@ -188,13 +206,13 @@ class CrossEntropy(Term):
 
     @property
     def needs_tail_mean(self) -> bool:
-        """True with label smoothing."""
         return self.label_smoothing > 0
 
     def values(self, view: SparseView) -> Float[Tensor, " n"]:
-        """The loss of the label at each position."""
+        """Computes the loss of the label at each position."""
         loss = -(1 - self.label_smoothing) * view.student_label
         if self.label_smoothing:
+            # Mean of log q over V: the sum over the distinct entries, and tail size times the tail's mean.  [n]
             size = view.tail_size.to(loss.dtype)
             on_support = view.distinct.sum(dim=1)
             mean = view.student_log_probs.where(view.distinct, 0.0).sum(dim=1) + size * view.student_tail_mean
@@ -204,10 +222,13 @@ class CrossEntropy(Term):
 
 @dataclass(frozen=True)
 class Objective:
-    """Σ weight · term. `chunk_tokens` positions at a time hold logits of the full vocabulary.
+    """A weighted sum of terms: Σ weight · term.
 
-    On a CPU 256 take a quarter less memory than 512, and 1 to 3% more time; a GPU wants more.
-    `observe` names numbers that cost more passes over the vocabulary (`OBSERVED`); evaluation asks for them.
+    Args:
+        terms: the terms by the names under which their sums are logged.
+        chunk_tokens: positions whose logits over the vocabulary are held at a time. On a CPU, 256 take a quarter less
+            memory than 512 and 1 to 3% more time. A GPU needs more positions to be busy.
+        observe: names in `OBSERVED` of metrics that cost more passes over the vocabulary. Evaluation sets them.
     """
 
     terms: Mapping[str, Term]
@@ -217,24 +238,29 @@ class Objective:
     def __post_init__(self) -> None:
         check_ranges(self, "loss.", chunk_tokens=AT_LEAST_1)
         for name, term in self.terms.items():
-            if not 0 <= largest(term.weight) < math.inf:
+            if not 0 <= max_weight(term.weight) < math.inf:
                 raise UsageError(f"loss.terms.{name}.weight: got {term.weight}; wanted at least 0, and finite.")
-        if all(largest(term.weight) == 0 for term in self.terms.values()):
+        if all(max_weight(term.weight) == 0 for term in self.terms.values()):
             raise UsageError("loss.terms: every weight is 0, so nothing would be trained. Give one term a weight.")
         for name in self.observe:
-            choose("observe", name, OBSERVED)
+            check_choice("observe", name, OBSERVED)
 
     def at(self, step: int, steps: int) -> "Objective":
-        """The objective at a step: every scheduled weight resolved."""
-        terms = {name: replace(term, weight=at_step(term.weight, step, steps)) for name, term in self.terms.items()}
+        """Returns the objective with every weight schedule resolved at a step."""
+        terms = {
+            name: replace(term, weight=resolve_weight(term.weight, step, steps)) for name, term in self.terms.items()
+        }
         return replace(self, terms=terms)
 
     def weights(self) -> dict[str, float]:
-        """The number that each term is multiplied by."""
-        return {name: value_of(term.weight) for name, term in self.terms.items()}
+        """Returns the factor of each term, after schedules were resolved by `at`."""
+        return {name: resolved_value(term.weight) for name, term in self.terms.items()}
 
     def fitting(self, cache: CacheFacts) -> dict[str, Term]:
-        """The terms that a cache can score; held-out text may lie in a cache of another kind than the trained one."""
+        """Returns the terms that the cache can score.
+
+        Held-out text may be in a cache of another kind than the one that is trained on.
+        """
 
         def fits(name: str, term: Term) -> bool:
             try:
@@ -246,18 +272,18 @@ class Objective:
         return {name: term for name, term in self.terms.items() if fits(name, term)}
 
     def check_cache(self, cache: CacheFacts) -> None:
-        """Refuse terms that cannot be trained on such a cache (a `UsageError` with what to use instead)."""
+        """Raises a `UsageError` that names an alternative if a term cannot be trained on the cache."""
         for name, term in self.terms.items():
             term.check_cache(f"loss.terms.{name}", cache)
 
     @property
     def needs_vocabulary(self) -> bool:
-        """Whether a pass needs logits of the whole vocabulary, or those of the teacher's entries alone."""
+        """Returns false if logits of the teacher's entries suffice, true if all of the vocabulary are needed."""
         return bool(self.observe) or any(term.needs_vocabulary for term in self.terms.values())
 
     def sum_names(self) -> list[str]:
-        """Names of the sums that every pass over a batch returns: without the vocabulary fewer."""
-        observed = ["loss", *OF_TEACHER]
+        """Returns the names of all sums of a pass over a batch. A pass without the vocabulary has fewer."""
+        names = ["loss", *TEACHER_METRICS]
         if self.needs_vocabulary:
-            observed += [*OF_STUDENT, *(name for asked in self.observe for name in OBSERVED[asked])]
-        return observed + [f"{name}_loss" for name in self.terms]
+            names += [*STUDENT_METRICS, *(name for metric in self.observe for name in OBSERVED[metric])]
+        return names + [f"{name}_loss" for name in self.terms]

@@ -1,4 +1,8 @@
-"""What a loss sees of teacher and student: n positions through the teacher's K entries, the tail and the label."""
+"""The inputs of every loss: teacher and student at n positions, on the teacher's K entries, the tail and the label.
+
+SparseView    log-probabilities of both sides, made by the fused passes (`fused/softmax.py`, `fused/topk_only.py`)
+Events        what a tail treatment makes of a view (`tails.py`), and what a divergence compares (`divergences.py`)
+"""
 
 from typing import NamedTuple
 
@@ -7,16 +11,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def _as_differentiated(log_probs: Tensor, values: Tensor, used: Tensor) -> Tensor:
-    """The values, with the gradient of log-probabilities; 0 where they are not used."""
+def _with_gradient_of(log_probs: Tensor, values: Tensor, used: Tensor) -> Tensor:
+    """Returns `values` with the gradient of `log_probs`. Both are 0 where `used` is false."""
+    # x − detach(x) has the value 0 and the gradient of x.
     return torch.where(used, log_probs - log_probs.detach(), 0.0) + torch.where(used, values, 0.0)
 
 
 class SparseView(NamedTuple):
-    """Teacher and student at n positions, in nats. A loss is differentiated by the five student fields.
+    """Teacher and student at n positions, in nats.
 
-    The support S of a position is the set of its used entries' ids; the tail is every other real token. The
-    student's fields are at one temperature τ, so q is the softmax of logits / τ.
+    The support S of a position is the set of ids of its used entries. The tail is every other real token.
+    The student's fields are at one temperature τ, so q is the softmax of logits / τ. Losses are differentiated by
+    the five fields that `differentiable_fields` returns.
     """
 
     teacher_log_probs: Float[Tensor, "n K"]
@@ -47,19 +53,22 @@ class SparseView(NamedTuple):
     """How many tokens the tail has."""
 
     def used(self) -> Bool[Tensor, "n K"]:
-        """Which of the K entries are real."""
+        """Returns a mask of the entries that exist. Positions with fewer than K entries are filled up with −inf."""
         return self.teacher_log_probs > -torch.inf
 
     def student_relative(self) -> Float[Tensor, "n K"]:
-        """log q up to a number of each row, at full precision, for what renormalises it; gradient as log q has it."""
-        return _as_differentiated(self.student_log_probs, self.student_logits, self.used())
+        """Returns log q up to a constant per row, at full precision and with the gradient of log q.
+
+        Losses that renormalise it cancel the constant. log q itself loses digits where it is as low as −1e4.
+        """
+        return _with_gradient_of(self.student_log_probs, self.student_logits, self.used())
 
     def tail_relative(self) -> Float[Tensor, " n"]:
-        """The same of the tail, up to the same number."""
-        return _as_differentiated(self.student_tail, self.student_tail_logit, self.tail_size > 0)
+        """Returns log of the student's tail mass, up to the same constant as `student_relative`."""
+        return _with_gradient_of(self.student_tail, self.student_tail_logit, self.tail_size > 0)
 
-    def student_leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a loss is differentiated by, in the order of `Gradients`."""
+    def differentiable_fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Returns the fields that carry a gradient, in the order of `Gradients`."""
         return (
             self.student_log_probs,
             self.student_tail,
@@ -70,7 +79,7 @@ class SparseView(NamedTuple):
 
 
 class Events(NamedTuple):
-    """Log-probabilities of the E events that a divergence compares; both are 0 where an event is not used."""
+    """Log-probabilities of the E events that a divergence compares. Both sides are 0 where an event is not used."""
 
     teacher: Float[Tensor, "n E"]
     student: Float[Tensor, "n E"]
@@ -79,25 +88,28 @@ class Events(NamedTuple):
     """As in `SparseView`, where the events are the entries as they are and the tail."""
 
     def teacher_probs(self) -> Float[Tensor, "n E"]:
-        """P of each event; 0 where it is not used."""
+        """Returns p of each event, and 0 where it is not used."""
         return torch.where(self.used, self.teacher.exp(), 0.0)
 
     def student_probs(self) -> Float[Tensor, "n E"]:
-        """Q of each event; 0 where it is not used."""
+        """Returns q of each event, and 0 where it is not used."""
         return torch.where(self.used, self.student.exp(), 0.0)
 
     def log_ratio(self) -> Float[Tensor, "n E"]:
-        """log p − log q of each event; 0 where it is not used."""
+        """Returns log p − log q of each event, and 0 where it is not used."""
         return self.teacher - self.student
 
 
 def events(teacher: Tensor, student: Tensor, used: Tensor, relative: Tensor | None = None) -> Events:
-    """Events with unused ones silenced, in value and in gradient."""
+    """Builds events whose unused ones are 0 in value and in gradient."""
+    # `where` also stops the gradient of an unused event: −inf − −inf would make it NaN.  [n, E]
     return Events(torch.where(used, teacher, 0.0), torch.where(used, student, 0.0), used, relative)
 
 
 def log_softmax_over(values: Tensor, used: Tensor) -> Tensor:
-    """Log-softmax over the used entries of each row; 0 elsewhere, and in rows without any."""
-    some = used.any(dim=1, keepdim=True)
-    silenced = torch.where(used, values, -torch.inf)
-    return torch.where(used, torch.where(some, silenced, 0.0).log_softmax(dim=1), 0.0)
+    """Returns the log-softmax over the used entries of each row, and 0 for all other entries."""
+    row_has_any = used.any(dim=1, keepdim=True)
+    # −inf removes an entry from the normaliser.  [n, E]
+    masked = torch.where(used, values, -torch.inf)
+    # A row of nothing but −inf would give NaN, also in the gradient: it becomes a row of 0 first.
+    return torch.where(used, torch.where(row_has_any, masked, 0.0).log_softmax(dim=1), 0.0)

@@ -1,7 +1,8 @@
-"""Tail treatments: what becomes of the teacher's mass outside its K entries. Each turns a view into events.
+"""Tail treatments: functions that turn a view into events, and so decide how mass outside the K entries counts.
 
-With M the teacher's mass on the support S, r = 1 − M its tail, A and s the student's. A teacher at temperature τ
-has probabilities ∝ p^(1/τ), so only what S alone determines can be had at τ ≠ 1 without a captured tail.
+M is the teacher's mass on the support S and r = 1 − M its tail. A and s are the same of the student. At temperature τ
+the teacher's probabilities are ∝ p^(1/τ). So at τ ≠ 1 a treatment either uses S alone, or needs a tail that the cache
+captured at τ.
 """
 
 from collections.abc import Callable
@@ -12,37 +13,45 @@ from torch import Tensor
 
 from kd_core.losses.sparse_view import Events, SparseView, events, log_softmax_over
 
-# A tail that was recorded as exactly nothing counts as e^−30: below what float32 can tell from a mass of 1, and
-# without it any divergence that asks log p of the student's mass there is infinite.
+# Log mass of a tail that was recorded as exactly 0. It is too small to change a float32 sum near 1. With −inf instead,
+# every divergence would be infinite that multiplies log p of the tail with the student's mass there.
 EMPTY_TAIL = -30.0
 
 
 class Temperatures(NamedTuple):
-    """Of teacher and student. The view that a tail treatment gets has the student's applied already, but for
-    `renormalized`, which needs only the support's logits and so divides by itself."""
+    """Temperatures of teacher and student.
+
+    The view is already at the student's temperature, except for `renormalized`. That one needs the logits of the
+    support alone, so it gets the view at 1 and divides by the temperature itself.
+    """
 
     teacher: float = 1.0
     student: float = 1.0
 
 
 def _teacher_at(view: SparseView, temperature: float) -> tuple[Tensor, Tensor]:
-    """The teacher's entries and tail at a temperature whose tail was captured."""
+    """Returns log p of the teacher's entries [n, K] and of its tail [n] at a temperature whose tail was captured."""
     if temperature == 1:
         return view.teacher_log_probs, view.teacher_tail
+    # p_k^(1/τ) of each entry, and the captured Σ p^(1/τ) over all other tokens, both as logs.  [n, K] and [n]
     tail = dict(view.tempered_tails)[temperature]
     entries = view.teacher_log_probs / temperature
+    # Divide both by their sum, which is the normaliser over the whole vocabulary.  [n]
     normaliser = torch.logaddexp(entries.logsumexp(dim=1), tail)
     return entries - normaliser[:, None], tail - normaliser
 
 
-def tail_bucket(view: SparseView, at: Temperatures) -> Events:
-    """K + 1 events: each entry, and everything else as one (the ghost token). A lower bound of the full divergence.
+def tail_bucket(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds K + 1 events: each entry, and all other tokens as one, the "ghost token" (Megatron-LM, TRL).
 
-    Megatron-LM, TRL. Blind to how the tail's mass is spread, not to how much it is.
+    The divergence is a lower bound of the one over the full vocabulary. It depends on how much mass the tail has, not
+    on how that mass is spread.
     """
-    entries, tail = _teacher_at(view, at.teacher)
+    entries, tail = _teacher_at(view, temperatures.teacher)
+    # Keep log p of an empty tail finite. Where S is the whole vocabulary, the bucket is an unused event.  [n]
     tail = torch.where(tail > -torch.inf, tail, EMPTY_TAIL)
     exists = (view.tail_size > 0)[:, None]
+    # The bucket is the last event.  [n, K + 1]
     return events(
         torch.cat([entries, tail[:, None]], dim=1),
         torch.cat([view.student_log_probs, view.student_tail[:, None]], dim=1),
@@ -51,39 +60,44 @@ def tail_bucket(view: SparseView, at: Temperatures) -> Events:
     )
 
 
-def renormalized(view: SparseView, at: Temperatures) -> Events:
-    """K events, both sides renormalised on them: p / M and q / A (NeMo-Aligner, NeMo-RL, ModelOpt).
+def renormalized(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds K events with both sides renormalised on them: p / M and q / A (NeMo-Aligner, NeMo-RL, ModelOpt).
 
-    Blind to everything outside: the student may put any mass there at no cost.
+    The divergence ignores everything outside S. The student may put any mass there at no cost.
+    """
+    # Softmax of log p / τ and of logits / τ on S: the normaliser over the vocabulary cancels.  [n, K]
+    used = view.used()
+    teacher = log_softmax_over(view.teacher_log_probs / temperatures.teacher, used)
+    return events(teacher, log_softmax_over(view.student_relative() / temperatures.student, used), used)
+
+
+def truncated(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds K events with the teacher alone renormalised: p / M against q (DistillKit "zero", Axolotl).
+
+    It is biased: the gradient is not 0 where the student equals the teacher.
     """
     used = view.used()
-    teacher = log_softmax_over(view.teacher_log_probs / at.teacher, used)
-    return events(teacher, log_softmax_over(view.student_relative() / at.student, used), used)
+    return events(log_softmax_over(view.teacher_log_probs / temperatures.teacher, used), view.student_log_probs, used)
 
 
-def truncated(view: SparseView, at: Temperatures) -> Events:
-    """K events, the teacher renormalised, p / M, the student not (DistillKit "zero", Axolotl).
-
-    Biased: the gradient is not 0 where the student equals the teacher.
-    """
-    used = view.used()
-    return events(log_softmax_over(view.teacher_log_probs / at.teacher, used), view.student_log_probs, used)
-
-
-def unnormalized(view: SparseView, at: Temperatures) -> Events:
-    """K events of true probability and no tail (verl): the sum can go negative."""
-    del at
+def unnormalized(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds K events of true probabilities, p against q, and no tail (verl). The divergence can be negative."""
+    del temperatures
     return events(view.teacher_log_probs, view.student_log_probs, view.used())
 
 
-def uniform_tail(view: SparseView, at: Temperatures) -> Events:
-    """The tail's mass r spread evenly over its tokens (DistillKit): forward KL over all V, given that guess.
+def uniform_tail(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds the events of forward KL over all V, with the tail's mass r spread evenly over its tokens (DistillKit).
 
-    Σ over the tail of r/n · (log r/n − log q_j), with n tokens in it, is r · (log r − (log n + mean log q_j)):
-    one event whose "student" is log n + mean log q_j. That is no probability, so forward KL alone can use it.
+    With n tokens in the tail, their part of forward KL is one event whose "student" is log n + mean log q_j:
+
+        Σ_tail r/n · (log r/n − log q_j) = r · (log r − (log n + mean log q_j))
+
+    That is not a log-probability, so forward KL alone can use it.
     """
-    del at
+    del temperatures
     exists = (view.tail_size > 0) & (view.teacher_tail > -torch.inf)
+    # log n + mean log q_j. The clamp keeps log n finite where the tail has no token.  [n]
     student = view.student_tail_mean + view.tail_size.clamp(min=1).to(view.student_tail_mean.dtype).log()
     return events(
         torch.cat([view.teacher_log_probs, view.teacher_tail[:, None]], dim=1),
@@ -92,14 +106,17 @@ def uniform_tail(view: SparseView, at: Temperatures) -> Events:
     )
 
 
-def residual_to_label(view: SparseView, at: Temperatures) -> Events:
-    """The tail's mass given to the label: K entries (the label's grows by r), or one more event for it.
+def residual_to_label(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds events in which the label gets the tail's mass: its entry grows by r, or it becomes one more event.
 
-    The naive mend of top-k. Biased towards the label by r, so no 0 gradient where the student equals the teacher.
+    This is the naive repair of top-k. It is biased towards the label by r, so the gradient is not 0 where the student
+    equals the teacher.
     """
-    del at
+    del temperatures
     tail = view.teacher_tail[:, None]
+    # log(p + r) where the label is an entry.  [n, K]
     entries = torch.where(view.is_label, torch.logaddexp(view.teacher_log_probs, tail), view.teacher_log_probs)
+    # Otherwise the label is the last event, of mass r.  [n, 1]
     outside = ~view.is_label.any(dim=1, keepdim=True) & (tail > -torch.inf)
     return events(
         torch.cat([entries, tail], dim=1),
@@ -108,14 +125,14 @@ def residual_to_label(view: SparseView, at: Temperatures) -> Events:
     )
 
 
-def sampled(view: SparseView, at: Temperatures) -> Events:
-    """Entries drawn from a proposal; their `log_probs` are log importance weights, Σ w = 1 in expectation.
+def sampled(view: SparseView, temperatures: Temperatures) -> Events:
+    """Builds K events from entries drawn from a proposal (Random Sampling KD, arXiv 2503.16870).
 
-    Random Sampling KD (arXiv 2503.16870). E[Σ w f(id)] = Σ p f over the whole vocabulary, so the gradient of
-    forward KL and the value of cross-entropy are unbiased, whatever the tail. The value of forward KL is the one
-    to the drawn sample, above the true one by a number that the student cannot change.
+    Their `log_probs` are logs of importance weights w, with Σ w = 1 in expectation. E[Σ w f(id)] = Σ p f over the
+    whole vocabulary. So the gradient of forward KL and the value of cross-entropy are unbiased, whatever the tail. The
+    value of forward KL is that to the drawn sample, which exceeds the true one by a constant to the student.
     """
-    return unnormalized(view, at)
+    return unnormalized(view, temperatures)
 
 
 TAILS: dict[str, Callable[[SparseView, Temperatures], Events]] = {

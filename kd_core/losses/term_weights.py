@@ -1,7 +1,7 @@
-"""Weights of loss terms as pure functions of the step, so that nothing needs saving.
+"""Weights of loss terms as pure functions of the step, so that a checkpoint holds nothing of them.
 
-A term's weight is a number, or one of these. `at(step, steps)` is its value at step 1 … `steps`; step 0 (the
-validation before training) counts as step 1.
+A term's weight is a number or one of these schedules. `at(step, steps)` returns its value at steps 1 to `steps`.
+Step 0, the validation before training, counts as step 1.
 """
 
 import math
@@ -12,7 +12,7 @@ from kd_core.ranges import NOT_NEGATIVE, check_ranges
 
 
 def _progress(step: int, steps: int) -> float:
-    """0 at the first step, 1 at the last."""
+    """Returns the progress of training, from 0 at the first step to 1 at the last."""
     return min(1.0, max(0, step - 1) / max(1, steps - 1))
 
 
@@ -26,18 +26,16 @@ class Constant:
         check_ranges(self, "loss: weight Constant.", value=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
-        """The weight at a step."""
         del step, steps
         return self.value
 
-    def largest(self) -> float:
-        """The most that it ever is."""
+    def max_value(self) -> float:
         return self.value
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` at the first step straight to `end` at the last."""
+    """A straight line from `start` at the first step to `end` at the last."""
 
     start: float
     end: float
@@ -46,17 +44,15 @@ class Linear:
         check_ranges(self, "loss: weight Linear.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
-        """The weight at a step."""
         return self.start + (self.end - self.start) * _progress(step, steps)
 
-    def largest(self) -> float:
-        """The most that it ever is."""
+    def max_value(self) -> float:
         return max(self.start, self.end)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `start` at the first step to `end` at the last along half a cosine: slow, fast, slow."""
+    """Half a cosine from `start` at the first step to `end` at the last: slow, fast, slow."""
 
     start: float
     end: float
@@ -65,17 +61,15 @@ class Cosine:
         check_ranges(self, "loss: weight Cosine.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
-        """The weight at a step."""
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * _progress(step, steps)))
 
-    def largest(self) -> float:
-        """The most that it ever is."""
+    def max_value(self) -> float:
         return max(self.start, self.end)
 
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """Linear from 0 to `peak` over `warmup_steps`, constant, then linear to `floor` over the last `decay_steps`."""
+    """A line from 0 to `peak` over `warmup_steps`, a constant, and a line to `floor` over the last `decay_steps`."""
 
     peak: float
     warmup_steps: int = 0
@@ -87,53 +81,55 @@ class WarmupStableDecay:
         check_ranges(self, "loss: weight WarmupStableDecay.", **ranges)
 
     def at(self, step: int, steps: int) -> float:
-        """The weight at a step; where warm-up and decay overlap, the smaller of the two."""
+        """Returns the weight at a step. Where warm-up and decay overlap, it is the smaller of the two."""
         step = max(1, step)
-        rise = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        fall = min(1.0, (steps - step) / self.decay_steps) if self.decay_steps else 1.0
-        return min(self.peak * rise, self.floor + (self.peak - self.floor) * fall)
+        # Warm-up reaches 1 at step `warmup_steps`. Decay starts `decay_steps` before the end and reaches 0 there.
+        warmup_factor = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        decay_factor = min(1.0, (steps - step) / self.decay_steps) if self.decay_steps else 1.0
+        return min(self.peak * warmup_factor, self.floor + (self.peak - self.floor) * decay_factor)
 
-    def largest(self) -> float:
-        """The most that it ever is."""
+    def max_value(self) -> float:
         return max(self.peak, self.floor)
 
 
 @dataclass(frozen=True)
-class AtStep:
-    """A schedule's value at one step; it still knows the schedule, so that a weight of 0 now is no mistake."""
+class ResolvedWeight:
+    """The value of a schedule at one step.
+
+    It keeps its schedule, because an objective is valid if its weights are 0 at this step and positive at others.
+    """
 
     value: float
     schedule: Constant | Linear | Cosine | WarmupStableDecay
 
-    def largest(self) -> float:
-        """The most that the schedule ever is."""
-        return self.schedule.largest()
+    def max_value(self) -> float:
+        return self.schedule.max_value()
 
 
-Weight = float | int | Constant | Linear | Cosine | WarmupStableDecay | AtStep
+Weight = float | int | Constant | Linear | Cosine | WarmupStableDecay | ResolvedWeight
 
 
-def at_step(weight: Weight, step: int, steps: int) -> float | AtStep:
-    """The weight with its schedule resolved; a number stays what it is."""
-    if isinstance(weight, AtStep):
-        return at_step(weight.schedule, step, steps)
-    return AtStep(weight.at(step, steps), weight) if isinstance(weight, SCHEDULES) else weight
+def resolve_weight(weight: Weight, step: int, steps: int) -> float | ResolvedWeight:
+    """Replaces a schedule by its value at a step. Plain numbers are returned unchanged."""
+    if isinstance(weight, ResolvedWeight):
+        return resolve_weight(weight.schedule, step, steps)
+    return ResolvedWeight(weight.at(step, steps), weight) if isinstance(weight, SCHEDULES) else weight
 
 
-def largest(weight: Weight) -> float:
-    """The most that a weight ever is."""
-    return weight.largest() if isinstance(weight, (AtStep, *SCHEDULES)) else weight
+def max_weight(weight: Weight) -> float:
+    """Returns the largest value that a weight takes at any step."""
+    return weight.max_value() if isinstance(weight, (ResolvedWeight, *SCHEDULES)) else weight
 
 
-def value_of(weight: Weight) -> float:
-    """The number of a weight whose schedule was resolved.
+def resolved_value(weight: Weight) -> float:
+    """Returns the number of a weight whose schedule was resolved.
 
     Raises:
-        UsageError: it was not.
+        UsageError: the weight is still a schedule.
     """
     if isinstance(weight, SCHEDULES):
         raise UsageError(f"loss: the weight {weight} depends on the step. Call objective.at(step, steps) first.")
-    return weight.value if isinstance(weight, AtStep) else weight
+    return weight.value if isinstance(weight, ResolvedWeight) else weight
 
 
 SCHEDULES = (Constant, Linear, Cosine, WarmupStableDecay)

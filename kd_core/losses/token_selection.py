@@ -1,4 +1,4 @@
-"""Which positions a term scores: the most uncertain share of them (SE-KD, arXiv 2602.01395)."""
+"""Selection of the positions that a term scores: the most uncertain share of them (SE-KD, arXiv 2602.01395)."""
 
 import math
 from dataclasses import dataclass
@@ -16,13 +16,15 @@ SIGNALS = ("student_entropy", "teacher_entropy")
 
 @dataclass(frozen=True)
 class KeepUncertain:
-    """Score the `share` of positions where `signal` is largest; the others count 0.
+    """A rule that scores the `share` of positions where `signal` is largest. All other positions have weight 0.
 
-    `student_entropy` is SE-KD's own choice (at a share of 0.2). It needs the logits of all positions before any
-    loss is known, so it costs one more pass through the head: a third more time. `teacher_entropy`, over the
-    entries and the tail as one event, is free. The pool is what one call of the loss sees (a micro-batch of one
-    rank), so the choice depends on how a step is split. Kept positions count scored / kept times, so that the
-    term stays a mean over the kept ones once it is divided by all scored positions.
+    `student_entropy` is the choice of SE-KD, at a share of 0.2. It needs the logits of all positions before the first
+    loss, so it costs one more pass through the lm_head: a third more time. `teacher_entropy`, over the entries and the
+    tail as one event, is free.
+
+    Positions are selected among those of one call of the loss, a micro-batch of one rank. So the selection depends on
+    how a step is split. Selected positions have the weight scored / selected. The term is then still a mean over the
+    selected ones once it is divided by all scored positions.
     """
 
     share: float
@@ -34,16 +36,22 @@ class KeepUncertain:
             raise UsageError(f"loss: KeepUncertain.signal {self.signal!r} is unknown; wanted one of {SIGNALS}.")
 
     def weights(self, uncertainty: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Factor of each position: 0, or scored / kept. Of equal positions the first is kept."""
+        """Returns the factor of each position: 0, or scored / selected. Of equal positions the first is selected."""
         scored = int(mask.sum())
-        kept = math.ceil(self.share * scored)
+        selected = math.ceil(self.share * scored)
+        # Sort by falling uncertainty, positions that are not scored last. Of equal ones the first stays first.  [N]
         order = torch.where(mask, uncertainty, -torch.inf).argsort(descending=True, stable=True)
+        # Weight the first ones, and leave the others at 0.  [N]
         weights = torch.zeros_like(uncertainty)
-        weights[order[:kept]] = scored / max(1, kept)
+        weights[order[:selected]] = scored / max(1, selected)
         return weights
 
 
 def teacher_entropy(teacher: TeacherTopK) -> Float[Tensor, " N"]:
-    """−Σ p log p over the entries and the tail as one event, in nats: a lower bound of the teacher's entropy."""
-    logs = torch.cat([teacher.log_probs, teacher.tail_log_prob[:, None]], dim=1)
-    return -torch.where(logs > -torch.inf, logs.exp() * logs, 0.0).sum(dim=1)
+    """Computes −Σ p log p over the entries and the tail as one event, in nats.
+
+    It is a lower bound of the teacher's entropy, since it leaves out how the tail is spread.
+    """
+    # log p of the K entries and of the tail. Events of mass 0 add 0.  [N, K + 1]
+    log_probs = torch.cat([teacher.log_probs, teacher.tail_log_prob[:, None]], dim=1)
+    return -torch.where(log_probs > -torch.inf, log_probs.exp() * log_probs, 0.0).sum(dim=1)

@@ -1,1 +1,1 @@
-"""The losses through the output head, without all N × V logits."""
+"""Losses fused with the lm_head, so that the logits [N, V] of all positions never exist at once."""

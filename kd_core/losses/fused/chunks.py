@@ -1,4 +1,4 @@
-"""One call of the loss: its positions in chunks, and the objective over a chunk's views."""
+"""One call of the loss: its positions in chunks, and the objective over the views of a chunk."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from kd_core.types import TeacherTopK
 
 
 class Positions(NamedTuple):
-    """A chunk of n positions: the student's hidden states and its targets."""
+    """Inputs of the loss at n positions: the student's hidden states and their targets."""
 
     hidden: Float[Tensor, "n D"]
     teacher: TeacherTopK
@@ -22,51 +22,66 @@ class Positions(NamedTuple):
     mask: Bool[Tensor, " n"]
 
 
-class Job(NamedTuple):
-    """All positions of a call, and what is to be summed over them; `scale` is on the gradient alone."""
+class LossCall(NamedTuple):
+    """All positions of one call of the loss, and its objective. `scale` is a factor on the gradients alone."""
 
-    data: Positions
+    positions: Positions
     objective: Objective
     scale: float
 
-    def slices(self, size: int) -> Iterator[slice]:
-        """Chunk by chunk."""
-        return (slice(start, start + size) for start in range(0, len(self.data.hidden), size))
+    def chunk_slices(self, size: int) -> Iterator[slice]:
+        """Yields slices of at most `size` positions that cover all positions."""
+        return (slice(start, start + size) for start in range(0, len(self.positions.hidden), size))
 
     def chunk(self, rows: slice) -> Positions:
-        """Some positions; what is not scored is silenced in the hidden states too."""
-        teacher, mask = self.data.teacher, self.data.mask[rows]
-        hidden = torch.where(mask[:, None], self.data.hidden[rows], 0.0)
+        """Returns the positions of one chunk, with hidden states of 0 where a position is not scored."""
+        teacher, mask = self.positions.teacher, self.positions.mask[rows]
+        # Hidden states that are not scored may be NaN, and 0 · NaN would enter the weight's gradient.  [n, D]
+        hidden = torch.where(mask[:, None], self.positions.hidden[rows], 0.0)
         tempered = tuple((temperature, tail[rows]) for temperature, tail in teacher.tempered_tails)
         entries = TeacherTopK(teacher.ids[rows], teacher.log_probs[rows], teacher.tail_log_prob[rows], tempered)
-        return Positions(hidden, entries, self.data.labels[rows], mask)
+        return Positions(hidden, entries, self.positions.labels[rows], mask)
 
     def position_weights(self, student_entropy: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Factors of all positions for each term that selects; the student's entropy is computed where one asks."""
-        keeps = {name: term.positions for name, term in self.objective.terms.items() if term.positions}
-        signals = {keep.signal for keep in keeps.values()}
+        """Computes the factors [N] of all positions for each term that selects among them.
+
+        `student_entropy` returns the student's entropy [N]. It is called only if a term selects by it.
+        """
+        selections = {name: term.positions for name, term in self.objective.terms.items() if term.positions}
+        signals = {selection.signal for selection in selections.values()}
+        # Compute each signal once, however many terms use it.  [N]
         uncertainty: dict[str, Tensor] = {}
         if "teacher_entropy" in signals:
-            uncertainty["teacher_entropy"] = teacher_entropy(self.data.teacher)
+            uncertainty["teacher_entropy"] = teacher_entropy(self.positions.teacher)
         if "student_entropy" in signals:
             uncertainty["student_entropy"] = student_entropy()
-        return {name: keep.weights(uncertainty[keep.signal], self.data.mask) for name, keep in keeps.items()}
+        return {
+            name: selection.weights(uncertainty[selection.signal], self.positions.mask)
+            for name, selection in selections.items()
+        }
 
-    def losses(
+    def weighted_loss(
         self, views: Mapping[float, SparseView], mask: Tensor, factors: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of a chunk (differentiable) and its sums; a view for each temperature of the student."""
+        """Computes the weighted loss of a chunk, differentiable in its views, and the sums to log.
+
+        Args:
+            views: the view of the chunk for each temperature of the student.
+            mask: the scored positions [n].
+            factors: the chunk's slices [n] of `position_weights`.
+        """
         with torch.enable_grad():
             loss, sums, weights = torch.zeros((), device=mask.device), {}, self.objective.weights()
             for name, term in self.objective.terms.items():
-                each = term.values(views[term.view_temperature])
+                # Loss per position, 0 where it is not scored, then its sum over the chunk.  [n] → scalar
+                position_losses = term.values(views[term.view_temperature])
                 if name in factors:
-                    each = each * factors[name]
-                value = torch.where(mask, each, 0.0).sum()
+                    position_losses = position_losses * factors[name]
+                value = torch.where(mask, position_losses, 0.0).sum()
                 sums[f"{name}_loss"] = value.detach()
                 loss = loss + weights[name] * value
         return loss, {"loss": loss.detach(), **sums}
 
-    def no_sums(self) -> dict[str, Tensor]:
-        """Zeros under the names of all sums, in float64."""
+    def zero_sums(self) -> dict[str, Tensor]:
+        """Returns a float64 zero for each sum of the objective."""
         return dict.fromkeys(self.objective.sum_names(), torch.zeros((), dtype=torch.float64))

@@ -1,12 +1,12 @@
-"""The pass over the whole vocabulary: logits of all positions never exist at once.
+"""The pass over the whole vocabulary, in chunks of positions: logits of all positions never exist at once.
 
-    (uncertainty of all positions, where a term selects by it)
+    (the student's entropy at all positions, where a term selects by it)
     for a chunk of positions:
-        logits [n, V] into the one buffer                            matmuls.py
-        sparse view, and the softmax over the tail in their place    reduction.py
-        the terms on [n, K], and their derivatives by autograd       objective.py, tails.py, divergences.py
-        dL/dlogits into the same buffer                              reduction.py
-        two matmuls: gradients by hidden states and by weight        matmuls.py
+        logits [n, V] into the one buffer                             matmuls.py
+        the sparse view, and the softmax over the tail in their place softmax.py
+        the terms on [n, K], and their derivatives by autograd        objective.py, tails.py, divergences.py
+        dL/dlogits into the same buffer                               softmax.py
+        two matmuls: gradients by hidden states and by weight         matmuls.py
 
 A term at a student temperature other than 1 costs one more buffer and softmax.
 """
@@ -16,87 +16,105 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_core.losses.fused.chunks import Job, Positions
+from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.lm_head import Head, HeadGradients
-from kd_core.losses.fused.loss_metrics import observe, observe_further
+from kd_core.losses.fused.loss_metrics import extra_metric_sums, metric_sums
 from kd_core.losses.fused.matmuls import Matmuls
-from kd_core.losses.fused.softmax import Gradients, Reduced, reduce_, student_entropy, write_gradient_
+from kd_core.losses.fused.softmax import Gradients, ReducedLogits, reduce_logits_, student_entropy, write_dlogits_
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """A job, the head's matmuls, and buffers for one chunk: one a temperature of the student."""
+    """One call of the loss, the matmuls of its lm_head, and a buffer [chunk, V] per temperature of the student."""
 
-    job: Job
+    call: LossCall
     matmuls: Matmuls
     buffers: dict[float, Tensor]
 
     @classmethod
-    def make(cls, job: Job, head: Head) -> "_Pass":
-        """Nothing is in the buffers yet."""
-        shape = (min(len(job.data.hidden), job.objective.chunk_tokens), len(head.weight))
-        terms = job.objective.terms.values()
+    def allocate(cls, call: LossCall, head: Head) -> "_Pass":
+        """Allocates the buffers. The first is that of temperature 1, from which all others are made."""
+        shape = (min(len(call.positions.hidden), call.objective.chunk_tokens), len(head.weight))
+        terms = call.objective.terms.values()
         temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
-        device, dtype = job.data.hidden.device, head.precision.keep
-        buffers = {at: torch.empty(shape, device=device, dtype=dtype) for at in temperatures}
-        return cls(job, Matmuls.of(head), buffers)
+        device, dtype = call.positions.hidden.device, head.precision.accum_dtype
+        buffers = {temperature: torch.empty(shape, device=device, dtype=dtype) for temperature in temperatures}
+        return cls(call, Matmuls.from_head(head), buffers)
 
-    def reduce(self, chunk: Positions) -> tuple[dict[float, Reduced], Tensor | None]:
-        """Logits into the first buffer, and all buffers reduced; also the slope of a soft cap."""
+    def reduce_(self, chunk: Positions) -> tuple[dict[float, ReducedLogits], Tensor | None]:
+        """Computes the views of a chunk and leaves the softmax over the tail in each buffer.
+
+        Returns:
+            The reduced logits by temperature, and the derivative of the soft cap [n, V] or None.
+        """
         n = len(chunk.hidden)
+        # Logits, and for every other temperature logits / τ.  [n, V]
         logits = self.buffers[1.0][:n]
         slope = self.matmuls.logits_(chunk.hidden, logits)
         for temperature, buffer in self.buffers.items():
             if temperature != 1:
                 torch.div(logits, temperature, out=buffer[:n])
-        means = {term.view_temperature for term in self.job.objective.terms.values() if term.needs_tail_mean}
-        part = self.matmuls.head.part
-        reduced = {at: reduce_(buffer[:n], chunk, part, at in means) for at, buffer in self.buffers.items()}
+        # The tail's mean costs a pass over V, so it is computed only for the views whose terms read it.
+        mean_temperatures = {
+            term.view_temperature for term in self.call.objective.terms.values() if term.needs_tail_mean
+        }
+        shard = self.matmuls.head.shard
+        reduced = {
+            temperature: reduce_logits_(buffer[:n], chunk, shard, temperature in mean_temperatures)
+            for temperature, buffer in self.buffers.items()
+        }
         return reduced, slope
 
     def tail_softmax(self, chunk: Positions) -> Tensor:
-        """What a chunk that was just reduced has left in the first buffer."""
+        """Returns the softmax over the tail at temperature 1 [n, V] that `reduce_` has left in the first buffer."""
         return self.buffers[1.0][: len(chunk.hidden)]
 
-    def entropies(self) -> Tensor:
-        """The student's at all positions, which costs the logits of all of them."""
-        found = [self.buffers[1.0].new_empty(0)]
-        for rows in self.job.slices(self.job.objective.chunk_tokens):
-            chunk = self.job.chunk(rows)
-            reduced, _ = self.reduce(chunk)
-            found.append(student_entropy(self.tail_softmax(chunk), reduced[1.0], self.matmuls.head.part))
-        return torch.cat(found)
+    def student_entropies(self) -> Tensor:
+        """Computes the student's entropy at all positions [N], which costs the logits of all of them."""
+        entropies = [self.buffers[1.0].new_empty(0)]
+        for rows in self.call.chunk_slices(self.call.objective.chunk_tokens):
+            chunk = self.call.chunk(rows)
+            reduced, _ = self.reduce_(chunk)
+            entropies.append(student_entropy(self.tail_softmax(chunk), reduced[1.0], self.matmuls.head.shard))
+        return torch.cat(entropies)
 
-    def write_gradient(self, chunk: Positions, reduced: dict[float, Reduced], loss: Tensor) -> Tensor:
-        """dL/dlogits of a chunk, in the first buffer."""
-        views = [each.view for each in reduced.values()]
+    def write_dlogits_(self, chunk: Positions, reduced: dict[float, ReducedLogits], loss: Tensor) -> Tensor:
+        """Writes dL/dlogits [n, V] of a chunk into the first buffer."""
+        views = [reduced_logits.view for reduced_logits in reduced.values()]
         n = len(chunk.hidden)
-        for (temperature, buffer), each, by_view in zip(
-            self.buffers.items(), reduced.values(), Gradients.of(loss, self.job.scale, views), strict=True
+        # τ dL/dz of each view into its own buffer, and the sum of dL/dz over views into the first one.  [n, V]
+        for (temperature, buffer), reduced_logits, view_gradients in zip(
+            self.buffers.items(), reduced.values(), Gradients.from_loss(loss, self.call.scale, views), strict=True
         ):
-            write_gradient_(buffer[:n], each, by_view)
+            write_dlogits_(buffer[:n], reduced_logits, view_gradients)
             if temperature != 1:
                 self.buffers[1.0][:n].add_(buffer[:n], alpha=1 / temperature)
-        by_logits = self.buffers[1.0][:n]
-        return by_logits.zero_() if self.matmuls.head.part.padding else by_logits
+        dlogits = self.buffers[1.0][:n]
+        # The one row of a shard of padding is no real token.
+        return dlogits.zero_() if self.matmuls.head.shard.padding else dlogits
 
 
-def sums_over_vocabulary(job: Job, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:
-    """The objective's sums; fills the gradients where they are wanted."""
-    this, totals = _Pass.make(job, head), job.no_sums()
-    factors = job.position_weights(this.entropies)
-    for rows in job.slices(job.objective.chunk_tokens):
-        chunk = job.chunk(rows)
-        reduced, slope = this.reduce(chunk)
-        views = {at: each.view for at, each in reduced.items()}
-        loss, sums = job.losses(views, chunk.mask, {name: each[rows] for name, each in factors.items()})
-        sums |= observe(reduced[1.0], chunk.mask)
-        sums |= observe_further(job.objective.observe, reduced[1.0], this.tail_softmax(chunk), head.part, chunk.mask)
+def sum_over_vocabulary(call: LossCall, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:
+    """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
+    full_pass, totals = _Pass.allocate(call, head), call.zero_sums()
+    factors = call.position_weights(full_pass.student_entropies)
+    for rows in call.chunk_slices(call.objective.chunk_tokens):
+        # Logits to views. Buffers now hold softmaxes over the tail.  [n, V] → [n, K]
+        chunk = call.chunk(rows)
+        reduced, slope = full_pass.reduce_(chunk)
+        views = {temperature: reduced_logits.view for temperature, reduced_logits in reduced.items()}
+        # Loss and metrics, in float32 over the chunk and in float64 over chunks.
+        loss, sums = call.weighted_loss(views, chunk.mask, {name: factor[rows] for name, factor in factors.items()})
+        sums |= metric_sums(reduced[1.0], chunk.mask)
+        sums |= extra_metric_sums(
+            call.objective.observe, reduced[1.0], full_pass.tail_softmax(chunk), head.shard, chunk.mask
+        )
         totals = {name: total + sums[name].double() for name, total in totals.items()}
         if gradients is None:
             continue
-        by_logits = this.write_gradient(chunk, reduced, loss)
+        # dL/dlogits over the softmaxes, through the soft cap, and into the gradients.  [n, V]
+        dlogits = full_pass.write_dlogits_(chunk, reduced, loss)
         if slope is not None:
-            by_logits.mul_(slope)
-        this.matmuls.add_gradients_(gradients, rows, chunk.hidden, by_logits)
+            dlogits.mul_(slope)
+        full_pass.matmuls.add_gradients_(gradients, rows, chunk.hidden, dlogits)
     return totals

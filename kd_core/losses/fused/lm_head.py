@@ -1,6 +1,6 @@
-"""The output head: what makes logits of hidden states, and at which precision.
+"""The output head: its settings, the dtypes of its matmuls, and what turns a product into logits.
 
-logits = cap · tanh((scale · hidden @ weight.T + bias) / cap), over the real vocabulary alone
+logits = cap · tanh((scale · hidden @ weight.T + bias) / cap)        over the real vocabulary alone
 """
 
 import contextlib
@@ -18,14 +18,15 @@ from kd_core.losses.fused.vocab_shard import WHOLE, Part
 
 @dataclass(frozen=True)
 class LogitHead:
-    """What a student does to `hidden @ weight.T`.
+    """Operations that a student applies to `hidden @ weight.T`.
 
     Args:
-        bias: added to each logit (trained where it requires a gradient).
-        vocab_size: the real vocabulary; rows of `weight` beyond it are padding and enter no softmax.
+        bias: added to each logit, and trained where it requires a gradient.
+        vocab_size: the real vocabulary. Rows of `weight` beyond it are padding and enter no softmax.
         scale: factor on the product (Cohere, Granite).
-        soft_cap: logits are squeezed into ±this (Gemma 2: 30). Costs one more buffer of logits.
-        part: which rows of the head `weight` and `bias` are, where tensor parallelism divides them.
+        soft_cap: bound c of the logits, which become c · tanh(logits / c) (Gemma 2: 30). Costs one more buffer of
+            logits.
+        part: the slice of the vocabulary that `weight` and `bias` hold, where tensor parallelism divides them.
     """
 
     bias: Float[Tensor, " V"] | None = None
@@ -40,45 +41,52 @@ class LogitHead:
 
 
 class Precision(NamedTuple):
-    """`multiply` is the dtype of the factors of a matmul, `keep` that of logits and gradients: float32 at least."""
+    """Dtypes of the head's matmuls.
 
-    multiply: torch.dtype
-    keep: torch.dtype
+    `matmul_dtype` is that of their factors. `accum_dtype` is that of logits and gradients, float32 at least.
+    """
+
+    matmul_dtype: torch.dtype
+    accum_dtype: torch.dtype
 
     @classmethod
-    def of(cls, hidden: Tensor) -> "Precision":
-        """Of autocast where it is on, else of the hidden states; float64 stays float64."""
+    def from_hidden(cls, hidden: Tensor) -> "Precision":
+        """Takes the dtype of autocast where it is on, else that of the hidden states. float64 stays float64."""
         device = hidden.device.type
-        multiply = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if hidden.dtype == torch.float64:
-            multiply = torch.float64
-        return cls(multiply, torch.float64 if multiply == torch.float64 else torch.float32)
+            matmul_dtype = torch.float64
+        return cls(matmul_dtype, torch.float64 if matmul_dtype == torch.float64 else torch.float32)
 
     def backward_dtype(self, device: torch.device) -> torch.dtype:
-        """Of a gradient's factors. On a CPU bfloat16 twice as fast as the mixed way; gradients need no more."""
-        rounded = device.type != "cpu" or self.multiply == torch.bfloat16
-        return self.multiply if rounded else self.keep
+        """Returns the dtype of the factors in the backward matmuls.
+
+        On a CPU, bfloat16 factors are twice as fast as float32 factors that are multiplied in bfloat16, and precise
+        enough for gradients.
+        """
+        rounded = device.type != "cpu" or self.matmul_dtype == torch.bfloat16
+        return self.matmul_dtype if rounded else self.accum_dtype
 
 
 @contextlib.contextmanager
-def matmul_in(precision: Precision, device: torch.device) -> Generator[None]:
-    """On a CPU, let float32 matmuls multiply in bfloat16 and add up in float32: bf16 speed, float32 logits."""
-    if device.type != "cpu" or precision.multiply != torch.bfloat16:
+def cpu_matmul_precision(precision: Precision, device: torch.device) -> Generator[None]:
+    """Multiplies float32 matmuls on a CPU in bfloat16 and adds up in float32: bf16 speed, float32 logits."""
+    if device.type != "cpu" or precision.matmul_dtype != torch.bfloat16:
         yield
         return
     settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    before = settings.fp32_precision
+    previous = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        settings.fp32_precision = previous
 
 
 class Head(NamedTuple):
-    """A head of the real vocabulary's rows alone: weight as it is, bias in the dtype that is kept.
+    """An lm_head cut to the real vocabulary: the weight in its own dtype, the bias in `accum_dtype`.
 
-    `vocab_size` counts the rows of all parts, `weight` has those of this one.
+    `vocab_size` counts the rows of all shards. `weight` and `bias` have those of this shard.
     """
 
     weight: Tensor
@@ -86,29 +94,39 @@ class Head(NamedTuple):
     scale: float
     soft_cap: float | None
     precision: Precision
-    part: Part
+    shard: Part
     vocab_size: int
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, form: LogitHead, precision: Precision) -> "Head":
-        """Cut to the real vocabulary."""
-        V = len(weight) if form.vocab_size is None else form.vocab_size
-        if form.part.group is None and len(weight) < V:
-            raise UsageError(f"head.vocab_size: got {V}; wanted at most the {len(weight)} rows of the weight.")
-        rows = form.part.rows(len(weight), V)
-        part = replace(form.part, padding=rows == 0)
-        rows = max(rows, 1)
-        cut = None if bias is None else bias[:rows].to(precision.keep)
-        return cls(weight[:rows], cut, form.scale, form.soft_cap, precision, part, V)
+    def from_weight(cls, weight: Tensor, bias: Tensor | None, settings: LogitHead, precision: Precision) -> "Head":
+        """Cuts weight and bias to the rows of real tokens.
 
-    def finish_(self, product: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Turn hidden @ weight.T into logits; returns what their gradient is multiplied by, where capped."""
+        Raises:
+            UsageError: the whole weight has fewer rows than the vocabulary has tokens.
+        """
+        V = len(weight) if settings.vocab_size is None else settings.vocab_size
+        if settings.part.group is None and len(weight) < V:
+            raise UsageError(f"head.vocab_size: got {V}; wanted at most the {len(weight)} rows of the weight.")
+        # A shard of nothing but padding keeps one row, so that no tensor is empty.
+        rows = settings.part.rows(len(weight), V)
+        shard = replace(settings.part, padding=rows == 0)
+        rows = max(rows, 1)
+        real_bias = None if bias is None else bias[:rows].to(precision.accum_dtype)
+        return cls(weight[:rows], real_bias, settings.scale, settings.soft_cap, precision, shard, V)
+
+    def to_logits_(self, product: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Turns hidden @ weight.T into logits, in place.
+
+        Returns:
+            The derivative of the soft cap, by which a gradient of the logits is multiplied. None without a soft cap.
+        """
         if self.scale != 1:
             product.mul_(self.scale)
         if bias is not None:
             product.add_(bias)
         if self.soft_cap is None:
             return None
+        # d/dx of c · tanh(x / c) is 1 − tanh²(x / c).
         product.div_(self.soft_cap).tanh_()
         slope = 1 - product.square()
         product.mul_(self.soft_cap)
@@ -116,14 +134,22 @@ class Head(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
-    """By hidden states, weight and bias, added up over chunks in the dtype that is kept; None for what is frozen."""
+    """Gradients by hidden states, weight and bias in `accum_dtype`, or None for what is frozen.
+
+    Those of weight and bias are added up over chunks. Rows of the hidden states' gradient are written chunk by chunk.
+    """
 
     hidden: Tensor
     weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, keep: torch.dtype) -> "HeadGradients":
-        """Nothing added yet; `hidden` is written chunk by chunk."""
-        of_weight, of_bias = (None if part is None else torch.zeros_like(part, dtype=keep) for part in (weight, bias))
-        return cls(torch.empty_like(hidden, dtype=keep), of_weight, of_bias)
+    def zeros(
+        cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, accum_dtype: torch.dtype
+    ) -> "HeadGradients":
+        """Allocates the gradients: 0 for weight and bias, uninitialised for the hidden states."""
+        dweight, dbias = (
+            None if parameter is None else torch.zeros_like(parameter, dtype=accum_dtype)
+            for parameter in (weight, bias)
+        )
+        return cls(torch.empty_like(hidden, dtype=accum_dtype), dweight, dbias)

@@ -1,9 +1,10 @@
-"""The objective fused with the output head: hidden states [N, D], head weight [V, D] and the sparse teacher go in,
-sums and gradients come out.
+"""The objective fused with the lm_head.
 
-Two passes over chunks of positions share this signature: over the whole vocabulary (`vocabulary.py`), and, where no
-term of the objective needs it, over the teacher's K entries alone (`support.py`). Sums are float32 over a chunk and
-float64 over chunks; with float64 inputs everything is float64.
+    hidden states [N, D], lm_head weight [V, D], teacher's entries [N, K]  ──►  sums, and gradients by the first two
+
+Two passes over chunks of positions share this signature. One goes over the whole vocabulary (`full_vocab.py`). The
+other goes over the teacher's K entries alone, where no term of the objective needs more (`topk_only.py`). Sums are
+float32 over a chunk and float64 over chunks. With float64 inputs everything is float64.
 """
 
 from typing import Any, NamedTuple
@@ -13,23 +14,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kd_core.compiling import outside_compiled_graphs
-from kd_core.losses.fused.chunks import Job, Positions
-from kd_core.losses.fused.full_vocab import sums_over_vocabulary
-from kd_core.losses.fused.lm_head import Head, HeadGradients, LogitHead, Precision, matmul_in
-from kd_core.losses.fused.topk_only import sums_over_support
+from kd_core.losses.fused.chunks import LossCall, Positions
+from kd_core.losses.fused.full_vocab import sum_over_vocabulary
+from kd_core.losses.fused.lm_head import Head, HeadGradients, LogitHead, Precision, cpu_matmul_precision
+from kd_core.losses.fused.topk_only import sum_over_support
 from kd_core.losses.objective import Objective
 from kd_core.types import TeacherTopK
 
 
 class LossSums(NamedTuple):
-    """`total` (differentiable, already times `scale`), and the detached sums over scored positions, in nats."""
+    """Results of one call.
+
+    `total` is differentiable and already times `scale`. `sums` are detached sums over scored positions, in nats.
+    """
 
     total: Float[Tensor, ""]
     sums: dict[str, Tensor]
 
 
-class _Call(NamedTuple):
-    """What of a call is not differentiated."""
+class _NonDiffInputs(NamedTuple):
+    """Non-differentiable inputs of one call of the loss."""
 
     teacher: TeacherTopK
     labels: Tensor
@@ -41,7 +45,7 @@ class _Call(NamedTuple):
 
 
 class _FusedHead(torch.autograd.Function):
-    """Computes the gradient in the forward pass; the backward pass only scales it."""
+    """The fused loss as an autograd function. `forward` computes the gradients, and `backward` only scales them."""
 
     @staticmethod
     def forward(
@@ -49,53 +53,60 @@ class _FusedHead(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: _Call,
+        inputs: _NonDiffInputs,
         sums: dict[str, Tensor],
     ) -> Tensor:
-        precision = Precision.of(hidden)
+        precision = Precision.from_hidden(hidden)
         device = hidden.device
+        # Allocate gradients only for inputs that need them.
         gradients = None
-        if call.with_grad and any(ctx.needs_input_grad[:3]):
-            of_weight, of_bias = (part if needed else None for part, needed in zip(
+        if inputs.with_grad and any(ctx.needs_input_grad[:3]):
+            trained_weight, trained_bias = (parameter if needed else None for parameter, needed in zip(
                 (weight, bias), ctx.needs_input_grad[1:3], strict=True
             ))  # fmt: skip
-            gradients = HeadGradients.zeros(hidden, of_weight, of_bias, precision.keep)
+            gradients = HeadGradients.zeros(hidden, trained_weight, trained_bias, precision.accum_dtype)
+        # The passes choose the dtype of each matmul themselves.
         with torch.autocast(device.type, enabled=False):
-            head = Head.of(weight, bias, call.head, precision)
-            job = Job(Positions(hidden, call.teacher, call.labels, call.mask), call.objective, call.scale)
-            if call.objective.needs_vocabulary:
-                with matmul_in(precision, device):
-                    sums |= sums_over_vocabulary(job, head, gradients)
-            else:  # its products of float32 rows stay float32, also on a CPU that has bfloat16 units for them
-                sums |= sums_over_support(job, head, gradients)
+            head = Head.from_weight(weight, bias, inputs.head, precision)
+            call = LossCall(
+                Positions(hidden, inputs.teacher, inputs.labels, inputs.mask), inputs.objective, inputs.scale
+            )
+            if inputs.objective.needs_vocabulary:
+                with cpu_matmul_precision(precision, device):
+                    sums |= sum_over_vocabulary(call, head, gradients)
+            else:
+                # Products of float32 rows stay float32, also on a CPU with bfloat16 units.
+                sums |= sum_over_support(call, head, gradients)
         ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return (sums["loss"] * call.scale).to(device=device, dtype=precision.keep)
+        return (sums["loss"] * inputs.scale).to(device=device, dtype=precision.accum_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """All gradients, times the loss's own."""
-        found: HeadGradients = ctx.gradients
+        """Returns the gradients of the forward pass times the gradient by the loss."""
+        gradients: HeadGradients = ctx.gradients
         del ctx.gradients
         factor = grad_outputs[0]
+        # In place, and skipped for the usual factor of 1.
         if factor != 1:
-            for gradient in (found.hidden, found.weight, found.bias):
+            for gradient in (gradients.hidden, gradients.weight, gradients.bias):
                 if gradient is not None:
                     gradient.mul_(factor)
-        parts = zip((found.hidden, found.weight, found.bias), ctx.dtypes, strict=True)
-        return *(None if part is None else part.to(dtype) for part, dtype in parts), None, None
+        # Each in the dtype of its input. The last two inputs of `forward` have none.
+        with_dtypes = zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
+        return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in with_dtypes), None, None
 
 
-def _silenced(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> TeacherTopK:
-    """What is masked may be garbage: ids of 0 and log-probabilities of 0 keep every intermediate finite."""
+def _zero_masked(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> TeacherTopK:
+    """Sets ids and log-probabilities to 0 at masked positions, whose garbage could make intermediates non-finite."""
 
-    def silence(values: Tensor) -> Tensor:
+    def zero(values: Tensor) -> Tensor:
         return torch.where(mask if values.dim() == 1 else mask[:, None], values, 0)
 
     return TeacherTopK(
-        silence(teacher.ids),
-        silence(teacher.log_probs).to(dtype),
-        silence(teacher.tail_log_prob).to(dtype),
-        tuple((temperature, silence(tail).to(dtype)) for temperature, tail in teacher.tempered_tails),
+        zero(teacher.ids),
+        zero(teacher.log_probs).to(dtype),
+        zero(teacher.tail_log_prob).to(dtype),
+        tuple((temperature, zero(tail).to(dtype)) for temperature, tail in teacher.tempered_tails),
     )
 
 
@@ -110,22 +121,25 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
     scale: float = 1.0,
     head: LogitHead | None = None,
 ) -> LossSums:
-    """Loss, metrics and (in the backward pass) all gradients of `objective` over the logits of a head.
+    """Computes loss and metrics of `objective` over the logits of an lm_head, and in the backward pass all gradients.
 
     Args:
         hidden: last hidden states.
-        weight: the output head, or the rows of it that `head.part` says.
-        teacher: its entries at the same positions.
-        labels: the next token of each position; ignored where `mask` is false.
+        weight: the lm_head, or the slice of its rows that `head.part` describes.
+        teacher: the teacher's entries at the same positions.
+        labels: the next token of each position. Ignored where `mask` is false.
         mask: positions that are scored. All others give exactly 0, whatever they hold.
         objective: weighted terms.
-        scale: `total` is times this (one over the scored tokens of the optimiser step).
-        head: what the student does to `hidden @ weight.T`; nothing by default.
+        scale: factor on `total`, usually one over the scored tokens of the optimiser step.
+        head: what the student does to `hidden @ weight.T`. None does nothing.
     """
     head = head or LogitHead()
-    targets = _silenced(teacher, mask, Precision.of(hidden).keep)
-    call = _Call(targets, torch.where(mask, labels, 0), mask, objective, scale, head, torch.is_grad_enabled())
+    targets = _zero_masked(teacher, mask, Precision.from_hidden(hidden).accum_dtype)
+    inputs = _NonDiffInputs(
+        targets, torch.where(mask, labels, 0), mask, objective, scale, head, torch.is_grad_enabled()
+    )
+    # `forward` fills the detached sums.
     sums: dict[str, Tensor] = {}
-    total = _FusedHead.apply(hidden, weight, head.bias, call, sums)
+    total = _FusedHead.apply(hidden, weight, head.bias, inputs, sums)
     assert isinstance(total, Tensor)
     return LossSums(total, sums)

@@ -1,4 +1,4 @@
-"""Numbers about teacher and student that fall out of the pass over the vocabulary: sums over scored positions."""
+"""Metrics of teacher and student from the pass over the vocabulary, as sums over scored positions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,112 +7,125 @@ import torch
 from torch import Tensor
 
 from kd_core.losses import calibration
-from kd_core.losses.fused.softmax import Reduced, student_entropy
+from kd_core.losses.fused.softmax import ReducedLogits, student_entropy
 from kd_core.losses.fused.vocab_shard import Part
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.token_selection import teacher_entropy
 from kd_core.types import TeacherTopK
 
 
-def _sums(each: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    return {name: torch.where(mask, value, 0).sum() for name, value in each.items()}
+def _masked_sums(metrics: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    return {name: torch.where(mask, value, 0).sum() for name, value in metrics.items()}
 
 
-def observe_teacher(view: SparseView, mask: Tensor) -> dict[str, Tensor]:
-    """What a step logs beside its losses, of the teacher alone:
+def teacher_metric_sums(view: SparseView, mask: Tensor) -> dict[str, Tensor]:
+    """Computes the metrics of a step that depend on the teacher alone.
 
     teacher_mass                 probability on the support
     teacher_entropy              −Σ p log p over the entries and the tail as one event, in nats (a lower bound)
     label_in_support             the label is one of the teacher's entries
     """
+    # `teacher_entropy` reads no ids, so any tensor of the right shape will do.
     entries = TeacherTopK(view.distinct.long(), view.teacher_log_probs, view.teacher_tail)
-    each = {
+    metrics = {
         "teacher_mass": torch.where(view.used(), view.teacher_log_probs.exp(), 0.0).sum(dim=1),
         "teacher_entropy": teacher_entropy(entries),
         "label_in_support": view.is_label.any(dim=1),
     }
-    return _sums(each, mask)
+    return _masked_sums(metrics, mask)
 
 
-def observe(reduced: Reduced, mask: Tensor) -> dict[str, Tensor]:
-    """The teacher's numbers, and of the student at temperature 1:
+def metric_sums(reduced: ReducedLogits, mask: Tensor) -> dict[str, Tensor]:
+    """Computes the metrics of a step: the teacher's, and these of the student at temperature 1.
 
     student_mass                 probability on the support
     top1_agreement               the student's likeliest token is the teacher's likeliest entry
     topk_agreement               the student's likeliest token is one of the teacher's entries
     acceptance                   Σ min(p, q) over the entries: what a speculative decoder accepts (a lower bound)
     """
-    view, outside = reduced.view, reduced.largest_outside
+    # p and q of the entries, and the teacher's likeliest entry.  [n, K] and [n, 1]
+    view, tail_max = reduced.view, reduced.tail_max
     student = view.student_log_probs.detach()
     p, q = view.teacher_log_probs.exp(), student.exp()
-    favourite = view.teacher_log_probs.argmax(dim=1, keepdim=True)
-    # Logits are compared through log q, whose common normaliser does not change the order.
-    best, of_favourite = student.amax(dim=1), student.gather(1, favourite).squeeze(1)
-    best_outside = outside - view.student_log_normaliser.detach()
-    inside = best > best_outside
-    each = {
+    teacher_top1 = view.teacher_log_probs.argmax(dim=1, keepdim=True)
+    # The student's largest log q on the support, at the teacher's likeliest entry, and on the tail. Subtracting
+    # log Z from all logits does not change their order.  [n]
+    best_on_support, at_teacher_top1 = student.amax(dim=1), student.gather(1, teacher_top1).squeeze(1)
+    best_on_tail = tail_max - view.student_log_normaliser.detach()
+    support_wins = best_on_support > best_on_tail
+    metrics = {
         "student_mass": torch.where(view.distinct, q, 0.0).sum(dim=1),
-        "top1_agreement": inside & (of_favourite >= best),
-        "topk_agreement": inside,
+        "top1_agreement": support_wins & (at_teacher_top1 >= best_on_support),
+        "topk_agreement": support_wins,
         "acceptance": torch.where(view.distinct, torch.minimum(p, q), 0.0).sum(dim=1),
     }
-    return observe_teacher(view, mask) | _sums(each, mask)
+    return teacher_metric_sums(view, mask) | _masked_sums(metrics, mask)
 
 
-class Reduction(NamedTuple):
-    """A chunk as the pass over the vocabulary has left it: its numbers, its softmax over the tail, what is scored."""
+class ReducedChunk(NamedTuple):
+    """A chunk after the pass over its logits, as the metrics of `EXTRA_METRICS` read it."""
 
-    reduced: Reduced
+    reduced: ReducedLogits
     tail_softmax: Tensor
-    part: Part
+    shard: Part
     mask: Tensor
 
     def log_best(self) -> Tensor:
-        """log q of the student's likeliest token."""
+        """Returns log q of the student's likeliest token [n]."""
         view = self.reduced.view
-        outside = self.reduced.largest_outside - view.student_log_normaliser.detach()
-        return torch.maximum(view.student_log_probs.detach().amax(dim=1), outside)
+        best_on_tail = self.reduced.tail_max - view.student_log_normaliser.detach()
+        return torch.maximum(view.student_log_probs.detach().amax(dim=1), best_on_tail)
 
 
-def _entropy(of: Reduction) -> dict[str, Tensor]:
-    return _sums({"student_entropy": student_entropy(of.tail_softmax, of.reduced, of.part)}, of.mask)
+def _student_entropy(chunk: ReducedChunk) -> dict[str, Tensor]:
+    return _masked_sums(
+        {"student_entropy": student_entropy(chunk.tail_softmax, chunk.reduced, chunk.shard)}, chunk.mask
+    )
 
 
-def _top5_agreement(of: Reduction) -> dict[str, Tensor]:
-    """The student's likeliest token is one of the teacher's five likeliest entries (of all, where there are fewer)."""
-    view = of.reduced.view
-    five = view.teacher_log_probs.topk(min(5, view.teacher_log_probs.shape[1]), dim=1).indices
-    among = view.student_log_probs.detach().gather(1, five).amax(dim=1)
-    return _sums({"top5_agreement": among >= of.log_best()}, of.mask)
+def _top5_agreement(chunk: ReducedChunk) -> dict[str, Tensor]:
+    """Counts where the student's likeliest token is one of the teacher's five likeliest entries, or of all if K < 5."""
+    view = chunk.reduced.view
+    # The student's largest log q on these five, against that of its likeliest token.  [n, 5] → [n]
+    teacher_top5 = view.teacher_log_probs.topk(min(5, view.teacher_log_probs.shape[1]), dim=1).indices
+    best_on_top5 = view.student_log_probs.detach().gather(1, teacher_top5).amax(dim=1)
+    return _masked_sums({"top5_agreement": best_on_top5 >= chunk.log_best()}, chunk.mask)
 
 
-def _calibration(of: Reduction) -> dict[str, Tensor]:
-    best = of.log_best()
-    return calibration.gaps(best, of.reduced.view.student_label.detach() >= best, of.mask)
+def _calibration(chunk: ReducedChunk) -> dict[str, Tensor]:
+    # The student is right where no token is likelier than the label.
+    log_best = chunk.log_best()
+    return calibration.gap_sums(log_best, chunk.reduced.view.student_label.detach() >= log_best, chunk.mask)
 
 
-def _temperature(of: Reduction) -> dict[str, Tensor]:
-    view, share = of.reduced.view, of.reduced.share
-    inverse = torch.tensor(calibration.EIGHTHS, device=of.mask.device) / 8
-    powers = calibration.powers(of.tail_softmax)
-    if share is not None:
-        powers = of.part.sum_(powers * share[:, None] ** inverse)
-    tail = torch.where(view.tail_size > 0, view.student_tail.detach(), 0.0)[:, None] * inverse + powers.log()
+def _temperature(chunk: ReducedChunk) -> dict[str, Tensor]:
+    view, tail_share = chunk.reduced.view, chunk.reduced.tail_share
+    inverse = torch.tensor(calibration.EIGHTHS, device=chunk.mask.device) / 8
+    # Σ s^(1/τ) over the tail, s the softmax over it. A shard's buffer holds s / share, so s^(1/τ) takes
+    # share^(1/τ), and shards add up.  [n, temperatures]
+    power_sums = calibration.power_sums(chunk.tail_softmax)
+    if tail_share is not None:
+        power_sums = chunk.shard.all_reduce_sum_(power_sums * tail_share[:, None] ** inverse)
+    # log Σ q^(1/τ) over the tail = log q(tail) / τ + log Σ s^(1/τ), since q = q(tail) · s.  [n, temperatures]
+    tail = torch.where(view.tail_size > 0, view.student_tail.detach(), 0.0)[:, None] * inverse + power_sums.log()
     entries = torch.where(view.distinct, view.student_log_probs.detach(), -torch.inf)
-    return calibration.nll_at_temperatures(entries, tail, view.student_label.detach(), of.mask)
+    return calibration.nll_at_temperatures(entries, tail, view.student_label.detach(), chunk.mask)
 
 
-FURTHER: dict[str, Callable[[Reduction], dict[str, Tensor]]] = {
-    "student_entropy": _entropy,
+EXTRA_METRICS: dict[str, Callable[[ReducedChunk], dict[str, Tensor]]] = {
+    "student_entropy": _student_entropy,
     "top5_agreement": _top5_agreement,
     "calibration": _calibration,
     "temperature": _temperature,
 }
 
 
-def observe_further(
-    names: tuple[str, ...], reduced: Reduced, tail_softmax: Tensor, part: Part, mask: Tensor
+def extra_metric_sums(
+    names: tuple[str, ...], reduced: ReducedLogits, tail_softmax: Tensor, shard: Part, mask: Tensor
 ) -> dict[str, Tensor]:
-    """What an objective asks for in `observe`: each costs some pass over the vocabulary, or a sort of the entries."""
-    of = Reduction(reduced, tail_softmax, part, mask)
-    return {name: value for asked in names for name, value in FURTHER[asked](of).items()}
+    """Computes the metrics that `Objective.observe` names.
+
+    Each costs another pass over the vocabulary, or a sort of the entries.
+    """
+    chunk = ReducedChunk(reduced, tail_softmax, shard, mask)
+    return {name: value for metric in names for name, value in EXTRA_METRICS[metric](chunk).items()}

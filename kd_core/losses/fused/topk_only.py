@@ -1,12 +1,12 @@
-"""The pass over the support alone, for objectives that ask for nothing outside it: K rows of the head a position.
+"""The pass over the support alone, for objectives that read nothing outside it: K rows of the lm_head per position.
 
     for a chunk of positions:
-        K rows of the weight a position, and their logits [n, K]
+        K rows of the weight per position, and their logits [n, K]
         the terms on [n, K], and their derivatives by autograd       objective.py, tails.py, divergences.py
         gradients by hidden states, and by the K rows, added to the weight's
 
-`renormalized` without cross-entropy is such an objective: the student's softmax over the vocabulary cancels out of it.
-What this pass does not know of the vocabulary is NaN in its view, so that no term can use it unnoticed.
+`renormalized` without cross-entropy is such an objective: the student's normaliser over the vocabulary cancels. Fields
+of the view that need the vocabulary are NaN, so that a term that reads one by mistake gives NaN.
 """
 
 from dataclasses import dataclass
@@ -14,28 +14,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_core.losses.fused.chunks import Job, Positions
+from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.lm_head import Head, HeadGradients
-from kd_core.losses.fused.loss_metrics import observe_teacher
+from kd_core.losses.fused.loss_metrics import teacher_metric_sums
 from kd_core.losses.fused.softmax import Gradients
-from kd_core.losses.fused.vocab_shard import Located
+from kd_core.losses.fused.vocab_shard import ShardColumns
 from kd_core.losses.sparse_view import SparseView
 from kd_core.types import TeacherTopK
 
-# Rows of the head that are gathered at a time: enough to keep the machine busy, few enough to stay in its cache.
+# Rows of the lm_head that are gathered at a time: enough to keep the machine busy, few enough to stay in its cache.
 GATHERED_ROWS = 8192
 
 
 def _distinct(ids: Tensor, used: Tensor) -> Tensor:
-    """One used entry for each id of a row: the first of its equals once they are sorted."""
+    """Marks one used entry per id of each row: the first of equal ones."""
+    # A stable sort puts equal ids side by side, and unused entries, as id −1, in front.  [n, K]
     ranked, order = torch.where(used, ids, -1).sort(dim=1, stable=True)
+    # The first of each run of equal ids, moved back to its place.  [n, K]
     first = torch.ones_like(used)
     first[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
     return used & torch.empty_like(used).scatter_(1, order, first)
 
 
-def _view(logits: Tensor, chunk: Positions, size: int) -> SparseView:
-    """What logits [n, K] of the support tell, with log q renormalised on it."""
+def _view(logits: Tensor, chunk: Positions, vocab_size: int) -> SparseView:
+    """Builds the view from logits [n, K] of the support, with log q renormalised on the support."""
+    # logsumexp over the distinct entries stands for log Z.  [n, 1]
     teacher, used = chunk.teacher, chunk.teacher.log_probs > -torch.inf
     distinct = _distinct(teacher.ids, used)
     on_support = torch.where(distinct, logits, -torch.inf).logsumexp(dim=1, keepdim=True)
@@ -54,67 +57,84 @@ def _view(logits: Tensor, chunk: Positions, size: int) -> SparseView:
         student_tail_mean=unknown,
         distinct=distinct,
         is_label=distinct & (teacher.ids == chunk.labels[:, None]),
-        tail_size=size - distinct.sum(dim=1),
+        tail_size=vocab_size - distinct.sum(dim=1),
     )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The head's rows at a chunk's ids [n, K, D], in the dtype that is kept; the gradient by them takes their place.
+    """The lm_head's rows at a chunk's ids [n, K, D], in `accum_dtype`. Their gradient overwrites them.
 
-    Where ranks share the vocabulary, a row that is another's is some row of this one, and its logit counts as 0.
+    Where ranks share the vocabulary, ids of other shards get some row of this one, and a logit of 0.
     """
 
     head: Head
-    at: Located
+    entries: ShardColumns
     rows: Tensor
 
     @classmethod
     def gather(cls, head: Head, teacher: TeacherTopK) -> "_Rows":
-        """Rows are multiplied in the dtype that is kept: these products cost their memory, not their arithmetic."""
-        at = head.part.locate(teacher.ids, teacher.log_probs > -torch.inf, len(head.weight))
-        rows = head.weight.index_select(0, at.columns.flatten()).to(head.precision.keep)
-        return cls(head, at, rows.view(*at.columns.shape, -1))
+        """Gathers the rows in `accum_dtype`, since these products cost memory traffic and hardly any arithmetic."""
+        entries = head.shard.locate(teacher.ids, teacher.log_probs > -torch.inf, len(head.weight))
+        rows = head.weight.index_select(0, entries.columns.flatten()).to(head.precision.accum_dtype)
+        return cls(head, entries, rows.view(*entries.columns.shape, -1))
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [n, K] and the slope of a soft cap."""
+        """Computes logits [n, K] and the derivative of the soft cap, or None without a soft cap."""
+        # One product per position: [n, K, D] @ [n, D, 1] → [n, K].
         product = torch.bmm(self.rows, hidden[:, :, None]).squeeze(2)
-        bias = None if self.head.bias is None else self.head.bias[self.at.columns]
-        slope = self.head.finish_(product, bias)
-        return self.head.part.sum_(torch.where(self.at.own, product, 0.0)), slope
+        bias = None if self.head.bias is None else self.head.bias[self.entries.columns]
+        slope = self.head.to_logits_(product, bias)
+        # Each id belongs to one shard: all others add 0.
+        return self.head.shard.all_reduce_sum_(torch.where(self.entries.in_shard, product, 0.0)), slope
 
-    def add_gradients_(self, gradients: HeadGradients, at: slice, hidden: Tensor, by_logits: Tensor) -> None:
-        """Add a chunk: `by_logits` [n, K] is the gradient by scale · hidden @ weight.T + bias."""
-        ids, by_logits = self.at.columns.flatten(), torch.where(self.at.own, by_logits, 0.0)
+    def add_gradients_(self, gradients: HeadGradients, positions: slice, hidden: Tensor, dlogits: Tensor) -> None:
+        """Adds the gradients of one chunk.
+
+        Args:
+            gradients: those of all chunks.
+            positions: the positions of the chunk.
+            hidden: their hidden states [n, D].
+            dlogits: the gradient [n, K] by scale · hidden @ weight.T + bias.
+        """
+        # Entries of other shards add 0 to whatever row they were given.  [n, K]
+        ids, dlogits = self.entries.columns.flatten(), torch.where(self.entries.in_shard, dlogits, 0.0)
         if gradients.bias is not None:
-            gradients.bias.index_add_(0, ids, by_logits.flatten())
-        by_logits = by_logits * self.head.scale
-        gradients.hidden[at] = torch.bmm(by_logits[:, None], self.rows).squeeze(1)
+            gradients.bias.index_add_(0, ids, dlogits.flatten())
+        dlogits = dlogits * self.head.scale
+        # dhidden = Σ over entries of dlogits · row: [n, 1, K] @ [n, K, D] → [n, D].
+        gradients.hidden[positions] = torch.bmm(dlogits[:, None], self.rows).squeeze(1)
+        # dweight: the outer product dlogits · hidden over the gathered rows, added at their ids.  [n, K, D]
         if gradients.weight is not None:
-            by_rows = torch.mul(by_logits[:, :, None], hidden[:, None], out=self.rows)
-            gradients.weight.index_add_(0, ids, by_rows.flatten(0, 1))
+            drows = torch.mul(dlogits[:, :, None], hidden[:, None], out=self.rows)
+            gradients.weight.index_add_(0, ids, drows.flatten(0, 1))
 
 
-def _needs_no_vocabulary() -> Tensor:
+def _no_student_entropy() -> Tensor:
     raise AssertionError("the student's entropy needs the whole vocabulary")
 
 
-def sums_over_support(job: Job, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:
-    """The objective's sums; fills the gradients where they are wanted."""
-    K, keep, totals = job.data.teacher.ids.shape[1], head.precision.keep, job.no_sums()
-    factors = job.position_weights(_needs_no_vocabulary)
-    for at in job.slices(max(1, min(job.objective.chunk_tokens, GATHERED_ROWS // K))):
-        chunk = job.chunk(at)
-        hidden = chunk.hidden.to(keep)
+def sum_over_support(call: LossCall, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:
+    """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
+    K, accum_dtype, totals = call.positions.teacher.ids.shape[1], head.precision.accum_dtype, call.zero_sums()
+    factors = call.position_weights(_no_student_entropy)
+    for positions in call.chunk_slices(max(1, min(call.objective.chunk_tokens, GATHERED_ROWS // K))):
+        # Rows of the lm_head and their logits to a view.  [n, K, D] → [n, K]
+        chunk = call.chunk(positions)
+        hidden = chunk.hidden.to(accum_dtype)
         rows = _Rows.gather(head, chunk.teacher)
         logits, slope = rows.logits(hidden)
         view = _view(logits, chunk, head.vocab_size)
-        loss, sums = job.losses({1.0: view}, chunk.mask, {name: each[at] for name, each in factors.items()})
-        sums |= observe_teacher(view, chunk.mask)
+        # Loss and metrics, in float32 over the chunk and in float64 over chunks.
+        loss, sums = call.weighted_loss(
+            {1.0: view}, chunk.mask, {name: factor[positions] for name, factor in factors.items()}
+        )
+        sums |= teacher_metric_sums(view, chunk.mask)
         totals = {name: total + sums[name].double() for name, total in totals.items()}
         if gradients is not None:
-            by_logits = Gradients.of(loss, job.scale, [view])[0].entries
+            # The gradient by log q is also that by the logits, since a constant added to a row changes no term here.
+            dlogits = Gradients.from_loss(loss, call.scale, [view])[0].entries
             if slope is not None:
-                by_logits = by_logits * slope
-            rows.add_gradients_(gradients, at, hidden, by_logits)
+                dlogits = dlogits * slope
+            rows.add_gradients_(gradients, positions, hidden, dlogits)
     return totals
