@@ -98,7 +98,7 @@ def _share_tensors(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) 
         head = rank * kv_heads // tensor
         for block in decoder.layers:
             assert isinstance(block, Block)
-            block.self_attn.own_kv_heads = slice(head, head + 1)
+            block.self_attn.kv_head_slice = slice(head, head + 1)
 
 
 def _shard(decoder: Decoder, parallel: Parallel, world: World) -> None:
