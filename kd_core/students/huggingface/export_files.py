@@ -1,4 +1,4 @@
-"""Everything of an exported folder but weights: `config.json`, the tokenizer's files, licences, the chat format."""
+"""All files of an exported folder but weights: `config.json`, tokenizer, licences and chat format."""
 
 import fnmatch
 import logging
@@ -11,7 +11,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.huggingface.config_json import config_of
 
 log = logging.getLogger("kd")
-# Lower-case patterns of files that are copied, for the tokenizers of all families and the terms of the weights.
+# Lower-case patterns of files that are copied: tokenizers of all families, and licences of the weights.
 COPIED = (
     *("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template*", "generation_config.json"),
@@ -30,7 +30,7 @@ class ChatFormat:
     Args:
         template: the chat template.
         special_tokens: texts of the special tokens that the template names, such as `bos_token`.
-        turn_ends: ids of the tokens that end the assistant's turns by their texts, the most frequent first.
+        turn_ends: ids, by text, of the tokens that end the assistant's turns, the most frequent first.
     """
 
     template: str
@@ -39,7 +39,10 @@ class ChatFormat:
 
     @property
     def tokenizer_tokens(self) -> dict[str, str]:
-        """Returns what the tokenizer must call its special tokens: `eos_token` ends a turn, if the template lets it."""
+        """Returns the special tokens of the tokenizer by role.
+
+        `eos_token` is the most frequent end of a turn, unless the template names another one.
+        """
         ends = {"eos_token": next(iter(self.turn_ends))} if self.turn_ends else {}
         return {**ends, **self.special_tokens}
 
@@ -59,46 +62,48 @@ def _settings(path: Path) -> dict[str, Any]:
     return read_json(path, "settings of a tokenizer") if path.exists() else {}
 
 
-def _own_template(folder: Path, settings: dict[str, Any]) -> Any:
+def _default_template(folder: Path, settings: dict[str, Any]) -> Any:
     """Returns the default chat template of a folder, as transformers finds it."""
     if (folder / TEMPLATE).exists():
         return read_text(folder / TEMPLATE, "a chat template")
-    found = settings.get("chat_template")
+    stored = settings.get("chat_template")
     with damaged(folder / SETTINGS, "the settings of a tokenizer"):
-        return {each["name"]: each["template"] for each in found}.get("default") if isinstance(found, list) else found
+        return (
+            {item["name"]: item["template"] for item in stored}.get("default") if isinstance(stored, list) else stored
+        )
 
 
 def _write_chat(folder: Path, chat: ChatFormat, tokenizer_folder: Path) -> None:
-    """Write the template and the special tokens over those that were copied into `folder`."""
+    """Writes the template and the special tokens over those that were copied into `folder`."""
     settings = _settings(folder / SETTINGS)
-    own = _own_template(folder, settings)
-    if own != chat.template:
+    copied = _default_template(folder, settings)
+    if copied != chat.template:
         settings.pop("chat_template", None)
         write_text(folder / TEMPLATE, chat.template)
-        found = "has no chat template" if own is None else "has another chat template"
-        log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, found)
-    for name, known in ((SETTINGS, settings), (TOKENS, _settings(folder / TOKENS))):
+        mismatch = "has no chat template" if copied is None else "has another chat template"
+        log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, mismatch)
+    for name, tokens in ((SETTINGS, settings), (TOKENS, _settings(folder / TOKENS))):
         for role, text in chat.tokenizer_tokens.items():
-            value = known.get(role)
-            if (value.get("content") if isinstance(value, dict) else value) != text and (name == SETTINGS or known):
-                known[role] = text
-        if known:
-            write_json(folder / name, known)
+            value = tokens.get(role)
+            if (value.get("content") if isinstance(value, dict) else value) != text and (name == SETTINGS or tokens):
+                tokens[role] = text
+        if tokens:
+            write_json(folder / name, tokens)
 
 
-def _ends(chat: ChatFormat | None, *known: Any) -> int | list[int] | None:
+def _eos_ids(chat: ChatFormat | None, *model_ids: Any) -> int | list[int] | None:
     """Returns the ids that end a generation: those of the turn first, then those of the model."""
-    found = list(chat.turn_ends.values()) if chat else []
-    for ids in known:
-        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
-    unique = list(dict.fromkeys(found))
+    end_ids = list(chat.turn_ends.values()) if chat else []
+    for ids in model_ids:
+        end_ids += [] if ids is None else ids if isinstance(ids, list) else [ids]
+    unique = list(dict.fromkeys(end_ids))
     return unique[0] if len(unique) == 1 else unique or None
 
 
 def write_about(
     folder: Path, arch: Architecture, tokenizer_folder: Path, dtype: str, chat: ChatFormat | None = None
 ) -> None:
-    """Write all that is no weight, as `tokenizer_folder` has it; conversations in the format of `chat`.
+    """Writes all files but weights, from those of `tokenizer_folder` and with the chat format of `chat`.
 
     Raises:
         UsageError: a file of `tokenizer_folder` is missing or damaged.
@@ -109,8 +114,8 @@ def write_about(
     if chat:
         _write_chat(folder, chat, tokenizer_folder)
         generation = _settings(folder / GENERATION)
-        ids["eos_token_id"] = _ends(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
-        of_model = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
-        write_json(folder / GENERATION, {**of_model, **generation, "eos_token_id": ids["eos_token_id"]})
+        ids["eos_token_id"] = _eos_ids(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
+        model_ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
+        write_json(folder / GENERATION, {**model_ids, **generation, "eos_token_id": ids["eos_token_id"]})
     config = config_of(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)
     write_json(folder / "config.json", {**ids, **config})

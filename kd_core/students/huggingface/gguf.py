@@ -1,6 +1,6 @@
-"""A GGUF file of the Llama family into a Hugging Face folder: weights in float32, tokenizer with chat template.
+"""Conversion of a GGUF file of the Llama family to a Hugging Face folder: float32 weights, tokenizer, chat template.
 
-Needs the extra `gguf`. In a GGUF, rows of query and key are interleaved for RoPE; Hugging Face's are half-split.
+Needs the extra `gguf`. In a GGUF, rows of query and key are interleaved for RoPE. Hugging Face's are half-split.
 """
 
 from pathlib import Path
@@ -88,14 +88,15 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    # In each attention head, rows (x₀, y₀, x₁, y₁, …) become (x₀, x₁, …, y₀, y₁, …).  [H·d, D]
     return rearrange(rows, "(H d two) D -> (H two d) D", H=heads, two=2)
 
 
 def convert_gguf(path: Path, folder: Path) -> Architecture:
-    """Fill `folder` (it exists) with config, weights and tokenizer of the GGUF at `path`.
+    """Fills an existing folder with config, weights and tokenizer of the GGUF at `path`.
 
     Raises:
-        UsageError: another architecture than Llama, a tokenizer that we do not know, or a damaged file.
+        UsageError: the architecture is not Llama, the tokenizer is not supported, or the file is damaged.
     """
     check_header(path)
     with damaged(path, "a GGUF file of the Llama family", "Fetch it again"):
@@ -106,6 +107,7 @@ def _converted(path: Path, folder: Path) -> Architecture:
     from gguf import GGUFReader, dequantize  # noqa: PLC0415 (an optional extra)
 
     reader = GGUFReader(path)
+    # Sizes of tensors come from the header, and may not exceed the file's.
     if (claimed := sum(tensor.n_bytes for tensor in reader.tensors)) > path.stat().st_size:
         raise ValueError(f"tensors of {claimed} bytes, in a file of {path.stat().st_size}")
     fields = {name: field.contents() for name, field in reader.fields.items()}
