@@ -48,6 +48,7 @@ def _mistral(config: Config) -> dict[str, Any]:
 
 def _qwen_windows(config: Config) -> dict[str, Any]:
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
+    # Layers from `max_window_layers` on have the window, unless `layer_types` lists the kind of each layer.
     layers, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
     kinds: list[str] = config.get("layer_types") or [SLIDING if layer >= first else FULL for layer in range(layers)]
     if window is None or SLIDING not in kinds:
@@ -193,7 +194,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _is_described_by(arch: Architecture, config: Config) -> bool:
-    """Checks that reading the configuration gives the architecture. A family has not every setting of another one."""
+    """Checks that reading the configuration gives the architecture back, as a family lacks settings of other ones."""
     read_back: dict[str, Any] = {**vars(architecture_of(Path("config.json"), config))}
     # These settings have no field of their own: a file counts all rows, and Granite always states an attention scale.
     changes: dict[str, Any] = {"vocab_size": arch.vocab_rows, "padded_vocab_size": None}

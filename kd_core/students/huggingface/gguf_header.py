@@ -19,7 +19,7 @@ SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 class _Reader:
-    """Reader of numbers and strings that refuses those that end behind the file's end."""
+    """Reader of numbers and strings that refuses those that end past the end of the file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.items = file, os.fstat(file.fileno()).st_size, 0

@@ -50,21 +50,22 @@ def _unlikely_padding(head: Tensor, real: int) -> Tensor:
     padding token has at most 1/V of the real tokens' probability at any position, and is nowhere the likeliest.
     """
     rows = whole(head)
+    # [real, D], then the mean row repeated to [rows − real, D].
     return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
 
 
 def _model_pieces(model: Decoder) -> list[_Piece]:
     """Returns the tensors by transformers' names, with adapters merged, and without a tied lm_head."""
     arch = model.arch
-    special = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
+    gathers = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
     if arch.vocab_rows > arch.vocab_size:
         head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
-        special[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
+        gathers[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
     return [
         _Piece(
             name if name == "lm_head.weight" else f"model.{name}",
             parameter.numel(),
-            special.get(name, functools.partial(whole, parameter)),
+            gathers.get(name, functools.partial(whole, parameter)),
         )
         for name, parameter in base_parameters(model).items()
     ]

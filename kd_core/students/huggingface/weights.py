@@ -195,12 +195,12 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tu
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
     remaining, files = dict(parameters), weight_files(folder)
     tied = HEAD not in parameters
-    head_is_embedding = tied and EMBEDDING not in {
+    only_head_stored = tied and EMBEDDING not in {
         _new_name(stored.name, position_of) for stored in stored_tensors(files)
     }
     for stored in stored_tensors(files):
         name = _new_name(stored.name, position_of)
-        if name == HEAD and head_is_embedding:
+        if name == HEAD and only_head_stored:
             name = EMBEDDING
         if name is None or name.endswith(IGNORED) or (name == HEAD and tied):
             continue

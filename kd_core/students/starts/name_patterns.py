@@ -13,7 +13,7 @@ def _endings(name: str) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Checks whether a pattern matches the whole name, or the rest of it behind one of its dots."""
+    """Checks whether a pattern matches the whole name, or the rest of it after one of its dots."""
     return any(fnmatch.fnmatchcase(ending, pattern) for ending in _endings(name))
 
 

@@ -26,7 +26,7 @@ from kd_core.students.huggingface.weights import check_room, load_weights, store
 
 @runtime_checkable
 class Start(Protocol):
-    """An architecture, and the first weights of a decoder of it."""
+    """A source of students: an architecture, and first weights for a decoder of it."""
 
     @property
     def folder(self) -> str:
@@ -143,11 +143,10 @@ class Random:
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         check_ranges(self, "student.", **dict.fromkeys(sizes, AT_LEAST_1), init_std=ABOVE_0)
-        for name, multiple in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
-            if getattr(self, multiple) % getattr(self, name):
+        for name, total in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            if getattr(self, total) % getattr(self, name):
                 raise UsageError(
-                    f"student.{name}: got {getattr(self, name)}; wanted a divisor of {multiple} "
-                    f"{getattr(self, multiple)}."
+                    f"student.{name}: got {getattr(self, name)}; wanted a divisor of {total} {getattr(self, total)}."
                 )
         if self.hidden_size // self.num_heads % 2:
             raise UsageError(
