@@ -13,10 +13,10 @@ def outside_compiled_graphs(function: F) -> F:
     """Breaks the graph of a compiled caller at this function, for code in which a compiler would fuse nothing."""
 
     @functools.wraps(function)
-    def called(*args: Any, **settings: Any) -> Any:
+    def wrapper(*args: Any, **settings: Any) -> Any:
         # Decide at the call and not at import: `disable` imports the compiler, which takes a second.
         inner: Any = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
         return inner(*args, **settings)
 
-    wrapped: Any = called
-    return wrapped
+    result: Any = wrapper
+    return result

@@ -22,9 +22,8 @@ log = logging.getLogger("kd")
 GRACE = 3.0  # seconds
 # Errors of file systems that cannot lock files or flush folders.
 CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
-MOST_TEXT = (
-    1 << 25
-)  # bytes of a text that is parsed in one piece: parsed JSON takes up to some twenty times as much memory
+# Bytes of a text that is parsed in one piece. Parsed JSON takes up to some twenty times as much memory.
+MOST_TEXT = 1 << 25
 
 
 def no_link(path: str, flags: int) -> int:

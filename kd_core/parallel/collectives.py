@@ -46,7 +46,7 @@ def together(world: World, work: Callable[[], R], group: dist.ProcessGroup | Non
     return [value for value, _ in outcomes]  # pyright: ignore[reportReturnType]
 
 
-def _shortened(value: str | None) -> str:
+def _shorten(value: str | None) -> str:
     if value is None:
         return ABSENT
     return value if len(value) <= SHOWN else value[: SHOWN - 1] + "…"
@@ -62,7 +62,7 @@ def difference(facts: list[Mapping[str, str]]) -> str | None:
         names = [name for name in sorted({*first, *other}) if first.get(name) != other.get(name)]
         if names:
             more = f" (and in {len(names) - 1} more)" if len(names) > 1 else ""
-            expected, got = _shortened(first.get(names[0])), _shortened(other.get(names[0]))
+            expected, got = _shorten(first.get(names[0])), _shorten(other.get(names[0]))
             return f"rank {rank} differs from rank 0 in {names[0]}{more}: {expected} on rank 0, {got} on rank {rank}"
     return None
 

@@ -87,10 +87,10 @@ def held(decoder: Decoder, layout: Layout, sequence_parallel: bool) -> Holding:
     return holding(layout, [(tuple(p.shape), divided_dimension(name), p.requires_grad) for name, p in named])
 
 
-def _share_tensors(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def _apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     tensor, rank = mesh.size(), mesh.get_local_rank()
     parallelize_module(decoder, mesh, dict(tensor_styles(decoder, tensor, sequence_parallel)))
-    # Distributing replaced the parameters, so a tied output head must be tied again.
+    # Distributing replaced the parameters, so a tied lm_head must be tied again.
     decoder.tie()
     # With fewer kv heads than ranks, rank r reads head ⌊r · kv_heads / tensor⌋ of the keys and values [B, H_kv, T, d].
     kv_heads = decoder.arch.num_kv_heads
@@ -101,17 +101,19 @@ def _share_tensors(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) 
             block.self_attn.kv_head_slice = slice(head, head + 1)
 
 
-def _shard(decoder: Decoder, parallel: Parallel, world: World) -> None:
+def _apply_sharding(decoder: Decoder, parallel: Parallel, world: World) -> None:
     assert world.mesh is not None
     # Hybrid sharding (arXiv 2304.11277) takes a mesh of two dimensions: copies, and shards of one copy.
     mesh = world.mesh["dp_replicate", "dp_shard"] if world.layout.replicas > 1 else world.mesh["dp_shard"]
-    # Embedding, last norm and output head are gathered in float32. That is once a pass, and the loss's gradient
+    # Embedding, last norm and lm_head are gathered in float32. That is once a pass, and the loss's gradient
     # needs the precision. Blocks are gathered in the precision of matmuls. All gradients are reduced in float32.
-    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(dtype_of(parallel.precision, world.device), torch.float32, cast_forward_inputs=False)
+    float32_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    block_policy = MixedPrecisionPolicy(
+        dtype_of(parallel.precision, world.device), torch.float32, cast_forward_inputs=False
+    )
     for block in decoder.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=rounded)
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
+        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=block_policy)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=float32_policy)
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             # Sum gradients without dividing: the step has divided by the scored tokens of all ranks already.
@@ -125,7 +127,7 @@ def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
     With one process parameters stay plain tensors. Compilation and recomputation apply all the same.
     """
     if world.mesh is not None and world.layout.tensor > 1:
-        _share_tensors(decoder, world.mesh["tp"], parallel.sequence_parallel)
+        _apply_tensor_parallel(decoder, world.mesh["tp"], parallel.sequence_parallel)
     # Recomputation wraps the compiled function of a block, so that a compiled graph is one unit of it.
     every = parallel.recomputed_every()
     for i, block in enumerate(decoder.layers):
@@ -134,7 +136,7 @@ def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
         if parallel.compile:
             block.run = torch.compile(block.run)
     if world.mesh is not None:
-        _shard(decoder, parallel, world)
+        _apply_sharding(decoder, parallel, world)
     return materialised(decoder, world.device)
 
 

@@ -107,17 +107,17 @@ class World:
 
     def on_first(self, work: Callable[[], R]) -> R:
         """Runs `work` on the first rank and returns its result, or raises its error, on every rank."""
-        box: list[object] = [None, None]  # result, error
+        outcome: list[object] = [None, None]  # result, error
         if self.is_first:
             try:
-                box[0] = work()
+                outcome[0] = work()
             except (UsageError, OSError) as error:
-                box[1] = error
+                outcome[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        if isinstance(box[1], Exception):
-            raise box[1] if self.is_first else EchoedError(str(box[1]))
-        return box[0]  # pyright: ignore[reportReturnType]
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[1], Exception):
+            raise outcome[1] if self.is_first else EchoedError(str(outcome[1]))
+        return outcome[0]  # pyright: ignore[reportReturnType]
 
 
 def usable_cores() -> list[int]:
@@ -138,7 +138,7 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _store() -> Store:
+def _rendezvous_store() -> Store:
     """Returns the store of the rendezvous, with a key prefix for each attempt.
 
     After an elastic restart torchrun offers the same store again, which still holds keys of the dead ranks.
@@ -174,11 +174,13 @@ def _end_groups(error: BaseException | None) -> None:
     gc.collect()  # sharded students are reference cycles
 
 
-def _number(name: str, alone: int) -> int:
-    """Returns the number in an environment variable of torchrun, or `alone` where it is not set."""
-    text = os.environ.get(name, str(alone))
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < alone:
-        raise UsageError(f"{name}: got {text!a:.80} in the environment; wanted a number from {alone} on, of torchrun.")
+def _read_number(name: str, default: int) -> int:
+    """Returns the number in an environment variable of torchrun, or `default`, which is also the smallest valid one."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < default:
+        raise UsageError(
+            f"{name}: got {text!a:.80} in the environment; wanted a number from {default} on, of torchrun."
+        )
     return int(text)
 
 
@@ -194,8 +196,8 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         RankError: this rank, not the first, ended with a `UsageError` that no other rank reports.
     """
     _die_with_launcher()
-    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    local_size, local_rank = _number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    size, rank = _read_number("WORLD_SIZE", 1), _read_number("RANK", 0)
+    local_size, local_rank = _read_number("LOCAL_WORLD_SIZE", 1), _read_number("LOCAL_RANK", 0)
     torch.set_num_threads(max(1, len(usable_cores()) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -206,7 +208,7 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         return
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
+        backend, store=_rendezvous_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
     )
     try:
         yield World(rank, size, device)

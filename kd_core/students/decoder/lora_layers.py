@@ -58,14 +58,14 @@ class LoraLinear(nn.Linear):
     def __init__(self, like: nn.Linear, settings: LowRank) -> None:
         has_bias = like.bias is not None  # pyright: ignore[reportUnnecessaryComparison] (None without one)
         super().__init__(like.in_features, like.out_features, has_bias, device="meta")
-        self.requires_grad_(False)  # W and b: A and B come after it
+        self.requires_grad_(False)  # W and b are frozen, A and B are added after this
         self.lora_A = nn.Parameter(torch.empty(settings.rank, like.in_features, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(like.out_features, settings.rank, device="meta"))
         self.settings = settings
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [..., in] to [..., out]."""
-        # Also ask for gradients: dropout is all that depends on `training`, so evaluation does not call `eval()`.
+        # Evaluation turns gradients off and does not call `eval()`, as nothing else in a student depends on `training`.
         is_learning = self.training and torch.is_grad_enabled()
         x = dropped(input, self.settings.dropout if is_learning else 0.0)
         # Through the rank first: x Aᵀ [..., rank], then · Bᵀ [..., out].

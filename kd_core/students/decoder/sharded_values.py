@@ -71,7 +71,7 @@ def whole(parameter: Tensor) -> Tensor:
     return full.detach()
 
 
-def _first_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:
+def _share_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:
     """Returns one rank's message on all ranks of the parameters' mesh, or just `message` if they are plain tensors."""
     sharded = next((parameter for parameter in parameters if isinstance(parameter, DTensor)), None)
     if sharded is None:
@@ -98,7 +98,7 @@ def stopping_together(parameters: Iterable[Tensor]) -> Generator[None]:
     except (UsageError, OSError) as raised:
         error = raised
     # Ranks without an error wait here for the messages of the others.
-    message = _first_message(None if error is None else str(error), parameters)
+    message = _share_message(None if error is None else str(error), parameters)
     if message is None:
         return
     if dist.is_initialized() and dist.get_rank() > 0 and any(isinstance(p, DTensor) for p in parameters):

@@ -128,7 +128,7 @@ FAMILIES = {
 EVERYWHERE = (("hidden_act", "silu"), ("quantization_config", None), ("transformers_weights", None))
 
 
-def _family(path: Path, config: Config) -> Family:
+def _supported_family(path: Path, config: Config) -> Family:
     """Returns the family of a configuration, and checks that no unsupported field would change the arithmetic."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -152,7 +152,7 @@ def architecture_of(path: Path, config: Config) -> Architecture:
     Raises:
         UsageError: a field is missing, or the family or a setting is not supported.
     """
-    family = _family(path, config)
+    family = _supported_family(path, config)
     try:
         heads = int(config["num_attention_heads"])
         theta, scaling = read_rope(path, config)

@@ -58,7 +58,7 @@ def _copy_files(source: Path, folder: Path) -> None:
         (folder / NAMED_TEMPLATES / path.name).write_bytes(path.read_bytes())
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     return read_json(path, "settings of a tokenizer") if path.exists() else {}
 
 
@@ -75,14 +75,14 @@ def _default_template(folder: Path, settings: dict[str, Any]) -> Any:
 
 def _write_chat(folder: Path, chat: ChatFormat, tokenizer_folder: Path) -> None:
     """Writes the template and the special tokens over those that were copied into `folder`."""
-    settings = _settings(folder / SETTINGS)
+    settings = _read_settings(folder / SETTINGS)
     copied = _default_template(folder, settings)
     if copied != chat.template:
         settings.pop("chat_template", None)
         write_text(folder / TEMPLATE, chat.template)
         mismatch = "has no chat template" if copied is None else "has another chat template"
         log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, mismatch)
-    for name, tokens in ((SETTINGS, settings), (TOKENS, _settings(folder / TOKENS))):
+    for name, tokens in ((SETTINGS, settings), (TOKENS, _read_settings(folder / TOKENS))):
         for role, text in chat.tokenizer_tokens.items():
             value = tokens.get(role)
             if (value.get("content") if isinstance(value, dict) else value) != text and (name == SETTINGS or tokens):
@@ -113,7 +113,7 @@ def write_about(
     ids = {name: value for name, value in source.items() if name.endswith("_token_id")}
     if chat:
         _write_chat(folder, chat, tokenizer_folder)
-        generation = _settings(folder / GENERATION)
+        generation = _read_settings(folder / GENERATION)
         ids["eos_token_id"] = _eos_ids(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
         model_ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
         write_json(folder / GENERATION, {**model_ids, **generation, "eos_token_id": ids["eos_token_id"]})

@@ -38,7 +38,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def _architecture(fields: dict[str, Any], tied: bool) -> Architecture:
+def _read_architecture(fields: dict[str, Any], tied: bool) -> Architecture:
     heads, hidden = int(fields["llama.attention.head_count"]), int(fields["llama.embedding_length"])
     return Architecture(
         vocab_size=int(fields["llama.vocab_size"]),
@@ -55,7 +55,7 @@ def _architecture(fields: dict[str, Any], tied: bool) -> Architecture:
     )
 
 
-def _tokenizer(fields: dict[str, Any], path: Path) -> Tokenizer:
+def _build_tokenizer(fields: dict[str, Any], path: Path) -> Tokenizer:
     kind = fields.get("tokenizer.ggml.pre")
     if kind not in PRE_TOKENIZERS:
         raise UsageError(f"{path}: tokenizer {kind!r}; wanted one of {sorted(PRE_TOKENIZERS)}.")
@@ -100,10 +100,10 @@ def convert_gguf(path: Path, folder: Path) -> Architecture:
     """
     check_header(path)
     with damaged(path, "a GGUF file of the Llama family", "Fetch it again"):
-        return _converted(path, folder)
+        return _convert(path, folder)
 
 
-def _converted(path: Path, folder: Path) -> Architecture:
+def _convert(path: Path, folder: Path) -> Architecture:
     from gguf import GGUFReader, dequantize  # noqa: PLC0415 (an optional extra)
 
     reader = GGUFReader(path)
@@ -113,7 +113,7 @@ def _converted(path: Path, folder: Path) -> Architecture:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
         raise UsageError(f"{path}: architecture {fields['general.architecture']!r}; wanted 'llama'.")
-    arch = _architecture(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    arch = _read_architecture(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     weights: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
@@ -124,7 +124,7 @@ def _converted(path: Path, folder: Path) -> Architecture:
     bos, eos = int(fields["tokenizer.ggml.bos_token_id"]), int(fields["tokenizer.ggml.eos_token_id"])
     write_json(folder / "config.json", config_of(arch, bos, eos))
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    _tokenizer(fields, path).save(str(folder / "tokenizer.json"))
+    _build_tokenizer(fields, path).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[bos],

@@ -46,9 +46,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; only 'none' is supported.")
-    if (begun := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
         raise UsageError(
-            f"{path}: init_lora_weights is {begun!r}, a beginning that also changes the base, by what is not in the "
+            f"{path}: init_lora_weights is {init!r}, a beginning that also changes the base, by what is not in the "
             f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
         )
@@ -108,7 +108,7 @@ def _fill(stored: Stored, parameter: Any) -> None:
     stored.fill(parameter)
 
 
-def _targets(names: list[str], num_layers: int) -> dict[str, Any]:
+def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     """Returns the fields of PEFT that name the adapted modules.
 
     If every adapted layer has the same modules, they are lists of modules and layers, as people write them. Otherwise
@@ -119,8 +119,12 @@ def _targets(names: list[str], num_layers: int) -> dict[str, Any]:
     layers, lasts = sorted({layer for layer, _ in pairs}), sorted({last for _, last in pairs})
     if len(pairs) != len(layers) * len(lasts):
         return {"target_modules": [f"model.{name}" for name in sorted(names)]}
-    some = None if len(layers) == num_layers else layers
-    return {"target_modules": lasts, "layers_to_transform": some, "layers_pattern": None if some is None else "layers"}
+    chosen = None if len(layers) == num_layers else layers
+    return {
+        "target_modules": lasts,
+        "layers_to_transform": chosen,
+        "layers_pattern": None if chosen is None else "layers",
+    }
 
 
 def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
@@ -142,5 +146,5 @@ def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folde
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
-        **_targets(list(layers), num_layers),
+        **_target_fields(list(layers), num_layers),
     }

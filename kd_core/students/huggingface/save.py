@@ -91,7 +91,7 @@ def _split(pieces: list[_Piece], most: int) -> list[_File]:
     return [_File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def _gathered(files: list[_File]) -> Iterator[Tensor]:
+def _gather_all(files: list[_File]) -> Iterator[Tensor]:
     """Yields the whole tensors in order. All ranks must take the same steps together."""
     for file in files:
         for piece in file.pieces:
@@ -176,7 +176,7 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
     """
     files = _split(_model_pieces(model), max_file_bytes // DTYPES[dtype].itemsize)
     adapters = [_File(f"{ADAPTER}/{WEIGHTS}", pieces)] if (pieces := _adapter_pieces(model)) else []
-    tensors = _gathered([*files, *adapters])
+    tensors = _gather_all([*files, *adapters])
     with stopping_together(model.parameters()):
         try:
             if first:

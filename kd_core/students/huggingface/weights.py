@@ -30,7 +30,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 COMPARED_ROWS = 4096
 
 
-def _indexed(index: Path) -> list[str]:
+def _index_files(index: Path) -> list[str]:
     """Returns the names of the files in an index."""
     with damaged(index, "a safetensors index", THEN):
         names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
@@ -52,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: holds adapter_config.json beside a model, where transformers loads the adapter on its own "
             "base. Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
         )
-    indexed = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    indexed = _index_files(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
     files = [folder / name for name in ([SINGLE] if is_plain_file(folder / SINGLE) else indexed)]
     missing = [str(file) for file in files if not is_plain_file(file)]
     if missing:
@@ -116,7 +116,7 @@ class Stored:
         put(parameter, self.read)
 
 
-def _opened(path: Path, stack: ExitStack) -> Iterator[Stored]:
+def _open_tensors(path: Path, stack: ExitStack) -> Iterator[Stored]:
     """Yields the tensors of a safetensors file. They can be read until `stack` is closed."""
     try:
         file = stack.enter_context(safe_open(path, "pt"))
@@ -134,7 +134,7 @@ def stored_tensors(files: list[Path]) -> Iterator[Stored]:
     """
     for path in files:
         with ExitStack() as stack:
-            yield from _opened(path, stack)
+            yield from _open_tensors(path, stack)
 
 
 def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
@@ -152,17 +152,17 @@ def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _are_apart(files: tuple[tuple[Path, int, int], ...]) -> bool:
+def _differ(files: tuple[tuple[Path, int, int], ...]) -> bool:
     """Checks whether both an embedding and an lm_head are stored, with different values.
 
     `files` are paths with sizes and times, so that a changed file is read again in spite of the cache.
     """
     with ExitStack() as stack:
-        ends: dict[str | None, Stored] = {}
+        by_name: dict[str | None, Stored] = {}
         for path, _, _ in files:
-            for stored in _opened(path, stack):
-                ends[_new_name(stored.name, {})] = stored
-        embedding, head = ends.get(EMBEDDING), ends.get(HEAD)
+            for stored in _open_tensors(path, stack):
+                by_name[_new_name(stored.name, {})] = stored
+        embedding, head = by_name.get(EMBEDDING), by_name.get(HEAD)
         if embedding is None or head is None:
             return False
         if embedding.shape != head.shape:
@@ -181,7 +181,7 @@ def has_own_head(folder: Path) -> bool:
     if not any(is_plain_file(folder / name) for name in (SINGLE, INDEX)):
         return False
     facts = ((path, path.stat()) for path in weight_files(folder))
-    return _are_apart(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+    return _differ(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
 
 
 def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
