@@ -1,1 +1,1 @@
-"""Everything that runs a distillation and knows no configuration: losses, students, training."""
+"""Losses, students, parallelism and training: all of a distillation that does not depend on configuration."""

@@ -1,4 +1,4 @@
-"""What a compiled caller leaves to plain torch."""
+"""A decorator for functions that stay outside of torch.compile's graphs."""
 
 import functools
 from collections.abc import Callable
@@ -10,13 +10,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outside_compiled_graphs(function: F) -> F:
-    """A compiled caller's graph breaks here: inside is nothing that a compiler would fuse."""
+    """Breaks the graph of a compiled caller at this function, for code in which a compiler would fuse nothing."""
 
     @functools.wraps(function)
-    def called(*args: Any, **settings: Any) -> Any:
-        # Asked at the call, because `disable` imports the compiler, which takes a second.
+    def wrapper(*args: Any, **settings: Any) -> Any:
+        # Decide at the call and not at import: `disable` imports the compiler, which takes a second.
         inner: Any = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
         return inner(*args, **settings)
 
-    wrapped: Any = called
-    return wrapped
+    result: Any = wrapper
+    return result

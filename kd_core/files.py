@@ -1,4 +1,4 @@
-"""Files that are complete or absent: write beside, flush to disk, rename; and a folder that one process owns."""
+"""Files that are complete or absent (write beside, flush to disk, rename), and folders that one process owns."""
 
 import contextlib
 import errno
@@ -19,21 +19,23 @@ from typing import Any, cast
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
-GRACE = 3.0
-# What file systems answer that cannot lock files or flush folders.
+GRACE = 3.0  # seconds
+# Errors of file systems that cannot lock files or flush folders.
 CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
-MOST_TEXT = 1 << 25  # bytes of a text that is parsed as one; JSON takes up to some twenty times as much memory
+# Bytes of a text that is parsed in one piece. Parsed JSON takes up to some twenty times as much memory.
+MOST_TEXT = 1 << 25
 
 
 def no_link(path: str, flags: int) -> int:
-    """Open a file as `opener` of `open`, but neither a link, through which a folder of somebody else would have us
-    write elsewhere, nor a pipe without a reader, which would be waited for.
+    """Opens a file, as the `opener` of `open`, but no link and no pipe without a reader.
+
+    A link in an untrusted folder would redirect our writes elsewhere. Opening such a pipe would block.
     """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
-    """Write `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    """Writes `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb", opener=no_link) as file:
         file.write(payload)
@@ -43,7 +45,7 @@ def write_bytes(path: Path, payload: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have what is named in `folder` survive a crash of the machine, where its file system can."""
+    """Flushes the entries of `folder` to disk, so that they survive a crash, where its file system supports that."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,27 +57,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
+    """Writes UTF-8 text as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def json_text(value: Any) -> str:
-    """Sorted, indented JSON, so that equal values give equal bytes."""
+    """Returns sorted, indented JSON, so that equal values give equal bytes."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `json_text`."""
+    """Writes `json_text` of a value as `write_bytes` does."""
     write_text(path, json_text(value))
 
 
 def printable(path: Path) -> str:
-    """The path as text that can be written everywhere: bytes that are not UTF-8 as escapes, whatever the locale."""
+    """Returns a path as text that any locale can print: bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def is_plain_file(path: Path) -> bool:
-    """Returns True for a file that ends: no device, pipe or folder. A link counts as its target."""
+    """Returns True for a regular file, and False for a device, pipe or folder. A link counts as its target."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):  # a name with a zero byte, or one that is too long
@@ -83,74 +85,79 @@ def is_plain_file(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def damaged(path: object, wanted: str, then: str = "Restore it, or take another one") -> Generator[None]:
-    """Turn whatever reading somebody else's file raises into one message.
+def damaged(path: object, expected: str, then: str = "Restore it, or take another one") -> Generator[None]:
+    """Turns any exception that reading an untrusted file raises into one `UsageError`.
+
+    Args:
+        path: the file, for the message.
+        expected: what the file should be.
+        then: what the user should do.
 
     Raises:
-        UsageError: says where, what was found, what was wanted and what to do.
+        UsageError: the block raised an exception that is neither a `UsageError` nor an `OSError`.
     """
     try:
         yield
     except (UsageError, OSError):
         raise
-    except Exception as error:  # libraries raise what they like at bytes that nobody foresaw
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise UsageError(f"{path}: damaged ({found}), wanted {wanted}. {then}.") from None
+    except Exception as error:  # a library may raise anything at bytes that its authors did not foresee
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UsageError(f"{path}: damaged ({reason}), wanted {expected}. {then}.") from None
 
 
-def open_plain(path: Path, what: str) -> BufferedReader:
-    """Open a file for reading that somebody else may have left there; `what` names it in the error.
+def open_plain(path: Path, expected: str) -> BufferedReader:
+    """Opens an untrusted file for reading. `expected` describes the file in errors.
 
     Raises:
-        UsageError: it is missing, or no plain file.
+        UsageError: it is missing, or no regular file.
     """
     if not is_plain_file(path):
-        found = "no file that can be read as one" if path.exists() else "no such file"
-        raise UsageError(f"{printable(path)}: {found}, wanted {what}. Check the path.")
+        problem = "no file that can be read as one" if path.exists() else "no such file"
+        raise UsageError(f"{printable(path)}: {problem}, wanted {expected}. Check the path.")
     return path.open("rb")
 
 
-def read_text(path: Path, what: str, most: int = MOST_TEXT) -> str:
-    """Read a text that somebody else may have written; `what` names it in the error.
+def read_text(path: Path, expected: str, most: int = MOST_TEXT) -> str:
+    """Reads an untrusted text. `expected` describes the file in errors.
 
     Raises:
-        UsageError: the file is missing, is no plain file, has more than `most` bytes, or is not UTF-8.
+        UsageError: the file is missing, is no regular file, has more than `most` bytes, or is not UTF-8.
     """
-    with open_plain(path, what) as file:
+    with open_plain(path, expected) as file:
         if (size := path.stat().st_size) > most:
-            raise UsageError(f"{path}: has {size} bytes; at most {most} are read. Wanted {what}. Restore it.")
+            raise UsageError(f"{path}: has {size} bytes; at most {most} are read. Wanted {expected}. Restore it.")
         payload = file.read(most)
     try:
         return payload.decode()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error}), wanted {what}. Restore or remake it.") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error}), wanted {expected}. Restore or remake it.") from None
 
 
-def read_json(path: Path, what: str, most: int = MOST_TEXT) -> dict[str, Any]:
-    """Read a JSON object; `what` names it in the error.
+def read_json(path: Path, expected: str, most: int = MOST_TEXT) -> dict[str, Any]:
+    """Reads a JSON object from an untrusted file. `expected` describes the file in errors.
 
     Raises:
         UsageError: as for `read_text`, or the text is not JSON, or not an object.
     """
     try:
-        value = json.loads(read_text(path, what, most))
+        value = json.loads(read_text(path, expected, most))
     except UsageError:
         raise
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists in lists
-        raise UsageError(f"{path}: not valid JSON ({error}), wanted {what}. Restore or remake it.") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists nested too deep
+        raise UsageError(f"{path}: not valid JSON ({error}), wanted {expected}. Restore or remake it.") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: holds a {type(value).__name__}, wanted {what} (a JSON object).")
+        raise UsageError(f"{path}: holds a {type(value).__name__}, wanted {expected} (a JSON object).")
     return cast(dict[str, Any], value)
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file; errors as in `open_plain`."""
+    """Returns the hexadecimal sha256 of a file, or raises the errors of `open_plain`."""
     with open_plain(path, "a file") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_fingerprint(paths: list[Path]) -> str:
-    """One sha256 over several files' names and bytes, in the order given."""
+    """Returns one sha256 over the names and bytes of several files, in the order of `paths`."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path.name) + f" {sha256(path)}\n".encode())
@@ -158,10 +165,10 @@ def content_fingerprint(paths: list[Path]) -> str:
 
 
 def place_of_new_folder(path: Path) -> Path:
-    """Returns where a new folder `path` is made: where it points if it is a link, through which nothing is deleted.
+    """Returns the place of a new folder `path`: the target if it is a link, so that nothing is deleted through it.
 
     Raises:
-        UsageError: a file stands there, or a link to a folder with something in it.
+        UsageError: `path` is a file, or a link to a folder that is not empty.
     """
     place = path.resolve() if path.is_symlink() else path
     if place.exists() and not place.is_dir():
@@ -173,7 +180,7 @@ def place_of_new_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Generator[Path]:
-    """Fill a temporary folder; it becomes `path` by rename when the block ends well, and is removed otherwise.
+    """Yields a temporary folder, renames it to `path` if the block succeeds, and removes it otherwise.
 
     Raises:
         UsageError: as for `place_of_new_folder`.
@@ -197,10 +204,10 @@ def _warn_of_no_locks(reason: str) -> None:
 
 
 def flock(handle: int, how: int) -> None:
-    """Lock an open file or folder as `fcntl.flock` does; a file system without locks is warned of, once.
+    """Locks an open file or folder as `fcntl.flock` does. On a file system without locks it only warns, once.
 
     Raises:
-        BlockingIOError: another process has it, and `how` is not to wait.
+        BlockingIOError: another process has the lock, and `how` includes LOCK_NB.
     """
     try:
         fcntl.flock(handle, how)
@@ -219,7 +226,7 @@ def _try_lock(handle: int) -> bool:
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether a process owns `folder` now."""
+    """Checks whether a process owns `folder` now."""
     if not (folder / ".lock").exists():
         return False
     with open(folder / ".lock", "a+", opener=no_link) as lock:
@@ -228,9 +235,9 @@ def is_owned(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Generator[None]:
-    """Own `folder` while the block runs; the kernel lets go of it when the process dies, however it dies.
+    """Owns `folder` while the block runs. The kernel releases the lock when the process dies, however it dies.
 
-    Waits `GRACE` seconds for an owner that is on its way out.
+    Waits `GRACE` seconds for an owner that is about to end.
 
     Raises:
         UsageError: another process owns it.

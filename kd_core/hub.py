@@ -1,7 +1,7 @@
 """Models by hub ids, `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`, in the hub's own cache (extra `hf`).
 
-A hub id is marked as one, so that a mistyped path never fetches somebody's model. It is resolved once a process.
-Processes of one machine share the cache, whose locks have each file fetched by one of them.
+The prefix marks a hub id, so that a mistyped path never fetches a model. A process resolves each id once. Processes
+of one machine share the cache, and its locks make sure that only one of them fetches a file.
 """
 
 import functools
@@ -16,12 +16,12 @@ WANTED_FILES = [
     *("*.json", "*.jinja", "*.safetensors", "*.model", "*.tiktoken", "*.txt"),
     *("LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*"),
 ]
-# Other formats of the same weights. Of folders, the one of further chat templates alone is read.
+# Other formats of the same weights, and all subfolders but that of additional chat templates.
 UNWANTED_FILES = ["consolidated*", *(f"*/{pattern}" for pattern in WANTED_FILES if pattern != "*.jinja")]
 
 
 class Snapshot(NamedTuple):
-    """A repository as the hub's cache holds it."""
+    """A repository at one commit, as the hub's cache holds it."""
 
     repository: str
     commit: str
@@ -29,7 +29,7 @@ class Snapshot(NamedTuple):
 
 @functools.lru_cache
 def _fetch(name: str) -> Path:
-    """The folder of a hub id."""
+    """Returns the folder of a hub id in the cache, and fetches what is missing."""
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 (an extra)
     except ImportError:
@@ -41,7 +41,7 @@ def _fetch(name: str) -> Path:
                 repository, revision=revision or None, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
             )
         )
-    except Exception as error:  # the client raises its own, the network's and the cache's
+    except Exception as error:  # errors of the client, the network and the cache
         reason = " ".join(str(error).split())
         raise UsageError(
             f"{name}: not to be had from the hub ({reason:.400}). Look at its name, at your connection and "
@@ -50,10 +50,10 @@ def _fetch(name: str) -> Path:
 
 
 def folder_of(name: str, where: str = "student.folder") -> Path:
-    """The folder that a setting names, or where its hub id was fetched to. `where` is the setting.
+    """Returns the folder that a setting names, or the one in the cache for its hub id. `where` is the setting's path.
 
     Raises:
-        UsageError: the hub does not give it.
+        UsageError: the hub id cannot be fetched.
     """
     if not name.startswith(HUB):
         return Path(name)
@@ -64,10 +64,10 @@ def folder_of(name: str, where: str = "student.folder") -> Path:
 
 
 def local_folder(name: str, where: str = "teacher") -> Path:
-    """As `folder_of`, of a folder that is there.
+    """Returns the folder of `folder_of`, which must exist.
 
     Raises:
-        UsageError: it is not, or the hub does not give it.
+        UsageError: there is no such folder, or the hub id cannot be fetched.
     """
     folder = folder_of(name, where)
     if not folder.is_dir():
@@ -84,6 +84,6 @@ def snapshot_at(folder: Path) -> Snapshot | None:
 
 
 def pinned(name: str) -> str:
-    """The name with the commit that it stands for, where it is a hub id."""
-    held = snapshot_at(folder_of(name)) if name.startswith(HUB) else None
-    return f"{HUB}{held.repository}@{held.commit}" if held else name
+    """Returns a hub id with the commit that it resolves to, and any other name unchanged."""
+    snapshot = snapshot_at(folder_of(name)) if name.startswith(HUB) else None
+    return f"{HUB}{snapshot.repository}@{snapshot.commit}" if snapshot else name

@@ -1,4 +1,4 @@
-"""A bound on the memory that reading somebody else's file may take, on Linux; elsewhere there is none."""
+"""A bound on the memory that reading an untrusted file may take. It holds on Linux, and does nothing elsewhere."""
 
 import contextlib
 import resource
@@ -10,13 +10,13 @@ STATM = Path("/proc/self/statm")
 
 @contextlib.contextmanager
 def bounded_memory(most: int) -> Generator[None]:
-    """Let this process have `most` bytes more than it has now; allocations beyond raise MemoryError."""
+    """Limits this process to `most` bytes more than it has now. Allocations beyond that raise MemoryError."""
     if not STATM.exists():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(STATM.read_text().split()[0]) * resource.getpagesize()
-    limits = [each for each in (soft, hard, now + most) if each != resource.RLIM_INFINITY]
+    limits = [limit for limit in (soft, hard, now + most) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield

@@ -1,6 +1,6 @@
-"""The precision of matmuls: float32, or bfloat16 where the device has instructions for it.
+"""Precision of matmuls: float32, or bfloat16 where the device has instructions for it.
 
-A setting of `auto` is resolved once, where a command starts, and the answer is what records and caches hold.
+A setting of `auto` is resolved once, at the start of a command. Records and caches hold the result.
 """
 
 import logging
@@ -19,14 +19,14 @@ log = logging.getLogger("kd")
 
 
 class BFloat16Support(NamedTuple):
-    """`is_fast`: bfloat16 matmuls are faster than float32 ones on a device. `reason` names the instructions."""
+    """`is_fast` if bfloat16 matmuls are faster than float32 ones on a device. `reason` names the instructions."""
 
     is_fast: bool
     reason: str
 
 
 class ChosenPrecision(NamedTuple):
-    """A precision, why it was chosen, and what is wrong with it on this device (empty if nothing is)."""
+    """A precision, the reason of its choice, and its drawback on this device (empty if it has none)."""
 
     precision: Dtype
     reason: str
@@ -36,7 +36,7 @@ class ChosenPrecision(NamedTuple):
         return f"{self.precision} ({self.reason})"
 
     def warn_if_slow(self, setting: str) -> None:
-        """Log one warning that names the `setting` to change, where the device emulates the precision."""
+        """Logs one warning that names the `setting` to change, if the device only emulates the precision."""
         if self.drawback:
             log.warning(
                 "%s=bfloat16 is slow here: %s, so a matmul may take ten times as long as in float32. Unless the "
@@ -45,17 +45,20 @@ class ChosenPrecision(NamedTuple):
 
 
 def _has_bfloat16_instructions() -> bool:
-    """Asks torch about this CPU. oneDNN multiplies bfloat16 on CPUs, also by emulation, and heeds its own limits."""
+    """Checks that this CPU has bfloat16 instructions that oneDNN uses.
+
+    oneDNN also multiplies bfloat16 by emulation, and may be limited to fewer instructions by its environment.
+    """
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # on ARM, oneDNN says yes only where the CPU has the instructions
+        return True  # on ARM, oneDNN supports bfloat16 only where the CPU has the instructions
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     return native and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def bfloat16_support(device: torch.device) -> BFloat16Support:
-    """Returns whether a device has instructions for bfloat16 matmuls. Every call on one machine answers alike."""
+    """Returns whether a device has instructions for bfloat16 matmuls. All calls on one machine return the same."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -70,12 +73,12 @@ def bfloat16_support(device: torch.device) -> BFloat16Support:
 
 
 def choose_precision(
-    wanted: Precision, device: torch.device, recorded: str | None = None, whose: str = "run"
+    setting: Precision, device: torch.device, recorded: str | None = None, whose: str = "run"
 ) -> ChosenPrecision:
-    """Resolves `auto` for a device: what `recorded` holds of an earlier start, else what the device does well.
+    """Resolves a precision for a device: `auto` becomes the recorded precision, else the fastest one.
 
     Args:
-        wanted: the setting.
+        setting: the precision as set.
         device: where matmuls run.
         recorded: the precision of the run or cache that is continued.
         whose: what is continued, in the user's words.
@@ -84,8 +87,8 @@ def choose_precision(
         UsageError: `recorded` is no precision.
     """
     support = bfloat16_support(device)
-    if wanted != "auto":
-        precision, reason = wanted, "as set"
+    if setting != "auto":
+        precision, reason = setting, "as set"
     elif recorded is not None:
         if recorded not in DTYPES:
             raise UsageError(f"the {whose} to continue has precision {recorded!r}; wanted {' or '.join(DTYPES)}.")

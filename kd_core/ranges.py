@@ -1,4 +1,4 @@
-"""Ranges of numbers that settings are of; a part checks its own when the graph is built."""
+"""Ranges of numeric settings. A part checks its own settings when the experiment's graph is built."""
 
 import math
 import sys
@@ -25,21 +25,26 @@ SHARE = Range("0 to 1", 0, 1)
 SHARE_ABOVE_0 = Range("more than 0, at most 1", SMALLEST, 1)
 SHARE_BELOW_1 = Range("0 to less than 1", 0, BELOW_1)
 SHARE_BETWEEN = Range("more than 0, less than 1", SMALLEST, BELOW_1)
-# Python's locks and torch's groups wait no longer than some hundred years.
+# Python's locks and torch's process groups accept no wait of more than some hundred years.
 SECONDS = Range("seconds, more than 0 and at most 1e9", SMALLEST, 1e9)
 TEMPERATURE = Range("0.01 to 100", 0.01, 100)
 
 
-def check_ranges(part: Any, where: str, **wanted: Range) -> None:
-    """Refuse a part with a number out of its range. None is in every range, a tuple where all of its numbers are.
+def check_ranges(part: Any, where: str, **ranges: Range) -> None:
+    """Checks that the numbers of a part are in their ranges.
 
-    `where` is the part's path with a dot behind it.
+    None is in every range, and a tuple is in a range if all of its numbers are.
+
+    Args:
+        part: the object whose attributes are checked.
+        where: the path of the part in the graph, with a dot behind it.
+        ranges: the range of each attribute, by its name.
 
     Raises:
-        UsageError: with the path of the number.
+        UsageError: a number is out of its range. The message begins with its path.
     """
-    for name, each in wanted.items():
+    for name, allowed in ranges.items():
         value = getattr(part, name)
         values = value if isinstance(value, tuple) else (value,)
-        if not all(number is None or each.least <= number <= each.most for number in values):
-            raise UsageError(f"{where}{name}: got {value}; wanted {each.words}.")
+        if not all(number is None or allowed.least <= number <= allowed.most for number in values):
+            raise UsageError(f"{where}{name}: got {value}; wanted {allowed.words}.")

@@ -1,10 +1,10 @@
-"""The legend of shapes, and the values that travel between data, students and losses.
+"""The legend of shapes, and the values that data, students and losses exchange.
 
     B  rows of a batch          T  positions in a row       N  B·T flattened positions
     V  real vocabulary          K  teacher entries a position   D  hidden size
 
-Position t of a row holds input token t; its teacher entries and its label speak of token t+1. That shift
-was made once, when the record was written. Probabilities are natural logarithms (nats).
+Position t of a packed row holds input token t. Its teacher entries and its label describe token t+1. That shift
+was made once, when the cache record was written. Probabilities are natural logarithms (nats).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 class TeacherTopK(NamedTuple):
-    """What the teacher said at N positions: its K likeliest tokens and the mass of all others.
+    """The teacher's stored distribution at N positions: its K likeliest tokens, and the mass of all others (tail).
 
-    `log_probs` are true log-probabilities (over the whole real vocabulary), never renormalised. An entry that
-    is not used has `log_probs` −inf and any id of the vocabulary. Sampled entries carry the logarithm of their
-    importance weight instead, and may repeat an id. `tempered_tails` holds log Σ p^(1/τ) over all other tokens
-    for each further temperature τ that the cache captured: it cannot be had from the entries.
+    `log_probs` are true log-probabilities (over the whole real vocabulary), never renormalised. An unused entry has
+    `log_probs` −inf and any id of the vocabulary. Sampled entries carry the logarithm of their importance weight
+    instead, and may repeat an id. `tempered_tails` holds log Σ p^(1/τ) over all other tokens for each further
+    temperature τ that the cache captured, because it cannot be computed from the entries.
     """
 
     ids: Int[Tensor, "N K"]
@@ -32,9 +32,9 @@ class TeacherTopK(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents with the teacher's entries. `document_ids` is −1 on padding.
+    """Packed rows of documents with the teacher's entries. `document_ids` is −1 on padding.
 
-    `damaged_blocks` counts blocks of a cache whose records were left out of rows such as these.
+    `damaged_blocks` counts cache blocks whose records were left out while these rows were packed.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -51,18 +51,18 @@ class Batch:
     damaged_blocks: int = 0
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device."""
+        """Returns the same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         tails = tuple((temperature, tail.to(device)) for temperature, tail in self.tempered_tails)
         return replace(self, **moved, tempered_tails=tails)
 
     def unscored(self) -> Self:
-        """The same shape with nothing to learn from, for a rank that takes part in a pass without rows of its own."""
+        """Returns a batch of the same shape without scored positions, for a rank that has no rows left for a pass."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask), record_names=(), damaged_blocks=0)
 
     def teacher(self) -> TeacherTopK:
-        """The teacher's entries, flattened to N positions."""
+        """Returns the teacher's entries, flattened from [B, T, …] to [N, …]."""
         return TeacherTopK(
             self.topk_token_ids.flatten(0, 1).long(),
             self.topk_log_probs.flatten(0, 1),

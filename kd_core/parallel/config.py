@@ -1,4 +1,4 @@
-"""How a run is spread over ranks and memory: a declaration, checked by itself; `sharding.py` carries it out."""
+"""Settings of how a run is spread over ranks and memory, with their checks. `parallelize.py` applies them."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from kd_core.parallel.layout import Layout, lay_out
 from kd_core.precision import Precision, dtype_of
 from kd_core.ranges import AT_LEAST_1, SECONDS, check_ranges
 
-# What a run may have otherwise when it is resumed: it trains the same student.
+# Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
     "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
 )  # fmt: skip
@@ -18,20 +18,22 @@ SHARDINGS = ("none", "gradients", "full")
 
 @dataclass(frozen=True)
 class Parallel:
-    """Which ranks share what. Whatever is chosen, a run trains the same student; `README.md` says which to take.
+    """Settings of parallelism and memory. All of them train the same student, and `README.md` compares them.
 
     Args:
-        precision: what matmuls multiply in. auto: bfloat16 where the device has instructions for it, else float32;
-            a run records which. Weights, optimiser and reductions stay float32.
-        micro_batch_rows: rows of one forward and backward pass on a rank; gradients of a step's passes add up.
-        tensor_parallel: ranks that share each layer's heads, feed-forward and vocabulary; best on one machine.
-        sequence_parallel: norms and residuals of those ranks are shared by position, instead of repeated.
+        precision: what matmuls multiply in. auto: bfloat16 where the device has instructions for it, else float32.
+            A run records its choice. Weights, optimiser and reductions stay float32.
+        micro_batch_rows: rows of one forward and backward pass on a rank. Gradients of a step's passes add up.
+        tensor_parallel: ranks that share each layer's attention heads, feed-forward and vocabulary. They should be
+            on one machine.
+        sequence_parallel: divide norms and residuals of those ranks by position, instead of repeating them.
         shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
-            moments, and weights are gathered once a pass. full: gathered for each block, again in the backward pass.
+            moments, where weights are gathered once a pass. full: the same, where weights are gathered for each
+            block, and again in the backward pass.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block, around its attention.
-        timeout: seconds without progress on a rank after which the run ends, naming it.
+        timeout: seconds without progress on a rank after which the run ends, with that rank's number.
     """
 
     precision: Precision = "auto"
@@ -54,11 +56,15 @@ class Parallel:
         self.recomputed_every()
 
     def layout(self, size: int) -> Layout:
-        """Of so many ranks; errors as in `lay_out`."""
+        """Returns the layout of `size` ranks, or raises the errors of `lay_out`."""
         return lay_out(size, self.tensor_parallel, None if self.shard == "none" else self.replicas)
 
     def recomputed_every(self) -> int | None:
-        """Every how many blocks activations are computed again; None is never."""
+        """Returns n where every n-th block computes its activations again, or None where no block does.
+
+        Raises:
+            UsageError: `recompute` is none of its choices.
+        """
         kind, _, every = self.recompute.partition(":")
         if self.recompute in ("none", "full"):
             return {"none": None, "full": 1}[self.recompute]
@@ -67,6 +73,6 @@ class Parallel:
         return int(every)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context that forward passes run in."""
-        multiplied = dtype_of(self.precision, device)
-        return torch.autocast(device.type, torch.bfloat16, enabled=multiplied == torch.bfloat16)
+        """Returns the context in which forward passes run."""
+        matmul_dtype = dtype_of(self.precision, device)
+        return torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)

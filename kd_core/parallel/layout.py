@@ -1,7 +1,7 @@
-"""How ranks are laid out, as plain numbers: what each does, what fits, and what each holds. No process is needed.
+"""Layouts of ranks as plain numbers: sizes of the mesh, what fits a student, and what a rank holds. Needs no process.
 
-Rank r of dp_replicate × dp_shard × tp has the tensor-parallel position r mod tp; neighbours share a model's tensors,
-so they should share a machine.
+Rank r of dp_replicate × dp_shard × tp has the tensor-parallel position r mod tp. Ranks with neighbouring numbers share
+a model's tensors, so they should be on one machine.
 """
 
 import math
@@ -13,7 +13,7 @@ from kd_core.errors import UsageError
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a student and its rows that a layout must divide."""
+    """Sizes of a student and its packed rows that a layout must divide. `heads` are attention heads."""
 
     heads: int
     kv_heads: int
@@ -24,7 +24,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """Whole copies of the student, ranks that share one copy by sharding it, and ranks that share its tensors."""
+    """Sizes of the mesh: whole copies of the student, shards of one copy, and tensor-parallel ranks of one shard."""
 
     replicas: int = 1
     shards: int = 1
@@ -32,12 +32,12 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """All ranks."""
+        """Counts all ranks."""
         return self.replicas * self.shards * self.tensor
 
     @property
     def data(self) -> int:
-        """Ranks that read different rows."""
+        """Counts the ranks that read different rows."""
         return self.replicas * self.shards
 
     def __str__(self) -> str:
@@ -45,17 +45,21 @@ class Layout:
 
 
 def _fits(tensor: int, shape: Shape) -> bool:
-    """Whether so many ranks can share a student's heads, feed-forward and vocabulary."""
-    wide = shape.heads % tensor == 0 and shape.intermediate % tensor == 0
-    kv = shape.kv_heads % tensor == 0 or tensor % shape.kv_heads == 0
-    return wide and kv and (tensor - 1) * math.ceil(shape.vocab_rows / tensor) < shape.vocab_rows
+    """Checks that `tensor` ranks can share a student's attention heads, feed-forward and vocabulary.
+
+    kv heads are divided, or repeated where they are fewer than the ranks. Vocabulary rows are divided in chunks of
+    ⌈rows / tensor⌉, of which the last rank must get at least one row.
+    """
+    divides_widths = shape.heads % tensor == 0 and shape.intermediate % tensor == 0
+    divides_kv = shape.kv_heads % tensor == 0 or tensor % shape.kv_heads == 0
+    return divides_widths and divides_kv and (tensor - 1) * math.ceil(shape.vocab_rows / tensor) < shape.vocab_rows
 
 
 def check_shape(tensor: int, sequence_parallel: bool, shape: Shape) -> None:
-    """Refuse a student or rows that so many tensor-parallel ranks cannot share.
+    """Checks that `tensor` tensor-parallel ranks can share a student and its packed rows.
 
     Raises:
-        UsageError: heads, kv heads, feed-forward, vocabulary or row length; with what would fit.
+        UsageError: heads, kv heads, feed-forward, vocabulary or row length do not fit. The message names what would.
     """
     if not _fits(tensor, shape):
         fitting = [str(n) for n in range(1, shape.heads + 1) if _fits(n, shape)]
@@ -73,10 +77,12 @@ def check_shape(tensor: int, sequence_parallel: bool, shape: Shape) -> None:
 
 
 def lay_out(size: int, tensor: int, replicas: int | None) -> Layout:
-    """`size` ranks in `replicas` copies (None: no sharding, as many as there are) of tensor-parallel groups.
+    """Returns a layout of `size` ranks: tensor-parallel groups of `tensor` ranks in `replicas` copies of the student.
+
+    `replicas` None means no sharding: every tensor-parallel group has a copy.
 
     Raises:
-        UsageError: the numbers do not divide each other; with what would fit.
+        UsageError: the numbers do not divide each other. The message names what would fit.
     """
     if size % tensor:
         raise UsageError(
@@ -99,25 +105,28 @@ def _divisors(number: int) -> str:
 
 @dataclass(frozen=True)
 class Holding:
-    """What the fullest rank holds between steps, in numbers: parameters, and two float32 moments of trained ones."""
+    """Counts of numbers that the fullest rank holds between steps: its parameters, and how many of them are trained."""
 
     parameters: int
     trained: int
 
     @property
     def optimizer_bytes(self) -> int:
-        """AdamW's moments, float32."""
+        """Returns the bytes of AdamW's two moments, in float32."""
         return 8 * self.trained
 
 
 def holding(layout: Layout, parameters: Iterable[tuple[tuple[int, ...], int | None, bool]]) -> Holding:
-    """Of parameters as (shape, dimension that tensor parallelism divides or None, trained)."""
-    held = trained = 0
-    for shape, divided, learns in parameters:
+    """Returns what the fullest rank of a layout holds.
+
+    `parameters` are (shape, dimension that tensor parallelism divides or None, trained). Sharding divides dimension 0.
+    """
+    total = trained = 0
+    for shape, divided_dimension, is_trained in parameters:
         sizes = list(shape)
-        if divided is not None:
-            sizes[divided] = math.ceil(sizes[divided] / layout.tensor)
+        if divided_dimension is not None:
+            sizes[divided_dimension] = math.ceil(sizes[divided_dimension] / layout.tensor)
         sizes[0] = math.ceil(sizes[0] / layout.shards)
-        held += math.prod(sizes)
-        trained += math.prod(sizes) if learns else 0
-    return Holding(held, trained)
+        total += math.prod(sizes)
+        trained += math.prod(sizes) if is_trained else 0
+    return Holding(total, trained)

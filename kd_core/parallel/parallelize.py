@@ -1,10 +1,10 @@
-"""A student, built on the meta device, spread over the ranks of a mesh by torch's own engine.
+"""Parallelises a student, built on the meta device, over the ranks of a mesh by torch's own engine.
 
-    tensor parallelism (styles.py) → re-tie → compile each block → recompute outside of it → fully_shard
+    tensor parallelism (tensor_parallel.py) → re-tie → compile each block → recompute outside of it → fully_shard
 
-Norms, attention and residuals see plain tensors: of the whole row, or of this rank's positions of it under sequence
-parallelism; of this rank's heads. Parameters are DTensors on one mesh, so norms, moments and checkpoints are those of
-the whole student. Names of parameters do not change.
+Norms, attention and residuals see plain tensors. Norms and residuals get the whole row or, under sequence
+parallelism, this rank's positions of it. Attention gets this rank's heads. Parameters are DTensors on one mesh, so
+gradient norms, moments and checkpoints are those of the whole student. Names of parameters do not change.
 """
 
 from collections.abc import Mapping
@@ -17,30 +17,41 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.layout import Holding, Layout, holding
-from kd_core.parallel.tensor_parallel import Divided
+from kd_core.parallel.tensor_parallel import TensorParallelStyle
 from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
 from kd_core.students.decoder.decoder import Block, Decoder, materialised
 
 WHOLE = Replicate()
+# Placements of a linear layer's parameters: weight [out, in], bias [out], A [rank, in], B [out, rank]. COLUMNS divides
+# `out`, ROWS divides `in` (arXiv 1909.08053), REPEATED nothing.
 COLUMNS: Mapping[str, Placement] = {"weight": Shard(0), "bias": Shard(0), "lora_A": WHOLE, "lora_B": Shard(0)}
 ROWS: Mapping[str, Placement] = {"weight": Shard(1), "bias": WHOLE, "lora_A": Shard(1), "lora_B": WHOLE}
 REPEATED: Mapping[str, Placement] = dict.fromkeys(COLUMNS, WHOLE)
 
 
-def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dict[str, Divided]:
-    """By module: how its parameters, its input and its output are divided over `tensor` ranks."""
+def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dict[str, TensorParallelStyle]:
+    """Returns by module name how parameters, input and output are divided over `tensor` ranks."""
+    # Residual stream [B, T, D]: whole on every rank, or divided by position under sequence parallelism
+    # (arXiv 2205.05198). A norm works on its positions and gathers them for the matmuls behind it.
     residual: Placement = Shard(1) if sequence_parallel else WHOLE
-    norm = Divided(REPEATED, given=residual, returned=WHOLE, plain=False)
-    columns = Divided(COLUMNS, given=WHOLE, returned=Shard(-1))
-    rows = Divided(ROWS, given=Shard(-1), returned=residual)
-    # Where there are fewer kv heads than ranks, every rank computes all of them and takes its own.
-    kv = columns if decoder.arch.num_kv_heads % tensor == 0 else Divided(REPEATED, WHOLE, WHOLE, gradient=Partial())
-    heads = Divided(REPEATED, given=Shard(1), returned=Shard(1))
+    norm = TensorParallelStyle(REPEATED, input_placement=residual, output_placement=WHOLE, use_local_output=False)
+    # Into a block: each rank has [B, T, out/tensor]. Out of it: partial sums over `in` are added up to [B, T, D].
+    columns = TensorParallelStyle(COLUMNS, input_placement=WHOLE, output_placement=Shard(-1))
+    rows = TensorParallelStyle(ROWS, input_placement=Shard(-1), output_placement=residual)
+    # With fewer kv heads than ranks, every rank computes all of them and selects its own. Each rank then has a
+    # gradient of some heads only, so gradients are summed over ranks (Partial).
+    kv = (
+        columns
+        if decoder.arch.num_kv_heads % tensor == 0
+        else TensorParallelStyle(REPEATED, WHOLE, WHOLE, grad_placement=Partial())
+    )
+    # Norms of query and key work on [B, heads/tensor, T, head_dim].
+    heads = TensorParallelStyle(REPEATED, input_placement=Shard(1), output_placement=Shard(1))
     styles = {
-        "embed_tokens": Divided({"weight": Shard(0)}, given=WHOLE, returned=residual),
+        "embed_tokens": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=residual),
         "norm": norm,
-        "lm_head": Divided({"weight": Shard(0)}, given=WHOLE, returned=Shard(-1)),
+        "lm_head": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=Shard(-1)),
         "input_layernorm": norm,
         "post_attention_layernorm": norm,
         "self_attn.q_proj": columns,
@@ -53,6 +64,7 @@ def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dic
         "mlp.up_proj": columns,
         "mlp.down_proj": rows,
     }
+    # Names inside a block stand for every block. Norms that this family does not have are left out.
     in_block = {name for name, _ in decoder.layers[0].named_modules()}
     return {
         (f"layers.{i}.{name}" if name in in_block else name): style
@@ -63,53 +75,60 @@ def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dic
 
 
 def held(decoder: Decoder, layout: Layout, sequence_parallel: bool) -> Holding:
-    """What the fullest rank of a layout holds of a decoder, which may be on the meta device."""
+    """Returns what the fullest rank of a layout holds of a decoder, which may be on the meta device."""
     styles = tensor_styles(decoder, layout.tensor, sequence_parallel)
 
-    def divided(name: str) -> int | None:
-        module, _, own = name.rpartition(".")
-        placement = styles[module].parameters[own]
+    def divided_dimension(name: str) -> int | None:
+        module, _, parameter = name.rpartition(".")
+        placement = styles[module].parameters[parameter]
         return placement.dim if isinstance(placement, Shard) else None
 
     named = decoder.named_parameters()
-    return holding(layout, [(tuple(p.shape), divided(name), p.requires_grad) for name, p in named])
+    return holding(layout, [(tuple(p.shape), divided_dimension(name), p.requires_grad) for name, p in named])
 
 
-def _share_tensors(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def _apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     tensor, rank = mesh.size(), mesh.get_local_rank()
     parallelize_module(decoder, mesh, dict(tensor_styles(decoder, tensor, sequence_parallel)))
+    # Distributing replaced the parameters, so a tied lm_head must be tied again.
     decoder.tie()
+    # With fewer kv heads than ranks, rank r reads head ⌊r · kv_heads / tensor⌋ of the keys and values [B, H_kv, T, d].
     kv_heads = decoder.arch.num_kv_heads
     if kv_heads % tensor:
         head = rank * kv_heads // tensor
         for block in decoder.layers:
             assert isinstance(block, Block)
-            block.self_attn.own_kv_heads = slice(head, head + 1)
+            block.self_attn.kv_head_slice = slice(head, head + 1)
 
 
-def _shard(decoder: Decoder, parallel: Parallel, world: World) -> None:
+def _apply_sharding(decoder: Decoder, parallel: Parallel, world: World) -> None:
     assert world.mesh is not None
+    # Hybrid sharding (arXiv 2304.11277) takes a mesh of two dimensions: copies, and shards of one copy.
     mesh = world.mesh["dp_replicate", "dp_shard"] if world.layout.replicas > 1 else world.mesh["dp_shard"]
-    # Embedding, last norm and head are gathered in float32: once a pass, and the loss's gradient needs it.
-    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(dtype_of(parallel.precision, world.device), torch.float32, cast_forward_inputs=False)
+    # Embedding, last norm and lm_head are gathered in float32. That is once a pass, and the loss's gradient
+    # needs the precision. Blocks are gathered in the precision of matmuls. All gradients are reduced in float32.
+    float32_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    block_policy = MixedPrecisionPolicy(
+        dtype_of(parallel.precision, world.device), torch.float32, cast_forward_inputs=False
+    )
     for block in decoder.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=rounded)
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
+        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=block_policy)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=float32_policy)
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
-            # The step has divided by the tokens of all ranks already.
+            # Sum gradients without dividing: the step has divided by the scored tokens of all ranks already.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
-    """Carry the plan out on a decoder without values, then give it memory; its first weights are still to be filled.
+    """Parallelises a decoder on the meta device, then allocates its memory without filling it.
 
-    With one process it stays plain; compilation and recomputation apply all the same.
+    With one process parameters stay plain tensors. Compilation and recomputation apply all the same.
     """
     if world.mesh is not None and world.layout.tensor > 1:
-        _share_tensors(decoder, world.mesh["tp"], parallel.sequence_parallel)
+        _apply_tensor_parallel(decoder, world.mesh["tp"], parallel.sequence_parallel)
+    # Recomputation wraps the compiled function of a block, so that a compiled graph is one unit of it.
     every = parallel.recomputed_every()
     for i, block in enumerate(decoder.layers):
         assert isinstance(block, Block)
@@ -117,18 +136,18 @@ def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
         if parallel.compile:
             block.run = torch.compile(block.run)
     if world.mesh is not None:
-        _shard(decoder, parallel, world)
+        _apply_sharding(decoder, parallel, world)
     return materialised(decoder, world.device)
 
 
 def let_go(decoder: Decoder) -> None:
-    """Back to the parts that each rank keeps, where passes without a backward have left weights gathered."""
+    """Reshards weights that forward passes without a backward pass have left gathered."""
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gradients_wait(decoder: Decoder, more_to_come: bool) -> None:
-    """Whether the next backward pass keeps its gradients on the rank, for another follows before the step."""
+    """Turns gradient reduction off where more passes follow before the step, and on for the last one."""
     if isinstance(decoder, FSDPModule):
         decoder.set_requires_gradient_sync(not more_to_come)

@@ -1,6 +1,7 @@
-"""How a module's parameters, input and output are divided over tensor-parallel ranks.
+"""Placement of a module's parameters, input and output over tensor-parallel ranks.
 
-torch's own styles place a fixed pair of parameters; this one is told each by name, so biases and adapters are too.
+torch's own styles place a fixed pair of parameters. This one places every parameter by its name, so that it covers
+biases and adapters too.
 """
 
 from collections.abc import Mapping
@@ -13,45 +14,45 @@ from torch.distributed.tensor import DTensor, Placement, distribute_module, dist
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 
-@dataclass  # not frozen: `parallelize_module` notes on it which rank the values come from
-class Divided(ParallelStyle):
-    """A module of several ranks.
+@dataclass  # not frozen: `parallelize_module` sets `src_data_rank` on it
+class TensorParallelStyle(ParallelStyle):
+    """Placements of one module's parameters, input and output over the tensor-parallel ranks.
 
     Args:
-        parameters: the placement of each of its own parameters, by name.
-        given: how a plain tensor that comes in is divided.
-        returned: how the output is to be divided.
-        plain: whether a plain tensor comes out, this rank's part.
-        gradient: how the gradient of a plain output is divided, where not as the output is.
+        parameters: the placement of each of the module's own parameters, by name.
+        input_placement: how a plain input tensor is divided.
+        output_placement: how the output is divided.
+        use_local_output: return this rank's part of the output as a plain tensor.
+        grad_placement: how the gradient of a plain output is divided, where it differs from the output.
     """
 
     parameters: Mapping[str, Placement]
-    given: Placement
-    returned: Placement
-    plain: bool = True
-    gradient: Placement | None = None
+    input_placement: Placement
+    output_placement: Placement
+    use_local_output: bool = True
+    grad_placement: Placement | None = None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        give: Any = self._give  # annotated there as if it returned nothing
-        return distribute_module(module, device_mesh, self._place, self._receive, give)
+        prepare_output: Any = self._prepare_output  # torch annotates this argument as if it returned nothing
+        return distribute_module(module, device_mesh, self._distribute_parameters, self._prepare_input, prepare_output)
 
-    def _place(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    def _distribute_parameters(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         del name
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            placed = distribute_tensor(parameter, mesh, [self.parameters[own]], src_data_rank=None)
-            module.register_parameter(own, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+        for parameter_name, parameter in list(module.named_parameters(recurse=False)):
+            distributed = distribute_tensor(parameter, mesh, [self.parameters[parameter_name]], src_data_rank=None)
+            module.register_parameter(parameter_name, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
-    def _receive(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    def _prepare_input(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
         del module
         first = inputs[0]
         if not isinstance(first, DTensor):
-            first = DTensor.from_local(first, mesh, [self.given], run_check=False)
+            first = DTensor.from_local(first, mesh, [self.input_placement], run_check=False)
         return (first, *inputs[1:])
 
-    def _give(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+    def _prepare_output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
         del module, mesh
-        # Also where nothing moves: on the way back, this is where a gradient that ranks have parts of is added up.
-        moved = output.redistribute(placements=[self.returned])
-        if not self.plain:
-            return moved
-        return moved.to_local(grad_placements=None if self.gradient is None else [self.gradient])
+        # Redistribute even where the placement stays: its backward sums the partial gradients of the ranks.
+        redistributed = output.redistribute(placements=[self.output_placement])
+        if not self.use_local_output:
+            return redistributed
+        return redistributed.to_local(grad_placements=None if self.grad_placement is None else [self.grad_placement])

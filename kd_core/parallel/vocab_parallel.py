@@ -1,4 +1,4 @@
-"""The head as a rank holds it: hidden states of whole rows, and its rows of the weight."""
+"""Local view of the lm_head on one rank: hidden states of whole rows, and the rank's vocab shard of the weight."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from kd_core.losses.fused.vocab_shard import WHOLE, Part
 
 
 class LocalHead(NamedTuple):
-    """Plain tensors, and which part of the vocabulary the weight's rows are."""
+    """Plain tensors: hidden states [B, T, D], and the rows of the weight that `part` describes, [V_local, D]."""
 
     hidden: Tensor
     weight: Tensor
@@ -18,9 +18,10 @@ class LocalHead(NamedTuple):
 
 
 def local_head(hidden: Tensor, weight: Tensor) -> LocalHead:
-    """Of hidden states [B, T, D] and weight [V, D], divided by rows or not.
+    """Returns the local lm_head of hidden states [B, T, D] and a weight [V, D], whose rows may be divided over ranks.
 
-    Each rank's gradient by hidden states is that of its own rows: they are added up on the way back.
+    Each rank computes the gradient with respect to hidden states from its own vocab shard. These partial gradients
+    are summed over ranks in the backward pass.
     """
     if not isinstance(weight, DTensor):
         return LocalHead(hidden, weight, WHOLE)

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, on which device, in which place of the mesh, and the few sums that ranks share."""
+"""The processes of a run: rank, device and place in the mesh of this process, and sums over ranks."""
 
 import contextlib
 import ctypes
@@ -39,8 +39,8 @@ COLLECTIVE_TIMEOUT = 600.0
 class World:
     """This process among those of a run. A world of one needs no process group.
 
-    Until it is laid out, every rank has the whole student and reads rows of its own. Laid out, `mesh` has the
-    dimensions dp_replicate, dp_shard and tp; ranks of one tensor-parallel group read the same rows.
+    Before `laid_out`, every rank has the whole student and reads rows of its own. After it, `mesh` has the dimensions
+    dp_replicate, dp_shard and tp, and the ranks of one tensor-parallel group read the same rows.
     """
 
     rank: int = 0
@@ -50,42 +50,44 @@ class World:
     mesh: DeviceMesh | None = None
 
     def laid_out(self, layout: Layout) -> Self:
-        """The same processes as a mesh; one process stays as it is."""
+        """Returns a world of the same processes with a mesh, or this world where it has one process."""
         assert layout.size == self.size
         if self.size == 1:
             return self
         sizes, names = (layout.replicas, layout.shards, layout.tensor), ("dp_replicate", "dp_shard", "tp")
         mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
-        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of gathers at an export
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of every gather of an export
         if layout.tensor > 1:
-            # A norm over both is then one reduction, the same on every rank, instead of two in some order.
+            # Flatten both dimensions, so that a norm over them is one reduction with the same result on every rank,
+            # instead of two reductions in some order.
             mesh["dp_shard", "tp"]._flatten("dp_shard_tp")  # pyright: ignore[reportPrivateUsage] (it has no other name)
-        # Torch's caches keep meshes for ever. One that finds its groups by name keeps none of them alive.
+        # torch caches meshes for ever. Without this registry, a mesh looks its groups up by name and keeps none alive.
         getattr(mesh, "_pg_registry", {}).clear()
         return replace(self, layout=layout, mesh=mesh)
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that writes files and speaks."""
+        """Returns True on the one rank that writes files and logs."""
         return self.rank == 0
 
     @property
     def tp_rank(self) -> int:
-        """Which part of the tensors this rank has."""
+        """Returns this rank's position in its tensor-parallel group, which selects its part of the tensors."""
         return self.rank % self.layout.tensor
 
     @property
     def dp_rank(self) -> int:
-        """Which rows this rank reads, of `dp_size`."""
+        """Returns this rank's data-parallel position, 0 to `dp_size` − 1, which selects the rows that it reads."""
         return self.rank // self.layout.tensor
 
     @property
     def dp_size(self) -> int:
-        """How many ranks read different rows."""
+        """Counts the ranks that read different rows."""
         return self.size // self.layout.tensor
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up the tensors of ranks that read different rows, in place; every rank has the same sum."""
+        """Adds up the tensors of ranks that read different rows, in place, with the same result on every rank."""
+        # Ranks of one tensor-parallel group have the same rows: only the first of them counts.
         if self.tp_rank > 0:
             tensor.zero_()
         if self.size > 1:
@@ -93,73 +95,76 @@ class World:
         return tensor
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
-        """Add up one number a name, in float64, as `sum_` does; every rank has the same names."""
+        """Adds up one number for each name over ranks, in float64, as `sum_` does. All ranks need the same names."""
         names = sorted(values)
         total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device))
         return dict(zip(names, total.tolist(), strict=True))
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Waits for every rank."""
         if self.size > 1:
             dist.barrier()
 
     def on_first(self, work: Callable[[], R]) -> R:
-        """Run `work` on the first rank; every rank gets its result, or stops with its error."""
-        box: list[object] = [None, None]
+        """Runs `work` on the first rank and returns its result, or raises its error, on every rank."""
+        outcome: list[object] = [None, None]  # result, error
         if self.is_first:
             try:
-                box[0] = work()
+                outcome[0] = work()
             except (UsageError, OSError) as error:
-                box[1] = error
+                outcome[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        if isinstance(box[1], Exception):
-            raise box[1] if self.is_first else EchoedError(str(box[1]))
-        return box[0]  # pyright: ignore[reportReturnType]
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[1], Exception):
+            raise outcome[1] if self.is_first else EchoedError(str(outcome[1]))
+        return outcome[0]  # pyright: ignore[reportReturnType]
 
 
 def usable_cores() -> list[int]:
-    """Return the numbers of the cores that this process may use; all, where the system binds no process to cores."""
+    """Returns the numbers of the cores that this process may use: all, where the system has no core affinity."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def _die_with_launcher() -> None:
-    """Have the kernel end this rank when torchrun dies: it starts ranks in sessions of their own, so a torchrun that
-    is killed would leave them training, owning the run's folder.
+    """Asks the kernel to end this rank when torchrun dies.
+
+    torchrun starts ranks in sessions of their own. Without this, ranks of a killed torchrun would train on and own
+    the run's folder.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _store() -> Store:
-    """Where ranks meet. After an elastic restart torchrun offers the same store again, with keys of the dead ranks in
-    it; each attempt has its own names there.
+def _rendezvous_store() -> Store:
+    """Returns the store of the rendezvous, with a key prefix for each attempt.
+
+    After an elastic restart torchrun offers the same store again, which still holds keys of the dead ranks.
     """
     store, _, _ = next(iter(rendezvous("env://")))
     return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def own_store() -> Store:
-    """Another connection to the store where ranks met, for a thread of its own."""
+    """Opens another connection to the store of the rendezvous, for use by one thread."""
     return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _end_groups(error: BaseException | None) -> None:
-    """Destroy all process groups and join gloo's threads, which end only when nothing refers to their group.
+    """Destroys all process groups and joins gloo's threads, which end only when nothing refers to their group.
 
-    Gloo wakes whoever waits for a collective before it frees the tensors, and to free them it takes the GIL. A thread
-    that does so while the interpreter ends aborts the process, however well the run has ended.
+    A gloo thread wakes waiters of a collective before it frees the tensors, and it needs the GIL to free them. If
+    that happens while the interpreter ends, the process aborts, even after a successful run.
     """
     errors, cleared = [error], set[int]()
-    while errors:  # the frames that they came through hold students, and those hold groups
-        each = errors.pop()
-        if each is not None and id(each) not in cleared:
-            cleared.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            errors += [each.__cause__, each.__context__]
+    while errors:  # frames of their tracebacks refer to students, and students refer to groups
+        cause = errors.pop()
+        if cause is not None and id(cause) not in cleared:
+            cleared.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            errors += [cause.__cause__, cause.__context__]
     try:
         dist.destroy_process_group()
     except RuntimeError:
@@ -169,23 +174,30 @@ def _end_groups(error: BaseException | None) -> None:
     gc.collect()  # sharded students are reference cycles
 
 
-def _number(name: str, alone: int) -> int:
-    """Reads a variable of torchrun; a process without it is `alone`."""
-    text = os.environ.get(name, str(alone))
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < alone:
-        raise UsageError(f"{name}: got {text!a:.80} in the environment; wanted a number from {alone} on, of torchrun.")
+def _read_number(name: str, default: int) -> int:
+    """Returns the number in an environment variable of torchrun, or `default`, which is also the smallest valid one."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < default:
+        raise UsageError(
+            f"{name}: got {text!a:.80} in the environment; wanted a number from {default} on, of torchrun."
+        )
     return int(text)
 
 
 @contextlib.contextmanager
 def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
-    """Join the processes that torchrun started (or stand alone), and share this machine's cores between them.
+    """Joins the processes that torchrun started, if it did, and divides this machine's cores among them.
 
-    `timeout`: seconds after which a collective that a rank does not come to is an error.
+    Args:
+        timeout: seconds after which a collective fails that some rank does not reach.
+
+    Raises:
+        UsageError: a variable of torchrun is no number in range.
+        RankError: this rank, not the first, ended with a `UsageError` that no other rank reports.
     """
     _die_with_launcher()
-    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    local_size, local_rank = _number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    size, rank = _read_number("WORLD_SIZE", 1), _read_number("RANK", 0)
+    local_size, local_rank = _read_number("LOCAL_WORLD_SIZE", 1), _read_number("LOCAL_RANK", 0)
     torch.set_num_threads(max(1, len(usable_cores()) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -196,13 +208,13 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         return
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
+        backend, store=_rendezvous_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
     )
     try:
         yield World(rank, size, device)
     except UsageError as error:
-        alone = rank > 0 and not isinstance(error, EchoedError)
-        if alone:
+        is_unreported = rank > 0 and not isinstance(error, EchoedError)
+        if is_unreported:
             raise RankError(f"rank {rank}: {error}") from error
         raise
     finally:

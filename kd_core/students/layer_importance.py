@@ -1,11 +1,11 @@
-"""Which layers of a model matter, measured on text; a student keeps those that do (`Pretrained.keep_layers`).
+"""Importance of a model's layers, measured on text, for `Pretrained.keep_layers` of a student.
 
-Three measures, from cheap to dear:
+Three measures, from cheap to expensive:
 
-- influence: 1 − mean cosine between what goes into a layer and what comes out (ShortGPT, arXiv 2403.03853). One pass.
-- alone: how much the NLL rises without this one layer. A pass a layer.
-- greedy: drop the layer without which the NLL is lowest, and again among those left, until few enough are left. What
-  two neighbours do for each other shows only here.
+- influence: 1 − mean cosine between input and output of a layer (ShortGPT, arXiv 2403.03853). One pass.
+- alone: the rise of the NLL without this one layer. One pass for each layer.
+- greedy: drops the layer without which the NLL is lowest, and repeats that among the layers left, until few enough
+  are left. Only this measures how neighbouring layers make up for each other.
 """
 
 import itertools
@@ -22,26 +22,27 @@ from kd_core.students.decoder.attention import Segment
 from kd_core.students.decoder.decoder import Decoder, scaled
 from kd_core.students.decoder.rope import rotary_angles
 
-CHUNK = 512
+CHUNK = 512  # positions whose logits exist at once
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A layer, and the mean NLL in nats per token once it is dropped too."""
+    """A dropped layer, and the mean NLL in nats per token without it and all layers dropped before."""
 
     layer: int
     nll: float
 
 
 class LayerwiseText:
-    """A model on one batch of text: any of its layers one after the other, from any place.
+    """A model on one batch of text, which runs any of its layers in any order.
 
     Args:
-        model: the model; its own adapters and precision count.
-        tokens: rows of S tokens of one document each; T = S − 1 are scored.
+        model: the model, with its adapters and in its precision.
+        tokens: rows of S tokens of one document each. T = S − 1 positions of a row are scored.
     """
 
     def __init__(self, model: Decoder, tokens: Int[Tensor, "B S"]) -> None:
+        # Position t predicts token t + 1.  labels [B·T]
         self.model, self.labels = model, tokens[:, 1:].flatten()
         positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand_as(tokens[:, 1:])
         arch = model.arch
@@ -49,65 +50,73 @@ class LayerwiseText:
         self.segments: list[Segment] | None = None
         self.embedded: Float[Tensor, "B T D"] = scaled(model.embed_tokens(tokens[:, :-1]), arch.embedding_scale)
 
-    def through(self, layer: int, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """What comes out of a layer."""
+    def run_layer(self, layer: int, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Returns the output of a layer for the input `x`."""
         return self.model.layers[layer](x, self.cos, self.sin, self.segments)
 
     def nll(self, x: Float[Tensor, "B T D"]) -> float:
-        """Mean NLL in nats per token of what comes out of the last layer."""
+        """Returns the mean NLL in nats per token, from the output of the last layer."""
         hidden = rearrange(scaled(self.model.norm(x), self.model.arch.logit_scale), "B T D -> (B T) D")
         weight, total = self.model.lm_head.weight[: self.model.arch.vocab_size], 0.0
+        # Chunks bound the logits to [CHUNK, V]. Sums are divided once.
         for rows, labels in zip(hidden.split(CHUNK), self.labels.split(CHUNK), strict=True):
             total += float(F.cross_entropy((rows @ weight.t()).float(), labels, reduction="sum"))
         return total / len(self.labels)
 
-    def entries(self, layers: Sequence[int]) -> list[Tensor]:
-        """What goes into each of these layers, one behind the other, and what comes out of the last."""
-        found = [self.embedded]
+    def activations(self, layers: Sequence[int]) -> list[Tensor]:
+        """Runs these layers one after the other and returns the input of each, then the output of the last."""
+        activations = [self.embedded]
         for layer in layers:
-            found.append(self.through(layer, found[-1]))
-        return found
+            activations.append(self.run_layer(layer, activations[-1]))
+        return activations
 
 
 @torch.no_grad()
 def block_influence(text: LayerwiseText) -> list[float]:
-    """1 − mean cosine of a layer's input and output, by layer; 0 for one that changes no direction."""
-    entries = text.entries(range(text.model.arch.num_layers))
+    """Returns 1 − mean cosine of input and output for each layer. It is 0 for a layer that changes no direction."""
+    activations = text.activations(range(text.model.arch.num_layers))
     return [
         1.0 - float(F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
-        for before, after in itertools.pairwise(entries)
+        for before, after in itertools.pairwise(activations)
     ]
 
 
 @torch.no_grad()
 def nll_without_each(text: LayerwiseText, layers: Sequence[int]) -> list[Drop]:
-    """For each of `layers`, which are all that is left: the NLL without it. Layers before it are computed once."""
-    entries, found = text.entries(layers), list[Drop]()
-    for at, layer in enumerate(layers):
-        x = entries[at]
-        for after in layers[at + 1 :]:
-            x = text.through(after, x)
-        found.append(Drop(layer, text.nll(x)))
-    return found
+    """Returns the NLL without each one of `layers`, which are the layers that are left.
+
+    Layers before the dropped one are computed once for all.
+    """
+    activations, drops = text.activations(layers), list[Drop]()
+    for i, layer in enumerate(layers):
+        # Skip layer i: its input goes into the next one.
+        x = activations[i]
+        for later in layers[i + 1 :]:
+            x = text.run_layer(later, x)
+        drops.append(Drop(layer, text.nll(x)))
+    return drops
 
 
 @torch.no_grad()
 def nll_of(text: LayerwiseText, layers: Sequence[int]) -> float:
-    """The NLL with these layers alone."""
-    return text.nll(text.entries(layers)[-1])
+    """Returns the NLL with these layers alone."""
+    return text.nll(text.activations(layers)[-1])
 
 
-def drop_greedily(text: LayerwiseText, keep: int, tell: Callable[[Drop], None]) -> list[Drop]:
-    """Layers in the order in which they are dropped until `keep` are left; `tell` hears of each."""
+def drop_greedily(text: LayerwiseText, keep: int, report: Callable[[Drop], None]) -> list[Drop]:
+    """Drops the least important layer until `keep` are left, and returns the drops in order.
+
+    `report` is called after each drop.
+    """
     left, dropped = list(range(text.model.arch.num_layers)), list[Drop]()
     while len(left) > keep:
         best = min(nll_without_each(text, left), key=lambda drop: drop.nll)
         left.remove(best.layer)
         dropped.append(best)
-        tell(best)
+        report(best)
     return dropped
 
 
 def kept_of(scores: Sequence[float], keep: int) -> tuple[int, ...]:
-    """The layers of the highest scores, in order."""
+    """Returns the `keep` layers with the highest scores, in the order of the model."""
     return tuple(sorted(sorted(range(len(scores)), key=lambda layer: -scores[layer])[:keep]))

@@ -1,1 +1,1 @@
-"""Our own decoder: its modules and the numbers that fix it."""
+"""The decoder of students: its modules and its architecture."""

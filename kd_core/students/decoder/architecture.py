@@ -1,11 +1,11 @@
-"""The numbers that fix a decoder: its shape and its arithmetic. `families.py` reads them out of a `config.json`."""
+"""The architecture of a decoder: its shape and its arithmetic. `huggingface/config_json.py` reads it from a file."""
 
 from dataclasses import dataclass, replace
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.rope import RopeScaling
 
-# What no decoder comes near, and no process suffers from while it has shapes alone.
+# Upper bounds for untrusted configurations: above any real decoder, and harmless while a model has only shapes.
 MOST = {
     "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_layers": 4096,
     "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 16, "max_positions": 1 << 40, "vocab_rows": 1 << 24,
@@ -13,7 +13,7 @@ MOST = {
 
 
 def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageError:
-    """Returns the error of a model without rows for tokens that are used. `where` names the setting."""
+    """Returns the error for a model whose embedding has fewer rows than tokens are used. `where` names the setting."""
     return UsageError(
         f"{where}: {folder} has an embedding of {rows} rows (vocab_size in config.json), and {tokens} tokens are used, "
         f"so ids from {rows} on have no row. Tokenizer and model do not belong together, or tokens were added: widen "
@@ -23,12 +23,16 @@ def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageErr
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that fix a decoder's shape and arithmetic.
+    """Shape and arithmetic of a decoder.
 
-    `padded_vocab_size` is how many rows embedding and head have, where that is more than the real vocabulary: the
-    others are no tokens. The scales are Granite's; `attention_scale` is 1/√head_dim where it is None. `windows` has
-    how many positions each layer sees, its own included (None: all before it); None where every layer sees all.
-    `family` is the name under which the student is saved; the arithmetic does not ask for it.
+    Args:
+        padded_vocab_size: rows of embedding and lm_head, where they are more than the real vocabulary. Rows beyond
+            `vocab_size` stand for no token.
+        embedding_scale: factor on embeddings. This and the other scales are Granite's.
+        attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
+        windows: for each layer, how many positions a position attends to, itself included (None: all before it).
+            None for the whole tuple: no layer has a window.
+        family: the `model_type` under which the student is saved. It does not change the arithmetic.
     """
 
     vocab_size: int
@@ -56,6 +60,7 @@ class Architecture:
     family: str = "llama"
 
     def __post_init__(self) -> None:
+        # Refuse sizes that only a damaged or hostile configuration has.
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
@@ -65,26 +70,30 @@ class Architecture:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of embedding and head."""
+        """Counts the rows of embedding and lm_head, padding included."""
         return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
 
     def window(self, layer: int) -> int | None:
-        """How many positions a layer sees; None: all."""
+        """Returns how many positions a layer attends to, or None for all."""
         return None if self.windows is None else self.windows[layer]
 
     def with_tokens(self, tokens: int, folder: str) -> "Architecture":
-        """Returns the same rows, of which the `tokens` of the folder's tokenizer are real and the others padding.
+        """Returns the same vocabulary rows, where the first `tokens` are real and the rest is padding.
 
-        Where a setting has said the real vocabulary already, that one counts. A tokenizer may have more tokens than
-        there are rows, such as a padding token that was added and is in no text. Then all rows are real.
+        `tokens` is the number of tokens of the folder's tokenizer. If a setting has fixed the real vocabulary already,
+        the setting wins. A tokenizer may have more tokens than there are rows, such as an added padding token that is
+        in no text. Then all rows are real.
 
         Raises:
             UsageError: the setting leaves out tokens that have rows.
         """
+        # Tokens beyond the last row are in no text.
         tokens = min(tokens, self.vocab_rows)
+        # Without a setting, rows beyond the tokenizer's tokens become padding.
         if self.padded_vocab_size is None:
             padded = self.vocab_size if tokens < self.vocab_size else None
             return replace(self, vocab_size=tokens, padded_vocab_size=padded)
+        # With a setting, it must cover all tokens that have rows.
         if self.vocab_size < tokens:
             raise UsageError(
                 f"student.vocab_size: got {self.vocab_size}; wanted at least the {tokens} tokens of the tokenizer in "
@@ -92,7 +101,8 @@ class Architecture:
             )
         return self
 
-    def with_layers(self, kept: tuple[int, ...]) -> "Architecture":
-        """Only these layers, in this order."""
-        windows = None if self.windows is None else tuple(self.windows[layer] for layer in kept)
-        return replace(self, num_layers=len(kept), windows=windows)
+    def with_layers(self, layers: tuple[int, ...]) -> "Architecture":
+        """Returns the architecture with only these layers, in this order."""
+        # A layer keeps its own window.
+        windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
+        return replace(self, num_layers=len(layers), windows=windows)

@@ -1,4 +1,4 @@
-"""Causal attention inside documents, over all positions before or a window of them; no T x T mask is ever made."""
+"""Causal attention inside documents, over all earlier positions or a window of them, without a T × T mask."""
 
 import torch
 import torch.nn.functional as F
@@ -12,41 +12,48 @@ from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotate
 
 Segment = tuple[int, int, int]
-# Queries that share one band mask of QUERIES x (QUERIES + window); the work is that of a window this much wider.
+# Queries of one chunk share a band mask [QUERIES, QUERIES + window]. A window costs as if it were this much wider.
 QUERIES = 512
 
 
 def document_segments(document_ids: Int[Tensor, "B T"]) -> list[Segment] | None:
-    """Runs of equal document id as (row, start, end); None where every row is one document."""
+    """Returns the runs of equal document id as (row, start, end), or None if every row is one document."""
+    # A document starts at position 0 of every row, and wherever the id differs from the one before.  [B, T] bool
     starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     if int(starts.sum()) == len(document_ids):
         return None
     T = document_ids.shape[1]
-    begins: list[list[int]] = starts.nonzero().tolist()
-    ends = [later[1] if later[0] == row else T for (row, _), later in zip(begins, [*begins[1:], [-1, 0]], strict=True)]
+    begins: list[list[int]] = starts.nonzero().tolist()  # (row, start), in order
+    # A document ends where the next one of its row starts, or at T. (−1, 0) follows the last document.
+    ends = [after[1] if after[0] == row else T for (row, _), after in zip(begins, [*begins[1:], [-1, 0]], strict=True)]
     return [(row, start, end) for (row, start), end in zip(begins, ends, strict=True)]
 
 
 def _attend_in_windows(
     q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int
 ) -> Float[Tensor, "B H T d"]:
-    """Each position sees the last `window`, its own included: some queries at a time, with the keys that they see."""
+    """Attends from each position to the last `window` positions, itself included, in chunks of queries.
+
+    Each chunk reads only the keys that its queries attend to, so the cost is linear in T.
+    """
     T, size = q.shape[2], min(QUERIES, window)
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     for start in range(0, T, size):
+        # Queries [start, end) attend to keys [first, end).
         end, first = min(start + size, T), max(0, start - window + 1)
         query = torch.arange(start, end, device=q.device)[:, None]
         key = torch.arange(first, end, device=q.device)
-        seen = (key <= query) & (key > query - window)
-        parts = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
-        found.append(F.scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=True))
-    return torch.cat(found, dim=2)
+        # Band mask: query − window < key ≤ query.  [end − start, end − first]
+        band = (key <= query) & (key > query - window)
+        chunks = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        outputs.append(F.scaled_dot_product_attention(*chunks, attn_mask=band, scale=scale, enable_gqa=True))
+    return torch.cat(outputs, dim=2)
 
 
 def attend_document(
     q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int | None
 ) -> Float[Tensor, "B H T d"]:
-    """Causal attention where each row is one document."""
+    """Returns causal attention in rows of one document each."""
     if window is not None and window < q.shape[2]:
         return _attend_in_windows(q, k, v, scale, window)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -61,23 +68,24 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "B H T d"]:
-    """Causal attention inside each document; no position sees a neighbour document."""
+    """Returns causal attention inside each document. No position attends to another document."""
     if segments is None:
         return attend_document(q, k, v, scale, window)
+    # One call for each document [1, H, end − start, d], then join documents to rows, and rows to the batch.
     rows: list[list[Tensor]] = [[] for _ in range(len(q))]
     for row, start, end in segments:
-        of_q, of_k, of_v = (x[row : row + 1, :, start:end] for x in (q, k, v))
-        rows[row].append(attend_document(of_q, of_k, of_v, scale, window))
+        q_doc, k_doc, v_doc = (x[row : row + 1, :, start:end] for x in (q, k, v))
+        rows[row].append(attend_document(q_doc, k_doc, v_doc, scale, window))
     return torch.cat([torch.cat(row, dim=2) for row in rows])
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245), with norms of queries and keys where the architecture has them."""
+    """Grouped-query attention (arXiv 2305.13245), with norms of queries and keys if the architecture has them."""
 
     def __init__(self, arch: Architecture, window: int | None = None) -> None:
         super().__init__()
         self.head_dim, self.scale, self.window = arch.head_dim, arch.attention_scale, window
-        self.own_kv_heads: slice | None = None  # where tensor parallelism repeats key and value heads
+        self.kv_head_slice: slice | None = None  # this rank's, where tensor parallelism repeats key and value heads
         width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         self.q_proj = nn.Linear(arch.hidden_size, width, bias=arch.qkv_bias)
         self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
@@ -87,14 +95,18 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+        """Maps [B, T, D] to [B, T, D]."""
+        # Project, and split channels into attention heads of d.  [B, H, T, d], and H_kv heads of keys and values
         q, k, v = (
             rearrange(proj(x), "B T (H d) -> B H T d", d=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.own_kv_heads is not None:
-            k, v = k[:, self.own_kv_heads], v[:, self.own_kv_heads]
+        # Every rank has computed all key and value heads: select this rank's.
+        if self.kv_head_slice is not None:
+            k, v = k[:, self.kv_head_slice], v[:, self.kv_head_slice]
+        # Norm each head of queries and keys over d (Qwen 3).
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        # Rotate by position, then softmax(q kᵀ · scale) v inside documents.  [B, H, T, d]
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, self.scale, self.window)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))

@@ -1,7 +1,7 @@
-"""One decoder for the families of `families.py`: grouped-query attention, RoPE, RMSNorm, SwiGLU, by settings.
+"""One decoder for all families of `huggingface/config_json.py`: grouped-query attention, RoPE, RMSNorm, SwiGLU.
 
-Parameter names are those of Hugging Face's Llama without the leading `model.`, so that weights need no map.
-Built on the meta device, then materialised and filled (`starts.py`).
+Parameter names are those of Hugging Face's Llama without the leading `model.`, so that weights need no map of names.
+A decoder is built on the meta device, then allocated (`materialised`) and filled (`starts/`).
 """
 
 import os
@@ -25,12 +25,12 @@ R = TypeVar("R")
 
 
 def scaled(x: Tensor, by: float) -> Tensor:
-    """The product, without a pass over `x` where nothing changes."""
+    """Returns `x · by`, without a pass over `x` if `by` is 1."""
     return x if by == 1 else x * by
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202)."""
+    """Gated feed-forward, down(silu(gate(x)) ⊙ up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -39,14 +39,15 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+        """Maps [B, T, D] to [B, T, D]."""
+        # The hidden width of the feed-forward is `intermediate_size`.  [B, T, intermediate]
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual.
+    """Transformer block: attention and feed-forward, each behind a norm and beside a residual.
 
-    With `recompute`, activations inside are not kept for the backward pass but computed again.
+    With `recompute`, activations inside the block are computed again in the backward pass instead of stored.
     """
 
     def __init__(self, arch: Architecture, window: int | None = None) -> None:
@@ -59,19 +60,21 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+        """Maps [B, T, D] to [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
+            # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
             return checkpoint(self.run, x, cos, sin, segments, use_reentrant=False)
         return self.run(x, cos, sin, segments)
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
-        """What `forward` computes."""
+        """Computes `forward` without recomputation."""
+        # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
         x = x + scaled(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
         return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 
 
 class Decoder(nn.Module):
-    """Tokens in; logits out, or whatever `head` makes of hidden states and the output head's weight."""
+    """A causal language model: tokens to logits, or to the result of a function of hidden states and lm_head weight."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class Decoder(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the head share the embedding's weight where the architecture says so (again after `to_empty`)."""
+        """Makes lm_head share the embedding's weight if the architecture ties them. `to_empty` undoes it."""
         if self.arch.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -100,27 +103,31 @@ class Decoder(nn.Module):
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
     ) -> Tensor | R:
-        """Logits [B, T, V], or `head(hidden [B, T, D], weight)`: logits are their product, of the first V rows.
+        """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
-        A scale of the logits is on the hidden states already, so that whoever multiplies gets it.
+        `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
+        states include the architecture's scale of the logits already.
 
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
         inside the root module's forward.
         """
+        # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
         segments = document_segments(document_ids)
+        # Embed, then run the blocks on the residual stream.  [B, T, D]
         x = scaled(self.embed_tokens(tokens), self.arch.embedding_scale)
         for block in self.layers:
             x = block(x, cos, sin, segments)
+        # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ. Padding rows of the weight are no tokens.
         hidden = scaled(self.norm(x), self.arch.logit_scale)
         return self.lm_head(hidden)[..., : self.arch.vocab_size] if head is None else head(hidden, self.lm_head.weight)
 
 
 def meta_decoder(arch: Architecture) -> Decoder:
-    """A decoder without memory: names and shapes alone.
+    """Returns a decoder on the meta device: names and shapes without memory.
 
     Raises:
-        UsageError: heads that do not share keys evenly.
+        UsageError: the attention heads are no multiple of the key heads.
     """
     if arch.num_heads % arch.num_kv_heads:
         raise UsageError(f"{arch.num_heads} attention heads, {arch.num_kv_heads} of keys; wanted a multiple of them.")
@@ -129,15 +136,17 @@ def meta_decoder(arch: Architecture) -> Decoder:
 
 
 def materialised(model: Decoder, device: torch.device) -> Decoder:
-    """The same decoder with memory on `device`, in float32, without values yet.
+    """Allocates the decoder's parameters on `device`, in float32, without filling them.
 
     Raises:
-        UsageError: this machine has no such memory.
+        UsageError: the machine has less memory than the parameters need.
     """
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    needed = sum(each.numel() for each in local) * 4
-    if device.type == "cpu" and needed > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {there / 2**30:.1f} are there.")
+    # 4 bytes for each number of this process's parts of the parameters.
+    local_parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    needed = sum(parameter.numel() for parameter in local_parameters) * 4
+    if device.type == "cpu" and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
+    # `to_empty` gives tied parameters separate memory, so they are tied again.
     model = model.to_empty(device=device)
     model.tie()
     return model

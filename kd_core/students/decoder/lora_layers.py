@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a linear layer with a small trained product beside its frozen weight."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): linear layers with a small trained product beside a frozen weight."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class LowRank:
-    """The settings that all adapters of a student share; see `lora.Adapted`."""
+    """Settings that all adapters of a student share. `starts/lora_start.py` describes them."""
 
     rank: int
     alpha: float
@@ -26,55 +26,62 @@ class LowRank:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by: alpha / rank, or alpha / √rank (arXiv 2312.03732)."""
+        """Returns the factor on B A: alpha / rank, or alpha / √rank if rank-stabilised (arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 def dropped(x: Float[Tensor, "*B D"], rate: float) -> Float[Tensor, "*B D"]:
-    """Dropout whose mask is that of the whole activation, of which a rank takes the part that it holds.
+    """Applies dropout with a mask drawn for the whole activation, of which a rank uses its part.
 
-    So tensor-parallel ranks, whose random state is the same, drop what one process would drop.
+    Tensor-parallel ranks have the same random state, so together they drop what one process would drop.
     """
     if rate == 0:
         return x
-    keep = (torch.rand(x.shape, device=x.device) >= rate).to(x.dtype) / (1 - rate)
+    # Zero with probability `rate`, and scale the rest by 1/(1 − rate), so that the expected value stays.  [*B, D]
+    mask = (torch.rand(x.shape, device=x.device) >= rate).to(x.dtype) / (1 - rate)
     if not isinstance(x, DTensor):
-        return x * keep
+        return x * mask
+    # `x.shape` was the global shape: multiply this rank's values by their part of the mask.
     local, box = own_box(x)
     assert box is not None, x.placements
     return DTensor.from_local(
-        local * keep[box], x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        local * mask[box], x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
     )
 
 
 class LoraLinear(nn.Linear):
-    """y = W x + b + scale · B A dropout(x); the weight keeps its name, A and B stand beside it."""
+    """A linear layer with an adapter: y = W x + b + scale · B A dropout(x).
+
+    The weight keeps its name. A [rank, in] and B [out, rank] are parameters beside it.
+    """
 
     def __init__(self, like: nn.Linear, settings: LowRank) -> None:
         has_bias = like.bias is not None  # pyright: ignore[reportUnnecessaryComparison] (None without one)
         super().__init__(like.in_features, like.out_features, has_bias, device="meta")
-        self.requires_grad_(False)
+        self.requires_grad_(False)  # W and b are frozen, A and B are added after this
         self.lora_A = nn.Parameter(torch.empty(settings.rank, like.in_features, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(like.out_features, settings.rank, device="meta"))
         self.settings = settings
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        learns = self.training and torch.is_grad_enabled()  # nothing else in a student has modes: nobody sets them
-        x = dropped(input, self.settings.dropout if learns else 0.0)
-        beside = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(input, self.weight, self.bias) + self.settings.scale * beside
+        """Maps [..., in] to [..., out]."""
+        # Evaluation turns gradients off and does not call `eval()`, as nothing else in a student depends on `training`.
+        is_learning = self.training and torch.is_grad_enabled()
+        x = dropped(input, self.settings.dropout if is_learning else 0.0)
+        # Through the rank first: x Aᵀ [..., rank], then · Bᵀ [..., out].
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(input, self.weight, self.bias) + self.settings.scale * update
 
     def merged_weight(self) -> Float[Tensor, "out in"]:
-        """W + scale · B A, whole, on every rank; every rank must call it."""
+        """Returns the whole W + scale · B A on every rank. All ranks must call it together."""
         return whole(self.weight) + self.settings.scale * (whole(self.lora_B) @ whole(self.lora_A))
 
 
 def adapted_layers(model: Decoder) -> dict[str, LoraLinear]:
-    """The linear layers that have an adapter, by name."""
+    """Returns the linear layers that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def base_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """All parameters that are no adapter's; tied ones once."""
+    """Returns all parameters but those of adapters, by name. Tied ones are in it once."""
     return {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] not in ADAPTER_PARAMETERS}

@@ -15,10 +15,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Scale each position to unit root mean square, then by the weight.
+        """Scales each position to unit root mean square, then by the weight.
 
-        Rounded to the type of `x` before the weight and again after it, as transformers has it: so a bfloat16 model
-        gives its logits.
+        The result is rounded to the type of `x` before the weight and again after it. transformers rounds in the same
+        places, so a bfloat16 model gives the same logits.
         """
+        # x / √(mean(x²) + eps), in float32.  [*B, D]
         unit = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        # The float32 weight makes the product float32 again: round it a second time.  [*B, D]
         return (self.weight * unit).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Values into parameters that may be spread over processes: each takes its own part, and none the whole model.
+"""Reads and writes values of parameters that may be sharded over processes. None of them holds the whole model.
 
-With one process parameters are plain tensors. With more they are DTensors, and what a rank holds of one is a box of
-the whole tensor: rows split among tensor-parallel ranks, their parts again among those of FSDP, and so on.
+With one process parameters are plain tensors. With more they are DTensors, and a rank holds a box of the whole tensor.
+For example, rows are split among tensor-parallel ranks, and each part again among the ranks of FSDP.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # the one that DCP itself reads by
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # DCP uses the same
 
 from kd_core.errors import EchoedError, UsageError
 
@@ -19,23 +19,26 @@ Box = tuple[slice, ...]
 
 
 def _is_box(parameter: DTensor) -> bool:
-    """Shards of shards of one dimension are runs of it only where the mesh splits it from the outside in.
+    """Checks that this rank's part of a parameter is one box of the whole tensor.
 
-    FSDP on tensor parallelism splits it from the inside out, and says so by a strided shard on the outer dimension:
-    a run again. Anything else is not sliced here.
+    A dimension that is sharded twice gives a contiguous run if the mesh splits it from the outside in. FSDP on top of
+    tensor parallelism splits it from the inside out, and marks that by a strided shard on the outer mesh dimension,
+    which gives a contiguous run again. Other placements are not sliced by `own_box`.
     """
     return all(
-        isinstance(each, Replicate | Shard) or "StridedShard" in str(type(each)) for each in parameter.placements
+        isinstance(placement, Replicate | Shard) or "StridedShard" in str(type(placement))
+        for placement in parameter.placements
     )
 
 
 def own_box(parameter: Tensor) -> tuple[Tensor, Box | None]:
-    """This process's values of a parameter, and which part of the whole tensor they are; None: no box of it."""
+    """Returns this process's values of a parameter and their box in the whole tensor, or None if they are no box."""
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, size) for size in parameter.shape)
     local = parameter.to_local()
     if not _is_box(parameter):
         return local, None
+    # A box has a slice for each dimension: [offset, offset + size).
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(shape) == tuple(local.shape), f"{parameter.placements}: {shape} and {local.shape}"
     return local, tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
@@ -43,50 +46,61 @@ def own_box(parameter: Tensor) -> tuple[Tensor, Box | None]:
 
 @torch.no_grad()
 def put(parameter: Tensor, read: Callable[[Box], Tensor]) -> Tensor:
-    """Fill a parameter in place; `read` gives a box of the whole tensor. Returns what this process has read."""
+    """Fills a parameter in place and returns the values that this process has read.
+
+    `read` returns the values of a box of the whole tensor.
+    """
+    # Usual case: read only this process's box.
     local, box = own_box(parameter)
     if box is not None:
         values = read(box)
         local.copy_(values)
         return values
+    # No box: read the whole tensor, and cut it as the parameter is placed. Every rank has read the same, so none sends.
     assert isinstance(parameter, DTensor)
-    whole = read(tuple(slice(0, size) for size in parameter.shape))
-    placed = distribute_tensor(whole.to(local), parameter.device_mesh, parameter.placements, src_data_rank=None)
-    local.copy_(placed.to_local())
-    return whole
+    full = read(tuple(slice(0, size) for size in parameter.shape))
+    distributed = distribute_tensor(full.to(local), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    local.copy_(distributed.to_local())
+    return full
 
 
 @torch.no_grad()
 def whole(parameter: Tensor) -> Tensor:
-    """The whole tensor, on every rank; every rank must call it."""
-    found = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return found.detach()
+    """Returns the whole tensor on every rank. All ranks must call it together."""
+    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return full.detach()
 
 
-def _first_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:
-    """Any rank's message, known to all of them; there is nobody to ask where parameters are plain tensors."""
-    spread = next((each for each in parameters if isinstance(each, DTensor)), None)
-    if spread is None:
+def _share_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:
+    """Returns one rank's message on all ranks of the parameters' mesh, or just `message` if they are plain tensors."""
+    sharded = next((parameter for parameter in parameters if isinstance(parameter, DTensor)), None)
+    if sharded is None:
         return message
-    for dimension in range(spread.device_mesh.ndim):
-        group = spread.device_mesh.get_group(dimension)
+    # Gather over one mesh dimension after the other: then every rank has seen the messages of all.
+    for dimension in range(sharded.device_mesh.ndim):
+        group = sharded.device_mesh.get_group(dimension)
         messages: list[str | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(messages, message, group=group)
-        message = next((each for each in messages if each is not None), None)
+        message = next((text for text in messages if text is not None), None)
     return message
 
 
 @contextlib.contextmanager
 def stopping_together(parameters: Iterable[Tensor]) -> Generator[None]:
-    """A user's mistake that one rank meets inside stops every rank; the first says it."""
+    """Raises a user's mistake that one rank meets in the block on every rank. Only the first rank reports it.
+
+    Raises:
+        UsageError: some rank raised a `UsageError` or `OSError` in the block.
+    """
     parameters, error = list(parameters), None
     try:
         yield
-    except (UsageError, OSError) as found:
-        error = found
-    message = _first_message(None if error is None else str(error), parameters)
+    except (UsageError, OSError) as raised:
+        error = raised
+    # Ranks without an error wait here for the messages of the others.
+    message = _share_message(None if error is None else str(error), parameters)
     if message is None:
         return
-    if dist.is_initialized() and dist.get_rank() > 0 and any(isinstance(each, DTensor) for each in parameters):
+    if dist.is_initialized() and dist.get_rank() > 0 and any(isinstance(p, DTensor) for p in parameters):
         raise EchoedError(message) from None
     raise error or UsageError(message)

@@ -1,1 +1,1 @@
-"""Hugging Face folders, PEFT folders and GGUF files, read and written."""
+"""Reading and writing of Hugging Face folders and PEFT folders, and conversion of GGUF files."""

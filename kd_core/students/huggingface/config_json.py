@@ -1,6 +1,6 @@
-"""Hugging Face `config.json` to `Architecture` and back. A new family is one more entry in `FAMILIES`.
+"""Conversion of Hugging Face's `config.json` to an `Architecture` and back. A new family is an entry in `FAMILIES`.
 
-What a file leaves out counts as in transformers. What would change the arithmetic and is not ours is refused by name.
+Missing fields have the defaults of transformers. Unsupported fields that would change the arithmetic are errors.
 """
 
 import math
@@ -31,7 +31,7 @@ def _llama(config: Config) -> dict[str, Any]:
 
 
 def _granite(config: Config) -> dict[str, Any]:
-    """A Granite divides its logits."""
+    # Granite divides its logits, so `logit_scale` is the inverse of `logits_scaling`.
     return {
         **_llama(config),
         "embedding_scale": float(config.get("embedding_multiplier", 1.0)),
@@ -48,6 +48,7 @@ def _mistral(config: Config) -> dict[str, Any]:
 
 def _qwen_windows(config: Config) -> dict[str, Any]:
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
+    # Layers from `max_window_layers` on have the window, unless `layer_types` lists the kind of each layer.
     layers, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
     kinds: list[str] = config.get("layer_types") or [SLIDING if layer >= first else FULL for layer in range(layers)]
     if window is None or SLIDING not in kinds:
@@ -83,11 +84,11 @@ def _write_mistral(arch: Architecture) -> Config:
 
 def _write_qwen(arch: Architecture) -> Config:
     windows = arch.windows or (None,) * arch.num_layers
-    found = {window for window in windows if window is not None}
+    sizes = {window for window in windows if window is not None}
     return {
         "attention_bias": arch.qkv_bias,
-        "use_sliding_window": bool(found),
-        "sliding_window": max(found, default=None),
+        "use_sliding_window": bool(sizes),
+        "sliding_window": max(sizes, default=None),
         "max_window_layers": arch.num_layers,
         "layer_types": [FULL if window is None else SLIDING for window in windows],
     }
@@ -95,8 +96,16 @@ def _write_qwen(arch: Architecture) -> Config:
 
 @dataclass(frozen=True)
 class Family:
-    """How a `model_type` states its arithmetic. `head_dim` and `kv_heads`: where the file leaves them out; None: as
-    many key heads as heads, and hidden size over heads. `expects`: fields that we have with this one value alone."""
+    """A `model_type`: its fields of arithmetic, its defaults, and its limits.
+
+    Args:
+        transformers_class: the class in `architectures`.
+        read: returns arguments of `Architecture` from a configuration.
+        write: returns fields of a configuration from an architecture.
+        head_dim: default size of an attention head. None: hidden size over attention heads.
+        kv_heads: default number of key and value heads. None: that of attention heads.
+        expects: fields that are supported with this one value only.
+    """
 
     transformers_class: str
     read: Callable[[Config], dict[str, Any]]
@@ -119,8 +128,8 @@ FAMILIES = {
 EVERYWHERE = (("hidden_act", "silu"), ("quantization_config", None), ("transformers_weights", None))
 
 
-def _family(path: Path, config: Config) -> Family:
-    """The family of a configuration, once nothing in it would silently change the arithmetic."""
+def _supported_family(path: Path, config: Config) -> Family:
+    """Returns the family of a configuration, and checks that no unsupported field would change the arithmetic."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UsageError(f"{path}: model_type is {name!r}; wanted one of {sorted(FAMILIES)}.")
@@ -128,7 +137,7 @@ def _family(path: Path, config: Config) -> Family:
     for field, value in (*EVERYWHERE, *family.expects):
         if config.get(field, value) != value:
             raise UsageError(f"{path}: {field} is {config[field]!r}; only {value!r} is supported for {name}.")
-    layers = config.get("num_hidden_layers", 1)  # before anything is made for each of them
+    layers = config.get("num_hidden_layers", 1)  # checked before anything is built per layer
     if type(layers) is not int or not 1 <= layers <= MOST["num_layers"]:
         raise UsageError(f"{path}: num_hidden_layers is {layers!a}; wanted 1 to {MOST['num_layers']}.")
     kinds = config.get("layer_types")
@@ -138,8 +147,12 @@ def _family(path: Path, config: Config) -> Family:
 
 
 def architecture_of(path: Path, config: Config) -> Architecture:
-    """The architecture of a configuration; `path` names it in errors, which are those of `read_architecture`."""
-    family = _family(path, config)
+    """Returns the architecture of a configuration. `path` names it in errors.
+
+    Raises:
+        UsageError: a field is missing, or the family or a setting is not supported.
+    """
+    family = _supported_family(path, config)
     try:
         heads = int(config["num_attention_heads"])
         theta, scaling = read_rope(path, config)
@@ -164,36 +177,37 @@ def architecture_of(path: Path, config: Config) -> Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The architecture of a Hugging Face folder.
+    """Returns the architecture of a Hugging Face folder.
 
     Raises:
-        UsageError: no `config.json`, a field missing, or a family or setting that we do not have.
+        UsageError: there is no `config.json`, a field is missing, or the family or a setting is not supported.
     """
-    path, what = folder / "config.json", "a Hugging Face model configuration"
-    with damaged(path, what, "Fetch the folder again"):
-        arch = architecture_of(path, read_json(path, what))
+    path, expected = folder / "config.json", "a Hugging Face model configuration"
+    with damaged(path, expected, "Fetch the folder again"):
+        arch = architecture_of(path, read_json(path, expected))
         if arch.head_dim % 2:
             raise ValueError(f"heads of {arch.head_dim} channels")
         angles = rotary_angles(torch.zeros(1, 1, dtype=torch.int64), arch.head_dim, arch.rope_theta, arch.rope_scaling)
-        if not all(each.isfinite().all() for each in angles):
+        if not all(values.isfinite().all() for values in angles):
             raise ValueError("angles of RoPE that are not finite")
         return arch
 
 
-def _is_said(arch: Architecture, config: Config) -> bool:
-    """Whether the configuration means the architecture: a family cannot say every setting of another one."""
-    said: dict[str, Any] = {**vars(architecture_of(Path("config.json"), config))}
-    rows: dict[str, Any] = {"vocab_size": arch.vocab_rows, "padded_vocab_size": None}
+def _is_described_by(arch: Architecture, config: Config) -> bool:
+    """Checks that reading the configuration gives the architecture back, as a family lacks settings of other ones."""
+    read_back: dict[str, Any] = {**vars(architecture_of(Path("config.json"), config))}
+    # These settings have no field of their own: a file counts all rows, and Granite always states an attention scale.
+    changes: dict[str, Any] = {"vocab_size": arch.vocab_rows, "padded_vocab_size": None}
     if arch.family == "granite" and arch.attention_scale is None:
-        rows["attention_scale"] = said["attention_scale"]
-    wanted: dict[str, Any] = {**vars(arch), **rows}
-    floats = [name for name, value in wanted.items() if isinstance(value, float)]
-    near = all(math.isclose(said.pop(name), wanted.pop(name), rel_tol=1e-9) for name in floats)
-    return near and said == wanted
+        changes["attention_scale"] = read_back["attention_scale"]
+    expected: dict[str, Any] = {**vars(arch), **changes}
+    floats = [name for name, value in expected.items() if isinstance(value, float)]
+    are_close = all(math.isclose(read_back.pop(name), expected.pop(name), rel_tol=1e-9) for name in floats)
+    return are_close and read_back == expected
 
 
 def config_of(arch: Architecture, bos: int | None, eos: int | list[int] | None, dtype: str = "float32") -> Config:
-    """The `config.json` of an architecture, as transformers reads it; `dtype` is that of the weights beside it."""
+    """Returns the `config.json` of an architecture, as transformers reads it. `dtype` is the type of its weights."""
     family = FAMILIES[arch.family]
     config = {
         "architectures": [family.transformers_class],
@@ -215,5 +229,5 @@ def config_of(arch: Architecture, bos: int | None, eos: int | list[int] | None, 
         **rope_fields(arch.rope_theta, arch.rope_scaling),
         **family.write(arch),
     }
-    assert _is_said(arch, config), f"{arch.family} has no such settings: {arch}"
+    assert _is_described_by(arch, config), f"{arch.family} has no such settings: {arch}"
     return config

@@ -1,4 +1,4 @@
-"""Everything of an exported folder but weights: `config.json`, the tokenizer's files, licences, the chat format."""
+"""All files of an exported folder but weights: `config.json`, tokenizer, licences and chat format."""
 
 import fnmatch
 import logging
@@ -11,7 +11,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.huggingface.config_json import config_of
 
 log = logging.getLogger("kd")
-# Lower-case patterns of files that are copied, for the tokenizers of all families and the terms of the weights.
+# Lower-case patterns of files that are copied: tokenizers of all families, and licences of the weights.
 COPIED = (
     *("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template*", "generation_config.json"),
@@ -30,7 +30,7 @@ class ChatFormat:
     Args:
         template: the chat template.
         special_tokens: texts of the special tokens that the template names, such as `bos_token`.
-        turn_ends: ids of the tokens that end the assistant's turns by their texts, the most frequent first.
+        turn_ends: ids, by text, of the tokens that end the assistant's turns, the most frequent first.
         tool_use: the template of conversations with tools, where that is another one.
     """
 
@@ -46,7 +46,10 @@ class ChatFormat:
 
     @property
     def tokenizer_tokens(self) -> dict[str, str]:
-        """Returns what the tokenizer must call its special tokens: `eos_token` ends a turn, if the template lets it."""
+        """Returns the special tokens of the tokenizer by role.
+
+        `eos_token` is the most frequent end of a turn, unless the template names another one.
+        """
         ends = {"eos_token": next(iter(self.turn_ends))} if self.turn_ends else {}
         return {**ends, **self.special_tokens}
 
@@ -62,7 +65,7 @@ def _copy_files(source: Path, folder: Path) -> None:
         (folder / NAMED_TEMPLATES / path.name).write_bytes(path.read_bytes())
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     return read_json(path, "settings of a tokenizer") if path.exists() else {}
 
 
@@ -70,20 +73,21 @@ def _template_path(folder: Path, name: str) -> Path:
     return folder / TEMPLATE if name == "default" else folder / NAMED_TEMPLATES / f"{name}.jinja"
 
 
-def _own_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _copied_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the chat templates of a folder by name, as transformers finds them: files go before settings."""
     paths = {name: _template_path(folder, name) for name in ("default", TOOL_USE)}
     if files := {name: read_text(path, "a chat template") for name, path in paths.items() if path.exists()}:
         return files
-    found = settings.get("chat_template")
+    stored = settings.get("chat_template")
     with damaged(folder / SETTINGS, "the settings of a tokenizer"):
-        return {each["name"]: each["template"] for each in found} if isinstance(found, list) else {"default": found}
+        is_list = isinstance(stored, list)
+        return {item["name"]: item["template"] for item in stored} if is_list else {"default": stored}
 
 
 def _write_templates(folder: Path, chat: ChatFormat, settings: dict[str, Any], tokenizer_folder: Path) -> None:
-    """Write the cache's templates, all of them in files, where the folder and its settings have others."""
-    own = _own_templates(folder, settings)
-    if all(own.get(name) == template for name, template in chat.templates.items()):
+    """Writes the cache's templates, all of them in files, where the folder and its settings have others."""
+    copied = _copied_templates(folder, settings)
+    if all(copied.get(name) == template for name, template in chat.templates.items()):
         return
     settings.pop("chat_template", None)
     _template_path(folder, TOOL_USE).unlink(missing_ok=True)  # of another format
@@ -91,36 +95,36 @@ def _write_templates(folder: Path, chat: ChatFormat, settings: dict[str, Any], t
         path = _template_path(folder, name)
         path.parent.mkdir(exist_ok=True)
         write_text(path, template)
-    found = "has no chat template" if own.get("default") is None else "has another chat template"
-    log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, found)
+    mismatch = "has no chat template" if copied.get("default") is None else "has another chat template"
+    log.info("export: %s %s; the export gets that of the cache it was trained on", tokenizer_folder, mismatch)
 
 
 def _write_chat(folder: Path, chat: ChatFormat, tokenizer_folder: Path) -> None:
-    """Write the templates and the special tokens over those that were copied into `folder`."""
-    settings = _settings(folder / SETTINGS)
+    """Writes the templates and the special tokens over those that were copied into `folder`."""
+    settings = _read_settings(folder / SETTINGS)
     _write_templates(folder, chat, settings, tokenizer_folder)
-    for name, known in ((SETTINGS, settings), (TOKENS, _settings(folder / TOKENS))):
+    for name, tokens in ((SETTINGS, settings), (TOKENS, _read_settings(folder / TOKENS))):
         for role, text in chat.tokenizer_tokens.items():
-            value = known.get(role)
-            if (value.get("content") if isinstance(value, dict) else value) != text and (name == SETTINGS or known):
-                known[role] = text
-        if known:
-            write_json(folder / name, known)
+            value = tokens.get(role)
+            if (value.get("content") if isinstance(value, dict) else value) != text and (name == SETTINGS or tokens):
+                tokens[role] = text
+        if tokens:
+            write_json(folder / name, tokens)
 
 
-def _ends(chat: ChatFormat | None, *known: Any) -> int | list[int] | None:
+def _eos_ids(chat: ChatFormat | None, *model_ids: Any) -> int | list[int] | None:
     """Returns the ids that end a generation: those of the turn first, then those of the model."""
-    found = list(chat.turn_ends.values()) if chat else []
-    for ids in known:
-        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
-    unique = list(dict.fromkeys(found))
+    end_ids = list(chat.turn_ends.values()) if chat else []
+    for ids in model_ids:
+        end_ids += [] if ids is None else ids if isinstance(ids, list) else [ids]
+    unique = list(dict.fromkeys(end_ids))
     return unique[0] if len(unique) == 1 else unique or None
 
 
 def write_about(
     folder: Path, arch: Architecture, tokenizer_folder: Path, dtype: str, chat: ChatFormat | None = None
 ) -> None:
-    """Write all that is no weight, as `tokenizer_folder` has it; conversations in the format of `chat`.
+    """Writes all files but weights, from those of `tokenizer_folder` and with the chat format of `chat`.
 
     Raises:
         UsageError: a file of `tokenizer_folder` is missing or damaged.
@@ -130,9 +134,9 @@ def write_about(
     ids = {name: value for name, value in source.items() if name.endswith("_token_id")}
     if chat:
         _write_chat(folder, chat, tokenizer_folder)
-        generation = _settings(folder / GENERATION)
-        ids["eos_token_id"] = _ends(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
-        of_model = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
-        write_json(folder / GENERATION, {**of_model, **generation, "eos_token_id": ids["eos_token_id"]})
+        generation = _read_settings(folder / GENERATION)
+        ids["eos_token_id"] = _eos_ids(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
+        model_ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
+        write_json(folder / GENERATION, {**model_ids, **generation, "eos_token_id": ids["eos_token_id"]})
     config = config_of(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)
     write_json(folder / "config.json", {**ids, **config})

@@ -1,6 +1,6 @@
-"""A GGUF file of the Llama family into a Hugging Face folder: weights in float32, tokenizer with chat template.
+"""Conversion of a GGUF file of the Llama family to a Hugging Face folder: float32 weights, tokenizer, chat template.
 
-Needs the extra `gguf`. In a GGUF, rows of query and key are interleaved for RoPE; Hugging Face's are half-split.
+Needs the extra `gguf`. In a GGUF, rows of query and key are interleaved for RoPE. Hugging Face's are half-split.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def _architecture(fields: dict[str, Any], tied: bool) -> Architecture:
+def _read_architecture(fields: dict[str, Any], tied: bool) -> Architecture:
     heads, hidden = int(fields["llama.attention.head_count"]), int(fields["llama.embedding_length"])
     return Architecture(
         vocab_size=int(fields["llama.vocab_size"]),
@@ -55,7 +55,7 @@ def _architecture(fields: dict[str, Any], tied: bool) -> Architecture:
     )
 
 
-def _tokenizer(fields: dict[str, Any], path: Path) -> Tokenizer:
+def _build_tokenizer(fields: dict[str, Any], path: Path) -> Tokenizer:
     kind = fields.get("tokenizer.ggml.pre")
     if kind not in PRE_TOKENIZERS:
         raise UsageError(f"{path}: tokenizer {kind!r}; wanted one of {sorted(PRE_TOKENIZERS)}.")
@@ -88,30 +88,32 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    # In each attention head, rows (x₀, y₀, x₁, y₁, …) become (x₀, x₁, …, y₀, y₁, …).  [H·d, D]
     return rearrange(rows, "(H d two) D -> (H two d) D", H=heads, two=2)
 
 
 def convert_gguf(path: Path, folder: Path) -> Architecture:
-    """Fill `folder` (it exists) with config, weights and tokenizer of the GGUF at `path`.
+    """Fills an existing folder with config, weights and tokenizer of the GGUF at `path`.
 
     Raises:
-        UsageError: another architecture than Llama, a tokenizer that we do not know, or a damaged file.
+        UsageError: the architecture is not Llama, the tokenizer is not supported, or the file is damaged.
     """
     check_header(path)
     with damaged(path, "a GGUF file of the Llama family", "Fetch it again"):
-        return _converted(path, folder)
+        return _convert(path, folder)
 
 
-def _converted(path: Path, folder: Path) -> Architecture:
+def _convert(path: Path, folder: Path) -> Architecture:
     from gguf import GGUFReader, dequantize  # noqa: PLC0415 (an optional extra)
 
     reader = GGUFReader(path)
+    # Sizes of tensors come from the header, and may not exceed the file's.
     if (claimed := sum(tensor.n_bytes for tensor in reader.tensors)) > path.stat().st_size:
         raise ValueError(f"tensors of {claimed} bytes, in a file of {path.stat().st_size}")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
         raise UsageError(f"{path}: architecture {fields['general.architecture']!r}; wanted 'llama'.")
-    arch = _architecture(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    arch = _read_architecture(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     weights: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
@@ -122,7 +124,7 @@ def _converted(path: Path, folder: Path) -> Architecture:
     bos, eos = int(fields["tokenizer.ggml.bos_token_id"]), int(fields["tokenizer.ggml.eos_token_id"])
     write_json(folder / "config.json", config_of(arch, bos, eos))
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    _tokenizer(fields, path).save(str(folder / "tokenizer.json"))
+    _build_tokenizer(fields, path).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[bos],

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read once over before the library does, which makes objects for whatever counts it finds.
+"""Check of a GGUF file's header before the library reads it, because the library trusts all counts in it.
 
 magic, version ─ counts of tensors and fields ─ fields: name, type, value ─ tensors: name, dims, type, offset
 """
@@ -12,14 +12,14 @@ from kd_core.files import damaged, open_plain
 
 WANTED = "a GGUF file of version 2 or 3"
 MOST_FIELDS = MOST_TENSORS = 1 << 16
-MOST_ITEMS = 1 << 21  # of all arrays; the library makes some 400 bytes of objects for each
+MOST_ITEMS = 1 << 21  # of all arrays: the library makes some 400 bytes of objects for each item
 MOST_NAME = 1 << 10
 STRING, ARRAY = 8, 9
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 class _Reader:
-    """Numbers and strings off a file, none of which may end behind it."""
+    """Reader of numbers and strings that refuses those that end past the end of the file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.items = file, os.fstat(file.fileno()).st_size, 0
@@ -33,11 +33,11 @@ class _Reader:
             raise ValueError(f"{count} bytes at {self.file.tell()}, in a file of {self.size}")
         self.file.seek(count, os.SEEK_CUR)
 
-    def count(self, what: str, most: int, form: str = "<Q") -> int:
-        found = self.number(form)
-        if found > most:
-            raise ValueError(f"{found} {what}; at most {most} are read")
-        return found
+    def count(self, noun: str, most: int, form: str = "<Q") -> int:
+        count = self.number(form)
+        if count > most:
+            raise ValueError(f"{count} {noun}; at most {most} are read")
+        return count
 
     def value(self, kind: int) -> None:
         if kind == STRING:
@@ -60,10 +60,10 @@ class _Reader:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a file whose header has counts or lengths that it does not hold.
+    """Checks that the header's counts and lengths are in bounds and inside the file.
 
     Raises:
-        UsageError: it has, or it is no GGUF file.
+        UsageError: they are not, or it is no GGUF file.
     """
     with open_plain(path, WANTED) as file, damaged(path, WANTED, "Fetch it again"):
         reader = _Reader(file)

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's own format: `adapter_config.json` beside `adapter_model.safetensors`."""
+"""Adapters in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +13,9 @@ from kd_core.students.huggingface.weights import Stored, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
-# How an adapter may have begun on a base that stays as it is (the others of PEFT 0.21: pissa, olora, corda, …).
+# Initialisations that leave the base as it is. The others of PEFT 0.21 change it: pissa, olora, corda, …
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Settings with which an adapter would mean something else.
+# Settings that would change the meaning of an adapter.
 NOT_OURS = (
     "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora",
@@ -24,7 +24,7 @@ NOT_OURS = (
 
 
 def stored_name(layer: str, which: str) -> str:
-    """The name in PEFT's file of a layer's `lora_A` or `lora_B`."""
+    """Returns the name in PEFT's file of a layer's `lora_A` or `lora_B`."""
     return f"{PREFIX}{layer}.{which}.weight"
 
 
@@ -46,9 +46,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; only 'none' is supported.")
-    if (begun := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
         raise UsageError(
-            f"{path}: init_lora_weights is {begun!r}, a beginning that also changes the base, by what is not in the "
+            f"{path}: init_lora_weights is {init!r}, a beginning that also changes the base, by what is not in the "
             f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
         )
@@ -59,47 +59,47 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_same(folder: Path, model: Decoder) -> None:
-    """That a stored adapter has the settings and the layers of the model's own. Dropout may differ.
+    """Checks that a stored adapter has the settings and the layers of the model's adapters. Dropout may differ.
 
     Raises:
-        UsageError: it has others, or is none that we can load; says what to set.
+        UsageError: it has others, or it is not supported. The message names what to set.
     """
     config, layers = _read_config(folder), adapted_layers(model)
-    own = next(iter(layers.values())).settings
+    settings = next(iter(layers.values())).settings
     with damaged(folder / CONFIG, "a PEFT adapter's configuration"):
-        stored = {
-            "rank": (own.rank, int(config.get("r", 8))),
-            "alpha": (own.alpha, float(config.get("lora_alpha", 8))),
-            "rank_stabilised": (own.rank_stabilised, bool(config.get("use_rslora", False))),
+        compared = {
+            "rank": (settings.rank, int(config.get("r", 8))),
+            "alpha": (settings.alpha, float(config.get("lora_alpha", 8))),
+            "rank_stabilised": (settings.rank_stabilised, bool(config.get("use_rslora", False))),
         }
-    for name, (ours, theirs) in stored.items():
+    for name, (ours, theirs) in compared.items():
         if ours != theirs:
             raise UsageError(f"student.{name}: got {ours}; {folder} has {theirs}. Set student.{name}={theirs}.")
-    names = {_our_name(each.name).rsplit(".", 1)[0] for each in stored_tensors(_files(folder))}
+    names = {_our_name(tensor.name).rsplit(".", 1)[0] for tensor in stored_tensors(_files(folder))}
     if names != set(layers):
-        there, here = sorted(names - set(layers)), sorted(set(layers) - names)
-        which = f"{there[0]} there alone" if there else f"{here[0]} here alone"
+        theirs_only, ours_only = sorted(names - set(layers)), sorted(set(layers) - names)
+        example = f"{theirs_only[0]} there alone" if theirs_only else f"{ours_only[0]} here alone"
         raise UsageError(
-            f"student.targets: {folder} adapts {len(names)} layers, the student {len(layers)} ({which}). "
+            f"student.targets: {folder} adapts {len(names)} layers, the student {len(layers)} ({example}). "
             "Set student.targets and student.layers to those of the adapter."
         )
 
 
 def load_adapter(model: Decoder, folder: Path) -> None:
-    """Copy a stored adapter into the model's own, which `check_same` has compared.
+    """Copies a stored adapter into the model's adapters. `check_same` must have passed.
 
     Raises:
         UsageError: a tensor is missing, of another shape, or not finite.
     """
-    wanted = {
+    remaining = {
         f"{name}.{which}": parameter
         for name, layer in adapted_layers(model).items()
         for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
     }
     for stored in stored_tensors(_files(folder)):
-        _fill(stored, wanted.pop(_our_name(stored.name), None))
-    if wanted:
-        raise UsageError(f"{folder}: {len(wanted)} tensors are missing, the first is {min(wanted)}.")
+        _fill(stored, remaining.pop(_our_name(stored.name), None))
+    if remaining:
+        raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
 
 
 def _fill(stored: Stored, parameter: Any) -> None:
@@ -108,18 +108,30 @@ def _fill(stored: Stored, parameter: Any) -> None:
     stored.fill(parameter)
 
 
-def _targets(names: list[str], num_layers: int) -> dict[str, Any]:
-    """Names and layers apart where every named layer has every name, as people write it; else each in full."""
+def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
+    """Returns the fields of PEFT that name the adapted modules.
+
+    If every adapted layer has the same modules, they are lists of modules and layers, as people write them. Otherwise
+    they are the full names.
+    """
+    # layers.{layer}.….{last} → (layer, last)
     pairs = {(int(name.split(".")[1]), name.rsplit(".", 1)[1]) for name in names}
     layers, lasts = sorted({layer for layer, _ in pairs}), sorted({last for _, last in pairs})
     if len(pairs) != len(layers) * len(lasts):
         return {"target_modules": [f"model.{name}" for name in sorted(names)]}
-    some = None if len(layers) == num_layers else layers
-    return {"target_modules": lasts, "layers_to_transform": some, "layers_pattern": None if some is None else "layers"}
+    chosen = None if len(layers) == num_layers else layers
+    return {
+        "target_modules": lasts,
+        "layers_to_transform": chosen,
+        "layers_pattern": None if chosen is None else "layers",
+    }
 
 
 def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
-    """The `adapter_config.json` of a model's adapters; `base_folder` None where no folder has the frozen weights."""
+    """Returns the `adapter_config.json` of a model's adapters.
+
+    `base_folder` is None if no folder has the frozen weights.
+    """
     settings = next(iter(layers.values())).settings
     fetched = None if base_folder is None else snapshot_at(base_folder)
     base = fetched.repository if fetched else base_folder and str(base_folder)
@@ -134,5 +146,5 @@ def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folde
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
-        **_targets(list(layers), num_layers),
+        **_target_fields(list(layers), num_layers),
     }

@@ -1,6 +1,6 @@
-"""RoPE's fields of a `config.json` to a theta and a scaling, and back.
+"""Conversion of RoPE's fields of a `config.json` to a theta and a scaling, and back.
 
-Older files have `rope_theta` and `rope_scaling`, those of transformers 5 `rope_parameters` with all of it.
+Older files have `rope_theta` and `rope_scaling`. Files of transformers 5 have `rope_parameters` with both.
 """
 
 import math
@@ -26,11 +26,11 @@ KNOWN_FIELDS = {
 
 
 def _fields(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The kind of scaling and its fields, theta among them, of either form."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise UsageError(f"{path}: rope_parameters is {found!r}; only one setting for all layers is supported.")
-    fields: dict[str, Any] = {**found}
+    """Returns the kind of scaling and its fields, theta included, from either form."""
+    stored = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(stored, dict) or any(isinstance(value, dict) for value in stored.values()):
+        raise UsageError(f"{path}: rope_parameters is {stored!r}; only one setting for all layers is supported.")
+    fields: dict[str, Any] = {**stored}
     older = fields.pop("type", None)
     kind = str(fields.pop("rope_type", older) or "default")
     if kind not in KINDS:
@@ -41,28 +41,29 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if share not in (None, 1, 1.0):
         raise UsageError(f"{path}: partial_rotary_factor is {share}; only 1.0 is supported.")
     unknown = sorted(set(fields) - KNOWN_FIELDS[kind] - {"rope_theta"})
-    # Files of models that never were stretched carry fields of other kinds along; with `default` they do nothing.
+    # Files of unscaled models often carry fields of other kinds. With `default` these have no effect.
     if unknown and kind != "default":
         raise UsageError(f"{path}: rope_type {kind!r} has {unknown[0]!r}, which is not supported.")
     return kind, fields
 
 
 def _yarn_amplitude(fields: dict[str, Any], factor: float) -> float:
-    def of(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+    # √(1/t) = 0.1 · mscale · ln(factor) + 1 (YaRN), or the quotient of two of them (DeepSeek).
+    def amplitude(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
     if fields.get("attention_factor") is not None:
         return float(fields["attention_factor"])
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return of(fields["mscale"]) / of(fields["mscale_all_dim"])
-    return of(1.0)
+        return amplitude(fields["mscale"]) / amplitude(fields["mscale_all_dim"])
+    return amplitude(1.0)
 
 
 def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling of a configuration; `path` names it in errors.
+    """Returns theta and scaling of a configuration. `path` names it in errors.
 
     Raises:
-        UsageError: a kind of scaling, or a field of one, that we do not have.
+        UsageError: a kind of scaling, or a field of one, is not supported.
         KeyError: a field that the kind needs is missing.
     """
     kind, fields = _fields(path, config)
@@ -72,9 +73,9 @@ def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | 
     if kind == "linear":
         return theta, LinearScaling(float(fields["factor"]))
     stretched = int(config["max_position_embeddings"])
-    # The top-level field is some older files' place for it, and counts first, as in transformers.
-    outer = config.get("original_max_position_embeddings")
-    original = int(outer or fields.get("original_max_position_embeddings") or stretched)
+    # Some older files have this field at the top level. It takes precedence there, as in transformers.
+    top_level = config.get("original_max_position_embeddings")
+    original = int(top_level or fields.get("original_max_position_embeddings") or stretched)
     if kind == "llama3":
         return theta, Llama3Scaling(
             float(fields["factor"]), float(fields["low_freq_factor"]), float(fields["high_freq_factor"]), original
@@ -103,5 +104,5 @@ def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The fields, in the older form, which every transformers reads."""
+    """Returns the fields in the older form, which every version of transformers reads."""
     return {"rope_theta": theta, "rope_scaling": None if scaling is None else _scaling_fields(scaling)}

@@ -1,6 +1,6 @@
-"""A student into a Hugging Face folder: adapters merged, and again beside it in PEFT's format.
+"""Export of a student to a Hugging Face folder, with adapters merged, and again in PEFT's format.
 
-Where parameters are spread over processes, all of them take part, one whole tensor at a time; the first one writes.
+If parameters are sharded over processes, all ranks gather one whole tensor at a time, and the first rank writes it.
 """
 
 import functools
@@ -29,42 +29,43 @@ ADAPTER = "adapter"
 
 
 class _Piece(NamedTuple):
-    """A tensor to be stored, and how every rank takes part in making it whole."""
+    """A tensor to store, with its number of elements. `gather` returns it whole, and all ranks must call it."""
 
     name: str
-    numbers: int
-    values: Callable[[], Tensor]
+    size: int
+    gather: Callable[[], Tensor]
 
 
 class _File(NamedTuple):
-    """A file of the folder, and what is to lie in it."""
+    """A file of the folder, and the tensors that it will hold."""
 
     name: str
     pieces: list[_Piece]
 
 
 def _unlikely_padding(head: Tensor, real: int) -> Tensor:
-    """The head's rows [rows, D]; those beyond the `real` ones, which were not trained, become the mean of these.
+    """Returns the rows of lm_head [rows, D], where rows beyond the first `real` become the mean of those.
 
-    A padding logit is then the mean of the real ones. exp is convex, so a padding token has at most 1/V of their
-    probability at any position, and is the likeliest at none.
+    Padding rows were not trained. With the mean, a padding logit is the mean of the real logits. exp is convex, so a
+    padding token has at most 1/V of the real tokens' probability at any position, and is nowhere the likeliest.
     """
     rows = whole(head)
+    # [real, D], then the mean row repeated to [rows − real, D].
     return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
 
 
 def _model_pieces(model: Decoder) -> list[_Piece]:
-    """By transformers' names, adapters merged; a tied head is not stored."""
+    """Returns the tensors by transformers' names, with adapters merged, and without a tied lm_head."""
     arch = model.arch
-    values = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
+    gathers = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
     if arch.vocab_rows > arch.vocab_size:
         head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
-        values[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
+        gathers[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
     return [
         _Piece(
             name if name == "lm_head.weight" else f"model.{name}",
             parameter.numel(),
-            values.get(name, functools.partial(whole, parameter)),
+            gathers.get(name, functools.partial(whole, parameter)),
         )
         for name, parameter in base_parameters(model).items()
     ]
@@ -79,10 +80,10 @@ def _adapter_pieces(model: Decoder) -> list[_Piece]:
 
 
 def _split(pieces: list[_Piece], most: int) -> list[_File]:
-    """Files of at most so many numbers each, but of one tensor at least."""
+    """Divides tensors into files of at most `most` elements each, but of one tensor at least."""
     groups: list[list[_Piece]] = [[]]
     for piece in pieces:
-        if groups[-1] and sum(each.numbers for each in groups[-1]) + piece.numbers > most:
+        if groups[-1] and sum(member.size for member in groups[-1]) + piece.size > most:
             groups.append([])
         groups[-1].append(piece)
     if len(groups) == 1:
@@ -90,11 +91,11 @@ def _split(pieces: list[_Piece], most: int) -> list[_File]:
     return [_File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def _gathered(files: list[_File]) -> Iterator[Tensor]:
-    """The whole tensors in order; every step is one that all ranks take."""
+def _gather_all(files: list[_File]) -> Iterator[Tensor]:
+    """Yields the whole tensors in order. All ranks must take the same steps together."""
     for file in files:
         for piece in file.pieces:
-            yield piece.values()
+            yield piece.gather()
 
 
 def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
@@ -109,28 +110,28 @@ def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], 
 
 
 def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
-    places = {piece.name: file.name for file in files for piece in file.pieces}
-    size = sum(piece.numbers for file in files for piece in file.pieces) * dtype.itemsize
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+    file_names = {piece.name: file.name for file in files for piece in file.pieces}
+    size = sum(piece.size for file in files for piece in file.pieces) * dtype.itemsize
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_names})
 
 
 def _write_adapter_config(model: Decoder, folder: Path, tokenizer_folder: Path) -> None:
     if layers := adapted_layers(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
-        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers dropped
+        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers were dropped
         (folder / ADAPTER).mkdir()
         write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
 
 
-def _ends(path: Path) -> bool:
-    """Checks that the JSON of a file ends with a bracket, as one that was cut short does not."""
+def _has_json_end(path: Path) -> bool:
+    """Checks that a JSON file ends with a bracket, so that it was not cut short."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 64))
         return file.read().rstrip().endswith((b"}", b"]"))
 
 
 def is_whole(folder: Path) -> bool:
-    """Checks that a folder holds an exported student of which no file is missing or cut short; reads no weights."""
+    """Checks that a folder holds an exported student without missing or shortened files. Reads no weights."""
     try:
         weights = weight_files(folder)
         if (adapter := folder / ADAPTER).is_dir():
@@ -139,7 +140,9 @@ def is_whole(folder: Path) -> bool:
             with safe_open(path, "pt"):  # compares the file's length with its header
                 pass
         needed = [folder / "config.json", folder / "tokenizer.json"]
-        return all(is_plain_file(path) for path in needed) and all(_ends(path) for path in folder.rglob("*.json"))
+        return all(is_plain_file(path) for path in needed) and all(
+            _has_json_end(path) for path in folder.rglob("*.json")
+        )
     except (UsageError, OSError, SafetensorError):
         return False
 
@@ -154,18 +157,26 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
     max_file_bytes: int = MAX_FILE_BYTES,
     first: bool = True,
 ) -> None:
-    """Write a folder that transformers loads: config, weights, the tokenizer's files, and `adapter/` for PEFT.
+    """Writes a folder that transformers loads: config, weights, the tokenizer's files, and `adapter/` for PEFT.
 
-    Every process calls it, the one that writes with `first`; an error of that one stops all. More than
-    `max_file_bytes` of weights become several files with an index. Memory: one file's weights, on the first alone.
-    `chat` is how the conversations were written that the student was trained on, if it was.
+    Every process must call it. An error of the one that writes stops all. Memory: the weights of one file, on the
+    writing process alone.
+
+    Args:
+        model: the student, also sharded.
+        folder: the new folder.
+        tokenizer_folder: the folder whose tokenizer and other files are copied.
+        chat: format of the conversations that the student was trained on, if it was.
+        dtype: type of the stored weights. Those in `adapter/` are float32.
+        max_file_bytes: more weights than this become several files with an index.
+        first: this process writes the files.
 
     Raises:
-        UsageError: files that cannot be written.
+        UsageError: a file cannot be written.
     """
     files = _split(_model_pieces(model), max_file_bytes // DTYPES[dtype].itemsize)
     adapters = [_File(f"{ADAPTER}/{WEIGHTS}", pieces)] if (pieces := _adapter_pieces(model)) else []
-    tensors = _gathered([*files, *adapters])
+    tensors = _gather_all([*files, *adapters])
     with stopping_together(model.parameters()):
         try:
             if first:
@@ -177,5 +188,6 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
                     if len(files) > 1:
                         _write_index(partial, files, DTYPES[dtype])
         finally:
-            for _ in tensors:  # the others' part, and what an error of the first has left over
+            # Gather the rest: all tensors on ranks that do not write, and those after an error on the one that does.
+            for _ in tensors:
                 pass

@@ -1,4 +1,4 @@
-"""Weights out of Hugging Face folders (safetensors, one file or sharded), each process only its own part of them."""
+"""Weights of Hugging Face folders (safetensors, one file or several). Each process reads only its own part."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ from kd_core.students.huggingface.config_json import read_architecture
 LAYER = re.compile(r"\d{1,9}")
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 THEN = "Fetch the folder again"
-IGNORED = ".rotary_emb.inv_freq"  # a buffer that older files carry along; it follows from config.json
+IGNORED = ".rotary_emb.inv_freq"  # a buffer in older files, which follows from config.json
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,8 +30,8 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 COMPARED_ROWS = 4096
 
 
-def _indexed(index: Path) -> list[str]:
-    """Names of the files that an index has."""
+def _index_files(index: Path) -> list[str]:
+    """Returns the names of the files in an index."""
     with damaged(index, "a safetensors index", THEN):
         names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
         if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
@@ -40,12 +40,12 @@ def _indexed(index: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads, in a stable order; what else lies in the folder is left alone.
+    """Returns the safetensors files that transformers loads, in a stable order.
 
-    That is the single file, and where there is none those of the index. An index beside a single file is not read.
+    They are the single file, or if there is none, those of the index. An index beside a single file is not read.
 
     Raises:
-        UsageError: there are none, the index names one that is missing, or an adapter lies beside them.
+        UsageError: there are none, a file of the index is missing, or the folder also holds an adapter.
     """
     if (folder / "adapter_config.json").exists():
         raise UsageError(
@@ -53,7 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
             "base. Wanted a merged model, or the adapter in a folder of its own (student.adapter)."
         )
     is_single = is_plain_file(folder / SINGLE) or not (folder / INDEX).exists()
-    files = [folder / name for name in ([SINGLE] if is_single else _indexed(folder / INDEX))]
+    files = [folder / name for name in ([SINGLE] if is_single else _index_files(folder / INDEX))]
     missing = [str(file) for file in files if not is_plain_file(file)]
     if missing:
         pickled = " Weights as .bin are not read: save them as safetensors." if [*folder.glob("*.bin")] else ""
@@ -62,12 +62,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_room(parameters: Iterable[Tensor], folder: Path) -> None:
-    """Refuse a configuration whose model has more numbers than the folder has bytes of weights, before it has memory.
+    """Checks that a model has no more numbers than the folder has bytes of weights, before memory is allocated.
 
-    A folder without weights passes. A dry run needs none, and whoever fills the model finds that they are missing.
+    A folder without weights passes. A dry run needs none, and filling the model reports that they are missing.
 
     Raises:
-        UsageError: it has.
+        UsageError: `config.json` describes more weights than there are bytes.
     """
     numbers = sum(parameter.numel() for parameter in parameters)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors") if is_plain_file(path))
@@ -78,22 +78,22 @@ def check_room(parameters: Iterable[Tensor], folder: Path) -> None:
 
 
 class Stored:
-    """A tensor in a safetensors file, of which any box can be read alone."""
+    """A tensor in a safetensors file. Any box of it can be read alone."""
 
     def __init__(self, file: Any, path: Path, name: str) -> None:
         self.path, self.name, self.slice = path, name, file.get_slice(name)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
         return tuple(self.slice.get_shape())
 
     def read(self, box: Box) -> Tensor:
-        """The values of a box.
+        """Returns the values of a box.
 
         Raises:
-            UsageError: they are not finite.
+            UsageError: they are not finite, or of an unsupported type.
         """
+        # A rank may hold nothing of a small tensor: an empty tensor of the stored type.
         if any(part.start >= part.stop for part in box):
             return self.slice[:0].new_empty([part.stop - part.start for part in box])
         values: Tensor = self.slice[box]
@@ -104,10 +104,10 @@ class Stored:
         return values
 
     def fill(self, parameter: Tensor) -> None:
-        """Copy it into a parameter of the same shape.
+        """Copies the tensor into a parameter of the same shape, in any layout.
 
         Raises:
-            UsageError: it has another shape, or values that are not finite.
+            UsageError: the tensor has another shape, or values that are not finite.
         """
         if self.shape != tuple(parameter.shape):
             raise UsageError(
@@ -116,8 +116,8 @@ class Stored:
         put(parameter, self.read)
 
 
-def _opened(path: Path, stack: ExitStack) -> Iterator[Stored]:
-    """The tensors of a safetensors file, which can be read until the stack is closed."""
+def _open_tensors(path: Path, stack: ExitStack) -> Iterator[Stored]:
+    """Yields the tensors of a safetensors file. They can be read until `stack` is closed."""
     try:
         file = stack.enter_context(safe_open(path, "pt"))
         for name in sorted(file.keys()):
@@ -127,18 +127,21 @@ def _opened(path: Path, stack: ExitStack) -> Iterator[Stored]:
 
 
 def stored_tensors(files: list[Path]) -> Iterator[Stored]:
-    """All tensors of safetensors files, each to be read before the next.
+    """Yields all tensors of safetensors files. A tensor must be read before the next file begins.
 
     Raises:
         UsageError: a file is damaged.
     """
     for path in files:
         with ExitStack() as stack:
-            yield from _opened(path, stack)
+            yield from _open_tensors(path, stack)
 
 
 def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
-    """The student's name of a stored tensor; None where its layer was dropped."""
+    """Returns the student's name for a stored tensor, or None if its layer was dropped.
+
+    `position_of` maps layers of the folder to layers of the student.
+    """
     name = name.removeprefix("model.")
     if not name.startswith("layers."):
         return name
@@ -149,60 +152,66 @@ def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _are_apart(files: tuple[tuple[Path, int, int], ...]) -> bool:
-    """True where an embedding and a head of other values are stored; `files` have sizes and times, for the cache."""
+def _differ(files: tuple[tuple[Path, int, int], ...]) -> bool:
+    """Checks whether both an embedding and an lm_head are stored, with different values.
+
+    `files` are paths with sizes and times, so that a changed file is read again in spite of the cache.
+    """
     with ExitStack() as stack:
-        ends: dict[str | None, Stored] = {}
+        by_name: dict[str | None, Stored] = {}
         for path, _, _ in files:
-            for stored in _opened(path, stack):
-                ends[_new_name(stored.name, {})] = stored
-        embedding, head = ends.get(EMBEDDING), ends.get(HEAD)
+            for stored in _open_tensors(path, stack):
+                by_name[_new_name(stored.name, {})] = stored
+        embedding, head = by_name.get(EMBEDDING), by_name.get(HEAD)
         if embedding is None or head is None:
             return False
         if embedding.shape != head.shape:
             return True
         rows, width = embedding.shape
-        boxes = [(slice(at, min(at + COMPARED_ROWS, rows)), slice(0, width)) for at in range(0, rows, COMPARED_ROWS)]
+        # Compare some rows at a time, which bounds memory.  [COMPARED_ROWS, D]
+        boxes = [(slice(row, min(row + COMPARED_ROWS, rows)), slice(0, width)) for row in range(0, rows, COMPARED_ROWS)]
         return any(not torch.equal(embedding.read(box).float(), head.read(box).float()) for box in boxes)
 
 
 def has_own_head(folder: Path) -> bool:
-    """True where the folder has an embedding and another head: transformers ties no such two, whatever config.json has.
+    """Checks whether the folder has an lm_head that differs from its embedding.
 
-    False where there are no weights yet.
+    transformers does not tie such a pair, whatever `config.json` states. Without weights the result is False.
     """
     if not any(is_plain_file(folder / name) for name in (SINGLE, INDEX)):
         return False
     facts = ((path, path.stat()) for path in weight_files(folder))
-    return _are_apart(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+    return _differ(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
 
 
 def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
-    """Copy the folder's weights into `parameters` by name, whose layer i is the folder's layer `keep_layers[i]`.
+    """Copies the folder's weights into `parameters` by name. Layer i of them is the folder's layer `keep_layers[i]`.
 
-    Where the head is the embedding, the embedding is taken if it is stored, else the head.
+    A tied student takes the stored embedding, or if there is none, the stored lm_head.
 
     Raises:
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
     """
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
-    wanted, files = dict(parameters), weight_files(folder)
+    remaining, files = dict(parameters), weight_files(folder)
     tied = HEAD not in parameters
-    alone = tied and EMBEDDING not in {_new_name(stored.name, position_of) for stored in stored_tensors(files)}
+    only_head_stored = tied and EMBEDDING not in {
+        _new_name(stored.name, position_of) for stored in stored_tensors(files)
+    }
     for stored in stored_tensors(files):
         name = _new_name(stored.name, position_of)
-        if name == HEAD and alone:
+        if name == HEAD and only_head_stored:
             name = EMBEDDING
         if name is None or name.endswith(IGNORED) or (name == HEAD and tied):
             continue
-        if name not in wanted:
+        if name not in remaining:
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
-        stored.fill(wanted.pop(name))
-    if wanted:
-        raise UsageError(f"{folder}: {len(wanted)} tensors are missing, the first is {min(wanted)}.")
+        stored.fill(remaining.pop(name))
+    if remaining:
+        raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
 
 
 def stored_architecture(folder: Path) -> Architecture:
-    """The architecture of a folder's weights: with a head of its own where one is stored that is not the embedding."""
+    """Returns the architecture of a folder's weights, which is untied if the stored lm_head is not the embedding."""
     arch = read_architecture(folder)
     return replace(arch, tie_embeddings=False) if arch.tie_embeddings and has_own_head(folder) else arch

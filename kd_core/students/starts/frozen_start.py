@@ -1,4 +1,4 @@
-"""A start of which some parameters are not trained."""
+"""A start with some parameters frozen."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,29 @@ from kd_core.students.starts.start import Start
 
 @dataclass(frozen=True)
 class Frozen:
-    """`base` with the parameters that `patterns` fit held as they are: `embed_tokens.weight`, `layers.[0-3].*`."""
+    """The start `base`, without training of parameters whose names match `patterns`.
+
+    Examples of patterns: `embed_tokens.weight`, `layers.[0-3].*`.
+    """
 
     base: Start
     patterns: tuple[str, ...]
 
     @property
     def folder(self) -> str:
-        """See `Start`."""
         return self.base.folder
 
     def architecture(self) -> Architecture:
-        """That of the base."""
         return self.base.architecture()
 
     def decoder(self) -> Decoder:
-        """The base's, with `requires_grad` off where a pattern fits.
+        """Returns the decoder of the base, with `requires_grad` off where a pattern matches.
 
         Raises:
-            UsageError: a pattern fits nothing, or nothing is left to train.
+            UsageError: a pattern matches nothing, or nothing is left to train.
         """
         model = self.base.decoder()
-        named = dict(model.named_parameters(remove_duplicate=False))  # a tied head by either name
+        named = dict(model.named_parameters(remove_duplicate=False))  # a tied lm_head under both names
         for name in matching(named, self.patterns, "student.patterns"):
             named[name].requires_grad_(False)
         if not any(parameter.requires_grad for parameter in named.values()):
@@ -40,5 +41,4 @@ class Frozen:
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
-        """As the base."""
         self.base.fill(model, seed)

@@ -1,4 +1,4 @@
-"""A start of which low-rank adapters alone are trained."""
+"""A start that trains only low-rank adapters."""
 
 import math
 from dataclasses import dataclass
@@ -31,25 +31,27 @@ ALIASES = {
 
 
 def uniform_as_peft(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Kaiming's uniform with a = √5 (arXiv 1502.01852), as PEFT begins: within ± 1/√in."""
+    """Draws A as PEFT does: Kaiming's uniform distribution with a = √5 (arXiv 1502.01852), within ± 1/√in."""
     bound = 1 / math.sqrt(values.shape[1])
     return values.uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """`base`, frozen, with trained low-rank adapters (LoRA, arXiv 2106.09685) beside linear layers of its blocks.
+    """The start `base`, frozen, with trained low-rank adapters beside linear layers of its blocks (LoRA).
+
+    The method is that of arXiv 2106.09685.
 
     Args:
-        base: where the frozen weights come from.
+        base: the start of the frozen weights.
         targets: patterns on the names of linear layers (`q_proj`, `self_attn.*`, `layers.3.mlp.up_proj`), or
             `attention_qkv`, `attention_dense`, `mlp_fc1`, `mlp_fc2`, `attention`, `mlp`, `all`.
         rank: rows of A, columns of B.
-        alpha: the product is multiplied by alpha / rank.
-        dropout: share of the adapter's inputs that a training step leaves out.
-        layers: only in these layers, counted from 0; None: in all.
-        rank_stabilised: alpha / √rank (arXiv 2312.03732).
-        adapter: a folder in PEFT's format to begin with, of just these settings; None: A random, B zero.
+        alpha: scales the product B A, by alpha / rank.
+        dropout: share of the adapter's inputs that are zeroed in training.
+        layers: transformer blocks that get adapters, counted from 0. None: all.
+        rank_stabilised: scale by alpha / √rank instead (arXiv 2312.03732).
+        adapter: a folder in PEFT's format with these very settings, as first values. None: A random, B zero.
     """
 
     base: Start
@@ -68,32 +70,32 @@ class Adapted:
 
     @property
     def folder(self) -> str:
-        """See `Start`."""
         return self.base.folder
 
     def architecture(self) -> Architecture:
-        """That of the base."""
         return self.base.architecture()
 
     def _adapted_names(self, model: Decoder) -> list[str]:
         count = model.arch.num_layers
         if self.layers is not None and not set(self.layers) <= set(range(count)):
             raise UsageError(f"student.layers: got {self.layers}; wanted some of 0 to {count - 1}.")
-        linears = [name for name, each in model.layers.named_modules(prefix="layers") if isinstance(each, nn.Linear)]
-        wanted = [each for target in self.targets for each in ALIASES.get(target, (target,))]
-        found = matching(linears, wanted, f"student.targets (patterns, or {', '.join(ALIASES)})")
+        linears = [
+            name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)
+        ]
+        patterns = [pattern for target in self.targets for pattern in ALIASES.get(target, (target,))]
+        names = matching(linears, patterns, f"student.targets (patterns, or {', '.join(ALIASES)})")
         if self.layers is not None:
-            within = tuple(f"layers.{layer}.*" for layer in self.layers)
-            found = [name for name in found if any(matches(name, each) for each in within)]
-        if not found:
+            blocks = tuple(f"layers.{layer}.*" for layer in self.layers)
+            names = [name for name in names if any(matches(name, block) for block in blocks)]
+        if not names:
             raise UsageError(f"student.targets: {self.targets} in layers {self.layers} is no layer; nothing to adapt.")
-        return found
+        return names
 
     def decoder(self) -> Decoder:
-        """The base's, frozen, with adapters.
+        """Returns the decoder of the base, frozen, with adapters.
 
         Raises:
-            UsageError: a target that fits nothing, a layer that is not there, an adapter of other settings.
+            UsageError: a target matches nothing, a layer does not exist, or the adapter has other settings.
         """
         model = self.base.decoder().requires_grad_(False)
         settings = LowRank(self.rank, self.alpha, self.dropout, self.rank_stabilised)
@@ -107,7 +109,7 @@ class Adapted:
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
-        """The base's weights; adapters from the folder, or A random by (seed, name) and B zero."""
+        """Fills the base, then adapters from their folder, or A at random by (seed, name) and B with zeros."""
         self.base.fill(model, seed)
         if self.adapter is not None:
             with stopping_together(model.parameters()):

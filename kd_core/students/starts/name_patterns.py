@@ -1,4 +1,4 @@
-"""Names by pattern: shell-like (`layers.3.*`, `q_proj`), and a pattern that matches nothing is a mistake."""
+"""Shell-like patterns of parameter and module names (`layers.3.*`, `q_proj`). One that matches nothing is an error."""
 
 import difflib
 import fnmatch
@@ -13,15 +13,15 @@ def _endings(name: str) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether the pattern fits the whole name, or what stands behind one of its dots."""
+    """Checks whether a pattern matches the whole name, or the rest of it after one of its dots."""
     return any(fnmatch.fnmatchcase(ending, pattern) for ending in _endings(name))
 
 
 def matching(names: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
-    """The names that any pattern fits, in their order.
+    """Returns the names that any pattern matches, in their order.
 
     Raises:
-        UsageError: a pattern fits none; tells the nearest names.
+        UsageError: a pattern matches none. The message suggests the nearest names.
     """
     names = list(names)
     endings = {ending for name in names for ending in _endings(name)}

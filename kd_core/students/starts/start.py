@@ -1,7 +1,8 @@
-"""Where a student comes from: a folder, whole or fewer of its layers, or random numbers.
+"""Starts of a student: a Hugging Face folder, whole or with fewer layers, or random weights.
 
-A start makes a student in two steps, so that it can be spread over processes between them: `decoder` gives names and
-shapes without memory, `fill` writes the first values in place.
+A start makes a student in two steps, so that it can be parallelised between them:
+
+    decoder(): names and shapes on the meta device → parallelize.py: sharded memory → fill(): values in place
 """
 
 import hashlib
@@ -25,28 +26,28 @@ from kd_core.students.huggingface.weights import check_room, load_weights, store
 
 @runtime_checkable
 class Start(Protocol):
-    """Anything that names an architecture and gives a decoder its first weights."""
+    """A source of students: an architecture, and first weights for a decoder of it."""
 
     @property
     def folder(self) -> str:
-        """The Hugging Face folder, or `hub:OWNER/NAME`, whose tokenizer the student keeps."""
+        """Returns the Hugging Face folder, or `hub:OWNER/NAME`, whose tokenizer the student keeps."""
         ...
 
     def architecture(self) -> Architecture:
-        """The student's shape; reads `config.json` alone."""
+        """Returns the student's architecture."""
         ...
 
     def decoder(self) -> Decoder:
-        """The student on the meta device, with its adapters, and with `requires_grad` off where it is frozen."""
+        """Returns the student on the meta device, with its adapters, and without `requires_grad` where it is frozen."""
         ...
 
     def fill(self, model: Decoder, seed: int) -> None:
-        """Write the first weights in place, whatever the layout; every process calls it, and writes its own part."""
+        """Writes the first weights in place, in any layout. Every process calls it, and writes its own part."""
         ...
 
 
 def decoder_of(start: Start, tokens: int | None) -> Decoder:
-    """Returns the start's decoder on the meta device. Of its rows, `tokens` are real (None: as the start says)."""
+    """Returns the start's decoder on the meta device, with a real vocabulary of `tokens` (None: that of the start)."""
     model = start.decoder()
     if tokens is not None:
         model.arch = model.arch.with_tokens(tokens, start.folder)
@@ -54,14 +55,17 @@ def decoder_of(start: Start, tokens: int | None) -> Decoder:
 
 
 def build(start: Start, device: torch.device, seed: int, tokens: int | None = None) -> Decoder:
-    """The student of `decoder_of` with its first weights, float32, whole on `device`, by one process."""
+    """Returns the student of `decoder_of` with its first weights, in float32, whole on `device` in one process."""
     model = materialised(decoder_of(start, tokens), device)
     start.fill(model, seed)
     return model
 
 
 def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> None:
-    """Fill a parameter from a generator seeded by (seed, name): drawn whole, so that no layout changes the numbers."""
+    """Fills a parameter with random values from a generator seeded by (seed, name).
+
+    Every process draws the whole tensor and takes its part, so the values are the same in every layout.
+    """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     values = draw(torch.empty(parameter.shape), generator)
@@ -70,11 +74,13 @@ def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor,
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A student from a Hugging Face folder, whole or with only `keep_layers` of its layers, in that order.
+    """A student from a Hugging Face folder, whole or with fewer layers.
 
-    `folder` may be `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`. Which layers to keep is measured by
-    `python -m launchers.importance`. `vocab_size` is the real vocabulary, where it is not the tokenizer's; rows of
-    the folder's weights beyond it are padding.
+    Args:
+        folder: the folder, `hub:OWNER/NAME`, or `hub:OWNER/NAME@REVISION`.
+        keep_layers: the layers of the folder that the student has, in this order. None: all.
+            `python -m launchers.importance` measures which layers matter.
+        vocab_size: the real vocabulary, if it differs from the tokenizer's. Rows of the weights beyond it are padding.
     """
 
     folder: str
@@ -84,19 +90,19 @@ class Pretrained:
     def __post_init__(self) -> None:
         check_ranges(self, "student.", keep_layers=AT_LEAST_0, vocab_size=AT_LEAST_1)
 
-    def _kept(self, stored: Architecture) -> tuple[int, ...]:
-        kept = tuple(range(stored.num_layers)) if self.keep_layers is None else self.keep_layers
-        if not kept or min(kept) < 0 or max(kept) >= stored.num_layers or len(set(kept)) != len(kept):
+    def _layers(self, stored: Architecture) -> tuple[int, ...]:
+        layers = tuple(range(stored.num_layers)) if self.keep_layers is None else self.keep_layers
+        if not layers or min(layers) < 0 or max(layers) >= stored.num_layers or len(set(layers)) != len(layers):
             raise UsageError(
-                f"student.keep_layers: got {kept}; wanted different layers of 0 to {stored.num_layers - 1}, "
+                f"student.keep_layers: got {layers}; wanted different layers of 0 to {stored.num_layers - 1}, "
                 f"for {self.folder} has {stored.num_layers} layers."
             )
-        return kept
+        return layers
 
     def architecture(self) -> Architecture:
-        """The folder's architecture with as many layers as are kept."""
+        """Returns the folder's architecture with the kept layers and the set vocabulary."""
         stored = stored_architecture(folder_of(self.folder))
-        arch = stored.with_layers(self._kept(stored))
+        arch = stored.with_layers(self._layers(stored))
         if self.vocab_size is None:
             return arch
         if not 0 < self.vocab_size <= stored.vocab_size:
@@ -106,23 +112,25 @@ class Pretrained:
         return replace(arch, vocab_size=self.vocab_size, padded_vocab_size=stored.vocab_size)
 
     def decoder(self) -> Decoder:
-        """See `Start`."""
         model = meta_decoder(self.architecture())
         check_room(model.parameters(), folder_of(self.folder))
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
-        """Load the kept layers; `seed` is not used, for nothing is random."""
-        del seed
+        """Loads the kept layers of the folder."""
+        del seed  # nothing is random
         parameters = base_parameters(model)
         with stopping_together(parameters.values()):
-            kept = self._kept(read_architecture(folder_of(self.folder)))
-            load_weights(parameters, folder_of(self.folder), kept)
+            layers = self._layers(read_architecture(folder_of(self.folder)))
+            load_weights(parameters, folder_of(self.folder), layers)
 
 
 @dataclass(frozen=True)
 class Random:
-    """A student of random weights with the vocabulary and tokenizer of `folder`, in a smaller shape."""
+    """A student of random weights in a shape of its own, with the vocabulary and tokenizer of `folder`.
+
+    Weights are normal with a standard deviation of `init_std`.
+    """
 
     folder: str
     hidden_size: int
@@ -135,10 +143,10 @@ class Random:
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         check_ranges(self, "student.", **dict.fromkeys(sizes, AT_LEAST_1), init_std=ABOVE_0)
-        for name, of in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
-            if getattr(self, of) % getattr(self, name):
+        for name, total in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            if getattr(self, total) % getattr(self, name):
                 raise UsageError(
-                    f"student.{name}: got {getattr(self, name)}; wanted a divisor of {of} {getattr(self, of)}."
+                    f"student.{name}: got {getattr(self, name)}; wanted a divisor of {total} {getattr(self, total)}."
                 )
         if self.hidden_size // self.num_heads % 2:
             raise UsageError(
@@ -146,11 +154,11 @@ class Random:
             )
 
     def architecture(self) -> Architecture:
-        """The folder's architecture with our sizes; where its layers see different windows, these go on in turn."""
+        """Returns the folder's architecture with the sizes of this start. Windows of its layers repeat in turn."""
         stored = read_architecture(folder_of(self.folder))
-        turns = tuple(layer % stored.num_layers for layer in range(self.num_layers))
+        layers = tuple(layer % stored.num_layers for layer in range(self.num_layers))
         return replace(
-            stored.with_layers(turns),
+            stored.with_layers(layers),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
@@ -159,11 +167,10 @@ class Random:
         )
 
     def decoder(self) -> Decoder:
-        """See `Start`."""
         return meta_decoder(self.architecture())
 
     def fill(self, model: Decoder, seed: int) -> None:
-        """Normal weights, each parameter from a generator seeded by (seed, name); norms of 1, biases of 0."""
+        """Draws normal weights, each parameter by (seed, name), and sets norms to 1 and biases to 0."""
 
         def normal(values: Tensor, generator: torch.Generator) -> Tensor:
             return values.normal_(0.0, self.init_std, generator=generator)
