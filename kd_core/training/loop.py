@@ -109,7 +109,7 @@ class _Run:
             UsageError: the checkpoint's rows do not fit its steps, or ranks would resume from different steps.
         """
         self.pulse.enter("loading a checkpoint")
-        newest = checkpoint.newest_whole(self.folder.checkpoints, self.world, self.pulse.moved)
+        newest = checkpoint.newest_whole(self.folder.checkpoints, self.world, self.pulse.beat)
         if newest is not None:
             self.progress = checkpoint.load(newest, self.model, self.optimizer)
             if self.progress.rows != (expected_rows := self.progress.step * self.recipe.rows_per_step):
@@ -252,7 +252,7 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
     """
     with ExitStack() as stack:
         pulse = stack.enter_context(watched(world, recipe.parallel.timeout))
-        stack.callback(model.register_forward_pre_hook(pulse.seen).remove)  # each micro-batch is progress
+        stack.callback(model.register_forward_pre_hook(pulse.on_forward).remove)  # each micro-batch is progress
         state = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world, pulse)
         state.group_settings = settings_of_groups(state.optimizer)
         resumed = state.restore()

@@ -73,7 +73,7 @@ class Saver:
             return
         while wait([pending], LOOK_EVERY).not_done:
             if (now := self._written()) != before:
-                self.pulse.moved()
+                self.pulse.beat()
                 before = now
         self.pending = None
         pending.result()
