@@ -4,7 +4,7 @@
 
 The training thread records its phase and its progress in a `Pulse`. The watch thread reports them to the other ranks
 through the store. If there is no progress for the timeout, it compares the reports of all ranks, prints which of them
-are behind, and ends the process. Ranks that are dead rather than hung are torchrun's to find.
+are behind, and ends the process. Dead ranks, as opposed to hung ones, are detected by torchrun.
 """
 
 import contextlib
