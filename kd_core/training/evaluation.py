@@ -51,7 +51,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Asked:
-    """What an evaluation measures: the objective's terms, a user's metrics, and bits per byte.
+    """The measurements of an evaluation: the objective's terms, a user's metrics, and bits per byte.
 
     `token_bytes` holds how many bytes of text each of the V tokens stands for (int [V]). Bits per byte need it.
     """

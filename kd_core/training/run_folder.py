@@ -97,13 +97,13 @@ class RunFolder:
         Raises:
             UsageError: the facts are damaged.
         """
-        contents = "the facts of a start"
+        description = "the facts of a start"
         paths = [path for folder in self.attempts() if (path := folder / "attempt.json").exists()]
         if not paths:
             return {}
         path = paths[-1]
-        with damaged(path, contents):
-            stored = read_json(path, contents)
+        with damaged(path, description):
+            stored = read_json(path, description)
             facts: dict[str, Any] = {
                 name: _visible_text(stored[name], name) for name in ("started", "python", "commit")
             }
@@ -142,7 +142,7 @@ class RunFolder:
             The settings that differ from the record, by path.
 
         Raises:
-            UsageError: the folder belongs to another experiment, or has done more than the steps.
+            UsageError: the folder belongs to another experiment, or its run has done more steps.
         """
         if not (self.path / "config.json").exists():
             write_text(self.path / "config.txt", config_text)

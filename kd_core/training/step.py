@@ -73,7 +73,7 @@ def sum_over(batch_sums: Sequence[LossSums], names: Sequence[str], world: World)
     return world.sum_floats(local_sums)
 
 
-def clip_(parameters: Iterable[Parameter], max_norm: float) -> float:
+def clip_gradients_(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scales all gradients in place so that their global L2 norm is at most `max_norm`.
 
     Returns the norm before clipping, over all parameters and ranks.
@@ -115,7 +115,7 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
         losses.append(loss)
     sums = sum_over(losses, objective.sum_names(), world)
     # A clip norm of 0 stands for none: the norm is measured all the same.
-    norm = clip_(model.parameters(), clip_norm or torch.inf)
+    norm = clip_gradients_(model.parameters(), clip_norm or torch.inf)
     # Loss and norm are sums over all ranks, so every rank comes to the same decision.
     if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
         optimizer.zero_grad()

@@ -46,7 +46,7 @@ class Saver:
             return
         self.last_step = progress.step
         self.wait()
-        if self.frozen is None:
+        if self.frozen is None:  # they never change, so they are computed once
             self.frozen = frozen_norms(model)
         state = run_state(model, optimizer)
         if self.policy.asynchronous:

@@ -142,6 +142,7 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
         write_text(partial / "config.json", content.record)
         common_files = [partial / name for name in COMMON_FILES]
         write_json(partial / HASHES, {**hashes, **hash_files(common_files)})
+        # All bytes are on the disk before the rename makes the checkpoint visible.
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -171,7 +172,7 @@ def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: No
 
     while (folder := world.on_first(lambda: newest(root))) is not None:
         local_faults = damage(folder, slice(world.rank, None, world.size), beat)
-        faults = list(dict.fromkeys(fault for by_rank in gathered(world, local_faults) for fault in by_rank))
+        faults = list(dict.fromkeys(fault for rank_faults in gathered(world, local_faults) for fault in rank_faults))
         if not faults:
             return folder
         world.on_first(lambda folder=folder, faults=faults: put_aside(folder, faults))
@@ -282,7 +283,7 @@ def load_model(folder: Path, model: Decoder, world: World | None = None) -> None
     world = world or World()
     with in_use(folder):
         local_faults = damage(folder, slice(world.rank, None, world.size))
-        faults = list(dict.fromkeys(fault for by_rank in gathered(world, local_faults) for fault in by_rank))
+        faults = list(dict.fromkeys(fault for rank_faults in gathered(world, local_faults) for fault in rank_faults))
         stop_alike(world, f"{folder}: damaged: {'; '.join(faults)}. Take another checkpoint." if faults else None)
         load(folder, model)
 

@@ -151,13 +151,13 @@ def read_metadata(folder: Path) -> Metadata:
             chunks[name].append(chunk)
             files[MetadataIndex(name, chunk.offsets)] = path
     tensors: dict[str, Any] = {}
-    for name, parts in chunks.items():
+    for name, tensor_chunks in chunks.items():
         if len(dtypes[name]) > 1:
             raise UsageError(f"{folder}: {name!a} has parts of several dtypes. Take another checkpoint.")
-        size = _size(parts)
+        size = _size_of_grid(tensor_chunks)
         if size is None:
             raise UsageError(f"{folder}: the parts of {name!a} overlap, or leave a gap. Take another checkpoint.")
-        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=min(dtypes[name], key=str)), size, parts)
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=min(dtypes[name], key=str)), size, tensor_chunks)
     return Metadata(tensors, storage_data=files)
 
 
@@ -175,8 +175,8 @@ def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata
             raise ValueError(f"{OFFSETS} of {len(text)} characters")
         offsets = fields(json.loads(text), OFFSETS, file.keys())
         for name in file.keys():  # noqa: SIM118 (no dictionary)
-            part = file.get_slice(name)
-            shape, kind = part.get_shape(), part.get_dtype()
+            stored = file.get_slice(name)
+            shape, kind = stored.get_shape(), stored.get_dtype()
             if kind not in DTYPES:
                 raise ValueError(f"{name!a} is of dtype {kind}; wanted one of {', '.join(DTYPES)}")
             starts = [integer(start, OFFSETS, 0, 1 << 48) for start in items(offsets[name], OFFSETS)]
@@ -185,28 +185,28 @@ def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata
             yield name, DTYPES[kind], ChunkStorageMetadata(torch.Size(starts), torch.Size(shape))
 
 
-def _size(parts: list[ChunkStorageMetadata]) -> torch.Size | None:
+def _size_of_grid(chunks: list[ChunkStorageMetadata]) -> torch.Size | None:
     """Returns the size of the tensor that chunks make up, or None if they overlap or leave a gap.
 
     Every layout of ranks cuts a tensor by a grid: each dimension at the same places for all chunks.
     """
     # Chunks without elements cover nothing. If all are empty, one of them has the size.
-    filled = [part for part in parts if math.prod(part.sizes)] or parts[:1]
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)] or chunks[:1]
     size: list[int] = []
     cuts: list[dict[int, int]] = []  # for each dimension: the end of a chunk by its start
     for dimension in range(len(filled[0].sizes)):
-        ends = {part.offsets[dimension]: part.offsets[dimension] + part.sizes[dimension] for part in filled}
+        ends = {chunk.offsets[dimension]: chunk.offsets[dimension] + chunk.sizes[dimension] for chunk in filled}
         cuts.append(ends)
         size.append(max(ends.values()))
         if sorted(ends) != sorted([0, *ends.values()])[:-1]:  # each chunk begins where the one before ends
             return None
-    # One chunk for each cell of the grid.
-    is_complete = len({tuple(part.offsets) for part in filled}) == len(filled) == math.prod(map(len, cuts))
+    # The grid has one chunk for each of its cells.
+    is_complete = len({tuple(chunk.offsets) for chunk in filled}) == len(filled) == math.prod(map(len, cuts))
     # Each chunk ends at the cuts of the grid.
     is_aligned = all(
         cut[start] == start + length
-        for part in filled
-        for cut, start, length in zip(cuts, part.offsets, part.sizes, strict=True)
+        for chunk in filled
+        for cut, start, length in zip(cuts, chunk.offsets, chunk.sizes, strict=True)
     )
     return torch.Size(size) if is_complete and is_aligned else None
 
