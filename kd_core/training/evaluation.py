@@ -1,6 +1,6 @@
-"""A student against caches of held-out text: the training objective, what is always measured, and a user's metrics.
+"""Evaluation of a student on caches of held-out text: the training objective, standard metrics, and a user's metrics.
 
-batches ─► one fused pass ─► sums over positions, batches and ranks ─► numbers under val/ (`finished`)
+batches ─► one fused pass ─► sums over positions, batches and ranks ─► metrics under val/ (`compute_metrics`)
 """
 
 import inspect
@@ -33,13 +33,16 @@ HIGHER_IS_BETTER = ("top1_agreement", "top5_agreement", "acceptance")
 LOWER_IS_BETTER = (
     "loss", "nll", "kl", "reverse_kl", "renormalized_kl", "teacher_cross_entropy", "perplexity", "bits_per_byte", "ece"
 )  # fmt: skip
-ADDED = "+"  # begins the names of terms that are no part of the objective, which may have terms of any other name
+ADDED_PREFIX = "+"  # marks terms that are not part of the objective, whose own terms may have any other name
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A cache of held-out text: this rank's batches of it, what can be scored, and its share beside other caches
-    (0: it is reported by itself alone)."""
+    """One cache of held-out text.
+
+    `batches` yields this rank's batches, and `facts` decide which terms can be scored. `weight` is the cache's share
+    of the pooled metrics. A cache of weight 0 is reported by itself alone.
+    """
 
     batches: Callable[[], Iterable[Batch]]
     facts: CacheFacts
@@ -48,8 +51,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured: the objective's terms, a user's functions, and bits per byte where the bytes that each of V
-    tokens stands for are known (int [V])."""
+    """The measurements of an evaluation: the objective's terms, a user's metrics, and bits per byte.
+
+    `token_bytes` holds how many bytes of text each of the V tokens stands for (int [V]). Bits per byte need it.
+    """
 
     objective: Objective
     metrics: Sequence[Metric] = ()
@@ -57,60 +62,64 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Users(Term):
-    """A user's metric as a term of no weight."""
+class _UserMetric(Term):
+    """A user's metric as a term of weight 0."""
 
     function: Metric
 
     def values(self, view: SparseView) -> Tensor:
-        """What the function gives.
+        """Returns the function's value at each position, [n].
 
         Raises:
-            UsageError: it fails, or is not one number a position.
+            UsageError: the function fails, or does not return one number a position.
         """
         try:
-            found = self.function(view)
+            result = self.function(view)
         except UsageError:
             raise
         except Exception as error:
-            said = f"evaluation.metrics: {self.function.__name__}: {_line_of(self.function, error)}"
-            raise UsageError(f"{said}{type(error).__name__}: {error}") from error
+            error_prefix = f"evaluation.metrics: {self.function.__name__}: {_error_location(self.function, error)}"
+            raise UsageError(f"{error_prefix}{type(error).__name__}: {error}") from error
         n = len(view.teacher_tail)
-        if not isinstance(found, Tensor) or found.shape != (n,):  # pyright: ignore[reportUnnecessaryIsInstance]
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(result, Tensor) or result.shape != (n,):  # pyright: ignore[reportUnnecessaryIsInstance]
+            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(
                 f"evaluation.metrics: {self.function.__name__} gave {got} of {n} positions; wanted a tensor of one "
                 "number each, before any sum."
             )
-        return found.detach().to(view.teacher_tail.dtype)
+        return result.detach().to(view.teacher_tail.dtype)
 
 
 def best_is(name: str) -> str | None:
-    """Whether the smallest ("min") or the largest ("max") is the best of a number's values; None: nobody knows."""
-    last = name.rpartition("/")[2]
-    if last in HIGHER_IS_BETTER:
+    """Returns "min" if a metric's smallest value is its best, "max" if its largest is, and None if that is unknown."""
+    metric = name.rpartition("/")[2]
+    if metric in HIGHER_IS_BETTER:
         return "max"
-    return "min" if last in LOWER_IS_BETTER or last.endswith("_loss") else None
+    return "min" if metric in LOWER_IS_BETTER or metric.endswith("_loss") else None
 
 
-def _line_of(function: Metric, error: Exception) -> str:
-    """`FILE.py:LINE: `, the innermost of the function's own file; nothing where it has none."""
+def _error_location(function: Metric, error: Exception) -> str:
+    """Returns `FILE.py:LINE: ` of the innermost traceback frame in the function's file, or nothing without one."""
     file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{Path(file).name}:{lines[-1]}: " if lines else ""
 
 
 def standard_terms(cache: CacheFacts) -> dict[str, Term]:
-    """Scored on every cache. Samples give no KL, which needs the teacher's own log-probabilities, but its unbiased
-    cross-entropy with the student: the KL plus a constant."""
+    """Returns the terms that are scored on every cache of this kind, by name.
+
+    A KL needs the teacher's own log-probabilities, which samples do not hold. They give an unbiased estimate of the
+    cross-entropy of teacher and student, which is the KL plus a constant.
+    """
     nll = CrossEntropy(weight=0.0)
     if cache.sampled:
         sampled = Distillation(weight=0.0, divergence="cross_entropy", tail="sampled")
         return {"nll": nll, "teacher_cross_entropy": sampled}
     if not cache.tail_known:
         return {"nll": nll, "renormalized_kl": Distillation(weight=0.0, tail="renormalized")}
-    whole = cache.top_k >= cache.vocab_size  # both are exact then
-    forward, reverse = ("unnormalized", "renormalized") if whole else ("tail_bucket", "tail_bucket")
+    # Entries of the whole vocabulary leave no tail: both divergences are exact then.
+    is_whole = cache.top_k >= cache.vocab_size
+    forward, reverse = ("unnormalized", "renormalized") if is_whole else ("tail_bucket", "tail_bucket")
     return {
         "nll": nll,
         "kl": Distillation(weight=0.0, divergence="forward_kl", tail=forward),
@@ -118,101 +127,117 @@ def standard_terms(cache: CacheFacts) -> dict[str, Term]:
     }
 
 
-def _measured(asked: Asked, cache: CacheFacts) -> tuple[Objective, list[str]]:
-    """With the standard terms, whose cross-entropy also makes every pass one over the whole vocabulary, and the user's;
-    and the names of both."""
-    users = {metric.__name__: _Users(weight=0.0, function=metric) for metric in asked.metrics}
-    added = {**standard_terms(cache), **users}
-    terms = {**asked.objective.fitting(cache), **{f"{ADDED}{name}": term for name, term in added.items()}}
-    # Weights of terms that do not fit are gone, and those of the standard ones are 0: one must be more.
+def _with_added_terms(asked: Asked, cache: CacheFacts) -> tuple[Objective, list[str]]:
+    """Returns the objective with the standard and the user's terms added, and the names of the added terms.
+
+    Terms of the objective that the cache cannot score are left out. The standard cross-entropy also makes every pass
+    one over the whole vocabulary.
+    """
+    user_terms = {metric.__name__: _UserMetric(weight=0.0, function=metric) for metric in asked.metrics}
+    added = {**standard_terms(cache), **user_terms}
+    terms = {**asked.objective.fitting(cache), **{f"{ADDED_PREFIX}{name}": term for name, term in added.items()}}
+    # Added terms have weight 0, and the objective's may all have been left out. An objective needs one above 0.
     if all(term.weight == 0 for term in terms.values()):
-        terms[f"{ADDED}nll"] = CrossEntropy()
+        terms[f"{ADDED_PREFIX}nll"] = CrossEntropy()
     observe = tuple(name for name in OBSERVED if not (cache.sampled and name == "top5_agreement"))
     return replace(asked.objective, terms=terms, observe=observe), list(added)
 
 
-def finished(sums: Mapping[str, float], positions: float) -> dict[str, float]:
-    """Sums over positions as numbers under `val/`: means, and what is no mean of the kind.
+def compute_metrics(sums: Mapping[str, float], positions: float) -> dict[str, float]:
+    """Returns metrics under `val/` from sums over positions: their means, and four that are not means of sums.
 
     perplexity      e^NLL
-    bits_per_byte   NLL in bits, of all scored labels, over the bytes of text that they stand for; special tokens and
-                    ids beyond the tokenizer's stand for none
+    bits_per_byte   NLL in bits, of all scored labels, over the bytes of text that they stand for (special tokens and
+                    ids beyond the tokenizer's stand for none)
     ece             expected calibration error, in probability
-    temperature     of the logits, at which the NLL would be least: above 1, the student is surer than it is right
+    temperature     the temperature of the logits with the least NLL: above 1, the student is overconfident
     """
     means = {name: value for name, value in sums.items() if name not in (*GAPS, *AT_TEMPERATURES, "bytes")}
-    numbers = per_token("val", means, positions)
-    nll = numbers["val/nll"]
-    numbers["val/perplexity"] = math.exp(min(nll, 700.0))  # beyond, no float holds it
+    metrics = per_token("val", means, positions)
+    nll = metrics["val/nll"]
+    metrics["val/perplexity"] = math.exp(min(nll, 700.0))  # e^710 overflows a float64
     if "bytes" in sums:
-        numbers["val/bits_per_byte"] = sums["nll"] / math.log(2) / max(1.0, sums["bytes"])
+        metrics["val/bits_per_byte"] = sums["nll"] / math.log(2) / max(1.0, sums["bytes"])
     return {
-        **numbers,
+        **metrics,
         "val/ece": calibration_error(sums, positions),
         "val/temperature": best_temperature(sums),
     }
 
 
 @torch.no_grad()
-def _sums(
+def _sum_metrics(
     model: Decoder, batches: Iterable[Batch], cache: CacheFacts, asked: Asked, parallel: Parallel, world: World
 ) -> tuple[dict[str, float], float]:
-    """Of all batches and ranks, by name; and how many positions they are of."""
-    measured, added = _measured(asked, cache)
+    """Returns metric sums over all batches and ranks by name, and the number of scored positions."""
+    measured, added_names = _with_added_terms(asked, cache)
     losses: list[LossSums] = []
-    own = {"tokens": 0.0, "teacher_nll": 0.0, "bytes": 0.0}
-    hidden = None if world.is_first else True  # None: where stderr is no terminal
-    shown = tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=hidden)
+    local_totals = {"tokens": 0.0, "teacher_nll": 0.0, "bytes": 0.0}
+    is_hidden = None if world.is_first else True  # None: tqdm hides the bar if stderr is no terminal
+    bar = tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=is_hidden)
     with parallel.autocast(world.device):  # around all batches: each parameter is rounded once
-        for batch in shown:
+        for batch in bar:
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
-            own["tokens"] += float(batch.loss_mask.sum())
-            own["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
+            # What needs no pass through the student: scored positions, and −Σ log p of the teacher at their labels.
+            local_totals["tokens"] += float(batch.loss_mask.sum())
+            local_totals["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
             if asked.token_bytes is not None:
+                # Bytes of the scored labels. Ids beyond the tokenizer's table stand for none.
                 labels = batch.labels[batch.loss_mask].long()
-                own["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
+                local_totals["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
     let_go(model)
     sums = sum_over(losses, measured.sum_names(), world)
-    for name in added:
-        sums[name] = sums.pop(f"{ADDED}{name}_loss")
-    counted = world.sum_floats(own)
-    if not (tokens := counted.pop("tokens")):
+    # Added terms are reported under their plain names: "+kl_loss" becomes "kl".
+    for name in added_names:
+        sums[name] = sums.pop(f"{ADDED_PREFIX}{name}_loss")
+    totals = world.sum_floats(local_totals)
+    if not (tokens := totals.pop("tokens")):
         raise UsageError("evaluation: no position of the held-out cache is scored. Take another cache.")
     if asked.token_bytes is None:
-        counted.pop("bytes")
-    return sums | counted, tokens
+        totals.pop("bytes")
+    return sums | totals, tokens
 
 
 def metric_names(objective: Objective, cache: CacheFacts, metrics: Sequence[Metric] = ()) -> set[str]:
-    """Names of what `evaluate` returns where the bytes of tokens are known."""
-    measured, added = _measured(Asked(objective, metrics), cache)
-    sums = {*measured.sum_names(), *added, "teacher_nll", "bytes"} - {f"{ADDED}{name}_loss" for name in added}
-    return set(finished(dict.fromkeys(sums, 0.0), 1.0))
+    """Returns the names of the metrics that `evaluate` returns if the bytes of tokens are known."""
+    measured, added = _with_added_terms(Asked(objective, metrics), cache)
+    sums = {*measured.sum_names(), *added, "teacher_nll", "bytes"} - {f"{ADDED_PREFIX}{name}_loss" for name in added}
+    return set(compute_metrics(dict.fromkeys(sums, 0.0), 1.0))
 
 
 def evaluate(
     model: Decoder, batches: Iterable[Batch], cache: CacheFacts, *, asked: Asked, parallel: Parallel, world: World
 ) -> dict[str, float]:
-    """Means per scored token under `val/`: the objective's terms that the cache can score, `nll`, `kl`, `reverse_kl`
-    (of samples `teacher_cross_entropy`), `teacher_nll`, masses, agreement, a user's metrics, and what `finished` adds.
+    """Returns means per scored token under `val/`, over the batches of all ranks.
+
+    They are the objective's terms that the cache can score, `nll`, `kl`, `reverse_kl` (of samples
+    `teacher_cross_entropy`), `teacher_nll`, masses, agreement, and a user's metrics. `compute_metrics` adds four more.
     """
-    return finished(*_sums(model, batches, cache, asked, parallel, world))
+    return compute_metrics(*_sum_metrics(model, batches, cache, asked, parallel, world))
 
 
 def evaluate_all(
     model: Decoder, held_out: Mapping[str, HeldOut], *, asked: Asked, parallel: Parallel, world: World
 ) -> dict[str, float]:
-    """As `evaluate`, over several caches: `val/CACHE/…` for each, and `val/…` of what all that have a weight have, with
-    each cache's mean counted by it. One cache alone needs no name."""
-    found = {name: _sums(model, each.batches(), each.facts, asked, parallel, world) for name, each in held_out.items()}
-    if len(found) == 1:
-        return finished(*next(iter(found.values())))
-    weights = {name: each.weight for name, each in held_out.items() if each.weight}
-    positions, total = sum(found[name][1] for name in weights), sum(weights.values())
-    share = {name: weight / total * positions / found[name][1] for name, weight in weights.items()}
-    common = set.intersection(*(set(found[name][0]) for name in weights))
-    pooled = {each: sum(share[name] * found[name][0][each] for name in weights) for each in sorted(common)}
-    numbers = finished(pooled, positions)
-    for name, (sums, count) in found.items():
-        numbers |= {key.replace("val/", f"val/{name}/"): value for key, value in finished(sums, count).items()}
-    return numbers
+    """Evaluates several caches as `evaluate` does one: `val/CACHE/…` for each of them, and pooled metrics as `val/…`.
+
+    The pooled metrics are those that all caches of a weight have in common: the weighted average of the caches' means.
+    A single cache is reported as `val/…` alone.
+    """
+    by_cache = {
+        name: _sum_metrics(model, cache.batches(), cache.facts, asked, parallel, world)
+        for name, cache in held_out.items()
+    }
+    if len(by_cache) == 1:
+        return compute_metrics(*next(iter(by_cache.values())))
+    # Rescale cache c's sums by s_c = (w_c / Σ w) · N / n_c, with n_c its positions and N = Σ n_c over weighted caches.
+    # Then Σ s_c · sum_c / N = Σ (w_c / Σ w) · mean_c.
+    weights = {name: cache.weight for name, cache in held_out.items() if cache.weight}
+    positions, total = sum(by_cache[name][1] for name in weights), sum(weights.values())
+    scale = {name: weight / total * positions / by_cache[name][1] for name, weight in weights.items()}
+    common = set.intersection(*(set(by_cache[name][0]) for name in weights))
+    pooled = {metric: sum(scale[name] * by_cache[name][0][metric] for name in weights) for metric in sorted(common)}
+    metrics = compute_metrics(pooled, positions)
+    for name, (sums, count) in by_cache.items():
+        metrics |= {key.replace("val/", f"val/{name}/"): value for key, value in compute_metrics(sums, count).items()}
+    return metrics

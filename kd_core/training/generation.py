@@ -1,4 +1,7 @@
-"""Greedy continuations, to look at what a model says. Short prompts: every token costs a whole forward pass."""
+"""Greedy continuations of a few short prompts, to look at samples of a model.
+
+Nothing is cached between tokens: every token costs a whole forward pass over all rows.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from kd_core.students.decoder.decoder import Decoder
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts and their ids, how many tokens to continue each by, and what makes text of ids."""
+    """Prompts as texts and as token ids, how many tokens to generate for each, and the function that decodes ids."""
 
     texts: tuple[str, ...]
     ids: list[list[int]]
@@ -27,12 +30,18 @@ class Prompts:
 
 
 def _likeliest(logits: Tensor, part: Part) -> Tensor:
-    """Of logits [B, rows of this part], the likeliest token [B]; of equals the first."""
+    """Returns the argmax token over the whole vocabulary, [B], from a vocab shard's logits, [B, rows of the shard].
+
+    The lowest id wins among equal logits.
+    """
+    # The best of this shard.  [B], [B]
     best, ids = logits.max(dim=1)
     if part.group is None:
         return ids
+    # The best of all shards.  [B]
     highest = best.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=part.group)
+    # Ranks that hold it offer their global id, all others a larger number. The lowest offer is the token.
     ids = torch.where(best == highest, ids + part.first, torch.iinfo(ids.dtype).max)
     dist.all_reduce(ids, dist.ReduceOp.MIN, group=part.group)
     return ids
@@ -42,36 +51,42 @@ def _likeliest(logits: Tensor, part: Part) -> Tensor:
 def continue_greedily(
     model: Decoder, prompts: Sequence[list[int]], tokens: int, parallel: Parallel, world: World
 ) -> list[list[int]]:
-    """The `tokens` likeliest next tokens of each prompt, one after the other. All ranks call it, with the same prompts;
-    each gets the whole answer."""
+    """Returns the next `tokens` tokens of each prompt, by greedy decoding.
+
+    All ranks call it with the same prompts, and all get the same result.
+    """
+    # How many tokens of each row are known so far.  [B]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=world.device)
     rows = torch.arange(len(prompts), device=world.device)
     longest = max(map(len, prompts), default=0) + tokens
 
     def next_ids(hidden: Tensor, weight: Tensor) -> Tensor:
-        here = local_head(hidden, weight)
-        last, own = here.hidden[rows, lengths - 1], here.part.rows(len(here.weight), model.arch.vocab_size)
-        with torch.autocast(world.device.type, enabled=False):  # rounded logits would have ties
-            logits = last.float() @ here.weight.float().t()
-        padding = torch.arange(logits.shape[1], device=world.device) >= own
-        return _likeliest(logits.masked_fill(padding, -torch.inf), here.part)
+        shard = local_head(hidden, weight)
+        # Hidden state of each row's last known token, [B, D], and how many rows of the shard are real tokens.
+        last, real_rows = shard.hidden[rows, lengths - 1], shard.part.rows(len(shard.weight), model.arch.vocab_size)
+        with torch.autocast(world.device.type, enabled=False):  # in float32: rounded logits would have ties
+            logits = last.float() @ shard.weight.float().t()  # [B, rows of the shard]
+        # Rows that only pad the vocabulary are never chosen.
+        is_padding = torch.arange(logits.shape[1], device=world.device) >= real_rows
+        return _likeliest(logits.masked_fill(is_padding, -torch.inf), shard.part)
 
+    # Room for all tokens to come.  [B, longest]
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(world.device)
-    # What stands right of a row's last token is seen by none before it, so a row may be padded to any length: under
-    # sequence parallelism to one that its ranks can divide.
     ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
     with parallel.autocast(world.device):  # around all tokens: each parameter is rounded once
         for _ in range(tokens):
+            # Attention is causal, so padding right of a row's last token changes nothing before it. The length is
+            # rounded up to a multiple of the tensor-parallel ranks, among which sequence parallelism divides it.
             T = -(-int(lengths.max()) // world.layout.tensor) * world.layout.tensor
-            seen = torch.nn.functional.pad(ids[:, :T], (0, max(0, T - ids.shape[1])))
-            positions = torch.arange(T, device=world.device).expand_as(seen)
-            ids[rows, lengths] = model(seen, positions, torch.zeros_like(seen), next_ids)
+            padded = torch.nn.functional.pad(ids[:, :T], (0, max(0, T - ids.shape[1])))  # [B, T]
+            positions = torch.arange(T, device=world.device).expand_as(padded)
+            ids[rows, lengths] = model(padded, positions, torch.zeros_like(padded), next_ids)
             lengths += 1
     let_go(model)
     return [row[len(prompt) : len(prompt) + tokens].tolist() for prompt, row in zip(prompts, ids, strict=True)]
 
 
 def continuations(model: Decoder, prompts: Prompts, parallel: Parallel, world: World) -> dict[str, str]:
-    """What the model says after each prompt."""
-    found = continue_greedily(model, prompts.ids, prompts.tokens, parallel, world)
-    return {text: prompts.decode(ids) for text, ids in zip(prompts.texts, found, strict=True)}
+    """Returns the model's continuation of each prompt as text."""
+    generated = continue_greedily(model, prompts.ids, prompts.tokens, parallel, world)
+    return {text: prompts.decode(ids) for text, ids in zip(prompts.texts, generated, strict=True)}

@@ -1,9 +1,9 @@
-"""Learning-rate schedules as pure functions of the step, so that nothing needs saving.
+"""Learning-rate schedules as pure functions of the step, so that a checkpoint need not hold their state.
 
-WarmupCosine         rises, falls along half a cosine, stays at its floor
-WarmupLinear         rises, falls straight, stays at its floor
-WarmupStableDecay    rises, stays at its peak, falls over its last steps
-WarmupConstant       rises, stays at its peak
+WarmupCosine         linear warm-up, decay along half a cosine, constant at the floor
+WarmupLinear         linear warm-up, linear decay, constant at the floor
+WarmupStableDecay    linear warm-up, constant at the peak, decay over the last steps
+WarmupConstant       linear warm-up, constant at the peak
 """
 
 import math
@@ -19,16 +19,16 @@ CHECKED_STEPS = 1000
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A learning rate as factors on its peak; any frozen dataclass with this method."""
+    """A learning rate as factors on its peak. Any frozen dataclass with this method is one."""
 
     def factor(self, step: int, steps: int) -> float:
-        """Factor on the peak learning rate for step 1 … `steps`."""
+        """Returns the factor on the peak learning rate at `step`, from 1 to `steps`."""
         ...
 
 
 @dataclass(frozen=True)
 class _Warmup(ABC):
-    """A linear warm-up, and then what a subclass says."""
+    """A linear warm-up, followed by the factors of a subclass."""
 
     warmup_steps: int = 5
 
@@ -36,13 +36,15 @@ class _Warmup(ABC):
         check_ranges(self, "schedule.", **dict.fromkeys(self._lengths(), AT_LEAST_0))
 
     def _lengths(self) -> dict[str, int]:
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name.endswith("_steps")}
+        return {
+            setting.name: getattr(self, setting.name) for setting in fields(self) if setting.name.endswith("_steps")
+        }
 
     def check(self, steps: int) -> None:
-        """Refuse a schedule that does not fit into `steps`.
+        """Checks that the phases of the schedule fit into `steps`.
 
         Raises:
-            UsageError: its parts are longer than the run.
+            UsageError: the phases together are longer than the run.
         """
         lengths = self._lengths()
         if sum(lengths.values()) > steps:
@@ -50,20 +52,19 @@ class _Warmup(ABC):
             raise UsageError(f"schedule: {shown} is more than steps {steps}. Shorten them or train longer.")
 
     @abstractmethod
-    def after(self, step: int, steps: int) -> float:
-        """The factor at a step behind the warm-up."""
+    def after_warmup(self, step: int, steps: int) -> float:
+        """Returns the factor at a step after the warm-up."""
         ...
 
     def factor(self, step: int, steps: int) -> float:
-        """See `Schedule`."""
-        return step / self.warmup_steps if step <= self.warmup_steps else self.after(step, steps)
+        return step / self.warmup_steps if step <= self.warmup_steps else self.after_warmup(step, steps)
 
 
 @dataclass(frozen=True)
-class _Falling(_Warmup):
-    """After the warm-up, a fall to `min_ratio` of the peak, which then stays for the last `constant_steps`.
+class _WarmupDecay(_Warmup):
+    """A linear warm-up, a decay to `min_ratio` of the peak, and `constant_steps` at that floor.
 
-    The floor is reached on the step after the fall, so no step is wasted on a rate of 0.
+    The floor is reached on the step after the decay, so that no step is wasted on a rate of 0.
     """
 
     constant_steps: int = 0
@@ -74,32 +75,30 @@ class _Falling(_Warmup):
         check_ranges(self, "schedule.", min_ratio=SHARE)
 
     @abstractmethod
-    def height(self, progress: float) -> float:
-        """From 1 at a progress of 0 to 0 at 1."""
+    def decay(self, progress: float) -> float:
+        """Returns the share of the decay that is left: 1 at a progress of 0, and 0 at 1."""
         ...
 
-    def after(self, step: int, steps: int) -> float:
-        """See `_Warmup`."""
-        decay = steps - self.constant_steps - self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / (decay + 1))
-        return self.min_ratio + (1 - self.min_ratio) * self.height(progress)
+    def after_warmup(self, step: int, steps: int) -> float:
+        decay_steps = steps - self.constant_steps - self.warmup_steps
+        # The + 1 puts progress 1, and so the floor, on the first step after the decay.
+        progress = min(1.0, (step - self.warmup_steps) / (decay_steps + 1))
+        return self.min_ratio + (1 - self.min_ratio) * self.decay(progress)
 
 
 @dataclass(frozen=True)
-class WarmupCosine(_Falling):
+class WarmupCosine(_WarmupDecay):
     """Linear warm-up, cosine decay to `min_ratio` of the peak, then constant for the last `constant_steps`."""
 
-    def height(self, progress: float) -> float:
-        """Half a cosine."""
+    def decay(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
-class WarmupLinear(_Falling):
+class WarmupLinear(_WarmupDecay):
     """Linear warm-up, linear decay to `min_ratio` of the peak, then constant for the last `constant_steps`."""
 
-    def height(self, progress: float) -> float:
-        """A straight line."""
+    def decay(self, progress: float) -> float:
         return 1 - progress
 
 
@@ -107,7 +106,7 @@ class WarmupLinear(_Falling):
 class WarmupStableDecay(_Warmup):
     """Linear warm-up, constant, then decay to `min_ratio` of the peak over the last `decay_steps`.
 
-    It is known as WSD (arXiv 2404.06395). `shape` is linear, or sqrt: 1 − √progress (arXiv 2405.18392).
+    Known as WSD (arXiv 2404.06395). `shape` is that of the decay: linear, or sqrt for 1 − √progress (arXiv 2405.18392).
     """
 
     decay_steps: int = field(kw_only=True)
@@ -118,44 +117,44 @@ class WarmupStableDecay(_Warmup):
         super().__post_init__()
         check_ranges(self, "schedule.", min_ratio=SHARE)
 
-    def after(self, step: int, steps: int) -> float:
-        """See `_Warmup`."""
+    def after_warmup(self, step: int, steps: int) -> float:
         progress = max(0, step - steps + self.decay_steps) / (self.decay_steps + 1)
-        fallen = math.sqrt(progress) if self.shape == "sqrt" else progress
-        return 1 - (1 - self.min_ratio) * fallen
+        decayed = math.sqrt(progress) if self.shape == "sqrt" else progress
+        return 1 - (1 - self.min_ratio) * decayed
 
 
 @dataclass(frozen=True)
 class WarmupConstant(_Warmup):
-    """Linear warm-up, then the peak."""
+    """Linear warm-up, then constant at the peak."""
 
-    def after(self, step: int, steps: int) -> float:
-        """See `_Warmup`."""
+    def after_warmup(self, step: int, steps: int) -> float:
         del step, steps
         return 1.0
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """A schedule's factor at a step.
+    """Returns a schedule's factor at a step.
 
     Raises:
-        UsageError: it fails, or gives no number of at least 0.
+        UsageError: the schedule fails, or does not return a number of at least 0.
     """
-    where = f"schedule: {type(schedule).__name__}.factor({step}, {steps})"
+    error_prefix = f"schedule: {type(schedule).__name__}.factor({step}, {steps})"
     try:
         factor = float(schedule.factor(step, steps))
     except Exception as error:
-        raise UsageError(f"{where}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{error_prefix}: {type(error).__name__}: {error}") from error
     if not 0 <= factor < math.inf:
-        raise UsageError(f"{where}: got {factor}; wanted a number of at least 0.")
+        raise UsageError(f"{error_prefix}: got {factor}; wanted a number of at least 0.")
     return factor
 
 
 def check_schedule(schedule: Schedule, steps: int) -> None:
-    """Refuse a schedule that does not fit into `steps`, by its factors at each of them, or at some of many.
+    """Checks that a schedule fits into `steps`, and that its factors are numbers of at least 0.
+
+    The factors of about `CHECKED_STEPS` steps are tried, evenly spaced, and that of the last step.
 
     Raises:
-        UsageError: as in `rate_factor`, or its parts are longer than the run.
+        UsageError: as in `rate_factor`, or the phases together are longer than the run.
     """
     if isinstance(schedule, _Warmup):
         schedule.check(steps)

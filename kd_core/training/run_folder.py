@@ -1,4 +1,4 @@
-"""The folder of a run: its frozen configuration, its attempts, and where everything else lies in it."""
+"""The folder of a run: its frozen record, its attempts, and the paths of everything else in it."""
 
 import logging
 import os
@@ -28,87 +28,96 @@ PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors
 
 
 def read_settings(config_text: str) -> dict[str, tuple[str, str]]:
-    """Of a `config.txt`, by path: the value, and who set it."""
+    """Returns the value and its origin of each setting in a `config.txt`, by the setting's path."""
     settings: dict[str, tuple[str, str]] = {}
     for line in config_text.splitlines():
         path, _, rest = line.partition(" = ")
-        value, _, who = rest.rpartition("  # ")
-        settings[path] = (value, who)
+        value, _, origin = rest.rpartition("  # ")
+        settings[path] = (value, origin)
     return settings
 
 
-def _differences(old: str, new: str) -> dict[str, str]:
-    """By path, what two `config.txt` say differently."""
-    was, wants = ({path: value for path, (value, _) in read_settings(text).items()} for text in (old, new))
-    names = [name for name in sorted({*was, *wants}) if was.get(name) != wants.get(name)]
-    return {name: f"{was.get(name, 'absent')} there, {wants.get(name, 'absent')} now" for name in names}
+def _differences(old_text: str, new_text: str) -> dict[str, str]:
+    """Returns the settings whose values differ between two `config.txt`, by path."""
+    old, new = ({path: value for path, (value, _) in read_settings(text).items()} for text in (old_text, new_text))
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return {name: f"{old.get(name, 'absent')} there, {new.get(name, 'absent')} now" for name in names}
 
 
-def _listed(differences: dict[str, str], most: int = 3) -> str:
-    shown = [f"{name} is {how}" for name, how in list(differences.items())[:most]]
-    return "; ".join(shown) + (f"; and {len(differences) - most} more" if len(differences) > most else "")
+def _listed(differences: dict[str, str], limit: int = 3) -> str:
+    shown = [f"{name} is {values}" for name, values in list(differences.items())[:limit]]
+    return "; ".join(shown) + (f"; and {len(differences) - limit} more" if len(differences) > limit else "")
 
 
-def _words(value: Any, name: str) -> str:
+def _visible_text(value: Any, name: str) -> str:
     return visible(text(value, name))
 
 
-def _fact(value: Any, name: str) -> int | str:
-    return _words(value, name) if isinstance(value, str) else integer(value, name, -LARGEST, LARGEST)
+def _text_or_integer(value: Any, name: str) -> int | str:
+    return _visible_text(value, name) if isinstance(value, str) else integer(value, name, -LARGEST, LARGEST)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run."""
+    """The folder of one run.
+
+    config.json     the frozen record of the experiment
+    config.txt      the same settings as text
+    attempts/NNN    the facts and the log of each start
+    checkpoints/    complete checkpoints
+    export/         the finished student as a Hugging Face folder
+    """
 
     path: Path
 
     @property
     def checkpoints(self) -> Path:
-        """Where complete checkpoints stand."""
         return self.path / "checkpoints"
 
     @property
     def export(self) -> Path:
-        """The finished student as a Hugging Face folder."""
         return self.path / "export"
 
     @property
     def is_finished(self) -> bool:
-        """Checks whether the run has ended: its student is written last. Its checkpoints may be deleted then."""
+        """Checks whether the student, which is written last, is complete. Checkpoints may be deleted then."""
         return is_whole(self.export)
 
     def record(self) -> str:
-        """The frozen configuration of the run, as `claim` wrote it."""
+        """Returns the frozen record of the run, as `claim` wrote it."""
         return read_text(self.path / "config.json", "the record of a run")
 
     def settings_text(self) -> str:
-        """The settings as text, as `claim` wrote them; errors as in `read_text`."""
+        """Returns the settings as text, as `claim` wrote them. Raises as `read_text` does."""
         return read_text(self.path / "config.txt", "the settings of a run")
 
     def last_facts(self) -> dict[str, Any]:
-        """The facts of the last start, of those that are shown; none where there was none.
+        """Returns those facts of the last start that are shown, or nothing before the first start.
 
         Raises:
-            UsageError: they are damaged.
+            UsageError: the facts are damaged.
         """
-        what = "the facts of a start"
-        known = [path for folder in self.attempts() if (path := folder / "attempt.json").exists()]
-        if not known:
+        description = "the facts of a start"
+        paths = [path for folder in self.attempts() if (path := folder / "attempt.json").exists()]
+        if not paths:
             return {}
-        path = known[-1]
-        with damaged(path, what):
-            value = read_json(path, what)
-            facts: dict[str, Any] = {name: _words(value[name], name) for name in ("started", "python", "commit")}
-            facts["versions"] = {visible(k): _words(v, k) for k, v in fields(value["versions"], "versions").items()}
-            facts["world"] = {visible(k): _fact(v, k) for k, v in fields(value["world"], "world").items()}
-            facts["sources"] = {
-                visible(k): _words(v, k) for k, v in fields(value.get("sources", {}), "sources").items()
+        path = paths[-1]
+        with damaged(path, description):
+            stored = read_json(path, description)
+            facts: dict[str, Any] = {
+                name: _visible_text(stored[name], name) for name in ("started", "python", "commit")
             }
-            for name, found in (("inputs", value["inputs"]), ("user_files", value.get("user_files", {}))):
+            facts["versions"] = {
+                visible(k): _visible_text(v, k) for k, v in fields(stored["versions"], "versions").items()
+            }
+            facts["world"] = {visible(k): _text_or_integer(v, k) for k, v in fields(stored["world"], "world").items()}
+            facts["sources"] = {
+                visible(k): _visible_text(v, k) for k, v in fields(stored.get("sources", {}), "sources").items()
+            }
+            for name, files in (("inputs", stored["inputs"]), ("user_files", stored.get("user_files", {}))):
                 facts[name] = {
-                    visible(where): {key: _words(each[key], key) for key in ("path", "sha256")}
-                    for where, each in fields(found, name).items()
+                    visible(role): {key: _visible_text(file[key], key) for key in ("path", "sha256")}
+                    for role, file in fields(files, name).items()
                 }
             return facts
 
@@ -119,14 +128,21 @@ class RunFolder:
         may_change: frozenset[str] = frozenset(),
         recorded_text: Callable[[], str] | None = None,
     ) -> dict[str, str]:
-        """Write the record of the experiment, or check that the folder is of the same one.
+        """Writes the record of an experiment, or checks that the folder holds a run of the same one.
 
-        `may_change` are paths of settings that a resumed run may have otherwise; returns those that it has. With them
-        it may have other `steps`, and with those another schedule. `recorded_text` gives the settings of the record
-        with today's defaults for what is newer than it.
+        Args:
+            config_json: the record.
+            config_text: its settings as text.
+            may_change: paths of settings that may differ in a resumed run. `steps` may differ too, and with it the
+                schedule.
+            recorded_text: returns the settings of the folder's record, with today's defaults for settings that are
+                newer than it.
+
+        Returns:
+            The settings that differ from the record, by path.
 
         Raises:
-            UsageError: the folder belongs to another experiment, or has done more than the steps.
+            UsageError: the folder belongs to another experiment, or its run has done more steps.
         """
         if not (self.path / "config.json").exists():
             write_text(self.path / "config.txt", config_text)
@@ -138,11 +154,11 @@ class RunFolder:
             return {}
         differences = _differences(recorded_text() if recorded_text else self.settings_text(), config_text)
         free = ("steps", "schedule") if "steps" in differences else ()
-        others = {name: how for name, how in differences.items()
-                  if name not in may_change and name.split(".")[0] not in free}  # fmt: skip
-        if others or not (differences or recorded_text):
+        refused = {name: values for name, values in differences.items()
+                   if name not in may_change and name.split(".")[0] not in free}  # fmt: skip
+        if refused or not (differences or recorded_text):
             raise UsageError(
-                f"{self.path}: holds a run of another experiment ({_listed(others) or 'its config.json differs'}). "
+                f"{self.path}: holds a run of another experiment ({_listed(refused) or 'its config.json differs'}). "
                 "Name another --run_dir, or the same settings to resume."
             )
         if "steps" in differences:
@@ -163,32 +179,32 @@ class RunFolder:
             )
 
     def change_record(self, attempt: Path, config_json: str, config_text: str) -> None:
-        """Write another record; the one before, and the student that was made by it, are kept in `attempt`/before."""
+        """Replaces the record. The previous one and the student that it produced move to `attempt`/before."""
         before = attempt / "before"
         before.mkdir()
         write_text(before / "config.txt", self.settings_text())
         write_text(before / "config.json", self.record())
-        if self.export.exists():  # first, for with the new record it would be that of a finished run
+        if self.export.exists():  # before the new record, beside which it would look like a finished run
             shutil.move(self.export, before / "export")
-        # The record first: with its text alone, nothing would tell which of the two the run is of.
+        # The record comes first: `claim` rewrites a text that does not fit the record, but never the record.
         write_text(self.path / "config.json", config_json)
         write_text(self.path / "config.txt", config_text)
 
     def precision(self) -> str | None:
-        """Returns the precision that the run began with. None before it has a record."""
+        """Returns the precision that the run began with, or None before it has a record."""
         value = settings_of(self).get("parallel.precision")
         return None if value is None else value.strip("'\"")
 
     def attempts(self) -> list[Path]:
-        """Returns the folders of all starts, in order, whatever else stands among them."""
+        """Returns the folders of all starts in order, and ignores anything else beside them."""
         return [path for _, path in sorted(self._numbered()) if path.is_dir()]
 
     def _numbered(self) -> list[tuple[int, Path]]:
-        found = (self.path / "attempts").glob("*")
-        return [(int(path.name), path) for path in found if NUMBER.fullmatch(path.name)]
+        paths = (self.path / "attempts").glob("*")
+        return [(int(path.name), path) for path in paths if NUMBER.fullmatch(path.name)]
 
     def begin_attempt(self, facts: dict[str, Any]) -> Path:
-        """Make `attempts/NNN` with the facts; the log goes there too."""
+        """Creates `attempts/NNN`, writes the facts of this start there, and directs the log there."""
         folder = self.path / "attempts" / f"{max(self._numbered(), default=(0,))[0] + 1:03d}"
         folder.mkdir(parents=True)
         write_json(folder / "attempt.json", facts)
@@ -199,14 +215,14 @@ class RunFolder:
 
 
 def settings_of(folder: RunFolder) -> dict[str, str]:
-    """The values of a run by path, as its `config.txt` has them; none where it is not written yet."""
+    """Returns the values of a run's `config.txt` by path, or nothing before it is written."""
     if not (folder.path / "config.txt").exists():
         return {}
     return {name: value for name, (value, _) in read_settings(folder.settings_text()).items()}
 
 
 def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Of this start: command, versions, commit, layout, and path and sha256 of what it reads."""
+    """Returns the facts of this start: command, versions, commit, layout, and path and sha256 of its inputs."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -219,22 +235,22 @@ def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, 
 
 
 def _commit() -> str:
-    """The commit of the code, with `-dirty` where the tree differs; `UNKNOWN_COMMIT` outside a checkout."""
+    """Returns the commit of the code, with `-dirty` if the tree differs, or `UNKNOWN_COMMIT` outside a checkout."""
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # else a repository around an installed package would be taken for ours
+    if not (root / ".git").exists():  # git would find the repository that an installed package happens to lie in
         return UNKNOWN_COMMIT
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return UNKNOWN_COMMIT
-    return found.stdout.strip() or UNKNOWN_COMMIT
+    return result.stdout.strip() or UNKNOWN_COMMIT
 
 
 def write_failed_batch(folder: Path, step: int, rank: int, records: list[str], reason: str) -> Path:
-    """Leave the names of a rank's records of a step that could not be taken."""
+    """Writes the names of a rank's records in a step whose loss or gradient was not finite."""
     path = folder / f"failed_step_{step}_rank_{rank}.json"
     write_json(path, {"step": step, "reason": reason, "records": records})
     return path

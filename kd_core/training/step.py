@@ -1,4 +1,10 @@
-"""One optimiser step: count, forward and backward over micro-batches, one sum over ranks, check, move."""
+"""One optimiser step over the micro-batches of all ranks.
+
+    count scored tokens ─► forward, backward per micro-batch ─► sum over ranks ─► clip ─► check ─► move
+
+The loss of the step is the mean over all scored tokens, of all micro-batches and ranks. Each micro-batch's sum is
+divided by that count before its backward pass, so the gradients only need to be added up.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,37 +39,48 @@ class StepSums:
 
 
 def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
-    """The objective over one batch, through the model's own forward."""
+    """Computes the objective's sums over one batch, through the model's own forward.
 
-    def head(hidden: Tensor, weight: Tensor) -> LossSums:
-        here = local_head(hidden, weight)
-        flat = rearrange(here.hidden, "B T D -> (B T) D")
-        form = LogitHead(vocab_size=model.arch.vocab_size, part=here.part)
-        labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
-        return fused_loss(flat, here.weight, batch.teacher(), labels, mask, objective, scale, form)
+    `scale` multiplies the loss that is differentiated: 1 / scored tokens of the whole step.
+    """
 
-    return model(batch.tokens, batch.position_ids, batch.document_ids, head)
+    def loss_of_hidden(hidden: Tensor, weight: Tensor) -> LossSums:
+        # This rank's rows of the lm_head, and the hidden states of whole rows.  [V / ranks, D], [B, T, D]
+        shard = local_head(hidden, weight)
+        # The loss works on positions, whatever row they are of.  [N, D]
+        flat = rearrange(shard.hidden, "B T D -> (B T) D")
+        lm_head = LogitHead(vocab_size=model.arch.vocab_size, part=shard.part)
+        labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()  # [N], [N]
+        # Fused with the lm_head, so that the logits [N, V] are never held as a whole.
+        return fused_loss(flat, shard.weight, batch.teacher(), labels, mask, objective, scale, lm_head)
+
+    return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden)
 
 
 def count(batches: Sequence[Batch], world: World) -> tuple[int, int]:
-    """Scored positions, and damaged blocks, of all batches on all ranks."""
-    own = {
+    """Returns the numbers of scored positions and of damaged blocks in all batches on all ranks."""
+    local_counts = {
         "tokens": float(sum(int(batch.loss_mask.sum()) for batch in batches)),
         "damaged_blocks": float(sum(batch.damaged_blocks for batch in batches)),
     }
-    total = world.sum_floats(own)
+    total = world.sum_floats(local_counts)
     return int(total["tokens"]), int(total["damaged_blocks"])
 
 
 def sum_over(batch_sums: Sequence[LossSums], names: Sequence[str], world: World) -> dict[str, float]:
-    """Add up batches and ranks; a rank without batches adds zeros under the same names."""
-    own = {name: sum((float(loss.sums[name]) for loss in batch_sums), 0.0) for name in names}
-    return world.sum_floats(own)
+    """Adds up the named sums over batches and ranks. A rank without batches adds zeros under the same names."""
+    local_sums = {name: sum((float(loss.sums[name]) for loss in batch_sums), 0.0) for name in names}
+    return world.sum_floats(local_sums)
 
 
-def clip_(parameters: Iterable[Parameter], most: float) -> float:
-    """Scale all gradients so that their common norm is at most so much; returns what it was, over all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+def clip_gradients_(parameters: Iterable[Parameter], max_norm: float) -> float:
+    """Scales all gradients in place so that their global L2 norm is at most `max_norm`.
+
+    Returns the norm before clipping, over all parameters and ranks.
+    """
+    # g ← g · min(1, max_norm / ‖g‖), with ‖g‖ over all parameters.
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    # The norm of sharded gradients is a partial result per rank, which `full_tensor` combines.
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
@@ -77,17 +94,19 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     parallel: Parallel,
     world: World,
 ) -> StepSums:
-    """Move the parameters once, by the gradient of the mean over all scored tokens of the step.
+    """Moves the parameters once, by the gradient of the mean over all scored tokens of the step.
 
-    A step of nothing does not move them: no scored token on any rank, or a weight of 0 for every term. The optimiser
-    would still decay them and follow its momentum.
+    The optimiser does not step if no token is scored on any rank, or if every term has weight 0. It would still apply
+    weight decay and momentum then.
 
     Raises:
-        NonFiniteError: loss or gradient is not finite, on any rank; no rank has moved then.
+        NonFiniteError: the loss or a gradient is not finite, on any rank. No rank has moved then.
     """
+    # The divisor of every micro-batch: scored tokens of the whole step, over all ranks.
     tokens, damaged_blocks = count(batches, world)
     losses: list[LossSums] = []
     for batch in batches:
+        # Gradients accumulate on the rank, and are summed over ranks in the last micro-batch's backward pass alone.
         gradients_wait(model, batch is not batches[-1])
         on_device = batch.to(world.device)
         with parallel.autocast(world.device):
@@ -95,7 +114,9 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
         loss.total.backward()
         losses.append(loss)
     sums = sum_over(losses, objective.sum_names(), world)
-    norm = clip_(model.parameters(), clip_norm or torch.inf)
+    # A clip norm of 0 stands for none: the norm is measured all the same.
+    norm = clip_gradients_(model.parameters(), clip_norm or torch.inf)
+    # Loss and norm are sums over all ranks, so every rank comes to the same decision.
     if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
         optimizer.zero_grad()
         raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")

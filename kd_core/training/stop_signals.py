@@ -1,4 +1,4 @@
-"""When a run stops before its last step, and is saved: it was told to, or its time is over. All ranks stop alike."""
+"""Early stops of a run, by a signal or a time limit. All ranks stop after the same step, and the run is saved."""
 
 import os
 import re
@@ -23,15 +23,15 @@ UNITS = (1, 60, 3_600, 86_400)
 
 
 def _in_seconds(parts: Sequence[float]) -> float:
-    """Return the sum of days, hours, minutes and seconds, of which the first ones may be absent."""
+    """Returns the sum of days, hours, minutes and seconds, of which the first ones may be absent."""
     return sum(part * unit for part, unit in zip(reversed(parts), UNITS, strict=False))
 
 
 def seconds_of(text: str) -> float:
-    """A time as DD:HH:MM:SS, HH:MM:SS, MM:SS or seconds.
+    """Parses a time as DD:HH:MM:SS, HH:MM:SS, MM:SS or seconds, and returns it in seconds.
 
     Raises:
-        UsageError: it is none of these, or not more than 0.
+        UsageError: the text is none of these, or not more than 0.
     """
     try:
         parts = [float(part) for part in text.split(":")]
@@ -43,51 +43,58 @@ def seconds_of(text: str) -> float:
 
 
 def _age_by_ps(process: int) -> float:
-    """Return the seconds since a process began, in whole ones, as every POSIX system tells them."""
+    """Returns the seconds since a process began, rounded to whole seconds, by the `ps` of any POSIX system."""
     command = ["ps", "-o", "etime=", "-p", str(process)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _in_seconds([float(part) for part in re.split("[-:]", shown)])  # DD-HH:MM:SS
+    elapsed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _in_seconds([float(part) for part in re.split("[-:]", elapsed)])  # DD-HH:MM:SS
 
 
 def age(environment: Mapping[str, str] = os.environ) -> float:
-    """Seconds since the command began: this process, or the torchrun that restarts it when a rank dies."""
+    """Returns the seconds since the command began: this process, or the torchrun that restarts it if a rank dies."""
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid()
     if sys.platform != "linux":
         return _age_by_ps(process)
-    started = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])  # see proc(5)
+    # Field 22 of /proc/PID/stat, the start time in clock ticks since boot: proc(5).
+    started = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 class Stopping:
-    """Hears signals from the moment it is entered. A second Ctrl-C interrupts at once."""
+    """Handlers of the stop signals while the context is entered, and the time limit of a run.
+
+    `max_seconds` counts from the start of the command. A second Ctrl-C interrupts at once.
+    """
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        """`max_seconds` counts from the start of the command."""
         self.deadline = None if max_seconds is None else time.monotonic() - age() + max_seconds
-        self.heard = 0
-        self.before: dict[int, object] = {}
+        self.received = 0  # the number of the last signal
+        self.previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            self.before[number] = signal.signal(number, self._hear)
+            self.previous_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.heard == signal.SIGINT:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.heard = number
+        self.received = number
 
-    def _own(self) -> int:
-        over = self.deadline is not None and time.monotonic() > self.deadline
-        return self.heard or (TIME_IS_OVER if over else 0)
+    def _local_code(self) -> int:
+        is_over = self.deadline is not None and time.monotonic() > self.deadline
+        return self.received or (TIME_IS_OVER if is_over else 0)
 
     def agreed(self, world: World) -> str | None:
-        """Why all ranks stop now, if any of them has heard a signal or has no time left."""
-        code = torch.tensor([self._own()])
+        """Returns why all ranks stop now, or None if no rank has received a signal or run out of time.
+
+        All ranks call it together, after every step.
+        """
+        # The largest code of all ranks: a time limit comes before any signal.
+        code = torch.tensor([self._local_code()])
         if world.size > 1:
             dist.all_reduce(code, dist.ReduceOp.MAX)
         number = int(code)

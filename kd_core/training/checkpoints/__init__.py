@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, how they are written, read and checked."""
+"""Checkpoints of a run: their contents, and how they are written, read and checked."""

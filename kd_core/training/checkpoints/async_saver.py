@@ -1,7 +1,7 @@
-"""Saving beside the training: a copy in memory at the step, and a thread that writes it.
+"""Asynchronous checkpoints: the training thread copies the state to memory, and another thread writes the copy.
 
-At most one checkpoint is being written; whoever needs it to be there waits. The thread talks to the other ranks'
-threads through a group of its own, so its messages never mix with those of the training.
+At most one checkpoint is being written at a time. The writing threads of the ranks use a process group of their own,
+so that their collectives never mix with those of the training.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,14 +18,16 @@ from kd_core.training.checkpoints.checkpoint import Checkpoint, Content, Progres
 from kd_core.training.checkpoints.checkpoint_state import State, frozen_norms, run_state, staged
 from kd_core.training.monitoring.hang_watchdog import Pulse
 
-LOOK_EVERY = 1.0
+PROGRESS_SECONDS = 1.0  # between two looks at the bytes written
 
 
 class Saver:
-    """Writes the checkpoints of one run, and deletes those that its policy does not keep."""
+    """The writer of one run's checkpoints, which also deletes those that the policy does not keep.
+
+    All ranks create it together. `record` is the text of the run's config.json.
+    """
 
     def __init__(self, root: Path, policy: Checkpoint, record: str, world: World, pulse: Pulse) -> None:
-        """All ranks together. `record` is the text of the run's config.json."""
         self.root, self.policy, self.record, self.world, self.pulse = root, policy, record, world, pulse
         self.group: dist.ProcessGroup | None = None
         if world.size > 1:
@@ -36,15 +38,15 @@ class Saver:
         self.pending: Future[None] | None = None
         self.buffers: State = {}
         self.frozen: dict[str, float] | None = None
-        self.last: int | None = None
+        self.last_step: int | None = None
 
     def save(self, progress: Progress, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
-        """Begin to write `step_N`, once the one before is there; an error of that one is raised here."""
-        if progress.step == self.last:
+        """Begins to write `step_N`, after the previous checkpoint is complete. Raises the error of that one, if any."""
+        if progress.step == self.last_step:
             return
-        self.last = progress.step
+        self.last_step = progress.step
         self.wait()
-        if self.frozen is None:
+        if self.frozen is None:  # they never change, so they are computed once
             self.frozen = frozen_norms(model)
         state = run_state(model, optimizer)
         if self.policy.asynchronous:
@@ -58,23 +60,23 @@ class Saver:
         if self.world.is_first:
             keep_some(self.root, self.policy)
 
-    def _written(self) -> int:
-        """Bytes of what is being written, by which a slow disk differs from one that hangs."""
+    def _bytes_written(self) -> int:
+        """Returns the size of the checkpoint being written. It grows on a slow disk, but not on one that hangs."""
         return sum(file.stat().st_size for file in self.root.glob("step_*.partial/*"))
 
     def wait(self) -> None:
-        """Return when nothing is being written.
+        """Waits until no checkpoint is being written.
 
         Raises:
-            UsageError: it could not be written.
+            UsageError: the checkpoint could not be written.
         """
-        pending, before = self.pending, -1
+        pending, previous_bytes = self.pending, -1
         if pending is None:
             return
-        while wait([pending], LOOK_EVERY).not_done:
-            if (now := self._written()) != before:
-                self.pulse.moved()
-                before = now
+        while wait([pending], PROGRESS_SECONDS).not_done:
+            if (current_bytes := self._bytes_written()) != previous_bytes:
+                self.pulse.beat()
+                previous_bytes = current_bytes
         self.pending = None
         pending.result()
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent, and checked byte by byte before anything is taken from them.
+"""Checkpoints that are complete or absent, and checked byte by byte before they are loaded.
 
-    step_N.partial ─ every rank: its part, by DCP ─ hashes of all files ─ the first rank: rename ─► step_N
+    step_N.partial ─ every rank: its tensors, by DCP ─ hashes of all files ─ the first rank: rename ─► step_N
 
-A checkpoint holds trained parameters and moments (`state.py`), the step, how far the data was read, and the run's
+A checkpoint holds trained parameters and moments (`checkpoint_state.py`), the step, the rows read, and the run's
 record. The schedule and the random state are functions of the step, so they are restored with it.
 """
 
@@ -31,14 +31,14 @@ from kd_core.parallel.collectives import gathered, stop_alike, together
 from kd_core.parallel.world import World
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.training.checkpoints.checkpoint_files import HASHES, OWN_FILES, damage, described
+from kd_core.training.checkpoints.checkpoint_files import COMMON_FILES, HASHES, damage, hash_files
 from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
     State,
     check_frozen,
     empty_moments,
     frozen_norms,
     model_state,
-    put_back,
+    restore_moments,
     stored_names,
 )
 from kd_core.training.checkpoints.checkpoint_storage import TensorReader, TensorWriter, file_of
@@ -46,22 +46,22 @@ from kd_core.training.checkpoints.checkpoint_storage import TensorReader, Tensor
 log = logging.getLogger("kd")
 MODES = ("min", "max")
 MOST_STEPS = 1 << 53
-# That one process reads and writes alone is what we mean where there is one.
+# DCP warns that a single process reads and writes alone, which is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When to save, how, and what to keep.
+    """Settings of when and how to save, and of which checkpoints to keep.
 
     Args:
-        every: so many steps; also after the last, and when the run is told to stop.
-        asynchronous: training waits for a copy in memory alone, and a thread writes it. The bytes are the same.
-        keep_newest: so many of the newest are kept; the one before the newest is for the day that it is damaged.
-        keep_best: so many of the best are kept besides, of those whose step was validated.
-        best_metric: what "best" means.
-        best_mode: whether its smallest values are the best (min) or its largest (max).
-        export: what `export/` is made of at the end: the last step, or the best checkpoint.
+        every: the steps between checkpoints. The last step and an early stop are saved too.
+        asynchronous: training waits for a copy in memory alone, which a thread writes. The bytes are the same.
+        keep_newest: how many of the newest to keep. The second newest replaces the newest if that is damaged.
+        keep_best: how many of the best to keep besides, among those whose step was validated.
+        best_metric: the metric that ranks them.
+        best_mode: the direction of the metric: its smallest values are the best (min), or its largest (max).
+        export: the source of `export/` at the end: the last step, or the best checkpoint.
     """
 
     every: int = 10
@@ -85,8 +85,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, rows of the global order that they took, the metric of the checkpoint, and
-    how many of the steps did not move the student."""
+    """The progress of a run: steps done, rows of the global order read, the checkpoint's metric, and steps skipped."""
 
     step: int = 0
     rows: int = 0
@@ -96,7 +95,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Content:
-    """What is written: tensors, progress, norms of what is not trained, and the run's config.json."""
+    """The content of one checkpoint: tensors, progress, norms of frozen parameters, and the run's config.json."""
 
     state: State
     progress: Progress
@@ -105,15 +104,15 @@ class Content:
 
 
 @contextlib.contextmanager
-def _said_as_usage_error(folder: Path, what: str, then: str) -> Generator[None]:
-    """DCP's own exception is no `Exception`, and hides the reason in a dictionary."""
+def _as_usage_error(folder: Path, action: str, next_step: str) -> Generator[None]:
+    """Raises a DCP failure as a `UsageError`. DCP's exception is no `Exception`, and has the cause in a dictionary."""
     try:
         with torch.no_grad():
             yield
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
         reason = f"{type(failure).__name__} {failure}".strip().splitlines()[0]
-        raise UsageError(f"{folder}: cannot be {what} ({reason}). {then}.") from None
+        raise UsageError(f"{folder}: cannot be {action} ({reason}). {next_step}.") from None
 
 
 def kept(root: Path) -> list[Path]:
@@ -122,10 +121,10 @@ def kept(root: Path) -> list[Path]:
 
 
 def write(root: Path, content: Content, world: World, group: dist.ProcessGroup | None) -> Path:
-    """Write `step_N`, all ranks together; on return it is complete on disk.
+    """Writes `step_N`, all ranks together, and returns its folder once it is complete on disk.
 
     Raises:
-        UsageError: it cannot be written. Nothing is left under its name.
+        UsageError: it cannot be written. No folder of that name is left.
     """
     folder = root / f"step_{content.progress.step:08d}"
     partial = folder.with_name(folder.name + ".partial")
@@ -141,41 +140,42 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
         write_json(partial / "progress.json", vars(content.progress))
         write_json(partial / "frozen.json", content.frozen)
         write_text(partial / "config.json", content.record)
-        own = [partial / name for name in OWN_FILES]
-        write_json(partial / HASHES, {**hashes, **described(own)})
+        common_files = [partial / name for name in COMMON_FILES]
+        write_json(partial / HASHES, {**hashes, **hash_files(common_files)})
+        # All bytes are on the disk before the rename makes the checkpoint visible.
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         sync_folder(root)
 
     together(world, begin, group)
-    with _said_as_usage_error(partial, "written", "Free some space and run the same again"):
+    with _as_usage_error(partial, "written", "Free some space and run the same again"):
         writer = TensorWriter(partial, world.rank)
         dcp_save(content.state, storage_writer=writer, process_group=group, no_dist=world.size == 1)
-    parts = together(world, lambda: described([file_of(partial, world.rank)]), group)
-    together(world, lambda: end({name: found for part in parts for name, found in part.items()}), group)
+    by_rank = together(world, lambda: hash_files([file_of(partial, world.rank)]), group)
+    together(world, lambda: end({name: facts for hashes in by_rank for name, facts in hashes.items()}), group)
     return folder
 
 
 def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:
-    """The newest checkpoint without damage; None where none was ever written. Damaged ones are renamed, and named.
+    """Returns the newest undamaged checkpoint, or None if none was ever written. Renames and logs damaged ones.
 
     Raises:
-        UsageError: there are damaged ones, and none that is whole.
+        UsageError: all checkpoints are damaged.
     """
 
-    def put_aside(folder: Path, wrong: list[str]) -> None:
+    def put_aside(folder: Path, faults: list[str]) -> None:
         aside = folder.with_name(folder.name + ".damaged")
-        log.error("%s is damaged: %s. It is now %s; the one before it is taken.", folder, "; ".join(wrong), aside.name)
+        log.error("%s is damaged: %s. It is now %s; the one before it is taken.", folder, "; ".join(faults), aside.name)
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 
     while (folder := world.on_first(lambda: newest(root))) is not None:
-        own = damage(folder, slice(world.rank, None, world.size), beat)
-        wrong = list(dict.fromkeys(found for some in gathered(world, own) for found in some))
-        if not wrong:
+        local_faults = damage(folder, slice(world.rank, None, world.size), beat)
+        faults = list(dict.fromkeys(fault for rank_faults in gathered(world, local_faults) for fault in rank_faults))
+        if not faults:
             return folder
-        world.on_first(lambda folder=folder, wrong=wrong: put_aside(folder, wrong))
+        world.on_first(lambda folder=folder, faults=faults: put_aside(folder, faults))
     damaged = world.on_first(lambda: sorted(path.name for path in root.glob("step_*.damaged")))
     if damaged:
         stop_alike(world, f"{root}: {', '.join(damaged)}, and no whole checkpoint is left. Restore one (without "
@@ -185,7 +185,7 @@ def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: No
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Generator[None]:
-    """Keep a checkpoint from being deleted while it is read."""
+    """Holds a shared lock on a checkpoint, so that it is not deleted while it is read."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         flock(handle, fcntl.LOCK_SH)
@@ -195,7 +195,7 @@ def in_use(folder: Path) -> Generator[None]:
 
 
 def delete(folder: Path) -> None:
-    """By rename first, so that nothing half deleted is found under a checkpoint's name. Not if it is in use."""
+    """Deletes a checkpoint unless it is in use. It is renamed first, so that no half of it keeps its name."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,7 +207,7 @@ def delete(folder: Path) -> None:
 
 
 def _metric(folder: Path) -> float | None:
-    """A checkpoint's metric; None where it is no number, or where `newest_whole` will say that nothing can be read."""
+    """Returns a checkpoint's metric, or None if it is not finite or cannot be read, which `newest_whole` reports."""
     try:
         metric = read_progress(folder).metric
     except UsageError:
@@ -216,7 +216,7 @@ def _metric(folder: Path) -> float | None:
 
 
 def keep_some(root: Path, policy: Checkpoint) -> None:
-    """Delete all but the newest and the best checkpoints, and what a kill left half-written."""
+    """Deletes all but the newest and the best checkpoints, and what a kill left half-written."""
     for partial in root.glob("step_*.partial"):
         shutil.rmtree(partial)
     for folder in sorted(set(kept(root)[: -policy.keep_newest]) - {*best_first(root, policy)[: policy.keep_best]}):
@@ -224,44 +224,43 @@ def keep_some(root: Path, policy: Checkpoint) -> None:
 
 
 def best_first(root: Path, policy: Checkpoint) -> list[Path]:
-    """Returns the checkpoints with a metric, the best first; of equal ones the oldest."""
+    """Returns the checkpoints with a metric, the best first, and the oldest first among equals."""
     sign = 1 if policy.best_mode == "min" else -1
     scored = [(sign * metric, folder) for folder in kept(root) if (metric := _metric(folder)) is not None]
     return [folder for _, folder in sorted(scored)]
 
 
 def read_progress(folder: Path) -> Progress:
-    """The progress that a complete checkpoint stands for."""
+    """Reads the progress of a complete checkpoint."""
     path = folder / "progress.json"
     with damaged(path, "a checkpoint's progress"):
-        found = fields(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
-        metric = found["metric"]
+        stored = fields(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
+        metric = stored["metric"]
         if metric is not None and not (isinstance(metric, float) and not math.isfinite(metric)):
             metric = number(metric, "metric")
-        counts = {name: integer(found[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
+        counts = {name: integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
         return Progress(**counts, metric=metric)
 
 
 def _read_norms(folder: Path) -> dict[str, float]:
-    """The norms of what was not trained."""
     path = folder / "frozen.json"
     with damaged(path, "norms of what is not trained"):
         return {name: number(norm, name) for name, norm in read_json(path, "norms of what is not trained").items()}
 
 
 def newest(root: Path) -> Path | None:
-    """The newest complete checkpoint, damaged or not."""
+    """Returns the newest complete checkpoint, damaged or not."""
     return max(kept(root), default=None)
 
 
 def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> Progress:
-    """Restore `model`, and `optimizer` where there is one, in place; each rank reads what it holds.
+    """Restores `model`, and `optimizer` if there is one, in place. Each rank reads its own shards.
 
     Raises:
-        UsageError: the checkpoint cannot be read, is of another student, or of one with another start.
+        UsageError: the checkpoint cannot be read, or is of another student or another start.
     """
     progress, norms, reader = read_progress(folder), _read_norms(folder), TensorReader(folder)
-    with _said_as_usage_error(folder, "read", "It is of another student, or of another version of this code"):
+    with _as_usage_error(folder, "read", "It is of another student, or of another version of this code"):
         state = model_state(model)
         if missing := sorted(stored_names(reader.metadata) ^ state.keys()):
             raise UsageError(f"{folder}: is of another student; {missing[0]!a} is not in both.")
@@ -271,29 +270,29 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None =
             state.update({f"optimizer.{name}.{key}": tensor for key, tensor in tensors.items()})
         dcp_load(state, storage_reader=reader, no_dist=True)
     if optimizer:
-        put_back(model, optimizer, moments)
+        restore_moments(model, optimizer, moments)
     return progress
 
 
 def load_model(folder: Path, model: Decoder, world: World | None = None) -> None:
-    """Restore the parameters of `model` alone, after a look at every byte, which the ranks of `world` share.
+    """Restores the parameters of `model` alone, after a check of every byte, which the ranks of `world` divide.
 
     Raises:
-        UsageError: as for `load`, or what is damaged.
+        UsageError: as in `load`, or the checkpoint is damaged.
     """
     world = world or World()
     with in_use(folder):
-        own = damage(folder, slice(world.rank, None, world.size))
-        wrong = list(dict.fromkeys(found for some in gathered(world, own) for found in some))
-        stop_alike(world, f"{folder}: damaged: {'; '.join(wrong)}. Take another checkpoint." if wrong else None)
+        local_faults = damage(folder, slice(world.rank, None, world.size))
+        faults = list(dict.fromkeys(fault for rank_faults in gathered(world, local_faults) for fault in rank_faults))
+        stop_alike(world, f"{folder}: damaged: {'; '.join(faults)}. Take another checkpoint." if faults else None)
         load(folder, model)
 
 
 def load_best(root: Path, policy: Checkpoint, model: Decoder, world: World) -> Path:
-    """Restore the best checkpoint's parameters on all ranks; returns its folder.
+    """Restores the best checkpoint's parameters on all ranks, and returns its folder.
 
     Raises:
-        UsageError: as for `load_model`, or no checkpoint has a number of the metric.
+        UsageError: as in `load_model`, or no checkpoint has a value of the metric.
     """
     best = next(iter(world.on_first(lambda: best_first(root, policy))), None)
     if best is None:

@@ -1,7 +1,10 @@
-"""A run's tensors by name, as a checkpoint holds them: trained parameters, and what the optimiser keeps of each.
+"""A run's tensors by name, as a checkpoint holds them: trained parameters, and the optimiser's state of each.
 
-Parameters that are not trained are those of the student's start; their norms tell whether it still is the same.
-Tensors may be DTensors of any layout: a name means the whole tensor, whoever holds which part of it.
+    model.NAME           a trained parameter
+    optimizer.NAME.KEY   a tensor of the optimiser for that parameter, such as exp_avg
+
+Parameters that are not trained come from the student's start. A checkpoint holds their norms alone, to detect that the
+start has changed. Tensors may be DTensors of any layout: a name means the whole tensor, however ranks divide it.
 """
 
 from collections.abc import Mapping
@@ -17,7 +20,7 @@ from kd_core.training.checkpoints.checkpoint_storage import DTYPE_NAMES
 
 State = dict[str, Tensor]
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-CLOSE = 1e-6  # relative; norms of one and the same tensor differ by the layout's order of adding up
+CLOSE = 1e-6  # relative: layouts add up the squares of a norm in different orders
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,47 +29,47 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def model_state(model: nn.Module) -> State:
-    """The trained parameters themselves, not copies."""
+    """Returns the trained parameters themselves, not copies."""
     return {f"model.{name}": parameter.detach() for name, parameter in trained(model).items()}
 
 
 def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """The trained parameters and the optimiser's tensors; of one that has not stepped yet, none.
+    """Returns the trained parameters and the optimiser's tensors. Before its first step, an optimiser has none.
 
     Raises:
-        UsageError: the optimiser keeps something else, which would be lost.
+        UsageError: the optimiser's state holds something else, which a checkpoint would lose.
     """
     state = model_state(model)
     for name, parameter in trained(model).items():
-        kept: Mapping[str, object] = optimizer.state.get(parameter, {})
-        for key, value in kept.items():
-            if not _can_be_kept(value, key, parameter):
-                what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        parameter_state: Mapping[str, object] = optimizer.state.get(parameter, {})
+        for key, value in parameter_state.items():
+            if not _can_be_stored(value, key, parameter):
+                kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise UsageError(
-                    f"optimizer.cls: {type(optimizer).__name__} keeps {key!r} ({what}) of {name}; a checkpoint holds "
+                    f"optimizer.cls: {type(optimizer).__name__} keeps {key!r} ({kind}) of {name}; a checkpoint holds "
                     "tensors of usual types, no larger than their parameter, by names without a dot. Take another."
                 )
             state[f"optimizer.{name}.{key}"] = value
     return state
 
 
-def _can_be_kept(value: object, key: str, parameter: Tensor) -> TypeGuard[Tensor]:
+def _can_be_stored(value: object, key: str, parameter: Tensor) -> TypeGuard[Tensor]:
     if not isinstance(value, Tensor) or "." in key or value.dtype not in DTYPE_NAMES:
         return False
     return value.shape == parameter.shape or value.numel() <= max(1, parameter.numel())
 
 
 def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return all that an optimiser's groups hold beside parameters and rates. No checkpoint has it."""
-    moving = ("params", "lr", "initial_lr")
-    return [{name: value for name, value in group.items() if name not in moving} for group in optimizer.param_groups]
+    """Returns the settings of an optimiser's groups, without parameters and rates. No checkpoint holds them."""
+    left_out = ("params", "lr", "initial_lr")
+    return [{name: value for name, value in group.items() if name not in left_out} for group in optimizer.param_groups]
 
 
 def check_kept(model: nn.Module, optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
-    """Refuse an optimiser, after its first step, of which a checkpoint would not hold all that the step has changed.
+    """Checks, after an optimiser's first step, that a checkpoint holds everything that the step has changed.
 
     Raises:
-        UsageError: what stands in its groups is no longer `settings`, or as in `run_state`.
+        UsageError: the settings of its groups are no longer `settings`, or as in `run_state`.
     """
     run_state(model, optimizer)
     for before, after in zip(settings, settings_of_groups(optimizer), strict=True):
@@ -78,7 +81,7 @@ def check_kept(model: nn.Module, optimizer: torch.optim.Optimizer, settings: lis
 
 
 def frozen_norms(model: nn.Module) -> dict[str, float]:
-    """The norm of each parameter that is not trained, in float64."""
+    """Returns the L2 norm of each parameter that is not trained, computed in float64."""
     norms: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -87,23 +90,27 @@ def frozen_norms(model: nn.Module) -> dict[str, float]:
     return norms
 
 
-def check_frozen(stored: Mapping[str, float], here: Mapping[str, float]) -> None:
-    """Refuse a start that is not the one beside which a checkpoint was trained.
+def check_frozen(stored_norms: Mapping[str, float], norms: Mapping[str, float]) -> None:
+    """Checks that the student's start is the one that the checkpoint's run began from.
 
     Raises:
-        UsageError: a parameter that is not trained is another.
+        UsageError: the norm of a parameter that is not trained has changed.
     """
-    for name in sorted({*stored, *here}):
-        was, found = stored.get(name), here.get(name)
-        if was is None or found is None or abs(was - found) > CLOSE * max(abs(was), abs(found)):
+    for name in sorted({*stored_norms, *norms}):
+        old, new = stored_norms.get(name), norms.get(name)
+        if old is None or new is None or abs(old - new) > CLOSE * max(abs(old), abs(new)):
             raise UsageError(
-                f"{name}, which is not trained, has norm {found} here, and had {was} when the checkpoint was written. "
+                f"{name}, which is not trained, has norm {new} here, and had {old} when the checkpoint was written. "
                 "The student's folder has changed: restore it."
             )
 
 
-def _like(parameter: Tensor, name: str, stored: TensorStorageMetadata) -> Tensor:
-    """Empty memory for a tensor of the optimiser: laid out as its parameter where it has its shape, else whole."""
+def _empty_moment(parameter: Tensor, name: str, stored: TensorStorageMetadata) -> Tensor:
+    """Allocates a tensor of the optimiser. It has the layout of its parameter if it has its shape, else it is whole.
+
+    Raises:
+        UsageError: the stored tensor is larger than its parameter.
+    """
     dtype = stored.properties.dtype
     if stored.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)
@@ -119,50 +126,52 @@ def _like(parameter: Tensor, name: str, stored: TensorStorageMetadata) -> Tensor
 
 
 def stored_names(metadata: Metadata) -> set[str]:
-    """Names of the model's tensors in a checkpoint."""
+    """Returns the names of the model's tensors in a checkpoint."""
     return {name for name in metadata.state_dict_metadata if name.startswith("model.")}
 
 
 def empty_moments(model: nn.Module, metadata: Metadata) -> dict[str, State]:
-    """By parameter, memory for all that a checkpoint holds of the optimiser for it."""
+    """Allocates the optimiser's tensors of each parameter, as a checkpoint holds them, by the parameter's name."""
     parameters = trained(model)
     moments: dict[str, State] = {name: {} for name in parameters}
     for full_name, stored in metadata.state_dict_metadata.items():
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
         if full_name.startswith("optimizer.") and name in parameters and isinstance(stored, TensorStorageMetadata):
-            moments[name][key] = _like(parameters[name].detach(), full_name, stored)
+            moments[name][key] = _empty_moment(parameters[name].detach(), full_name, stored)
     return moments
 
 
-def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, State]) -> None:
-    """Give the optimiser its tensors; rates and the like stay those that it was built with.
+def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, State]) -> None:
+    """Puts loaded tensors into the optimiser's state. Rates and other settings stay as they were built.
 
     Raises:
-        UsageError: they are of other shapes than a fused kernel's, which trusts them.
+        UsageError: tensors of a fused optimiser are not of its shapes, which its kernel does not check.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         fused = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
-            kept, shape = moments[names[parameter]], tuple(parameter.shape)
-            if kept and fused:
-                shapes = {key: tuple(tensor.shape) for key, tensor in kept.items()}
+            tensors, shape = moments[names[parameter]], tuple(parameter.shape)
+            if tensors and fused:
+                shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
                 keys = dict.fromkeys((*(ADAM if "betas" in group else ()), *shapes))
                 _check_moments(names[parameter], shapes, {key: () if key == "step" else shape for key in keys})
-            if kept:  # as torch's own load_state_dict places them, but in the dtype that they were kept in
+            if tensors:  # placed as torch's load_state_dict places them, but in their stored dtype
                 optimizer.state[parameter] = {
                     key: tensor if key == "step" and not fused else tensor.to(parameter.device)
-                    for key, tensor in kept.items()
+                    for key, tensor in tensors.items()
                 }
 
 
-def _check_moments(name: str, found: object, wanted: object) -> None:
-    if found != wanted:
-        raise UsageError(f"optimizer.{name}: the checkpoint holds {found}; wanted {wanted}. Take another checkpoint.")
+def _check_moments(name: str, stored_shapes: object, shapes: object) -> None:
+    if stored_shapes != shapes:
+        raise UsageError(
+            f"optimizer.{name}: the checkpoint holds {stored_shapes}; wanted {shapes}. Take another checkpoint."
+        )
 
 
 def staged(state: State, buffers: State) -> State:
-    """A copy in this machine's memory, kept in `buffers`, which the next copy uses again."""
+    """Copies the state into CPU memory. The copies are held in `buffers`, which the next call overwrites."""
     copies: State = {}
     for name, tensor in state.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -170,15 +179,16 @@ def staged(state: State, buffers: State) -> State:
             pinned = local.device.type == "cuda"
             buffers[name] = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=pinned)
         buffers[name].copy_(local, non_blocking=True)
-        copies[name] = _in_place_of(tensor, buffers[name])
+        copies[name] = _with_layout_of(tensor, buffers[name])
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copies
 
 
-def _in_place_of(tensor: Tensor, copy: Tensor) -> Tensor:
-    """The copy as the same part of the same whole. (`from_local` would move it to the mesh's device.)"""
+def _with_layout_of(tensor: Tensor, copy: Tensor) -> Tensor:
+    """Returns the copy of a local shard as a DTensor of the same layout, but on the CPU."""
     if not isinstance(tensor, DTensor):
         return copy
+    # `DTensor.from_local` would move the copy to the mesh's device.
     spec = tensor._spec  # pyright: ignore[reportPrivateUsage]
     return DTensor(copy, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]

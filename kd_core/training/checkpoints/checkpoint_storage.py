@@ -1,10 +1,11 @@
-"""Tensors of a checkpoint as safetensors files, one a rank: numbers alone, no pickle, so reading them runs no code.
+"""DCP storage of a checkpoint's tensors as safetensors files, one per rank.
 
-    tensors_00000.safetensors    header: name → dtype, shape, bytes; "offsets": name → where in the whole tensor it lies
+    tensors_00000.safetensors    header: name → dtype, shape, bytes, and "offsets": name → position in the whole tensor
 
-DCP plans who writes and reads which part of a tensor (resharding included); here stand only the files. A shape in a
-header is backed by as many bytes of the file, or safetensors refuses it: what is allocated is bounded by the file.
-DCP's own `HuggingFaceStorageWriter` holds two more copies of a rank's tensors in memory while it writes.
+The files hold numbers and no pickle, so reading them runs no code. DCP plans which rank writes and reads which chunk
+of a tensor, resharding included. This module only writes and reads the files. safetensors refuses a header whose
+shapes need more bytes than the file has, so the file bounds what is allocated. DCP's own `HuggingFaceStorageWriter`
+would hold two more copies of a rank's tensors in memory while it writes.
 """
 
 import json
@@ -37,7 +38,7 @@ from kd_core.json_fields import fields, integer, items
 from kd_core.training.checkpoints.checkpoint_files import TENSORS
 
 OFFSETS = "offsets"
-EARLIER = ".metadata"
+EARLIER_METADATA = ".metadata"  # the pickle of an earlier format
 ALIGNMENT = 8
 DTYPES = {
     "F64": torch.float64,
@@ -51,7 +52,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def file_of(folder: Path, rank: int) -> Path:
-    """The file that a rank writes."""
+    """Returns the path of the file that a rank writes."""
     return folder / f"tensors_{rank:05d}.safetensors"
 
 
@@ -62,27 +63,26 @@ def _done(value: Any) -> Future[Any]:
 
 
 class TensorWriter(StorageWriter):
-    """Writes what DCP plans for this rank, a tensor at a time."""
+    """Writer of the chunks that DCP plans for this rank, one tensor at a time."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = file_of(folder, rank)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: the folder is fixed."""
+        """Does nothing, because the folder is fixed."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the folder is there."""
+        """Does nothing, because the folder exists."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Order items by size of their elements, so that each lies where its dtype may."""
+        """Sorts chunks by the size of their elements, largest first, so that each is aligned to its dtype."""
         return replace(plan, items=sorted(plan.items, key=lambda item: -_properties(item).dtype.itemsize))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return the plans as they are."""
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file and flush it to the disk."""
+        """Writes this rank's file and flushes it to the disk."""
         with self.path.open("wb") as file:
             file.write(_header(plan.items))
             for item in plan.items:
@@ -95,11 +95,11 @@ class TensorWriter(StorageWriter):
         return _done([WriteResult(item.index, item.tensor_storage_size() or 0, self.path.name) for item in plan.items])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write nothing more: the headers hold all that reading needs."""
+        """Does nothing, because the headers hold all that reading needs."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return False: DCP is handed this writer, and never looks for one."""
+        """Returns False, so that DCP never chooses this class by a path. It is always passed explicitly."""
         del checkpoint_id
         return False
 
@@ -110,7 +110,7 @@ def _properties(item: WriteItem) -> TensorProperties:
 
 
 def _header(plan_items: list[WriteItem]) -> bytes:
-    """The length and the JSON of a safetensors header."""
+    """Returns a safetensors header: the length of its JSON, and the JSON itself."""
     header: dict[str, Any] = {}
     offsets: dict[str, list[int]] = {}
     end = 0
@@ -118,10 +118,12 @@ def _header(plan_items: list[WriteItem]) -> bytes:
         assert item.tensor_data is not None
         name, chunk, dtype = item.index.fqn, item.tensor_data.chunk, item.tensor_data.properties.dtype
         assert name not in header, f"a rank holds two parts of {name}"
+        # Chunks follow each other without gaps.
         start, end = end, end + math.prod(chunk.sizes) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(chunk.sizes), "data_offsets": [start, end]}
         offsets[name] = list(chunk.offsets)
     text = json.dumps({"__metadata__": {OFFSETS: json.dumps(offsets)}, **header}).encode()
+    # Spaces behind the JSON align the first tensor.
     text += b" " * (-len(text) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
@@ -130,16 +132,16 @@ def read_metadata(folder: Path) -> Metadata:
     """Reads the headers of a checkpoint: sizes, dtypes and chunks of all tensors, and the file of each chunk.
 
     Raises:
-        UsageError: an earlier format, a damaged file, or chunks that do not make up a tensor.
+        UsageError: the format is an earlier one, a file is damaged, or chunks do not make up a tensor.
     """
     paths = sorted(folder.glob(TENSORS))
     if not paths:
-        which = (
-            f"holds {EARLIER}, a pickle of an earlier version, which is never read"
-            if (folder / EARLIER).exists()
+        problem = (
+            f"holds {EARLIER_METADATA}, a pickle of an earlier version, which is never read"
+            if (folder / EARLIER_METADATA).exists()
             else "holds no tensors_*.safetensors"
         )
-        raise UsageError(f"{folder}: {which}. Wanted a checkpoint of this version: train again, or take another one.")
+        raise UsageError(f"{folder}: {problem}. Wanted a checkpoint of this version: train again, or take another one.")
     chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
     dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
     files: dict[MetadataIndex, Path] = {}
@@ -148,19 +150,23 @@ def read_metadata(folder: Path) -> Metadata:
             dtypes[name].add(dtype)
             chunks[name].append(chunk)
             files[MetadataIndex(name, chunk.offsets)] = path
-    found: dict[str, Any] = {}
-    for name, parts in chunks.items():
+    tensors: dict[str, Any] = {}
+    for name, tensor_chunks in chunks.items():
         if len(dtypes[name]) > 1:
             raise UsageError(f"{folder}: {name!a} has parts of several dtypes. Take another checkpoint.")
-        size = _size(parts)
+        size = _size_of_grid(tensor_chunks)
         if size is None:
             raise UsageError(f"{folder}: the parts of {name!a} overlap, or leave a gap. Take another checkpoint.")
-        found[name] = TensorStorageMetadata(TensorProperties(dtype=min(dtypes[name], key=str)), size, parts)
-    return Metadata(found, storage_data=files)
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=min(dtypes[name], key=str)), size, tensor_chunks)
+    return Metadata(tensors, storage_data=files)
 
 
 def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata]]:
-    """The chunks in a file, by its header alone."""
+    """Yields the name, dtype and chunk of each tensor in a file, from its header alone.
+
+    Raises:
+        UsageError: the path is no plain file, or its header is damaged.
+    """
     if not is_plain_file(path):
         raise UsageError(f"{path}: is no file. Take another checkpoint.")
     with damaged(path, "the tensors of a checkpoint", "Take another checkpoint"), safe_open(path, "pt") as file:
@@ -169,8 +175,8 @@ def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata
             raise ValueError(f"{OFFSETS} of {len(text)} characters")
         offsets = fields(json.loads(text), OFFSETS, file.keys())
         for name in file.keys():  # noqa: SIM118 (no dictionary)
-            part = file.get_slice(name)
-            shape, kind = part.get_shape(), part.get_dtype()
+            stored = file.get_slice(name)
+            shape, kind = stored.get_shape(), stored.get_dtype()
             if kind not in DTYPES:
                 raise ValueError(f"{name!a} is of dtype {kind}; wanted one of {', '.join(DTYPES)}")
             starts = [integer(start, OFFSETS, 0, 1 << 48) for start in items(offsets[name], OFFSETS)]
@@ -179,57 +185,60 @@ def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata
             yield name, DTYPES[kind], ChunkStorageMetadata(torch.Size(starts), torch.Size(shape))
 
 
-def _size(parts: list[ChunkStorageMetadata]) -> torch.Size | None:
-    """The size of the tensor that chunks make up, each place once; None where they do not.
+def _size_of_grid(chunks: list[ChunkStorageMetadata]) -> torch.Size | None:
+    """Returns the size of the tensor that chunks make up, or None if they overlap or leave a gap.
 
-    However ranks are laid out, they cut a tensor by a grid: each dimension at the same places for all.
+    Every layout of ranks cuts a tensor by a grid: each dimension at the same places for all chunks.
     """
-    filled = [part for part in parts if math.prod(part.sizes)] or parts[:1]
+    # Chunks without elements cover nothing. If all are empty, one of them has the size.
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)] or chunks[:1]
     size: list[int] = []
-    cuts: list[dict[int, int]] = []  # of each dimension, by where a part begins: where it ends
+    cuts: list[dict[int, int]] = []  # for each dimension: the end of a chunk by its start
     for dimension in range(len(filled[0].sizes)):
-        ends = {part.offsets[dimension]: part.offsets[dimension] + part.sizes[dimension] for part in filled}
+        ends = {chunk.offsets[dimension]: chunk.offsets[dimension] + chunk.sizes[dimension] for chunk in filled}
         cuts.append(ends)
         size.append(max(ends.values()))
-        if sorted(ends) != sorted([0, *ends.values()])[:-1]:  # each begins where the one before ends
+        if sorted(ends) != sorted([0, *ends.values()])[:-1]:  # each chunk begins where the one before ends
             return None
-    whole = len({tuple(part.offsets) for part in filled}) == len(filled) == math.prod(map(len, cuts))
-    even = all(
+    # The grid has one chunk for each of its cells.
+    is_complete = len({tuple(chunk.offsets) for chunk in filled}) == len(filled) == math.prod(map(len, cuts))
+    # Each chunk ends at the cuts of the grid.
+    is_aligned = all(
         cut[start] == start + length
-        for part in filled
-        for cut, start, length in zip(cuts, part.offsets, part.sizes, strict=True)
+        for chunk in filled
+        for cut, start, length in zip(cuts, chunk.offsets, chunk.sizes, strict=True)
     )
-    return torch.Size(size) if whole and even else None
+    return torch.Size(size) if is_complete and is_aligned else None
 
 
 class TensorReader(StorageReader):
-    """Reads what DCP plans for this rank from the files of all."""
+    """Reader of the chunks that DCP plans for this rank, from the files of all ranks.
+
+    Its constructor reads the headers, and raises as `read_metadata` does.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers; errors as in `read_metadata`."""
         self.metadata = read_metadata(folder)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: the folder is fixed."""
+        """Does nothing, because the folder is fixed."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what the headers hold."""
+        """Returns the content of the headers."""
         del args, kwargs
         return self.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the headers are read."""
+        """Does nothing, because the headers are read already."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy this rank's parts into its tensors, a file at a time."""
+        """Copies stored chunks into this rank's tensors, one file at a time."""
         by_file: dict[Path, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self.metadata.storage_data[item.storage_index]].append(item)
@@ -243,13 +252,13 @@ class TensorReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return False: DCP is handed this reader, and never looks for one."""
+        """Returns False, so that DCP never chooses this class by a path. It is always passed explicitly."""
         del checkpoint_id
         return False
 
 
 def _read(file: Any, item: ReadItem) -> Tensor:
-    """The box of a stored chunk that an item asks for."""
+    """Reads the part of a stored chunk that an item asks for."""
     box = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
     name = item.storage_index.fqn
     return file.get_slice(name)[box] if box and math.prod(item.lengths) else file.get_tensor(name)[box]

@@ -1,1 +1,1 @@
-"""Reports of a run under way: metrics, TensorBoard, progress, traces, hangs."""
+"""Monitoring of a run: metrics, TensorBoard, progress, traces, and detection of hangs."""

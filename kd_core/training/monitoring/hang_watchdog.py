@@ -1,8 +1,10 @@
-"""A hang ends in one message: who did not arrive, and where it was.
+"""A watchdog that ends a hung run with one message: which rank did not arrive, and where it was.
 
-The training thread says where it is (`Pulse`). A thread beside it tells the other ranks through the store; when the
-training thread has not moved for the timeout, it compares all ranks, says who is behind, and ends the process. A rank
-that is dead rather than hung is found by torchrun.
+    training thread ─ Pulse ─► watch thread of the rank ─ Report ─► store ─► reports of all ranks ─► message, exit
+
+The training thread records its phase and its progress in a `Pulse`. The watch thread reports them to the other ranks
+through the store. If there is no progress for the timeout, it compares the reports of all ranks, prints which of them
+are behind, and ends the process. Dead ranks, as opposed to hung ones, are detected by torchrun.
 """
 
 import contextlib
@@ -25,34 +27,34 @@ from kd_core.parallel.world import World, own_store
 ROOT = Path(__file__).parents[3]
 COLLECTIVES = str(Path("torch") / "distributed")
 STATUS = 1
-LAST_WAIT = 60.0  # seconds for a thread that waits for the store to come back from it
+LAST_WAIT = 60.0  # seconds in which the watch thread must return from a call to the store
 
 
 @dataclass
 class Pulse:
-    """Where the training thread is. `moved` is for whoever makes progress inside a long phase."""
+    """The training thread's phase, how many phases it has entered, and the time of its last progress."""
 
     phase: str = "starting"
     entered: int = 0
-    at: float = 0.0
+    last_progress: float = 0.0
 
     def enter(self, phase: str) -> None:
-        """Begin another phase; every rank goes through the same ones."""
+        """Begins another phase. Every rank goes through the same phases."""
         self.phase, self.entered = phase, self.entered + 1
-        self.moved()
+        self.beat()
 
-    def moved(self) -> None:
-        """There is progress."""
-        self.at = time.monotonic()
+    def beat(self) -> None:
+        """Records progress inside a phase, which a long phase must do to not be taken for a hang."""
+        self.last_progress = time.monotonic()
 
-    def seen(self, *_: object) -> None:
-        """`moved`, as a hook of a module's forward."""
-        self.moved()
+    def on_forward(self, *_: object) -> None:
+        """Records progress, as a forward hook of a module."""
+        self.beat()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells of itself: `sent` counts its reports, `waits` is true inside of a collective."""
+    """The state of one rank. `sent` counts its reports, and `waits` is true inside of a collective."""
 
     sent: int
     phase: str
@@ -63,15 +65,15 @@ class Report:
     answers: bool = True
 
     def __str__(self) -> str:
-        how = "" if self.answers else ", not answering (stopped, or its machine is)"
-        return f"on {self.host}{how}, last seen {self.phase}{f' ({self.place})' if self.place else ''}"
+        silence = "" if self.answers else ", not answering (stopped, or its machine is)"
+        return f"on {self.host}{silence}, last seen {self.phase}{f' ({self.place})' if self.place else ''}"
 
 
 UNSEEN = Report(0, "before its first report", -1, "", waits=False, host="an unknown host")
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of ours, and whether the thread is inside of a collective."""
+    """Returns `FILE:LINE` of the innermost frame in this project, and whether the thread is inside of a collective."""
     waits = False
     while frame is not None:
         name = frame.f_code.co_filename
@@ -83,19 +85,22 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
 
 
 def behind(reports: list[Report]) -> list[int]:
-    """The ranks that the others wait for: those that do not answer, else those with fewer phases behind them, else
-    those that are in no collective while others are. None where nothing tells them apart."""
-    most = max(report.entered for report in reports)
+    """Returns the ranks that the other ranks wait for, or none if nothing tells ranks apart.
+
+    They are the ranks that send no reports. Failing these, they are the ranks that have entered fewer phases, or the
+    ranks outside of any collective.
+    """
+    latest = max(report.entered for report in reports)
     suspects = (
         [rank for rank, report in enumerate(reports) if not report.answers],
-        [rank for rank, report in enumerate(reports) if report.entered < most],
+        [rank for rank, report in enumerate(reports) if report.entered < latest],
         [rank for rank, report in enumerate(reports) if not report.waits],
     )
     return next((ranks for ranks in suspects if 0 < len(ranks) < len(reports)), [])
 
 
 def verdict(reports: list[Report], timeout: float) -> str:
-    """The one message."""
+    """Returns the message that ends the run."""
     blamed = behind(reports)
     waiting = [rank for rank in range(len(reports)) if rank not in blamed]
     what_next = (
@@ -109,7 +114,7 @@ def verdict(reports: list[Report], timeout: float) -> str:
 
 
 class _Watch:
-    """The thread of one rank."""
+    """The watch thread of one rank."""
 
     def __init__(self, world: World, store: Store, pulse: Pulse, timeout: float) -> None:
         self.world, self.store, self.pulse, self.timeout = world, store, pulse, timeout
@@ -117,7 +122,7 @@ class _Watch:
         self.watched = threading.get_ident()
         self.sent = 0
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._work, name="watching ranks", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="watching ranks", daemon=True)
 
     def _send(self) -> None:
         self.sent += 1
@@ -131,37 +136,42 @@ class _Watch:
         names = [f"watch/{rank}" for rank in range(self.world.size)]
         return [Report(**json.loads(self.store.get(name))) if self.store.check([name]) else UNSEEN for name in names]
 
-    def _compared(self) -> list[Report]:
-        """Two looks at all ranks: whoever has sent nothing between them does not answer."""
+    def _compare(self) -> list[Report]:
+        """Reads the reports of all ranks twice. A rank that sends none in between does not answer."""
         before = self._read()
         self.ended.wait(3 * self.every)
         self._send()
         after = self._read()
         return [replace(now, answers=now.sent > then.sent) for then, now in zip(before, after, strict=True)]
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
             while not self.ended.wait(self.every):
                 self._send()
-                if time.monotonic() - self.pulse.at > self.timeout:
-                    self._end(self._compared())
+                if time.monotonic() - self.pulse.last_progress > self.timeout:
+                    self._end(self._compare())
         except (RuntimeError, dist.DistError):
             return  # the store is gone, and with it torchrun, which ends this process
 
     def _end(self, reports: list[Report]) -> None:
-        if self.ended.is_set() or time.monotonic() - self.pulse.at <= self.timeout:  # it moved while we looked
+        # The training thread may have made progress while the reports were compared.
+        if self.ended.is_set() or time.monotonic() - self.pulse.last_progress <= self.timeout:
             return
+        # The first rank to get here prints the message.
         if self.store.add("watch/said", 1) == 1:
             print(f"\nerror: {verdict(reports, self.timeout)}", file=sys.stderr, flush=True)  # below the progress bar
         else:
-            time.sleep(2.0)  # whoever speaks must not be ended by torchrun before it has spoken
+            time.sleep(2.0)  # torchrun ends all ranks once one has exited: leave the first rank the time to print
         os._exit(STATUS)
 
 
 @contextlib.contextmanager
 def watched(world: World, timeout: float) -> Generator[Pulse]:
-    """Watch the calling thread while the block runs. One process alone waits for nobody."""
-    pulse = Pulse(at=time.monotonic())
+    """Watches the calling thread while the block runs, and yields the `Pulse` that it must keep up to date.
+
+    A single process cannot wait for other ranks, so it is not watched.
+    """
+    pulse = Pulse(last_progress=time.monotonic())
     if world.size == 1:
         yield pulse
         return
@@ -171,5 +181,5 @@ def watched(world: World, timeout: float) -> Generator[Pulse]:
         yield pulse
     finally:
         watch.ended.set()
-        # A thread that comes back from the store while Python ends aborts the process.
+        # A thread that returns from the store while Python shuts down would abort the process.
         watch.thread.join(min(timeout, LAST_WAIT))

@@ -1,7 +1,7 @@
-"""How parameters and gradients are spread over sizes, of tensors that are themselves spread over ranks.
+"""Histograms of parameters and gradients, computed on sharded tensors without gathering them.
 
-Every rank counts its own part in buckets that are the same everywhere, and the counts are added up; a part that several
-ranks hold is counted by the first of them. So the numbers are those of the whole tensors, and none is gathered.
+Every rank counts its shard in buckets that are the same on all ranks, and the counts are added up. A shard that
+several ranks hold is counted by the first of them. So the numbers are those of the whole tensors.
 """
 
 import contextlib
@@ -15,52 +15,67 @@ from torch.distributed.tensor import DTensor
 
 from kd_core.parallel.world import World
 
-# Halves of powers of two: what is smaller than 2^-40 is one bucket around 0, what is larger than 2^10 the last.
+# Upper limits of the buckets: ±2^(h/2) for h = -80 … 20. Values below 2^-40 in size share one bucket around 0, those
+# above 2^10 fall into the last one.
 _POSITIVE = [2 ** (half / 2) for half in range(-80, 21)]
 LIMITS = [*(-limit for limit in reversed(_POSITIVE)), *_POSITIVE]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """This rank's part, flat; empty where a rank before it has the same."""
+def _distinct_local(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard, flattened. It is empty if an earlier rank holds a replica of it."""
     if not isinstance(tensor, DTensor):
         return tensor.flatten()
     assert not any(placement.is_partial() for placement in tensor.placements)
-    repeats = (
-        place for place, kind in zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
+    # This rank's coordinates along the mesh dimensions that replicate the tensor: all 0 on the first replica alone.
+    replica_coordinates = (
+        coordinate
+        for coordinate, kind in zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
         if kind.is_replicate()
-    )  # fmt: skip
+    )
     local = tensor.to_local().flatten()
-    return local[:0] if any(repeats) else local
+    return local[:0] if any(replica_coordinates) else local
 
 
 def _counts(values: Tensor) -> Tensor:
-    """In float64: of each bucket, then the sum and the sum of squares."""
-    places = torch.bucketize(values, torch.tensor(LIMITS, device=values.device, dtype=values.dtype))
+    """Returns the count of each bucket, then Σ x and Σ x², in float64.  [buckets + 2]"""
+    # Bucket i holds limit[i−1] < x ≤ limit[i], the one behind the last limit all that is larger.  [n]
+    bucket_ids = torch.bucketize(values, torch.tensor(LIMITS, device=values.device, dtype=values.dtype))
+    # Sums of bfloat16 or float32 lose digits over millions of values.
     exact = values.double()
     sums = torch.stack([exact.sum(), exact.square().sum()])
-    return torch.cat([torch.bincount(places, minlength=len(LIMITS) + 1).double(), sums])
+    # One vector for counts and sums, so that a single all-reduce adds both.
+    return torch.cat([torch.bincount(bucket_ids, minlength=len(LIMITS) + 1).double(), sums])
 
 
 def _ends(values: Tensor) -> Tensor:
-    """The largest of −x and of x."""
+    """Returns max(−x) and max(x), −∞ for no values.  [2]
+
+    The minimum is −max(−x), so one all-reduce with MAX finds both ends.
+    """
     values = values.double()
     return torch.stack([(-values).amax(), values.amax()]) if values.numel() else values.new_full((2,), -torch.inf)
 
 
 def histograms(named: Mapping[str, Tensor], world: World) -> dict[str, dict[str, Any]]:
-    """As `add_histogram_raw` of TensorBoard takes them, by name, the same on every rank. All ranks call it."""
-    parts = [_own(tensor.detach()) for tensor in named.values()]
-    counts, ends = torch.stack([_counts(part) for part in parts]), torch.stack([_ends(part) for part in parts])
+    """Returns a histogram of each tensor by name, as the arguments of TensorBoard's `add_histogram_raw`.
+
+    All ranks call it together, and get the same result.
+    """
+    # Count this rank's shards.  [tensors, buckets + 2], [tensors, 2]
+    shards = [_distinct_local(tensor.detach()) for tensor in named.values()]
+    counts, ends = torch.stack([_counts(shard) for shard in shards]), torch.stack([_ends(shard) for shard in shards])
+    # Combine ranks: every value is counted by exactly one of them.
     if world.size > 1:
         dist.all_reduce(counts)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
-    found: dict[str, dict[str, Any]] = {}
-    for name, row, (negative, highest) in zip(named, counts.tolist(), ends.tolist(), strict=True):
+    raw_histograms: dict[str, dict[str, Any]] = {}
+    for name, row, (negative_min, highest) in zip(named, counts.tolist(), ends.tolist(), strict=True):
         *buckets, total, squares = row
-        used = [at for at, count in enumerate(buckets) if count]
+        # Leave out the empty buckets at both ends.
+        used = [index for index, count in enumerate(buckets) if count]
         first, last = (used[0], used[-1]) if used else (0, 0)
-        found[name] = {
-            "min": -negative,
+        raw_histograms[name] = {
+            "min": -negative_min,
             "max": highest,
             "num": sum(buckets),
             "sum": total,
@@ -68,26 +83,27 @@ def histograms(named: Mapping[str, Tensor], world: World) -> dict[str, dict[str,
             "bucket_limits": [*LIMITS, float("1.7e308")][first : last + 1],
             "bucket_counts": buckets[first : last + 1],
         }
-    return found
+    return raw_histograms
 
 
 @contextlib.contextmanager
 def histograms_of_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> Generator[dict[str, dict[str, Any]]]:
-    """Filled by the optimiser's step inside of the block: gradients as it takes them, parameters as it finds them.
+    """Yields a dictionary that the optimiser's step inside of the block fills with histograms.
 
-    A step that is not taken leaves it empty.
+    They show gradients after clipping and parameters before the update. The dictionary stays empty if the optimiser
+    does not step.
     """
-    found: dict[str, dict[str, Any]] = {}
+    step_histograms: dict[str, dict[str, Any]] = {}
 
-    def look(*_: object) -> None:
+    def record(*_: object) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
         gradients = {f"gradients/{name}": p.grad for name, p in trained.items() if p.grad is not None}
-        found.update(histograms({f"parameters/{name}": p for name, p in trained.items()} | gradients, world))
+        step_histograms.update(histograms({f"parameters/{name}": p for name, p in trained.items()} | gradients, world))
 
-    handle = optimizer.register_step_pre_hook(look)
+    handle = optimizer.register_step_pre_hook(record)
     try:
-        yield found
+        yield step_histograms
     finally:
         handle.remove()

@@ -1,11 +1,11 @@
-"""What a run reports, as lines of JSON in its folder, and the same in TensorBoard.
+"""A run's metrics as lines of JSON in its folder, and the same in TensorBoard.
 
-    metrics.jsonl          the numbers of a logged step
-    continuations.jsonl    what the student says after each prompt, at each validation
-    histograms.jsonl       parameters and gradients, where they are asked for
+    metrics.jsonl          the metrics of a logged step
+    continuations.jsonl    the student's continuations of each prompt, at each validation
+    histograms.jsonl       histograms of parameters and gradients, if they are configured
 
-After a resume, lines beyond the checkpoint are cut off and TensorBoard is written anew from the rest, so all
-go on without a gap or a double. What a repeated run cannot repeat (times, memory) stands under `speed/`.
+A resumed run cuts off the lines behind its checkpoint and writes TensorBoard anew from the rest. Neither then has a
+gap or a step twice. Metrics that differ between two identical runs (times, memory) are named `speed/…`.
 """
 
 import json
@@ -25,17 +25,19 @@ SUMS = ("min", "max", "num", "sum", "sum_squares")
 
 
 class _Lines:
-    """A file of lines, one a step, each also handed to `show`; it exists once there is a line."""
+    """A file with one line a step, each of which is also passed to `show`. It is created with the first line.
+
+    Lines after `resume_step` are deleted, or all lines if it is None.
+    """
 
     def __init__(self, path: Path, resume_step: int | None, show: Callable[[Line], None]) -> None:
-        """Start anew, or go on after `resume_step` with everything later forgotten."""
         self.path, self.show = path, show
-        kept: list[Line] = []
+        lines: list[Line] = []
         if path.exists():
             if resume_step is not None:
-                kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        for line in kept:
+                lines = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines:
             show(line)
         self.file = self._open() if path.exists() else None
 
@@ -55,48 +57,50 @@ class _Lines:
 
 
 class MetricLog:
-    """Appends to the lines of a run folder and to its `tensorboard/`."""
+    """The three files of lines in a run folder, and its `tensorboard/`.
+
+    A log begins anew if `resume_step` is None. Otherwise it goes on after that step, and all later lines are deleted.
+    """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
-        """Start anew, or go on after `resume_step` with everything later forgotten."""
         for path in (folder / "tensorboard").glob("events.out.tfevents.*"):  # also where the folder is a link
             path.unlink()
         self.events = Events(folder / "tensorboard")
         self.events.begin(settings_of(RunFolder(folder)), name="/".join(folder.resolve().parts[-2:]))
-        self.numbers = _Lines(folder / "metrics.jsonl", resume_step, self.events.add)
-        self.said = _Lines(folder / "continuations.jsonl", resume_step, self.events.add_continuations)
-        self.spreads = _Lines(folder / "histograms.jsonl", resume_step, self.events.add_histograms)
+        self.metrics = _Lines(folder / "metrics.jsonl", resume_step, self.events.add)
+        self.continuations = _Lines(folder / "continuations.jsonl", resume_step, self.events.add_continuations)
+        self.histograms = _Lines(folder / "histograms.jsonl", resume_step, self.events.add_histograms)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:
-            for each in (self.numbers, self.said, self.spreads, self.events):
-                stack.callback(each.close)
+            for output in (self.metrics, self.continuations, self.histograms, self.events):
+                stack.callback(output.close)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Write one step's numbers."""
-        self.numbers.add(step, values)
+        """Writes the metrics of a step."""
+        self.metrics.add(step, values)
 
-    def add_continuations(self, step: int, said: Mapping[str, str]) -> None:
-        """Write what the student said, by prompt."""
-        self.said.add(step, {"continuations": dict(said)})
+    def add_continuations(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes the student's continuations by prompt."""
+        self.continuations.add(step, {"continuations": dict(texts)})
 
-    def add_histograms(self, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write histograms, by name."""
-        self.spreads.add(step, {"histograms": dict(found)})
+    def add_histograms(self, step: int, histograms: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes histograms by name."""
+        self.histograms.add(step, {"histograms": dict(histograms)})
 
     def end(self) -> None:
-        """The run has come to its end."""
+        """Marks the run as finished in TensorBoard."""
         self.events.end()
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is not one.
+    """Reads the lines of a `metrics.jsonl`, without a last line that a kill cut short.
 
     Raises:
-        UsageError: a line without a step, or with something else than numbers, continuations or histograms.
+        UsageError: a line has no step, or something other than numbers, continuations or histograms.
     """
     lines: list[Line] = []
     for number, line in enumerate(read_text(path, "a run's numbers", MOST_METRICS).split("\n"), 1):
@@ -112,34 +116,34 @@ def read_metrics(path: Path) -> list[Line]:
 
 
 def _checked(value: Any) -> Line:
-    """A line with its step; continuations are texts by prompt, histograms numbers and lists of them by name."""
+    """Checks the types of a line: its step, numbers, continuations as texts by prompt, and histograms by name."""
     line = fields(value, "it")
-    json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text, and TensorBoard cannot write it
+    json.dumps(line, ensure_ascii=False).encode()  # fails at half a surrogate pair, which TensorBoard cannot write
     integer(line.get("step"), "step", 0, 1 << 53)
-    for name, each in line.items():
+    for name, entry in line.items():
         if name == "continuations":
-            for said in fields(each, name).values():
-                text(said, name)
+            for continuation in fields(entry, name).values():
+                text(continuation, name)
         elif name == "histograms":
-            for found in fields(each, name).values():
-                _check_histogram(fields(found, name, (*SUMS, "bucket_limits", "bucket_counts")))
-        elif not _is_number(each):
-            raise ValueError(f"{shown(name)}: {shown(each)}; wanted a number")
+            for histogram in fields(entry, name).values():
+                _check_histogram(fields(histogram, name, (*SUMS, "bucket_limits", "bucket_counts")))
+        elif not _is_number(entry):
+            raise ValueError(f"{shown(name)}: {shown(entry)}; wanted a number")
     return line
 
 
 def _is_number(value: Any) -> bool:
-    """Returns True for a float, finite or not, and for an integer that is one."""
+    """Checks for a float, finite or not, or an integer of at most `LARGEST`. A bool is neither."""
     return type(value) is float or (type(value) is int and abs(value) <= LARGEST)
 
 
-def _check_histogram(found: dict[str, Any]) -> None:
-    limits, counts = (items(found[name], name) for name in ("bucket_limits", "bucket_counts"))
-    if len(limits) != len(counts) or not all(map(_is_number, [*limits, *counts, *(found[name] for name in SUMS)])):
+def _check_histogram(histogram: dict[str, Any]) -> None:
+    limits, counts = (items(histogram[name], name) for name in ("bucket_limits", "bucket_counts"))
+    if len(limits) != len(counts) or not all(map(_is_number, [*limits, *counts, *(histogram[name] for name in SUMS)])):
         raise ValueError("a histogram has other than numbers, and a count for each limit")
 
 
 def per_token(prefix: str, sums: Mapping[str, float], tokens: float) -> dict[str, float]:
-    """Means over scored tokens, under `prefix/`, with their count as `prefix/tokens`."""
+    """Returns means over scored tokens under `prefix/`, and the number of tokens as `prefix/tokens`."""
     means = {f"{prefix}/{name}": value / max(1, tokens) for name, value in sums.items()}
     return {**means, f"{prefix}/tokens": float(tokens)}

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run under way: one line that lives, or, where nobody sees it live, a line in the log."""
+"""The progress of a run: one live line in the terminal, or lines of the log if stderr is no terminal."""
 
 import logging
 import resource
@@ -18,20 +18,20 @@ FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def memory_gib(device: torch.device) -> float:
-    """What this process holds: on a GPU the most that was allocated so far, else its resident memory now."""
+    """Returns the memory of this process: the peak allocation on a GPU, or the resident memory otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize() / GIB
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # elsewhere only the most so far can be had
-    return most / GIB if sys.platform == "darwin" else most * 1024 / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # without /proc, only the peak is available
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
 
 
 def line(values: dict[str, float]) -> str:
-    """A step's numbers in one line; those that are not there (of a skipped step) are left out."""
+    """Returns a step's metrics as one line, without those that a skipped step does not have."""
     losses = {name: name.removeprefix("train/") for name in values if name.startswith("train/")}
-    losses = {name: own for name, own in losses.items() if own == "loss" or own.endswith("_loss")}
+    losses = {name: short for name, short in losses.items() if short == "loss" or short.endswith("_loss")}
     ordered = sorted(losses, key=lambda name: losses[name] != "loss")
     shown = [f"{losses[name].removesuffix('_loss')} {values[name]:.3f}" for name in ordered]
     forms = {
@@ -47,17 +47,17 @@ def line(values: dict[str, float]) -> str:
 
 
 class Live:
-    """The line, of the first rank; every other one is silent.
+    """The progress line of the first rank. Other ranks show nothing.
 
-    `every`: steps from one line of the log to the next, where stderr is no terminal.
+    If stderr is no terminal, the first, the last and every `every`-th step is a line of the log instead.
     """
 
     def __init__(self, steps: int, done: int, every: int, world: World) -> None:
         self.steps, self.done, self.every, self.world = steps, done, every, world
         self.started = time.perf_counter()
-        seen = world.is_first and sys.stderr.isatty()
+        is_live = world.is_first and sys.stderr.isatty()
         self.bar: tqdm[NoReturn] | None = None
-        if seen:
+        if is_live:
             options: dict[str, Any] = {"mininterval": 1, "bar_format": FORMAT, "dynamic_ncols": True}
             self.bar = tqdm(total=steps, initial=done, desc="distil", **options)
 
@@ -69,20 +69,20 @@ class Live:
             self.bar.close()
 
     def speed(self, step: int, seconds: float, waited: float) -> dict[str, float]:
-        """Numbers of a step that took so long after it had waited for its data.
+        """Returns the speed metrics of a step that took `seconds` after it `waited` for its data.
 
-        The time that is left is that of the steps since the start, validation and checkpoints included.
+        The time left is estimated from the mean time of a step so far, validation and checkpoints included.
         """
-        each = (time.perf_counter() - self.started) / (step - self.done)
+        seconds_per_step = (time.perf_counter() - self.started) / (step - self.done)
         return {
             "speed/data_wait_seconds": waited,
             "speed/data_wait_share": waited / max(1e-9, waited + seconds),
             "speed/memory_gib": memory_gib(self.world.device),
-            "speed/eta_seconds": each * (self.steps - step),
+            "speed/eta_seconds": seconds_per_step * (self.steps - step),
         }
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """A step is done."""
+        """Shows the metrics of a finished step."""
         if self.bar is not None:
             self.bar.set_postfix_str(line(values), refresh=False)
             self.bar.update()

@@ -1,4 +1,4 @@
-"""One warning where the first steps cost far more than their matmuls should on this machine, with the likely cause."""
+"""A warning if the first steps take far longer than their matmuls should on this machine, with the likely cause."""
 
 import logging
 import os
@@ -13,19 +13,19 @@ from kd_core.parallel.world import World
 from kd_core.precision import bfloat16_support, dtype_of
 
 log = logging.getLogger("kd")
-# Operations a parameter and token: the forward pass and the gradient of its inputs, and the gradient of a parameter
-# that is trained (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
-THROUGH, TRAINED = 4, 2
-# A step is slow beyond so many times its matmuls in float32. That leaves room for attention, the optimiser and small
-# tensors. A step below `SHORT` seconds is bound by launches, and never called slow.
-MOST_TIMES, SHORT = 4.0, 1.0
+# Operations per parameter and token: 2 for the forward pass, 2 for the gradient of its inputs, and 2 for the gradient
+# of a trained parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+FORWARD_AND_INPUT_FLOPS, PARAMETER_FLOPS = 4, 2
+# A step is slow if it takes `SLOW_FACTOR` times as long as its matmuls in float32. That leaves room for attention, the
+# optimiser and small tensors. A step below `SHORT` seconds is bound by kernel launches, and never called slow.
+SLOW_FACTOR, SHORT = 4.0, 1.0
 WATCHED_STEPS = 2
 MEASURED_SIZE = 1024
 
 
 def flops_per_token(parameters: Iterable[nn.Parameter]) -> float:
     """Returns the floating-point operations of one token's forward and backward pass through the matmuls."""
-    return float(sum((THROUGH + TRAINED * p.requires_grad) * p.numel() for p in parameters))
+    return float(sum((FORWARD_AND_INPUT_FLOPS + PARAMETER_FLOPS * p.requires_grad) * p.numel() for p in parameters))
 
 
 def float32_rate(device: torch.device) -> float:
@@ -40,34 +40,37 @@ def float32_rate(device: torch.device) -> float:
 
 
 class SlowStart:
-    """Compares the faster of the first two steps of this start with its matmuls. The first rank warns, once.
+    """A comparison of the first two steps of a start with their matmuls, and one warning on the first rank.
 
-    The first step alone also pays for what is done once, such as compilation.
+    The faster of the two counts: the first step also pays for one-time work such as compilation.
 
     Args:
-        model: the student; its parameters count as whole tensors.
-        parallel: its precision is a likely cause.
-        world: the ranks, which share the positions and the tensor-parallel matmuls of a step.
-        steps: optimiser steps that are left.
+        model: the student. Its parameters count as whole tensors.
+        parallel: the layout. Its precision is a likely cause.
+        world: the ranks, which divide the positions and the tensor-parallel matmuls of a step.
+        steps: the optimiser steps that are left.
     """
 
     def __init__(self, model: nn.Module, parallel: Parallel, world: World, steps: int) -> None:
         self.flops = flops_per_token(model.parameters()) / (world.dp_size * world.layout.tensor)
         self.parallel, self.device, self.steps = parallel, world.device, steps
         self.watched = min(WATCHED_STEPS, steps) if world.is_first else 0
-        self.seen: list[tuple[float, float]] = []
+        self.step_times: list[tuple[float, float]] = []
 
     def add(self, positions: int, seconds: float, waited: float) -> None:
-        """Looks at a step of so many positions over all ranks that took `seconds` after it `waited` for its data."""
-        if len(self.seen) >= self.watched:
+        """Adds a step of `positions` over all ranks. After the last watched step, warns if they are slow.
+
+        The step took `seconds` after it `waited` for its data.
+        """
+        if len(self.step_times) >= self.watched:
             return
-        self.seen.append((seconds, waited))
-        seconds, waited = min(self.seen, key=sum)
-        if len(self.seen) < self.watched or seconds + waited < SHORT:
+        self.step_times.append((seconds, waited))
+        seconds, waited = min(self.step_times, key=sum)
+        if len(self.step_times) < self.watched or seconds + waited < SHORT:
             return
         rate = float32_rate(self.device)
         expected = positions * self.flops / rate
-        if seconds + waited < MOST_TIMES * expected:
+        if seconds + waited < SLOW_FACTOR * expected:
             return
         left = (seconds + waited) * (self.steps - self.watched)
         log.warning(

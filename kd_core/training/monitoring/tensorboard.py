@@ -1,10 +1,10 @@
-"""The one module that knows TensorBoard: a run's numbers, texts and histograms as events, and pages to look at them.
+"""TensorBoard events of a run: metrics, texts and histograms. No other module imports TensorBoard.
 
-SCALARS          every number under its own name
-CUSTOM SCALARS   the pages of `PAGES`: what belongs together in one chart, training beside held-out text
-TEXT             the settings; what the student says
-HPARAMS          what is trained, beside the last numbers of each run
-HISTOGRAMS       parameters and gradients, where they are asked for
+SCALARS          every metric under its own name
+CUSTOM SCALARS   the pages of `PAGES`, whose charts combine related metrics of training and held-out text
+TEXT             the settings, and the student's continuations
+HPARAMS          the trained settings of each run, beside its last metrics
+HISTOGRAMS       parameters and gradients, if they are configured
 """
 
 import ast
@@ -20,7 +20,7 @@ QUEUE = 10_000  # numbers
 FLUSH_SECONDS = 5
 HParam = bool | float | str
 
-# Charts by page, each the names that it shows: expressions, so that terms and caches of any name are found.
+# Charts by page: the title of each, and a regular expression on metric names, which may hold any term or cache name.
 BOTH, HELD_OUT = r"(train|val)/", r"val/([^/]+/)?"
 PAGES: dict[str, dict[str, str]] = {
     "Losses": {
@@ -54,27 +54,28 @@ PAGES: dict[str, dict[str, str]] = {
         "damaged blocks": r"data/damaged_blocks$",
     },
 }
-# Of the settings, what is trained.
+# The first parts of the setting paths that determine what is trained.
 TRAINED = ("student", "shards", "collate", "loss", "optimizer", "schedule", "steps", "seed", "tokens_per_step")
 
 
 def hparams_of(settings: Mapping[str, str]) -> dict[str, HParam]:
-    """Of values by path, as they are written, the numbers, truths and texts of what is trained."""
-    found: dict[str, HParam] = {}
+    """Parses the settings that determine what is trained, and returns their values by path.
+
+    Values other than numbers, bools and texts stay as they are written.
+    """
+    hparams: dict[str, HParam] = {}
     for path, text in settings.items():
         if path.split(".", 1)[0] not in TRAINED:
             continue
         try:
             value = ast.literal_eval(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            value = text  # the name of a part
-        found[path] = value if isinstance(value, bool | int | float | str) else text
-    return found
+            value = text  # the name of a class or function
+        hparams[path] = value if isinstance(value, bool | int | float | str) else text
+    return hparams
 
 
-def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
-    """Markdown."""
-
+def _markdown_table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", "<br>")
 
@@ -86,61 +87,67 @@ class Events:
     """A folder of TensorBoard events."""
 
     def __init__(self, folder: Path) -> None:
-        # A thread of its own writes; a step must not wait for it. What a kill takes from it is written anew on resume.
+        # A separate thread writes the events, so that no step waits. Events lost to a kill are written anew on resume.
         self.writer = SummaryWriter(str(folder), max_queue=QUEUE, flush_secs=FLUSH_SECONDS)
 
     def begin(self, settings: Mapping[str, str], name: str) -> None:
-        """Lay out the pages, and note the settings of a run, if there are any, under its name."""
+        """Writes the layout of the pages, and the settings of a run under its name, if there are any."""
         layout = {
             page: {title: ["Multiline", [tag]] for title, tag in charts.items()} for page, charts in PAGES.items()
         }
         self.writer.add_custom_scalars(layout)
         if settings:
-            self.writer.add_text("settings", _table(("setting", "value"), settings), 0)
+            self.writer.add_text("settings", _markdown_table(("setting", "value"), settings), 0)
             self.add_summary(summary_v2.hparams_pb(hparams_of(settings), trial_id=name))
 
     def add(self, line: Mapping[str, float]) -> None:
-        """One metrics line, each number under its own name."""
+        """Adds a line of metrics, each under its own name."""
         for name, value in line.items():
             if name != "step":
                 self.writer.add_scalar(name, value, int(line["step"]))
 
     def add_continuations(self, line: Mapping[str, Any]) -> None:
-        """What the student said at a step, by prompt."""
-        self.writer.add_text("continuations", _table(("prompt", "continuation"), line["continuations"]), line["step"])
+        """Adds the student's continuations at a step, by prompt."""
+        self.writer.add_text(
+            "continuations", _markdown_table(("prompt", "continuation"), line["continuations"]), line["step"]
+        )
 
     def add_histograms(self, line: Mapping[str, Any]) -> None:
-        """Histograms of a step, by name."""
-        for name, found in line["histograms"].items():
-            self.writer.add_histogram_raw(name, **found, global_step=line["step"])
+        """Adds the histograms of a step, by name."""
+        for name, histogram in line["histograms"].items():
+            self.writer.add_histogram_raw(name, **histogram, global_step=line["step"])
 
     def add_summary(self, summary: Any) -> None:
-        """A summary as a plugin made it."""
+        """Adds a summary of a TensorBoard plugin."""
         assert self.writer.file_writer is not None
         self.writer.file_writer.add_summary(summary)
 
     def end(self) -> None:
-        """The run's row among the HPARAMS is finished."""
+        """Marks the run's row on the HPARAMS page as finished."""
         self.add_summary(torch_hparams({}, {})[2])
 
     def close(self) -> None:
-        """Flush and close."""
         self.writer.close()
 
 
 def write_columns(folder: Path, values: Mapping[str, Sequence[HParam]], metrics: Sequence[str]) -> None:
-    """The columns of the HPARAMS page: what runs differ in, with all its values (of one type a name), and metrics."""
-    hparams = [summary_v2.HParam(name, summary_v2.Discrete(list(dict.fromkeys(each)))) for name, each in values.items()]
+    """Writes the columns of the HPARAMS page: metrics, and the settings that differ between runs with all their values.
+
+    The values of a setting are of one type.
+    """
+    hparams = [
+        summary_v2.HParam(name, summary_v2.Discrete(list(dict.fromkeys(choices)))) for name, choices in values.items()
+    ]
     events = Events(folder)
     events.add_summary(summary_v2.hparams_config_pb(hparams, [summary_v2.Metric(name) for name in metrics]))
     events.close()
 
 
 def write_session(folder: Path, name: str, values: Mapping[str, HParam], lines: Sequence[dict[str, float]]) -> None:
-    """A finished run's row of that page: its values, and curves whose last points are its metrics."""
+    """Writes a finished run's row of the HPARAMS page: its settings, and curves whose last points are its metrics."""
     events = Events(folder)
     events.add_summary(summary_v2.hparams_pb(dict(values), trial_id=name))
     for line in lines:
         events.add(line)
-    events.add_summary(torch_hparams({}, {})[2])  # ended well
+    events.add_summary(torch_hparams({}, {})[2])  # the summary that marks the run as finished
     events.close()
