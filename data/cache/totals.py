@@ -47,8 +47,8 @@ class Totals:
     def statistics(self) -> dict[str, float]:
         """Returns the manifest's `statistics`.
 
-        `teacher_nll` and `teacher_mass` are means over scored positions. `entries` are those stored a position, and
-        `scored` is the share of positions that are.
+        `teacher_nll` and `teacher_mass` are means over scored positions. `entries` is the mean number of entries and
+        samples a position, and `scored` the share of scored positions.
         """
         return {
             "teacher_nll": self.nll / max(1, self.scored),
