@@ -108,9 +108,9 @@ def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:
     except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{member}: {error}") from None
     # Cut the block into its records, without copies.
-    whole = _Block(ids, logs, samples, dict(zip(coding.selection.tail_temperatures, logs.tempered, strict=True)))
+    block = _Block(ids, logs, samples, dict(zip(coding.selection.tail_temperatures, logs.tempered, strict=True)))
     return [
-        whole.record(f"{header.first + i:08d}", header.records[i][:2], token_ids[i], masks[i], chunk)
+        block.record(f"{header.first + i:08d}", header.records[i][:2], token_ids[i], masks[i], chunk)
         for i, chunk in enumerate(_slices(header))
     ]
 
@@ -172,7 +172,7 @@ class _Block:
     tempered: dict[float, Array]
 
     def record(self, name: str, place: tuple[str, int], token_ids: Array, loss_mask: Array, chunk: slice) -> Record:
-        """Returns the record of positions `chunk`. `place` is its document and its start in it."""
+        """Returns the record of positions `chunk`. `place` is its document and its first token there."""
         return Record(
             name=name,
             document=place[0],

@@ -41,7 +41,7 @@ class Entries:
     def planes(self, order: Array, tables: Tables) -> Planes:
         """Returns the planes of the number of entries at each position, and of their ids.
 
-        Counts stand in the order of positions, ids in `order`.
+        Counts are in the order of positions, ids in `order`.
         """
         return [
             *split(self.rows.counts, 2),

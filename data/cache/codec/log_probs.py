@@ -61,7 +61,7 @@ def _keep_top_one(codes: Array, logs: Array, highest: int) -> Array:
         # Levels of all entries but the likeliest.  [N, K]
         rest = codes.copy()
         rest[rows, best] = 0
-        # code_best = min(max(code_best, max(rest) + 1), highest), in int32 lest 255 + 1 wraps.  [N]
+        # code_best = min(max(code_best, max(rest) + 1), highest), in int32 so that 255 + 1 does not wrap.  [N]
         codes[rows, best] = np.minimum(np.maximum(codes[rows, best], rest.max(axis=1).astype(np.int32) + 1), highest)
     return codes
 

@@ -121,8 +121,8 @@ class Tables:
         C = self.candidates
         if not C:
             return self._flat.take(ranks, mode="wrap")  # the fastest mode; no rank is out of range
-        # The index into `_flat` is list · C + rank for rank < C, else L·C + rank. As `rank + L·C + (rank < C) · (list ·
-        # C − L·C)` it is computed in place, and the product is faster than a `where`.  [N, K]
+        # Index into `_flat`: list·C + rank where rank < C, else L·C + rank.  [N, K]
+        # As rank + L·C + [rank < C]·(list·C − L·C) it is computed in place, which is faster than `where`.
         last_list = np.int32(len(self.tokens) * C)
         index = (ranks < C).astype(np.int32)
         index *= (self._list_of.take(tokens) * C - last_list)[:, None]
@@ -189,10 +189,10 @@ def _sizes(payload: bytes) -> tuple[int, int, int, int]:
     )
 
 
-def _likeliest(counts: Array, most: int) -> Array:
-    """Returns at most so many ids by falling count, equal counts by rising id, without ids of count 0."""
-    # A stable sort of −count keeps ids of equal counts in rising order.  [V] → [most]
-    order = np.argsort(-counts, kind="stable")[:most]
+def _most_frequent(counts: Array, limit: int) -> Array:
+    """Returns at most `limit` ids by falling count, equal counts by rising id, without ids of count 0."""
+    # A stable sort of −count keeps ids of equal counts in rising order.  [V] → [limit]
+    order = np.argsort(-counts, kind="stable")[:limit]
     return order[counts[order] > 0].astype(np.int32)
 
 
@@ -212,11 +212,11 @@ def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> Tabl
             ids.append(entries[used].astype(np.int64))
     after_all, ids_all = np.concatenate(after), np.concatenate(ids)
     # The global list: ids by their count over all pairs.  [G]
-    by_rank = _likeliest(np.bincount(ids_all, minlength=vocab_size), positions // POSITIONS_PER_RANKED)
+    by_rank = _most_frequent(np.bincount(ids_all, minlength=vocab_size), positions // POSITIONS_PER_RANKED)
     global_only = Tables(vocab_size, by_rank, np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
     # The tokens that get a list: the most frequent inputs of the pilot.  [L]
     seen = np.bincount(tokens, minlength=vocab_size)
-    frequent = _likeliest(np.where(seen >= LEAST_SEEN, seen, 0), min(MAX_LISTS, positions // POSITIONS_PER_LIST))
+    frequent = _most_frequent(np.where(seen >= LEAST_SEEN, seen, 0), min(MAX_LISTS, positions // POSITIONS_PER_LIST))
     if not len(frequent):
         return global_only
     # Sort the pairs by input token, so that those of one token are the slice start to end.  [pairs], [L] each

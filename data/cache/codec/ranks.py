@@ -2,9 +2,9 @@
 
     ranks [N, K], rising along rows → gaps r_j − r_{j−1} − 1 → 4 groups of columns → per group: bytes, large gaps
 
-A gap of 255 or more is 255 in its plane, and stands in full in the planes of large gaps, in the same order. Columns are
-grouped because the first gaps of a row and the last ones have different statistics. Writer and reader sort the rows
-alike (`Coding.order_of`), so their order is not stored.
+A gap of 255 or more is 255 in its plane, and is stored in full in the planes of large gaps, in the same order. Columns
+are grouped because the first gaps of a row and the last ones have different statistics. Writer and reader sort the
+rows alike (`Coding.order_of`), so their order is not stored.
 """
 
 import itertools

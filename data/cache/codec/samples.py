@@ -23,7 +23,7 @@ def weight_planes(drawn: Entries, tail: Array, selection: Selection) -> Planes:
     """Returns planes of how often each sample was drawn, or of log weights if the proposal is not the teacher.
 
     Raises:
-        ValueError: a weight is not a whole number of draws.
+        ValueError: a weight is not that of 1 to S draws.
     """
     rows = drawn.rows
     if selection.proposal_temperature != 1:
@@ -59,7 +59,7 @@ def decode_weights(planes: Planes, rows: Ragged, tail: Array, selection: Selecti
         with np.errstate(divide="ignore"):
             shares = np.log(np.arange(selection.draws + 1) / selection.draws).astype(np.float32)
         logs = rows.padded(shares.take(times)) + tail[:, None]
-    # Padding places hold no sample: their weight is 0.
+    # Unused places hold no sample, so their log weight is −inf.
     if rows.used is not None:
         logs[~rows.used] = UNUSED
     return logs
