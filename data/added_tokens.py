@@ -48,7 +48,7 @@ def _special(settings: dict[str, Any]) -> tuple[dict[str, AddedToken], list[Adde
     return {name: _token(named[name]) for name in order}, [_token(value) for value in extra]
 
 
-class TokensBeside:
+class AddedTokens:
     """Tokens of the files beside a `tokenizer.json`: `stated` by id, `named` (`bos_token`, …), and `extra` ones.
 
     `file` is the one that states the ids, and `settings` are those of `tokenizer_config.json`.
@@ -89,13 +89,13 @@ class TokensBeside:
         return new_tokens
 
 
-def _check_ids(folder: Path, fast: FastTokenizer, beside: TokensBeside) -> None:
+def _check_ids(folder: Path, fast: FastTokenizer, added: AddedTokens) -> None:
     """Raises UsageError for a token whose stated id is not that of `tokenizer.json`."""
-    for i, token in beside.stated.items():
+    for i, token in added.stated.items():
         tokenizer_id = fast.token_to_id(token.content)
         if tokenizer_id is not None and tokenizer_id != i:
             raise UsageError(
-                f"{folder / beside.file}: {token.content!r} has id {i}, in tokenizer.json {tokenizer_id}. Which one "
+                f"{folder / added.file}: {token.content!r} has id {i}, in tokenizer.json {tokenizer_id}. Which one "
                 "the model was trained with cannot be told. Correct one of the files."
             )
 
@@ -110,16 +110,16 @@ def _warn_of_new_ids(path: Path, fast: FastTokenizer, stated: Iterable[tuple[int
             )  # fmt: skip
 
 
-def add_tokens_beside(fast: FastTokenizer, folder: Path) -> TokensBeside:
+def add_tokens_from_files(fast: FastTokenizer, folder: Path) -> AddedTokens:
     """Adds to `fast` the tokens of the files in `folder`, and returns these tokens.
 
     Raises:
         UsageError: a file is damaged, or states another id for a token of `tokenizer.json`.
     """
     with damaged(folder, "a folder with a tokenizer's files", "Fetch them again"):
-        beside = TokensBeside(folder, fast)
-        _check_ids(folder, fast, beside)
-        fast.add_tokens(beside.tokens(fast))
-        fast.encode_special_tokens = beside.settings.get("split_special_tokens") is True
-        _warn_of_new_ids(folder / beside.file, fast, sorted(beside.stated.items()))
-    return beside
+        added = AddedTokens(folder, fast)
+        _check_ids(folder, fast, added)
+        fast.add_tokens(added.tokens(fast))
+        fast.encode_special_tokens = added.settings.get("split_special_tokens") is True
+        _warn_of_new_ids(folder / added.file, fast, sorted(added.stated.items()))
+    return added

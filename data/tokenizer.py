@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 
-from data.added_tokens import add_tokens_beside
+from data.added_tokens import add_tokens_from_files
 from kd_core.errors import UsageError
 from kd_core.files import is_plain_file
 
@@ -106,7 +106,7 @@ class Tokenizer:
         try:
             self.fast = _read_file(path)
             self._check()
-            self.beside = add_tokens_beside(self.fast, folder)
+            self.added_tokens = add_tokens_from_files(self.fast, folder)
             self._check()
             self.default_around = self._around()
         except (KeyboardInterrupt, SystemExit, UsageError):
@@ -146,7 +146,7 @@ class Tokenizer:
 
     def _resolve(self, role: str, choice: Choice, default_ids: list[int]) -> list[int]:
         """Returns the ids for one of the roles `bos` and `eos`, and warns where `auto` ignores `add_bos_token`."""
-        if choice == "auto" and not default_ids and self.beside.settings.get(f"add_{role}_token") is True:
+        if choice == "auto" and not default_ids and self.added_tokens.settings.get(f"add_{role}_token") is True:
             log.warning(
                 "%s adds none, so add_%s_token of tokenizer_config.json has no effect, as in transformers. If the "
                 "model was trained with it, set corpus.%s=yes.",
@@ -154,7 +154,7 @@ class Tokenizer:
             )  # fmt: skip
         if choice != "yes" or default_ids:
             return default_ids if choice != "no" else []
-        token = self.beside.named.get(f"{role}_token")
+        token = self.added_tokens.named.get(f"{role}_token")
         token_id = self.fast.token_to_id(token.content) if token else None
         if token_id is None:
             raise UsageError(

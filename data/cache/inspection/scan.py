@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 Report = Callable[[str, str], None]  # takes the place and the problem
 
 
-class Visited(NamedTuple):
+class DecodedBlock(NamedTuple):
     """A block that could be read.
 
     `where` is its shard and its number in it, and `first` the number of records before it in the cache.
@@ -61,7 +61,7 @@ def read_coding(folder: Path, manifest: Manifest, report: Report) -> Coding | No
     return Coding(tables, manifest.selection, manifest.codec)
 
 
-def blocks(folder: Path, manifest: Manifest, coding: Coding | None, report: Report) -> Iterator[Visited]:
+def blocks(folder: Path, manifest: Manifest, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
     """Yields the blocks that can be decoded, and reports all that is wrong with any of them.
 
     A block whose hash is wrong is reported, and yielded all the same if it can be decoded. Without `coding` nothing is
@@ -86,7 +86,7 @@ def _is_file(path: Path, report: Report) -> bool:
     return True
 
 
-def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: Report) -> Iterator[Visited]:
+def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
     if not _is_file(path, report):
         return
     if (size := path.stat().st_size) != shard.bytes:
@@ -94,9 +94,9 @@ def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: 
     shard_hash = hashlib.sha256()
     with path.open("rb") as file:
         for index, block in enumerate(shard.blocks):
-            visited = _block(file, f"{shard.name}, block {index}", block, coding, report, shard_hash.update)
-            if visited is not None:
-                yield visited._replace(first=first)
+            decoded = _block(file, f"{shard.name}, block {index}", block, coding, report, shard_hash.update)
+            if decoded is not None:
+                yield decoded._replace(first=first)
             first += len(block.lengths)
         end = file.read(len(END) + 1)
         if end != END:
@@ -113,7 +113,7 @@ def _block(
     coding: Coding | None,
     report: Report,
     update_hash: Callable[[bytes], None],
-) -> Visited | None:
+) -> DecodedBlock | None:
     """Reads, hashes and decodes the next block of a shard. Returns None where it cannot be decoded."""
     data = file.read(min(block.bytes, MAX_BLOCK_BYTES))
     update_hash(data)
@@ -123,17 +123,17 @@ def _block(
         report(where, f"sha256 {sha256[:12]}…; the manifest wants {block.sha256[:12]}…")
     try:
         members = list(read_members(data))
-        visited = _decode(where, members, coding) if coding else None
+        decoded = _decode(where, members, coding) if coding else None
     except Exception as error:  # damaged bytes can raise any error
         report(where, str(error) or type(error).__name__)
         return None
-    if visited and (lengths := tuple(record.positions for record in visited.records)) != block.lengths:
+    if decoded and (lengths := tuple(record.positions for record in decoded.records)) != block.lengths:
         report(where, f"holds records of {lengths} positions; the manifest wants {block.lengths}")
         return None
-    return visited
+    return decoded
 
 
-def _decode(where: str, members: list[Member], coding: Coding) -> Visited:
+def _decode(where: str, members: list[Member], coding: Coding) -> DecodedBlock:
     names = [member.name.partition(".") for member in members]
     first = names[0][0] if names else ""
     if {name for name, _, _ in names} != {first}:
@@ -145,4 +145,4 @@ def _decode(where: str, members: list[Member], coding: Coding) -> Visited:
     header, records = Header.of(payloads["json"]), decode_block(payloads, coding)
     if first != f"{header.first:08d}":
         raise ValueError(f"members are named {first}; its json says that record {header.first} is its first")
-    return Visited(where, 0, members, header, records)
+    return DecodedBlock(where, 0, members, header, records)

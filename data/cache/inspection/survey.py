@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache.inspection.scan import Visited
+from data.cache.inspection.scan import DecodedBlock
 from data.cache.manifest import TABLES, Manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.tar import END
@@ -61,12 +61,12 @@ class Survey:
     samples: Spread = field(default_factory=Spread)
     bytes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, visited: Visited) -> None:
+    def add(self, decoded: DecodedBlock) -> None:
         """Adds a block."""
-        for member in visited.members:
+        for member in decoded.members:
             self._part(PARTS[member.name.partition(".")[2]], len(member.payload))
             self._part(FRAMING, 512 + -len(member.payload) % 512)
-        for record in visited.records:
+        for record in decoded.records:
             self._add_record(record)
 
     def add_files(self, folder: Path, manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
 from data.cache.contents import CachedDocuments, window_digest, windows_digest
-from data.cache.inspection.scan import Visited, blocks, read_coding
+from data.cache.inspection.scan import DecodedBlock, blocks, read_coding
 from data.cache.manifest import TABLES, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
 from data.cache.totals import Totals
@@ -57,17 +57,17 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
     manifest = read_manifest(folder)
     findings, totals, windows, documents = Findings(manifest), Totals(), list[bytes](), _held_out(folder)
     coding = read_coding(folder, manifest, findings.report)
-    for visited in blocks(folder, manifest, coding, findings.report):
-        for problem in _problems(visited, coding, manifest):
-            findings.report(visited.where, problem)
-        if {"kl_mean", "kl_worst", "mass_error"} <= visited.header.audit.keys():
-            totals.add(visited.header, visited.records)
+    for decoded in blocks(folder, manifest, coding, findings.report):
+        for problem in _problems(decoded, coding, manifest):
+            findings.report(decoded.where, problem)
+        if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
+            totals.add(decoded.header, decoded.records)
         else:
-            findings.report(visited.where, "json: has no audit of the codec")
-        findings.records += len(visited.records)
-        findings.positions += visited.header.positions
-        progress(visited.header.positions)
-        windows.extend(window_digest(record.start, record.token_ids) for record in visited.records)
+            findings.report(decoded.where, "json: has no audit of the codec")
+        findings.records += len(decoded.records)
+        findings.positions += decoded.header.positions
+        progress(decoded.header.positions)
+        windows.extend(window_digest(record.start, record.token_ids) for record in decoded.records)
     _check_figures(findings, totals, manifest)
     _check_windows(findings, windows)
     if documents and (leaked := documents.among(windows)):
@@ -77,20 +77,20 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
     return findings
 
 
-def _problems(visited: Visited, coding: Coding | None, manifest: Manifest) -> Iterator[str]:
+def _problems(decoded: DecodedBlock, coding: Coding | None, manifest: Manifest) -> Iterator[str]:
     """Yields the problems of a block that could be decoded."""
-    header, selection = visited.header, manifest.selection
+    header, selection = decoded.header, manifest.selection
     assert coding is not None, "a block is decoded with tables alone"
-    if header.first != visited.first:
-        yield f"begins with record {header.first}; there are {visited.first} before it"
+    if header.first != decoded.first:
+        yield f"begins with record {header.first}; there are {decoded.first} before it"
     if header.entries > selection.top_k or header.samples > selection.draws:
         yield f"has {header.entries} entries and {header.samples} samples a position; the selection {selection.words()}"
-    if (longest := max(record.positions for record in visited.records)) > manifest.row_length:
+    if (longest := max(record.positions for record in decoded.records)) > manifest.row_length:
         yield f"has a record of {longest} positions; the manifest's row_length is {manifest.row_length}"
-    columns = Columns.of(visited.records, selection.tail_temperatures)
+    columns = Columns.of(decoded.records, selection.tail_temperatures)
     try:
         columns.check(manifest.vocab_size, selection)
-        check_alignment(visited.records, "alignment")
+        check_alignment(decoded.records, "alignment")
     except ValueError as error:
         yield str(error)
     for name, ids, logs in (
@@ -160,15 +160,15 @@ def _ignore(where: str, problem: str) -> None:
 
 def _held_out(folder: Path) -> CachedDocuments | None:
     """Returns the documents of the validation cache beside a training cache, or None where none can be read."""
-    beside = folder.parent / "validation"
-    if folder.resolve().name != "train" or not (beside / "manifest.json").exists():
+    validation = folder.parent / "validation"
+    if folder.resolve().name != "train" or not (validation / "manifest.json").exists():
         return None
     documents = CachedDocuments()
     try:
-        manifest = read_manifest(beside)
-        coding = read_coding(beside, manifest, _ignore)
-        visits = blocks(beside, manifest, coding, _ignore)
-        documents.add(record for visited in visits for record in visited.records)
+        manifest = read_manifest(validation)
+        coding = read_coding(validation, manifest, _ignore)
+        decoded_blocks = blocks(validation, manifest, coding, _ignore)
+        documents.add(record for decoded in decoded_blocks for record in decoded.records)
     except UsageError:
         return None  # its own verification reports why
     return documents
