@@ -1,1 +1,1 @@
-"""The teacher cache: its format, how it is written (`export`), how it is read (`stream`)."""
+"""Teacher caches: their format (`cache`), how they are written (`export`) and how they are read (`stream`)."""

@@ -1,4 +1,4 @@
-"""The files below a folder, in a stable order, and what of it is left out: nothing is dropped without a word."""
+"""The files below a folder, in an order that is the same on every machine, with counts of all that is left out."""
 
 import logging
 import os
@@ -11,30 +11,30 @@ from kd_core.errors import UsageError
 from kd_core.files import printable
 
 log = logging.getLogger("kd")
-HIDDEN, KNOWN, SPECIAL = "hidden", "link to a folder that is read already", "device or pipe"
+HIDDEN, REPEATED, SPECIAL = "hidden", "link to a folder that is read already", "device or pipe"
 
 
 @dataclass
 class FolderFiles:
-    """Files that are read, and how many are not, by ending or reason."""
+    """The files to read, and the number of those left out by ending or by reason."""
 
     root: Path
     files: list[Path] = field(default_factory=list[Path])
     left_out: Counter[str] = field(default_factory=Counter[str])
 
     def summary(self) -> str:
-        """Describes what is left out; empty where nothing is."""
+        """Describes what is left out, the most frequent reason first. Empty where nothing is."""
         counts = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{number} {reason}" for reason, number in counts)
 
-    def log_left_out(self, what: str) -> None:
-        """One line, where something is left out."""
+    def log_left_out(self, role: str) -> None:
+        """Logs one line about what is left out, if anything is. `role` names the folder, as `corpus`."""
         if self.left_out:
-            log.info("%s %s: %d left out: %s", what, printable(self.root), self.left_out.total(), self.summary())
+            log.info("%s %s: %d left out: %s", role, printable(self.root), self.left_out.total(), self.summary())
 
 
 def _by_bytes(path: Path) -> list[bytes]:
-    """The order of paths, the same in every locale."""
+    """Returns a sort key of a path that is the same in every locale."""
     return [os.fsencode(part) for part in path.parts]
 
 
@@ -53,28 +53,29 @@ def _ending(name: str) -> str:
 
 
 class _Walk:
-    """A walk through a folder: real folders first, then links to folders that it has not come by."""
+    """A walk through a folder: real folders first, then links to folders that it has not visited."""
 
     def __init__(self, root: Path, is_wanted: Callable[[Path], bool]) -> None:
-        self.found, self.is_wanted = FolderFiles(root), is_wanted
+        self.result, self.is_wanted = FolderFiles(root), is_wanted
         self.links: list[Path] = []
-        self.seen = {self._identity(folder) for folder in root.resolve().parents}  # a link to one of them is a loop
+        # The folders above count as visited: a link to one of them would be a loop.
+        self.visited = {self._identity(folder) for folder in root.resolve().parents}
 
     def _identity(self, folder: Path) -> tuple[int, int]:
         status = folder.stat()
         return status.st_dev, status.st_ino
 
     def _folder(self, folder: Path) -> None:
-        if (identity := self._identity(folder)) in self.seen:
-            self.found.left_out[KNOWN] += 1
+        if (identity := self._identity(folder)) in self.visited:
+            self.result.left_out[REPEATED] += 1
             return
-        self.seen.add(identity)
+        self.visited.add(identity)
         for entry in _entries(folder):
             self._entry(Path(entry.path), entry)
 
     def _entry(self, path: Path, entry: os.DirEntry[str]) -> None:
         if entry.name.startswith("."):
-            self.found.left_out[HIDDEN] += 1
+            self.result.left_out[HIDDEN] += 1
         elif entry.is_symlink() and not path.exists():
             raise UsageError(f"{printable(path)}: a link to what is not there. Restore that, or delete the link.")
         elif entry.is_symlink() and entry.is_dir():
@@ -82,24 +83,24 @@ class _Walk:
         elif entry.is_dir():
             self._folder(path)
         elif not self.is_wanted(path):
-            self.found.left_out[_ending(entry.name)] += 1
+            self.result.left_out[_ending(entry.name)] += 1
         elif not entry.is_file():
-            self.found.left_out[SPECIAL] += 1
+            self.result.left_out[SPECIAL] += 1
         else:
-            self.found.files.append(path)
+            self.result.files.append(path)
 
     def run(self) -> FolderFiles:
-        self._folder(self.found.root)
+        self._folder(self.result.root)
         while self.links:
             self._folder(self.links.pop(0))
-        self.found.files.sort(key=_by_bytes)
-        return self.found
+        self.result.files.sort(key=_by_bytes)
+        return self.result
 
 
 def files_below(root: Path, is_wanted: Callable[[Path], bool]) -> FolderFiles:
-    """Finds all files below a folder that are wanted.
+    """Finds all files below a folder for which `is_wanted` holds.
 
-    Links to folders are followed, each folder once. Hidden folders are left out.
+    Links to folders are followed, and each folder is read once. Hidden files and folders are left out.
 
     Raises:
         UsageError: a folder cannot be read, or a link leads nowhere.

@@ -1,4 +1,9 @@
-"""Lines of a file that somebody else has written: none without end, and packed text that stays packed text."""
+"""Lines of text and JSON from files of any origin, plain or compressed, within bounds on memory.
+
+    file → open_unpacked → lines_of: length of a line, size unpacked → decoded: UTF-8 → json_value → json_object
+
+A line without end and a decompression bomb raise an error before they fill the memory.
+"""
 
 import bz2
 import gzip
@@ -16,14 +21,14 @@ import zstandard
 from kd_core.errors import UsageError
 from kd_core.files import open_plain, printable
 
-MOST_LINE = 1 << 25  # bytes; what JSON becomes in memory is some twenty times as large
-MOST_UNPACKED, MOST_RATIO = 1 << 28, 200
+MOST_LINE = 1 << 25  # bytes; parsed JSON takes some twenty times as much memory
+MOST_UNPACKED, MOST_RATIO = 1 << 28, 200  # unpacked bytes above which the ratio to the file's size is bounded
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-ZSTD_STEP = 1 << 10  # packed bytes at a time: they unfold to 32 MiB at the most
+ZSTD_STEP = 1 << 10  # packed bytes at a time, which unpack to at most 32 MiB
 
 
 class BadRowError(UsageError):
-    """One row of a corpus that cannot be used; `reason` names its kind in a few words, so that rows can be counted."""
+    """A row of a corpus that cannot be used. `reason` names the kind of error, so that rows can be counted by it."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -31,7 +36,10 @@ class BadRowError(UsageError):
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd as one file; `zstandard`'s own reader takes a file that was cut off for a whole one."""
+    """A reader of consecutive zstd frames that raises EOFError where the last one is cut off.
+
+    The reader of `zstandard` ends there without an error.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -67,14 +75,16 @@ DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 @contextmanager
-def open_unpacked(path: Path, what: str) -> Generator[IO[bytes]]:
-    """Open a file for reading, unpacked where its ending is one of `PACKED`; `what` names it in the error.
+def open_unpacked(path: Path, description: str) -> Generator[IO[bytes]]:
+    """Opens a file for reading, and decompresses it where its ending is one of `PACKED`.
+
+    `description` names the file in error messages.
 
     Raises:
-        UsageError: it is no plain file, or damaged.
+        UsageError: it is not a plain file, or damaged.
     """
     ending = path.suffix.lower()
-    with open_plain(path, what) as file:
+    with open_plain(path, description) as file:
         if ending not in PACKED:
             yield file
             return
@@ -82,44 +92,47 @@ def open_unpacked(path: Path, what: str) -> Generator[IO[bytes]]:
             with PACKED[ending](file) as unpacked:
                 yield unpacked
         except (*DAMAGE, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # those of gzip and bz2 have none
+            if isinstance(error, OSError) and error.errno is not None:  # errors of gzip and bz2 have no errno
                 raise
             kind = {".gz": "gzip", ".zst": "zstd"}.get(ending, ending[1:])
             raise UsageError(f"{printable(path)}: damaged {kind} ({error}). Fetch or write it again.") from None
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a file, packed or not.
+    """Yields the lines of a file, compressed or not.
 
     Raises:
-        UsageError: no plain file, damaged, a line without end, or packed text that unfolds to more than text does.
+        UsageError: it is not a plain file, is damaged, has a line above `MOST_LINE` bytes, or is a decompression bomb.
     """
-    number = made = 0
+    number = unpacked_bytes = 0
     with open_unpacked(path, "a file of lines") as file:
         while line := file.readline(MOST_LINE + 1):
-            number, made = number + 1, made + len(line)
+            number, unpacked_bytes = number + 1, unpacked_bytes + len(line)
             if len(line) > MOST_LINE:
                 raise UsageError(
                     f"{printable(path)}:{number}: a line of more than {MOST_LINE} bytes. Wanted a row a line; split it."
                 )
-            refuse_bomb(path, made)
+            refuse_bomb(path, unpacked_bytes)
             yield line
 
 
-def refuse_bomb(path: Path, made: int) -> None:
-    """Refuse a small file that becomes a large one: text packs to a tenth, seldom to a hundredth."""
-    if made > MOST_UNPACKED and made > MOST_RATIO * (size := path.stat().st_size):
+def refuse_bomb(path: Path, unpacked_bytes: int) -> None:
+    """Raises UsageError where a small file unpacks to a large one, as a decompression bomb does.
+
+    Text compresses to a tenth of its size, seldom to a hundredth.
+    """
+    if unpacked_bytes > MOST_UNPACKED and unpacked_bytes > MOST_RATIO * (size := path.stat().st_size):
         raise UsageError(
-            f"{printable(path)}: {size} bytes unfold to {made} and more, {MOST_RATIO} times as much. That is no text; "
-            "if you trust it, unpack it yourself."
+            f"{printable(path)}: {size} bytes unfold to {unpacked_bytes} and more, {MOST_RATIO} times as much. That is "
+            "no text; if you trust it, unpack it yourself."
         )
 
 
 def decoded(payload: bytes, where: str) -> str:
-    """UTF-8 bytes as text, without a byte order mark.
+    """Decodes UTF-8 bytes, and drops a byte order mark.
 
     Raises:
-        BadRowError: they are of another encoding.
+        BadRowError: the bytes are not UTF-8.
     """
     try:
         return payload.removeprefix(BYTE_ORDER_MARK).decode()
@@ -129,15 +142,15 @@ def decoded(payload: bytes, where: str) -> str:
 
 
 def json_value(text: str, where: str) -> Any:
-    """A text's JSON.
+    """Parses a JSON text.
 
     Raises:
-        BadRowError: it is none, or holds what is no text.
+        BadRowError: it is not JSON, or has half a surrogate pair in a string.
     """
     try:
         value = json.loads(text)
         refuse_half_pairs(value, text, where)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         if isinstance(error, BadRowError):
             raise
         over_many_lines = text.lstrip().startswith("[") or text.strip() == "{"
@@ -147,7 +160,7 @@ def json_value(text: str, where: str) -> Any:
 
 
 def refuse_half_pairs(value: Any, text: str, where: str) -> None:
-    """Refuse an escape that stands alone, and then is no character.
+    """Checks that a parsed JSON text has no half of a surrogate pair, which is not a character.
 
     Raises:
         BadRowError: there is one.
@@ -161,7 +174,7 @@ def refuse_half_pairs(value: Any, text: str, where: str) -> None:
 
 
 def json_object(value: Any, where: str) -> dict[str, Any]:
-    """The value, which must be an object.
+    """Returns the value if it is a JSON object.
 
     Raises:
         BadRowError: it is something else.
@@ -174,7 +187,7 @@ def json_object(value: Any, where: str) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Returns the value without fields that are null, at any depth: Parquet writes null for what is not there."""
+    """Returns the value without fields that are null, at any depth. Parquet writes null for absent fields."""
     if isinstance(value, dict):
         fields = cast(dict[str, Any], value)
         return {key: without_nulls(item) for key, item in fields.items() if item is not None}

@@ -1,4 +1,10 @@
-"""The positions of several records end to end, as the codec works on them; what they must fulfil; what coding cost."""
+"""The positions of several records end to end, as the codec works on them, with their checks and the codec's audit.
+
+    records → Columns.of → check: ids, NaN, mass, labels
+                         → encode, decode → audit: KL(original‖decoded)
+
+`Columns` holds arrays over N positions.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +16,17 @@ from data.cache.record import UNUSED, Record
 from data.cache.selection import Selection
 
 Array = np.ndarray[Any, np.dtype[Any]]
-MASS_ROUNDING = 1e-3
-LABEL_TOLERANCE = 0.05  # nats between a label's own log-probability and its entry's
+MASS_ROUNDING = 1e-3  # largest deviation of Σ p from 1, and of a log-probability above 0
+LABEL_TOLERANCE = 0.05  # nats between a label's log-probability and that of the entry with its id
 
 
 @dataclass(frozen=True)
 class Columns:
-    """N positions: `tokens`, `labels`, `tail`, `label_logs` [N]; `heads`, `head_logs` [N, K]; `samples`, … [N, S].
+    """The N positions of several records.
 
-    `tempered` has one [N] for each further temperature of the selection.
+    Shapes: `tokens`, `labels`, `tail` and `label_logs` [N], `heads` and `head_logs` [N, K] (ids and log-probabilities
+    of the entries), `samples` and `sample_logs` [N, S]. `tempered` has one tail [N] for each further temperature of the
+    selection.
     """
 
     tokens: Array
@@ -33,8 +41,9 @@ class Columns:
 
     @classmethod
     def of(cls, records: Sequence[Record], temperatures: Sequence[float]) -> "Columns":
-        """From records, widened to the widest."""
+        """Concatenates records, with entries and samples padded to the widest record."""
         samples = [record.samples() for record in records]
+        # Inputs are the first T of T + 1 token ids, labels the last T.
         return cls(
             np.concatenate([r.token_ids[:-1] for r in records]).astype(np.int64),
             np.concatenate([r.token_ids[1:] for r in records]).astype(np.int64),
@@ -48,14 +57,15 @@ class Columns:
         )
 
     def label_entries(self) -> Array:
-        """The log-probability of the label's own entry; −inf where it is none of the head."""
+        """Returns the log-probability of each label's entry, or −inf where the label is not an entry.  [N]"""
         return np.where(self.heads == self.labels[:, None], self.head_logs, UNUSED).max(axis=1, initial=UNUSED)
 
     def check(self, vocab_size: int, selection: Selection) -> None:
-        """Refuse what no teacher can have said.
+        """Checks that a teacher can have produced these values.
 
         Raises:
-            ValueError: which column, what was found, what was wanted.
+            ValueError: an id is outside the vocabulary, a log-probability is NaN or above 0, entries and tail do not
+                sum to 1, or a label's log-probability is not that of its entry. The message names the column.
         """
         for name in ("tokens", "labels", "heads", "samples"):
             values = getattr(self, name)
@@ -67,30 +77,35 @@ class Columns:
                 raise ValueError(f"{name}: holds NaN or a log-probability above 0")
         if np.isnan(self.sample_logs).any() or any(np.isnan(tail).any() for tail in self.tempered):
             raise ValueError("samples or tails at further temperatures: hold NaN")
+        # Σ e^entry + e^tail is 1 up to rounding.  [N]
         mass = np.exp(self.head_logs.astype(np.float64)).sum(axis=1) + np.exp(self.tail.astype(np.float64))
         if (np.abs(mass - 1) > MASS_ROUNDING).any():
             raise ValueError(f"entries and tail sum to {mass[np.abs(mass - 1).argmax()]:.6f}, wanted 1")
+        # Where the label is an entry, both of its log-probabilities agree. −inf is left out of the difference.  [N]
         entries = self.label_entries()
-        inside = entries > UNUSED
-        distance = np.subtract(entries, self.label_logs, where=inside, out=np.zeros_like(entries))
-        apart = inside & (np.abs(distance) > LABEL_TOLERANCE)
-        if selection.top_k and apart.any():
-            at = int(apart.argmax())
+        is_entry = entries > UNUSED
+        distance = np.subtract(entries, self.label_logs, where=is_entry, out=np.zeros_like(entries))
+        differs = is_entry & (np.abs(distance) > LABEL_TOLERANCE)
+        if selection.top_k and differs.any():
+            n = int(differs.argmax())
             raise ValueError(
-                f"position {at}: the label's log-probability is {self.label_logs[at]:.3f}, that of its entry "
-                f"{entries[at]:.3f}; labels and entries speak of different positions"
+                f"position {n}: the label's log-probability is {self.label_logs[n]:.3f}, that of its entry "
+                f"{entries[n]:.3f}; labels and entries speak of different positions"
             )
 
 
 def _stack(parts: Sequence[Array], filler: float) -> Array:
-    """Rows of all parts, widened to the widest."""
+    """Concatenates the rows of all parts, padded with `filler` to the widest."""
     width = max(part.shape[1] for part in parts)
     wide = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=filler) for part in parts]
     return np.concatenate(wide)
 
 
 def _by_id(ids: Array, logs: Array) -> tuple[Array, Array]:
-    """Entries by rising id, as wide as the row with most of them; the unused ones last and alike."""
+    """Sorts each row's entries by rising id, for comparison, and cuts the rows to the widest one.
+
+    Unused entries come last, all with the same id.
+    """
     used = logs > UNUSED
     widest = int(used.sum(axis=1).max(initial=0))
     keys = np.where(used, ids, np.iinfo(np.int64).max)
@@ -99,11 +114,14 @@ def _by_id(ids: Array, logs: Array) -> tuple[Array, Array]:
 
 
 def audit(original: Columns, decoded: Columns) -> dict[str, float]:
-    """What coding changed: KL(original‖decoded) over entries and tail, in nats, and the head's mass.
+    """Measures what coding changed: KL(original‖decoded) over entries and tail, in nats, and the entries' mass.
+
+    Returns `kl_mean` and `kl_worst` over the positions, and the worst `mass_error`.
 
     Raises:
         ValueError: anything but log-probabilities changed.
     """
+    # Sort both by id: the codec does not keep the order of entries.  [N, K], [N, S]
     heads, logs = _by_id(original.heads, original.head_logs)
     heads_after, logs_after = _by_id(decoded.heads, decoded.head_logs)
     samples, samples_after = (_by_id(side.samples, side.sample_logs)[0] for side in (original, decoded))
@@ -115,11 +133,14 @@ def audit(original: Columns, decoded: Columns) -> dict[str, float]:
     for name, unchanged in same.items():
         if not unchanged:
             raise ValueError(f"{name} came back changed from the codec; nothing was written")
+    # log p of the entries and the tail, before and after.  [N, K + 1]
     before = np.concatenate([logs, original.tail[:, None]], axis=1).astype(np.float64)
     after = np.concatenate([logs_after, decoded.tail[:, None]], axis=1).astype(np.float64)
-    there = before > UNUSED
-    kl = np.where(there, np.exp(before) * np.subtract(before, after, where=there, out=np.zeros_like(before)), 0.0).sum(
+    # KL = Σ p (log p − log q), where terms of p = 0 are 0.  [N]
+    used = before > UNUSED
+    kl = np.where(used, np.exp(before) * np.subtract(before, after, where=used, out=np.zeros_like(before)), 0.0).sum(
         axis=1
     )
+    # |Σ q − Σ p| over the entries.  [N]
     mass = np.abs(np.exp(logs_after.astype(np.float64)).sum(axis=1) - np.exp(logs.astype(np.float64)).sum(axis=1))
     return {"kl_mean": float(kl.mean()), "kl_worst": float(kl.max()), "mass_error": float(mass.max())}

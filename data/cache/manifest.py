@@ -1,4 +1,7 @@
-"""`manifest.json`: what a cache is, written last, so that its presence means that the cache is complete."""
+"""`manifest.json`: teacher, vocabulary, selection, codec, statistics, shards and hashes of a cache.
+
+It is written last, so a cache with a manifest is complete. Every field is checked when it is read.
+"""
 
 import hashlib
 import re
@@ -20,16 +23,19 @@ from kd_core.files import json_text, read_json, write_text
 from kd_core.json_fields import digest, fields, integer, items, number, shown, text
 
 FORMAT = "kd-workspace teacher cache"
-VERSION = 3  # 2 has no `made`
+VERSION = 3  # version 2 has no `made`
 MAX_MANIFEST_BYTES, MAX_TABLES_BYTES, MAX_BLOCK_BYTES, MAX_SHARD_BYTES = 1 << 28, 1 << 26, 1 << 29, 1 << 50
 TABLES = "tables.tar"
-BEGINS, ENDS = "text_begins_with", "text_ends_with"  # of a plan, where there is something
+BEGINS, ENDS = "text_begins_with", "text_ends_with"  # fields of a plan, present where the lists are not empty
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of bytes of a shard, read and verified as one; `lengths` are its records' positions, in order."""
+    """Consecutive bytes of a shard that are read and verified as one.
+
+    `lengths` are the positions of its records, in order.
+    """
 
     bytes: int
     sha256: str
@@ -38,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of the cache: its blocks, one after the other, and the two empty records that end a tar."""
+    """One tar of the cache: its blocks one after the other, and the 1,024 zero bytes that end a tar."""
 
     name: str
     bytes: int
@@ -47,13 +53,13 @@ class Shard:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Positions of each record."""
+        """Returns the number of positions of each record."""
         return tuple(length for block in self.blocks for length in block.lengths)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the codec changed over all positions, in nats of KL(original‖decoded), and in mass of the entries."""
+    """The codec's error over all positions: KL(original‖decoded) in nats, and the worst error of the entries' mass."""
 
     kl_mean: float
     kl_worst: float
@@ -62,12 +68,12 @@ class Audit:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A cache: who spoke, over which vocabulary, what was kept and how it is coded, and the shards.
+    """A cache: teacher and vocabulary, what was kept and how it is coded, and the shards.
 
-    `plans` are what its exports were asked for (corpus, split, selection, teacher), one for each time it grew.
-    `made` says which teacher and corpora it was made of, when, and by which version. It is no part of the identity.
-    `unknown` is what another system's cache, from which it was converted, did not say: `tail`, `tokenizer`,
-    `label_log_prob` (of labels that are no entry: an upper bound stands there).
+    `plans` are the plans of its exports (corpus, split, selection, teacher), one for each time it grew.
+    `made` has the teacher and the corpora as they were named, the time and our version. It is not part of the identity.
+    `unknown` lists what a converted cache lacks, since its source did not record it: `tail`, `tokenizer`, or
+    `label_log_prob` (of labels that are no entry: an upper bound is stored).
     """
 
     vocab_size: int
@@ -86,26 +92,26 @@ class Manifest:
 
     @property
     def records(self) -> int:
-        """Number of records."""
+        """Returns the number of records."""
         return sum(len(block.lengths) for shard in self.shards for block in shard.blocks)
 
     @property
     def positions(self) -> int:
-        """Number of positions."""
+        """Returns the number of positions."""
         return sum(sum(block.lengths) for shard in self.shards for block in shard.blocks)
 
     @property
     def text_begins_with(self) -> list[int]:
-        """Ids in front of each text that is no conversation, such as the BOS."""
+        """Returns the ids in front of each text that is no conversation, such as the BOS."""
         return next((plan[BEGINS] for plan in self.plans if BEGINS in plan), [])
 
     @property
     def bytes(self) -> int:
-        """Of shards and tables."""
+        """Returns the bytes of shards and tables."""
         return int(self.tables["bytes"]) + sum(shard.bytes for shard in self.shards)
 
     def summary(self, folder: Path) -> str:
-        """The cache in one line."""
+        """Describes the cache in one line."""
         return (
             f"{folder}: {self.records} records, {self.positions} positions in {len(self.shards)} shards, "
             f"{self.bytes / self.positions:.1f} bytes a position; teacher NLL {self.statistics['teacher_nll']:.3f}, "
@@ -118,21 +124,22 @@ class Manifest:
         return json_text({"format": FORMAT, "version": VERSION, **asdict(self)})
 
     def identity(self) -> str:
-        """Returns the sha256 of all but `made`: that of the cache, for the manifest holds those of all its files.
+        """Returns the sha256 of all fields but `made`.
 
-        It is that of the text which version 2 wrote, so that a cache keeps its identity.
+        It identifies the whole cache, because the manifest has the hashes of all its files. It is computed on the text
+        that version 2 wrote, so a cache of that version keeps its identity.
         """
         fixed = {"format": FORMAT, "version": 2, **asdict(self)}
         del fixed["made"]
         return hashlib.sha256(json_text(fixed).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`."""
+        """Writes `manifest.json`."""
         write_text(folder / "manifest.json", self.as_json())
 
 
 def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
-    """Returns a manifest's `made`: teacher and corpora as the user named them, the time, and our version."""
+    """Returns the field `made` of a manifest: teacher and corpora as the user named them, the time, and our version."""
     try:
         release = metadata.version("kd-workspace")
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
@@ -146,69 +153,69 @@ def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
 
 
 def _shard(value: Any) -> Shard:
-    found = fields(value, "a shard", ("blocks", "bytes", "name", "sha256"))
-    name = text(found["name"], "a shard's name")
+    shard = fields(value, "a shard", ("blocks", "bytes", "name", "sha256"))
+    name = text(shard["name"], "a shard's name")
     if not SHARD_NAME.fullmatch(name) or name == TABLES:
         raise ValueError(f"a shard's name is {shown(name)}; wanted a plain one, as shard-000000.tar")
-    blocks = tuple(_block(each, name) for each in items(found["blocks"], f"{name}: blocks"))
-    size = integer(found["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
-    if size != (wanted := sum(block.bytes for block in blocks) + len(END)):
-        raise ValueError(f"{name}: has {size} bytes; its blocks and the tar's end have {wanted}")
-    return Shard(name, size, digest(found["sha256"], f"{name}: sha256"), blocks)
+    blocks = tuple(_block(block, name) for block in items(shard["blocks"], f"{name}: blocks"))
+    size = integer(shard["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
+    if size != (expected := sum(block.bytes for block in blocks) + len(END)):
+        raise ValueError(f"{name}: has {size} bytes; its blocks and the tar's end have {expected}")
+    return Shard(name, size, digest(shard["sha256"], f"{name}: sha256"), blocks)
 
 
 def _block(value: Any, name: str) -> Block:
-    found = fields(value, f"{name}: a block", ("bytes", "lengths", "sha256"))
-    lengths = items(found["lengths"], f"{name}: lengths")
+    block = fields(value, f"{name}: a block", ("bytes", "lengths", "sha256"))
+    lengths = items(block["lengths"], f"{name}: lengths")
     if not lengths:
         raise ValueError(f"{name}: a block has no records")
     return Block(
-        integer(found["bytes"], f"{name}: a block's bytes", 1, MAX_BLOCK_BYTES),
-        digest(found["sha256"], f"{name}: a block's sha256"),
+        integer(block["bytes"], f"{name}: a block's bytes", 1, MAX_BLOCK_BYTES),
+        digest(block["sha256"], f"{name}: a block's sha256"),
         tuple(integer(length, f"{name}: a record's positions", 1, MAX_POSITIONS) for length in lengths),
     )
 
 
 def _selection(value: Any) -> Selection:
-    found = fields(value, "selection", (each.name for each in dataclass_fields(Selection)))
+    limits = fields(value, "selection", (f.name for f in dataclass_fields(Selection)))
     return Selection(
-        top_k=integer(found["top_k"], "selection.top_k", 0, 65535),
-        min_prob=number(found["min_prob"], "selection.min_prob"),
-        mass=number(found["mass"], "selection.mass"),
-        draws=integer(found["draws"], "selection.draws", 0, 65535),
-        proposal_temperature=number(found["proposal_temperature"], "selection.proposal_temperature"),
+        top_k=integer(limits["top_k"], "selection.top_k", 0, 65535),
+        min_prob=number(limits["min_prob"], "selection.min_prob"),
+        mass=number(limits["mass"], "selection.mass"),
+        draws=integer(limits["draws"], "selection.draws", 0, 65535),
+        proposal_temperature=number(limits["proposal_temperature"], "selection.proposal_temperature"),
         tail_temperatures=tuple(
-            number(each, "selection.tail_temperatures")
-            for each in items(found["tail_temperatures"], "selection.tail_temperatures")
+            number(temperature, "selection.tail_temperatures")
+            for temperature in items(limits["tail_temperatures"], "selection.tail_temperatures")
         ),
     )
 
 
 def _audit(value: Any) -> Audit:
-    found = fields(value, "audit", (each.name for each in dataclass_fields(Audit)))
-    return Audit(**{name: number(error, f"audit.{name}") for name, error in found.items()})
+    errors = fields(value, "audit", (f.name for f in dataclass_fields(Audit)))
+    return Audit(**{name: number(error, f"audit.{name}") for name, error in errors.items()})
 
 
 def _tables(value: Any) -> dict[str, Any]:
-    found = fields(value, "tables", ("bytes", "sha256"))
-    integer(found["bytes"], "tables.bytes", 1, MAX_TABLES_BYTES)
-    digest(found["sha256"], "tables.sha256")
-    return found
+    tables = fields(value, "tables", ("bytes", "sha256"))
+    integer(tables["bytes"], "tables.bytes", 1, MAX_TABLES_BYTES)
+    digest(tables["sha256"], "tables.sha256")
+    return tables
 
 
 def _statistics(value: Any) -> dict[str, float]:
-    found = {name: number(each, f"statistics.{name}") for name, each in fields(value, "statistics").items()}
-    if missing := {"teacher_nll", "teacher_mass", "entries", "scored"} - set(found):
+    statistics = {name: number(mean, f"statistics.{name}") for name, mean in fields(value, "statistics").items()}
+    if missing := {"teacher_nll", "teacher_mass", "entries", "scored"} - set(statistics):
         raise ValueError(f"statistics: {min(missing)} is missing")
-    return found
+    return statistics
 
 
 def _plan(value: Any) -> dict[str, Any]:
-    found = fields(value, "a plan")
+    plan = fields(value, "a plan")
     for name in (BEGINS, ENDS):
-        for each in items(found.get(name, []), name):
-            integer(each, name, 0, MAX_VOCABULARY - 1)
-    return found
+        for token_id in items(plan.get(name, []), name):
+            integer(token_id, name, 0, MAX_VOCABULARY - 1)
+    return plan
 
 
 def _codec(value: Any) -> str:
@@ -218,34 +225,34 @@ def _codec(value: Any) -> str:
 
 
 def _manifest(value: dict[str, Any], version: int) -> Manifest:
-    new = {"made"} if version == 2 else set[str]()
-    found = fields(value, "it", {each.name for each in dataclass_fields(Manifest)} - new)
-    shards = tuple(_shard(each) for each in items(found["shards"], "shards"))
+    added_since = {"made"} if version == 2 else set[str]()
+    manifest = fields(value, "it", {f.name for f in dataclass_fields(Manifest)} - added_since)
+    shards = tuple(_shard(shard) for shard in items(manifest["shards"], "shards"))
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
         raise ValueError(f"shards: {max(names, key=names.count)} stands twice")
     return Manifest(
-        vocab_size=integer(found["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
-        tokenizer=text(found["tokenizer"], "tokenizer"),
-        teacher=fields(found["teacher"], "teacher"),
-        selection=_selection(found["selection"]),
-        row_length=integer(found["row_length"], "row_length", 1, MAX_POSITIONS),
-        codec=_codec(found["codec"]),
-        audit=_audit(found["audit"]),
-        statistics=_statistics(found["statistics"]),
-        tables=_tables(found["tables"]),
-        plans=tuple(_plan(plan) for plan in items(found["plans"], "plans")),
+        vocab_size=integer(manifest["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
+        tokenizer=text(manifest["tokenizer"], "tokenizer"),
+        teacher=fields(manifest["teacher"], "teacher"),
+        selection=_selection(manifest["selection"]),
+        row_length=integer(manifest["row_length"], "row_length", 1, MAX_POSITIONS),
+        codec=_codec(manifest["codec"]),
+        audit=_audit(manifest["audit"]),
+        statistics=_statistics(manifest["statistics"]),
+        tables=_tables(manifest["tables"]),
+        plans=tuple(_plan(plan) for plan in items(manifest["plans"], "plans")),
         shards=shards,
-        unknown=tuple(text(each, "unknown") for each in items(found["unknown"], "unknown")),
-        made=fields(found.get("made", {}), "made"),
+        unknown=tuple(text(name, "unknown") for name in items(manifest["unknown"], "unknown")),
+        made=fields(manifest.get("made", {}), "made"),
     )
 
 
 def parse_manifest(value: Any, path: str) -> Manifest:
-    """A manifest from its JSON, every field of its exact type and in bounds.
+    """Builds a manifest from its JSON. Every field must have its exact type and be in bounds.
 
     Raises:
-        UsageError: another format or version, or a field that is missing, unknown or out of bounds.
+        UsageError: the format or version is another one, or a field is missing, unknown or out of bounds.
     """
     rest = dict(cast(dict[str, Any], value)) if isinstance(value, dict) else {}
     kind, version = rest.pop("format", None), rest.pop("version", None)
@@ -266,10 +273,11 @@ def caches_in(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a cache.
+    """Reads the manifest of a cache.
 
     Raises:
-        UsageError: none there (the export has not ended, or it is a folder of caches), or of another format or version.
+        UsageError: there is none (the export has not ended, or the folder holds caches), or it is invalid (see
+            `parse_manifest`).
     """
     path = folder / "manifest.json"
     if not path.exists() and (inside := caches_in(folder)):

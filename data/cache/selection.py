@@ -1,4 +1,4 @@
-"""What is kept of a teacher's distribution at each position."""
+"""The settings that say how much of a teacher's distribution a cache stores at each position."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,19 @@ from kd_core.ranges import ABOVE_0, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
 
 @dataclass(frozen=True)
 class Selection:
-    """The head: the likeliest tokens, as far as all three limits allow. The samples: draws from all the others.
+    """What a cache keeps of a position: entries, the likeliest tokens within three limits, and samples of all others.
 
-    A fixed top-k is `top_k` alone; a threshold p ≥ ε is `min_prob`; a nucleus is `mass` (the entry that reaches it is
-    in). `top_k=0` with `draws` samples the whole distribution (Random Sampling KD, arXiv 2503.16870): several times
-    smaller, and unbiased for forward KL, but of no use to the other divergences. Head and samples serve both.
+    `top_k` alone keeps a fixed top-k, `min_prob` a threshold p ≥ ε, and `mass` a nucleus.
+    `top_k=0` with `draws` samples the whole distribution (Random Sampling KD, arXiv 2503.16870). Such a cache is
+    several times smaller, and unbiased for forward KL, but of no use to the other divergences.
+    Entries and samples together serve both.
 
     Args:
-        top_k: at most so many entries; 0 for samples alone.
-        min_prob: entries of at least this probability.
-        mass: entries until they hold this mass.
-        draws: tokens drawn, with replacement, from what is not in the head; equal ones are stored once.
-        proposal_temperature: they are drawn from p^(1/t), normalised, and weighted back. 1 has the smallest cache.
+        top_k: keeps at most so many entries. 0 keeps samples alone.
+        min_prob: keeps entries of at least this probability.
+        mass: keeps entries until they hold this mass, the one that reaches it included.
+        draws: tokens drawn, with replacement, from all that are not entries. Equal ones are stored once.
+        proposal_temperature: draws come from p^(1/t), normalised, and are weighted back. 1 gives the smallest cache.
         tail_temperatures: further temperatures τ at which the tail's Σ p^(1/τ) is recorded, for bucket losses at τ.
     """
 
@@ -46,13 +47,13 @@ class Selection:
 
     @property
     def fixed(self) -> bool:
-        """Whether every position has `top_k` entries."""
+        """Returns whether every position has `top_k` entries."""
         return self.min_prob <= 0 and self.mass >= 1
 
     def words(self) -> str:
-        """The selection in words, for people."""
-        head = [f"top {self.top_k}"] if self.top_k else []
-        head += [f"p ≥ {self.min_prob:g}"] if self.top_k and self.min_prob else []
-        head += [f"mass ≥ {self.mass:g}"] if self.top_k and self.mass < 1 else []
+        """Describes the selection for people, such as `top 64, mass ≥ 0.9 and 12 draws from the tail`."""
+        limits = [f"top {self.top_k}"] if self.top_k else []
+        limits += [f"p ≥ {self.min_prob:g}"] if self.top_k and self.min_prob else []
+        limits += [f"mass ≥ {self.mass:g}"] if self.top_k and self.mass < 1 else []
         draws = [f"{self.draws} draws" + (" from the tail" if self.top_k else "")] if self.draws else []
-        return " and ".join([", ".join(head)] * bool(head) + draws)
+        return " and ".join([", ".join(limits)] * bool(limits) + draws)

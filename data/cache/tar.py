@@ -1,7 +1,7 @@
-"""Plain tars: members written with nothing that varies, and read back by their headers alone, strictly.
+"""Plain tars: a writer whose bytes depend on the members alone, and a strict reader.
 
-Only regular files with plain names exist here. Whatever else a tar can hold (links, devices, sparse files, long or
-extended names, paths) is refused before anybody acts on it.
+Only regular files with plain names are written and read. Whatever else a tar can hold (links, devices, sparse files,
+long or extended names, paths) raises an error while its header is read.
 """
 
 import re
@@ -9,13 +9,13 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-RECORD = 512
+RECORD = 512  # bytes of a tar record: headers and payloads are padded to it
 END = bytes(2 * RECORD)
 MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}(\.[A-Za-z0-9_]{1,20}){1,2}")
 
 
 class Member(NamedTuple):
-    """A member, and where its header begins."""
+    """A member of a tar. Its header begins at `offset`."""
 
     name: str
     payload: bytes
@@ -23,12 +23,12 @@ class Member(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """Bytes that a payload takes up."""
+    """Returns the bytes that a payload of `size` takes with its padding."""
     return -(-size // RECORD) * RECORD
 
 
 def member_bytes(name: str, payload: bytes) -> bytes:
-    """Header, payload and padding of a member; owner, time and mode are fixed."""
+    """Returns header, payload and padding of a member. Owner, time and mode are fixed."""
     assert MEMBER_NAME.fullmatch(name), f"{name!r} is no name of a member"
     header = tarfile.TarInfo(name)
     header.size, header.mode = len(payload), 0o644
@@ -36,46 +36,49 @@ def member_bytes(name: str, payload: bytes) -> bytes:
 
 
 def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A whole tar."""
+    """Returns the bytes of a whole tar."""
     return b"".join([*(member_bytes(name, payload) for name, payload in members), END])
 
 
 def read_members(data: bytes) -> Iterator[Member]:
-    """Members of a run of a tar, up to its end, where only zeros may follow.
+    """Yields the members of a part of a tar, until it ends or only zeros follow.
 
     Raises:
-        ValueError: a header that is damaged or of anything but a plain file, a payload that is cut off, padding that
-            is not empty; with the member's name where it has one, and the offset.
+        ValueError: a header is damaged or not that of a plain file, a payload is cut off, or padding is not empty. The
+            message has the offset, and the member's name where it is known.
     """
-    at = 0
-    while at < len(data):
-        header = data[at : at + RECORD]
+    offset = 0
+    while offset < len(data):
+        header = data[offset : offset + RECORD]
         if not header.strip(b"\0"):
-            if data[at:].strip(b"\0"):
-                raise ValueError(f"offset {at}: the tar ends, but {len(data) - at} bytes follow that are not empty")
+            if data[offset:].strip(b"\0"):
+                raise ValueError(
+                    f"offset {offset}: the tar ends, but {len(data) - offset} bytes follow that are not empty"
+                )
             return
-        name, size = _plain_file(header, at)
-        start = at + RECORD
+        name, size = _parse_header(header, offset)
+        start = offset + RECORD
         if start + padded(size) > len(data):
-            raise ValueError(f"member {name}, offset {at}: declares {size} bytes; {len(data) - start} follow")
+            raise ValueError(f"member {name}, offset {offset}: declares {size} bytes; {len(data) - start} follow")
         if data[start + size : start + padded(size)].strip(b"\0"):
-            raise ValueError(f"member {name}, offset {at}: its padding is not empty")
-        yield Member(name, data[start : start + size], at)
-        at = start + padded(size)
+            raise ValueError(f"member {name}, offset {offset}: its padding is not empty")
+        yield Member(name, data[start : start + size], offset)
+        offset = start + padded(size)
 
 
-def _plain_file(header: bytes, at: int) -> tuple[str, int]:
-    """Name and size from the header of a plain file."""
+def _parse_header(header: bytes, offset: int) -> tuple[str, int]:
+    """Returns the name and the size that the header of a plain file declares."""
     try:
-        found = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+        info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        raise ValueError(f"offset {at}: not the header of a tar's member ({error})") from None
-    if found.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise ValueError(f"member {found.name!r}, offset {at}: of type {found.type!r}; only plain files are read")
-    if not MEMBER_NAME.fullmatch(found.name):
-        raise ValueError(f"member {found.name!r}, offset {at}: wanted a plain name, as 00000000.json")
-    if found.size < 0:
-        raise ValueError(f"member {found.name}, offset {at}: declares {found.size} bytes")
-    if found.linkname or found.tobuf(tarfile.USTAR_FORMAT) != header:
-        raise ValueError(f"member {found.name}, offset {at}: its header has fields that a plain file has not")
-    return found.name, found.size
+        raise ValueError(f"offset {offset}: not the header of a tar's member ({error})") from None
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise ValueError(f"member {info.name!r}, offset {offset}: of type {info.type!r}; only plain files are read")
+    if not MEMBER_NAME.fullmatch(info.name):
+        raise ValueError(f"member {info.name!r}, offset {offset}: wanted a plain name, as 00000000.json")
+    if info.size < 0:
+        raise ValueError(f"member {info.name}, offset {offset}: declares {info.size} bytes")
+    # Writing the same fields again must give the same bytes: no field that this reader ignores can hide in a header.
+    if info.linkname or info.tobuf(tarfile.USTAR_FORMAT) != header:
+        raise ValueError(f"member {info.name}, offset {offset}: its header has fields that a plain file has not")
+    return info.name, info.size

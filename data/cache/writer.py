@@ -1,4 +1,9 @@
-"""Shards and tables as files: their bytes depend on their records alone, and they appear whole, by rename."""
+"""Shards and tables as files.
+
+    records → block_bytes: encode, audit, tar members → write_shard: blocks, end of tar, fsync → rename
+
+Their bytes depend on the records alone. A file appears under its name when it is complete.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -13,10 +18,11 @@ from kd_core.files import no_link, sha256
 
 
 def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
-    """The members of a block, as they lie in a tar.
+    """Encodes records as one block and returns its members as bytes of a tar.
 
     Raises:
-        ValueError: a record holds what no teacher can have said, or the codec's error on the block is above `max_kl`.
+        ValueError: a record holds values that no teacher can produce, or the codec's mean error on the block is above
+            `max_kl` nats a position.
     """
     members, audit = encode_block(first, records, coding)
     if audit["kl_mean"] > max_kl:
@@ -29,7 +35,7 @@ def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: f
 
 
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """A file of these parts, complete or absent."""
+    """Writes a file of these parts under a temporary name, and renames it when it is complete."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb", opener=no_link) as file:
         for part in parts:
@@ -40,7 +46,7 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
-    """A tar of blocks."""
+    """Writes a tar of blocks."""
 
     def parts() -> Iterable[bytes]:
         yield from blocks
@@ -50,10 +56,10 @@ def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
 
 
 def file_facts(path: Path) -> dict[str, int | str]:
-    """What a manifest says of a file."""
+    """Returns the size and the sha256 of a file, as a manifest records them."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_tables(path: Path, tables: Tables) -> None:
-    """The tar of a cache's tables."""
+    """Writes the tar of a cache's rank tables."""
     write_whole(path, [write_tar(tables.members().items())])

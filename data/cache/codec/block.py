@@ -1,10 +1,14 @@
-"""A block: some thousands of positions, whole records of them, as the members of one sample of a tar.
+"""Cache blocks: whole records of some thousands of positions, encoded as the members of one sample of a tar.
 
-    NAME.json            what is in it: records, sizes of planes, the codec's error   (all below: zstd of planes)
+    records → Columns → ids as ranks, log-probs as levels → byte planes → one zstd frame per member → tar
+                                                                │ decoded again before it is written
+                                                                ▼ KL(original‖decoded), stored in NAME.json
+
+    NAME.json            records, sizes of planes, the codec's error                  (all below: zstd of planes)
     NAME.tokens.zst      token ids of all records, T + 1 each, as global ranks; loss masks, a bit each
-    NAME.entries.zst     entries a position; their ids by ranks.py                    (not where the head is empty)
+    NAME.entries.zst     top-K entries a position; their ids by ranks.py              (where top_k > 0)
     NAME.log_probs.zst   levels of the entries; tail; labels that are no entry; tails at further temperatures
-    NAME.samples.zst     samples a position; their ids by ranks.py; multiplicities    (where there are samples)
+    NAME.samples.zst     samples a position; their ids by ranks.py; multiplicities    (where draws > 0)
 
 Every plane is described in `data/README.md`.
 """
@@ -34,50 +38,57 @@ INPUTS, LABELS = slice(None, -1), slice(1, None)
 
 
 def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple[dict[str, bytes], dict[str, float]]:
-    """Members by suffix, and what coding changed. Records are named by number, from `first` on.
+    """Encodes records as the members of a block, and decodes them again to measure the codec's error.
+
+    Records are numbered from `first` on. Returns the members by suffix, and the audit of `columns.audit`.
 
     Raises:
-        ValueError: a record holds what no teacher can have said.
+        ValueError: a record holds values that no teacher can produce.
     """
     tables, selection = coding.tables, coding.selection
+    # Lay all records end to end, and check them: N = Σ T positions.
     columns = Columns.of(records, selection.tail_temperatures)
     columns.check(tables.vocab_size, selection)
     check_size(len(columns.tokens), max(columns.heads.shape[1], columns.samples.shape[1]))
+    # Turn ids into ranks, and sort each position's entries by them.  [N, K] and [N, S]
     order = coding.order_of(columns.tokens)
-    head = Entries(columns.tokens, columns.heads, columns.head_logs, tables)
+    entries = Entries(columns.tokens, columns.heads, columns.head_logs, tables)
     drawn = Entries(columns.tokens, columns.samples, columns.sample_logs, tables)
-    ids = tables.rank_of.take(np.concatenate([record.token_ids for record in records]).astype(np.int64))
+    # Input tokens as global ranks, T + 1 a record, and loss masks as bits.  [N + records], [⌈N / 8⌉]
+    token_ranks = tables.rank_of.take(np.concatenate([record.token_ids for record in records]).astype(np.int64))
     masks = np.packbits(np.concatenate([record.loss_mask for record in records]))
     planes: dict[str, Planes] = {
-        "tokens.zst": [*split(ids, width_of(tables.vocab_size)), masks],
-        "entries.zst": head.planes(order, tables),
-        "log_probs.zst": log_prob_planes(columns, head, coding.levels),
+        "tokens.zst": [*split(token_ranks, width_of(tables.vocab_size)), masks],
+        "entries.zst": entries.planes(order, tables),
+        "log_probs.zst": log_prob_planes(columns, entries, coding.levels),
         "samples.zst": [*drawn.planes(order, tables), *weight_planes(drawn, columns.tail, selection)],
     }
     header: dict[str, Any] = {
-        "entries": head.rows.K,
+        "entries": entries.rows.K,
         "first": first,
         "planes": {name: [len(plane) for plane in planes[name]] for name in coding.members[1:]},
         "records": [[record.document, record.start, record.positions] for record in records],
         "samples": drawn.rows.K,
     }
     members = {name: compress(planes[name]) for name in coding.members[1:]}
-    again = decode_block({"json": json.dumps(header).encode(), **members}, coding)
-    header["audit"] = audit(columns, Columns.of(again, selection.tail_temperatures))
+    # Decode what was encoded, and compare: KL(original‖decoded) goes into the header.
+    decoded = decode_block({"json": json.dumps(header).encode(), **members}, coding)
+    header["audit"] = audit(columns, Columns.of(decoded, selection.tail_temperatures))
     return {"json": json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), **members}, header["audit"]
 
 
 def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:
-    """The records of a block; strict.
+    """Decodes the members of a block into its records, with every size and value checked.
 
     Raises:
-        ValueError: a member is missing, unknown, damaged, of another size, or holds an impossible value; the message
+        ValueError: a member is missing, unknown, damaged, of another size, or holds an impossible value. The message
             names the member.
     """
     if set(members) != set(coding.members):
         raise ValueError(f"has members {sorted(members)}; wanted {sorted(coding.members)}")
     header, member = Header.of(members["json"]), "json"
     try:
+        # `member` names the one that is being decoded, for the error message below.
         fields(header.planes, "planes", coding.members[1:])
         planes: dict[str, Planes] = {}
         for member in coding.members[1:]:
@@ -85,40 +96,45 @@ def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:
             planes[member] = decompress(members[member], sizes)
         member = "tokens.zst"
         token_ids, masks = _decode_tokens(planes[member], header, coding.tables)
+        # Inputs are the first T of a record's T + 1 tokens, labels the last T.  [N] each
         tokens, labels = (np.concatenate([ids[part] for ids in token_ids]) for part in (INPUTS, LABELS))
         member = "entries.zst"
-        ids, rows = _decode_head(planes, tokens, header, coding)
+        # Ids and log-probabilities of the top-K entries.  [N, K]
+        ids, rows = _decode_ids(planes, tokens, header, coding)
         member = "log_probs.zst"
         logs = decode_log_probs(planes[member], ids, labels, rows, coding)
         member = "samples.zst"
         samples = _decode_samples(planes, tokens, logs.tail, header, coding)
     except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{member}: {error}") from None
-    whole = _Block(ids, logs, samples, dict(zip(coding.selection.tail_temperatures, logs.tempered, strict=True)))
+    # Cut the block into its records, without copies.
+    block = _Block(ids, logs, samples, dict(zip(coding.selection.tail_temperatures, logs.tempered, strict=True)))
     return [
-        whole.record(f"{header.first + i:08d}", header.records[i][:2], token_ids[i], masks[i], at)
-        for i, at in enumerate(_slices(header))
+        block.record(f"{header.first + i:08d}", header.records[i][:2], token_ids[i], masks[i], chunk)
+        for i, chunk in enumerate(_slices(header))
     ]
 
 
 def _slices(header: Header) -> Iterator[slice]:
-    """The positions of each record."""
+    """Yields the slice of the block's positions that each record takes."""
     start = 0
     for _, _, positions in header.records:
         yield slice(start, start := start + positions)
 
 
 def _decode_tokens(planes: Planes, header: Header, tables: Tables) -> tuple[list[Array], list[Array]]:
-    """Token ids and loss mask of each record."""
+    """Returns the token ids [T + 1] and the loss mask [T] of each record."""
     *ranks, bits = planes
     if len(ranks) != width_of(tables.vocab_size):
         raise ValueError(f"has {len(planes)} planes, wanted {width_of(tables.vocab_size) + 1}")
     lengths = np.array([positions for _, _, positions in header.records])
+    # Global ranks of all tokens of all records.  [Σ (T + 1)]
     flat = join(ranks)
     if len(flat) != (lengths + 1).sum() or len(bits) != (lengths.sum() + 7) // 8:
         raise ValueError(f"has {len(flat)} tokens and {8 * len(bits)} mask bits for {lengths.sum()} positions")
     if int(flat.max()) >= tables.vocab_size:
         raise ValueError(f"holds rank {flat.max()}; the vocabulary has {tables.vocab_size}")
+    # Drop the zeros that pad the last byte of the mask, then cut both at the ends of records.
     mask = np.unpackbits(bits)[: lengths.sum()]
     return (
         np.split(tables.ids.take(flat), np.cumsum(lengths + 1)[:-1]),
@@ -126,8 +142,8 @@ def _decode_tokens(planes: Planes, header: Header, tables: Tables) -> tuple[list
     )
 
 
-def _decode_head(planes: dict[str, Planes], tokens: Array, header: Header, coding: Coding) -> tuple[Array, Ragged]:
-    """Ids of the head; [T, 0] where it is empty."""
+def _decode_ids(planes: dict[str, Planes], tokens: Array, header: Header, coding: Coding) -> tuple[Array, Ragged]:
+    """Returns the ids of the top-K entries [N, K] and which are used, or ids [N, 0] where none are stored."""
     if "entries.zst" in planes:
         return decode_entries(planes["entries.zst"], tokens, header.entries, coding)
     return np.zeros((len(tokens), 0), np.int32), Ragged.of(np.zeros(len(tokens), np.int64), 0)
@@ -136,37 +152,38 @@ def _decode_head(planes: dict[str, Planes], tokens: Array, header: Header, codin
 def _decode_samples(
     planes: dict[str, Planes], tokens: Array, tail: Array, header: Header, coding: Coding
 ) -> tuple[Array, Array] | None:
-    """Ids and log weights of the samples, where there are any."""
+    """Returns the ids and the log importance weights of the samples [N, S], or None where none are stored."""
     if "samples.zst" not in planes:
         return None
+    # The last planes of the member are those of the weights.
     weights = plane_count(coding.selection)
-    of_ids, of_weights = planes["samples.zst"][:-weights], planes["samples.zst"][-weights:]
-    ids, rows = decode_entries(of_ids, tokens, header.samples, coding)
-    return ids, decode_weights(of_weights, rows, tail, coding.selection)
+    id_planes, planes_of_weights = planes["samples.zst"][:-weights], planes["samples.zst"][-weights:]
+    ids, rows = decode_entries(id_planes, tokens, header.samples, coding)
+    return ids, decode_weights(planes_of_weights, rows, tail, coding.selection)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """All positions of a block; its records are views of it."""
+    """All N positions of a block. Its records are views of these arrays."""
 
     ids: Array
     logs: LogProbs
     samples: tuple[Array, Array] | None
     tempered: dict[float, Array]
 
-    def record(self, name: str, place: tuple[str, int], token_ids: Array, loss_mask: Array, at: slice) -> Record:
-        """The record that lies at these positions."""
+    def record(self, name: str, place: tuple[str, int], token_ids: Array, loss_mask: Array, chunk: slice) -> Record:
+        """Returns the record of positions `chunk`. `place` is its document and its first token there."""
         return Record(
             name=name,
             document=place[0],
             start=place[1],
             token_ids=token_ids,
             loss_mask=loss_mask,
-            topk_token_ids=self.ids[at],
-            topk_log_probs=self.logs.head[at],
-            tail_log_prob=self.logs.tail[at],
-            label_log_prob=self.logs.labels[at],
-            tempered_tails={temperature: tail[at] for temperature, tail in self.tempered.items()},
-            sampled_token_ids=self.samples[0][at] if self.samples else None,
-            sampled_log_weights=self.samples[1][at] if self.samples else None,
+            topk_token_ids=self.ids[chunk],
+            topk_log_probs=self.logs.entries[chunk],
+            tail_log_prob=self.logs.tail[chunk],
+            label_log_prob=self.logs.labels[chunk],
+            tempered_tails={temperature: tail[chunk] for temperature, tail in self.tempered.items()},
+            sampled_token_ids=self.samples[0][chunk] if self.samples else None,
+            sampled_log_weights=self.samples[1][chunk] if self.samples else None,
         )

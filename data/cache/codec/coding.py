@@ -1,4 +1,4 @@
-"""How the blocks of a cache are coded: what writer and reader must share."""
+"""The settings of a cache's codec that its writer and its readers share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Coding:
-    """Tables and selection of a cache; `codec` is one of `levels.CODECS`."""
+    """Rank tables, selection and codec of a cache. `codec` is one of `levels.CODECS`."""
 
     tables: Tables
     selection: Selection
@@ -23,16 +23,21 @@ class Coding:
 
     @cached_property
     def levels(self) -> Levels | None:
-        """The levels of the log-probabilities; None where they stand as float32."""
+        """Returns the levels of the log-probabilities, or None where they are stored as float32."""
         return None if self.codec == "lossless" else Levels(STEPS[self.codec])
 
     @property
     def members(self) -> list[str]:
-        """Suffixes of the members, in their order."""
+        """Returns the suffixes of a block's members, in the order of the tar."""
         selection = self.selection
+        # A cache without top-K entries or without samples has no member for them.
         optional = {"entries.zst": selection.top_k > 0, "log_probs.zst": True, "samples.zst": selection.draws > 0}
-        return ["json", "tokens.zst", *(name for name, there in optional.items() if there)]
+        return ["json", "tokens.zst", *(name for name, is_stored in optional.items() if is_stored)]
 
     def order_of(self, tokens: Array) -> Array:
-        """The rows of id planes: positions after frequent tokens first, whose gaps are of one kind."""
+        """Returns the order of positions in the planes of ids, as indices [N].
+
+        Positions after frequent tokens come first. Their gaps have similar statistics, so they compress together.
+        """
+        # Sort stably by min(global rank of the input token, 65535): uint16 keys are sorted by radix.  [N]
         return np.argsort(np.minimum(self.tables.rank_of.take(tokens), 65535).astype(np.uint16), kind="stable")

@@ -1,4 +1,4 @@
-"""Which tokens: ids of ragged rows, sorted by rank."""
+"""Token ids of top-K entries and samples as planes: each position's ids as ranks, sorted, of varying number."""
 
 from typing import Any
 
@@ -16,21 +16,33 @@ NO_RANK = np.iinfo(np.int32).max
 
 
 class Entries:
-    """Entries [T, K] of head or samples: each row by rising rank, the unused ones last."""
+    """Top-K entries or samples of N positions, each row by rising rank and the unused ones last.
+
+    `ranks` and `logs` are [N, K], where K is the most that a position uses. `rows` says which are used.
+
+    Raises:
+        ValueError: a position has the same id twice.
+    """
 
     def __init__(self, tokens: Array, ids: Array, logs: Array, tables: Tables) -> None:
+        # Cut the rows to the widest one: K = max of the counts.  [N]
         counts = (logs > UNUSED).sum(axis=1)
         K = int(counts.max(initial=0))
+        # Sort each row by rank. Unused entries take the largest number, so they come last.  [N, K]
         ranks = np.where(logs > UNUSED, tables.to_ranks(tokens, ids), NO_RANK)
         order = np.argsort(ranks, axis=1, kind="stable")[:, :K]
         self.rows = Ragged.of(counts, K)
         self.ranks, self.logs = np.take_along_axis(ranks, order, 1), np.take_along_axis(logs, order, 1)
+        # Equal neighbours among used ranks are equal ids.  [N, K − 1]
         repeated = (np.diff(self.ranks, axis=1) == 0) & (self.ranks[:, 1:] < NO_RANK)
         if repeated.any():
             raise ValueError(f"position {int(repeated.any(axis=1).argmax())} has the same id twice")
 
     def planes(self, order: Array, tables: Tables) -> Planes:
-        """How many there are at each position, and their ids."""
+        """Returns the planes of the number of entries at each position, and of their ids.
+
+        Counts are in the order of positions, ids in `order`.
+        """
         return [
             *split(self.rows.counts, 2),
             *gap_planes(self.ranks[order], self.rows.rows(order), tables.ranks - 1),
@@ -38,18 +50,20 @@ class Entries:
 
 
 def decode_entries(planes: Planes, tokens: Array, widest: int, coding: Coding) -> tuple[Array, Ragged]:
-    """Ids [T, K], and which are used.
+    """Returns ids [N, K] and which are used, where K is `widest`.
 
     Raises:
-        ValueError: the planes do not belong together, or hold what is no id.
+        ValueError: the planes do not belong together, or hold a rank that no id has.
     """
     if len(planes) < 2:
         raise ValueError(f"has {len(planes)} planes, too few")
+    # The first two planes are the number of entries of each position.  [N]
     counts = join(planes[:2]).astype(np.int64)
     if len(counts) != len(tokens) or int(counts.max(initial=0)) != widest:
         raise ValueError(f"has counts of {len(counts)} positions up to {counts.max(initial=0)}; wanted {widest}")
     rows, order = Ragged.of(counts, widest), coding.order_of(tokens)
     ids = np.empty((len(tokens), widest), coding.tables.narrow)
-    # In this order neighbours share a list, which then is in the processor's cache.
+    # Ranks to ids, put back into the order of positions. In the stored order neighbours share a candidate list, so the
+    # list stays in the processor's cache.  [N, K]
     ids[order] = coding.tables.to_ids(tokens[order], ranks_of(planes[2:], rows.rows(order), coding.tables.ranks - 1))
     return ids, rows

@@ -1,4 +1,4 @@
-"""Nats in two bytes, and floats in four."""
+"""Planes of log-probabilities as fixed point (two bytes) and of floats (four bytes)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,29 +9,34 @@ from data.cache.codec.planes import join, split
 from data.cache.record import UNUSED
 
 Array = np.ndarray[Any, np.dtype[Any]]
-UNIT, OFFSET, NOTHING = 256.0, 16.0, 65535
+UNIT, OFFSET, NO_MASS = 256.0, 16.0, 65535  # codes a nat, largest log-probability, code of −inf
 
 
 def fixed_planes(nats: Array) -> list[Array]:
-    """(16 − nats) · 256 in two bytes: an error of 1/512 nat, from 16 down to −239.9; −inf is kept."""
+    """Encodes nats as (16 − nats) · 256 in two planes.
+
+    The error is at most 1/512 nat, from 16 down to −239.9. A value of −inf stays −inf.
+    """
+    # code = clip(round((16 − nats) · 256), 0, 65534); −inf has the last code to itself.  [n] → 2 × [n]
     with np.errstate(invalid="ignore"):
-        code = np.clip(np.rint((OFFSET - nats.astype(np.float64)) * UNIT), 0, NOTHING - 1)
-    return split(np.where(nats > UNUSED, code, NOTHING).astype(np.uint32), 2)
+        code = np.clip(np.rint((OFFSET - nats.astype(np.float64)) * UNIT), 0, NO_MASS - 1)
+    return split(np.where(nats > UNUSED, code, NO_MASS).astype(np.uint32), 2)
 
 
 def from_fixed(planes: Sequence[Array]) -> Array:
-    """Back to nats, float32."""
+    """Decodes two planes of fixed point into nats, float32."""
+    # nats = 16 − code / 256.  2 × [n] → [n]
     code = join(planes)
     nats = (OFFSET - code.astype(np.float32) / UNIT).astype(np.float32)
-    nats[code == NOTHING] = UNUSED
+    nats[code == NO_MASS] = UNUSED
     return nats
 
 
 def float_planes(values: Array) -> list[Array]:
-    """Four planes of float32."""
+    """Encodes float32 values in four planes, bit for bit."""
     return split(np.ascontiguousarray(values, "<f4").view("<u4"), 4)
 
 
 def from_floats(planes: Sequence[Array]) -> Array:
-    """Back to float32."""
+    """Decodes four planes into float32 values."""
     return join(planes).view(np.float32)

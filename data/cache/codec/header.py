@@ -1,7 +1,8 @@
-"""`NAME.json` of a block: what is in it, in bounds that no honest block comes near and no decoder suffers from.
+"""The header of a block, `NAME.json`: its records, planes and sizes, each checked against bounds.
 
-Whoever writes a cache also writes its hashes, so every size here is taken for an enemy's: what is allocated for a
-block is bounded by `MAX_POSITIONS` and `MAX_CELLS`, not by what a few bytes of it declare.
+Whoever writes a cache also writes its hashes, so a matching hash does not make a size trustworthy. What is allocated
+for a block is bounded by `MAX_POSITIONS` and `MAX_CELLS`, not by what a few bytes of it declare. No regular block
+comes near these bounds.
 """
 
 import json
@@ -11,15 +12,21 @@ from kd_core.json_fields import fields, integer, items, number, text
 
 MAX_POSITIONS = 1 << 20
 MAX_ENTRIES = 65535
-MAX_CELLS = 1 << 25  # positions × widest of them: 512 positions of 65,535 entries; some 800 MB while it is decoded
+# Positions × entries of the widest one. 512 positions of 65,535 entries take some 800 MB while they are decoded.
+MAX_CELLS = 1 << 25
 MAX_NUMBER = 1 << 53
-MAX_JSON_BYTES = 1 << 24  # what it becomes in memory is some twenty times as large
-BYTES_A_CELL, BYTES_A_POSITION = 8, 64  # planes never take up more
+MAX_JSON_BYTES = 1 << 24  # parsed, it takes some twenty times as much memory
+# Upper bounds of what planes store per entry or sample, and per position.
+BYTES_A_CELL, BYTES_A_POSITION = 8, 64
 
 
 @dataclass(frozen=True)
 class Header:
-    """What `NAME.json` says. `records` has document, start and positions of each."""
+    """The fields of `NAME.json`.
+
+    `records` has the document, the start and the number of positions of each record. `planes` has the bytes of each
+    plane by member. `entries` and `samples` are the most that any position of the block has.
+    """
 
     first: int
     records: list[tuple[str, int, int]]
@@ -30,37 +37,38 @@ class Header:
 
     @property
     def positions(self) -> int:
-        """Of all records."""
+        """Returns the number of positions of all records."""
         return sum(positions for _, _, positions in self.records)
 
     def sizes(self, member: str, temperatures: int) -> list[int]:
-        """Bytes of each plane of a member.
+        """Returns the bytes of each plane of a member.
 
         Raises:
-            ValueError: more than a block of so many positions and entries can have.
+            ValueError: they are more than a block of so many positions and entries can have.
         """
-        found = self.planes.get(member, [])
-        a_position = BYTES_A_POSITION + 4 * temperatures
-        most = self.positions * (a_position + BYTES_A_CELL * max(self.entries, self.samples))
-        if sum(found) > most:
-            raise ValueError(f"declares planes of {sum(found)} bytes; a block of its size has {most} at the most")
-        return found
+        sizes = self.planes.get(member, [])
+        # Each further temperature adds a tail, at most a float32 a position.
+        bytes_a_position = BYTES_A_POSITION + 4 * temperatures
+        most = self.positions * (bytes_a_position + BYTES_A_CELL * max(self.entries, self.samples))
+        if sum(sizes) > most:
+            raise ValueError(f"declares planes of {sum(sizes)} bytes; a block of its size has {most} at the most")
+        return sizes
 
     @classmethod
     def of(cls, payload: bytes) -> "Header":
-        """Read it, with every number in bounds.
+        """Parses `NAME.json` and checks that every number is in bounds.
 
         Raises:
-            ValueError: not JSON, or a field is missing, unknown, of another type or out of bounds.
+            ValueError: it is not JSON, or a field is missing, unknown, of another type or out of bounds.
         """
         if len(payload) > MAX_JSON_BYTES:
             raise ValueError(f"json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
         try:
             value = fields(json.loads(payload.decode()), "it")
-            # The audit is added once the block is encoded and decoded again.
+            # While a block is encoded, its header is parsed once without the audit, which is measured by decoding it.
             value = fields({"audit": {}, **value}, "it", ("audit", "entries", "first", "planes", "records", "samples"))
-            records = [_record(each) for each in items(value["records"], "records")]
-            found = cls(
+            records = [_record(record) for record in items(value["records"], "records")]
+            header = cls(
                 integer(value["first"], "first", 0, MAX_NUMBER),
                 records,
                 {name: _sizes(sizes, name) for name, sizes in fields(value["planes"], "planes").items()},
@@ -68,14 +76,15 @@ class Header:
                 integer(value["samples"], "samples", 0, MAX_ENTRIES),
                 {name: number(error, name) for name, error in fields(value["audit"], "audit").items()},
             )
-            check_size(found.positions, max(found.entries, found.samples))
+            # Bound positions × entries before any plane is decompressed.
+            check_size(header.positions, max(header.entries, header.samples))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"json: {error}") from None
-        return found
+        return header
 
 
 def check_size(positions: int, widest: int) -> None:
-    """Refuse a block that is empty, or larger than any reader takes."""
+    """Raises ValueError for a block that is empty or larger than readers accept."""
     if not 1 <= positions <= MAX_POSITIONS or positions * widest > MAX_CELLS:
         raise ValueError(
             f"a block of {positions} positions with up to {widest} entries; wanted 1 to {MAX_POSITIONS} "

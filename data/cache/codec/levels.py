@@ -1,9 +1,11 @@
-"""Log-probabilities as levels, one byte each: equal steps of √p, which is where a fixed rate loses least KL.
+"""Log-probabilities quantised to levels, one byte each, at equal steps of √p: the spacing that loses least KL.
 
-An error of Δ√p in an entry costs 2 (Δ√p)² of KL whatever p is, so equal steps δ give δ²/6 an entry. Two ends differ.
-Below 3δ equal steps would make a factor out of a rounding, so there the levels are a constant factor apart, down to
-e^−30. Above √p = 0.45, where a position has four entries at the most, they are three times as wide, so that 256
-levels are enough. Entries and tail are then scaled to sum to 1, on reading.
+An error of Δ√p in an entry costs 2 (Δ√p)² of KL whatever p is, so equal steps δ cost δ²/6 an entry. Two ranges differ:
+
+    √p < 3δ     equal steps would round by whole factors: levels are a constant factor of p apart, down to e^−30
+    √p > 0.45   a position has at most four such entries: steps are 3δ, so that 256 levels suffice
+
+Readers then scale entries and tail to sum to 1.
 """
 
 from dataclasses import dataclass
@@ -21,16 +23,18 @@ CODECS = (*STEPS, "lossless")
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a step δ."""
+    """The levels of step δ = `step`."""
 
     step: float
 
     @cached_property
     def log_probs(self) -> Array:
-        """The log-probability of each level, rising: float32, at most 256."""
+        """Returns the log-probability of each level, in rising order: float32, at most 256."""
+        # Steps of δ from √p = 3δ up to 0.45, then steps of 3δ up to 1, as log p = 2 log √p.
         fine = np.arange(FINE_FROM, COARSE_FROM / self.step) * self.step
         coarse = np.arange(fine[-1], 1.0, COARSE_BY * self.step)[1:]
         upper = 2 * np.log(np.concatenate([fine, coarse, [1.0]]))
+        # Below, steps of the first difference of logs, down to −30: p falls by a constant factor.
         below = np.arange(upper[0], LOWEST, -(upper[1] - upper[0]))[:0:-1]
         levels = np.concatenate([below, upper]).astype(np.float32)
         assert len(levels) <= 256, f"a step of {self.step} makes {len(levels)} levels"
@@ -38,15 +42,17 @@ class Levels:
 
     @cached_property
     def _borders(self) -> Array:
-        """Between neighbouring levels: half way in √p."""
+        """Returns the log-probability at the midpoint in √p of each two neighbouring levels."""
+        # √p = e^(log p / 2), midpoints of neighbours, and back to log p.  [levels] → [levels − 1]
         roots = np.exp(self.log_probs.astype(np.float64) / 2)
         return 2 * np.log((roots[1:] + roots[:-1]) / 2)
 
     @cached_property
     def probs(self) -> Array:
-        """The probability of each level, float32."""
+        """Returns the probability of each level, float32."""
+        # Take exp in float64 and round once, so that a second reader gets the same bits.
         return np.exp(self.log_probs.astype(np.float64)).astype(np.float32)
 
     def to_levels(self, log_probs: Array) -> Array:
-        """The nearest level of each, uint8."""
+        """Returns the level nearest in √p to each log-probability, uint8."""
         return np.searchsorted(self._borders, log_probs).astype(np.uint8)

@@ -1,11 +1,14 @@
-"""Ranks of token ids: what makes sorted ids cheap, because a teacher's candidates are mostly frequent ones.
+"""Ranks of token ids: small numbers for likely ids, so that the gaps between sorted ranks compress well.
 
-The rank of an id at a position is its place in the candidate list of the position's input token, where that token has
-a list and the id stands in it; else C + its place in the global list. Lists hold what the teacher expected most often
-after that token in a pilot (the first records of the cache), the global list what it expected most often at all.
-A rank is all that the codec stores; `tables.tar` lies once in the cache and is counted in its bytes.
+    rank(id | input token) = place in the token's candidate list     where the id is in the list, 0 … C − 1
+                             C + place in the global list            otherwise, C … C + V − 1
 
-    global.zst    the likeliest ids of the cache, then come all others in rising order   (2 to 4 byte planes)
+A token's candidate list has the C ids that the teacher expected most often after that token. A token without a list of
+its own uses the first C ids of the global list. The global list has all ids, led by those that the teacher expected
+most often anywhere. Both are counted on a pilot, the first records of the cache.
+Blocks store ranks alone. The tables are stored once a cache, in `tables.tar`, and counted in its bytes:
+
+    global.zst    the likeliest ids of the cache; all others follow in rising order      (2 to 4 byte planes)
     tokens.zst    tokens that have a list                                                (2 to 4 byte planes)
     lists.zst     their lists, C ids each, as places in the global list                  (2 to 4 byte planes)
     tables.json   {"vocab_size", "global": ids written, "tokens": L, "candidates": C}
@@ -26,9 +29,9 @@ from kd_core.json_fields import fields, integer
 Array = np.ndarray[Any, np.dtype[Any]]
 CANDIDATES = 256
 MAX_LISTS = 2048
-POSITIONS_PER_LIST = 768  # a list costs some 300 bytes and saves 2 to 4 a position; half a byte a position is spent
-POSITIONS_PER_RANKED = 4
-LEAST_SEEN = 8  # pilot positions below which a token's list would be noise
+POSITIONS_PER_LIST = 768  # a list costs some 300 bytes, so half a byte a position; it saves 2 to 4 bytes a position
+POSITIONS_PER_RANKED = 4  # a cache of n positions lists at most n / 4 ids by frequency
+LEAST_SEEN = 8  # with fewer pilot positions after a token, its list would be noise
 MAX_VOCABULARY = 1 << 22
 MAX_JSON_BYTES = 4096
 MEMBERS = ("tables.json", "global.zst", "tokens.zst", "lists.zst")
@@ -36,7 +39,11 @@ MEMBERS = ("tables.json", "global.zst", "tokens.zst", "lists.zst")
 
 @dataclass(frozen=True)
 class Tables:
-    """`by_rank` [written] ids, the likeliest first; `tokens` [L]; `lists` [L, C] ids."""
+    """The global list and the candidate lists of a cache.
+
+    `by_rank` [G] has the ids that `global.zst` lists, the likeliest first. `tokens` [L] are the tokens with a list of
+    their own, and `lists` [L, C] the ids of these lists.
+    """
 
     vocab_size: int
     by_rank: Array
@@ -45,75 +52,86 @@ class Tables:
 
     @property
     def candidates(self) -> int:
-        """C; 0 where there are no lists."""
+        """Returns C, or 0 where there are no lists."""
         return self.lists.shape[1]
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are."""
+        """Returns the number of ranks, C + V."""
         return self.candidates + self.vocab_size
 
     @cached_property
     def ids(self) -> Array:
-        """All ids by global rank, [V]."""
+        """Returns all ids by global rank, [V]."""
+        # The listed ids first, then the others in rising order.
         rest = np.ones(self.vocab_size, bool)
         rest[self.by_rank] = False
         return np.concatenate([self.by_rank, np.flatnonzero(rest)]).astype(np.int32)
 
     @cached_property
     def rank_of(self) -> Array:
-        """The global rank of each id, [V]."""
+        """Returns the global rank of each id, [V]."""
+        # Invert the permutation `ids`.
         ranks = np.empty(self.vocab_size, np.int32)
         ranks[self.ids] = np.arange(self.vocab_size, dtype=np.int32)
         return ranks
 
     @cached_property
     def _list_of(self) -> Array:
-        """Which list a token has; the last, of the globally likeliest, where it has none of its own."""
-        found = np.full(self.vocab_size, len(self.tokens), np.int32)
-        found[self.tokens] = np.arange(len(self.tokens), dtype=np.int32)
-        return found
+        """Returns the index of each token's list, [V]. Index L, the globally likeliest, is for tokens without one."""
+        index = np.full(self.vocab_size, len(self.tokens), np.int32)
+        index[self.tokens] = np.arange(len(self.tokens), dtype=np.int32)
+        return index
 
     @cached_property
     def _flat(self) -> Array:
-        """All lists, that of the globally likeliest, and the global list, end to end."""
+        """Returns all lists, that of the globally likeliest, and the global list, end to end.  [(L + 1)·C + V]"""
         return np.concatenate([self.lists.ravel(), self.ids[: self.candidates], self.ids]).astype(self.narrow)
 
     @property
     def narrow(self) -> type[np.uint16 | np.int32]:
-        """What holds an id in least memory, which is what reading is short of."""
+        """Returns the smallest dtype that holds an id, since memory is what limits reading."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
     def to_ranks(self, tokens: Array, ids: Array) -> Array:
-        """Ranks of ids [T, K] after the input tokens [T]."""
+        """Returns the ranks of ids [N, K] after the input tokens [N]."""
+        # C + global rank, for ids that are in no list.  [N, K]
         ranks = self.rank_of[ids] + np.int32(self.candidates)
         if not self.candidates:
             return ranks
         list_of = self._list_of[tokens]
-        within = np.full(self.vocab_size, -1, np.int32)
+        # One list at a time: `place` maps an id to its place in that list, or −1.  [V]
+        place = np.full(self.vocab_size, -1, np.int32)
         for index in np.unique(list_of).tolist():
-            own = self.lists[index] if index < len(self.lists) else self.ids[: self.candidates]
-            within[own] = np.arange(self.candidates, dtype=np.int32)
+            candidates = self.lists[index] if index < len(self.lists) else self.ids[: self.candidates]
+            place[candidates] = np.arange(self.candidates, dtype=np.int32)
+            # Take the place for the positions that use this list, where the id is in it.
             rows = np.flatnonzero(list_of == index)
-            found = within[ids[rows]]
-            ranks[rows] = np.where(found >= 0, found, ranks[rows])
-            within[own] = -1
+            places = place[ids[rows]]
+            ranks[rows] = np.where(places >= 0, places, ranks[rows])
+            # Clear these ids alone, which is cheaper than a new array of V.
+            place[candidates] = -1
         return ranks
 
     def to_ids(self, tokens: Array, ranks: Array) -> Array:
-        """Ids of ranks [T, K], all below `ranks`, after the input tokens [T]; `narrow`."""
+        """Returns the ids of ranks [N, K] after the input tokens [N], in dtype `narrow`.
+
+        The caller has checked that all ranks are below `self.ranks`.
+        """
         C = self.candidates
         if not C:
-            return self._flat.take(ranks, mode="wrap")  # the quickest way to take: nothing is beyond
-        beyond = np.int32(len(self.tokens) * C)
-        at = (ranks < C).astype(np.int32)  # a product is quicker here than a choice
-        at *= (self._list_of.take(tokens) * C - beyond)[:, None]
-        at += ranks
-        at += beyond
-        return self._flat.take(at, mode="wrap")
+            return self._flat.take(ranks, mode="wrap")  # the fastest mode; no rank is out of range
+        # Index into `_flat`: list·C + rank where rank < C, else L·C + rank.  [N, K]
+        # As rank + L·C + [rank < C]·(list·C − L·C) it is computed in place, which is faster than `where`.
+        last_list = np.int32(len(self.tokens) * C)
+        index = (ranks < C).astype(np.int32)
+        index *= (self._list_of.take(tokens) * C - last_list)[:, None]
+        index += ranks
+        index += last_list
+        return self._flat.take(index, mode="wrap")
 
     def members(self) -> dict[str, bytes]:
-        """The members of `tables.tar`."""
+        """Returns the members of `tables.tar` by name."""
         header = {
             "candidates": self.candidates,
             "global": len(self.by_rank),
@@ -130,34 +148,35 @@ class Tables:
 
     @classmethod
     def of_members(cls, members: dict[str, bytes]) -> "Tables":
-        """Read back.
+        """Parses the members of `tables.tar`.
 
         Raises:
-            ValueError: a member is missing or damaged, or holds what no table can.
+            ValueError: a member is missing, damaged, out of bounds or has an id twice.
         """
         try:
             fields(members, "members", MEMBERS)
-            V, written, L, C = _bounded(members["tables.json"])
-            sizes = {"global.zst": written, "tokens.zst": L, "lists.zst": L * C}
-            found: dict[str, Array] = {}
+            V, G, L, C = _sizes(members["tables.json"])
+            sizes = {"global.zst": G, "tokens.zst": L, "lists.zst": L * C}
+            numbers: dict[str, Array] = {}
             for name, size in sizes.items():
-                found[name] = join(decompress(members[name], [size] * width_of(V)))
-                if size and int(found[name].max()) >= V:
-                    raise ValueError(f"{name}: holds {found[name].max()}; the vocabulary has {V}")
+                numbers[name] = join(decompress(members[name], [size] * width_of(V)))
+                if size and int(numbers[name].max()) >= V:
+                    raise ValueError(f"{name}: holds {numbers[name].max()}; the vocabulary has {V}")
         except RecursionError as error:
             raise ValueError(f"tables.json: {error}") from None
         for name in ("global.zst", "tokens.zst"):
-            if len(np.unique(found[name])) != len(found[name]):
+            if len(np.unique(numbers[name])) != len(numbers[name]):
                 raise ValueError(f"{name}: holds an id twice")
-        plain = cls(V, found["global.zst"].astype(np.int32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
-        lists = plain.ids[found["lists.zst"].astype(np.int64)].reshape(L, C)
+        # Lists are stored as global ranks: the global list turns them into ids.  [L·C] → [L, C]
+        global_only = cls(V, numbers["global.zst"].astype(np.int32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+        lists = global_only.ids[numbers["lists.zst"].astype(np.int64)].reshape(L, C)
         if (np.diff(np.sort(lists, axis=1), axis=1) == 0).any():
             raise ValueError("lists.zst: a list holds an id twice")
-        return cls(V, plain.by_rank, found["tokens.zst"].astype(np.int32), lists)
+        return cls(V, global_only.by_rank, numbers["tokens.zst"].astype(np.int32), lists)
 
 
-def _bounded(payload: bytes) -> tuple[int, int, int, int]:
-    """V, ids written, L and C of `tables.json`."""
+def _sizes(payload: bytes) -> tuple[int, int, int, int]:
+    """Parses V, G, L and C of `tables.json`, each within its bound."""
     if len(payload) > MAX_JSON_BYTES:
         raise ValueError(f"tables.json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
     value = fields(json.loads(payload.decode()), "tables.json", ("candidates", "global", "tokens", "vocab_size"))
@@ -170,16 +189,21 @@ def _bounded(payload: bytes) -> tuple[int, int, int, int]:
     )
 
 
-def _likeliest(counts: Array, most: int) -> Array:
-    """Ids that were counted, the most frequent first, of equals the smaller."""
-    order = np.argsort(-counts, kind="stable")[:most]
+def _most_frequent(counts: Array, limit: int) -> Array:
+    """Returns at most `limit` ids by falling count, equal counts by rising id, without ids of count 0."""
+    # A stable sort of −count keeps ids of equal counts in rising order.  [V] → [limit]
+    order = np.argsort(-counts, kind="stable")[:limit]
     return order[counts[order] > 0].astype(np.int32)
 
 
 def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> Tables:
-    """Tables from the pilot's entries, as large as a cache of so many positions can carry."""
+    """Fits tables on the entries and samples of the pilot.
+
+    A cache of more positions gets more lists: `positions` are those of the whole cache.
+    """
     tokens = np.concatenate([record.token_ids[:-1].astype(np.int64) for record in pilot])
-    after: list[Array] = []  # of each entry: the input token, and the id
+    # One pair an entry or sample: the input token, and the id that the teacher expected after it.
+    after: list[Array] = []
     ids: list[Array] = []
     for record in pilot:
         for entries, logs in ((record.topk_token_ids, record.topk_log_probs), record.samples()):
@@ -187,17 +211,21 @@ def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> Tabl
             after.append(np.repeat(record.token_ids[:-1].astype(np.int64), used.sum(axis=1)))
             ids.append(entries[used].astype(np.int64))
     after_all, ids_all = np.concatenate(after), np.concatenate(ids)
-    by_rank = _likeliest(np.bincount(ids_all, minlength=vocab_size), positions // POSITIONS_PER_RANKED)
-    plain = Tables(vocab_size, by_rank, np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+    # The global list: ids by their count over all pairs.  [G]
+    by_rank = _most_frequent(np.bincount(ids_all, minlength=vocab_size), positions // POSITIONS_PER_RANKED)
+    global_only = Tables(vocab_size, by_rank, np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+    # The tokens that get a list: the most frequent inputs of the pilot.  [L]
     seen = np.bincount(tokens, minlength=vocab_size)
-    frequent = _likeliest(np.where(seen >= LEAST_SEEN, seen, 0), min(MAX_LISTS, positions // POSITIONS_PER_LIST))
+    frequent = _most_frequent(np.where(seen >= LEAST_SEEN, seen, 0), min(MAX_LISTS, positions // POSITIONS_PER_LIST))
     if not len(frequent):
-        return plain
+        return global_only
+    # Sort the pairs by input token, so that those of one token are the slice start to end.  [pairs], [L] each
     order = np.argsort(after_all, kind="stable")
     by_token = after_all[order]
     starts, ends = (np.searchsorted(by_token, frequent, side) for side in ("left", "right"))
+    # A token's list: ids by falling count after that token, equal ones by rising global rank.  [L, C]
     lists = np.empty((len(frequent), min(CANDIDATES, vocab_size)), np.int32)
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        own = np.bincount(ids_all[order[start:end]], minlength=vocab_size)
-        lists[index] = np.lexsort((plain.rank_of, -own))[: lists.shape[1]]
+        counts = np.bincount(ids_all[order[start:end]], minlength=vocab_size)
+        lists[index] = np.lexsort((global_only.rank_of, -counts))[: lists.shape[1]]
     return Tables(vocab_size, by_rank, frequent, lists)

@@ -1,4 +1,8 @@
-"""Importance weights of samples: how often each was drawn, and its weight where the proposal is not the teacher."""
+"""Importance weights of samples as planes.
+
+Where the proposal is the teacher's own distribution, the number of times m that a sample was drawn fixes its weight:
+w = m / S · tail mass, for S draws. With another proposal temperature the log weight is stored as fixed point.
+"""
 
 from typing import Any
 
@@ -16,10 +20,15 @@ Planes = list[Array]
 
 
 def weight_planes(drawn: Entries, tail: Array, selection: Selection) -> Planes:
-    """How often each was drawn; where the proposal is not the teacher itself, its weight besides."""
+    """Returns planes of how often each sample was drawn, or of log weights if the proposal is not the teacher.
+
+    Raises:
+        ValueError: a weight is not that of 1 to S draws.
+    """
     rows = drawn.rows
     if selection.proposal_temperature != 1:
         return fixed_planes(rows.flat(drawn.logs))
+    # m = w / tail mass · S, rounded to whole draws; unused places are dropped.  [N, S] → [Σ counts]
     with np.errstate(invalid="ignore"):
         times = np.rint(np.exp((drawn.logs - tail[:, None]).astype(np.float64)) * selection.draws)
     times = rows.flat(times)
@@ -29,15 +38,16 @@ def weight_planes(drawn: Entries, tail: Array, selection: Selection) -> Planes:
 
 
 def plane_count(selection: Selection) -> int:
-    """How many planes `weight_planes` makes."""
+    """Returns the number of planes that `weight_planes` makes."""
     return 2 if selection.proposal_temperature != 1 else width_of(selection.draws)
 
 
 def decode_weights(planes: Planes, rows: Ragged, tail: Array, selection: Selection) -> Array:
-    """Log importance weights [T, S].
+    """Decodes the planes of `weight_planes` into log importance weights [N, S].
 
     Raises:
-        ValueError: a multiplicity that is none, or another number of them than of samples.
+        ValueError: a sample was drawn less than once or more than S times, or the planes have another number of
+            samples.
     """
     if selection.proposal_temperature != 1:
         logs = rows.padded(from_fixed(planes))
@@ -45,9 +55,11 @@ def decode_weights(planes: Planes, rows: Ragged, tail: Array, selection: Selecti
         times = join(planes)
         if times.size and not 1 <= int(times.min()) <= int(times.max()) <= selection.draws:
             raise ValueError(f"a sample was drawn {times.max()} times of {selection.draws}")
+        # log w = log(m / S) + log tail mass. Look log(m / S) up for m = 0 … S, with −inf at 0.  [S + 1]
         with np.errstate(divide="ignore"):
             shares = np.log(np.arange(selection.draws + 1) / selection.draws).astype(np.float32)
         logs = rows.padded(shares.take(times)) + tail[:, None]
+    # Unused places hold no sample, so their log weight is −inf.
     if rows.used is not None:
         logs[~rows.used] = UNUSED
     return logs

@@ -1,1 +1,1 @@
-"""Every byte of a cache: verified, measured, shown."""
+"""Inspection of caches: every byte verified, sizes by part, and records as text."""

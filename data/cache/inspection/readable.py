@@ -1,4 +1,4 @@
-"""Records for people: each position with the token that came, how it surprised the teacher, and what else could be."""
+"""Records as text for people: each position's token and label, the label's surprise, and the teacher's alternatives."""
 
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -16,14 +16,17 @@ Words = Callable[[int], str]
 
 
 class Alternative(NamedTuple):
-    """A token that the teacher thought possible."""
+    """A token that the teacher expected, with its probability or its importance weight as a sample."""
 
     text: str
     prob: float
 
 
 class Spot(NamedTuple):
-    """A position: after `token` came `label`, to which the teacher gave e^−surprise."""
+    """One position: after `token` came `label`, to which the teacher gave the probability e^−surprise.
+
+    `surprise` is in nats. `rest` is the probability that is left beside the alternatives.
+    """
 
     token: str
     label: str
@@ -34,12 +37,12 @@ class Spot(NamedTuple):
 
 
 def columns(text: str) -> int:
-    """Places that a text takes up in a terminal."""
+    """Returns the number of terminal columns that a text takes: 2 for wide characters, 0 for combining ones."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def fit(text: str, width: int) -> str:
-    """The text in exactly so many places, cut where it is longer."""
+    """Pads or cuts a text to exactly `width` terminal columns."""
     if columns(text) > width:
         while text and columns(text) > width - 1:
             text = text[:-1]
@@ -48,7 +51,7 @@ def fit(text: str, width: int) -> str:
 
 
 def words_of(tokenizer: Tokenizer | None) -> Words:
-    """How an id is shown: by the tokenizer, or as a number."""
+    """Returns a function that shows an id: as the tokenizer's text, or as a number where there is no tokenizer."""
 
     def words(token: int) -> str:
         if tokenizer is None:
@@ -64,38 +67,43 @@ def words_of(tokenizer: Tokenizer | None) -> Words:
 def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
     """Yields folders that may hold the tokenizer of a cache's teacher.
 
-    They are its folder as named from here or from above the cache, its place in the hub's own cache, from which
-    nothing is fetched here, and a folder `teacher` beside the cache.
+    They are the teacher's folder, relative to the working directory or to a folder above the cache, and a folder
+    `teacher` beside the cache. For a teacher of the hub it is the hub's cache on this machine: nothing is downloaded.
     """
     above = folder.absolute().parents
     if teacher.startswith("hub:"):
         with suppress(ImportError, ValueError):
             from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (an extra)
 
-            if isinstance(found := try_to_load_from_cache(teacher.removeprefix("hub:"), "tokenizer.json"), str):
-                yield Path(found).parent
+            if isinstance(path := try_to_load_from_cache(teacher.removeprefix("hub:"), "tokenizer.json"), str):
+                yield Path(path).parent
     elif teacher:
         yield from (start / teacher for start in (Path(), *above))
     yield from (parent / "teacher" for parent in above[:2])
 
 
 def spots(record: Record, words: Words, most: int) -> Iterator[Spot]:
-    """The positions of a record, each with at most so many alternatives, the likeliest first; samples by weight."""
+    """Yields the positions of a record, each with its `most` likeliest alternatives.
+
+    Samples are alternatives too, with their importance weight as probability.
+    """
     samples, weights = record.samples()
+    # Entries and samples side by side.  [T, K + S]
     ids = np.concatenate([record.topk_token_ids, samples], axis=1)
     logs = np.concatenate([record.topk_log_probs, weights], axis=1)
-    for at in range(record.positions):
-        likely, probs = _likeliest(ids[at], logs[at], most)
+    for position in range(record.positions):
+        likely, probs = _likeliest(ids[position], logs[position], most)
         yield Spot(
-            words(int(record.token_ids[at])),
-            words(int(record.token_ids[at + 1])),
-            -float(record.label_log_prob[at]),
-            bool(record.loss_mask[at]),
+            words(int(record.token_ids[position])),
+            words(int(record.token_ids[position + 1])),
+            -float(record.label_log_prob[position]),
+            bool(record.loss_mask[position]),
             [Alternative(words(token), prob) for token, prob in zip(likely, probs, strict=True)],
             max(0.0, 1.0 - sum(probs)),
         )
 
 
 def _likeliest(ids: Array, logs: Array, most: int) -> tuple[list[int], list[float]]:
+    """Returns at most so many used ids of a position, the likeliest first, and their probabilities."""
     order = [i for i in np.argsort(-logs, kind="stable")[:most] if logs[i] > UNUSED]
     return ids[order].tolist(), np.exp(logs[order].astype(np.float64)).tolist()

@@ -1,4 +1,4 @@
-"""What a cache costs by part, and how much of the teacher it holds: sums over its blocks."""
+"""Sums over a cache's blocks: its bytes by part, and how much of the teacher's distribution it holds."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache.inspection.scan import Visited
+from data.cache.inspection.scan import DecodedBlock
 from data.cache.manifest import TABLES, Manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.tar import END
 
-AT = (1, 8, 64)  # entries a position at which coverage is measured
+COVERAGE_K = (1, 8, 64)  # entries a position at which coverage is measured
 PARTS = {
     "tokens.zst": "tokens and loss mask",
     "entries.zst": "ids of entries",
@@ -19,12 +19,12 @@ PARTS = {
     "samples.zst": "samples",
     "json": "json of blocks",
 }
-AROUND = "tar headers and padding"
+FRAMING = "tar headers and padding"
 
 
 @dataclass
 class Spread:
-    """Mean, least and most of a count over positions."""
+    """Mean, minimum and maximum of a count over positions."""
 
     total: int = 0
     positions: int = 0
@@ -32,20 +32,24 @@ class Spread:
     most: int = 0
 
     def add(self, counts: Array) -> None:
-        """Count positions in."""
+        """Adds the counts of some positions."""
         self.total, self.positions = self.total + int(counts.sum()), self.positions + len(counts)
         self.least = min(int(counts.min()), math.inf if self.least is None else self.least)  # pyright: ignore[reportAttributeAccessIssue]
         self.most = max(self.most, int(counts.max()))
 
     @property
     def mean(self) -> float:
-        """Over positions."""
+        """Returns the mean over positions."""
         return self.total / max(1, self.positions)
 
 
 @dataclass
 class Survey:
-    """Sums over all blocks that were added."""
+    """Sums over all blocks that were added.
+
+    `nll` is in nats. `inside` counts the positions whose label is an entry or a sample. `mass` has the summed mass of
+    the likeliest K entries by K, and of all entries under None.
+    """
 
     positions: int = 0
     records: int = 0
@@ -57,17 +61,17 @@ class Survey:
     samples: Spread = field(default_factory=Spread)
     bytes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, visited: Visited) -> None:
-        """Count a block in."""
-        for member in visited.members:
+    def add(self, decoded: DecodedBlock) -> None:
+        """Adds a block."""
+        for member in decoded.members:
             self._part(PARTS[member.name.partition(".")[2]], len(member.payload))
-            self._part(AROUND, 512 + -len(member.payload) % 512)
-        for record in visited.records:
+            self._part(FRAMING, 512 + -len(member.payload) % 512)
+        for record in decoded.records:
             self._add_record(record)
 
     def add_files(self, folder: Path, manifest: Manifest) -> None:
-        """Count in what stands beside the blocks."""
-        self._part(AROUND, len(END) * len(manifest.shards))
+        """Adds the bytes outside the blocks: ends of tars, tables, manifest and plan."""
+        self._part(FRAMING, len(END) * len(manifest.shards))
         self._part(TABLES, int(manifest.tables["bytes"]))
         for name in ("manifest.json", "plan.json"):
             if (folder / name).exists():
@@ -82,21 +86,23 @@ class Survey:
         self.scored += int(record.loss_mask.sum())
         self.nll -= float(record.label_log_prob.astype(np.float64).sum())
         probs = -np.sort(-np.exp(record.topk_log_probs.astype(np.float64)), axis=1)
-        for width in (*AT, None):  # a block may be narrower than the selection
+        # Mass of the likeliest K entries, summed over positions.
+        for width in (*COVERAGE_K, None):  # a block may be narrower than the selection
             self.mass[width] = self.mass.get(width, 0.0) + float(probs[:, :width].sum())
         self.entries.add((record.topk_log_probs > UNUSED).sum(axis=1))
         ids, weights = record.samples()
         self.samples.add((weights > UNUSED).sum(axis=1))
+        # Positions whose label is a used entry or sample.  [T, 1] against [T, K] and [T, S]
         labels = record.token_ids[1:, None]
-        found = ((record.topk_token_ids == labels) & (record.topk_log_probs > UNUSED)).any(axis=1)
-        self.inside += int((found | ((ids == labels) & (weights > UNUSED)).any(axis=1)).sum())
+        is_entry = ((record.topk_token_ids == labels) & (record.topk_log_probs > UNUSED)).any(axis=1)
+        self.inside += int((is_entry | ((ids == labels) & (weights > UNUSED)).any(axis=1)).sum())
 
     def coverage(self, top_k: int) -> list[tuple[str, float]]:
-        """The teacher's mean mass on its likeliest K entries, as far as `top_k` of them can be there."""
+        """Returns the teacher's mean mass on its likeliest K entries for each K below `top_k`, and on all of them."""
         named = [(f"K = {k}" if k else "all stored", mass) for k, mass in self.mass.items() if k is None or k < top_k]
         return [(name, mass / max(1, self.positions)) for name, mass in named] if top_k else []
 
     @property
     def total_bytes(self) -> int:
-        """Of everything in the folder that belongs to the cache."""
+        """Returns the bytes of all files that belong to the cache."""
         return sum(self.bytes.values())
