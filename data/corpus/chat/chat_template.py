@@ -18,7 +18,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 
 from data.corpus.chat.assistant_turns import Marked, Span, TurnFinder, mark_of
-from data.corpus.chat.conversations import Conversation, Message, text_of
+from data.corpus.chat.conversations import Conversation, Message, content_as_text
 from data.corpus.chat.template_program import CLOSE, OPEN, compile_template, plain, without_marks
 from data.corpus.chat.template_sandbox import bounded, bounded_text
 from data.text_lines import BadRowError
@@ -155,7 +155,7 @@ class ChatTemplate:
         """Returns a message as the template sees it."""
         message = _with_reasoning(message)
         if isinstance(content := message.get("content"), list) and not self.takes_parts:
-            message = {**message, "content": text_of(content)}
+            message = {**message, "content": content_as_text(content)}
         return plain(message, "")
 
     def render(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:

@@ -44,7 +44,7 @@ def _part(value: Any, where: str) -> Message:
     )
 
 
-def text_of(content: str | list[Message]) -> str:
+def content_as_text(content: str | list[Message]) -> str:
     """Returns a content as one text; parts are joined by a line's end, as inference servers join them."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
@@ -96,7 +96,7 @@ def _message(value: Any, where: str) -> Message:
         raise BadRowError(
             f"{where}: no 'content'; wanted the text of the {role}'s message. It has {sorted(message)}.", "no content"
         )
-    if role == "assistant" and not calls and not text_of(message["content"]).strip():
+    if role == "assistant" and not calls and not content_as_text(message["content"]).strip():
         raise BadRowError(
             f"{where}: the assistant's 'content' is empty; wanted text to learn from. Drop the row.",
             "empty assistant turn",
@@ -114,7 +114,7 @@ def _messages(value: Any, where: str, field: str) -> list[Message]:
     return [_message(item, f"{where}: {field}[{i}]") for i, item in enumerate(cast(list[Any], value))]
 
 
-def tools_of(value: Any, where: str) -> list[Any] | None:
+def parse_tools(value: Any, where: str) -> list[Any] | None:
     """Returns a row's tools, a list of JSON schemas or the JSON text of one; None where there are none.
 
     Raises:
@@ -139,7 +139,7 @@ def conversation(value: Any, where: str, field: str = "messages", tools: Any = N
     Raises:
         BadRowError: not a list, empty, a message without a known role and text, or tools that are no JSON schemas.
     """
-    return Conversation(_messages(value, where, field), 0, tools_of(tools, where))
+    return Conversation(_messages(value, where, field), 0, parse_tools(tools, where))
 
 
 def _side(value: Any, role: str, field: str, where: str) -> list[Message]:
@@ -153,7 +153,7 @@ def _side(value: Any, role: str, field: str, where: str) -> list[Message]:
     return _messages(cast(list[Any], value), where, field)
 
 
-def completed_prompt(prompt: Any, completion: Any, where: str, tools: Any = None) -> Conversation:
+def parse_prompt_completion(prompt: Any, completion: Any, where: str, tools: Any = None) -> Conversation:
     """Returns a conversation of a prompt and its completion, each text (of the user, of the assistant) or messages.
 
     Raises:
@@ -161,4 +161,4 @@ def completed_prompt(prompt: Any, completion: Any, where: str, tools: Any = None
     """
     before = _side(prompt, "user", "prompt", where)
     after = _side(completion, "assistant", "completion", where)
-    return Conversation([*before, *after], len(before), tools_of(tools, where))
+    return Conversation([*before, *after], len(before), parse_tools(tools, where))
