@@ -92,7 +92,7 @@ def corpus_files(corpus: str) -> FolderFiles:
     folder = files_below(root, is_read)
     texts = Counter(path.parent for path in folder.files if path.name.lower().endswith(tuple(TEXT_READERS)))
     if corpus.startswith(HUB) or texts.total() < len(folder.files):
-        # Beside files of rows, a README that is the only text of its folder is a data set card, not a document.
+        # On the hub and beside files of rows, a README that is the only text of its folder is a card, not a document.
         cards = [path for path in folder.files if path.name.lower() in README_NAMES and texts[path.parent] == 1]
         folder.files = [path for path in folder.files if path not in cards]
         folder.left_out.update({"README of a data set": len(cards)} if cards else {})

@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     digest: bytes = b""
 
 
-class _LaidOut(NamedTuple):
+class _DocumentText(NamedTuple):
     """A document as one text. `spans` are the characters to score, or None for all of them.
 
     `is_plain` marks a text that no chat template wrote.
@@ -52,8 +52,8 @@ class _LaidOut(NamedTuple):
     is_plain: bool
 
 
-def _batches(documents: Iterable[_LaidOut]) -> Iterator[list[_LaidOut]]:
-    batch: list[_LaidOut] = []
+def _batches(documents: Iterable[_DocumentText]) -> Iterator[list[_DocumentText]]:
+    batch: list[_DocumentText] = []
     for document in documents:
         batch.append(document)
         if sum(len(document.text) for document in batch) >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
@@ -63,7 +63,7 @@ def _batches(documents: Iterable[_LaidOut]) -> Iterator[list[_LaidOut]]:
         yield batch
 
 
-def _scored(pieces: Pieces, spans: Sequence[Span]) -> Array:
+def _scored_tokens(pieces: Pieces, spans: Sequence[Span]) -> Array:
     """Returns a mask of the tokens that have a character in a span."""
     scored = np.zeros(len(pieces.ids), np.uint8)
     starts, ends = np.asarray(pieces.offsets, np.int64).reshape(-1, 2).T
@@ -93,23 +93,23 @@ class Encoder:
         """Returns in words which tokens were put around texts, or nothing where there was no text."""
         return self.tokenizer.describe(self.used) if self.used else ""
 
-    def _laid_out(self, document: Document) -> _LaidOut:
+    def _as_text(self, document: Document) -> _DocumentText:
         if not isinstance(document.content, Conversation):
-            return _LaidOut(document.name, document.digest(), document.content, None, is_plain=True)
+            return _DocumentText(document.name, document.digest(), document.content, None, is_plain=True)
         is_plain = isinstance(document.content, PlainPrompt)
         if self.template is None and not (is_plain and self.joins_prompts):
             self._read_template(is_plain)
         if self.template is None:  # a plain prompt and its completion become one text
             prompt, completion = (str(message["content"]) for message in document.content.messages)
             scored = (len(prompt), len(prompt) + len(completion))
-            return _LaidOut(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
+            return _DocumentText(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
         text, spans = self.template.render(document.content, document.where or document.name)
         for start, end in spans:
             turn = text[start:end].rstrip()
             # Tokens that ended earlier turns come first.
             candidates = (*self.turn_ends, *self.special_tokens)
             self.turn_ends.update([token for token in candidates if turn.endswith(token)][:1])
-        return _LaidOut(document.name, document.digest(), text, spans, is_plain=False)
+        return _DocumentText(document.name, document.digest(), text, spans, is_plain=False)
 
     def _read_template(self, is_plain: bool) -> None:
         """Reads the chat template. Only prompts and completions of plain text can do without one.
@@ -136,7 +136,7 @@ class Encoder:
             "turn_ends": {token: ids[0] for token, ids in zip(ends, self.tokenizer.encode(ends), strict=True)},
         }
 
-    def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
+    def _encode_batch(self, batch: Sequence[_DocumentText]) -> Iterator[Encoded]:
         # Offsets take far more room than ids, so only documents with spans are encoded with them.
         texts = [document.text for document in batch if document.spans is None]
         plain = iter(self.tokenizer.encode(texts))
@@ -149,12 +149,12 @@ class Encoder:
                 scored = np.ones(len(ids), np.uint8)
             else:
                 pieces = next(chats)
-                ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, document.spans)
+                ids, scored = np.asarray(pieces.ids, np.int32), _scored_tokens(pieces, document.spans)
             if document.is_plain and len(ids):
-                ids, scored = self._wrapped(ids, scored)
+                ids, scored = self._with_bos_and_eos(ids, scored)
             yield Encoded(document.name, ids, scored[1:], document.digest)
 
-    def _wrapped(self, ids: Array, scored: Array) -> tuple[Array, Array]:
+    def _with_bos_and_eos(self, ids: Array, scored: Array) -> tuple[Array, Array]:
         """Puts the BOS and EOS around the ids of a plain text, and extends the mask of scored tokens.
 
         The BOS is not scored. The EOS is scored where the last token is.
@@ -174,17 +174,17 @@ class Encoder:
             UsageError: a conversation has no chat template, or one that cannot render it.
         """
         bad = bad_rows or BadRows("raise")
-        laid_out = (text for d in documents for text in bad.attempt(d.name, self._laid_out, d))
-        for batch in _batches(laid_out):
+        texts = (text for d in documents for text in bad.attempt(d.name, self._as_text, d))
+        for batch in _batches(texts):
             if not bad.will_stop:
-                yield from self._encoded_or_bad(batch, bad)
+                yield from self._encode_or_skip(batch, bad)
 
-    def _encoded_or_bad(self, batch: Sequence[_LaidOut], bad_rows: BadRows) -> list[Encoded]:
+    def _encode_or_skip(self, batch: Sequence[_DocumentText], bad_rows: BadRows) -> list[Encoded]:
         """Returns a batch as tokens, without documents on which the tokenizer fails: `bad_rows` collects those."""
         try:
-            return list(self._encoded(batch))
+            return list(self._encode_batch(batch))
         except UsageError as error:
             if len(batch) > 1:
-                return [encoded for document in batch for encoded in self._encoded_or_bad([document], bad_rows)]
+                return [encoded for document in batch for encoded in self._encode_or_skip([document], bad_rows)]
             bad_rows.add(batch[0].name, BadRowError(f"{batch[0].name}: {error}", "the tokenizer fails"))
             return []

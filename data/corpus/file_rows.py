@@ -83,8 +83,8 @@ def _read_json_lines(path: Path, name: str, choose_columns: ChooseColumns) -> It
 def _read_json(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
     """Yields the rows of a file of JSON lines, or of one array of objects."""
     with open_unpacked(path, "a JSON file") as file:
-        head = file.read(JSON_STEP).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if head != b"[":
+        first_byte = file.read(JSON_STEP).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first_byte != b"[":
         yield from _read_json_lines(path, name, choose_columns)
         return
     for number, (value, text) in enumerate(_json_elements(path), 1):

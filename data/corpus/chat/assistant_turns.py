@@ -73,7 +73,7 @@ class Marked(NamedTuple):
         """Checks that a rendering `text` has the marks of all calls, or of the content where there are no calls.
 
         Raises:
-            BadRowError: it has not, so a student would learn to write nothing.
+            BadRowError: one is missing, so that a student would learn to write nothing there.
         """
         calls = [mark for mark in self.meanings if not mark.endswith("cq")]
         if all(mark in text for mark in calls or self.meanings):

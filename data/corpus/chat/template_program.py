@@ -95,8 +95,8 @@ def _needs_date(tree: nodes.Template) -> bool:
     calls = (call.node for call in tree.find_all(nodes.Call))
     tests = (test.node for test in tree.find_all(nodes.Test) if test.name == "defined")
     called, tested = (
-        [n for n in candidates if isinstance(n, nodes.Name) and n.name == "strftime_now"]
-        for candidates in (calls, tests)
+        [n for n in named_nodes if isinstance(n, nodes.Name) and n.name == "strftime_now"]
+        for named_nodes in (calls, tests)
     )
     return bool(called) and not tested
 
