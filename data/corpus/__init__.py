@@ -1,1 +1,1 @@
-"""Files → rows → documents → token ids and loss mask → windows."""
+"""Corpora: files → rows → documents → token ids and loss masks → windows."""

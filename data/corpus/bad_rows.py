@@ -1,4 +1,4 @@
-"""Rows that cannot be used: they stop an export with one message, or are skipped, counted and named in a file."""
+"""Rows that cannot be used. They stop an export with one message, or are skipped, counted and listed in a file."""
 
 import json
 import logging
@@ -16,42 +16,47 @@ T = TypeVar("T")
 P = ParamSpec("P")
 OnBadRow = Literal["stop", "skip"]
 FILE = "skipped_rows.jsonl"
-LOOKED_AT = 20_000  # rows after the first bad one, to count what else is bad
+LOOKED_AT = 20_000  # rows read after the limit was passed, to count further bad ones
 
 
-class _Bad(NamedTuple):
+class _BadRow(NamedTuple):
     row: str
     reason: str
     message: str
 
 
 class BadRows:
-    """Bad rows that were met, and a limit to their number.
+    """Bad rows of a corpus, and a limit to their number.
 
-    Once there are too many, the rest of the corpus is looked at for a while, so that the one message has the count.
+    Once there are too many, up to `LOOKED_AT` further rows are read, so that the one message has a count.
     """
 
     def __init__(self, on_bad_row: OnBadRow | Literal["raise"], most: float = 0) -> None:
-        """`on_bad_row`: stop, skip up to `most` (below 1 a share of all rows, rounded up), or raise each at once."""
+        """Sets the limit.
+
+        Args:
+            on_bad_row: stop with one message, skip up to `most` rows, or raise the first at once.
+            most: a number of rows, or below 1 a share of all rows, rounded up.
+        """
         self.on_bad_row, self.most = on_bad_row, most
         self.rows = 0
         self.rows_at_limit: int | None = None
-        self.bad: list[_Bad] = []
+        self.bad: list[_BadRow] = []
 
     @property
     def will_stop(self) -> bool:
-        """Checks whether there are too many bad rows already, so that others are only counted."""
+        """Returns True where there are too many bad rows, so that further ones are only counted."""
         return self.rows_at_limit is not None
 
     def counts(self) -> dict[str, int]:
         """Counts the bad rows by reason, the most frequent first."""
-        return dict(Counter(each.reason for each in self.bad).most_common())
+        return dict(Counter(row.reason for row in self.bad).most_common())
 
     def count_row(self) -> None:
         """Counts a row of the corpus.
 
         Raises:
-            UsageError: enough rows were looked at after there were too many bad ones.
+            UsageError: there were too many bad rows, and `LOOKED_AT` rows have been read since.
         """
         self.rows += 1
         if self.rows_at_limit is not None and self.rows - self.rows_at_limit > LOOKED_AT:
@@ -67,19 +72,24 @@ class BadRows:
         yield made
 
     def add(self, row: str, error: BadRowError) -> None:
-        """Takes a bad row."""
+        """Records a bad row.
+
+        Raises:
+            BadRowError: rows are to raise at once.
+        """
         if self.on_bad_row == "raise":
             raise error
-        self.bad.append(_Bad(row, error.reason, str(error)))
+        self.bad.append(_BadRow(row, error.reason, str(error)))
+        # A share of all rows is only checked at the end, when their number is known.
         limit = 0 if self.on_bad_row == "stop" else self.most if self.most >= 1 else math.inf
         if self.rows_at_limit is None and len(self.bad) > limit:
             self.rows_at_limit = self.rows
 
     def finish(self, corpus: str) -> None:
-        """Ends the pass over a corpus: says what is skipped.
+        """Ends the pass over a corpus, and logs how many rows were skipped.
 
         Raises:
-            UsageError: there are bad rows and none may be skipped, or more than may be.
+            UsageError: there are more bad rows than may be skipped.
         """
         if self.will_stop or (self.most < 1 and len(self.bad) > math.ceil(self.most * self.rows)):
             self._refuse("the rows that follow")
@@ -87,23 +97,23 @@ class BadRows:
             log.warning("corpus %s: %d of %d rows skipped: %s", corpus, len(self.bad), self.rows, self._by_reason())
 
     def _by_reason(self, start: int = 0) -> str:
-        counts = Counter(each.reason for each in self.bad[start:])
+        counts = Counter(row.reason for row in self.bad[start:])
         return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
 
     def _refuse(self, following: str) -> NoReturn:
         first, more = self.bad[0], len(self.bad) - 1
-        others = f"Of {following}, {more} cannot be used either: {self._by_reason(1)}. " if more else ""
+        summary = f"Of {following}, {more} cannot be used either: {self._by_reason(1)}. " if more else ""
         remedy = "Mend it, or skip such rows: corpus.on_bad_row=skip."
         if self.on_bad_row == "skip":
-            others = f"{len(self.bad)} of {self.rows} rows cannot be used: {self._by_reason()}. "
+            summary = f"{len(self.bad)} of {self.rows} rows cannot be used: {self._by_reason()}. "
             remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Mend them, or allow more: {len(self.bad)}."
-        raise BadRowError(f"{first.message}\n{others}{remedy}", first.reason)
+        raise BadRowError(f"{first.message}\n{summary}{remedy}", first.reason)
 
     def write(self, folder: Path) -> None:
-        """Write which rows were skipped beside the caches, after those that an earlier export there skipped."""
+        """Writes the skipped rows to `FILE` beside the caches, behind those of earlier exports to the folder."""
         if not self.bad:
             return
         path = folder / FILE
         before = path.read_bytes().decode(errors="replace").splitlines() if is_plain_file(path) else []
-        lines = dict.fromkeys([*before, *(json.dumps(each._asdict(), ensure_ascii=False) for each in self.bad)])
+        lines = dict.fromkeys([*before, *(json.dumps(row._asdict(), ensure_ascii=False) for row in self.bad)])
         write_text(path, "".join(line + "\n" for line in lines))

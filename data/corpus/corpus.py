@@ -1,4 +1,7 @@
-"""A corpus: files of documents, in a stable order; the documents' split into train and validation."""
+"""A corpus of documents, and their split into train and validation.
+
+path ──corpus_files──► files ──read_rows──► rows ──document_from_row──► documents ──split_documents──► two sides
+"""
 
 import hashlib
 import logging
@@ -9,9 +12,9 @@ from typing import Any, Protocol, TypeVar, get_args
 
 from data.corpus.bad_rows import BadRows, OnBadRow
 from data.corpus.corpus_files import corpus_files
-from data.corpus.documents import Document, document_of
-from data.corpus.file_rows import rows_of
-from data.corpus.row_layouts import LAYOUTS, Reading, check_fields, columns_to_read
+from data.corpus.documents import Document, document_from_row
+from data.corpus.file_rows import read_rows
+from data.corpus.row_layouts import LAYOUTS, RowFormat, check_fields, columns_to_read
 from data.tokenizer import Choice
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, printable
@@ -20,32 +23,34 @@ from kd_core.ranges import NOT_NEGATIVE, check_ranges
 log = logging.getLogger("kd")
 
 
-class Known(Protocol):
-    """Anything that is known by its content and can be split."""
+class HasDigest(Protocol):
+    """A document identified by a hash of its content."""
 
     @property
     def digest(self) -> bytes:
-        """Of the document's content."""
+        """Returns the hash of the document's content."""
         ...
 
 
-D = TypeVar("D", bound=Known)
+D = TypeVar("D", bound=HasDigest)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A file, a folder or a data set of the hub: texts, and rows of JSON, CSV, Parquet and Arrow, also mixed.
+    """A file, a folder or a data set of the hub, with texts and rows of JSON, CSV, Parquet and Arrow, also mixed.
 
     Args:
         path: a file, a folder, or `hub:OWNER/NAME[@REVISION][:FOLDER_OR_PATTERN]`.
-        text_field: the field of a row that is a text.
-        content: the layout of rows (`data/corpus/row_layouts.py`), where they have several.
-        fields: instead of these two, other names of fields, such as {"prompt": "question", "completion": "answer"},
+        text_field: the field of a row that holds its text.
+        content: the layout to read (`data/corpus/row_layouts.py`) where rows match several.
+        fields: in place of these two, the names of fields that no layout knows, such as
+            {"prompt": "question", "completion": "answer"},
             {"messages": "dialogue", "role": "speaker", "content": "utterance"} or {"text": "body"}; also "system".
         on_bad_row: stop with one message at a row that cannot be used, or skip it.
-        most_bad_rows: the most rows that may be skipped: below 1 a share of all, rounded up; from 1 on a number.
+        most_bad_rows: the most rows that may be skipped. Below 1 it is a share of all rows, rounded up. From 1 on it
+            is a number of rows.
         bos, eos: whether a text begins with the tokenizer's BOS and ends with its EOS (auto: as the tokenizer itself
-            adds them). What comes of it stands in the plan, and is no part of the corpus.
+            adds them). The tokens that result are recorded in the export plan, not in the corpus's identity.
     """
 
     path: str
@@ -81,7 +86,7 @@ class Corpus:
                 )
 
     def files(self) -> list[Path]:
-        """All files of the corpus, in a stable order.
+        """Lists all files of the corpus, in a stable order.
 
         Raises:
             UsageError: there is none, or one cannot be reached.
@@ -89,7 +94,7 @@ class Corpus:
         return corpus_files(self.path).files
 
     def identity(self) -> dict[str, Any]:
-        """What makes the corpus this one and no other: names and bytes of all files, and how they are read."""
+        """Returns what identifies the corpus: a hash of all files' names and bytes, and the settings that read them."""
         fields = {"fields": dict(self.fields)} if self.fields else {}
         return {
             "fingerprint": content_fingerprint(self.files()),
@@ -103,28 +108,29 @@ class Corpus:
         return BadRows(self.on_bad_row, self.most_bad_rows)
 
     def documents(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        """Yields all documents: each text file, each row of the others.
+        """Yields all documents: one for each text file, and one for each row of the other files.
 
         Args:
-            bad_rows: takes the rows that cannot be used; without, the first of them is raised.
+            bad_rows: collects the rows that cannot be used. Without it, the first such row raises.
 
         Raises:
             UsageError: a file or a row cannot be read, or holds no document.
         """
         bad = bad_rows or BadRows("raise")
-        reading, found = Reading(self.content, self.text_field, self.fields), corpus_files(self.path)
-        found.log_left_out("corpus")
-        for path in found.files:
-            name = printable(path.relative_to(found.root))
-            for row in rows_of(path, name, lambda columns: columns_to_read(columns, reading)):
+        row_format, folder = RowFormat(self.content, self.text_field, self.fields), corpus_files(self.path)
+        folder.log_left_out("corpus")
+        for path in folder.files:
+            name = printable(path.relative_to(folder.root))
+            for row in read_rows(path, name, lambda columns: columns_to_read(columns, row_format)):
                 bad.count_row()
-                yield from bad.attempt(row.name, document_of, row, reading)
+                yield from bad.attempt(row.name, document_from_row, row, row_format)
 
 
 def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str, list[D]]:
-    """Divides whole documents into `train` and `validation`, by their content, the seed and the other documents.
+    """Divides whole documents into `train` and `validation`, by their contents and the seed.
 
-    Neither names nor order matter, and documents of the same content stand on the same side.
+    Neither names nor order matter, and documents of the same content are on the same side. `share` of the distinct
+    contents is held out for validation: at least one, never all. So a document's side depends on the others too.
 
     Raises:
         UsageError: fewer than two different documents, so that one side would be empty.
@@ -138,6 +144,7 @@ def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str
         )
     if repeated := len(documents) - len(contents):
         log.info("corpus: %d of %d documents repeat the content of another", repeated, len(documents))
+    # Hash each distinct content with the seed: the smallest hashes are held out.
     held_out = min(len(contents) - 1, max(1, round(share * len(contents))))
     ranked = sorted(contents, key=lambda digest: hashlib.sha256(f"{seed} ".encode() + digest).digest())
     validation = set(ranked[:held_out])

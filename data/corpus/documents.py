@@ -1,4 +1,4 @@
-"""What a corpus is made of: a document, and how a row of a file becomes one."""
+"""Documents, the units of a corpus, and their construction from rows of files."""
 
 import hashlib
 import json
@@ -6,34 +6,34 @@ from typing import NamedTuple
 
 from data.corpus.chat.conversations import Conversation
 from data.corpus.file_rows import Row
-from data.corpus.row_layouts import Reading, content_of
+from data.corpus.row_layouts import RowFormat, parse_content
 from data.text_lines import BadRowError
 
 
 class Document(NamedTuple):
-    """A name that stays the same between exports, what is in it (text, or a conversation), and where it lies."""
+    """A text or a conversation, with a name that stays the same between exports, and its place in a file."""
 
     name: str
     content: str | Conversation
     where: str = ""
 
     def digest(self) -> bytes:
-        """Returns 16 bytes by which documents of the same content are known, whatever they are called."""
-        known = self.content
-        if isinstance(known, Conversation) and known.tools is None:
-            known = known[:2]  # as before there were tools
-        written = json.dumps(known, sort_keys=True, default=str)
-        return hashlib.sha256(written.encode()).digest()[:16]
+        """Returns 16 bytes that identify the content, whatever the document's name."""
+        content = self.content
+        if isinstance(content, Conversation) and content.tools is None:
+            content = content[:2]  # digests from before conversations had tools stay valid
+        content_json = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(content_json.encode()).digest()[:16]
 
 
-def document_of(row: Row, reading: Reading) -> Document:
-    """The document of a row.
+def document_from_row(row: Row, row_format: RowFormat) -> Document:
+    """Returns the document in a row.
 
     Raises:
-        BadRowError: the row could not be read, or holds nothing that `reading` names, or something of another type.
+        BadRowError: the row could not be read, has no field that `row_format` names, or one of another type.
     """
     if isinstance(row.value, BadRowError):
         raise row.value
     if isinstance(row.value, str):
         return Document(row.name, row.value, row.where)
-    return Document(row.name, content_of(row.value, reading, row.where), row.where)
+    return Document(row.name, parse_content(row.value, row_format, row.where), row.where)

@@ -1,7 +1,7 @@
-"""Documents as tokens, with a mask of the labels to score: all of a text, the assistant's of a conversation.
+"""Documents as tokens, with a mask of the scored labels: all of a text, the assistant's of a conversation.
 
-A plain text gets the tokenizer's BOS in front and its EOS behind, where it has them or the corpus asks for them: the
-EOS is a label, the BOS none. A conversation gets neither, since its template writes them.
+A plain text gets the tokenizer's BOS in front and its EOS behind, where the tokenizer adds them or the corpus asks for
+them. The EOS is a label, the BOS is not. A conversation gets neither, since its template writes them.
 """
 
 import logging
@@ -21,16 +21,16 @@ from data.tokenizer import Around, Choice, Pieces, Tokenizer
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
-# What is held as text at a time.
+# The most documents and characters that are held as text at a time.
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Encoded(NamedTuple):
-    """A document's T + 1 tokens; `loss_mask[t]` says whether label t, which is token t + 1, is scored.
+    """The T + 1 tokens of a document. `loss_mask[t]` is 1 where label t, which is token t + 1, is scored.
 
-    `digest` is that of the document's content, whatever its name and whoever tokenized it.
+    `digest` is that of the document's content. It depends on neither its name nor the tokenizer.
     """
 
     name: str
@@ -39,8 +39,11 @@ class Encoded(NamedTuple):
     digest: bytes = b""
 
 
-class _LaidOut(NamedTuple):
-    """A document as one text; `spans` are the characters to score (None: all). A plain one is by no template."""
+class _DocumentText(NamedTuple):
+    """A document as one text. `spans` are the characters to score, or None for all of them.
+
+    `is_plain` marks a text that no chat template wrote.
+    """
 
     name: str
     digest: bytes
@@ -49,19 +52,19 @@ class _LaidOut(NamedTuple):
     is_plain: bool
 
 
-def _batches(documents: Iterable[_LaidOut]) -> Iterator[list[_LaidOut]]:
-    batch: list[_LaidOut] = []
+def _batches(documents: Iterable[_DocumentText]) -> Iterator[list[_DocumentText]]:
+    batch: list[_DocumentText] = []
     for document in documents:
         batch.append(document)
-        if sum(len(each.text) for each in batch) >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+        if sum(len(document.text) for document in batch) >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
-def _scored(pieces: Pieces, spans: Sequence[Span]) -> Array:
-    """Which tokens have a character in a span."""
+def _scored_tokens(pieces: Pieces, spans: Sequence[Span]) -> Array:
+    """Returns a mask of the tokens that have a character in a span."""
     scored = np.zeros(len(pieces.ids), np.uint8)
     starts, ends = np.asarray(pieces.offsets, np.int64).reshape(-1, 2).T
     for start, end in spans:
@@ -70,9 +73,9 @@ def _scored(pieces: Pieces, spans: Sequence[Span]) -> Array:
 
 
 class Encoder:
-    """The tokenizer of a folder, and its chat template once a conversation asks for it.
+    """The tokenizer of a folder, and its chat template once a conversation needs it.
 
-    `used` is what texts got in front and behind, once there was a text; `doubled` counts those that begin so anyway.
+    `used` has the tokens put around texts, once there was a text. `doubled` counts texts that began with them already.
     """
 
     def __init__(self, folder: Path, bos: Choice = "auto", eos: Choice = "auto") -> None:
@@ -84,31 +87,36 @@ class Encoder:
         self.used: Around | None = None
         self.doubled = 0
         self.special_tokens = [token for token in self.tokenizer.special_tokens() if token]
-        self.turn_ends = Counter[str]()  # special tokens that end scored turns
+        self.turn_ends = Counter[str]()  # how many scored turns each special token ends
 
     def describe(self) -> str:
-        """Returns in words what texts got in front and behind; nothing where there was no text."""
+        """Returns in words which tokens were put around texts, or nothing where there was no text."""
         return self.tokenizer.describe(self.used) if self.used else ""
 
-    def _laid_out(self, document: Document) -> _LaidOut:
+    def _as_text(self, document: Document) -> _DocumentText:
         if not isinstance(document.content, Conversation):
-            return _LaidOut(document.name, document.digest(), document.content, None, is_plain=True)
+            return _DocumentText(document.name, document.digest(), document.content, None, is_plain=True)
         is_plain = isinstance(document.content, PlainPrompt)
         if self.template is None and not (is_plain and self.joins_prompts):
             self._read_template(is_plain)
-        if self.template is None:
+        if self.template is None:  # a plain prompt and its completion become one text
             prompt, completion = (str(message["content"]) for message in document.content.messages)
             scored = (len(prompt), len(prompt) + len(completion))
-            return _LaidOut(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
+            return _DocumentText(document.name, document.digest(), prompt + completion, [scored], is_plain=True)
         text, spans = self.template.render(document.content, document.where or document.name)
         for start, end in spans:
             turn = text[start:end].rstrip()
-            known = (*self.turn_ends, *self.special_tokens)
-            self.turn_ends.update([token for token in known if turn.endswith(token)][:1])
-        return _LaidOut(document.name, document.digest(), text, spans, is_plain=False)
+            # Tokens that ended earlier turns come first.
+            candidates = (*self.turn_ends, *self.special_tokens)
+            self.turn_ends.update([token for token in candidates if turn.endswith(token)][:1])
+        return _DocumentText(document.name, document.digest(), text, spans, is_plain=False)
 
     def _read_template(self, is_plain: bool) -> None:
-        """Read the chat template, which only prompts and completions of plain text can do without."""
+        """Reads the chat template. Only prompts and completions of plain text can do without one.
+
+        Raises:
+            NoTemplateError: there is none, and the document needs it.
+        """
         try:
             self.template = ChatTemplate.read(self.folder, self.special_tokens)
         except NoTemplateError:
@@ -118,9 +126,9 @@ class Encoder:
             log.info("%s: no chat template, so a completion stands right behind its prompt, as one text", self.folder)
 
     def chat_format(self) -> dict[str, Any] | None:
-        """Returns how the conversations so far were written: the templates, what they name, and what ends turns.
+        """Returns the templates of the conversations so far, their special tokens, and the tokens that ended turns.
 
-        The template of tools is there wherever the teacher has one, as transformers reads it.
+        The template of conversations with tools is part of it wherever the teacher has one.
         """
         if self.template is None:
             return None
@@ -133,50 +141,55 @@ class Encoder:
             "turn_ends": {token: ids[0] for token, ids in zip(ends, self.tokenizer.encode(ends), strict=True)},
         }
 
-    def _encoded(self, batch: Sequence[_LaidOut]) -> Iterator[Encoded]:
-        """Offsets, which take far more room than ids, only where there are spans."""
-        texts = [each.text for each in batch if each.spans is None]
+    def _encode_batch(self, batch: Sequence[_DocumentText]) -> Iterator[Encoded]:
+        # Offsets take far more room than ids, so only documents with spans are encoded with them.
+        texts = [document.text for document in batch if document.spans is None]
         plain = iter(self.tokenizer.encode(texts))
-        chats = iter(self.tokenizer.encode_with_offsets([each.text for each in batch if each.spans is not None]))
-        for each in batch:
-            if each.spans is None:
+        chats = iter(
+            self.tokenizer.encode_with_offsets([document.text for document in batch if document.spans is not None])
+        )
+        for document in batch:
+            if document.spans is None:
                 ids = np.asarray(next(plain), np.int32)
                 scored = np.ones(len(ids), np.uint8)
             else:
                 pieces = next(chats)
-                ids, scored = np.asarray(pieces.ids, np.int32), _scored(pieces, each.spans)
-            if each.is_plain and len(ids):
-                ids, scored = self._wrapped(ids, scored)
-            yield Encoded(each.name, ids, scored[1:], each.digest)
+                ids, scored = np.asarray(pieces.ids, np.int32), _scored_tokens(pieces, document.spans)
+            if document.is_plain and len(ids):
+                ids, scored = self._with_bos_and_eos(ids, scored)
+            yield Encoded(document.name, ids, scored[1:], document.digest)
 
-    def _wrapped(self, ids: Array, scored: Array) -> tuple[Array, Array]:
-        """Returns a plain text with its BOS, which is not scored, and its EOS, which is if the last token is."""
+    def _with_bos_and_eos(self, ids: Array, scored: Array) -> tuple[Array, Array]:
+        """Puts the BOS and EOS around the ids of a plain text, and extends the mask of scored tokens.
+
+        The BOS is not scored. The EOS is scored where the last token is.
+        """
         begins, ends = self.used = self.around
         self.doubled += bool(begins) and ids[: len(begins)].tolist() == begins
         scored = np.concatenate([np.zeros(len(begins), np.uint8), scored, scored[-1:].repeat(len(ends))])
         return np.concatenate([begins, ids, ends]).astype(np.int32), scored
 
     def encode(self, documents: Iterable[Document], bad_rows: BadRows | None = None) -> Iterator[Encoded]:
-        """Each document, in order; a few are text at a time.
+        """Yields the documents as tokens, in order. Only one batch at a time is held as text.
 
         Args:
-            bad_rows: takes the documents that cannot be encoded; without, the first of them is raised.
+            bad_rows: collects the documents that cannot be encoded. Without it, the first such document raises.
 
         Raises:
-            UsageError: there is no chat template for a conversation, or it cannot render it.
+            UsageError: a conversation has no chat template, or one that cannot render it.
         """
         bad = bad_rows or BadRows("raise")
-        laid_out = (each for d in documents for each in bad.attempt(d.name, self._laid_out, d))
-        for batch in _batches(laid_out):
+        texts = (text for d in documents for text in bad.attempt(d.name, self._as_text, d))
+        for batch in _batches(texts):
             if not bad.will_stop:
-                yield from self._encoded_or_bad(batch, bad)
+                yield from self._encode_or_skip(batch, bad)
 
-    def _encoded_or_bad(self, batch: Sequence[_LaidOut], bad_rows: BadRows) -> list[Encoded]:
-        """A batch's documents; where the tokenizer fails, those that it does not fail on."""
+    def _encode_or_skip(self, batch: Sequence[_DocumentText], bad_rows: BadRows) -> list[Encoded]:
+        """Returns a batch as tokens, without documents on which the tokenizer fails: `bad_rows` collects those."""
         try:
-            return list(self._encoded(batch))
+            return list(self._encode_batch(batch))
         except UsageError as error:
             if len(batch) > 1:
-                return [each for one in batch for each in self._encoded_or_bad([one], bad_rows)]
+                return [encoded for document in batch for encoded in self._encode_or_skip([document], bad_rows)]
             bad_rows.add(batch[0].name, BadRowError(f"{batch[0].name}: {error}", "the tokenizer fails"))
             return []

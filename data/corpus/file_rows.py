@@ -1,7 +1,7 @@
-"""Rows out of files, by the file's ending, one at a time: texts, JSON lines and arrays, CSV; tables in `tables.py`.
+"""Readers of corpus rows, chosen by a file's ending: texts, JSON lines and arrays, CSV, and tables (`table_rows.py`).
 
-Text formats may be packed: `.jsonl.gz`, `.txt.zst`. A row that cannot be read stands in its place as a `BadRowError`,
-so that others after it can be used.
+Readers yield one row at a time. Text formats may be packed: `.jsonl.gz`, `.txt.zst`. A row that cannot be read is a
+`BadRowError` in its place, so that rows after it can be used.
 """
 
 import codecs
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from data.corpus.table_rows import Choose, arrow_batches, parquet_batches
+from data.corpus.table_rows import ChooseColumns, arrow_batches, parquet_batches
 from data.text_lines import (
     PACKED,
     BadRowError,
@@ -28,20 +28,21 @@ from data.text_lines import (
 from kd_core.errors import UsageError
 from kd_core.files import printable
 
-MOST_DOCUMENT = 1 << 28  # bytes
+MOST_DOCUMENT = 1 << 28  # bytes of a text file
 MOST_ELEMENT = 1 << 25  # characters of an element of a JSON array
-JSON_STEP = 1 << 20  # characters of a JSON array at a time
+JSON_STEP = 1 << 20  # bytes of a JSON file that are read at a time
 
 
 class Row(NamedTuple):
-    """A row: its place for messages, a name that stays the same, and its text, its fields or a fault."""
+    """A row: its place in a file for messages, a stable name, and its text, its fields or the error of reading it."""
 
     where: str
     name: str
     value: str | dict[str, Any] | BadRowError
 
 
-def _row(where: str, name: str, read: Callable[[], Any]) -> Row:
+def _try_row(where: str, name: str, read: Callable[[], Any]) -> Row:
+    """Returns a row with the value that `read` returns, or with the error that it raises."""
     try:
         return Row(where, name, read())
     except BadRowError as error:
@@ -50,8 +51,8 @@ def _row(where: str, name: str, read: Callable[[], Any]) -> Row:
         return Row(where, name, BadRowError(f"{where}: nests too deeply. Drop it.", "nesting too deep"))
 
 
-def _text_file(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-    del choose
+def _read_text(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
+    del choose_columns
     where = printable(path)
 
     def read() -> str:
@@ -63,28 +64,28 @@ def _text_file(path: Path, name: str, choose: Choose) -> Iterator[Row]:
     with open_unpacked(path, "a text file") as file:
         payload = file.read(MOST_DOCUMENT + 1)
     refuse_bomb(path, len(payload))
-    yield _row(where, name, read)
+    yield _try_row(where, name, read)
 
 
-def _json_lines(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-    del choose
+def _read_json_lines(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
+    del choose_columns
     for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         where = f"{printable(path)}:{number}"
-        yield _row(
+        yield _try_row(
             where,
             f"{name}:{number}",
             lambda line=line, where=where: without_nulls(json_object(json_value(decoded(line, where), where), where)),
         )
 
 
-def _json(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-    """JSON lines, or one array of objects."""
+def _read_json(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
+    """Yields the rows of a file of JSON lines, or of one array of objects."""
     with open_unpacked(path, "a JSON file") as file:
-        head = file.read(JSON_STEP).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if head != b"[":
-        yield from _json_lines(path, name, choose)
+        first_byte = file.read(JSON_STEP).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first_byte != b"[":
+        yield from _read_json_lines(path, name, choose_columns)
         return
     for number, (value, text) in enumerate(_json_elements(path), 1):
         where = f"{printable(path)}: row {number}"
@@ -93,49 +94,50 @@ def _json(path: Path, name: str, choose: Choose) -> Iterator[Row]:
             refuse_half_pairs(value, text, where)
             return without_nulls(json_object(value, where))
 
-        yield _row(where, f"{name}:{number}", read)
+        yield _try_row(where, f"{name}:{number}", read)
 
 
 def _json_elements(path: Path) -> Iterator[tuple[Any, str]]:
-    """The elements of an array, one at a time, each with its text.
+    """Yields the elements of an array one at a time, each with its JSON text.
 
     Raises:
-        UsageError: it is no array of JSON, which says nothing of where the next element would begin.
+        UsageError: the array is not JSON. The rest cannot be read, since nothing shows where the next element begins.
     """
     decoder = json.JSONDecoder()
-    number = made = 0
+    number = characters = 0
     with open_unpacked(path, "a JSON array") as file:
-        text = _utf8(file, path)
-        buffer, at = next(text).lstrip()[1:], 0
+        text = _utf8_chunks(file, path)
+        buffer, position = next(text).lstrip()[1:], 0
         while True:
-            while at < len(buffer) and buffer[at] in " \t\r\n,":
-                at += 1
-            if buffer.startswith("]", at):
-                _refuse_rest(itertools.chain([buffer[at + 1 :]], text), number, path)
+            while position < len(buffer) and buffer[position] in " \t\r\n,":
+                position += 1
+            if buffer.startswith("]", position):
+                _refuse_rest(itertools.chain([buffer[position + 1 :]], text), number, path)
                 return
             try:
-                value, end = decoder.raw_decode(buffer, at)
+                value, end = decoder.raw_decode(buffer, position)
                 if end == len(buffer):  # a number may go on
                     raise ValueError("the array has no end")
             except (ValueError, RecursionError) as error:
-                part = next(text, "") if len(buffer) - at < MOST_ELEMENT else ""
-                if not part:
+                # The element may be cut off at the end of the buffer: read on and decode it again from its start.
+                chunk = next(text, "") if len(buffer) - position < MOST_ELEMENT else ""
+                if not chunk:
                     message = getattr(error, "msg", error)
                     raise UsageError(
                         f"{printable(path)}: not JSON after {number} elements of its array ({message}). Mend the file, "
                         "or write an object a line: jq -c '.[]'."
                     ) from None
-                made += len(part)
-                refuse_bomb(path, made)
-                buffer, at = buffer[at:] + part, 0
+                characters += len(chunk)
+                refuse_bomb(path, characters)
+                buffer, position = buffer[position:] + chunk, 0
                 continue
             number += 1
-            yield value, buffer[at:end]
-            at = end
+            yield value, buffer[position:end]
+            position = end
 
 
 def _refuse_rest(text: Iterable[str], number: int, path: Path) -> None:
-    """Refuse what stands behind an array, such as another one."""
+    """Refuses text behind an array, such as another array."""
     if rest := next(filter(None, map(str.strip, text)), ""):
         raise UsageError(
             f"{printable(path)}: goes on behind the {number} elements of its array ({rest!a:.40}). Write one array, or "
@@ -143,8 +145,8 @@ def _refuse_rest(text: Iterable[str], number: int, path: Path) -> None:
         )
 
 
-def _utf8(file: IO[bytes], path: Path) -> Iterator[str]:
-    """A file's text in pieces."""
+def _utf8_chunks(file: IO[bytes], path: Path) -> Iterator[str]:
+    """Yields the text of a file in chunks."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     while True:
         payload = file.read(JSON_STEP)
@@ -156,9 +158,12 @@ def _utf8(file: IO[bytes], path: Path) -> Iterator[str]:
             return
 
 
-def _csv(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-    """Rows under a header, whose most frequent of comma, semicolon and tab divides cells. Empty cells are not there."""
-    del choose
+def _read_csv(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
+    """Yields the rows under a header. Empty cells are left out of a row.
+
+    The delimiter is the most frequent in the header of comma, semicolon and tab.
+    """
+    del choose_columns
     csv.field_size_limit(MOST_DOCUMENT)
     lines = (line.decode(errors="surrogateescape") for line in lines_of(path))
     header = next(lines, "").removeprefix("\ufeff")
@@ -166,12 +171,16 @@ def _csv(path: Path, name: str, choose: Choose) -> Iterator[Row]:
     where = printable(path)
     try:
         columns = next(reader, [])
-        if twice := [column for column in columns if columns.count(column) > 1]:
-            raise UsageError(f"{where}: the header has {twice[0]!r} twice. Rename one.")
+        if repeated := [column for column in columns if columns.count(column) > 1]:
+            raise UsageError(f"{where}: the header has {repeated[0]!r} twice. Rename one.")
         for number, cells in enumerate(reader, 1):
             if cells:
-                own = f"{where}: row {number}"
-                yield _row(own, f"{name}:{number}", lambda cells=cells, own=own: _csv_fields(columns, cells, own))
+                row_where = f"{where}: row {number}"
+                yield _try_row(
+                    row_where,
+                    f"{name}:{number}",
+                    lambda cells=cells, row_where=row_where: _csv_fields(columns, cells, row_where),
+                )
     except csv.Error as error:
         raise UsageError(f"{where}: not CSV at line {reader.line_num} ({error}). Write it again.") from None
 
@@ -180,44 +189,58 @@ def _csv_fields(columns: list[str], cells: list[str], where: str) -> dict[str, s
     if len(cells) != len(columns):
         message = f"{where}: has {len(cells)} cells, the header {len(columns)}. Quote cells that hold the delimiter."
         raise BadRowError(message, "cells that the header does not name")
+    # Bytes that are not UTF-8 were kept as surrogates, so that the error names this row.
     decoded("".join([*columns, *cells]).encode(errors="surrogateescape"), where)
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
 
 
-def _table(read_batches: Callable[[Path, Choose], Iterator[list[Any]]]) -> "Reader":
-    """A reader of tables, whose batches hold each row's fields, or its fault."""
+def _table_reader(read_batches: Callable[[Path, ChooseColumns], Iterator[list[Any]]]) -> "Reader":
+    """Returns a reader of tables. `read_batches` yields lists of rows: the fields of each, or the error it raised."""
 
-    def read(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-        for number, value in enumerate(itertools.chain.from_iterable(read_batches(path, choose)), 1):
+    def read(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
+        for number, value in enumerate(itertools.chain.from_iterable(read_batches(path, choose_columns)), 1):
             where = f"{printable(path)}: row {number}"
             if isinstance(value, Exception):
                 message = f"{where}: a value that cannot be read ({value!s:.300}). Write the column again, as text."
                 yield Row(where, f"{name}:{number}", BadRowError(message, "a value that cannot be read"))
             else:
-                yield _row(where, f"{name}:{number}", lambda value=value: without_nulls(value))
+                yield _try_row(where, f"{name}:{number}", lambda value=value: without_nulls(value))
 
     return read
 
 
-Reader = Callable[[Path, str, Choose], Iterator[Row]]
-TEXTS: dict[str, Reader] = {".txt": _text_file, ".md": _text_file, ".markdown": _text_file}
-LINES: dict[str, Reader] = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv}
-TABLES = {".parquet": _table(parquet_batches), ".arrow": _table(arrow_batches), ".feather": _table(arrow_batches)}
-FORMATS: dict[str, Reader] = {
-    **{ending + packed: read for ending, read in {**TEXTS, **LINES}.items() for packed in ("", *PACKED)},
-    **TABLES,
+Reader = Callable[[Path, str, ChooseColumns], Iterator[Row]]
+TEXT_READERS: dict[str, Reader] = {".txt": _read_text, ".md": _read_text, ".markdown": _read_text}
+ROW_READERS: dict[str, Reader] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+TABLE_READERS = {
+    ".parquet": _table_reader(parquet_batches),
+    ".arrow": _table_reader(arrow_batches),
+    ".feather": _table_reader(arrow_batches),
+}
+READERS: dict[str, Reader] = {
+    **{ending + packed: read for ending, read in {**TEXT_READERS, **ROW_READERS}.items() for packed in ("", *PACKED)},
+    **TABLE_READERS,
 }
 
 
-def reader_of(path: Path) -> Reader | None:
-    """The reader of a file's ending; None where it has none of `FORMATS`."""
-    return next((read for ending, read in FORMATS.items() if path.name.lower().endswith(ending)), None)
+def choose_reader(path: Path) -> Reader | None:
+    """Returns the reader for a file's ending, or None where `READERS` has none."""
+    return next((read for ending, read in READERS.items() if path.name.lower().endswith(ending)), None)
 
 
-def rows_of(path: Path, name: str, choose: Choose) -> Iterator[Row]:
-    """The rows of a file; of a table the columns that `choose` takes. A file of unknown ending is text.
+def read_rows(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
+    """Yields the rows of a file, by its ending. A file of unknown ending is read as text.
+
+    Args:
+        choose_columns: picks the columns to read of a table.
 
     Raises:
         UsageError: the file is damaged, or not of its ending's format.
     """
-    return (reader_of(path) or _text_file)(path, name, choose)
+    return (choose_reader(path) or _read_text)(path, name, choose_columns)

@@ -1,4 +1,4 @@
-"""Layouts of rows: which fields data sets keep their texts and conversations in, and what each is read as.
+"""Layouts of corpus rows: the fields in which data sets keep texts and conversations, and how they are read.
 
 | layout | fields | as in |
 |---|---|---|
@@ -9,8 +9,8 @@
 | instruction | `instruction`, `input` or `context`, `output` or `response`, `history` | Alpaca, Dolly |
 | question | `question` and `response` | OpenOrca |
 
-A `system` or `system_prompt` beside any of them but `text` is the system message, where there is none. Fields of other
-names are given by `corpus.fields`.
+A field `system` or `system_prompt` beside any of them but `text` is the system message, where the messages have none.
+Fields of other names are given by `corpus.fields`.
 """
 
 import json
@@ -22,16 +22,16 @@ from data.corpus.chat.conversations import (
     Conversation,
     Message,
     PlainPrompt,
-    completed_prompt,
+    content_as_text,
     conversation,
-    text_of,
-    tools_of,
+    parse_prompt_completion,
+    parse_tools,
 )
-from data.corpus.layout_hints import setting, setting_hint
+from data.corpus.layout_hints import config_flag, suggest_setting
 from data.text_lines import BadRowError
 
 Fields = Mapping[str, Any]
-# Of each layout its fields; any one of those that stand together serves.
+# The fields of each layout. Of the alternatives in one tuple a row has any one.
 LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
     "messages": (("messages",),),
@@ -40,36 +40,37 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "instruction": (("instruction",), ("output", "response")),
     "question": (("question",), ("response",)),
 }
-FURTHER = ("system", "system_prompt", "input", "context", "history", "tools")
-CALL = "function_call"
+OPTIONAL = ("system", "system_prompt", "input", "context", "history", "tools")
+CALL_ROLE = "function_call"
+# Standard roles by the names that data sets use.
 ROLE_NAMES = {
-    **{role: role for role in (*ROLES, CALL)},
+    **{role: role for role in (*ROLES, CALL_ROLE)},
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
     **dict.fromkeys(("observation", "function_response", "function", "ipython"), "tool"),
 }
-MAPPED = ("text", "messages", "role", "content", "prompt", "completion", "system")
+MAPPING_KEYS = ("text", "messages", "role", "content", "prompt", "completion", "system")
 
 
-class Reading(NamedTuple):
-    """Settings of a corpus by which rows are read. `content` is a layout or `auto`."""
+class RowFormat(NamedTuple):
+    """Settings of a corpus that determine how its rows are read. `content` is a layout or `auto`."""
 
     content: str = "auto"
     text_field: str = "text"
     fields: Mapping[str, str] | None = None
 
     def layouts(self) -> dict[str, tuple[tuple[str, ...], ...]]:
-        """`LAYOUTS` with the name of the text's field."""
+        """Returns `LAYOUTS` with the set name of the text field."""
         return {**LAYOUTS, "text": ((self.text_field,),)}
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
-    """Refuse a mapping that names no document.
+    """Refuses a mapping of fields that describes no document, or more than one.
 
     Raises:
-        ValueError: says what was wanted.
+        ValueError: the message names the keys that a mapping may have.
     """
-    unknown = sorted(set(fields) - set(MAPPED))
+    unknown = sorted(set(fields) - set(MAPPING_KEYS))
     kinds = [kind for kind in ("text", "messages", "prompt") if kind in fields]
     if unknown or len(kinds) != 1 or ("prompt" in fields) != ("completion" in fields):
         raise ValueError(
@@ -78,35 +79,39 @@ def check_fields(fields: Mapping[str, str]) -> None:
         )
 
 
-def present_layouts(names: Collection[str], reading: Reading) -> list[str]:
-    """The layouts whose fields are all there."""
+def matching_layouts(names: Collection[str], row_format: RowFormat) -> list[str]:
+    """Returns the layouts whose fields are all among `names`."""
     return [
         layout
-        for layout, sides in reading.layouts().items()
-        if all(any(name in names for name in side) for side in sides)
+        for layout, groups in row_format.layouts().items()
+        if all(any(name in names for name in group) for group in groups)
     ]
 
 
-def columns_to_read(columns: Collection[str], reading: Reading) -> list[str]:
-    """Returns the columns that a document can be made of, or all where there are none, for a message to name."""
-    if reading.fields:
-        wanted = {*reading.fields.values(), "tools"}
+def columns_to_read(columns: Collection[str], row_format: RowFormat) -> list[str]:
+    """Returns the columns that a document can be made of. Where there are none it returns all, for an error to name."""
+    if row_format.fields:
+        used = {*row_format.fields.values(), "tools"}
     else:
-        wanted = {name for sides in reading.layouts().values() for side in sides for name in side} | set(FURTHER)
-        wanted = wanted if present_layouts(columns, reading) else set(columns)
-    return [name for name in columns if name in wanted] or list(columns)
+        used = {name for groups in row_format.layouts().values() for group in groups for name in group} | set(OPTIONAL)
+        used = used if matching_layouts(columns, row_format) else set(columns)
+    return [name for name in columns if name in used] or list(columns)
 
 
 def _one_of(fields: Fields, names: tuple[str, ...], where: str) -> str | None:
-    """Returns the one of several names that is there."""
-    found = [name for name in names if name in fields]
-    if len(found) > 1:
+    """Returns the one of several alternative names that a row has, or None.
+
+    Raises:
+        BadRowError: the row has more than one of them.
+    """
+    present = [name for name in names if name in fields]
+    if len(present) > 1:
         message = (
-            f"{where}: has both {found[0]!r} and {found[1]!r}; wanted one of them. Name the fields that count: "
-            f"{setting(fields={'prompt': 'FIELD', 'completion': 'FIELD'})}."
+            f"{where}: has both {present[0]!r} and {present[1]!r}; wanted one of them. Name the fields that count: "
+            f"{config_flag(fields={'prompt': 'FIELD', 'completion': 'FIELD'})}."
         )
         raise BadRowError(message, "several readings")
-    return found[0] if found else None
+    return present[0] if present else None
 
 
 def _text(fields: Fields, field: str, where: str) -> str:
@@ -117,11 +122,11 @@ def _text(fields: Fields, field: str, where: str) -> str:
     return value
 
 
-def _calls(value: Any, where: str) -> Message:
-    """A function call of ShareGPT, which is JSON, as a message."""
+def _call_message(value: Any, where: str) -> Message:
+    """Returns the message of a function call in ShareGPT's format, which is JSON."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
-        calls = cast(list[Any], found if isinstance(found, list) else [found])
+        parsed = json.loads(value) if isinstance(value, str) else value
+        calls = cast(list[Any], parsed if isinstance(parsed, list) else [parsed])
         named = [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
     except (ValueError, TypeError, KeyError, RecursionError):
         message = f"{where}: a function call that is not JSON with 'name' and 'arguments' ({value!a:.80}). Mend it."
@@ -129,26 +134,29 @@ def _calls(value: Any, where: str) -> Message:
     return {"role": "assistant", "tool_calls": named}
 
 
-def _message(value: Any, where: str, role_field: str, content_field: str) -> Any:
-    """A turn with role and content under our names; what is no such turn stays as it is, to be refused by name."""
+def _standard_message(value: Any, where: str, role_field: str, content_field: str) -> Any:
+    """Returns a message with its role and content under the standard names.
+
+    Anything else is returned as it is, so that a later check can refuse it by name.
+    """
     if not isinstance(value, dict):
         return value
-    turn = cast(dict[str, Any], value)
-    if role_field not in turn and "from" in turn:
+    message = cast(dict[str, Any], value)
+    if role_field not in message and "from" in message:
         role_field, content_field = "from", "value"
-    role, content = turn.get(role_field), turn.get(content_field)
-    usual = ROLE_NAMES.get(role.lower()) if isinstance(role, str) else None
-    if usual in (None, role) and (role_field, content_field) == ("role", "content"):
-        return turn
-    rest = {key: item for key, item in turn.items() if key not in (role_field, content_field)}
-    if usual == CALL:
-        return {**rest, **_calls(content, where)}
-    named = {"role": usual or role, "content": content}
-    return {**rest, **{key: item for key, item in named.items() if item is not None}}
+    role, content = message.get(role_field), message.get(content_field)
+    standard_role = ROLE_NAMES.get(role.lower()) if isinstance(role, str) else None
+    if standard_role in (None, role) and (role_field, content_field) == ("role", "content"):
+        return message
+    rest = {key: item for key, item in message.items() if key not in (role_field, content_field)}
+    if standard_role == CALL_ROLE:
+        return {**rest, **_call_message(content, where)}
+    standard = {"role": standard_role or role, "content": content}
+    return {**rest, **{key: item for key, item in standard.items() if item is not None}}
 
 
 def _messages(value: Any, where: str, field: str, names: tuple[str, str] = ("role", "content")) -> list[Message]:
-    """A field's messages; a list may also be written as JSON, as in CSV."""
+    """Returns the messages in a field. The list may also be JSON text, as in CSV."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -156,7 +164,7 @@ def _messages(value: Any, where: str, field: str, names: tuple[str, str] = ("rol
             raise BadRowError(f"{where}: {field!r} is text, but no JSON of a list. Mend it.", "not JSON") from None
     if isinstance(value, list):
         turns = enumerate(cast(list[Any], value))
-        value = [_message(turn, f"{where}: {field}[{i}]", *names) for i, turn in turns]
+        value = [_standard_message(turn, f"{where}: {field}[{i}]", *names) for i, turn in turns]
     return conversation(value, where, field).messages
 
 
@@ -164,38 +172,43 @@ def _side(value: Any, where: str, field: str) -> Any:
     return _messages(value, where, field) if isinstance(value, list) else value
 
 
-def _with_system(made: Conversation, fields: Fields, field: str | None, where: str) -> Conversation:
-    """The conversation after its system message, where a field has one and the conversation none."""
-    if field is None or made.messages[0]["role"] in ("system", "developer") or not _text(fields, field, where).strip():
-        return made
+def _with_system(chat: Conversation, fields: Fields, field: str | None, where: str) -> Conversation:
+    """Puts the system message of a field in front of a conversation that has none."""
+    if field is None or chat.messages[0]["role"] in ("system", "developer") or not _text(fields, field, where).strip():
+        return chat
     system = {"role": "system", "content": fields[field]}
-    return Conversation(*made)._replace(
-        messages=[system, *made.messages], scored_from=made.scored_from + bool(made.scored_from)
+    return Conversation(*chat)._replace(
+        messages=[system, *chat.messages], scored_from=chat.scored_from + bool(chat.scored_from)
     )
 
 
-def _instruction(fields: Fields, where: str) -> list[Message]:
-    """Alpaca's and Dolly's: what the instruction is about stands behind it, after a blank line."""
-    about, answer = _one_of(fields, ("input", "context"), where), _one_of(fields, ("output", "response"), where)
-    parts = [_text(fields, name, where) for name in ("instruction", about) if name]
-    said = [*cast(list[Any], fields.get("history", [])), ["\n\n".join(part for part in parts if part.strip()), None]]
-    said[-1][1] = _text(fields, answer, where) if answer else ""
-    if not all(isinstance(pair, list) and len(cast(list[Any], pair)) == 2 for pair in said):
+def _instruction_messages(fields: Fields, where: str) -> list[Message]:
+    """Returns the messages of a row of Alpaca or Dolly.
+
+    The input is put behind its instruction, after a blank line. Pairs of `history` come first.
+    """
+    context, answer = _one_of(fields, ("input", "context"), where), _one_of(fields, ("output", "response"), where)
+    parts = [_text(fields, name, where) for name in ("instruction", context) if name]
+    pairs = [*cast(list[Any], fields.get("history", [])), ["\n\n".join(part for part in parts if part.strip()), None]]
+    pairs[-1][1] = _text(fields, answer, where) if answer else ""
+    if not all(isinstance(pair, list) and len(cast(list[Any], pair)) == 2 for pair in pairs):
         raise BadRowError(f"{where}: 'history' is no list of pairs. Mend it.", "a field of another type")
     return [
-        {"role": role, "content": text} for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
 
 
-def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str | Conversation:
-    """Returns the text or conversation of a row of a known layout."""
+def _layout_content(layout: str, fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+    """Returns the text or conversation of a row in a given layout."""
     if layout == "text":
-        return _text(fields, reading.text_field, where)
+        return _text(fields, row_format.text_field, where)
     system = next((name for name in ("system", "system_prompt") if name in fields), None)
     if layout == "completion":
-        return _with_system(_completed(fields["prompt"], fields["completion"], where), fields, system, where)
+        return _with_system(_prompt_completion(fields["prompt"], fields["completion"], where), fields, system, where)
     if layout == "instruction":
-        messages = _instruction(fields, where)
+        messages = _instruction_messages(fields, where)
     elif layout == "question":
         sides = (("user", "question"), ("assistant", "response"))
         messages = [{"role": role, "content": _text(fields, name, where)} for role, name in sides]
@@ -205,13 +218,13 @@ def _content(layout: str, fields: Fields, reading: Reading, where: str) -> str |
     return _with_system(conversation(messages, where, layout), fields, system, where)
 
 
-def _completed(prompt: Any, completion: Any, where: str) -> Conversation:
-    made = completed_prompt(_side(prompt, where, "prompt"), _side(completion, where, "completion"), where)
+def _prompt_completion(prompt: Any, completion: Any, where: str) -> Conversation:
+    chat = parse_prompt_completion(_side(prompt, where, "prompt"), _side(completion, where, "completion"), where)
     plain = isinstance(prompt, str) and isinstance(completion, str)
-    return PlainPrompt(*made) if plain else made
+    return PlainPrompt(*chat) if plain else chat
 
 
-def _mapped(mapping: Mapping[str, str], fields: Fields, where: str) -> str | Conversation:
+def _mapped_content(mapping: Mapping[str, str], fields: Fields, where: str) -> str | Conversation:
     """Returns the text or conversation in the fields that `corpus.fields` names."""
     needed = [name for name in ("text", "messages", "prompt", "completion") if name in mapping]
     _refuse_missing([mapping[name] for name in needed], fields, where, f"corpus.fields={dict(mapping)}")
@@ -220,11 +233,11 @@ def _mapped(mapping: Mapping[str, str], fields: Fields, where: str) -> str | Con
     if "messages" in mapping:
         names = mapping.get("role", "role"), mapping.get("content", "content")
         field = mapping["messages"]
-        made = Conversation(_messages(fields[field], where, field, names))
+        chat = Conversation(_messages(fields[field], where, field, names))
     else:
-        made = _completed(fields[mapping["prompt"]], fields[mapping["completion"]], where)
+        chat = _prompt_completion(fields[mapping["prompt"]], fields[mapping["completion"]], where)
     system = mapping.get("system")
-    return _with_system(made, fields, system if system in fields else None, where)
+    return _with_system(chat, fields, system if system in fields else None, where)
 
 
 def _refuse_missing(names: Collection[str], fields: Fields, where: str, setting: str) -> None:
@@ -236,52 +249,53 @@ def _refuse_missing(names: Collection[str], fields: Fields, where: str, setting:
 
 
 def _is_rendering(text: Any, content: str | Conversation) -> bool:
-    """Returns True where a text holds all that a conversation says: it is the same, through somebody's template."""
+    """Returns True where a text holds every line of a conversation: it is the same, rendered by some chat template."""
     if not isinstance(text, str) or isinstance(content, str):
         return False
-    said = [text_of(message.get("content", "")) for message in content.messages]
-    return all(line.strip() in text for part in said for line in part.splitlines())
+    contents = [content_as_text(message.get("content", "")) for message in content.messages]
+    return all(line.strip() in text for content_text in contents for line in content_text.splitlines())
 
 
-def _found_content(fields: Fields, reading: Reading, where: str) -> str | Conversation:
+def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
     """Returns the text or conversation of a row whose layout is not set."""
-    layouts = present_layouts(fields, reading)
+    layouts = matching_layouts(fields, row_format)
     if len(layouts) == 2 and layouts[0] == "text":
-        if reading.text_field != "text":
-            return _content("text", fields, reading, where)
-        made = _content(layouts[1], fields, reading, where)
-        if _is_rendering(fields["text"], made):
-            return made
+        if row_format.text_field != "text":
+            return _layout_content("text", fields, row_format, where)
+        # A text beside a conversation is no second document where it is only its rendering.
+        chat = _layout_content(layouts[1], fields, row_format, where)
+        if _is_rendering(fields["text"], chat):
+            return chat
     if len(layouts) == 1:
-        return _content(layouts[0], fields, reading, where)
+        return _layout_content(layouts[0], fields, row_format, where)
     if layouts:
-        sides = [side for layout in layouts for side in reading.layouts()[layout]]
-        shown = " and ".join(dict.fromkeys(repr(name) for side in sides for name in side if name in fields))
+        groups = [group for layout in layouts for group in row_format.layouts()[layout]]
+        shown = " and ".join(dict.fromkeys(repr(name) for group in groups for name in group if name in fields))
         message = f"{where}: has {shown}; wanted one of them. Set corpus.content={' or '.join(layouts)}."
         raise BadRowError(message, "several readings")
     raise BadRowError(
-        f"{where}: no field {reading.text_field!r} (corpus.text_field), 'messages', 'conversations', 'prompt' and "
+        f"{where}: no field {row_format.text_field!r} (corpus.text_field), 'messages', 'conversations', 'prompt' and "
         f"'completion', or 'instruction' and 'output'. It has {', '.join(sorted(map(repr, fields))) or 'none'}."
-        f"{setting_hint(fields)}",
+        f"{suggest_setting(fields)}",
         "no field that is known",
     )
 
 
-def content_of(fields: Fields, reading: Reading, where: str) -> str | Conversation:
+def parse_content(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
     """Returns the text or conversation that a row holds in exactly one layout.
 
     Raises:
-        BadRowError: it holds none, or several of which none is named, or something of another type.
+        BadRowError: the row matches no layout, or several of which none is set, or has a field of another type.
     """
-    made = _content_without_tools(fields, reading, where)
-    return made if isinstance(made, str) else made._replace(tools=tools_of(fields.get("tools"), where))
+    content = _content_without_tools(fields, row_format, where)
+    return content if isinstance(content, str) else content._replace(tools=parse_tools(fields.get("tools"), where))
 
 
-def _content_without_tools(fields: Fields, reading: Reading, where: str) -> str | Conversation:
-    if reading.fields:
-        return _mapped(reading.fields, fields, where)
-    if (layout := reading.content) == "auto":
-        return _found_content(fields, reading, where)
-    missing = [" or ".join(side) for side in reading.layouts()[layout] if not set(side) & set(fields)]
+def _content_without_tools(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+    if row_format.fields:
+        return _mapped_content(row_format.fields, fields, where)
+    if (layout := row_format.content) == "auto":
+        return _detected_content(fields, row_format, where)
+    missing = [" or ".join(group) for group in row_format.layouts()[layout] if not set(group) & set(fields)]
     _refuse_missing(missing, fields, where, f"corpus.content={layout}")
-    return _content(layout, fields, reading, where)
+    return _layout_content(layout, fields, row_format, where)

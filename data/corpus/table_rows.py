@@ -1,4 +1,4 @@
-"""Rows of tables through pyarrow (extra `parquet`): Parquet, Arrow's files and streams, folders of `save_to_disk`."""
+"""Rows of tables through pyarrow (extra `parquet`): Parquet, Arrow files and streams, folders of `save_to_disk`."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ from kd_core.memory import bounded_memory
 
 BATCH_ROWS = 256
 MOST_MEMORY = 4 << 30  # bytes for a batch of rows
-ARROW_FILE = b"ARROW1"
-Choose = Callable[[Sequence[str]], list[str]]  # the columns to read, of those that a table has
+ARROW_MAGIC = b"ARROW1"
+ChooseColumns = Callable[[Sequence[str]], list[str]]  # picks the columns to read from those of a table
 
 
 @contextmanager
 def _table_file(path: Path, kind: str) -> Generator[BufferedReader]:
-    """Open a table's file; whatever pyarrow raises becomes one message."""
+    """Opens the file of a table, and turns any error of pyarrow into a `UsageError`."""
     where = printable(path)
     try:
         import pyarrow as pa  # noqa: PLC0415 (an extra)
@@ -33,7 +33,10 @@ def _table_file(path: Path, kind: str) -> Generator[BufferedReader]:
 
 
 def _row_values(batch: Any) -> list[Any]:
-    """Each row's fields, or the error that reading them raises, such as of times that Python's calendar lacks."""
+    """Returns the fields of each row, or the error that reading them raised.
+
+    Times beyond Python's calendar raise, for example. The rows of a failing batch are read one by one.
+    """
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError, ArithmeticError) as error:
@@ -42,62 +45,65 @@ def _row_values(batch: Any) -> list[Any]:
         return [value for i in range(batch.num_rows) for value in _row_values(batch.slice(i, 1))]
 
 
-def _read(batches: Iterator[Any], path: Path) -> Iterator[list[Any]]:
-    """Values of batches, within bounds of memory."""
-    made = 0
+def _bounded_rows(batches: Iterator[Any], path: Path) -> Iterator[list[Any]]:
+    """Yields the rows of each batch, read within a bound on memory."""
+    unpacked_bytes = 0
     while True:
         with bounded_memory(MOST_MEMORY):
             if (batch := next(batches, None)) is None:
                 return
-            made += batch.nbytes
-            refuse_bomb(path, made)
+            unpacked_bytes += batch.nbytes
+            refuse_bomb(path, unpacked_bytes)
             values = _row_values(batch)
         yield values
 
 
-def parquet_batches(path: Path, choose: Choose) -> Iterator[list[Any]]:
-    """Rows of a Parquet file, a few at a time, of the columns that `choose` takes.
+def parquet_batches(path: Path, choose_columns: ChooseColumns) -> Iterator[list[Any]]:
+    """Yields the rows of a Parquet file in batches, with the columns that `choose_columns` picks.
 
     Raises:
-        UsageError: it is damaged, or there is no pyarrow.
+        UsageError: the file is damaged, or pyarrow is not installed.
     """
     with _table_file(path, "Parquet") as file:
         from pyarrow import parquet  # noqa: PLC0415
 
         with parquet.ParquetFile(file) as opened:
-            columns = choose([str(column) for column in opened.schema_arrow.names])
-            yield from _read(opened.iter_batches(batch_size=BATCH_ROWS, columns=columns), path)
+            columns = choose_columns([str(column) for column in opened.schema_arrow.names])
+            yield from _bounded_rows(opened.iter_batches(batch_size=BATCH_ROWS, columns=columns), path)
 
 
-def _arrow(opened: Any, choose: Choose) -> Iterator[Any]:
-    """Batches of an Arrow file or stream, checked: its offsets are trusted by what reads values."""
-    columns = choose([str(column) for column in opened.schema.names])
+def _checked_batches(opened: Any, choose_columns: ChooseColumns) -> Iterator[Any]:
+    """Yields the batches of an Arrow file or stream, fully validated.
+
+    Reading values trusts the offsets of a batch, so a damaged one must not get that far.
+    """
+    columns = choose_columns([str(column) for column in opened.schema.names])
     is_file = hasattr(opened, "num_record_batches")
-    whole = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
-    for batch in whole:
+    batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
+    for batch in batches:
         chosen = batch.select(columns)
         chosen.validate(full=True)
         for start in range(0, chosen.num_rows, BATCH_ROWS):
             yield chosen.slice(start, BATCH_ROWS)
 
 
-def arrow_batches(path: Path, choose: Choose) -> Iterator[list[Any]]:
-    """Rows of an Arrow file or stream; otherwise as `parquet_batches`."""
+def arrow_batches(path: Path, choose_columns: ChooseColumns) -> Iterator[list[Any]]:
+    """Yields the rows of an Arrow file or stream in batches, otherwise as `parquet_batches`."""
     with _table_file(path, "Arrow") as file:
         from pyarrow import ipc  # noqa: PLC0415
 
-        is_file = file.peek(len(ARROW_FILE)).startswith(ARROW_FILE)
+        is_file = file.peek(len(ARROW_MAGIC)).startswith(ARROW_MAGIC)
         with ipc.open_file(file) if is_file else ipc.open_stream(file) as opened:
-            yield from _read(_arrow(opened, choose), path)
+            yield from _bounded_rows(_checked_batches(opened, choose_columns), path)
 
 
-def saved_files(folder: Path) -> set[str] | None:
-    """The names of the tables of a folder that `save_to_disk` of `datasets` wrote; None where it is no such folder.
+def saved_table_files(folder: Path) -> set[str] | None:
+    """Returns the names of the tables in a folder written by `save_to_disk` of `datasets`, or None for other folders.
 
-    Other tables in it are left over from transformations, and no part of the data set.
+    Other tables in such a folder are left over from transformations, and are not part of the data set.
 
     Raises:
-        UsageError: its state is damaged, or it selects rows by an index of its own.
+        UsageError: the folder's state is damaged, or selects rows by an index.
     """
     path = folder / "state.json"
     if not path.exists() or not (folder / "dataset_info.json").exists():

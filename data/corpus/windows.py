@@ -1,7 +1,7 @@
-"""Windows: runs of a document's tokens that fit a row. Every label of a document is scored in exactly one of them.
+"""Windows: runs of a document's tokens that fit a packed row. Each label of a document is scored in exactly one.
 
 A window of `row_length` positions starts every `row_length − overlap` positions. The first `overlap` positions of a
-later window were scored in the one before: here they are context alone.
+later window were scored in the window before it, so they are only context.
 
     document   t0 t1 t2 t3 t4 t5 t6 t7 t8        8 positions, labels t1 … t8
     window 0   t0 t1 t2 t3 t4                    row_length 4, overlap 2: scores t1 … t4
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Window(NamedTuple):
-    """A run of a document's tokens: T inputs and one more, the last label; and which of the T labels are scored."""
+    """A run of T + 1 tokens of a document: T inputs, and the last label. `loss_mask` marks the scored labels [T]."""
 
     document: str
     start: int
@@ -29,12 +29,14 @@ class Window(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """T."""
         return len(self.loss_mask)
 
 
 def windows_of(documents: Iterable[Encoded], row_length: int, overlap: int = 0) -> Iterator[Window]:
-    """The windows of each document in order, without those that score nothing; neighbours share a token at least."""
+    """Yields the windows of each document in order, leaving out those that score nothing.
+
+    Neighbours share at least one token: the last label of a window is the first input of the next.
+    """
     for document in documents:
         positions = len(document.loss_mask)
         for start in range(0, positions, row_length - overlap):
@@ -42,21 +44,25 @@ def windows_of(documents: Iterable[Encoded], row_length: int, overlap: int = 0) 
             mask = document.loss_mask[start:end]
             if start and overlap:
                 mask = np.concatenate([np.zeros(overlap, mask.dtype), mask[overlap:]])
-            if mask.any():  # a last window may be all head
+            if mask.any():  # a last window may hold nothing beyond its overlap
                 yield Window(document.name, start, document.token_ids[start : end + 1], mask)
 
 
 def choose_windows(windows: Sequence[Window], tokens: int | None, seed: int) -> list[Window]:
-    """Windows drawn without replacement while they fit into `tokens` positions (None: all), in corpus order."""
+    """Draws windows without replacement while they fit into `tokens` positions. Returns them in corpus order.
+
+    Args:
+        tokens: the most positions in all. None keeps every window.
+    """
     if tokens is None:
         return list(windows)
     chosen: list[int] = []
-    left = tokens
+    remaining = tokens
     for index in np.random.default_rng(seed).permutation(len(windows)).tolist():
         size = windows[index].positions
-        if size <= left:
+        if size <= remaining:
             chosen.append(index)
-            left -= size
-        if left <= 0:
+            remaining -= size
+        if remaining <= 0:
             break
     return [windows[index] for index in sorted(chosen)]

@@ -1,1 +1,1 @@
-"""Windows → logits → what the cache keeps of them."""
+"""Teachers as scorers: windows → logits → what a cache stores of each position."""

@@ -1,4 +1,4 @@
-"""Which scorer speaks for a teacher: our decoder where it covers the family, transformers where it does not."""
+"""Choice of a teacher's scorer: our decoder where it covers the model family, transformers where it does not."""
 
 import logging
 from dataclasses import asdict
@@ -22,7 +22,10 @@ log = logging.getLogger("kd")
 
 
 class TeacherFacts(NamedTuple):
-    """What a plan needs of a teacher before it is loaded; `max_positions` None: it names no limit."""
+    """Facts about a teacher that an export plan needs before the model is loaded.
+
+    `max_positions` is None where the model names no limit.
+    """
 
     scorer: str
     vocab_size: int
@@ -32,20 +35,22 @@ class TeacherFacts(NamedTuple):
 
 def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
     config = read_config(folder)
-    limit, rows = getattr(config, "max_position_embeddings", None), int(config.vocab_size)
-    known: dict[str, Any] = {"model_type": config.model_type, "vocab_size": rows}
-    if tokens is not None and tokens < rows:
-        known |= {"vocab_size": tokens, "padded_vocab_size": rows}
-    return TeacherFacts("transformers", known["vocab_size"], limit, known)
+    limit, padded_vocab_size = getattr(config, "max_position_embeddings", None), int(config.vocab_size)
+    architecture: dict[str, Any] = {"model_type": config.model_type, "vocab_size": padded_vocab_size}
+    if tokens is not None and tokens < padded_vocab_size:
+        architecture |= {"vocab_size": tokens, "padded_vocab_size": padded_vocab_size}
+    return TeacherFacts("transformers", architecture["vocab_size"], limit, architecture)
 
 
 def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
-    """The facts of a teacher, with the scorer that `scorer` (one of `SCORERS`) stands for.
+    """Returns the facts of a teacher, with the scorer that `auto` stands for.
 
-    `tokens` is the size of its tokenizer, the real vocabulary; None: all of its rows are.
+    Args:
+        scorer: one of `SCORERS`.
+        tokens: the real vocabulary, which is the size of the teacher's tokenizer. None counts all rows of its lm_head.
 
     Raises:
-        UsageError: the folder holds no model, or none that the scorer can score.
+        UsageError: the folder holds no model, or none that this scorer can score.
     """
     if scorer == "transformers":
         return _through_transformers(folder, tokens)
@@ -66,7 +71,7 @@ def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherF
 
 
 def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.device) -> Scorer:
-    """The teacher in `folder`, ready to score the vocabulary of its tokenizer."""
+    """Loads the teacher in `folder`, ready to score the vocabulary of its tokenizer."""
     tokens = Tokenizer(folder).vocab_size
     if read_facts(folder, scorer, tokens).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens)

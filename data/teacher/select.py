@@ -1,8 +1,17 @@
-"""From logits of the whole vocabulary to what a selection keeps of them: head, tail, label, samples.
+"""Selection of what a cache stores of the teacher's distribution: top entries, tail mass, label and samples.
 
-The tail is summed over what the head leaves, never as 1 − Σp. One softmax in place gives its log-sum-exp as (largest
-logit − its log-probability), which on a CPU is many times faster than `torch.logsumexp` (denormal numbers on peaked
-rows), and leaves the distribution within the tail in the place of the logits: samples are drawn from it.
+At each position, from the logits z over the real vocabulary:
+
+    log Z       = log Σ_v e^(z_v)
+    entries     = the top K ids with z_v − log Z, cut by `min_prob` and `mass`
+    tail        = log Σ_v∉entries e^(z_v) − log Z
+    tail at τ   = log Σ_v∉entries e^(z_v/τ) − (log Z)/τ = log Σ_v∉entries p_v^(1/τ)
+    samples     = draws from the tail's distribution, with the logarithms of their importance weights
+
+The tail is summed over the tokens outside the entries, never computed as 1 − Σp. One softmax in place gives its
+log-sum-exp as (largest logit − largest log-probability). On a CPU this is many times faster than `torch.logsumexp`,
+which meets denormal numbers on peaked rows. It also leaves the distribution within the tail in the place of the
+logits, and samples are drawn from that.
 """
 
 from typing import NamedTuple
@@ -14,12 +23,12 @@ from torch import Tensor
 from data.cache.selection import Selection
 
 UNUSED = -torch.inf
-RUN = 256  # neighbours that a draw first chooses between as one
-LOWEST_EXPONENT = -80.0  # e^−80 is nothing beside 1, and anything below it is slow
+RUN = 256  # adjacent ids that a draw first chooses between as one
+LOWEST_EXPONENT = -80.0  # e^−80 vanishes beside 1, and exponentials of smaller numbers are slow (denormal)
 
 
 class Scores(NamedTuple):
-    """What a teacher said at N positions, in nats. An entry or sample of −inf is not used."""
+    """Selected values of the teacher's distribution at N positions, in nats. An entry or sample of −inf is unused."""
 
     ids: Int[Tensor, "N K"]
     log_probs: Float[Tensor, "N K"]
@@ -33,29 +42,40 @@ class Scores(NamedTuple):
 def select(
     logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"], selection: Selection, uniforms: Float[Tensor, "n S"]
 ) -> Scores:
-    """Scores from logits, which are overwritten. `uniforms` in [0, 1) decide the draws."""
-    values, ids = logits.topk(selection.top_k)
-    label = logits.gather(1, labels[:, None]).squeeze(1)
+    """Computes the scores of n positions from their logits, which are overwritten.
+
+    Args:
+        uniforms: numbers in [0, 1) that decide the draws.
+    """
+    # Take the top entries and the label's logit out; −inf takes the entries out of all sums of the tail.
+    values, ids = logits.topk(selection.top_k)  # [n, K]
+    label = logits.gather(1, labels[:, None]).squeeze(1)  # [n]
     logits.scatter_(1, ids, -torch.inf)
+    # Tails at further temperatures need the logits, which the softmax is about to overwrite.  [n] each
     largest = logits.amax(dim=1)
     tempered = [_log_sum_exp(logits, largest, temperature) for temperature in selection.tail_temperatures]
+    # log Σ_tail e^z = max z − log max softmax(z). From here on `logits` holds probabilities within the tail.  [n]
     tail = largest - torch.softmax(logits, dim=1, out=logits).amax(dim=1).log()
-    normaliser = torch.logaddexp(values.logsumexp(dim=1), tail)
+    # log Z over the whole vocabulary turns everything into log-probabilities: Σ p^(1/τ) = Σ e^(z/τ) / Z^(1/τ).
+    normaliser = torch.logaddexp(values.logsumexp(dim=1), tail)  # [n]
     log_probs, tail = values - normaliser[:, None], tail - normaliser
     tempered = [
-        whole - normaliser / temperature
-        for whole, temperature in zip(tempered, selection.tail_temperatures, strict=True)
+        log_sum - normaliser / temperature
+        for log_sum, temperature in zip(tempered, selection.tail_temperatures, strict=True)
     ]
     if not selection.fixed:
-        lost = torch.where(_kept(log_probs, selection), UNUSED, log_probs)
-        log_probs = torch.where(lost > UNUSED, UNUSED, log_probs)
-        before, tail = tail, torch.logaddexp(tail, lost.logsumexp(dim=1))
+        # Entries outside the limits go back to the tail: `cut` has their log-probabilities, −inf elsewhere.  [n, K]
+        cut = torch.where(_is_within_limits(log_probs, selection), UNUSED, log_probs)
+        log_probs = torch.where(cut > UNUSED, UNUSED, log_probs)
+        topk_tail, tail = tail, torch.logaddexp(tail, cut.logsumexp(dim=1))
         tempered = [
-            torch.logaddexp(of_tail, (lost / temperature).logsumexp(dim=1))
-            for of_tail, temperature in zip(tempered, selection.tail_temperatures, strict=True)
+            torch.logaddexp(tempered_tail, (cut / temperature).logsumexp(dim=1))
+            for tempered_tail, temperature in zip(tempered, selection.tail_temperatures, strict=True)
         ]
         if selection.draws:
-            logits.mul_((before - tail).exp()[:, None]).scatter_(1, ids, (lost - tail[:, None]).exp())
+            # Rescale the distribution within the tail to the larger tail, and put the cut entries in.  [n, V]
+            logits.mul_((topk_tail - tail).exp()[:, None]).scatter_(1, ids, (cut - tail[:, None]).exp())
+    # A sample's weight within the tail, times the tail's mass.  [n, S]
     samples, weights = _draw(logits, uniforms, selection.proposal_temperature)
     return Scores(
         ids,
@@ -69,63 +89,76 @@ def select(
 
 
 def _log_sum_exp(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
-    """log Σ e^(logit/τ)."""
+    """Returns log Σ e^(logit/τ).  [n, V] → [n]"""
     shifted = ((logits - largest[:, None]) / temperature).clamp_(min=LOWEST_EXPONENT).exp_()
     return shifted.sum(dim=1).log() + largest / temperature
 
 
-def _kept(log_probs: Tensor, selection: Selection) -> Tensor:
-    """Which of entries in falling order the limits keep."""
+def _is_within_limits(log_probs: Tensor, selection: Selection) -> Tensor:
+    """Returns a mask of the entries that `min_prob` and `mass` keep. Entries are in falling order.  [n, K]"""
     probs = log_probs.double().exp()
     floor = torch.tensor(selection.min_prob, dtype=torch.float64).log()
+    # The mass before an entry decides, so that the entry which reaches the limit is in.
     return (log_probs >= floor) & (probs.cumsum(dim=1) - probs < selection.mass)
 
 
 def _draw(tail: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"], temperature: float) -> tuple[Tensor, Tensor]:
-    """Ids drawn from the distribution within the tail, equal ones once, and log Σ of their weights (1 in all).
+    """Draws S ids from the distribution within the tail. Overwrites `tail` where the temperature t is not 1.
 
-    With a proposal q ∝ p^(1/t), a draw counts p / q / S. Overwrites `tail` where t is not 1.
+    Returns:
+        ids: each drawn id once, in rising order.  [n, S]
+        log_weights: the logarithms of their weights, whose expected sum is 1. Behind the last id: −inf.  [n, S]
+
+    With a proposal q ∝ p^(1/t), a draw has weight (p / q) / S.
     """
     n, S = uniforms.shape
     if not S:
         return uniforms.new_zeros((n, 0), dtype=torch.int64), tail.new_zeros((n, 0))
     proposal = tail if temperature == 1 else tail.pow_(1 / temperature)
-    drawn, total = _inverse(proposal, uniforms)
-    ids, counts = _distinct(drawn)
+    drawn, total = _inverse_cdf(proposal, uniforms)
+    # At t = 1 all draws weigh 1 / S: an id that was drawn c times weighs c / S.
+    ids, counts = _count_distinct(drawn)
     weights = (counts / S).log()
     if temperature != 1:
-        chosen = proposal.gather(1, ids).double()  # p^(1/t); p / q = p · total / p^(1/t)
+        # With w = p^(1/t) and q = w / Σw: p / q = w^t · Σw / w, so log(p / q) = (t − 1) · log w + log Σw.
+        chosen = proposal.gather(1, ids).double()
         weights = weights + (temperature - 1) * chosen.log() + total.log()[:, None]
     return ids, torch.where(counts > 0, weights, UNUSED).float()
 
 
-def _inverse(weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"]) -> tuple[Tensor, Tensor]:
-    """The inverse of the cumulated weights at `uniforms`, and their sum; first the run, then the token in it.
+def _inverse_cdf(weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"]) -> tuple[Tensor, Tensor]:
+    """Returns the ids at which the cumulated weights reach `uniforms` of their sum [n, S], and that sum [n].
 
     Runs are cumulated in float64: over a whole vocabulary, float32 would lose the rare tokens.
     """
     n, V = weights.shape
+    # Sum each run of adjacent ids, then the shorter rest.  [n, runs]
     whole = V // RUN * RUN
     sums = torch.cat([weights[:, :whole].view(n, -1, RUN).sum(dim=2), weights[:, whole:].sum(dim=1)[:, None]], dim=1)
     sums = sums.double()
+    # Find the run of each draw, and how much of that run's sum lies before the draw.  [n, S]
     ends = sums.cumsum(dim=1)
     target = uniforms.double() * ends[:, -1:]
     run = torch.searchsorted(ends, target, right=True).clamp(max=sums.shape[1] - 1)
-    left = target - (ends - sums).gather(1, run)
-    at = run[:, :, None] * RUN + torch.arange(RUN, device=weights.device)
-    inside = weights.gather(1, at.clamp(max=V - 1).flatten(1)).view(at.shape).double()
-    inside = torch.where(at < V, inside, 0.0)
-    token = (inside.cumsum(dim=2) <= left[:, :, None]).sum(dim=2)
+    remainder = target - (ends - sums).gather(1, run)
+    # Read the weights of that run's ids; ids behind the vocabulary weigh 0.  [n, S, RUN]
+    index = run[:, :, None] * RUN + torch.arange(RUN, device=weights.device)
+    run_weights = weights.gather(1, index.clamp(max=V - 1).flatten(1)).view(index.shape).double()
+    run_weights = torch.where(index < V, run_weights, 0.0)
+    # Count the ids of the run that end before the draw: the next one is drawn.  [n, S]
+    token = (run_weights.cumsum(dim=2) <= remainder[:, :, None]).sum(dim=2)
     # Rounding may point behind a run's last token that has any weight.
-    last = RUN - 1 - (inside > 0).flip(2).to(torch.uint8).argmax(dim=2)
+    last = RUN - 1 - (run_weights > 0).flip(2).to(torch.uint8).argmax(dim=2)
     return run * RUN + torch.minimum(token, last), ends[:, -1]
 
 
-def _distinct(drawn: Int[Tensor, "n S"]) -> tuple[Tensor, Tensor]:
-    """Each id once, in rising order, and how often it was drawn; 0 times behind the last."""
+def _count_distinct(drawn: Int[Tensor, "n S"]) -> tuple[Tensor, Tensor]:
+    """Returns each drawn id once, in rising order, and how often it was drawn. Behind the last id both are 0."""
+    # Mark the first of equal neighbours in sorted order, and number the distinct ids of a row.  [n, S]
     ordered = drawn.sort(dim=1).values
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     place = first.cumsum(dim=1) - 1
+    # Equal ids share a place: their ones add up there, and the id is written there.  [n, S]
     counts = torch.zeros_like(ordered).scatter_add_(1, place, torch.ones_like(ordered))
     return torch.zeros_like(ordered).scatter_(1, place, ordered), counts

@@ -1,4 +1,4 @@
-"""Teachers through transformers (extra `hf`): every causal language model that it knows."""
+"""Teachers through transformers (extra `hf`): any causal language model that it supports."""
 
 import re
 from collections.abc import Iterator
@@ -26,10 +26,12 @@ MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
-    """transformers' configuration of the language model in `folder` (for one of several parts: of its text).
+    """Reads transformers' configuration of the language model in `folder`.
+
+    Of a multimodal model it is the configuration of the text model.
 
     Raises:
-        UsageError: no transformers here, or it does not know the model.
+        UsageError: transformers is not installed, or cannot read the configuration.
     """
     try:
         from transformers import AutoConfig  # noqa: PLC0415 (an extra)
@@ -37,19 +39,19 @@ def read_config(folder: Path) -> "PretrainedConfig":
         raise UsageError(f"{folder}: scoring with transformers {NO_EXTRA}") from None
     _check_config(folder)
     try:
-        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-        if not 1 <= int(found.vocab_size) <= MOST["vocab_size"]:
-            raise ValueError(f"a vocabulary of {found.vocab_size}")
-    except Exception as error:  # there are as many ways to fail as there are models
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        if not 1 <= int(config.vocab_size) <= MOST["vocab_size"]:
+            raise ValueError(f"a vocabulary of {config.vocab_size}")
+    except Exception as error:  # each model family raises errors of its own
         raise UsageError(f"{folder}: transformers cannot read its config.json ({error!s:.400}).") from None
-    return found
+    return config
 
 
 def _check_config(folder: Path) -> None:
-    """Refuse a `config.json` that would have transformers look elsewhere, or count for ever.
+    """Refuses a `config.json` that needs code or weights from elsewhere, or describes a model without bounds.
 
     Raises:
-        UsageError: it names code of a hub, an adapter lies beside it, or it has more parts than any model.
+        UsageError: it names code of the hub, an adapter lies beside it, or it describes too many layers and experts.
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
@@ -61,7 +63,11 @@ def _check_config(folder: Path) -> None:
 
 
 def _count_parts(config: dict[str, Any]) -> int:
-    """Returns about how many modules a configuration asks for: layers times experts, of all of its models."""
+    """Estimates how many modules a configuration describes: layers times experts, summed over nested models.
+
+    Raises:
+        ValueError: a field names code of the hub, or is a number beyond `MOST_NUMBER`.
+    """
     nested, layers, experts = 0, 1, 1
     for name, value in config.items():
         if "implementation" in name and isinstance(value, str) and "/" in value:
@@ -78,14 +84,20 @@ def _count_parts(config: dict[str, Any]) -> int:
 
 
 def _check_room(config: "PretrainedConfig", folder: Path) -> None:
-    """Refuse a model that has more numbers than its folder, 4 bits each, before it has memory."""
+    """Refuses a model whose weights cannot all be in its folder, before memory is allocated for it.
+
+    A stored weight has at least 4 bits, so n bytes of safetensors hold at most 2·n weights.
+
+    Raises:
+        UsageError: the configuration describes more.
+    """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
 
     with torch.device("meta"), bounded_memory(MOST_MEMORY):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stored = 2 * sum(path.stat().st_size for path in weight_files(folder))
-    needed = sum(each.numel() for each in model.parameters())
-    buffers = sum(each.nbytes for each in model.buffers())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
     if needed > stored or buffers > stored + MOST_MEMORY:
         raise UsageError(
             f"{folder}: config.json describes {needed} weights (and {buffers} bytes of buffers), but the safetensors "
@@ -94,19 +106,19 @@ def _check_room(config: "PretrainedConfig", folder: Path) -> None:
 
 
 def _widen_lm_head(model: "PreTrainedModel") -> None:
-    """Makes the output head compute float32 logits, and leaves a tied embedding in the model's dtype."""
-    head: Any = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
+    """Makes the lm_head compute float32 logits, and leaves a tied embedding in the model's dtype."""
+    lm_head: Any = model.get_output_embeddings()
+    if not isinstance(lm_head, torch.nn.Linear) or lm_head.weight.dtype == torch.float32:
         return
-    for name, parameter in list(head.named_parameters(recurse=False)):
-        setattr(head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
-    head.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
+    for name, parameter in list(lm_head.named_parameters(recurse=False)):
+        setattr(lm_head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
+    lm_head.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
 
 
 class HuggingFaceScorer(NamedTuple):
-    """Any causal language model of transformers; the logits of a whole batch exist at once.
+    """Any causal language model of transformers. The logits of a whole batch exist at once.
 
-    `vocab_size` is the real vocabulary, the tokenizer's: a head may be padded beyond it, and the padding takes no
+    `vocab_size` is the real vocabulary, the tokenizer's. An lm_head may be padded beyond it, and the padding takes no
     probability.
     """
 
@@ -117,7 +129,10 @@ class HuggingFaceScorer(NamedTuple):
     def load(
         cls, folder: Path, dtype: torch.dtype, device: torch.device, tokens: int | None = None
     ) -> "HuggingFaceScorer":
-        """Load from safetensors alone: no pickle, no code of the folder's own. `tokens` is the real vocabulary.
+        """Loads a model from safetensors alone: no pickle, and no code from the folder.
+
+        Args:
+            tokens: the real vocabulary, by default all rows of the lm_head.
 
         Raises:
             UsageError: transformers has no such causal language model, or weights are missing.
@@ -125,7 +140,7 @@ class HuggingFaceScorer(NamedTuple):
         config = read_config(folder)
         from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415 (an extra)
 
-        logging.disable_progress_bar()  # each rank would show its own
+        logging.disable_progress_bar()  # each rank would draw one
         try:
             _check_room(config, folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -134,13 +149,13 @@ class HuggingFaceScorer(NamedTuple):
             )  # fmt: skip
         except UsageError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # each model family raises errors of its own
             raise UsageError(
                 f"{folder}: transformers cannot load it as a causal language model ({error!s:.400})."
             ) from None
-        model, found = loaded
-        # transformers would fill them with random numbers and warn.
-        absent = sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str)
+        model, loading_info = loaded
+        # transformers fills missing weights with random numbers and only warns.
+        absent = sorted([*loading_info["missing_keys"], *loading_info["mismatched_keys"]], key=str)
         if absent:
             raise UsageError(
                 f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}. "
@@ -152,11 +167,10 @@ class HuggingFaceScorer(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where its tokens are to lie."""
         return self.model.device
 
     def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:
-        """See `Scorer`. Padding stands on the right, where causal attention never looks: no mask is needed."""
+        # Padding is on the right, where causal attention never looks, so no mask is needed.
         del document_ids
         out = self.model(input_ids=tokens, use_cache=False).logits
         for chunk in rearrange(out, "B T V -> (B T) V").split(CHUNK_TOKENS):

@@ -1,1 +1,1 @@
-"""Conversations: checked, rendered by the teacher's chat template, the assistant's tokens found."""
+"""Chat: conversations are checked, rendered by the teacher's chat template, and the assistant's tokens located."""

@@ -1,4 +1,4 @@
-"""Conversations, checked: `messages` as chat data sets write them, or a prompt and its completion; and their tools."""
+"""Conversations with checked messages and tools, from `messages` of chat data sets or a prompt and its completion."""
 
 import json
 from typing import Any, NamedTuple, cast
@@ -12,7 +12,7 @@ Message = dict[str, Any]
 class Conversation(NamedTuple):
     """Messages in order, and the tools that they may call.
 
-    The assistant's messages are scored, from number `scored_from` on; those before are a prompt.
+    The assistant's messages from index `scored_from` on are scored. Those before it are a prompt.
     """
 
     messages: list[Message]
@@ -23,7 +23,7 @@ class Conversation(NamedTuple):
 def _present(value: Any, where: str) -> Any:
     """Returns the value without the keys that hold null.
 
-    Parquet gives every object every key of any object in its column, and null stands for "not there".
+    Parquet gives each object all keys of any object in its column, and null stands for a missing key.
     """
     try:
         return without_nulls(value)
@@ -32,7 +32,7 @@ def _present(value: Any, where: str) -> Any:
 
 
 def _part(value: Any, where: str) -> Message:
-    """Returns a part of a content of several parts, which must be text."""
+    """Returns one part of a content of several parts. It must be text."""
     if isinstance(value, str):
         return {"type": "text", "text": value}
     if isinstance(value, dict) and isinstance(cast(Message, value).get("text"), str):
@@ -44,8 +44,8 @@ def _part(value: Any, where: str) -> Message:
     )
 
 
-def text_of(content: str | list[Message]) -> str:
-    """Returns a content as one text; parts are joined by a line's end, as inference servers join them."""
+def content_as_text(content: str | list[Message]) -> str:
+    """Returns a content as one text. Parts are joined by newlines, as inference servers join them."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
@@ -86,7 +86,7 @@ def _message(value: Any, where: str) -> Message:
         raise BadRowError(
             f"{where}: role is {role!r}; wanted one of {', '.join(ROLES)}. Rename it.", "a role of another name"
         )
-    # Templates take a list without calls for a call.
+    # Leave an empty list of calls out: templates would treat it as a call.
     calls = _calls(message.pop("tool_calls", []), where)
     if calls:
         message["tool_calls"] = calls
@@ -96,7 +96,7 @@ def _message(value: Any, where: str) -> Message:
         raise BadRowError(
             f"{where}: no 'content'; wanted the text of the {role}'s message. It has {sorted(message)}.", "no content"
         )
-    if role == "assistant" and not calls and not text_of(message["content"]).strip():
+    if role == "assistant" and not calls and not content_as_text(message["content"]).strip():
         raise BadRowError(
             f"{where}: the assistant's 'content' is empty; wanted text to learn from. Drop the row.",
             "empty assistant turn",
@@ -114,16 +114,19 @@ def _messages(value: Any, where: str, field: str) -> list[Message]:
     return [_message(item, f"{where}: {field}[{i}]") for i, item in enumerate(cast(list[Any], value))]
 
 
-def tools_of(value: Any, where: str) -> list[Any] | None:
-    """Returns a row's tools, a list of JSON schemas or the JSON text of one; None where there are none.
+def parse_tools(value: Any, where: str) -> list[Any] | None:
+    """Returns the tools of a row, or None where it has none.
+
+    Args:
+        value: a list of JSON schemas, or its JSON text.
 
     Raises:
-        BadRowError: they are something else.
+        BadRowError: it is something else.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value or "[]")
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair raises here
         except (ValueError, RecursionError):
             raise BadRowError(f"{where}: 'tools' is a text that is not JSON.", "tools are not JSON") from None
     else:
@@ -134,12 +137,12 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
 
 
 def conversation(value: Any, where: str, field: str = "messages", tools: Any = None) -> Conversation:
-    """Returns a conversation of a list of messages; keys beyond `role` and `content` go to the template as they are.
+    """Builds a conversation from a list of messages. Keys beyond `role` and `content` are passed on to the template.
 
     Raises:
-        BadRowError: not a list, empty, a message without a known role and text, or tools that are no JSON schemas.
+        BadRowError: it is not a list or empty, a message has no known role or no text, or tools are no JSON schemas.
     """
-    return Conversation(_messages(value, where, field), 0, tools_of(tools, where))
+    return Conversation(_messages(value, where, field), 0, parse_tools(tools, where))
 
 
 def _side(value: Any, role: str, field: str, where: str) -> list[Message]:
@@ -153,12 +156,14 @@ def _side(value: Any, role: str, field: str, where: str) -> list[Message]:
     return _messages(cast(list[Any], value), where, field)
 
 
-def completed_prompt(prompt: Any, completion: Any, where: str, tools: Any = None) -> Conversation:
-    """Returns a conversation of a prompt and its completion, each text (of the user, of the assistant) or messages.
+def parse_prompt_completion(prompt: Any, completion: Any, where: str, tools: Any = None) -> Conversation:
+    """Builds a conversation from a prompt and its completion.
+
+    Each is a list of messages, or a text: the user's of a prompt, the assistant's of a completion.
 
     Raises:
         BadRowError: as `conversation`.
     """
     before = _side(prompt, "user", "prompt", where)
     after = _side(completion, "assistant", "completion", where)
-    return Conversation([*before, *after], len(before), tools_of(tools, where))
+    return Conversation([*before, *after], len(before), parse_tools(tools, where))

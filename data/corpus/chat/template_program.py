@@ -1,7 +1,7 @@
-"""A chat template as a program: compiled in its sandbox, with what transformers gives to templates.
+"""Compilation of a chat template in its sandbox, with the names that transformers gives to templates.
 
-These are the filter `tojson`, `raise_exception`, the blocks `{% generation %}` and, for templates that cannot do
-without, `strftime_now`, which tells a date that stays the same from one day to the next.
+These are the filter `tojson`, `raise_exception` and the blocks `{% generation %}`. Templates that need it also get
+`strftime_now`, which always returns the same date, so that a cache does not change from one day to the next.
 """
 
 import json
@@ -17,18 +17,18 @@ from jinja2.runtime import Macro
 from data.corpus.chat.assistant_turns import Span
 from data.corpus.chat.template_sandbox import BoundedEnvironment
 
-# Around what a generation block writes; Unicode keeps them for a program's own use, no text has them.
+# Marks around the output of a generation block. Unicode reserves them for internal use, so no text has them.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-DATE = date(2024, 7, 26)  # what Llama 3.1 takes for today where nobody tells it
+DATE = date(2024, 7, 26)  # the default date of Llama 3.1
 
 
-class _Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: its text between `OPEN` and `CLOSE`."""
+class _GenerationBlock(Extension):
+    """The block `{% generation %}` … `{% endgeneration %}`, which writes its text between `OPEN` and `CLOSE`."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 has it)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Returns a call of `_mark` with the block's body."""
+        """Parses the block into a call of `_mark` with its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
@@ -42,13 +42,13 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 class _NotJson(StrictUndefined):
-    """A value that JSON does not have, such as a time out of Parquet: it does no harm until a template reads it."""
+    """A value without a form in JSON, such as a time out of Parquet. It raises only once a template reads it."""
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
 
-def _refuse(value: Any) -> NoReturn:
+def _refuse_value(value: Any) -> NoReturn:
     raise TypeError(
         str(value)
         if isinstance(value, _NotJson)
@@ -57,57 +57,62 @@ def _refuse(value: Any) -> NoReturn:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Returns JSON as transformers has it: jinja2's own would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, default=_refuse, **options)
+    """Returns JSON as transformers writes it. The filter of jinja2 would escape it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, default=_refuse_value, **options)
 
 
-def plain(value: Any, name: str) -> Any:
-    """Returns the value with `_NotJson` in the place of what JSON does not have; `name` is its key's."""
+def json_values(value: Any, name: str) -> Any:
+    """Replaces values without a form in JSON by `_NotJson`, also in nested lists and objects.
+
+    Args:
+        name: the key of the value, for the error message.
+    """
     if isinstance(value, dict):
-        return {str(key): plain(item, str(key)) for key, item in cast(dict[Any, Any], value).items()}
+        return {str(key): json_values(item, str(key)) for key, item in cast(dict[Any, Any], value).items()}
     if isinstance(value, list):
-        return [plain(item, name) for item in cast(list[Any], value)]
+        return [json_values(item, name) for item in cast(list[Any], value)]
     if value is None or isinstance(value, (str, int, float)):
         return value
     return _NotJson(f"{name!r} is a {type(value).__name__}, which is neither text nor JSON")
 
 
-def without_marks(text: str) -> tuple[str, list[Span]]:
-    """Returns the text without marks, and the spans that they stood around."""
+def strip_marks(text: str) -> tuple[str, list[Span]]:
+    """Returns the text without marks, and the spans that were between them."""
     parts: list[str] = []
     spans: list[Span] = []
-    at = begun = 0
+    length = start = 0
     for piece in text.replace(CLOSE, OPEN + CLOSE).split(OPEN):
         if piece.startswith(CLOSE):
-            spans.append((begun, at))
-        begun = at
+            spans.append((start, length))
+        start = length
         parts.append(piece.removeprefix(CLOSE))
-        at += len(parts[-1])
+        length += len(parts[-1])
     return "".join(parts), spans
 
 
-def _asks_for_the_date(tree: nodes.Template) -> bool:
-    """Checks for a call of `strftime_now` in a template that has no default for where there is none."""
+def _needs_date(tree: nodes.Template) -> bool:
+    """Returns True where a template calls `strftime_now` without a test that it is defined."""
     calls = (call.node for call in tree.find_all(nodes.Call))
     tests = (test.node for test in tree.find_all(nodes.Test) if test.name == "defined")
     called, tested = (
-        [n for n in found if isinstance(n, nodes.Name) and n.name == "strftime_now"] for found in (calls, tests)
+        [n for n in named_nodes if isinstance(n, nodes.Name) and n.name == "strftime_now"]
+        for named_nodes in (calls, tests)
     )
     return bool(called) and not tested
 
 
 def compile_template(source: str) -> tuple[Template, bool]:
-    """Returns the template, and whether it has generation blocks.
+    """Returns the compiled template, and whether it has generation blocks.
 
     Raises:
-        TemplateError: it is no template, as jinja2 says it; and whatever else its parser raises.
+        TemplateError: it is not a template. The parser of jinja2 may raise other errors too.
     """
-    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControls])
     environment.filters["tojson"] = _to_json
     names = cast(dict[str, Any], environment.globals)
     names["raise_exception"] = _raise_exception
     tree = environment.parse(source)
-    if _asks_for_the_date(tree):
+    if _needs_date(tree):
         names["strftime_now"] = DATE.strftime
     has_blocks = any(isinstance(call.node, nodes.ExtensionAttribute) for call in tree.find_all(nodes.Call))
     return environment.from_string(source), has_blocks

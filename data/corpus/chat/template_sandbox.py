@@ -1,7 +1,7 @@
-"""A sandbox for chat templates, which are programs of whoever made the model: no code, memory and time have an end.
+"""A sandbox for chat templates, which are untrusted programs: no Python code, and limits to memory and time.
 
-jinja2's sandbox keeps a template from Python's objects. What is bounded here besides: operators that make much out of
-little, the text that comes out, the time of the processor, and, on Linux, the memory of the process meanwhile.
+jinja2's sandbox keeps a template from Python's objects. This module also limits operators that make large values out
+of small ones, the length of the output, the processor time and, on Linux, the memory of the process meanwhile.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from kd_core.memory import bounded_memory
 MOST_TEXT = 1 << 25  # characters of a text, items of a list
 MOST_BITS = 1 << 12  # of a number
 MOST_MEMORY = 1 << 30  # bytes beyond what the process has
-WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)")  # of a % format
+WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)")  # a wide field of a % format
 
 
 def _bits(value: Any) -> int:
@@ -33,7 +33,7 @@ def _items(value: Any) -> int:
 
 
 def _is_small(operator: str, left: Any, right: Any) -> bool:
-    """Checks that an operator's result has a size that honest templates reach."""
+    """Returns True where the result of an operator is no larger than honest templates need."""
     if operator == "**":
         return max(_bits(left), 1) * abs(right) <= MOST_BITS
     if operator == "*":
@@ -45,54 +45,54 @@ def _is_small(operator: str, left: Any, right: Any) -> bool:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox, with operators whose results stay small; constants of a template go through the same."""
+    """jinja2's sandbox with operators whose results stay small, also in constants that are folded at compile time."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Carry an operator out.
+        """Evaluates a binary operator.
 
         Raises:
-            TemplateError: its result would be too large.
+            TemplateError: the result would be too large.
         """
         if not _is_small(operator, left, right):
             raise TemplateError(f"{operator} would make more than a chat template is let make")
         return super().call_binop(context, operator, left, right)
 
 
-def bounded_text(pieces: Iterable[str]) -> str:
-    """The pieces of a rendered template end to end.
+def join_limited(pieces: Iterable[str]) -> str:
+    """Joins the pieces of a rendered template.
 
     Raises:
-        TemplateError: they are too many.
+        TemplateError: they have more than `MOST_TEXT` characters.
     """
-    found: list[str] = []
+    parts: list[str] = []
     size = 0
     for piece in pieces:
         size += len(piece)
         if size > MOST_TEXT:
             raise TemplateError(f"it writes more than {MOST_TEXT} characters")
-        found.append(piece)
-    return "".join(found)
+        parts.append(piece)
+    return "".join(parts)
 
 
 @contextlib.contextmanager
-def bounded(seconds: float) -> Generator[None]:
-    """Bound the processor's time and the memory of what runs inside.
+def limited_resources(seconds: float) -> Generator[None]:
+    """Limits the processor time and the memory of the code inside.
 
     Raises:
         TemplateError: it took more.
     """
     try:
-        with _bounded_time(seconds), bounded_memory(MOST_MEMORY):
+        with _limited_time(seconds), bounded_memory(MOST_MEMORY):
             yield
     except MemoryError:
         raise TemplateError(f"it takes more than {MOST_MEMORY >> 20} MiB of memory") from None
 
 
 @contextlib.contextmanager
-def _bounded_time(seconds: float) -> Generator[None]:
-    """Python hands signals to its main thread alone; in another one nothing is bounded."""
+def _limited_time(seconds: float) -> Generator[None]:
+    """Limits the processor time, in the main thread only: Python delivers signals to no other."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
