@@ -41,7 +41,7 @@ class Point:
         return self.steps * int(self.config.tokens_per_step)
 
     @functools.cached_property
-    def but_for_the_seed(self) -> str:
+    def hash_without_seed(self) -> str:
         """Returns a hash of the record with a seed of 0, equal for points that differ only in their seed."""
         config = self.config.__deepcopy__({})
         config.seed = 0
