@@ -107,7 +107,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return nearest(name, names) or f"Known: {', '.join(names) or 'none'}."
 
 
-def find(name: str, kind: str, takes: str = "", error_prefix: str = "") -> Entry:
+def find_entry(name: str, kind: str, takes: str = "", error_prefix: str = "") -> Entry:
     """Returns the entry of that name and kind. A fiddler must also take that kind of config.
 
     `error_prefix` begins the message of an error.

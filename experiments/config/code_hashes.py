@@ -39,7 +39,7 @@ def code_facts(repeats: Path | None = None) -> dict[str, Any]:
     repeated_files = RunFolder(repeats).last_facts().get("user_files", {}) if repeats else {}
     files = {
         path: {"path": f"{file.place}/{path}", "sha256": digest}
-        for file in user_files.loaded()
+        for file in user_files.loaded_files()
         for path, digest in file.hashes().items()
         if Path(file.path).is_file()  # false for a file that comes out of a record
     }
@@ -48,7 +48,7 @@ def code_facts(repeats: Path | None = None) -> dict[str, Any]:
 
 def keep_code(attempt: Path) -> None:
     """Writes the texts of user files and the uncommitted changes of our code beside the facts of a start."""
-    for file in user_files.loaded():
+    for file in user_files.loaded_files():
         for path, text in file.texts.items():
             (target := attempt / "user_files" / path).parent.mkdir(parents=True, exist_ok=True)
             write_text(target, text)

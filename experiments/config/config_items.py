@@ -24,7 +24,7 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 from experiments.config import user_code, user_files
-from experiments.config.catalog import FIDDLER, TAG, Entry, find, nearest
+from experiments.config.catalog import FIDDLER, TAG, Entry, find_entry, nearest
 from experiments.config.frozen_records import load_record
 from experiments.config.paths import Place, check_values, parse_value, set_path, walk
 from kd_core.errors import UsageError
@@ -72,7 +72,7 @@ def _find_function(text: str, item: str, kind: str, takes: str = "") -> tuple[En
         expected = "NAME of experiments/, or FILE.py:NAME"
         return user_code.of_file(f"{file}{colon}{name}", f"--config={item}", expected, kind), arguments
     name, arguments = _parse_call(text, item)
-    return find(name, kind, takes), arguments
+    return find_entry(name, kind, takes), arguments
 
 
 def _from_record(item: str, kind: str) -> Resolved:
@@ -109,22 +109,24 @@ def _resolve_first(item: str, kind: str) -> Resolved:
             f"--config={name} --config={item}."
         )
     entry, arguments = _find_function(item.removeprefix("config:"), item, kind)
-    return Resolved(user_code.config_of(entry, arguments, f"--config={item}"), entry.name)
+    return Resolved(user_code.base_config(entry, arguments, f"--config={item}"), entry.name)
 
 
 def _places_by_path(config: fdl.Config[Any]) -> dict[str, Place]:
     return {place.path: place for place in walk(config)}
 
 
-def shown(place: Place) -> str:
+def value_text(place: Place) -> str:
     """Returns a value as `config.txt` shows it. A part is shown by the name of its class."""
-    return fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else written(place.value)
+    return (
+        fdl.get_callable(place.value).__name__ if isinstance(place.value, fdl.Buildable) else stable_text(place.value)
+    )
 
 
-def written(value: Any) -> str:
+def stable_text(value: Any) -> str:
     """Returns a value as text that is the same in every process. A function is written by its name."""
     if isinstance(value, tuple):
-        texts = [written(item) for item in value]
+        texts = [stable_text(item) for item in value]
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
     return f"{value.__module__}.{value.__qualname__}" if inspect.isfunction(value) else repr(value)
 
@@ -132,20 +134,20 @@ def written(value: Any) -> str:
 def _apply_fiddler(resolved: Resolved, item: str) -> None:
     kind = fdl.get_callable(resolved.config).__name__
     entry, arguments = _find_function(item.removeprefix("fiddler:"), item, FIDDLER, kind)
-    before = {path: shown(place) for path, place in _places_by_path(resolved.config).items()}
+    before = {path: value_text(place) for path, place in _places_by_path(resolved.config).items()}
     user_code.call(entry, arguments, f"--config={item}", resolved.config)
     for path, place in _places_by_path(resolved.config).items():
-        if before.get(path) != shown(place):
+        if before.get(path) != value_text(place):
             resolved.set_by[path] = f"{place.set_at()}, --config={item}"
 
 
-def tagged(config: fdl.Config[Any], name: str, error_prefix: str) -> list[Place]:
+def find_tagged(config: fdl.Config[Any], name: str, error_prefix: str) -> list[Place]:
     """Returns the places that carry a tag. `error_prefix` begins the message of an error.
 
     Raises:
         UsageError: there is no such tag, or no value of this config carries it.
     """
-    tag = user_code.load(find(name, TAG, error_prefix=error_prefix), error_prefix)
+    tag = user_code.load(find_entry(name, TAG, error_prefix=error_prefix), error_prefix)
     places = [place for place in walk(config) if tag in place.tags]
     if not places:
         raise UsageError(f"{error_prefix}: no value of this experiment carries the tag. --print_config shows tags.")
@@ -156,7 +158,7 @@ def _apply_tag(resolved: Resolved, item: str) -> None:
     name, equals, text = item.removeprefix("tag:").partition("=")
     if not equals:
         raise UsageError(f"--config={item}: no value. Wanted tag:{name}=value.")
-    for place in tagged(resolved.config, name, f"--config={item}"):
+    for place in find_tagged(resolved.config, name, f"--config={item}"):
         place.put(parse_value(text, place.wanted, f"--config={item}: {place.path}"))
         resolved.set_by[place.path] = f"--config={item}"
 
@@ -225,12 +227,12 @@ def describe(resolved: Resolved) -> str:
     Further lines hold the hash of each user file that the config has code of.
     """
     lines = [
-        f"{place.path} = {shown(place)}  # {_set_by_text(place, resolved.set_by)}"
+        f"{place.path} = {value_text(place)}  # {_set_by_text(place, resolved.set_by)}"
         for place in walk(resolved.config)
         if not isinstance(place.value, dict)
     ]
     if user_files.loaded_modules():
-        files = user_files.used(serialization.dump_json(resolved.config))
+        files = user_files.files_in(serialization.dump_json(resolved.config))
         lines += [
             f"code of {path} = {sha[:12]}  # {file.place}" for file in files for path, sha in file.hashes().items()
         ]
@@ -239,14 +241,14 @@ def describe(resolved: Resolved) -> str:
 
 def differences(base: Resolved, changed: Resolved) -> str:
     """Returns one line per value that differs between the two: path = value, the earlier value, and who set it."""
-    values_before = {path: shown(place) for path, place in _places_by_path(base.config).items()}
-    places_now = _places_by_path(changed.config)
+    before = {path: value_text(place) for path, place in _places_by_path(base.config).items()}
+    after = _places_by_path(changed.config)
     lines = [
-        f"{path} = {shown(place)}  (was {values_before.get(path, 'absent')})  # {_set_by_text(place, changed.set_by)}"
-        for path, place in places_now.items()
-        if not isinstance(place.value, dict) and values_before.get(path) != shown(place)
+        f"{path} = {value_text(place)}  (was {before.get(path, 'absent')})  # {_set_by_text(place, changed.set_by)}"
+        for path, place in after.items()
+        if not isinstance(place.value, dict) and before.get(path) != value_text(place)
     ]
-    lines += [f"{path} is absent  (was {value})" for path, value in values_before.items() if path not in places_now]
+    lines += [f"{path} is absent  (was {value})" for path, value in before.items() if path not in after]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -258,7 +260,7 @@ def recorded_text(path: Path) -> str:
 def record(config: fdl.Config[Any]) -> str:
     """Returns the frozen config as JSON, with the texts of the user files whose functions or classes it has."""
     text = serialization.dump_json(frozen(config), indent=2)
-    if files := user_files.used(text):
+    if files := user_files.files_in(text):
         user_file_texts = [{"main": file.main, "texts": file.texts} for file in files]
         text = json.dumps({**json.loads(text), "user_files": user_file_texts}, indent=2)
     return text + "\n"

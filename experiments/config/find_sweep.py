@@ -16,5 +16,5 @@ def find(text: str) -> tuple[str, Callable[[], Sweep]]:
     if ".py" in text:
         entry = user_code.of_file(text, error_prefix, "NAME, or FILE.py:NAME", catalog.SWEEP)
     else:
-        entry = catalog.find(text, catalog.SWEEP, error_prefix=error_prefix)
+        entry = catalog.find_entry(text, catalog.SWEEP, error_prefix=error_prefix)
     return entry.name, user_code.load(entry, error_prefix)

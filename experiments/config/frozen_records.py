@@ -1,7 +1,7 @@
 """Frozen records (`config.json`), which may come from anybody: loaded without running any code of theirs.
 
 text → JSON → `_count_unfolded`, which refuses calls during loading and endless values → Fiddle, which imports only what
-`OurPartsOnly` allows → a check that the parts take these arguments
+`RecordImportPolicy` allows → a check that the parts take these arguments
 
 Only a training that starts from a record runs the texts of user files in it (`with_code`).
 """
@@ -16,7 +16,7 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 from experiments.config import user_code, user_files
-from experiments.config.paths import PLAIN, OurPartsOnly, check_values, walk
+from experiments.config.paths import PLAIN_TYPES, RecordImportPolicy, check_values, walk
 from kd_core.errors import UsageError
 from kd_core.files import damaged, read_text
 from kd_core.json_fields import LARGEST
@@ -24,14 +24,14 @@ from kd_core.json_fields import LARGEST
 MOST_BYTES = 1 << 22
 MOST_VALUES = 100_000
 # Settings that are loaded from a record with user files when these files do not run.
-WITHOUT_CODE = [f"Attr(name='{name}')" for name in ("student", "shards", "checkpoint")]
+SETTINGS_WITHOUT_CODE = [f"Attr(name='{name}')" for name in ("student", "shards", "checkpoint")]
 WANTED = "the config.json of a run"
 
 
 def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
     """Loads a frozen config.
 
-    User files in the record run first with `with_code`. Without it, only the settings `WITHOUT_CODE` are then loaded.
+    User files in the record run first with `with_code`. Without it, only `SETTINGS_WITHOUT_CODE` are then loaded.
 
     Raises:
         UsageError: the record is missing, damaged, or names code that no record may name.
@@ -40,11 +40,12 @@ def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
     try:
         value = json.loads(text)
         _take_user_files(value, path, with_code)
+        # Refuse zero characters, and surrogates that no UTF-8 holds (`encode` raises).
         if "\\u0000" in json.dumps(value) or not json.dumps(value, ensure_ascii=False).encode():
             raise ValueError("a text that is none: a zero character")
         if _count_unfolded(value["root"], value["objects"], {}) > MOST_VALUES:
             raise ValueError(f"unfolds to more than {MOST_VALUES} values")
-        config: Any = serialization.load_json(json.dumps(value), pyref_policy=OurPartsOnly())
+        config: Any = serialization.load_json(json.dumps(value), pyref_policy=RecordImportPolicy())
         if not isinstance(config, fdl.Config):
             raise TypeError(f"holds a {type(config).__name__}")
         for place in walk(config):
@@ -64,14 +65,14 @@ def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
 def _take_user_files(value: dict[str, Any], path: Path, with_code: bool) -> None:
     """Removes the user files from a record and runs them.
 
-    Without `with_code` they do not run, and all settings but `WITHOUT_CODE` are removed too.
+    Without `with_code` they do not run, and all settings but `SETTINGS_WITHOUT_CODE` are removed too.
     """
     files = user_files.from_record(value.pop("user_files", []), str(path))
     for file in files if with_code else ():
-        user_code.guarded(functools.partial(user_files.load, file), str(path))
+        user_code.run_guarded(functools.partial(user_files.load, file), str(path))
     if files and not with_code:
         root = value["objects"][value["root"]["key"]]
-        root["items"] = [item for item in root["items"] if item[0] in WITHOUT_CODE]
+        root["items"] = [item for item in root["items"] if item[0] in SETTINGS_WITHOUT_CODE]
 
 
 def keeps_code(path: Path) -> bool:
@@ -110,7 +111,7 @@ def _count_unfolded(value: Any, objects: dict[str, Any], counts: dict[str, float
         return 1 + _count_unfolded(node.get("value"), objects, counts)
     kind = {name: node["type"].get(name) for name in ("type", "module", "name")}
     # Fiddle makes a named tuple by calling the class in its metadata, which must therefore be the node's own type.
-    is_plain = kind["module"] in PLAIN and kind["name"] != "BuildableTraverserMetadata"
+    is_plain = kind["module"] in PLAIN_TYPES and kind["name"] != "BuildableTraverserMetadata"
     if not is_plain and node["metadata"] != kind:
         raise ValueError(f"{node['metadata']!a:.80} stands as the class of {kind['name']!a:.80}")
     return 1 + _count_unfolded(node["items"], objects, counts) + _count_unfolded(node["metadata"], objects, counts)

@@ -21,39 +21,39 @@ from kd_core.errors import UsageError
 
 OUR_PACKAGES = ("kd_core.", "data.", "experiments.")
 # Of these packages, records may name dataclasses and tags, and any class or function of `experiments/` outside
-# `MACHINERY`. Nothing of `NEVER`, which loads the records, may be named in one.
-MACHINERY, NEVER = "experiments.base.", "experiments.config."
-PLAIN = {
+# `CLASSES_ONLY`. Nothing of `FORBIDDEN`, which loads the records, may be named in one.
+CLASSES_ONLY, FORBIDDEN = "experiments.base.", "experiments.config."
+PLAIN_TYPES = {
     "builtins": ("dict", "frozenset", "list", "set", "tuple"),
     "fiddle._src.config": ("BuildableTraverserMetadata", "Config"),
 }
-WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+LITERALS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
-class OurPartsOnly(serialization.DefaultPyrefPolicy):
+class RecordImportPolicy(serialization.DefaultPyrefPolicy):
     """Import policy for records: the classes that experiments are made of, and what users' files define.
 
     Loading a record imports what it names, and building it calls that with any arguments. Other functions of our
-    packages are therefore refused, and so is all that our modules import. Users' files are those of `experiments/`, and
-    those that `--config=FILE.py:NAME` has loaded.
+    packages are therefore refused, and so are names that our modules import from elsewhere. Users' files are those of
+    `experiments/`, and those that `--config=FILE.py:NAME` has loaded.
     """
 
     def allows_import(self, module: str, symbol: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Allows one plain name of our packages. A dotted name could lead into another module."""
-        if module in PLAIN:
-            return symbol in PLAIN[module]
-        is_ours = f"{module}.".startswith(OUR_PACKAGES) and not f"{module}.".startswith(NEVER)
+        if module in PLAIN_TYPES:
+            return symbol in PLAIN_TYPES[module]
+        is_ours = f"{module}.".startswith(OUR_PACKAGES) and not f"{module}.".startswith(FORBIDDEN)
         return (is_ours or module in user_files.loaded_modules()) and symbol.isidentifier()
 
     def allows_value(self, value: Any) -> bool:
         """Allows a dataclass, a tag, or a class or function that a user's file defines."""
         module = str(getattr(value, "__module__", ""))
-        if module in PLAIN:
-            return value.__name__ in PLAIN[module]
+        if module in PLAIN_TYPES:
+            return value.__name__ in PLAIN_TYPES[module]
         is_users = module in user_files.loaded_modules()
-        if not is_users and (not f"{module}.".startswith(OUR_PACKAGES) or f"{module}.".startswith(NEVER)):
+        if not is_users and (not f"{module}.".startswith(OUR_PACKAGES) or f"{module}.".startswith(FORBIDDEN)):
             return False
-        if is_users or (module.startswith("experiments.") and not f"{module}.".startswith(MACHINERY)):
+        if is_users or (module.startswith("experiments.") and not f"{module}.".startswith(CLASSES_ONLY)):
             return inspect.isclass(value) or inspect.isfunction(value)
         return inspect.isclass(value) and (is_dataclass(value) or issubclass(value, (fdl.Tag, Enum, tuple)))
 
@@ -213,7 +213,7 @@ def parse_value(text: str, hint: Any, error_prefix: str) -> Any:
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
     value: Any = text
     with contextlib.suppress(SyntaxError, ValueError):
-        value = WORDS[text] if text in WORDS else ast.literal_eval(text)
+        value = LITERALS[text] if text in LITERALS else ast.literal_eval(text)
     return _fit(value, hint, error_prefix, text)
 
 
@@ -265,17 +265,16 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, error_prefix: str)
 def _refuse_unrecordable(place: Place, error_prefix: str) -> None:
     """Refuses an object in place of its config, a function without a name of its own, and code of other packages."""
     if place.is_part:
-        target = fdl.get_callable(place.value)
-        policy = OurPartsOnly()
-        if not (policy.allows_import(target.__module__, target.__qualname__) and policy.allows_value(target)):
+        part = fdl.get_callable(place.value)
+        policy = RecordImportPolicy()
+        if not (policy.allows_import(part.__module__, part.__qualname__) and policy.allows_value(part)):
             raise UsageError(
-                f"{error_prefix}: {place.path}: {target.__name__} stands in {target.__module__}, from which "
-                "no record of a run is loaded. "
-                "Let it stand in a file of experiments/, or in FILE.py of --config=FILE.py:NAME."
+                f"{error_prefix}: {place.path}: {part.__name__} stands in {part.__module__}, from which no record of "
+                "a run is loaded. Let it stand in a file of experiments/, or in FILE.py of --config=FILE.py:NAME."
             )
         return
     try:
-        serialization.dump_json(fdl.Config(dict, value=place.value), pyref_policy=OurPartsOnly())
+        serialization.dump_json(fdl.Config(dict, value=place.value), pyref_policy=RecordImportPolicy())
     except Exception as error:
         values = place.value if isinstance(place.value, (tuple, list)) else [place.value]
         if any(callable(value) for value in values):

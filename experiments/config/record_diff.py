@@ -8,7 +8,7 @@ from typing import Any
 
 import fiddle as fdl
 
-from experiments.config.config_items import Resolved, shown, written
+from experiments.config.config_items import Resolved, stable_text, value_text
 from experiments.config.paths import walk
 from experiments.config.user_files import source_hash
 from kd_core.errors import UsageError
@@ -61,7 +61,7 @@ def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> It
     for place in walk(resolved.config):
         if isinstance(place.value, dict) or not isinstance(place.node, fdl.Buildable):
             continue
-        now = shown(place)
+        now = value_text(place)
         then, set_by = settings.get(place.path, ("", ""))
         owner = fdl.get_callable(place.node)
         default = inspect.signature(owner).parameters[place.name].default
@@ -69,7 +69,7 @@ def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> It
             yield f"setting {place.path}: not in the record; {now} now, the default"
         elif then != now:
             yield f"setting {place.path}: {then} there, {now} now ({resolved.set_by.get(place.path, '?')})"
-        elif set_by.startswith(DEFAULT) and written(default) != then and not place.is_part:
+        elif set_by.startswith(DEFAULT) and stable_text(default) != then and not place.is_part:
             yield f"default of {owner.__name__}.{place.name}: {then} there, which is kept; {default!r} in today's code"
 
 

@@ -168,6 +168,7 @@ def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
                 applied[path] = find(config, path, error_prefix).value
         elif value is not None:
             user_code.of(value, error_prefix, config)
+    # Check that nothing was hidden before the home folder is written out, which changes values.
     check_values(config, recorded=True)
     _refuse_hidden(config, applied, draft, name)
     config_items.expand_home(resolved)
@@ -181,7 +182,7 @@ def _paths_of(config: fdl.Config[Any], swept: str, error_prefix: str) -> list[st
     prefix = catalog.PREFIXES[catalog.TAG]
     if not swept.startswith(prefix):
         return [swept]
-    return [place.path for place in config_items.tagged(config, swept.removeprefix(prefix), error_prefix)]
+    return [place.path for place in config_items.find_tagged(config, swept.removeprefix(prefix), error_prefix)]
 
 
 def _refuse_hiding(overrides: dict[str, str], swept: str, paths: list[str]) -> None:

@@ -23,7 +23,7 @@ def _is_user_code(filename: str) -> bool:
     """Checks whether a file defines experiments or sweeps, rather than the machinery for them."""
     path = Path(filename)
     is_machinery = path.is_relative_to(FOLDER / "config") or path == FOLDER / "base" / "sweep_definition.py"
-    return user_files.holds(filename) or (path.is_relative_to(FOLDER) and not is_machinery)
+    return user_files.is_user_file(filename) or (path.is_relative_to(FOLDER) and not is_machinery)
 
 
 def _location(error: BaseException, file: str) -> tuple[str, dict[str, Any]]:
@@ -54,7 +54,7 @@ def _suggestion(error: Exception, names: dict[str, Any]) -> str:
     return nearest(wrong_name[1], config_names) if wrong_name else ""
 
 
-def guarded(work: Callable[[], R], error_prefix: str, file: str = "") -> R:
+def run_guarded(work: Callable[[], R], error_prefix: str, file: str = "") -> R:
     """Returns the result of `work`, which runs code of `experiments/` or of the user's `file`.
 
     `error_prefix` begins the message of an error.
@@ -74,6 +74,7 @@ def guarded(work: Callable[[], R], error_prefix: str, file: str = "") -> R:
         raise UsageError(f"{error_prefix}: {short_path(error.filename or '')}:{error.lineno}: {error.msg}.") from error
     except Exception as error:
         location, names = _location(error, file)
+        # The first line of the error. Fiddle's ends with the whole config, which is left out.
         text = traceback.TracebackException.from_exception(error).format_exception_only()
         line = re.sub(r" has been set on <Config\[.*", " is there.", "".join(text).split("\n", 1)[0].strip())
         raise UsageError(f"{error_prefix}: {location}{line} {_suggestion(error, names)}".rstrip()) from error
@@ -82,7 +83,7 @@ def guarded(work: Callable[[], R], error_prefix: str, file: str = "") -> R:
 def _check_arguments(function: Callable[..., Any], arguments: dict[str, Any], skip: int, error_prefix: str) -> None:
     """Refuses unknown, missing and wrongly typed arguments. The first `skip` parameters are not checked."""
     parameters = list(inspect.signature(function).parameters.values())[skip:]
-    hints = guarded(lambda: typing.get_type_hints(function), error_prefix) if arguments else {}
+    hints = run_guarded(lambda: typing.get_type_hints(function), error_prefix) if arguments else {}
     for name, value in arguments.items():
         if name not in {p.name for p in parameters}:
             suggestion = did_you_mean(name, (p.name for p in parameters)) if parameters else "It takes none."
@@ -100,12 +101,12 @@ def call(entry: Entry, arguments: dict[str, Any], error_prefix: str, *args: Any)
     Raises:
         UsageError: wrong arguments, or anything that its file raises, with file and line.
     """
-    function = guarded(entry.load, error_prefix)
+    function = run_guarded(entry.load, error_prefix)
     _check_arguments(function, arguments, len(args), error_prefix)
-    return guarded(lambda: function(*args, **arguments), error_prefix)
+    return run_guarded(lambda: function(*args, **arguments), error_prefix)
 
 
-def config_of(entry: Entry, arguments: dict[str, Any], error_prefix: str) -> fdl.Config[Any]:
+def base_config(entry: Entry, arguments: dict[str, Any], error_prefix: str) -> fdl.Config[Any]:
     """Returns the config that a base function makes.
 
     Raises:
@@ -139,7 +140,7 @@ def load(entry: Entry, error_prefix: str) -> Any:
     Raises:
         UsageError: as in `call`.
     """
-    return guarded(entry.load, error_prefix)
+    return run_guarded(entry.load, error_prefix)
 
 
 def of_file(text: str, error_prefix: str, expected: str, kind: str = "") -> Entry:
@@ -154,7 +155,7 @@ def of_file(text: str, error_prefix: str, expected: str, kind: str = "") -> Entr
     path = Path(f"{file}.py").expanduser()
     if not path.is_file():
         raise UsageError(f"{error_prefix}: {path} is no Python file. Wanted {expected}.")
-    module = guarded(lambda: user_files.load(user_files.read(path)), error_prefix)
+    module = run_guarded(lambda: user_files.load(user_files.read(path)), error_prefix)
     functions = [
         key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
@@ -171,8 +172,8 @@ def of(function: Callable[..., R], error_prefix: str, *args: Any) -> R:
     """Calls a function of any file with `args`, and returns its result.
 
     Raises:
-        UsageError: as in `guarded`.
+        UsageError: as in `run_guarded`.
     """
     wrapped: Any = function.func if isinstance(function, functools.partial) else function
     file = str(inspect.getsourcefile(wrapped)) if inspect.isfunction(wrapped) else ""
-    return guarded(functools.partial(function, *args), error_prefix, file)
+    return run_guarded(functools.partial(function, *args), error_prefix, file)

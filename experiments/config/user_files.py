@@ -104,15 +104,16 @@ def loaded_modules() -> frozenset[str]:
     return frozenset(_importer.files)
 
 
-def loaded() -> list[UserFile]:
+def loaded_files() -> list[UserFile]:
     """Returns the loaded files, each once."""
     return list({file.module: file for file in _importer.files.values()}.values())
 
 
-def holds(filename: str) -> bool:
+def is_user_file(filename: str) -> bool:
     """Checks whether a code object's file name is that of a loaded user file."""
     return any(
-        filename.startswith(f"{file.place}/") and filename[len(file.place) + 1 :] in file.texts for file in loaded()
+        filename.startswith(f"{file.place}/") and filename[len(file.place) + 1 :] in file.texts
+        for file in loaded_files()
     )
 
 
@@ -179,7 +180,7 @@ def _is_imported_from(folder: Path, name: str) -> bool:
     return spec is None or spec.origin is None or Path(spec.origin).is_relative_to(folder)
 
 
-def used(config_json: str) -> list[UserFile]:
+def files_in(config_json: str) -> list[UserFile]:
     """Returns the loaded files whose functions or classes a config contains."""
     names = set(re.findall(r'"module": "([\w.]+)"', config_json))
     files = {file.module: file for name in names if (file := _importer.files.get(name))}

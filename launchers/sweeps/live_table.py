@@ -11,8 +11,10 @@ from launchers.reports import text_tables
 class Live:
     """Lines that stay, and a table below them that is redrawn where the stream is a terminal."""
 
-    def __init__(self, head: Sequence[str], rows: Callable[[], text_tables.Rows], stream: TextIO | None = None) -> None:
-        self.head, self.rows = head, rows
+    def __init__(
+        self, header: Sequence[str], rows: Callable[[], text_tables.Rows], stream: TextIO | None = None
+    ) -> None:
+        self.header, self.rows = header, rows
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
         self.drawn_lines = 0
@@ -28,7 +30,7 @@ class Live:
         if self.is_terminal:
             self._erase()
             width = shutil.get_terminal_size().columns - 1  # a wrapped line would take two lines to erase
-            lines = [line[:width] for line in text_tables.aligned(self.head, self.rows()).splitlines()]
+            lines = [line[:width] for line in text_tables.aligned(self.header, self.rows()).splitlines()]
             self.stream.write("".join(f"{line}\n" for line in lines))
             self.drawn_lines = len(lines)
         self.stream.flush()

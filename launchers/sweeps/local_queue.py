@@ -64,16 +64,16 @@ class Queue:
         Raises:
             StoppedError: by SIGINT or SIGTERM, after the children have ended.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers_before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._run()
         finally:
             self._end_children()
-            for number, handler in before.items():
+            for number, handler in handlers_before.items():
                 signal.signal(number, handler)
 
     def _run(self) -> None:
-        drawn = 0.0
+        last_drawn = 0.0
         while self.waiting or self.running:
             if self.signal_number:
                 raise StoppedError(self.signal_number)
@@ -81,16 +81,16 @@ class Queue:
                 self._start(self.waiting.popleft(), self.free.popleft())
             for child in [child for child in self.running if child.process.poll() is not None]:
                 self._settle(child)
-            if time.monotonic() - drawn > REDRAW:
+            if time.monotonic() - last_drawn > REDRAW:
                 self.live.draw()
-                drawn = time.monotonic()
+                last_drawn = time.monotonic()
             time.sleep(PAUSE)
 
     def _on_signal(self, number: int, _: Any) -> None:
         self.signal_number = number
 
     def _start(self, point: Point, slot: Slot) -> None:
-        command = point_process.training_line(self.folder, point.id, point_process.on_this_machine(self.nproc))
+        command = point_process.training_command(self.folder, point.id, point_process.standalone_options(self.nproc))
         starts = self.folder.status(point.id).starts + 1
         self.folder.set_status(point.id, Status(RUNNING, starts))
         since = self.folder.log_size(point.id)

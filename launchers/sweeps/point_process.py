@@ -33,6 +33,7 @@ def slots(jobs: int, nproc: int, gpus: Sequence[str], cores: Sequence[int]) -> l
     """
 
     def share(devices: Sequence[str] | Sequence[int], count: int, job: int) -> tuple[str | int, ...]:
+        # Job j takes devices j·count to (j + 1)·count − 1, modulo their number, each once.
         return tuple(dict.fromkeys(devices[(job * count + i) % len(devices)] for i in range(count))) if devices else ()
 
     per_job = max(1, len(cores) // jobs)
@@ -52,7 +53,7 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def training_line(folder: SweepFolder, point_id: str, launcher: Sequence[str] = ()) -> list[str]:
+def training_command(folder: SweepFolder, point_id: str, launcher: Sequence[str] = ()) -> list[str]:
     """Returns the command that trains a point.
 
     `launcher` holds torchrun's options. If it is empty, the point trains without torchrun.
@@ -63,7 +64,7 @@ def training_line(folder: SweepFolder, point_id: str, launcher: Sequence[str] = 
     return [sys.executable, *torchrun, "-m", "launchers.train", *flags]
 
 
-def on_this_machine(nproc: int) -> list[str]:
+def standalone_options(nproc: int) -> list[str]:
     """Returns torchrun's options for `nproc` ranks on this machine."""
     return ["--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
 
@@ -77,6 +78,7 @@ def _is_interrupted(code: int, log: str) -> bool:
 
     torchrun exits with 1 in both cases, and its log names the cause.
     """
+    # torchrun's summary gives the exit code of the rank that failed first.
     rank = re.search(r"Root Cause.*?exitcode *: (-?\d+)", log, flags=re.DOTALL)
     by_torchrun = "SignalException: " in log or (rank is not None and _ended_by_signal(int(rank[1])))
     return code == 0 or _ended_by_signal(code) or by_torchrun

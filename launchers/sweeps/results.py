@@ -34,7 +34,7 @@ log = logging.getLogger("kd")
 
 @dataclass(frozen=True)
 class Row:
-    """A point with its state. A finished one has its last metrics, all validations, and the precision it ran in."""
+    """A point with its state. A finished one has its last metrics, all validations, and what precision `auto` chose."""
 
     point: Point
     state: str

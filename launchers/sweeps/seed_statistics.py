@@ -21,6 +21,7 @@ def _within(theta: float, freedom: int) -> float:
     """Returns P(|t| ≤ √freedom · tan theta) by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     sine, cosine = math.sin(theta), math.cos(theta)
     odd = freedom % 2
+    # Odd: cos θ + 2/3 cos³ θ + (2·4)/(3·5) cos⁵ θ + …; even: 1 + 1/2 cos² θ + (1·3)/(2·4) cos⁴ θ + …
     term, total = (cosine if odd else 1.0), 0.0
     for k in range(freedom // 2):
         total += term

@@ -83,11 +83,12 @@ class PointJob:
         earlier = self.folder.status(self.point_id)
         if earlier.state == FINISHED:
             return FINISHED
+        # Every node trains its ranks, and the first one keeps the point's status.
         status, steps_before = Status(RUNNING, earlier.starts + 1, job=environment.job_id), self._steps_done()
         if is_first:
             self.folder.set_status(self.point_id, status)
         torchrun = launcher(environment.hostnames, environment.node, self.nproc, environment.raw_job_id)
-        command = point_process.training_line(self.folder, self.point_id, torchrun)
+        command = point_process.training_command(self.folder, self.point_id, torchrun)
         since = self.folder.log_size(self.point_id)
         self.process = point_process.start(command, self.folder, self.point_id, Slot())
         while (code := self.process.poll()) is None:
@@ -144,7 +145,7 @@ def launcher(hosts: Sequence[str], node: int, nproc: int, job: str) -> list[str]
     the tasks.
     """
     if len(hosts) == 1:
-        return point_process.on_this_machine(nproc)
+        return point_process.standalone_options(nproc)
     first = hosts[0]
     try:
         socket.getaddrinfo(first, None)
@@ -218,8 +219,10 @@ def submit(
         UsageError: submitit or Slurm is missing, or Slurm refuses the jobs.
     """
     executor = _executor(folder, name, request)
+    # A job with a short time limit is warned later, so its training has less time to save.
     saving = SAVING * request.warning / WARNING
     absolute = SweepFolder(folder.path.resolve())
+    # Spread the points evenly over the fewest arrays.
     arrays = -(-len(points) // slurm_commands.most_in_array())
     size = -(-len(points) // arrays)
     left, numbers = deque(points[i : i + size] for i in range(0, len(points), size)), list[str]()
