@@ -222,7 +222,7 @@ def _set_by_text(place: Place, set_by: dict[str, str]) -> str:
 
 
 def describe(resolved: Resolved) -> str:
-    """Returns the values of a config as lines: path = value, and who set it.
+    """Returns the values of a config as lines: path = value, and what set it.
 
     Further lines hold the hash of each user file that the config has code of.
     """
@@ -240,7 +240,7 @@ def describe(resolved: Resolved) -> str:
 
 
 def differences(base: Resolved, changed: Resolved) -> str:
-    """Returns one line per value that differs between the two: path = value, the earlier value, and who set it."""
+    """Returns one line per value that differs between the two: path = value, the earlier value, and what set it."""
     before = {path: value_text(place) for path, place in _places_by_path(base.config).items()}
     after = _places_by_path(changed.config)
     lines = [
