@@ -1,8 +1,8 @@
-"""What a command line can name: found by reading the files of `experiments/` as text, so that `--help` imports nothing.
+"""Names that a command line can use, found by parsing the files of `experiments/`, so that `--help` imports nothing.
 
-A base function's kind is its return annotation (`fdl.Config[Experiment]`, `fdl.Config[TeacherExport]`), so is a
-sweep's (`Sweep`); a fiddler takes such a config as its first parameter and returns None; a tag is a subclass of
-`fdl.Tag`. A file that cannot be read as Python hides only its own names.
+A base function's kind is its return annotation: `fdl.Config[Experiment]` or `fdl.Config[TeacherExport]`. A sweep's is
+`Sweep`. A fiddler takes such a config as its first parameter and returns None. A tag is a subclass of `fdl.Tag`.
+A file that cannot be parsed hides only its own names.
 """
 
 import ast
@@ -25,7 +25,7 @@ WORDS = {"Experiment": ("experiment", "launchers.train"), "TeacherExport": ("exp
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of `experiments/`; `takes` is the kind of config that a fiddler changes."""
+    """A public function or tag of `experiments/`. `takes` is the kind of config that a fiddler changes."""
 
     name: str
     module: str
@@ -35,12 +35,12 @@ class Entry:
     arguments: tuple[str, ...] = ()
 
     def load(self) -> Any:
-        """Import it: a function, or a tag's class."""
+        """Imports the module and returns the function, or the tag's class."""
         return getattr(importlib.import_module(self.module), self.name)
 
 
 def _kind(annotation: ast.expr | None) -> str:
-    """`Experiment` of `fdl.Config[Experiment]`, `Sweep` of `Sweep`, whatever module stands before a name, or quotes."""
+    """Returns `Experiment` for `fdl.Config[Experiment]` and `Sweep` for `Sweep`, also quoted or with a module name."""
     text = ast.unparse(annotation).strip("'") if annotation else ""
     config = re.fullmatch(r"(?:\w+\.)*Config\[(?:\w+\.)*(\w+)\]", text)
     return config[1] if config else SWEEP if text.rpartition(".")[2] == SWEEP else ""
@@ -53,7 +53,7 @@ def _entry(node: ast.stmt, module: str) -> Entry | None:
     if isinstance(node, ast.ClassDef):
         is_tag = "fdl.Tag" in [ast.unparse(base) for base in node.bases]
         return Entry(node.name, module, TAG, summary) if is_tag else None
-    names = [each.arg for each in (*node.args.args, *node.args.kwonlyargs)]
+    names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
     if (kind := _kind(node.returns)) in (*WORDS, SWEEP):
         return Entry(node.name, module, kind, summary, arguments=tuple(names))
     takes = _kind(node.args.args[0].annotation) if node.args.args else ""
@@ -63,93 +63,97 @@ def _entry(node: ast.stmt, module: str) -> Entry | None:
 
 
 def _files() -> list[Path]:
-    """Returns the files of experiments/ but those of `config`, and copies that an editor keeps in hidden folders."""
+    """Returns the files of `experiments/` without those of `config` and copies that editors keep in hidden folders."""
     files = [path for path in sorted(FOLDER.rglob("*.py")) if not path.is_relative_to(FOLDER / "config")]
     return [path for path in files if not any(part.startswith(".") for part in path.relative_to(FOLDER).parts)]
 
 
-def _parsed(path: Path) -> list[ast.stmt]:
+def _parse(path: Path) -> list[ast.stmt]:
     return ast.parse(path.read_bytes(), str(path)).body
 
 
 def _read() -> tuple[list[Entry], list[str]]:
-    """All entries by module and place in it; and what is wrong with files that cannot be read."""
-    found: list[Entry] = []
+    """Returns all entries by module and line, and one message per file that cannot be parsed."""
+    entries_read: list[Entry] = []
     broken: list[str] = []
     for path in _files():
         module = ".".join(["experiments", *path.relative_to(FOLDER).with_suffix("").parts])
         try:
-            nodes = _parsed(path)
+            nodes = _parse(path)
         except (SyntaxError, ValueError) as error:
-            at = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-            what = error.msg if isinstance(error, SyntaxError) else error
-            broken.append(f"{path.relative_to(FOLDER.parent)}{at} cannot be read: {what}.")
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            problem = error.msg if isinstance(error, SyntaxError) else error
+            broken.append(f"{path.relative_to(FOLDER.parent)}{line} cannot be read: {problem}.")
             continue
-        found += [entry for node in nodes if (entry := _entry(node, module))]
-    return found, broken
+        entries_read += [entry for node in nodes if (entry := _entry(node, module))]
+    return entries_read, broken
 
 
 def entries() -> list[Entry]:
-    """All of them, by module and place in it."""
+    """Returns all entries by module and line."""
     return _read()[0]
 
 
-def nearest(wrong: str, known: Iterable[str]) -> str:
-    """`Did you mean …?` with the nearest known name, or nothing; large letters and small are the same."""
-    names = {name.casefold(): name for name in sorted(known)}
-    near = difflib.get_close_matches(wrong.casefold(), names, n=1, cutoff=0.5)
-    return f"Did you mean {names[near[0]]!r}?" if near else ""
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns `Did you mean …?` with the most similar choice in any case, or an empty text if none is similar."""
+    by_casefold = {choice.casefold(): choice for choice in sorted(choices)}
+    matches = difflib.get_close_matches(name.casefold(), by_casefold, n=1, cutoff=0.5)
+    return f"Did you mean {by_casefold[matches[0]]!r}?" if matches else ""
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """A closing sentence with the nearest known name, or with all of them."""
-    names = sorted(known)
-    return nearest(wrong, names) or f"Known: {', '.join(names) or 'none'}."
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Returns a closing sentence with the most similar choice, or with all choices."""
+    names = sorted(choices)
+    return nearest(name, names) or f"Known: {', '.join(names) or 'none'}."
 
 
-def find(name: str, kind: str, takes: str = "", said: str = "") -> Entry:
-    """The entry of that name and kind; a fiddler also of what it takes. `said` begins the error.
+def find_entry(name: str, kind: str, takes: str = "", error_prefix: str = "") -> Entry:
+    """Returns the entry of that name and kind. A fiddler must also take that kind of config.
+
+    `error_prefix` begins the message of an error.
 
     Raises:
-        UsageError: there is none, or more than one; names the nearest.
+        UsageError: there is none, or more than one. The message names the nearest.
     """
-    everything, broken = _read()
-    known = [entry for entry in everything if entry.kind == kind and entry.takes in ("", takes)]
-    found = [entry for entry in known if entry.name == name]
-    item = said or f"--config={PREFIXES.get(kind, '')}{name}"
-    if len(found) > 1:
-        places = " and ".join(entry.module for entry in found)
-        raise UsageError(f"{item}: stands in {places}. Give one of them another name.")
-    if found:
-        return found[0]
-    other = next((entry for entry in everything if entry.name == name), None)
-    if other is not None:
-        why = _not_here(other)
+    all_entries, broken = _read()
+    candidates = [entry for entry in all_entries if entry.kind == kind and entry.takes in ("", takes)]
+    matches = [entry for entry in candidates if entry.name == name]
+    error_prefix = error_prefix or f"--config={PREFIXES.get(kind, '')}{name}"
+    if len(matches) > 1:
+        places = " and ".join(entry.module for entry in matches)
+        raise UsageError(f"{error_prefix}: stands in {places}. Give one of them another name.")
+    if matches:
+        return matches[0]
+    namesake = next((entry for entry in all_entries if entry.name == name), None)
+    if namesake is not None:
+        reason = _correct_use(namesake)
     else:
-        why = _says_no_kind(name, kind) or " ".join([*broken, did_you_mean(name, (entry.name for entry in known))])
-    raise UsageError(f"{item}: no such {WORDS.get(kind, (kind.lower(),))[0]} in experiments/. {why}")
+        reason = _unannotated_function(name, kind) or " ".join(
+            [*broken, did_you_mean(name, (entry.name for entry in candidates))]
+        )
+    raise UsageError(f"{error_prefix}: no such {WORDS.get(kind, (kind.lower(),))[0]} in experiments/. {reason}")
 
 
-def _says_no_kind(name: str, kind: str) -> str:
-    """Where a function of that name stands that does not say what it gives; else nothing."""
-    gives = {SWEEP: "Sweep", FIDDLER: "None, and a first parameter of fdl.Config[…]"}.get(kind, f"fdl.Config[{kind}]")
+def _unannotated_function(name: str, kind: str) -> str:
+    """Returns where a function of that name lacks the annotation of its kind, or an empty text."""
+    hint = {SWEEP: "Sweep", FIDDLER: "None, and a first parameter of fdl.Config[…]"}.get(kind, f"fdl.Config[{kind}]")
     for path in _files() if kind != TAG else ():
         with contextlib.suppress(SyntaxError, ValueError):
-            for node in _parsed(path):
+            for node in _parse(path):
                 if isinstance(node, ast.FunctionDef) and node.name == name:
-                    said = ast.unparse(node.returns) if node.returns else "nothing"
+                    annotation = ast.unparse(node.returns) if node.returns else "nothing"
                     return (
                         f"{path.relative_to(FOLDER.parent)}:{node.lineno} has a function {name} that is annotated to "
-                        f"return {said}; wanted -> {gives}."
+                        f"return {annotation}; wanted -> {hint}."
                     )
     return ""
 
 
-def _not_here(entry: Entry) -> str:
-    """What a name is that was given where it does not belong."""
+def _correct_use(entry: Entry) -> str:
+    """Returns how an entry of another kind is used."""
     if entry.kind in WORDS:
-        what, command = WORDS[entry.kind]
-        return f"It is an {what}: python -m {command} --config={entry.name}"
+        noun, command = WORDS[entry.kind]
+        return f"It is an {noun}: python -m {command} --config={entry.name}"
     if entry.kind == SWEEP:
         return f"It is a sweep: python -m launchers.sweep --sweep={entry.name}"
     if entry.takes:
@@ -158,10 +162,10 @@ def _not_here(entry: Entry) -> str:
 
 
 def listing(kind: str) -> str:
-    """Names with their first docstring lines, a line each, and files that cannot be read."""
-    everything, broken = _read()
-    shown = [entry for entry in everything if kind in (entry.kind, entry.takes)]
-    shown += [entry for entry in everything if entry.kind == TAG and kind != SWEEP]
+    """Returns a line per name with the first line of its docstring, and one per file that cannot be parsed."""
+    all_entries, broken = _read()
+    shown = [entry for entry in all_entries if kind in (entry.kind, entry.takes)]
+    shown += [entry for entry in all_entries if entry.kind == TAG and kind != SWEEP]
     shown.sort(key=lambda entry: (entry.kind == TAG, entry.kind == FIDDLER))
     names = [PREFIXES.get(entry.kind, "") + entry.name for entry in shown]
     width = max(map(len, names), default=0)

@@ -1,4 +1,4 @@
-"""The code that a run could import, as hashes by file; and what a checkout has beyond its commit, as a patch."""
+"""Hashes of the code that a run could import, by file, and a checkout's uncommitted changes as a patch."""
 
 import importlib
 import os
@@ -21,49 +21,49 @@ SECONDS = 20
 
 def source_hashes() -> dict[str, str]:
     """Returns the sha256 of each file that our packages could import or read, by path."""
-    found = dict[str, str]()
+    hashes = dict[str, str]()
     for package in PACKAGES:
         folder = Path(importlib.import_module(package).__path__[0])
         for path in sorted(folder.rglob("*")):
-            inside = path.relative_to(folder)
-            if path.suffix in ENDINGS and not any(part.startswith(".") for part in inside.parts):
-                found[f"{package}/{inside.as_posix()}"] = sha256(path)
-    return found
+            relative_path = path.relative_to(folder)
+            if path.suffix in ENDINGS and not any(part.startswith(".") for part in relative_path.parts):
+                hashes[f"{package}/{relative_path.as_posix()}"] = sha256(path)
+    return hashes
 
 
 def code_facts(repeats: Path | None = None) -> dict[str, Any]:
-    """Returns what the record of a start holds of its code: hashes of our files, and of the user's by path.
+    """Returns the code facts that a start records: hashes of our files, and of the user's files by path.
 
-    A run that repeats another goes on to hold where the user's files of that one stand.
+    A run that repeats another also keeps the paths and hashes of that run's user files.
     """
-    known = RunFolder(repeats).last_facts().get("user_files", {}) if repeats else {}
+    repeated_files = RunFolder(repeats).last_facts().get("user_files", {}) if repeats else {}
     files = {
         path: {"path": f"{file.place}/{path}", "sha256": digest}
-        for file in user_files.loaded()
+        for file in user_files.loaded_files()
         for path, digest in file.hashes().items()
-        if Path(file.path).is_file()  # and is not itself out of a record
+        if Path(file.path).is_file()  # false for a file that comes out of a record
     }
-    return {"sources": source_hashes(), "user_files": {**known, **files}}
+    return {"sources": source_hashes(), "user_files": {**repeated_files, **files}}
 
 
 def keep_code(attempt: Path) -> None:
-    """Write beside the facts of a start the texts of user files, and what our code has beyond its commit."""
-    for file in user_files.loaded():
+    """Writes the texts of user files and the uncommitted changes of our code beside the facts of a start."""
+    for file in user_files.loaded_files():
         for path, text in file.texts.items():
             (target := attempt / "user_files" / path).parent.mkdir(parents=True, exist_ok=True)
             write_text(target, text)
     if patch := _uncommitted():
-        rest = f"\n# Cut here: the patch has {len(patch)} bytes.\n".encode() if len(patch) > MOST_PATCH else b""
-        write_bytes(attempt / "changes.diff", patch[:MOST_PATCH] + rest)
+        notice = f"\n# Cut here: the patch has {len(patch)} bytes.\n".encode() if len(patch) > MOST_PATCH else b""
+        write_bytes(attempt / "changes.diff", patch[:MOST_PATCH] + notice)
 
 
 def _uncommitted() -> bytes:
-    """Returns a patch from the commit to the files of our packages, untracked ones included; nothing without git."""
+    """Returns a patch from the commit to the files of our packages, also untracked ones. Without git it is empty."""
     if not (ROOT / ".git").exists():
         return b""
     paths = [f":(glob){package}/**/*{ending}" for package in PACKAGES for ending in ENDINGS]
     with tempfile.TemporaryDirectory() as folder:
-        # Another index takes note of untracked files, so that the checkout's own stays as it is.
+        # A temporary index lists the untracked files, so that the checkout's own index stays as it is.
         index = Path(folder) / "index"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         try:

@@ -1,4 +1,4 @@
-"""Where a sweep is written: a function of `experiments/` that returns a `Sweep`, or one of a file of the user's own."""
+"""Lookup of a sweep: a function that returns a `Sweep`, in `experiments/` or in a user's file."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ from experiments.config import catalog, user_code
 
 
 def find(text: str) -> tuple[str, Callable[[], Sweep]]:
-    """A sweep by its name in experiments/, or as `FILE.py:NAME`: its name, and the function that gives it.
+    """Returns a sweep's name and the function that makes it. `text` is a name of `experiments/`, or `FILE.py:NAME`.
 
     Raises:
-        UsageError: there is none (names the nearest), or its file cannot be imported.
+        UsageError: there is none (the message names the nearest), or its file cannot be imported.
     """
-    said = f"--sweep={text}"
+    error_prefix = f"--sweep={text}"
     if ".py" in text:
-        entry = user_code.of_file(text, said, "NAME, or FILE.py:NAME", catalog.SWEEP)
+        entry = user_code.of_file(text, error_prefix, "NAME, or FILE.py:NAME", catalog.SWEEP)
     else:
-        entry = catalog.find(text, catalog.SWEEP, said=said)
-    return entry.name, user_code.load(entry, said)
+        entry = catalog.find_entry(text, catalog.SWEEP, error_prefix=error_prefix)
+    return entry.name, user_code.load(entry, error_prefix)

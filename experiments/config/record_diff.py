@@ -1,4 +1,4 @@
-"""What differs between a run and the recorded one that it repeats (`--config=run:RUN_DIR`), said before it starts."""
+"""Differences between a run and the recorded run that it repeats (`--config=run:RUN_DIR`), shown before it starts."""
 
 import contextlib
 import inspect
@@ -8,7 +8,7 @@ from typing import Any
 
 import fiddle as fdl
 
-from experiments.config.config_items import Resolved, shown, written
+from experiments.config.config_items import Resolved, stable_text, value_text
 from experiments.config.paths import walk
 from experiments.config.user_files import source_hash
 from kd_core.errors import UsageError
@@ -18,10 +18,10 @@ DEFAULT = "default of "
 MOST_FILES = 10
 
 
-def _pairs(what: str, then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _changes(subject: str, then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
-            yield f"{what} {name}: {then.get(name, 'not recorded')} there, {now.get(name, 'none')} now"
+            yield f"{subject} {name}: {then.get(name, 'not recorded')} there, {now.get(name, 'none')} now"
 
 
 def _layout(facts: dict[str, Any]) -> dict[str, Any]:
@@ -29,17 +29,17 @@ def _layout(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_code(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns the source files that differ, a line each, and the commits; without hashes the commits alone."""
+    """Returns a line per source file that differs, then the commits. Where either has no hashes, only the commits."""
     if not (then.get("sources") and now.get("sources")):
         return list(_of_commits(then.get("commit", "not recorded"), now["commit"]))
     files = list(
-        _pairs("code", *({name: _short(sha) for name, sha in each["sources"].items()} for each in (then, now)))
+        _changes("code", *({name: _short(sha) for name, sha in facts["sources"].items()} for facts in (then, now)))
     )
-    rest = [f"code: {len(files) - MOST_FILES} more files"] if len(files) > MOST_FILES else []
+    omitted = [f"code: {len(files) - MOST_FILES} more files"] if len(files) > MOST_FILES else []
     return files and [
         *files[:MOST_FILES],
-        *rest,
-        *_pairs("code", *({"commit": each["commit"]} for each in (then, now))),
+        *omitted,
+        *_changes("code", *({"commit": facts["commit"]} for facts in (then, now))),
     ]
 
 
@@ -48,8 +48,8 @@ def _short(digest: str) -> str:
 
 
 def _of_commits(then: str, now: str) -> Iterator[str]:
-    """The commits; equal names say nothing where changes were not committed, or nothing is known."""
-    yield from _pairs("code", {"commit": then}, {"commit": now})
+    """Yields lines on the commits, also on equal ones that may hide changes: uncommitted, or both unknown."""
+    yield from _changes("code", {"commit": then}, {"commit": now})
     if then == now == UNKNOWN_COMMIT:
         yield "code commit: not known, for neither ran in a git checkout; it may differ"
     if then == now and now.endswith("-dirty"):
@@ -57,70 +57,74 @@ def _of_commits(then: str, now: str) -> Iterator[str]:
 
 
 def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> Iterator[str]:
-    """Items given after `run:`; settings that are newer than the record; defaults that are others today."""
+    """Yields lines on settings given after `run:`, settings newer than the record, and defaults that have changed."""
     for place in walk(resolved.config):
         if isinstance(place.value, dict) or not isinstance(place.node, fdl.Buildable):
             continue
-        now = shown(place)
-        was, who = settings.get(place.path, ("", ""))
+        now = value_text(place)
+        then, set_by = settings.get(place.path, ("", ""))
         owner = fdl.get_callable(place.node)
-        today = inspect.signature(owner).parameters[place.name].default
+        default = inspect.signature(owner).parameters[place.name].default
         if place.path not in settings:
             yield f"setting {place.path}: not in the record; {now} now, the default"
-        elif was != now:
-            yield f"setting {place.path}: {was} there, {now} now ({resolved.set_by.get(place.path, '?')})"
-        elif who.startswith(DEFAULT) and written(today) != was and not place.is_part:
-            yield f"default of {owner.__name__}.{place.name}: {was} there, which is kept; {today!r} in today's code"
+        elif then != now:
+            yield f"setting {place.path}: {then} there, {now} now ({resolved.set_by.get(place.path, '?')})"
+        elif set_by.startswith(DEFAULT) and stable_text(default) != then and not place.is_part:
+            yield f"default of {owner.__name__}.{place.name}: {then} there, which is kept; {default!r} in today's code"
 
 
 def differences(resolved: Resolved, facts: dict[str, Any], then: dict[str, Any], config_text: str) -> list[str]:
-    """A line each: code, versions, layout, data, settings and defaults."""
+    """Returns a line per difference in code, versions, layout, data, settings and defaults."""
     return [
         *of_code(then, facts),
-        *_pairs("version of", {"python": then.get("python")}, {"python": facts["python"]}),
-        *_pairs("version of", then.get("versions", {}), facts["versions"]),
-        *_pairs("layout", _layout(then), _layout(facts)),
-        *_pairs("data", _hashes(then), _hashes(facts)),
+        *_changes("version of", {"python": then.get("python")}, {"python": facts["python"]}),
+        *_changes("version of", then.get("versions", {}), facts["versions"]),
+        *_changes("layout", _layout(then), _layout(facts)),
+        *_changes("data", _hashes(then), _hashes(facts)),
         *_of_settings(read_settings(config_text), resolved),
     ]
 
 
 def _hashes(facts: dict[str, Any]) -> dict[str, str]:
-    return {name: _short(each["sha256"]) for name, each in facts.get("inputs", {}).items()}
+    return {name: _short(entry["sha256"]) for name, entry in facts.get("inputs", {}).items()}
 
 
 def _of_user_files(then: dict[str, Any], settings: dict[str, tuple[str, str]]) -> Iterator[str]:
-    """Yields a line for each user file that is another one today; what the record holds of it is what runs."""
+    """Yields a line per user file that has changed since. The run uses the text or the values in the record."""
     for name, recorded in then["user_files"].items():
         path = Path(recorded["path"])
-        today = source_hash(path) if path.is_file() else None
-        if today == recorded["sha256"]:
+        now = source_hash(path) if path.is_file() else None
+        if now == recorded["sha256"]:
             continue
-        how = "is gone" if today is None else f"was edited ({_short(recorded['sha256'])} there, {_short(today)} now)"
-        runs = "recorded text runs" if f"code of {name}" in settings else "values that it set are in the record"
-        yield f"{path} {how}; the {runs}"
+        change = "is gone" if now is None else f"was edited ({_short(recorded['sha256'])} there, {_short(now)} now)"
+        effect = "recorded text runs" if f"code of {name}" in settings else "values that it set are in the record"
+        yield f"{path} {change}; the {effect}"
 
 
 def report(resolved: Resolved, facts: dict[str, Any]) -> str:
-    """What to say before the run starts, as lines."""
+    """Returns the lines to show before the run starts.
+
+    Raises:
+        UsageError: the repeated run has no facts of a start.
+    """
     folder = resolved.repeats or Path()
     run = RunFolder(folder)
     if not (then := run.last_facts()):
         raise UsageError(f"{folder}: no attempts/ there, so what it ran on is not known; use config_file: instead.")
-    found = differences(resolved, facts, then, run.settings_text())
+    lines = differences(resolved, facts, then, run.settings_text())
     edited = _of_user_files(then, read_settings(run.settings_text()))
-    if not found:
-        same = f"repeats {folder} with the same code, versions, layout, data and settings: the same bits are expected"
-        return "\n".join([same, *edited])
-    if any(line.startswith("code ") for line in found) and (patch := run.attempts()[-1] / "changes.diff").exists():
-        found.append(f"what it had beyond its commit: {patch}")
-    return "\n".join([f"differs from the run it repeats, {folder}:", *(f"  {line}" for line in found), *edited])
+    if not lines:
+        text = f"repeats {folder} with the same code, versions, layout, data and settings: the same bits are expected"
+        return "\n".join([text, *edited])
+    if any(line.startswith("code ") for line in lines) and (patch := run.attempts()[-1] / "changes.diff").exists():
+        lines.append(f"what it had beyond its commit: {patch}")
+    return "\n".join([f"differs from the run it repeats, {folder}:", *(f"  {line}" for line in lines), *edited])
 
 
 def differences_before(run: RunFolder, resolved: Resolved, facts: dict[str, Any]) -> list[str]:
-    """Returns lines for the start of a run: what differs from the run that it repeats, and from its own last start."""
+    """Returns lines for the start of a run: differences from the run that it repeats, and from its own last start."""
     lines = report(resolved, facts).splitlines() if resolved.repeats else []
-    with contextlib.suppress(UsageError):  # facts that are damaged keep no run from going on
+    with contextlib.suppress(UsageError):  # damaged facts do not stop the run
         if last := run.last_facts():
             lines += [f"resumed with other code: {line}" for line in of_code(last, facts)]
     return lines

@@ -1,4 +1,4 @@
-"""Students as they lie on disk: Hugging Face folders, exports of runs, and checkpoints of them at any step."""
+"""Students on disk: Hugging Face folders, exports of runs, and their checkpoints at any step."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ log = logging.getLogger("kd")
 
 
 def _checkpoint(run: RunFolder, step: str) -> Path | None:
-    """Returns the checkpoint of a run that `step` names, if it is there."""
+    """Returns the checkpoint of a run that `step` (best, last or a number) names, or None if it does not exist."""
     if step == "last":
         return checkpoint.newest(run.checkpoints)
     if step == "best":
@@ -38,10 +38,10 @@ def is_run(path: Path) -> bool:
 
 
 def find_student(path: Path, step: str | None) -> Path:
-    """Returns the folder of a student: of a run its `export/`, or its checkpoint at `step` (best, last, a number).
+    """Returns a student's folder. For a run it is `export/`, or the checkpoint at `step` (best, last or a number).
 
     Raises:
-        UsageError: there is none, or a `step` of what is no run.
+        UsageError: there is none, or a `step` is given for a folder that is no run.
     """
     run = RunFolder(path)
     if not is_run(path):
@@ -49,23 +49,23 @@ def find_student(path: Path, step: str | None) -> Path:
             raise UsageError(f"--step={step}: {path} is no run, so it has no steps. Leave --step out.")
         return path
     steps = ", ".join(str(int(folder.name[5:])) for folder in checkpoint.kept(run.checkpoints))
-    there = f"It has checkpoints of the steps {steps}" if steps else "It has no checkpoint"
+    available = f"It has checkpoints of the steps {steps}" if steps else "It has no checkpoint"
     if step is None:
         if not run.is_finished:
-            then = ": name one by --step, as --step=last" if steps else " yet"
-            raise UsageError(f"{path}: a run that is not finished. {there}{then}.")
+            next_step = ": name one by --step, as --step=last" if steps else " yet"
+            raise UsageError(f"{path}: a run that is not finished. {available}{next_step}.")
         return run.export
-    if found := _checkpoint(run, step):
-        return found
-    export = " Its export/ is whole: leave --step out." if run.is_finished else ""
-    raise UsageError(f"--step={step}: {path} has no such checkpoint. {there}.{export}")
+    if folder := _checkpoint(run, step):
+        return folder
+    export_hint = " Its export/ is whole: leave --step out." if run.is_finished else ""
+    raise UsageError(f"--step={step}: {path} has no such checkpoint. {available}.{export_hint}")
 
 
 def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
-    """Build the model of a Hugging Face folder or a checkpoint, by one process; returns its tokenizer's folder too.
+    """Builds the model of a Hugging Face folder or a checkpoint on one process. Returns it and its tokenizer's folder.
 
     Raises:
-        UsageError: it is neither, or damaged.
+        UsageError: the folder is neither, or damaged.
     """
     if not (folder / "progress.json").exists():
         return build(Pretrained(str(folder)), device, 0, Tokenizer(folder).vocab_size), folder
@@ -77,7 +77,10 @@ def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
 
 
 def recorded_chat_format(folder: Path) -> ChatFormat | None:
-    """Returns how the conversations were written that a checkpoint was trained on; None of a Hugging Face folder."""
+    """Returns the format of the conversations that a checkpoint was trained on.
+
+    It is None for a Hugging Face folder and, with a warning, where the checkpoint's cache cannot be read.
+    """
     if not (folder / "progress.json").exists():
         return None
     try:

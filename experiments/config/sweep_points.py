@@ -1,6 +1,6 @@
-"""Points: a sweep's drafts, resolved. A point is known by the hash of its frozen record, so by what it trains.
+"""Points of a sweep: its drafts, resolved. A point's id is the hash of its frozen record, so of what it trains.
 
-base() → --config items → swept values, in order → every one of them still stands → record → id
+base() → --config items → swept values, in order → check that none was hidden → record → id
 """
 
 import functools
@@ -24,7 +24,7 @@ ID_LENGTH = 12
 
 @dataclass(frozen=True)
 class Point:
-    """An experiment of a sweep, fully resolved."""
+    """A fully resolved experiment of a sweep."""
 
     id: str
     values: Values
@@ -33,28 +33,31 @@ class Point:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
         return int(self.config.steps)
 
     @property
     def tokens(self) -> int:
-        """Positions that it trains on."""
+        """Returns the number of positions that the point trains on."""
         return self.steps * int(self.config.tokens_per_step)
 
     @functools.cached_property
-    def but_for_the_seed(self) -> str:
-        """A hash of the record with a seed of 0: the same for points that differ in nothing else."""
+    def hash_without_seed(self) -> str:
+        """Returns a hash of the record with a seed of 0, equal for points that differ only in their seed."""
         config = self.config.__deepcopy__({})
         config.seed = 0
         return hashlib.sha256(config_items.record(config).encode()).hexdigest()
 
     @functools.cached_property
     def validation_metrics(self) -> set[str]:
-        """Names of what its validation gives; errors as in `build`."""
+        """Returns the names of the metrics of its validation.
+
+        Raises:
+            UsageError: as in `build`.
+        """
         return self.build().validation_metrics()
 
     def build(self) -> Experiment:
-        """The experiment.
+        """Builds the experiment.
 
         Raises:
             UsageError: values that make no sense together.
@@ -66,33 +69,33 @@ class Point:
 
 
 def shown(value: Any) -> str:
-    """A value as tables show it: a config by its class and what it sets, a function by its name."""
+    """Returns a value as tables show it: a config by its class and set values, a function by its name."""
     if isinstance(value, fdl.Buildable):
-        given = ", ".join(f"{name}={shown(each)}" for name, each in value.__arguments__.items())
-        return f"{fdl.get_callable(value).__name__}({given})"
+        arguments = ", ".join(f"{name}={shown(argument)}" for name, argument in value.__arguments__.items())
+        return f"{fdl.get_callable(value).__name__}({arguments})"
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return str(value)
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Each path by as few of its last names as tell it from the others."""
-    listed = list(paths)
+    """Returns, by path, the shortest dotted ending that no other path has."""
+    all_paths = list(paths)
 
     def ending(path: str, length: int) -> str:
         return ".".join(path.split(".")[-length:])
 
     def shortest(path: str) -> str:
         for length in range(1, path.count(".") + 2):
-            if sum(ending(other, length) == ending(path, length) for other in listed) == 1:
+            if sum(ending(other, length) == ending(path, length) for other in all_paths) == 1:
                 return ending(path, length)
         return path
 
-    return {path: shortest(path) for path in listed}
+    return {path: shortest(path) for path in all_paths}
 
 
 def swept_paths(points: Iterable[Point]) -> list[str]:
-    """What the points set, in the order in which they set it; the experiment where there are several."""
+    """Returns the paths that the points set, in order of first use. The experiment is among them if it varies."""
     points = list(points)
     paths = list(dict.fromkeys(path for point in points for path in point.values))
     if len({point.values[EXPERIMENT] for point in points}) == 1:
@@ -101,13 +104,13 @@ def swept_paths(points: Iterable[Point]) -> list[str]:
 
 
 def label(point: Point, paths: Sequence[str]) -> str:
-    """`tail=renormalized top_k=8`: the point's values at `paths` in one line."""
+    """Returns a point's values at `paths` in one line, as `tail=renormalized top_k=8`."""
     names = short_names(paths)
     return " ".join(f"{names[path]}={shown(point.values[path])}" for path in paths if path in point.values) or point.id
 
 
 def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
-    """All points, with `items` (`--config` items that are no experiments) applied to each.
+    """Resolves all points of a sweep, and applies `items` to each: `--config` items that name no experiment.
 
     Raises:
         UsageError: no sweep, an unknown path, a value of another type, an override that hides a swept value or is
@@ -118,8 +121,8 @@ def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     points: dict[str, Point] = {}
     for draft in sweep:
         point = _resolve(draft, items, name)
-        if (same := points.get(key := _by_value(point.record))) is not None:
-            one, other = (f"({', '.join(f'{k}={shown(v)}' for k, v in p.values.items())})" for p in (same, point))
+        if (earlier := points.get(key := _with_equal_numbers(point.record))) is not None:
+            one, other = (f"({', '.join(f'{k}={shown(v)}' for k, v in p.values.items())})" for p in (earlier, point))
             raise UsageError(f"--sweep={name}: {one} and {other} are the same experiment. Leave one of them out.")
         points[key] = point
     if not points:
@@ -127,7 +130,7 @@ def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     return list(points.values())
 
 
-def _by_value(record: str) -> str:
+def _with_equal_numbers(record: str) -> str:
     """Returns a record in which equal numbers are written alike: 1 and 1.0, 0.0 and -0.0."""
 
     def number(text: str) -> int | float:
@@ -136,64 +139,70 @@ def _by_value(record: str) -> str:
     return json.dumps(json.loads(record, parse_float=number))
 
 
-def _base(draft: Draft, name: str) -> fdl.Config[Any]:
+def _base_config(draft: Draft, name: str) -> fdl.Config[Any]:
     config: Any = user_code.of(draft.base, f"--sweep={name}: {draft.experiment}")
-    made: Any = fdl.get_callable(config) if isinstance(config, fdl.Buildable) else type(config)
-    kind = getattr(made, "__name__", str(made))
-    if made is not Experiment:
+    target: Any = fdl.get_callable(config) if isinstance(config, fdl.Buildable) else type(config)
+    kind = getattr(target, "__name__", str(target))
+    if target is not Experiment:
         raise UsageError(f"--sweep={name}: {draft.experiment} gives a {kind}, wanted an {Experiment.__name__}.")
     return cast(fdl.Config[Any], config)
 
 
 def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
-    resolved = Resolved(_base(draft, name), draft.experiment)
+    resolved = Resolved(_base_config(draft, name), draft.experiment)
     for item in items:
         config_items.apply(resolved, item)
     config = resolved.config
-    # A fiddler makes another base, which the sweep may change; a value that is named must stay.
-    given = {path: item for path, item in resolved.set_by.items() if item.startswith("--config=")}
-    set_here = {path: find(config, path, item).value for path, item in given.items()}
+    # A fiddler makes another base, which the sweep may change. A value that an item sets by name must stay.
+    overrides = {path: item for path, item in resolved.set_by.items() if item.startswith("--config=")}
+    applied = {path: find(config, path, item).value for path, item in overrides.items()}
     for swept, value in draft.values.items():
-        said = f"--sweep={name}: {swept}={shown(value)}"
+        error_prefix = f"--sweep={name}: {swept}={shown(value)}"
         if not swept.startswith(FIDDLER):
-            paths = _paths(config, swept, said)
-            _refuse_hiding(given, swept, paths)
+            paths = _paths_of(config, swept, error_prefix)
+            _refuse_hiding(overrides, swept, paths)
             for path in paths:
-                if path in set_here:  # by another name: a tag that it carries
-                    raise UsageError(f"{said} would hide the swept {path}. Sweep each value in one place.")
-                set_value(config, path, value, said)
-                set_here[path] = find(config, path, said).value
+                if path in applied:  # swept twice, once by a tag that it carries
+                    raise UsageError(f"{error_prefix} would hide the swept {path}. Sweep each value in one place.")
+                set_value(config, path, value, error_prefix)
+                applied[path] = find(config, path, error_prefix).value
         elif value is not None:
-            user_code.of(value, said, config)
+            user_code.of(value, error_prefix, config)
+    # Check that nothing was hidden before the home folder is written out, which changes values.
     check_values(config, recorded=True)
-    _all_stand(config, set_here, draft, name)
+    _refuse_hidden(config, applied, draft, name)
     config_items.expand_home(resolved)
     record = config_items.record(config)
     point_id = hashlib.sha256(record.encode()).hexdigest()[:ID_LENGTH]
     return Point(point_id, {EXPERIMENT: draft.experiment, **draft.values}, config, record)
 
 
-def _paths(config: fdl.Config[Any], swept: str, said: str) -> list[str]:
-    """A swept name as paths: all that carry the tag, or itself."""
+def _paths_of(config: fdl.Config[Any], swept: str, error_prefix: str) -> list[str]:
+    """Returns the paths of a swept name: all that carry the tag, or the name itself."""
     prefix = catalog.PREFIXES[catalog.TAG]
     if not swept.startswith(prefix):
         return [swept]
-    return [place.path for place in config_items.tagged(config, swept.removeprefix(prefix), said)]
+    return [place.path for place in config_items.find_tagged(config, swept.removeprefix(prefix), error_prefix)]
 
 
-def _refuse_hiding(given: dict[str, str], swept: str, paths: list[str]) -> None:
-    """An item for a swept path would hide it or be hidden by it; so would one for a value of a part that is swept."""
-    for path, item in given.items():
-        if any(f"{path}.".startswith(f"{each}.") or f"{each}.".startswith(f"{path}.") for each in paths):
+def _refuse_hiding(overrides: dict[str, str], swept: str, paths: list[str]) -> None:
+    """Refuses an item that a swept value would hide, or that would hide one.
+
+    It sets the swept path itself, a value inside of a swept part, or a part around the swept path.
+    """
+    for path, item in overrides.items():
+        if any(
+            f"{path}.".startswith(f"{swept_path}.") or f"{swept_path}.".startswith(f"{path}.") for swept_path in paths
+        ):
             raise UsageError(f"{item}: {swept} is swept, so it cannot be overridden. Change the sweep instead.")
 
 
-def _all_stand(config: fdl.Config[Any], values: Values, draft: Draft, name: str) -> None:
-    """A function that is swept, or a part that is swept after its values, may have hidden what was set before."""
+def _refuse_hidden(config: fdl.Config[Any], values: Values, draft: Draft, name: str) -> None:
+    """Refuses values that a later choice has hidden: a swept function, or a part that is swept after its values."""
     for path, value in values.items():
-        found = find(config, path, f"--sweep={name}").value
-        if found != value and found is not value:  # not a number is not even itself
+        current = find(config, path, f"--sweep={name}").value
+        if current != value and current is not value:  # NaN differs from itself
             raise UsageError(
                 f"--sweep={name}: {path}={shown(value)} was hidden: a later choice of {draft.experiment} left "
-                f"{shown(found)} there. Sweep each value in one place."
+                f"{shown(current)} there. Sweep each value in one place."
             )

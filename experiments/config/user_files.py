@@ -1,8 +1,8 @@
-"""Python files of the user's own, loaded from their text, so that a record can keep them and run them again.
+"""Python files of users, loaded from their text, so that a record can keep them and run them again.
 
 FILE.py ─► its text, and those of files beside it that it imports ─► a module named by their hash ─► functions, classes
 
-An edited file is thus another module. What a record keeps of it is enough to load it where the file is gone.
+An edited file is therefore another module. A record keeps enough of a file to load it where the file is gone.
 """
 
 import ast
@@ -24,12 +24,12 @@ from kd_core.json_fields import fields, items, text
 PACKAGE = "user_files"
 OURS = ("kd_core", "data", "experiments", "launchers", PACKAGE)
 PLAIN_PATH = re.compile(r"(?:[^\W\d]\w*/)*[^\W\d]\w*\.py", re.ASCII)
-MOST_CHARACTERS = 1 << 20  # of all texts; a record holds them
+MOST_CHARACTERS = 1 << 20  # of all texts together, since a record holds them
 
 
 @dataclass(frozen=True)
 class UserFile:
-    """A file with the files beside it that it imports: texts by their paths in `place`, a folder or a record."""
+    """A file with the files beside it that it imports. `texts` are keyed by path in `place`, a folder or a record."""
 
     main: str
     texts: dict[str, str]
@@ -37,22 +37,22 @@ class UserFile:
 
     @property
     def module(self) -> str:
-        """The main file's module: its name, and the hash of all texts."""
+        """Returns the name of the main file's module, with a hash of all texts in it."""
         digest = _hash(json.dumps([self.main, self.texts], sort_keys=True))
         name = re.sub(r"\W", "_", PurePosixPath(self.main).stem)
         return f"{PACKAGE}.{name}_{digest[:12]}"
 
     @property
     def path(self) -> str:
-        """Path of the main file."""
+        """Returns the path of the main file."""
         return f"{self.place}/{self.main}"
 
     def hashes(self) -> dict[str, str]:
         """Returns the sha256 of each text, by path."""
-        return {path: _hash(each) for path, each in self.texts.items()}
+        return {path: _hash(content) for path, content in self.texts.items()}
 
     def modules(self) -> dict[str, str]:
-        """Returns the path of the text behind each module."""
+        """Returns the path of the text behind each module, by module name."""
         beside = {_module_of(path): path for path in self.texts if path != self.main}
         return {self.module: self.main, **beside}
 
@@ -66,7 +66,7 @@ def _source(path: Path) -> str:
 
 
 def source_hash(path: Path) -> str:
-    """Returns the sha256 of a file's text, as `UserFile.hashes` has it."""
+    """Returns the sha256 of a file's text, as in `UserFile.hashes`."""
     return _hash(_source(path))
 
 
@@ -74,8 +74,8 @@ def _module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-class _Texts(MetaPathFinder, ExecutionLoader):
-    """Serves the modules of user files from their texts."""
+class _TextImporter(MetaPathFinder, ExecutionLoader):
+    """Import hook that serves the modules of user files from their texts."""
 
     def __init__(self) -> None:
         self.files: dict[str, UserFile] = {}
@@ -96,45 +96,46 @@ class _Texts(MetaPathFinder, ExecutionLoader):
         return self.files[fullname].modules()[fullname]
 
 
-_texts = _Texts()
+_importer = _TextImporter()
 
 
-def known() -> frozenset[str]:
-    """Returns the names of all modules of files that were loaded."""
-    return frozenset(_texts.files)
+def loaded_modules() -> frozenset[str]:
+    """Returns the names of all modules of loaded files."""
+    return frozenset(_importer.files)
 
 
-def loaded() -> list[UserFile]:
-    """Returns the files that were loaded, each once."""
-    return list({file.module: file for file in _texts.files.values()}.values())
+def loaded_files() -> list[UserFile]:
+    """Returns the loaded files, each once."""
+    return list({file.module: file for file in _importer.files.values()}.values())
 
 
-def holds(filename: str) -> bool:
-    """Returns True for the file name of code that was loaded from a user's file."""
+def is_user_file(filename: str) -> bool:
+    """Checks whether a code object's file name is that of a loaded user file."""
     return any(
-        filename.startswith(f"{file.place}/") and filename[len(file.place) + 1 :] in file.texts for file in loaded()
+        filename.startswith(f"{file.place}/") and filename[len(file.place) + 1 :] in file.texts
+        for file in loaded_files()
     )
 
 
 def load(file: UserFile) -> ModuleType:
-    """Import a file.
+    """Imports a file and returns its module.
 
     Raises:
         UsageError: a file beside it has the name of another one that is loaded.
         Exception: whatever its code raises.
     """
     for module, path in file.modules().items():
-        other = _texts.files.get(module)
-        if other is not None and other.texts[other.modules()[module]] != file.texts[path]:
-            raise UsageError(f"{file.place}/{path}: another {path} is loaded, of {other.place}. Rename one of them.")
-        _texts.files.setdefault(module, file)
-    if _texts not in sys.meta_path:
-        sys.meta_path.insert(0, _texts)
+        earlier = _importer.files.get(module)
+        if earlier is not None and earlier.texts[earlier.modules()[module]] != file.texts[path]:
+            raise UsageError(f"{file.place}/{path}: another {path} is loaded, of {earlier.place}. Rename one of them.")
+        _importer.files.setdefault(module, file)
+    if _importer not in sys.meta_path:
+        sys.meta_path.insert(0, _importer)
     return importlib.import_module(file.module)
 
 
 def read(path: Path) -> UserFile:
-    """Read a Python file, and the files beside it that it imports.
+    """Reads a Python file and the files beside it that it imports.
 
     Raises:
         UsageError: they have too many characters to be recorded.
@@ -162,39 +163,44 @@ def _imported(tree: ast.AST) -> set[str]:
 
 
 def _beside(folder: Path, names: set[str]) -> list[str]:
-    """Returns the files of modules that lie in the folder and are not installed."""
-    found: list[Path] = []
+    """Returns the files of those modules that lie in the folder and are not installed."""
+    paths: list[Path] = []
     for name in sorted(names - {*OURS, *sys.stdlib_module_names}):
         package, module = folder / name / "__init__.py", folder / f"{name}.py"
-        if (package.is_file() or module.is_file()) and _is_of(folder, name):
-            found += sorted((folder / name).rglob("*.py")) if package.is_file() else [module]
-    return [path.relative_to(folder).as_posix() for path in found]
+        if (package.is_file() or module.is_file()) and _is_imported_from(folder, name):
+            paths += sorted((folder / name).rglob("*.py")) if package.is_file() else [module]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def _is_of(folder: Path, name: str) -> bool:
-    if name in known():
+def _is_imported_from(folder: Path, name: str) -> bool:
+    """Checks whether an import of the name is served from the folder."""
+    if name in loaded_modules():
         return True
     spec = importlib.util.find_spec(name)
     return spec is None or spec.origin is None or Path(spec.origin).is_relative_to(folder)
 
 
-def used(config_json: str) -> list[UserFile]:
-    """Returns the files of which a graph has functions or classes."""
+def files_in(config_json: str) -> list[UserFile]:
+    """Returns the loaded files whose functions or classes a config contains."""
     names = set(re.findall(r'"module": "([\w.]+)"', config_json))
-    files = {file.module: file for name in names if (file := _texts.files.get(name))}
+    files = {file.module: file for name in names if (file := _importer.files.get(name))}
     return [files[name] for name in sorted(files)]
 
 
 def from_record(value: Any, place: str) -> list[UserFile]:
-    """Read what a record keeps; errors as of `json_fields`."""
-    found: list[UserFile] = []
-    for each in items(value, "user_files"):
-        main, texts = fields(each, "a user file", ("main", "texts"))["main"], fields(each["texts"], "texts")
+    """Reads the user files of a record.
+
+    Raises:
+        ValueError: a path is not one that a user file may have. Other errors are those of `json_fields`.
+    """
+    files: list[UserFile] = []
+    for entry in items(value, "user_files"):
+        main, texts = fields(entry, "a user file", ("main", "texts"))["main"], fields(entry["texts"], "texts")
         for path, content in texts.items():
             text(content, path)
             if path != main and (not PLAIN_PATH.fullmatch(path) or path.partition("/")[0].removesuffix(".py") in OURS):
                 raise ValueError(f"{path!a:.80} is no file beside an experiment's")
         if text(main, "main") not in texts or "/" in main:
             raise ValueError(f"{main!a:.80} is no experiment's file")
-        found.append(UserFile(main, texts, place))
-    return found
+        files.append(UserFile(main, texts, place))
+    return files

@@ -1,4 +1,4 @@
-"""The table of a sweep before it runs, and the checks of its points."""
+"""Table of a sweep before it runs, and the checks of its points."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +17,15 @@ NAMED = 8  # points of one missing cache
 
 
 def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float | None) -> str:
-    """Points with tokens, operations, hours where a rate is given or was measured, and how they stand; and the disk."""
+    """Returns the table of points with tokens, FLOP, hours and state, and a summary with the disk space.
+
+    Hours are given where `tokens_per_second` is set, or where finished points give a rate.
+    """
     paths = swept_paths(points)
-    short = short_names(paths)
-    known = {point.id: _cost(point) for point in points}
-    costs = {key: cost for key, cost in known.items() if isinstance(cost, Cost)}
-    unknown = next((cost for cost in known.values() if isinstance(cost, str)), "")
+    names = short_names(paths)
+    costs_or_errors = {point.id: _cost(point) for point in points}
+    costs = {key: cost for key, cost in costs_or_errors.items() if isinstance(cost, Cost)}
+    error = next((cost for cost in costs_or_errors.values() if isinstance(cost, str)), "")
     rate = None if tokens_per_second else measured_rate(folder, costs)
     rows: list[list[str]] = []
     total_tokens, total_hours = 0, 0.0
@@ -34,27 +37,27 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
         values = [shown(point.values[path]) if path in point.values else "" for path in paths]
         rows.append([point.id, *values, f"{point.tokens:,}", _number(flops, ".2e"), _number(hours, ".2f"),
                      folder.status(point.id).state])  # fmt: skip
-    table = text_tables.aligned(["id", *(short[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
+    table = text_tables.aligned(["id", *(names[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
     source = "given" if tokens_per_second else "as the finished points ran" if rate else ""
     hours = f", {total_hours:.2f} hours one after another ({source})" if source else "; for hours: --tokens_per_second"
     total = f"{table}\n{len(points)} points, {total_tokens:,} tokens"
-    if unknown:
-        return f"{total}, FLOP unknown: {unknown}"
+    if error:
+        return f"{total}, FLOP unknown: {error}"
     return f"{total}, {sum(cost.flops for cost in costs.values()):.2e} FLOP{hours}\n{_disk(list(costs.values()))}"
 
 
 def _disk(costs: Sequence[Cost]) -> str:
-    """Room for what is left of all points, with and without checkpoints."""
+    """Returns the disk space that all points leave, with and without checkpoints."""
     exports, checkpoints = sum(cost.export for cost in costs), sum(cost.checkpoints for cost in costs)
-    whole, students, rest = (tqdm.format_sizeof(size, "B") for size in (exports + checkpoints, exports, checkpoints))
+    total, students, saved = (tqdm.format_sizeof(size, "B") for size in (exports + checkpoints, exports, checkpoints))
     return (
-        f"disk, in the end: up to {whole} ({students} of students, {rest} of checkpoints, which --nokeep_checkpoints "
+        f"disk, in the end: up to {total} ({students} of students, {saved} of checkpoints, which --nokeep_checkpoints "
         "deletes where a point is finished); a point that runs has one more"
     )
 
 
 def _cost(point: Point) -> Cost | str:
-    """What it costs, or why that is not known."""
+    """Returns a point's cost, or the reason why it is unknown."""
     try:
         return cost_of(point)
     except (UsageError, OSError) as error:
@@ -62,7 +65,7 @@ def _cost(point: Point) -> Cost | str:
 
 
 def _hours(point: Point, flops: float | None, tokens_per_second: float | None, rate: float | None) -> float | None:
-    """None where no speed is known."""
+    """Returns a point's hours, or None where no speed is known."""
     if tokens_per_second:
         return point.tokens / tokens_per_second / 3600
     return flops / rate / 3600 if flops is not None and rate else None
@@ -73,23 +76,24 @@ def _number(value: float | None, form: str) -> str:
 
 
 def check(points: Sequence[Point], ranks: int = 1) -> list[str]:
-    """Build every point, check it against its caches and so many ranks; one message a point that is wrong."""
-    paths, wrong = swept_paths(points), list[str]()
+    """Builds every point, and checks it against its caches and the number of ranks.
+
+    Returns one message per point that is wrong.
+    """
+    paths, messages = swept_paths(points), list[str]()
     for point in points:
         try:
             point.build().check(ranks)
         except (UsageError, OSError) as error:
-            wrong.append(f"{point.id} {label(point, paths)}: {error}")
-    return wrong
+            messages.append(f"{point.id} {label(point, paths)}: {error}")
+    return messages
 
 
 def refuse_missing_caches(points: Sequence[Point]) -> None:
-    """Refuse points of which a cache on this machine is missing or incomplete. `check` looks at all the rest.
-
-    A point that cannot be built is left to fail alone.
+    """Checks that the caches of all points on this machine are complete. A point that cannot be built fails later.
 
     Raises:
-        UsageError: it is, for any of them.
+        UsageError: some are missing or incomplete; names them and their points.
     """
     readers: dict[tuple[str, Path], list[str]] = {}
     for point in points:
@@ -97,14 +101,14 @@ def refuse_missing_caches(points: Sequence[Point]) -> None:
             caches = local_caches(point.build())
         except UsageError:
             continue
-        for where, folder in caches.items():
+        for path, folder in caches.items():
             if not (folder / "manifest.json").is_file():
-                readers.setdefault((where, folder), []).append(point.id)
+                readers.setdefault((path, folder), []).append(point.id)
     if readers:
         missing = "\n  ".join(
-            f"{where} {folder}{f' (there are some in it: {inside})' if (inside := caches_in(folder)) else ''}, "
+            f"{path} {folder}{f' (there are some in it: {inside})' if (inside := caches_in(folder)) else ''}, "
             f"of {_some(ids)}"
-            for (where, folder), ids in readers.items()
+            for (path, folder), ids in readers.items()
         )
         raise UsageError(
             f"no complete cache (no manifest.json) at\n  {missing}\nNo point was started. Make each with "

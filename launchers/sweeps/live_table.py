@@ -1,4 +1,4 @@
-"""What a queue shows while it runs: a line an event, and on a terminal a table below them that moves."""
+"""Terminal output of a running queue: a line per event and, on a terminal, a table below them that is redrawn."""
 
 import shutil
 import sys
@@ -9,31 +9,33 @@ from launchers.reports import text_tables
 
 
 class Live:
-    """Lines that stay, and a table that is drawn anew where the stream is a terminal."""
+    """Lines that stay, and a table below them that is redrawn where the stream is a terminal."""
 
-    def __init__(self, head: Sequence[str], rows: Callable[[], text_tables.Rows], stream: TextIO | None = None) -> None:
-        self.head, self.rows = head, rows
+    def __init__(
+        self, header: Sequence[str], rows: Callable[[], text_tables.Rows], stream: TextIO | None = None
+    ) -> None:
+        self.header, self.rows = header, rows
         self.stream = stream or sys.stderr
-        self.moves = self.stream.isatty()
-        self.drawn = 0
+        self.is_terminal = self.stream.isatty()
+        self.drawn_lines = 0
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Writes a line that stays."""
         self._erase()
         self.stream.write(f"{text}\n")
         self.draw()
 
     def draw(self) -> None:
-        """The table in place of the one before."""
-        if self.moves:
+        """Draws the table in place of the previous one."""
+        if self.is_terminal:
             self._erase()
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two to erase
-            lines = [line[:width] for line in text_tables.aligned(self.head, self.rows()).splitlines()]
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line would take two lines to erase
+            lines = [line[:width] for line in text_tables.aligned(self.header, self.rows()).splitlines()]
             self.stream.write("".join(f"{line}\n" for line in lines))
-            self.drawn = len(lines)
+            self.drawn_lines = len(lines)
         self.stream.flush()
 
     def _erase(self) -> None:
-        if self.drawn:
-            self.stream.write(f"\x1b[{self.drawn}F\x1b[J")
-            self.drawn = 0
+        if self.drawn_lines:
+            self.stream.write(f"\x1b[{self.drawn_lines}F\x1b[J")
+            self.drawn_lines = 0

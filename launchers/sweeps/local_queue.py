@@ -1,7 +1,7 @@
-"""Points on this machine: a queue over shares of it, a process a point.
+"""Queue that runs points on this machine: a process per point, on a share of the machine.
 
 waiting ─start─► running ─┬─ complete ────────► finished
-   ▲                      ├─ an error ────────► failed (kept, said, and the others go on)
+   ▲                      ├─ an error ────────► failed (reported, and the others go on)
    └──── ended by a signal, or stopped early ◄─┘  (it resumes from its checkpoint)
 """
 
@@ -25,7 +25,7 @@ PAUSE, REDRAW = 0.05, 1.0
 
 
 class StoppedError(Exception):
-    """A signal asked the queue to stop; its children have."""
+    """A signal asked the queue to stop, and its children have ended."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -42,7 +42,7 @@ class _Running:
 
 @dataclass
 class Queue:
-    """The points that wait and run; `finished` is called after each one that ends well."""
+    """Waiting and running points. `finished` is called after each point that ends well."""
 
     folder: SweepFolder
     points: Sequence[Point]
@@ -51,7 +51,7 @@ class Queue:
     finished: Callable[[], object]
     running: list[_Running] = field(default_factory=list)
     interruptions: dict[str, int] = field(default_factory=dict)
-    asked: int = 0
+    signal_number: int = 0
 
     def __post_init__(self) -> None:
         self.waiting, self.free = deque(self.points), deque(self.slots)
@@ -59,91 +59,91 @@ class Queue:
         self.live = Live(["running", "step", "of", "loss", "values"], self._rows)
 
     def run(self) -> None:
-        """Run them all.
+        """Runs all points.
 
         Raises:
             StoppedError: by SIGINT or SIGTERM, after the children have ended.
         """
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers_before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._run()
         finally:
             self._end_children()
-            for number, handler in before.items():
+            for number, handler in handlers_before.items():
                 signal.signal(number, handler)
 
     def _run(self) -> None:
-        drawn = 0.0
+        last_drawn = 0.0
         while self.waiting or self.running:
-            if self.asked:
-                raise StoppedError(self.asked)
+            if self.signal_number:
+                raise StoppedError(self.signal_number)
             while self.waiting and self.free:
                 self._start(self.waiting.popleft(), self.free.popleft())
-            for each in [each for each in self.running if each.process.poll() is not None]:
-                self._settle(each)
-            if time.monotonic() - drawn > REDRAW:
+            for child in [child for child in self.running if child.process.poll() is not None]:
+                self._settle(child)
+            if time.monotonic() - last_drawn > REDRAW:
                 self.live.draw()
-                drawn = time.monotonic()
+                last_drawn = time.monotonic()
             time.sleep(PAUSE)
 
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = number
+    def _on_signal(self, number: int, _: Any) -> None:
+        self.signal_number = number
 
     def _start(self, point: Point, slot: Slot) -> None:
-        command = point_process.training_line(self.folder, point.id, point_process.on_this_machine(self.nproc))
+        command = point_process.training_command(self.folder, point.id, point_process.standalone_options(self.nproc))
         starts = self.folder.status(point.id).starts + 1
         self.folder.set_status(point.id, Status(RUNNING, starts))
         since = self.folder.log_size(point.id)
         self.running.append(_Running(point, slot, point_process.start(command, self.folder, point.id, slot), since))
         self.live.say(f"{point.id} started   {label(point, self.paths)}")
 
-    def _settle(self, ended: _Running) -> None:
-        """Note how it ended and free its share."""
-        self.running.remove(ended)
-        self.free.append(ended.slot)
-        point, code = ended.point, ended.process.returncode
-        state, words = self._outcome(ended)
-        known = self.folder.status(point.id)
-        self.folder.set_status(point.id, replace(known, state=state, exit_code=code, last_line=words))
+    def _settle(self, child: _Running) -> None:
+        """Records how a point ended, and frees its share of the machine."""
+        self.running.remove(child)
+        self.free.append(child.slot)
+        point, code = child.point, child.process.returncode
+        state, last_line = self._outcome(child)
+        status = self.folder.status(point.id)
+        self.folder.set_status(point.id, replace(status, state=state, exit_code=code, last_line=last_line))
         if state == FINISHED:
             self.live.say(f"{point.id} finished  {label(point, self.paths)}")
             self.finished()
         elif state == FAILED:
             log = self.folder.log(point.id)
-            self.live.say(f"{point.id} failed    {label(point, self.paths)} (exit code {code}): {words} ({log})")
+            self.live.say(f"{point.id} failed    {label(point, self.paths)} (exit code {code}): {last_line} ({log})")
         else:
             self.live.say(f"{point.id} stopped   {label(point, self.paths)}: goes on from its checkpoint")
             self.waiting.append(point)
 
-    def _outcome(self, ended: _Running) -> tuple[str, str]:
-        """State and last words; a point that is interrupted again and again has failed."""
-        point, code = ended.point, ended.process.returncode
-        state, words = point_process.outcome(self.folder, point.id, code, ended.since)
+    def _outcome(self, child: _Running) -> tuple[str, str]:
+        """Returns the point's state and the last line of its log. Too many interruptions count as a failure."""
+        point, code = child.point, child.process.returncode
+        state, last_line = point_process.outcome(self.folder, point.id, code, child.since)
         if state == STOPPED:
             count = self.interruptions[point.id] = self.interruptions.get(point.id, 0) + 1
             state = STOPPED if count <= MOST_INTERRUPTIONS else FAILED
-        return state, words
+        return state, last_line
 
     def _end_children(self) -> None:
-        """Ask them to save and stop; after a while, or when asked again, make them."""
-        for each in self.running:
-            each.process.terminate()
-        self.asked, deadline = 0, time.monotonic() + SAVING
-        for each in self.running:
-            while each.process.poll() is None and time.monotonic() < deadline and not self.asked:
+        """Asks the children to save and stop. Kills them after `SAVING` seconds, or at another signal."""
+        for child in self.running:
+            child.process.terminate()
+        self.signal_number, deadline = 0, time.monotonic() + SAVING
+        for child in self.running:
+            while child.process.poll() is None and time.monotonic() < deadline and not self.signal_number:
                 time.sleep(PAUSE)
-            if each.process.poll() is None:
-                os.killpg(each.process.pid, signal.SIGKILL)
-                each.process.wait()
-            self.folder.set_status(each.point.id, replace(self.folder.status(each.point.id), state=STOPPED))
+            if child.process.poll() is None:
+                os.killpg(child.process.pid, signal.SIGKILL)
+                child.process.wait()
+            self.folder.set_status(child.point.id, replace(self.folder.status(child.point.id), state=STOPPED))
         self.running.clear()
 
     def _rows(self) -> list[list[str]]:
         rows: list[list[str]] = []
-        for each in self.running:
-            lines = self.folder.metrics(each.point.id)
+        for child in self.running:
+            lines = self.folder.metrics(child.point.id)
             step = f"{lines[-1]['step']:.0f}" if lines else ""
             losses = [line["train/loss"] for line in lines if "train/loss" in line]
             loss = f"{losses[-1]:.4f}" if losses else ""
-            rows.append([each.point.id, step, str(each.point.steps), loss, label(each.point, self.paths)])
+            rows.append([child.point.id, step, str(child.point.steps), loss, label(child.point, self.paths)])
         return [*rows, [f"{len(self.waiting)} wait", "", "", "", ""]]

@@ -1,9 +1,11 @@
-"""What compares the points: `results.csv` (a row a point), `summary.csv` (over seeds), `curves.csv` (every validation),
-`results.md`, `tensorboard/`.
+"""Tables that compare the points of a sweep.
 
-Made of the points' own folders while they finish. A finished point is read once, and writing the tables takes at most a
-tenth of the time, so the cost of a sweep grows with its points and not with their square. Nothing in the tables tells
-when or how often a point was started.
+    results.csv    a row per point              summary.csv    means over seeds
+    curves.csv     every validation             results.md, tensorboard/
+
+They are made from the points' own folders while these finish. Each finished point is read once, and writing the tables
+takes at most a tenth of the time. The cost thus grows with the number of points, not with its square. The tables do
+not depend on when or how often a point was started.
 """
 
 import logging
@@ -25,14 +27,14 @@ from experiments.config.sweep_points import Point, label, short_names, shown, sw
 from launchers.sweeps.seed_statistics import CONFIDENCE, Mean, mean_of
 
 SEED = "seed"
-PAUSES = 9  # of what the tables took, until they are written anew
+PAUSES = 9  # the tables are next written after this many times the seconds that writing them took
 Line = dict[str, float]
 log = logging.getLogger("kd")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A point, how it stands, and of a finished one the numbers after the last step, all validations, and precision."""
+    """A point with its state. A finished one has its last metrics, all validations, and what precision `auto` chose."""
 
     point: Point
     state: str
@@ -54,18 +56,18 @@ def _row(folder: SweepFolder, point: Point) -> Row:
 
 @dataclass
 class Results:
-    """The tables of a sweep while its points finish, of which `gone` earlier ones are no longer in the sweep."""
+    """Tables of a sweep while its points finish. `gone` earlier points are no longer in the sweep."""
 
     folder: SweepFolder
     points: Sequence[Point]
     gone: int = 0
     keep_checkpoints: bool = True
     finished: dict[str, Row] = field(default_factory=dict)
-    shown: set[str] = field(default_factory=set)  # points that TensorBoard has
+    shown: set[str] = field(default_factory=set)  # ids of the points that TensorBoard has
     due: float = 0.0
 
     def rows(self) -> list[Row]:
-        """Returns all points in the sweep's order."""
+        """Returns the rows of all points in the sweep's order."""
         return [self.finished.get(point.id) or self._read(point) for point in self.points]
 
     def _read(self, point: Point) -> Row:
@@ -77,28 +79,28 @@ class Results:
         return row
 
     def keep_up(self) -> None:
-        """Write the tables, unless they were written so shortly before that they would take much of the time."""
+        """Writes the tables, unless they were written so recently that this would take too much of the time."""
         if time.monotonic() >= self.due:
             self.write()
 
     def write(self) -> str:
-        """Write all of them; returns the Markdown."""
-        begun = time.monotonic()
+        """Writes all tables, and returns the Markdown."""
+        started = time.monotonic()
         rows, paths = self.rows(), swept_paths(self.points)
         names = metric_names(self.points, rows)
-        groups, at = groups_of(rows, names), self.folder.path
-        write_text(at / "results.csv", _points_csv(rows, paths, names))
-        write_text(at / "summary.csv", _groups_csv(groups, paths, names))
-        write_text(at / "curves.csv", _curves_csv(rows, paths, names))
+        groups, folder = groups_of(rows, names), self.folder.path
+        write_text(folder / "results.csv", _points_csv(rows, paths, names))
+        write_text(folder / "summary.csv", _groups_csv(groups, paths, names))
+        write_text(folder / "curves.csv", _curves_csv(rows, paths, names))
         text = _markdown(rows, groups, paths, names, self.gone)
-        write_text(at / "results.md", text)
-        _write_tensorboard(at / "tensorboard", rows, paths, names, self.shown)
-        self.due = time.monotonic() + PAUSES * (time.monotonic() - begun)
+        write_text(folder / "results.md", text)
+        _write_tensorboard(folder / "tensorboard", rows, paths, names, self.shown)
+        self.due = time.monotonic() + PAUSES * (time.monotonic() - started)
         return text
 
 
 def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0, *, keep_checkpoints: bool = True) -> str:
-    """Write the tables once, and warn of what makes points incomparable; returns the Markdown."""
+    """Writes the tables once and returns the Markdown. Warns of differences that make points incomparable."""
     results = Results(folder, points, gone, keep_checkpoints)
     text = results.write()
     _warn_of_precisions(list(results.finished.values()))
@@ -106,18 +108,18 @@ def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0, *
 
 
 def metric_names(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
-    """Names of what validation will give, known before any point runs; those that a run's log shows come first.
+    """Returns the names of the validation metrics, known before any point runs. Those that logs show come first.
 
-    What was measured stays, also where a cache is gone by now and nothing can be foretold.
+    Metrics that were measured stay, even where a cache has gone and its metrics can no longer be predicted.
     """
-    known = {name for row in rows for name in row.final}
+    names = {name for row in rows for name in row.final}
     for point in points:
         try:
-            known |= point.validation_metrics
+            names |= point.validation_metrics
         except UsageError:
-            continue  # a point that cannot be built has no numbers; `check` tells why
-    first = [f"val/{name}" for name in SHOWN]
-    return [name for name in first if name in known] + sorted(known - set(first))
+            continue  # a point that cannot be built has no metrics, and `check` reports why
+    shown_first = [f"val/{name}" for name in SHOWN]
+    return [name for name in shown_first if name in names] + sorted(names - set(shown_first))
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,11 @@ class Group:
 
 
 def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
-    """Groups in the order of their first points."""
-    found: dict[str, list[Row]] = {}
+    """Groups finished points that differ only in their seed, in the order of their first points."""
+    rows_by_hash: dict[str, list[Row]] = {}
     for row in rows:
         if row.final:
-            found.setdefault(row.point.but_for_the_seed, []).append(row)
+            rows_by_hash.setdefault(row.point.hash_without_seed, []).append(row)
     return [
         Group(
             members[0].point,
@@ -145,18 +147,18 @@ def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
             },
             len(members),
         )
-        for members in found.values()
+        for members in rows_by_hash.values()
     ]
 
 
 def _warn_of_precisions(rows: Sequence[Row]) -> None:
-    """Warn where machines of several kinds have chosen several precisions for points that leave it to them."""
-    taken = Counter(row.precision for row in rows if row.point.config.parallel.precision == "auto")
-    if len(taken) > 1:
+    """Warns where points that leave the precision to their machine were trained in different ones."""
+    counts = Counter(row.precision for row in rows if row.point.config.parallel.precision == "auto")
+    if len(counts) > 1:
         log.warning(
             "points were trained in several precisions (%s), as their machines do well: compare them with care, or "
             "train anew with --config=parallel.precision=float32",
-            ", ".join(f"{count} in {precision}" for precision, count in taken.items()),
+            ", ".join(f"{count} in {precision}" for precision, count in counts.items()),
         )
 
 
@@ -164,9 +166,9 @@ def _values(point: Point, paths: Sequence[str]) -> list[str]:
     return [shown(point.values[path]) if path in point.values else "" for path in paths]
 
 
-def _numbers(found: dict[str, float], names: Sequence[str]) -> list[str]:
-    """All digits; nothing where a number is not there."""
-    return [repr(found[name]) if name in found else "" for name in names]
+def _numbers(metrics: dict[str, float], names: Sequence[str]) -> list[str]:
+    """Returns each metric with all digits, or an empty text where it is missing."""
+    return [repr(metrics[name]) if name in metrics else "" for name in names]
 
 
 def _points_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
@@ -183,19 +185,19 @@ def _points_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str])
 
 
 def _curves_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
-    """A row a validation of a finished point."""
+    """Formats a row per validation of each finished point."""
     lines = [
-        [row.point.id, *_values(row.point, paths), f"{found['step']:.0f}", *_numbers(found, names)]
+        [row.point.id, *_values(row.point, paths), f"{validation['step']:.0f}", *_numbers(validation, names)]
         for row in rows
         if row.final
-        for found in row.curve
+        for validation in row.curve
     ]
     return text_tables.comma_separated(["id", *paths, "step", *names], lines)
 
 
 def _groups_csv(groups: Sequence[Group], paths: Sequence[str], names: Sequence[str]) -> str:
     axes = [path for path in paths if path != SEED]
-    head = [*axes, "n", *(each for name in names for each in (name, f"{name} ±"))]
+    header = [*axes, "n", *(column for name in names for column in (name, f"{name} ±"))]
 
     def cells(mean: Mean | None) -> tuple[str, str]:
         if mean is None:
@@ -206,7 +208,7 @@ def _groups_csv(groups: Sequence[Group], paths: Sequence[str], names: Sequence[s
         [*_values(group.point, axes), str(group.n), *(cell for name in names for cell in cells(group.means.get(name)))]
         for group in groups
     ]
-    return text_tables.comma_separated(head, lines)
+    return text_tables.comma_separated(header, lines)
 
 
 def _with_interval(mean: Mean | None) -> str:
@@ -249,41 +251,46 @@ def _markdown(
 
 
 def _hparams(points: Sequence[Point], paths: Sequence[str]) -> dict[str, dict[str, HParam]]:
-    """Values by path and point, each path's of one type, as TensorBoard wants them."""
-    found: dict[str, dict[str, HParam]] = {}
+    """Returns values by path and point id. Those of a path are all of one type, as TensorBoard requires."""
+    hparams: dict[str, dict[str, HParam]] = {}
     for path in paths:
         values = {point.id: point.values[path] for point in points if path in point.values}
         if all(type(value) is bool for value in values.values()):
-            found[path] = values
+            hparams[path] = values
         elif all(type(value) in (int, float) for value in values.values()):
-            found[path] = {key: float(value) for key, value in values.items()}
+            hparams[path] = {key: float(value) for key, value in values.items()}
         else:
-            found[path] = {key: shown(value) for key, value in values.items()}
-    return found
+            hparams[path] = {key: shown(value) for key, value in values.items()}
+    return hparams
 
 
 def _write_tensorboard(
     root: Path, rows: Sequence[Row], paths: Sequence[str], names: Sequence[str], shown: set[str]
 ) -> None:
-    """TensorBoard fixes its columns at the first run that it sees, so they are written before it, and all anew when
-    they change. `shown` are points that it has already."""
+    """Writes finished points as TensorBoard runs. `shown` holds the ids of those that it has already.
+
+    TensorBoard fixes its columns at the first run that it reads. They are therefore written before any run, and
+    everything is written anew when they change.
+    """
     short = short_names(paths)
     hparams = _hparams([row.point for row in rows], paths)
     columns = {short[path]: list(values.values()) for path, values in hparams.items()}
-    wanted = {"hparams": columns, "metrics": list(names)}
+    layout = {"hparams": columns, "metrics": list(names)}
     record = root / "columns.json"
-    if not record.exists() or read_json(record, "the columns") != wanted:
+    if not record.exists() or read_json(record, "the columns") != layout:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
         write_columns(root, columns, names)
-        write_json(record, wanted)
+        write_json(record, layout)
         shown.clear()
     for row in rows:
         if not row.final or row.point.id in shown:
             continue
         name = re.sub(r"[^\w.=+-]+", ",", label(row.point, paths))[:100] + f",{row.point.id}"
         if not (root / name).exists():
-            values = {short[path]: each[row.point.id] for path, each in hparams.items() if row.point.id in each}
+            values = {
+                short[path]: by_point[row.point.id] for path, by_point in hparams.items() if row.point.id in by_point
+            }
             with new_folder(root / name) as partial:
                 write_session(partial, name, values, row.curve)
         shown.add(row.point.id)

@@ -1,12 +1,12 @@
-"""Points under Slurm, through submitit: job arrays, one job a point, which resumes when it is put back.
+"""Points under Slurm through submitit: job arrays with one job per point, which resumes when it is requeued.
 
-time limit   Slurm sends SIGUSR2, and submitit calls `PointJob.checkpoint`: the training saves, the job is put back
-preemption   Slurm sends SIGTERM to all processes: the training saves, and Slurm puts the job back. Where it leaves a
-             job time to end (GraceTime), it takes that end for a failure, so the job puts itself back.
-lost node    Slurm puts the job back (`--requeue`), which waits for a training that is still at work elsewhere
-all else     the point has stopped or failed, and the same line submits again what has stopped
+    time limit   Slurm sends SIGUSR2, and submitit calls `PointJob.checkpoint`. The training saves, the job is requeued.
+    preemption   Slurm sends SIGTERM to all processes. The training saves, and Slurm requeues the job. If Slurm gives
+                 the job time to end (GraceTime), it counts that end as a failure, so the job requeues itself.
+    lost node    Slurm requeues the job (`--requeue`), which waits while the training still runs on the lost node.
+    all else     The point has stopped or failed. The same command submits stopped points again.
 
-A job that is put back starts some two minutes later, and trains on from the newest checkpoint.
+A requeued job starts about two minutes later, and resumes from the newest checkpoint.
 """
 
 import logging
@@ -31,18 +31,18 @@ from launchers.sweeps.point_process import SAVING, Slot
 from launchers.sweeps.sweep_folder import FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
 from experiments.config.sweep_points import Point
 
-WARNING = 120  # seconds between Slurm's warning and its kill, more than the training takes to save
-# How often a job may use up its time: each time it got further, so this only ends what does not.
+WARNING = 120  # seconds between Slurm's warning and its kill, more than saving takes
+# How often a job may reach its time limit. Jobs make progress each time, so this ends only those that make none.
 MOST_TIMEOUTS = 100
 FIRST_PORT, PORTS = 29_500, 1_000
 PAUSE = 0.2
-SAID_EVERY = 60  # seconds
+WAIT_LOG_SECONDS = 60  # seconds
 log = logging.getLogger("kd")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job asks for; `more` are options of sbatch by name."""
+    """Resources that a job requests. `more` holds further options of sbatch by name."""
 
     partition: str | None
     minutes: int
@@ -54,13 +54,13 @@ class Request:
 
     @property
     def warning(self) -> int:
-        """Seconds between Slurm's warning and the end of the job's time: at most half of it."""
+        """Returns the seconds between Slurm's warning and the end of the job's time, at most half of that time."""
         return min(WARNING, 30 * self.minutes)
 
 
 @dataclass
 class PointJob:
-    """A point's training inside of a job; submitit keeps it as a file and calls it on every node."""
+    """Training of a point inside a job. submitit pickles it, and calls it on every node."""
 
     folder: SweepFolder
     point_id: str
@@ -70,59 +70,63 @@ class PointJob:
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __call__(self) -> str:
-        """Train to the end, or from where an earlier start came to.
+        """Trains to the end, from the newest checkpoint if there is one, and returns the point's state.
 
         Raises:
             RuntimeError: the training failed, so that Slurm counts the job as failed.
         """
         from submitit import JobEnvironment
 
-        here = JobEnvironment()
-        is_first = here.global_rank == 0
+        environment = JobEnvironment()
+        is_first = environment.global_rank == 0
         if is_first:
             self._wait_for_owner()
-        known = self.folder.status(self.point_id)
-        if known.state == FINISHED:
+        earlier = self.folder.status(self.point_id)
+        if earlier.state == FINISHED:
             return FINISHED
-        status, begun = Status(RUNNING, known.starts + 1, job=here.job_id), self._steps_done()
+        # Every node trains its ranks, and the first one keeps the point's status.
+        status, steps_before = Status(RUNNING, earlier.starts + 1, job=environment.job_id), self._steps_done()
         if is_first:
             self.folder.set_status(self.point_id, status)
-        torchrun = launcher(here.hostnames, here.node, self.nproc, here.raw_job_id)
-        line = point_process.training_line(self.folder, self.point_id, torchrun)
+        torchrun = launcher(environment.hostnames, environment.node, self.nproc, environment.raw_job_id)
+        command = point_process.training_command(self.folder, self.point_id, torchrun)
         since = self.folder.log_size(self.point_id)
-        self.process = point_process.start(line, self.folder, self.point_id, Slot())
+        self.process = point_process.start(command, self.folder, self.point_id, Slot())
         while (code := self.process.poll()) is None:
             time.sleep(PAUSE)
-        state, words = point_process.outcome(self.folder, self.point_id, code, since)
+        state, last_line = point_process.outcome(self.folder, self.point_id, code, since)
         if is_first:
-            self._settle(replace(status, state=state, exit_code=code, last_line=words), begun)
+            self._settle(replace(status, state=state, exit_code=code, last_line=last_line), steps_before)
         return state
 
     def _wait_for_owner(self) -> None:
-        """Wait for a training of the point on a node that Slurm has lost, and say so once a minute."""
+        """Waits for a training of the point on a node that Slurm has lost. Logs it once a minute."""
         path = self.folder.run_folder(self.point_id).path
-        begun, lines = time.monotonic(), 0
+        started, lines = time.monotonic(), 0
         while is_owned(path):
-            waited = time.monotonic() - begun
-            if waited >= SAID_EVERY * lines:
+            seconds = time.monotonic() - started
+            if seconds >= WAIT_LOG_SECONDS * lines:
                 log.warning(
                     "point %s: waits, for %.0f minutes so far: another process is working in %s, such as a training on "
                     "a node that Slurm has lost. It begins once that has ended. End it where it runs, or scancel this "
-                    "job.", self.point_id, waited / 60, path,
+                    "job.", self.point_id, seconds / 60, path,
                 )  # fmt: skip
                 lines += 1
             time.sleep(1)
 
-    def _settle(self, ended: Status, begun: float) -> None:
-        """Note how the training ended, and put the job back where Slurm would take an interruption for a failure.
+    def _settle(self, ended: Status, steps_before: float) -> None:
+        """Records how the training ended, and requeues the job where Slurm would count an interruption as a failure.
 
-        A training that was asked to end may go on. One that was killed must have done more steps than when it began.
+        A training that was asked to end may resume. One that was killed may resume only if it has done further steps.
+
+        Raises:
+            RuntimeError: the training is not finished.
         """
         self.folder.set_status(self.point_id, ended)
-        may_go_on = ended.exit_code in (0, -signal.SIGTERM) or self._steps_done() > begun
-        if ended.state == STOPPED and may_go_on and slurm_commands.is_running(ended.job):
+        may_resume = ended.exit_code in (0, -signal.SIGTERM) or self._steps_done() > steps_before
+        if ended.state == STOPPED and may_resume and slurm_commands.is_running(ended.job):
             self.folder.set_status(self.point_id, replace(ended, state=SUBMITTED))
-            slurm_commands.put_back(ended.job)
+            slurm_commands.requeue(ended.job)
         if ended.state != FINISHED:
             raise RuntimeError(f"point {self.point_id} {ended.state} ({ended.exit_code}): {ended.last_line}")
         if not self.keep_checkpoints:
@@ -133,9 +137,9 @@ class PointJob:
         return lines[-1]["step"] if lines else 0
 
     def checkpoint(self) -> Any:
-        """Called by submitit in a signal's handler: end the training well, and run the same again.
+        """Ends the training cleanly and returns the same job to submit again. submitit calls it in a signal handler.
 
-        The process is watched without `Popen.wait`, whose lock the interrupted code may hold.
+        The process is polled without `Popen.wait`, whose lock the interrupted code may hold.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -153,43 +157,45 @@ class PointJob:
 def launcher(hosts: Sequence[str], node: int, nproc: int, job: str) -> list[str]:
     """Returns torchrun's options for `nproc` ranks on each of the hosts. They meet at the first one.
 
-    A node's name need not be a host's. The address of the first node is then the one from which srun began the tasks.
+    A node's name may not resolve as a host name. The first node is then reached by the address from which srun started
+    the tasks.
     """
     if len(hosts) == 1:
-        return point_process.on_this_machine(nproc)
+        return point_process.standalone_options(nproc)
     first = hosts[0]
     try:
         socket.getaddrinfo(first, None)
     except OSError:
         first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", first)
     port = FIRST_PORT + int(job) % PORTS
-    meeting = ["--node-rank", str(node), "--rdzv-id", job, "--master-addr", first, "--master-port", str(port)]
-    return ["--nnodes", str(len(hosts)), "--nproc-per-node", str(nproc), *meeting]
+    rendezvous = ["--node-rank", str(node), "--rdzv-id", job, "--master-addr", first, "--master-port", str(port)]
+    return ["--nnodes", str(len(hosts)), "--nproc-per-node", str(nproc), *rendezvous]
 
 
 def _jobs_folder(folder: SweepFolder) -> Path:
-    """Make a folder for the jobs of one submission: submitit keeps them there as pickles, and nodes unpickle them.
+    """Creates a folder for the jobs of one submission. submitit pickles them there, and nodes unpickle them.
 
-    It is new, has a name that nobody foresees, and only this user gets in, so no pickle of anybody else is met there.
-    Results, which are pickles too, are never read: how a point stands is read from its run folder.
+    The folder is new, has an unpredictable name and admits only this user, so it holds nobody else's pickles. Results,
+    which are pickles too, are never read. The state of a point is read from its run folder instead.
 
     Raises:
-        UsageError: the sweep's folder is somebody else's, who could put another folder in its place.
+        UsageError: the sweep's folder belongs to another user, or others could put another folder in its place.
     """
     sweep = folder.path.resolve()
     root = sweep / "slurm"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in (sweep, root, *sweep.parents):
-        facts, is_own = path.lstat(), path in (sweep, root)
-        others_write = facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX
-        if not stat.S_ISDIR(facts.st_mode) or (is_own and facts.st_uid != os.getuid()) or others_write:
+        info, is_own = path.lstat(), path in (sweep, root)
+        others_write = info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX
+        if not stat.S_ISDIR(info.st_mode) or (is_own and info.st_uid != os.getuid()) or others_write:
             raise UsageError(
-                f"{path}: belongs to user {facts.st_uid} with mode {stat.filemode(facts.st_mode)}; jobs are unpickled "
+                f"{path}: belongs to user {info.st_uid} with mode {stat.filemode(info.st_mode)}; jobs are unpickled "
                 "from it on the nodes, so wanted a folder that is yours and that others cannot write. Name another "
                 "--out."
             )
     root.chmod(0o700)
-    sweep.chmod(stat.S_IMODE(sweep.stat().st_mode) & ~stat.S_IWGRP)  # a group could put another slurm/ in its place
+    # Its group could otherwise put another slurm/ in its place.
+    sweep.chmod(stat.S_IMODE(sweep.stat().st_mode) & ~stat.S_IWGRP)
     return Path(tempfile.mkdtemp(prefix="jobs_", dir=root))
 
 
@@ -203,7 +209,7 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UsageError("--backend=slurm: no sbatch and srun on the PATH. Start it where Slurm takes jobs.")
     executor = submitit.AutoExecutor(_jobs_folder(folder), cluster="slurm", slurm_max_num_timeout=MOST_TIMEOUTS)
-    wanted = {
+    parameters = {
         "name": name,
         "timeout_min": request.minutes,
         "nodes": request.nodes,
@@ -214,44 +220,48 @@ def _executor(folder: SweepFolder, name: str, request: Request) -> Any:
         "slurm_signal_delay_s": request.warning,
         "slurm_additional_parameters": {"requeue": True, **request.more},
     }
-    executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
 
 
 def submit(
     folder: SweepFolder, points: Sequence[Point], name: str, request: Request, nproc: int, *, keep_checkpoints: bool
 ) -> list[str]:
-    """Submit a job for each point, in as few arrays as the cluster allows; returns their numbers.
+    """Submits a job for each point, in as few arrays as the cluster allows, and returns the job numbers.
 
-    Where a limit on a user's jobs is met, the number returned is less than that of the points.
+    Where a limit on a user's jobs is met, fewer numbers than points are returned.
 
     Raises:
-        UsageError: without submitit or Slurm, or where Slurm refuses.
+        UsageError: submitit or Slurm is missing, or Slurm refuses the jobs.
     """
     executor = _executor(folder, name, request)
+    # A job with a short time limit is warned later, so its training has less time to save.
     saving = SAVING * request.warning / WARNING
-    at = SweepFolder(folder.path.resolve())
+    absolute = SweepFolder(folder.path.resolve())
+    # Spread the points evenly over the fewest arrays.
     arrays = -(-len(points) // slurm_commands.most_in_array())
     size = -(-len(points) // arrays)
     left, numbers = deque(points[i : i + size] for i in range(0, len(points), size)), list[str]()
     while left:
         array = left.popleft()
-        # Arrays run beside each other, each with its share of the jobs that may run at once.
+        # Arrays run side by side, so each gets its share of the jobs that may run at once.
         executor.update_parameters(slurm_array_parallelism=max(1, request.at_once * len(array) // len(points)))
         try:
-            jobs = _submit_array(executor, [PointJob(at, each.id, nproc, keep_checkpoints, saving) for each in array])
-        except UsageError as refused:
-            if len(array) > 1 and "limit" in str(refused).lower():  # of jobs that a user may have
+            jobs = _submit_array(
+                executor, [PointJob(absolute, point.id, nproc, keep_checkpoints, saving) for point in array]
+            )
+        except UsageError as error:
+            if len(array) > 1 and "limit" in str(error).lower():  # on a user's jobs: try halves
                 left.extendleft((array[len(array) // 2 :], array[: len(array) // 2]))
                 continue
             if numbers:
-                log.warning("%s", refused)
+                log.warning("%s", error)
                 break
             raise
         for point, job in zip(array, jobs, strict=True):
-            known = folder.status(point.id)
-            if known.job != job:  # else it has begun at once, and its status is newer
-                folder.set_status(point.id, replace(known, state=SUBMITTED, job=job))
+            status = folder.status(point.id)
+            if status.job != job:  # otherwise it has already begun, and its status is newer
+                folder.set_status(point.id, replace(status, state=SUBMITTED, job=job))
         numbers += jobs
     return numbers
 

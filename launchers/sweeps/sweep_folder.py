@@ -1,10 +1,12 @@
-"""A sweep's folder, and what is known of each of its points.
+"""Folder of a sweep, and the state of each of its points.
 
-OUT/sweep.json           the sweep's name, what it sweeps, its points and their values
-OUT/configs/ID.json      a point's frozen record
-OUT/points/ID/           its run folder, and sweep.log with all that it said
-OUT/status/ID.json       how its last start ended
-OUT/results.*, summary.csv, curves.csv, tensorboard/   what compares the points
+    OUT/sweep.json           the sweep's name, its swept paths, its points and their values
+    OUT/configs/ID.json      a point's frozen record
+    OUT/points/ID/           its run folder, with its processes' output in sweep.log
+    OUT/status/ID.json       how its last start ended
+    OUT/results.*, summary.csv, curves.csv, tensorboard/   tables that compare the points
+
+Whether a point is finished is read from its run folder, so a status only has to keep failures and jobs.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ STATES = (NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED)
 
 @dataclass(frozen=True)
 class Status:
-    """How a point stands: `starts` so far, how the last one ended, and where a scheduler has it."""
+    """State of a point: its `starts` so far, how the last one ended, and its job at a scheduler."""
 
     state: str = NEW
     starts: int = 0
@@ -41,22 +43,22 @@ class Status:
 
 
 def _read_status(path: Path) -> Status:
-    what = "a point's status"
-    with damaged(path, what, "Delete it: it forgets a failure or a job alone"):
-        found = fields(read_json(path, what), "it", vars(Status()))
-        if found["state"] not in STATES or not JOB.fullmatch(text(found["job"], "job")):
-            raise ValueError(f"state {shown_field(found['state'])} of job {shown_field(found['job'])}")
+    description = "a point's status"
+    with damaged(path, description, "Delete it: it forgets a failure or a job alone"):
+        values = fields(read_json(path, description), "it", vars(Status()))
+        if values["state"] not in STATES or not JOB.fullmatch(text(values["job"], "job")):
+            raise ValueError(f"state {shown_field(values['state'])} of job {shown_field(values['job'])}")
         return Status(
-            found["state"],
-            integer(found["starts"], "starts", 0, LARGEST),
-            None if found["exit_code"] is None else integer(found["exit_code"], "exit_code", -LARGEST, LARGEST),
-            visible(text(found["last_line"], "last_line")),
-            found["job"],
+            values["state"],
+            integer(values["starts"], "starts", 0, LARGEST),
+            None if values["exit_code"] is None else integer(values["exit_code"], "exit_code", -LARGEST, LARGEST),
+            visible(text(values["last_line"], "last_line")),
+            values["job"],
         )
 
 
-def _plain(values: Values) -> dict[str, Any]:
-    """Values for JSON: numbers and texts as they are, all else as tables show it."""
+def _json_values(values: Values) -> dict[str, Any]:
+    """Converts values for JSON: numbers and texts stay, all else becomes the text that tables show."""
     return {
         path: value if isinstance(value, (str, int, float, bool, type(None))) else shown(value)
         for path, value in values.items()
@@ -65,103 +67,102 @@ def _plain(values: Values) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Paths of a sweep, and the files that tell of its points."""
+    """Paths of a sweep, and the files that describe its points."""
 
     path: Path
 
     def run_folder(self, point_id: str) -> RunFolder:
-        """The point's run folder."""
         return RunFolder(self.path / "points" / point_id)
 
     def config(self, point_id: str) -> Path:
-        """The point's frozen record."""
+        """Returns the path of the point's frozen record."""
         return self.path / "configs" / f"{point_id}.json"
 
     def log(self, point_id: str) -> Path:
-        """Everything that the point's processes printed."""
+        """Returns the path of the log that holds all output of the point's processes."""
         return self.path / "points" / point_id / "sweep.log"
 
-    def _status(self, point_id: str) -> Path:
+    def _status_path(self, point_id: str) -> Path:
         return self.path / "status" / f"{point_id}.json"
 
     def claim(self, name: str, points: Sequence[Point]) -> list[dict[str, Any]]:
-        """Write the records and `sweep.json`; returns earlier points that the sweep no longer has, which are kept.
+        """Writes the records and `sweep.json`. Returns earlier points that are no longer in the sweep, which are kept.
 
         Raises:
             UsageError: the folder holds another sweep.
         """
         record, gone = self.path / "sweep.json", list[dict[str, Any]]()
-        now = {point.id for point in points}
+        ids = {point.id for point in points}
         if record.exists():
-            gone = [point for point in self._known_points(record, name) if point["id"] not in now]
+            gone = [point for point in self._earlier_points(record, name) if point["id"] not in ids]
         for folder in ("configs", "points", "status"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         for point in points:
-            config = self.config(point.id)  # which is trained: no other text may stand under the point's name
+            config = self.config(point.id)  # it is what will be trained, so it must hold the point's record
             if not is_plain_file(config) or read_text(config, "a point's record") != point.record:
                 write_text(config, point.record)
-            known = self.status(point.id)
-            if known.state == RUNNING and not known.job:  # who claims is the owner, so an earlier queue has died
-                self.set_status(point.id, replace(known, state=STOPPED))
-        described = [{"id": point.id, "values": _plain(point.values)} for point in points]
-        write_json(record, {"sweep": name, "swept": swept_paths(points), "points": [*described, *gone]})
+            status = self.status(point.id)
+            if status.state == RUNNING and not status.job:  # the caller owns the folder, so an earlier queue has died
+                self.set_status(point.id, replace(status, state=STOPPED))
+        entries = [{"id": point.id, "values": _json_values(point.values)} for point in points]
+        write_json(record, {"sweep": name, "swept": swept_paths(points), "points": [*entries, *gone]})
         return gone
 
-    def _known_points(self, record: Path, name: str) -> list[dict[str, Any]]:
-        """The points of an earlier start."""
-        what = "a sweep's record"
-        with damaged(record, what):
-            known = read_json(record, what)
-            if text(known["sweep"], "sweep") != name:
-                raise UsageError(f"{self.path}: holds the sweep {known['sweep']!a}, not {name}. Name another --out.")
-            points = [fields(point, "a point", ("id", "values")) for point in items(known["points"], "points")]
+    def _earlier_points(self, record: Path, name: str) -> list[dict[str, Any]]:
+        """Returns the points of an earlier start."""
+        description = "a sweep's record"
+        with damaged(record, description):
+            content = read_json(record, description)
+            if text(content["sweep"], "sweep") != name:
+                raise UsageError(f"{self.path}: holds the sweep {content['sweep']!a}, not {name}. Name another --out.")
+            points = [fields(point, "a point", ("id", "values")) for point in items(content["points"], "points")]
             for point in points:
                 if not POINT_ID.fullmatch(text(point["id"], "id")):
                     raise ValueError(f"{shown_field(point['id'])} is no point's id")
             return points
 
     def status(self, point_id: str) -> Status:
-        """How the point stands. That a run is finished is read from its folder; only failures must be remembered.
+        """Returns the state of the point.
 
-        What a queue here started has stopped once nobody owns the sweep's folder: points end with their queue.
+        Its run folder shows whether it is finished, so only failures are recorded. A point that a queue on this machine
+        started ends with its queue. It has stopped once nobody owns the sweep's folder.
         """
-        path = self._status(point_id)
-        known = _read_status(path) if path.exists() else Status()
+        path = self._status_path(point_id)
+        status = _read_status(path) if path.exists() else Status()
         if self.run_folder(point_id).is_finished:
-            return replace(known, state=FINISHED, exit_code=0)
-        if known.state == RUNNING and not known.job and not is_owned(self.path):
-            return replace(known, state=STOPPED)
-        return known
+            return replace(status, state=FINISHED, exit_code=0)
+        if status.state == RUNNING and not status.job and not is_owned(self.path):
+            return replace(status, state=STOPPED)
+        return status
 
     def left(self, points: Sequence[Point], retry_failed: bool) -> list[Point]:
-        """Points to run: neither finished nor, unless they are to be tried again, failed."""
+        """Returns the points to run: those not finished and, unless `retry_failed`, not failed."""
         done = (FINISHED,) if retry_failed else (FINISHED, FAILED)
         return [point for point in points if self.status(point.id).state not in done]
 
     def set_status(self, point_id: str, status: Status) -> None:
-        """Write it down."""
-        write_json(self._status(point_id), vars(status))
+        write_json(self._status_path(point_id), vars(status))
 
     def drop_checkpoints(self, point_ids: Iterable[str]) -> None:
-        """Delete those of finished points: nothing goes on from them, and the students stand in `export/`."""
+        """Deletes the checkpoints of finished points. Nothing resumes from them, and `export/` holds the students."""
         for point_id in point_ids:
             if (run := self.run_folder(point_id)).is_finished:
                 for step in run.checkpoints.glob("step_*"):
-                    checkpoint.delete(step)  # but for one that is being read
+                    checkpoint.delete(step)  # except one that is being read
                 with contextlib.suppress(OSError):
                     run.checkpoints.rmdir()
 
     def metrics(self, point_id: str) -> list[dict[str, float]]:
-        """The point's numbers so far."""
+        """Returns the lines of the point's metrics so far."""
         path = self.run_folder(point_id).path / "metrics.jsonl"
         return read_metrics(path) if path.exists() else []
 
     def log_size(self, point_id: str) -> int:
-        """Bytes that the point's processes have printed so far."""
+        """Returns the size of the point's log in bytes."""
         return self.log(point_id).stat().st_size if self.log(point_id).exists() else 0
 
-    def said(self, point_id: str, since: int) -> str:
-        """What they printed since it had so many bytes."""
+    def log_since(self, point_id: str, since: int) -> str:
+        """Returns the point's log from byte `since` on, with carriage returns as line breaks."""
         with self.log(point_id).open("rb") as file:
             file.seek(since)
             return file.read().decode(errors="replace").replace("\r", "\n")
