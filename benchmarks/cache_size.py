@@ -24,8 +24,8 @@ from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
-from data.cache.tar import padded, read_members
-from data.cache.writer import block_bytes, write_shard, write_tables
+from data.cache.tar import padded_size, read_members
+from data.cache.writer import encode_block_members, write_shard, write_tables
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import CachePlan, TeacherExport, make_plans
@@ -94,7 +94,10 @@ def write(plan: CachePlan, records: list[Record]) -> Manifest:
     write_tables(plan.folder / "tables.tar", tables)
     coding = Coding(tables, plan.export.selection, plan.export.codec)
     for shard in plan.shards:
-        blocks = [block_bytes(b.start, [records[i] for i in b], coding, plan.export.max_codec_kl) for b in shard.blocks]
+        blocks = [
+            encode_block_members(b.start, [records[i] for i in b], coding, plan.export.max_codec_kl)
+            for b in shard.blocks
+        ]
         write_shard(plan.folder / shard.name, blocks)
     return steps.finish(plan)
 
@@ -105,7 +108,7 @@ def parts(folder: Path, manifest: Manifest) -> dict[str, float]:
     for shard in manifest.shards:
         for member in read_members((folder / shard.name).read_bytes()):
             sizes[member.name.partition(".")[2].removesuffix(".zst")] += len(member.payload)
-            sizes["tar"] += 512 + padded(len(member.payload)) - len(member.payload)
+            sizes["tar"] += 512 + padded_size(len(member.payload)) - len(member.payload)
         sizes["tar"] += 1024
     sizes["tables"] = manifest.tables["bytes"]
     sizes["manifest"] = (folder / "manifest.json").stat().st_size + (folder / "plan.json").stat().st_size

@@ -13,10 +13,10 @@ import numpy as np
 
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES, Audit, Block, Manifest, Shard, read_manifest
+from data.cache.manifest import TABLES_FILE, Audit, Block, Manifest, Shard, read_manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.selection import Selection
-from data.cache.writer import block_bytes, write_shard, write_tables
+from data.cache.writer import encode_block_members, write_shard, write_tables
 from data.stream.stream import Shards
 from kd_core.files import sha256
 
@@ -121,18 +121,18 @@ def write_cache(folder: Path, records: Sequence[Record], vocab_size: int, select
     """A cache of records, by the real codec and writer."""
     folder.mkdir(parents=True)
     tables = fit_tables(_runs(records, PILOT_POSITIONS)[0], vocab_size, sum(record.positions for record in records))
-    write_tables(folder / TABLES, tables)
+    write_tables(folder / TABLES_FILE, tables)
     coding, first, shards = Coding(tables, selection, codec), 0, list[Shard]()
     for number, own in enumerate(shards_of(records)):
         path, written, blocks = folder / f"shard-{number:06d}.tar", list[bytes](), list[Block]()
         for run in _runs(own, BLOCK_POSITIONS):
-            written.append(block_bytes(first, run, coding, max_kl=1.0))
+            written.append(encode_block_members(first, run, coding, max_kl=1.0))
             lengths = tuple(record.positions for record in run)
             blocks.append(Block(len(written[-1]), hashlib.sha256(written[-1]).hexdigest(), lengths))
             first += len(run)
         write_shard(path, written)
         shards.append(Shard(path.name, path.stat().st_size, sha256(path), tuple(blocks)))
-    facts = {"bytes": (folder / TABLES).stat().st_size, "sha256": sha256(folder / TABLES)}
+    facts = {"bytes": (folder / TABLES_FILE).stat().st_size, "sha256": sha256(folder / TABLES_FILE)}
     longest = max(record.positions for record in records)
     unmeasured = dict.fromkeys(("teacher_nll", "teacher_mass", "entries"), 0.0)
     Manifest(

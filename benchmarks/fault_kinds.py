@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from data.cache.tar import END, Member, member_bytes, padded, read_members
+from data.cache.tar import END_OF_TAR, Member, encode_member, padded_size, read_members
 
 Files = dict[str, bytes]
 Changed = dict[str, bytes | None]
@@ -62,14 +62,14 @@ def flip(where: str) -> Kind:
         name = _one(rng, cache.shards)
         data = cache.files[name]
         if where == "end":
-            return {name: _flipped(rng, data, len(data) - len(END), len(data))}
+            return {name: _flipped(rng, data, len(data) - len(END_OF_TAR), len(data))}
         spans = []
         for member in _members(data):
             start, size = member.offset + 512, len(member.payload)
             if where == "header":
                 spans.append((start - 512, start))
-            elif where == "padding" and padded(size) > size:
-                spans.append((start + size, start + padded(size)))
+            elif where == "padding" and padded_size(size) > size:
+                spans.append((start + size, start + padded_size(size)))
             elif member.name.partition(".")[2] == where:
                 spans.append((start, start + size))
         return {name: _flipped(rng, data, *_one(rng, spans))} if spans else {}
@@ -106,7 +106,7 @@ def zero_run(rng: Rng, cache: Cache) -> Changed:
 
 
 def _tar(members: list[tuple[str, bytes]]) -> bytes:
-    return b"".join(member_bytes(*member) for member in members) + END
+    return b"".join(encode_member(*member) for member in members) + END_OF_TAR
 
 
 def members(how: str) -> Kind:
@@ -147,7 +147,7 @@ def blocks(how: str) -> Kind:
             del parts[first][a]
         else:
             parts[first].insert(a, parts[second][b])
-        return {name: b"".join(of) + END for name, of in parts.items()}
+        return {name: b"".join(of) + END_OF_TAR for name, of in parts.items()}
 
     return change
 
@@ -204,7 +204,7 @@ def manifest_bytes(rng: Rng, cache: Cache) -> Changed:
 
 def rehashed(cache: Cache, name: str, parts: list[bytes]) -> Changed:
     """A shard of these blocks, and a manifest whose hashes are right again: what an enemy would write."""
-    data, value = b"".join(parts) + END, json.loads(cache.files["manifest.json"])
+    data, value = b"".join(parts) + END_OF_TAR, json.loads(cache.files["manifest.json"])
     shard = next(each for each in value["shards"] if each["name"] == name)
     shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     for block, part in zip(shard["blocks"], parts, strict=True):
@@ -217,7 +217,7 @@ def _raw(own: str, payload: bytes, changes: dict[str, Any]) -> bytes:
     info.size = len(payload)
     for field, value in changes.items():
         setattr(info, field, value)
-    return info.tobuf(tarfile.GNU_FORMAT) + payload + bytes(padded(len(payload)) - len(payload))
+    return info.tobuf(tarfile.GNU_FORMAT) + payload + bytes(padded_size(len(payload)) - len(payload))
 
 
 def _bomb(size: int) -> bytes:
@@ -255,7 +255,7 @@ def hostile(how: str) -> Kind:
                 sizes = header["planes"][found[which][0].partition(".")[2]]
                 sizes[int(rng.integers(len(sizes)))] = (1 << 30) - int(rng.integers(2)) * sum(sizes)
                 found[0] = (found[0][0], json.dumps(header).encode())
-        raw = [member_bytes(*member) for member in found]
+        raw = [encode_member(*member) for member in found]
         if how == "tar":
             raw[which] = _raw(*found[which], _one(rng, HEADERS))
         return rehashed(cache, name, [*parts[:at], b"".join(raw), *parts[at + 1 :]])

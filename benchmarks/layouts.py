@@ -27,7 +27,7 @@ from benchmarks.step import STUDENT, make_batch
 from kd_core.files import read_json, write_json
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import meta_decoder
 from kd_core.students.starts.start import fill_random
@@ -64,8 +64,8 @@ def _peak(world: World) -> float:
 
 def measure(world: World, parallel: Parallel, steps: int, rows: int) -> dict[str, float]:
     """Seconds a step, MB at the peak of the fullest rank, and the last loss."""
-    world, before = world.laid_out(parallel.layout(world.size)), _peak(world)
-    model = spread(meta_decoder(ARCH), parallel, world)
+    world, before = world.with_layout(parallel.layout(world.size)), _peak(world)
+    model = parallelize(meta_decoder(ARCH), parallel, world)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

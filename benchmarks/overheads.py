@@ -29,7 +29,7 @@ from kd_core.training.checkpoints import async_saver
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.monitoring.metric_log import MetricLog
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.stop_signals import StopSignals
 from tests.tiny import make_tiny
 
 BAR = 0.02
@@ -45,9 +45,9 @@ VALIDATION = "validation"
 PARTS = {
     STEP: (loop, "train_step"),
     LINES: (MetricLog, "add"),
-    AGREE: (Stopping, "agreed"),
+    AGREE: (StopSignals, "agree_on_stop"),
     SAVE: (Saver, "save"),
-    COPY: (async_saver, "staged"),
+    COPY: (async_saver, "copy_to_cpu"),
     VALIDATION: (loop, "evaluate_all"),
 }
 
@@ -71,7 +71,7 @@ class Clock:
 
 def measure(items: list[str], clock: Clock) -> tuple[float, list[float]]:
     """Seconds of the loop from its first step to its last, and of waiting for data by step."""
-    config = config_items.resolve(items, "Experiment").config
+    config = config_items.resolve_items(items, "Experiment").config
     experiment = fdl.build(config)
     for name, (owner, attribute) in PARTS.items():
         setattr(owner, attribute, clock.timed(name, getattr(owner, attribute)))
@@ -88,8 +88,8 @@ def measure(items: list[str], clock: Clock) -> tuple[float, list[float]]:
     loop._Run.steps = noted
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder(Path(folder))
-        run_folder.claim(config_items.record(config), "")
-        experiment.run(run_folder, World(), Stopping())
+        run_folder.claim(config_items.record_json(config), "")
+        experiment.run(run_folder, World(), StopSignals())
         return ended - started, waits
 
 

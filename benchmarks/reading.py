@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import formats
 from benchmarks.cached_records import drawn, from_cache, made_up, repeated, write_cache
-from data.cache.columns import Columns, audit
+from data.cache.columns import Columns, measure_codec_error
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.stream.collate import Collate
@@ -208,7 +208,7 @@ def error(candidate: Candidate) -> float:
     stream = candidate.records()
     read = [record for record, _ in zip(stream, range(32), strict=False)]
     original = [candidate.original[record.name] for record in read]
-    return audit(Columns.of(original, ()), Columns.of(read, ()))["kl_mean"]
+    return measure_codec_error(Columns.from_records(original, ()), Columns.from_records(read, ()))["kl_mean"]
 
 
 def measure(

@@ -22,7 +22,7 @@ from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder, materialised, meta_decoder
+from kd_core.students.decoder.decoder import Decoder, allocate, meta_decoder
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import train_step
 from kd_core.types import Batch
@@ -77,7 +77,7 @@ def make_batch(rows: int, length: int, top_k: int) -> Batch:
 def make_student() -> Decoder:
     """Random weights, the same at every call."""
     torch.manual_seed(0)
-    model = materialised(meta_decoder(STUDENT), torch.device("cpu"))
+    model = allocate(meta_decoder(STUDENT), torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, 0.02)

@@ -34,7 +34,7 @@ from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
 from kd_core.precision import DTYPES
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.config_json import config_fields
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import train_step
 from kd_core.types import Batch
@@ -83,7 +83,7 @@ def dense_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 def transformers_twin(model: Decoder) -> Any:
     """The same student as transformers has it, with the same weights."""
-    settings = {k: v for k, v in config_of(STUDENT, None, None, "float32").items() if k != "architectures"}
+    settings = {k: v for k, v in config_fields(STUDENT, None, None, "float32").items() if k != "architectures"}
     twin = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa"))
     twin.load_state_dict({f"model.{k}" if k != "lm_head.weight" else k: v for k, v in model.state_dict().items()})
     return twin.train()

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_json
+from kd_core.files import damage_as_usage_error, read_json
 
 log = logging.getLogger("kd")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -116,7 +116,7 @@ def add_tokens_from_files(fast: FastTokenizer, folder: Path) -> AddedTokens:
     Raises:
         UsageError: a file is damaged, or states another id for a token of `tokenizer.json`.
     """
-    with damaged(folder, "a folder with a tokenizer's files", "Fetch them again"):
+    with damage_as_usage_error(folder, "a folder with a tokenizer's files", "Fetch them again"):
         added = AddedTokens(folder, fast)
         _check_ids(folder, fast, added)
         fast.add_tokens(added.tokens(fast))

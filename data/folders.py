@@ -97,7 +97,7 @@ class _Walk:
         return self.result
 
 
-def files_below(root: Path, is_wanted: Callable[[Path], bool]) -> FolderFiles:
+def find_files(root: Path, is_wanted: Callable[[Path], bool]) -> FolderFiles:
     """Finds all files below a folder for which `is_wanted` holds.
 
     Links to folders are followed, and each folder is read once. Hidden files and folders are left out.

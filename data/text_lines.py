@@ -21,8 +21,8 @@ import zstandard
 from kd_core.errors import UsageError
 from kd_core.files import open_plain, printable
 
-MOST_LINE = 1 << 25  # bytes; parsed JSON takes some twenty times as much memory
-MOST_UNPACKED, MOST_RATIO = 1 << 28, 200  # unpacked bytes above which the ratio to the file's size is bounded
+MAX_LINE_BYTES = 1 << 25  # bytes; parsed JSON takes some twenty times as much memory
+MAX_UNPACKED_BYTES, MOST_RATIO = 1 << 28, 200  # unpacked bytes above which the ratio to the file's size is bounded
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ZSTD_STEP = 1 << 10  # packed bytes at a time, which unpack to at most 32 MiB
 
@@ -98,37 +98,38 @@ def open_unpacked(path: Path, description: str) -> Generator[IO[bytes]]:
             raise UsageError(f"{printable(path)}: damaged {kind} ({error}). Fetch or write it again.") from None
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Yields the lines of a file, compressed or not.
 
     Raises:
-        UsageError: it is not a plain file, is damaged, has a line above `MOST_LINE` bytes, or is a decompression bomb.
+        UsageError: it is not a plain file, is damaged, has a line above `MAX_LINE_BYTES`, or is a decompression bomb.
     """
     number = unpacked_bytes = 0
     with open_unpacked(path, "a file of lines") as file:
-        while line := file.readline(MOST_LINE + 1):
+        while line := file.readline(MAX_LINE_BYTES + 1):
             number, unpacked_bytes = number + 1, unpacked_bytes + len(line)
-            if len(line) > MOST_LINE:
+            if len(line) > MAX_LINE_BYTES:
                 raise UsageError(
-                    f"{printable(path)}:{number}: a line of more than {MOST_LINE} bytes. Wanted a row a line; split it."
+                    f"{printable(path)}:{number}: a line of more than {MAX_LINE_BYTES} bytes. Wanted a row a line; "
+                    "split it."
                 )
-            refuse_bomb(path, unpacked_bytes)
+            check_unpacked_size(path, unpacked_bytes)
             yield line
 
 
-def refuse_bomb(path: Path, unpacked_bytes: int) -> None:
+def check_unpacked_size(path: Path, unpacked_bytes: int) -> None:
     """Raises UsageError where a small file unpacks to a large one, as a decompression bomb does.
 
     Text compresses to a tenth of its size, seldom to a hundredth.
     """
-    if unpacked_bytes > MOST_UNPACKED and unpacked_bytes > MOST_RATIO * (size := path.stat().st_size):
+    if unpacked_bytes > MAX_UNPACKED_BYTES and unpacked_bytes > MOST_RATIO * (size := path.stat().st_size):
         raise UsageError(
             f"{printable(path)}: {size} bytes unfold to {unpacked_bytes} and more, {MOST_RATIO} times as much. That is "
             "no text; if you trust it, unpack it yourself."
         )
 
 
-def decoded(payload: bytes, where: str) -> str:
+def decode_utf8(payload: bytes, where: str) -> str:
     """Decodes UTF-8 bytes, and drops a byte order mark.
 
     Raises:
@@ -141,7 +142,7 @@ def decoded(payload: bytes, where: str) -> str:
         raise BadRowError(message, "not UTF-8") from None
 
 
-def json_value(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """Parses a JSON text.
 
     Raises:
@@ -149,7 +150,7 @@ def json_value(text: str, where: str) -> Any:
     """
     try:
         value = json.loads(text)
-        refuse_half_pairs(value, text, where)
+        check_surrogates(value, text, where)
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         if isinstance(error, BadRowError):
             raise
@@ -159,7 +160,7 @@ def json_value(text: str, where: str) -> Any:
     return value
 
 
-def refuse_half_pairs(value: Any, text: str, where: str) -> None:
+def check_surrogates(value: Any, text: str, where: str) -> None:
     """Checks that a parsed JSON text has no half of a surrogate pair, which is not a character.
 
     Raises:
@@ -173,7 +174,7 @@ def refuse_half_pairs(value: Any, text: str, where: str) -> None:
         raise BadRowError(message, "half a surrogate pair") from None
 
 
-def json_object(value: Any, where: str) -> dict[str, Any]:
+def require_object(value: Any, where: str) -> dict[str, Any]:
     """Returns the value if it is a JSON object.
 
     Raises:
@@ -186,11 +187,11 @@ def json_object(value: Any, where: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
-def without_nulls(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
     """Returns the value without fields that are null, at any depth. Parquet writes null for absent fields."""
     if isinstance(value, dict):
         fields = cast(dict[str, Any], value)
-        return {key: without_nulls(item) for key, item in fields.items() if item is not None}
+        return {key: drop_nulls(item) for key, item in fields.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item) for item in cast(list[Any], value)]
+        return [drop_nulls(item) for item in cast(list[Any], value)]
     return value

@@ -24,7 +24,7 @@ from kd_core.errors import UsageError
 from kd_core.files import is_plain_file
 
 log = logging.getLogger("kd")
-Choice = Literal["auto", "yes", "no"]
+AddToken = Literal["auto", "yes", "no"]
 MOST_BYTES, MOST_IDS, MOST_GROWTH = 1 << 27, 1 << 22, 1 << 10  # bytes of the file, ids, characters made of one
 OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
 PROBES = (
@@ -50,7 +50,7 @@ def _growth(rule: Any) -> int:
     return factor * math.prod(map(_growth, fields.values()))
 
 
-class Pieces(NamedTuple):
+class EncodedText(NamedTuple):
     """The ids of a text, and for each id the characters [start, end) that it covers."""
 
     ids: list[int]
@@ -69,7 +69,7 @@ def _fingerprint(fast: FastTokenizer) -> str:
     return hashlib.sha256(json.dumps([sorted(fast.get_vocab().items()), probes]).encode()).hexdigest()
 
 
-class Around(NamedTuple):
+class SurroundingIds(NamedTuple):
     """The ids in front of each plain text and behind it, such as BOS and EOS."""
 
     begins: list[int]
@@ -126,15 +126,15 @@ class Tokenizer:
             if stage is not None and (factor := _growth(json.loads(stage.__getstate__()))) > MOST_GROWTH:
                 raise ValueError(f"rules by which a character may become {factor}; wanted {MOST_GROWTH} at most")
 
-    def _around(self) -> Around:
+    def _around(self) -> SurroundingIds:
         """Returns what the tokenizer's post-processor adds around a plain text."""
         encoding = self.fast.encode(PROBES[0])
         # Ids that stand for characters of the text belong to a sequence; added ids belong to none.
         of_text = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
         first, last = (of_text[0], of_text[-1] + 1) if of_text else (len(encoding.ids), len(encoding.ids))
-        return Around(encoding.ids[:first], encoding.ids[last:])
+        return SurroundingIds(encoding.ids[:first], encoding.ids[last:])
 
-    def around(self, bos: Choice = "auto", eos: Choice = "auto") -> Around:
+    def around(self, bos: AddToken = "auto", eos: AddToken = "auto") -> SurroundingIds:
         """Returns the ids that a plain text gets in front and behind.
 
         `auto` takes what the tokenizer's post-processor adds, `yes` and `no` override it.
@@ -142,11 +142,11 @@ class Tokenizer:
         Raises:
             UsageError: the choice is `yes`, and the tokenizer names no such token.
         """
-        return Around(
+        return SurroundingIds(
             self._resolve("bos", bos, self.default_around.begins), self._resolve("eos", eos, self.default_around.ends)
         )
 
-    def _resolve(self, role: str, choice: Choice, default_ids: list[int]) -> list[int]:
+    def _resolve(self, role: str, choice: AddToken, default_ids: list[int]) -> list[int]:
         """Returns the ids for one of the roles `bos` and `eos`, and warns where `auto` ignores `add_bos_token`."""
         if choice == "auto" and not default_ids and self.added_tokens.settings.get(f"add_{role}_token") is True:
             log.warning(
@@ -165,7 +165,7 @@ class Tokenizer:
             )
         return [token_id]
 
-    def describe(self, around: Around) -> str:
+    def describe(self, around: SurroundingIds) -> str:
         """Describes what texts get in front and behind."""
         begins, ends = (
             " ".join(f"{self.fast.id_to_token(i)} (id {i})" for i in ids) or "nothing more" for ids in around
@@ -176,9 +176,9 @@ class Tokenizer:
         """Encodes each text, without special tokens added."""
         return [encoding.ids for encoding in self._encode_batch(texts)]
 
-    def encode_with_offsets(self, texts: Sequence[str]) -> list[Pieces]:
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[EncodedText]:
         """Encodes each text as `encode` does, and returns the characters of each id too."""
-        return [Pieces(e.ids, e.offsets) for e in self._encode_batch(texts)]
+        return [EncodedText(e.ids, e.offsets) for e in self._encode_batch(texts)]
 
     def _encode_batch(self, texts: Sequence[str]) -> list[Any]:
         try:

@@ -11,12 +11,12 @@ import fiddle as fdl
 
 from experiments.base.experiment import Experiment
 from experiments.half_depth import quickstart
-from kd_core.students.starts.lora_start import Adapted
+from kd_core.students.starts.lora_start import LoraStart
 
 
 def lora() -> fdl.Config[Experiment]:
     """The quick start's student, frozen, with trained adapters of rank 32 on all of its linear layers."""
     config = quickstart()
-    config.student = fdl.Config(Adapted, base=config.student, targets=("all",), rank=32, alpha=64.0)
+    config.student = fdl.Config(LoraStart, base=config.student, targets=("all",), rank=32, alpha=64.0)
     config.optimizer.lr = 2e-3
     return config

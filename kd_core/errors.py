@@ -13,10 +13,10 @@ class RankError(UsageError):
     """A `UsageError` that only this rank has met. The other ranks wait, so this rank must report it."""
 
 
-class EchoedError(UsageError):
+class RemoteError(UsageError):
     """An error of the first rank, raised on the others so that all stop. The first rank reports it."""
 
 
-def visible(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Escapes unprintable characters, so that untrusted text neither moves the cursor nor changes writing direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

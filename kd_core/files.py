@@ -19,14 +19,14 @@ from typing import Any, cast
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
-GRACE = 3.0  # seconds
+OWNER_GRACE_SECONDS = 3.0  # seconds
 # Errors of file systems that cannot lock files or flush folders.
-CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+UNSUPPORTED_ERRNOS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 # Bytes of a text that is parsed in one piece. Parsed JSON takes up to some twenty times as much memory.
-MOST_TEXT = 1 << 25
+MAX_TEXT_BYTES = 1 << 25
 
 
-def no_link(path: str, flags: int) -> int:
+def open_no_follow(path: str, flags: int) -> int:
     """Opens a file, as the `opener` of `open`, but no link and no pipe without a reader.
 
     A link in an untrusted folder would redirect our writes elsewhere. Opening such a pipe would block.
@@ -37,7 +37,7 @@ def no_link(path: str, flags: int) -> int:
 def write_bytes(path: Path, payload: bytes) -> None:
     """Writes `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb", opener=no_link) as file:
+    with open(partial, "wb", opener=open_no_follow) as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -50,7 +50,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in CANNOT:
+        if error.errno not in UNSUPPORTED_ERRNOS:
             raise
     finally:
         os.close(handle)
@@ -85,7 +85,9 @@ def is_plain_file(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def damaged(path: object, expected: str, then: str = "Restore it, or take another one") -> Generator[None]:
+def damage_as_usage_error(
+    path: object, expected: str, then: str = "Restore it, or take another one"
+) -> Generator[None]:
     """Turns any exception that reading an untrusted file raises into one `UsageError`.
 
     Args:
@@ -117,7 +119,7 @@ def open_plain(path: Path, expected: str) -> BufferedReader:
     return path.open("rb")
 
 
-def read_text(path: Path, expected: str, most: int = MOST_TEXT) -> str:
+def read_text(path: Path, expected: str, most: int = MAX_TEXT_BYTES) -> str:
     """Reads an untrusted text. `expected` describes the file in errors.
 
     Raises:
@@ -133,7 +135,7 @@ def read_text(path: Path, expected: str, most: int = MOST_TEXT) -> str:
         raise UsageError(f"{path}: not UTF-8 text ({error}), wanted {expected}. Restore or remake it.") from None
 
 
-def read_json(path: Path, expected: str, most: int = MOST_TEXT) -> dict[str, Any]:
+def read_json(path: Path, expected: str, most: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     """Reads a JSON object from an untrusted file. `expected` describes the file in errors.
 
     Raises:
@@ -164,7 +166,7 @@ def content_fingerprint(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def place_of_new_folder(path: Path) -> Path:
+def new_folder_target(path: Path) -> Path:
     """Returns the place of a new folder `path`: the target if it is a link, so that nothing is deleted through it.
 
     Raises:
@@ -183,9 +185,9 @@ def new_folder(path: Path) -> Generator[Path]:
     """Yields a temporary folder, renames it to `path` if the block succeeds, and removes it otherwise.
 
     Raises:
-        UsageError: as for `place_of_new_folder`.
+        UsageError: as for `new_folder_target`.
     """
-    path = place_of_new_folder(path)
+    path = new_folder_target(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -212,7 +214,7 @@ def flock(handle: int, how: int) -> None:
     try:
         fcntl.flock(handle, how)
     except OSError as error:
-        if error.errno not in CANNOT:
+        if error.errno not in UNSUPPORTED_ERRNOS:
             raise
         _warn_of_no_locks(os.strerror(error.errno or 0))
 
@@ -229,22 +231,22 @@ def is_owned(folder: Path) -> bool:
     """Checks whether a process owns `folder` now."""
     if not (folder / ".lock").exists():
         return False
-    with open(folder / ".lock", "a+", opener=no_link) as lock:
+    with open(folder / ".lock", "a+", opener=open_no_follow) as lock:
         return not _try_lock(lock.fileno())
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Generator[None]:
+def own_folder(folder: Path) -> Generator[None]:
     """Owns `folder` while the block runs. The kernel releases the lock when the process dies, however it dies.
 
-    Waits `GRACE` seconds for an owner that is about to end.
+    Waits `OWNER_GRACE_SECONDS` seconds for an owner that is about to end.
 
     Raises:
         UsageError: another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", opener=no_link) as lock:
-        deadline = time.monotonic() + GRACE
+    with open(folder / ".lock", "a+", opener=open_no_follow) as lock:
+        deadline = time.monotonic() + OWNER_GRACE_SECONDS
         while not _try_lock(lock.fileno()):
             if time.monotonic() > deadline:
                 lock.seek(0)

@@ -49,7 +49,7 @@ def _fetch(name: str) -> Path:
         ) from None
 
 
-def folder_of(name: str, where: str = "student.folder") -> Path:
+def resolve_folder(name: str, where: str = "student.folder") -> Path:
     """Returns the folder that a setting names, or the one in the cache for its hub id. `where` is the setting's path.
 
     Raises:
@@ -64,18 +64,18 @@ def folder_of(name: str, where: str = "student.folder") -> Path:
 
 
 def local_folder(name: str, where: str = "teacher") -> Path:
-    """Returns the folder of `folder_of`, which must exist.
+    """Returns the folder of `resolve_folder`, which must exist.
 
     Raises:
         UsageError: there is no such folder, or the hub id cannot be fetched.
     """
-    folder = folder_of(name, where)
+    folder = resolve_folder(name, where)
     if not folder.is_dir():
         raise UsageError(f"{where} {name}: no such folder. Wanted one, or {HUB}OWNER/NAME for a hub id.")
     return folder
 
 
-def snapshot_at(folder: Path) -> Snapshot | None:
+def snapshot_of_folder(folder: Path) -> Snapshot | None:
     """Returns the repository and commit of a folder in the hub's cache (models--OWNER--NAME/snapshots/COMMIT)."""
     kind, _, name = folder.parent.parent.name.partition("--")
     if folder.parent.name != "snapshots" or kind != "models":
@@ -83,7 +83,7 @@ def snapshot_at(folder: Path) -> Snapshot | None:
     return Snapshot(name.replace("--", "/"), folder.name)
 
 
-def pinned(name: str) -> str:
+def pin_commit(name: str) -> str:
     """Returns a hub id with the commit that it resolves to, and any other name unchanged."""
-    snapshot = snapshot_at(folder_of(name)) if name.startswith(HUB) else None
+    snapshot = snapshot_of_folder(resolve_folder(name)) if name.startswith(HUB) else None
     return f"{HUB}{snapshot.repository}@{snapshot.commit}" if snapshot else name

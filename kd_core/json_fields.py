@@ -12,52 +12,52 @@ LARGEST = 1 << 64
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def integer(value: Any, name: str, least: int, most: int) -> int:
+def check_integer(value: Any, name: str, least: int, most: int) -> int:
     """Checks an integer and its bounds. No bool, float or string passes."""
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name}: {shown(value)}; wanted a whole number from {least} to {most}")
+        raise ValueError(f"{name}: {short_repr(value)}; wanted a whole number from {least} to {most}")
     return value
 
 
-def number(value: Any, name: str) -> float:
+def check_number(value: Any, name: str) -> float:
     """Checks a finite number."""
     # Compare the size first: `isfinite` overflows for an integer of hundreds of digits.
     if type(value) not in (int, float) or (type(value) is int and abs(value) > LARGEST) or not math.isfinite(value):
-        raise ValueError(f"{name}: {shown(value)}; wanted a finite number")
+        raise ValueError(f"{name}: {short_repr(value)}; wanted a finite number")
     return value
 
 
-def text(value: Any, name: str) -> str:
+def check_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name}: {shown(value)}; wanted a string")
+        raise ValueError(f"{name}: {short_repr(value)}; wanted a string")
     return value
 
 
-def digest(value: Any, name: str) -> str:
+def check_digest(value: Any, name: str) -> str:
     """Checks a hexadecimal sha256."""
-    if not SHA256.fullmatch(text(value, name)):
-        raise ValueError(f"{name}: {shown(value)}; wanted 64 hexadecimal digits")
+    if not SHA256.fullmatch(check_text(value, name)):
+        raise ValueError(f"{name}: {short_repr(value)}; wanted 64 hexadecimal digits")
     return value
 
 
-def items(value: Any, name: str) -> list[Any]:
+def check_list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{name}: {shown(value)}; wanted a list")
+        raise ValueError(f"{name}: {short_repr(value)}; wanted a list")
     return cast(list[Any], value)
 
 
-def fields(value: Any, name: str, expected: Iterable[str] | None = None) -> dict[str, Any]:
+def check_object(value: Any, name: str, expected: Iterable[str] | None = None) -> dict[str, Any]:
     """Checks an object. With `expected`, it must have exactly these fields."""
     if not isinstance(value, dict):
-        raise ValueError(f"{name}: {shown(value)}; wanted an object")
+        raise ValueError(f"{name}: {short_repr(value)}; wanted an object")
     by_name = cast(dict[str, Any], value)
     if expected is not None and (differing := sorted(set(expected) ^ set(by_name))):
         word = "unknown" if differing[0] in by_name else "missing"
-        raise ValueError(f"{name}: field {shown(differing[0])} is {word}")
+        raise ValueError(f"{name}: field {short_repr(differing[0])} is {word}")
     return by_name
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Returns a value as text for a message: short and on one line, whatever the value is."""
     if type(value) is int and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"

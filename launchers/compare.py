@@ -48,7 +48,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[s
 
 def main(*folders: str) -> None:
     """Read the runs; print tables; write the page."""
-    from kd_core.errors import UsageError, visible
+    from kd_core.errors import UsageError, escape_unprintable
     from kd_core.files import write_text
     from launchers.reports import runs as of
     from launchers.reports.plots import sparkline
@@ -61,7 +61,7 @@ def main(*folders: str) -> None:
     names = labels(runs)
     for name, run in zip(names, runs, strict=True):
         note = "" if run.lines else "  (no number logged yet)"
-        print(f"{name}: {visible(str(run.folder))}, step {run.step} of {run.steps}{note}")
+        print(f"{name}: {escape_unprintable(str(run.folder))}, step {run.step} of {run.steps}{note}")
     _table("Settings that differ", names, of.settings_rows(runs, ALL.value), "none.")
     _table("Provenance", names, of.provenance_rows(runs, ALL.value), "nothing differs.")
     _table("Numbers, last (and difference to A)", names, of.metric_rows(runs, ALL.value), "no run has logged any yet.")

@@ -39,10 +39,10 @@ def main() -> None:
     from data.importers.import_cache import UNKNOWN, Conversion, convert
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
-    from kd_core.files import damaged, read_json
-    from kd_core.hub import folder_of
-    from kd_core.json_fields import integer
-    from kd_core.students.decoder.architecture import MOST
+    from kd_core.files import damage_as_usage_error, read_json
+    from kd_core.hub import resolve_folder
+    from kd_core.json_fields import check_integer
+    from kd_core.students.decoder.architecture import UPPER_BOUNDS
 
     kind, source, out = FORMAT.value, SOURCE.value, OUT.value
     if kind is None or source is None or out is None or (MODEL.value is None) == (VOCAB_SIZE.value is None):
@@ -50,12 +50,12 @@ def main() -> None:
     vocab_size = columns = VOCAB_SIZE.value or 0
     tokenizer = UNKNOWN
     if MODEL.value is not None:
-        folder = folder_of(MODEL.value, "--model")
+        folder = resolve_folder(MODEL.value, "--model")
         found = Tokenizer(folder)
         vocab_size, tokenizer = found.vocab_size, found.fingerprint()
         config = read_json(folder / "config.json", "a Hugging Face model configuration")
-        with damaged(folder / "config.json", "a Hugging Face model configuration"):
-            columns = integer(config.get("vocab_size", vocab_size), "vocab_size", 1, MOST["vocab_size"])
+        with damage_as_usage_error(folder / "config.json", "a Hugging Face model configuration"):
+            columns = check_integer(config.get("vocab_size", vocab_size), "vocab_size", 1, UPPER_BOUNDS["vocab_size"])
     job = Conversion(
         kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0,
         columns=max(columns, vocab_size),

@@ -88,14 +88,14 @@ def measure_model(
     from experiments.base.checks import cache_facts, refuse_taken_names
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.config import Parallel
-    from kd_core.training.evaluation import Asked, evaluate
+    from kd_core.training.evaluation import EvaluationRequest, evaluate
 
     opened, tokenizer = {cache: Shards(cache) for cache in caches}, Tokenizer(tokenizer_folder)
     for shards in opened.values():
         shards.check(model.arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
     parallel, objective = Parallel(precision=precision), Objective({"sft": CrossEntropy()})
     refuse_taken_names(metrics, objective, opened.values())
-    asked = Asked(objective, metrics, tokenizer.byte_lengths())
+    asked = EvaluationRequest(objective, metrics, tokenizer.byte_lengths())
 
     def measured(shards: Shards) -> dict[str, float]:
         collate = Collate(shards.manifest.row_length)
@@ -112,7 +112,7 @@ def _user_metrics() -> list[Any]:
     from experiments.config import user_code
 
     wanted = "FILE.py:NAME"
-    return [user_code.of_file(text, f"--metric={text}", wanted).load() for text in METRIC.value]
+    return [user_code.load_from_file(text, f"--metric={text}", wanted).load() for text in METRIC.value]
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -134,7 +134,7 @@ def main() -> None:
     """Measure and print."""
     from experiments.config.saved_students import find_student, load_student
     from kd_core.errors import UsageError
-    from kd_core.hub import folder_of
+    from kd_core.hub import resolve_folder
     from kd_core.parallel.world import joined_world
     from kd_core.precision import choose_precision
 
@@ -142,10 +142,10 @@ def main() -> None:
         raise UsageError("wanted --student=DIR and --cache=DIR.")
     metrics = _user_metrics()
     with joined_world() as world:
-        student = find_student(folder_of(STUDENT.value, "--student"), STEP.value)
+        student = find_student(resolve_folder(STUDENT.value, "--student"), STEP.value)
         model, tokenizer_folder = load_student(student, world.device)
         wanted = cast("Precision", PRECISION.value)
-        chosen = world.on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))
+        chosen = world.run_on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))
         chosen.warn_if_slow("--precision")
         caches = list(dict.fromkeys(CACHE.value))
         found = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)

@@ -36,13 +36,13 @@ def main() -> None:
     import torch
 
     from experiments.config.saved_students import find_student, load_student, recorded_chat_format
-    from kd_core.files import place_of_new_folder
+    from kd_core.files import new_folder_target
     from kd_core.students.huggingface.save import save_pretrained
     from kd_core.training.checkpoints.checkpoint import newest
     from kd_core.training.run_folder import RunFolder
 
     source, out = Path(STUDENT.value), Path(OUT.value)
-    place = place_of_new_folder(out)
+    place = new_folder_target(out)
     if place.exists() and any(place.iterdir()):
         raise UsageError(f"--out={out}: holds something ({next(place.iterdir()).name}). Name a new folder.")
     folder = find_student(source, STEP.value or ("last" if newest(RunFolder(source).checkpoints) else None))

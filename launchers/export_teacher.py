@@ -64,7 +64,7 @@ def _export(export: Any, out: Path) -> None:
     from data.export.extend import end_growth, growth_of
     from data.export.plan import make_plans
     from data.export.resume_check import claim, claim_growth
-    from kd_core.files import owned
+    from kd_core.files import own_folder
     from kd_core.hub import local_folder
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_others
@@ -72,18 +72,18 @@ def _export(export: Any, out: Path) -> None:
     refuse_others(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before ranks wait for each other
     with joined_world() as world, ExitStack() as stack:
-        world.on_first(lambda: stack.enter_context(owned(out)))
-        chosen = world.on_first(lambda: _choose_dtype(export, out, world.device))
+        world.run_on_first(lambda: stack.enter_context(own_folder(out)))
+        chosen = world.run_on_first(lambda: _choose_dtype(export, out, world.device))
         app.log.info("dtype: %s", chosen)
         export = replace(export, dtype=chosen.precision)
         bad_rows = export.corpus.bad_rows()
         grow = (lambda: growth_of(out, begin=True)) if EXTEND.value else lambda: None
-        plans = world.on_first(lambda: make_plans(export, out, grow(), bad_rows))
+        plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows))
         if plans and plans[0].texts:
             app.log.info("texts: %s", plans[0].texts)
         take = claim_growth if EXTEND.value else claim
-        wanted = [plan for plan in plans if not world.on_first(lambda plan=plan: take(plan))]
-        world.on_first(lambda: bad_rows.write(out))
+        wanted = [plan for plan in plans if not world.run_on_first(lambda plan=plan: take(plan))]
+        world.run_on_first(lambda: bad_rows.write(out))
         if EXTEND.value and not plans:
             app.log.info("%s: every document of the corpus is there already", out)
         for plan in plans:
@@ -92,12 +92,12 @@ def _export(export: Any, out: Path) -> None:
         model: Any = steps.load_teacher(export, world.device) if wanted else None
         for plan in wanted:
             pilot: list[Any] = []
-            world.on_first(lambda plan=plan, pilot=pilot: pilot.extend(steps.make_tables(plan, model)))
+            world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(steps.make_tables(plan, model)))
             steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
             world.barrier()
-            app.log.info("%s", world.on_first(lambda plan=plan: steps.finish(plan)).summary(plan.folder))
+            app.log.info("%s", world.run_on_first(lambda plan=plan: steps.finish(plan)).summary(plan.folder))
         if EXTEND.value:
-            world.on_first(lambda: end_growth(out))
+            world.run_on_first(lambda: end_growth(out))
 
 
 def main() -> None:

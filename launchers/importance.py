@@ -89,16 +89,22 @@ def _rows(teacher: Path) -> Any:
 
 def _measured(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:
     """A score a layer, more where it matters more, and what to keep."""
-    from kd_core.students.layer_importance import block_influence, drop_greedily, kept_of, nll_of, nll_without_each
+    from kd_core.students.layer_importance import (
+        block_influence,
+        drop_greedily,
+        nll_with_layers,
+        nll_without_each,
+        top_layers,
+    )
 
     layers = range(text.model.arch.num_layers)
     if MEASURE.value == "influence":
         scores = block_influence(text)
-        return scores, kept_of(scores, keep)
+        return scores, top_layers(scores, keep)
     if MEASURE.value == "alone":
-        base = nll_of(text, layers)
+        base = nll_with_layers(text, layers)
         scores = [drop.nll - base for drop in nll_without_each(text, layers)]
-        return scores, kept_of(scores, keep)
+        return scores, top_layers(scores, keep)
     dropped = drop_greedily(
         text, keep, lambda drop: app.log.info("without layer %d too: NLL %.3f", drop.layer, drop.nll)
     )
@@ -116,8 +122,8 @@ def main() -> None:
     from kd_core.files import write_json
     from kd_core.hub import local_folder
     from kd_core.precision import DTYPES, Precision, choose_precision
-    from kd_core.students.layer_importance import LayerwiseText, nll_of
-    from kd_core.students.starts.start import Pretrained, build
+    from kd_core.students.layer_importance import LayerwiseText, nll_with_layers
+    from kd_core.students.starts.start import Pretrained, build_student
 
     if TEACHER.value is None:
         raise UsageError("wanted --teacher=DIR. Try --help.")
@@ -128,7 +134,7 @@ def main() -> None:
     app.log.info("dtype: %s", chosen)
     chosen.warn_if_slow("--dtype")
     tokens = Tokenizer(teacher).vocab_size
-    model = build(Pretrained(str(teacher)), device, 0, tokens).to(DTYPES[chosen.precision]).eval()
+    model = build_student(Pretrained(str(teacher)), device, 0, tokens).to(DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:
@@ -138,9 +144,9 @@ def main() -> None:
     scores, kept = _measured(text, keep)
     even = tuple(round(i * (count - 1) / max(1, keep - 1)) for i in range(keep))
     found = {
-        f"all {count} layers": nll_of(text, range(count)),
-        f"the {keep} kept": nll_of(text, kept),
-        f"{keep} evenly spaced": nll_of(text, even),
+        f"all {count} layers": nll_with_layers(text, range(count)),
+        f"the {keep} kept": nll_with_layers(text, kept),
+        f"{keep} evenly spaced": nll_with_layers(text, even),
     }
     words = {"greedy": "dropped as number (more: kept)", "alone": "rise of NLL without it", "influence": "influence"}
     print(f"layer  {words[MEASURE.value or '']}")

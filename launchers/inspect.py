@@ -33,7 +33,7 @@ from absl import flags
 from launchers.cli import app
 
 if TYPE_CHECKING:
-    from data.cache.inspection.readable import Words
+    from data.cache.inspection.readable import IdToText
     from data.cache.inspection.survey import Survey
     from data.cache.manifest import Manifest
     from data.cache.record import Record
@@ -122,11 +122,11 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
     from data.cache.inspection.readable import tokenizer_folders
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
-    from kd_core.hub import folder_of
+    from kd_core.hub import resolve_folder
 
     fingerprint, teacher = manifest.tokenizer, manifest.made.get("teacher")
     if TOKENIZER.value is not None:
-        found = Tokenizer(folder_of(TOKENIZER.value, "--tokenizer"))
+        found = Tokenizer(resolve_folder(TOKENIZER.value, "--tokenizer"))
         if found.fingerprint_like(fingerprint) != fingerprint:
             raise UsageError(
                 f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "
@@ -150,7 +150,7 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
     """Read the whole cache; the first records are kept."""
     from tqdm import tqdm
 
-    from data.cache.inspection.scan import blocks, read_coding
+    from data.cache.inspection.scan import read_coding, scan_blocks
     from data.cache.inspection.survey import Survey
     from data.cache.manifest import read_manifest
     from kd_core.errors import UsageError
@@ -161,7 +161,7 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
     manifest, survey, kept = read_manifest(folder), Survey(), list["Record"]()
     coding = read_coding(folder, manifest, refuse)
     with tqdm(total=manifest.positions, unit="pos", unit_scale=True, delay=1, desc="reading", leave=False) as bar:
-        for visited in blocks(folder, manifest, coding, refuse):
+        for visited in scan_blocks(folder, manifest, coding, refuse):
             survey.add(visited)
             kept += visited.records[: most - len(kept)]
             bar.update(visited.header.positions)
@@ -169,7 +169,7 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
     return manifest, survey, kept
 
 
-def _print_records(records: "list[Record]", words: "Words") -> None:
+def _print_records(records: "list[Record]", words: "IdToText") -> None:
     from launchers.reports import records_page
 
     width = shutil.get_terminal_size((100, 24)).columns
@@ -183,17 +183,17 @@ def _print_records(records: "list[Record]", words: "Words") -> None:
 
 def show(folder: Path) -> None:
     """Print what is in the cache, and write the page."""
-    from data.cache.inspection.readable import visible, words_of
+    from data.cache.inspection.readable import escape_unprintable, id_to_text
     from kd_core.files import write_text
     from launchers.reports import records_page
 
     wanted = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
     manifest, survey, records = _look(folder, wanted)
     tokenizer = find_tokenizer(folder, manifest)
-    words = words_of(tokenizer)
-    print(f"{visible(str(folder))}\n")
+    words = id_to_text(tokenizer)
+    print(f"{escape_unprintable(str(folder))}\n")
     for name, line in facts(manifest, survey):
-        print(f"  {name:<14} {visible(line)}")
+        print(f"  {name:<14} {escape_unprintable(line)}")
     print("\n  bytes                              all   a position")
     for name, size, each in costs(survey):
         print(f"  {name:<26} {size:>12,} {each:>10.2f}")
@@ -203,7 +203,7 @@ def show(folder: Path) -> None:
     for name, mass in coverage:
         print(f"  {name:<14} {mass:.4f}")
     if tokenizer is None and records:
-        print(visible(f"\nids, not text: {_missing(manifest)}. Name its folder with --tokenizer=DIR."))
+        print(escape_unprintable(f"\nids, not text: {_missing(manifest)}. Name its folder with --tokenizer=DIR."))
     _print_records(records, words)
     if HTML.value:
         tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage)
@@ -216,7 +216,7 @@ def check(folder: Path) -> None:
     """Verify, print all that is wrong, and end with status 1 if anything is."""
     from tqdm import tqdm
 
-    from data.cache.inspection.readable import visible
+    from data.cache.inspection.readable import escape_unprintable
     from data.cache.inspection.verify import verify
     from data.cache.manifest import read_manifest
 
@@ -229,13 +229,13 @@ def check(folder: Path) -> None:
         found = verify(folder, bar.update)
     seconds = time.perf_counter() - started
     for problem in found.problems:
-        print(visible(problem))
+        print(escape_unprintable(problem))
     if found.more:
         print(f"and {found.more} more")
     wrong = len(found.problems) + found.more
     print(
-        f"{visible(str(folder))}: {f'{wrong} problems' if wrong else 'whole'}; verified {found.bytes} bytes, "
-        f"{found.records} records, {found.positions} positions in {seconds:.1f} s "
+        f"{escape_unprintable(str(folder))}: {f'{wrong} problems' if wrong else 'whole'}; verified "
+        f"{found.bytes} bytes, {found.records} records, {found.positions} positions in {seconds:.1f} s "
         f"({found.bytes / seconds / 1e6:.1f} MB/s, {found.positions / seconds:,.0f} positions/s)"
     )
     if wrong:

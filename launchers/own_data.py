@@ -40,7 +40,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
         UsageError: they could not be measured.
     """
     from kd_core.errors import UsageError
-    from kd_core.files import damaged, read_json
+    from kd_core.files import damage_as_usage_error, read_json
     from kd_core.students.huggingface.config_json import read_architecture
 
     count = read_architecture(Path(teacher)).num_layers
@@ -53,7 +53,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
             raise UsageError(
                 f"{teacher}: its layers could not be measured (above). Name them: --config=student.keep_layers=…"
             )
-    with damaged(out, "measured layers", "Delete it and run the same again"):
+    with damage_as_usage_error(out, "measured layers", "Delete it and run the same again"):
         return f"student.keep_layers={tuple(int(i) for i in read_json(out, 'measured layers')['keep_layers'])}"
 
 
@@ -61,9 +61,9 @@ def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> lis
     """Returns settings of the steps: once over the cache, or up to four times where that is little."""
     from data.cache.manifest import read_manifest
     from experiments.base.checks import EPOCHS
-    from experiments.config.config_items import resolve
+    from experiments.config.config_items import resolve_items
 
-    config = resolve([*items, *changes], "Experiment").config
+    config = resolve_items([*items, *changes], "Experiment").config
     length = config.collate.row_length
     tokens = max(1, config.tokens_per_step // length) * length
     epoch = read_manifest(cache).positions // tokens

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from kd_core.errors import visible
+from kd_core.errors import escape_unprintable
 from launchers import own_data
 from launchers.cli import app
 
@@ -44,7 +44,7 @@ PROMPT_TOKENS = 40
 
 
 def _say(text: str) -> None:
-    print("\n".join(map(visible, app.as_started(text).split("\n"))), flush=True)
+    print("\n".join(map(escape_unprintable, app.as_started(text).split("\n"))), flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:
@@ -145,10 +145,10 @@ def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, An
     from data.cache.manifest import read_manifest
     from data.tokenizer import Tokenizer
     from experiments.config.frozen_records import recorded_student
-    from kd_core.hub import folder_of
+    from kd_core.hub import resolve_folder
     from kd_core.parallel.config import Parallel
     from kd_core.parallel.world import joined_world
-    from kd_core.students.starts.start import Pretrained, build
+    from kd_core.students.starts.start import Pretrained, build_student
     from kd_core.training.generation import continue_greedily
     from launchers.evaluate import measure_model
 
@@ -163,8 +163,8 @@ def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, An
     report: dict[str, Any] = {"prompt": text, "models": []}
     with joined_world() as world:
         for name, start in starts.items():
-            model = build(start, world.device, 0, tokenizer.vocab_size)
-            (numbers,) = measure_model(model, folder_of(start.folder), [str(cache)], "float32", world).values()
+            model = build_student(start, world.device, 0, tokenizer.vocab_size)
+            (numbers,) = measure_model(model, resolve_folder(start.folder), [str(cache)], "float32", world).values()
             said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
             report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})
     return report
@@ -203,7 +203,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from kd_core.errors import UsageError
-    from kd_core.files import damaged, read_json, write_json
+    from kd_core.files import damage_as_usage_error, read_json, write_json
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
     cache, report_path = folder / "cache", run_dir / "report.json"
@@ -246,7 +246,7 @@ def main() -> None:
     _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
     _stage(3, "Distil a student with half the layers", train)
     _stage(4, "Compare student before, student after and teacher on held-out text", compare)
-    with damaged(report_path, "the quick start's report", "Delete it and run the same again"):
+    with damage_as_usage_error(report_path, "the quick start's report", "Delete it and run the same again"):
         _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
 
 

@@ -94,7 +94,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     from launchers.sweeps.local_queue import Queue, StoppedError
     from launchers.sweeps.results import Results
 
-    if queued := slurm_commands.of_points(folder, points):
+    if queued := slurm_commands.states_by_point(folder, points):
         raise UsageError(
             f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or scancel their jobs."
         )
@@ -102,7 +102,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
     slots = point_process.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
     results = Results(folder, points, gone, KEEP.value)
     try:
-        Queue(folder, _left(folder, points), slots, nproc, results.keep_up).run()
+        Queue(folder, _left(folder, points), slots, nproc, results.write_if_due).run()
     except StoppedError as stopped:
         results.write()
         if stopped.number == signal.SIGINT:
@@ -122,7 +122,7 @@ def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     request = slurm.Request(
         PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
     )
-    queued = slurm_commands.of_points(folder, points)
+    queued = slurm_commands.states_by_point(folder, points)
     left = [point for point in _left(folder, points) if point.id not in queued]
     by_state = (f"{n} {state}" for state, n in Counter(queued.values()).items())
     app.log.info("%s", ": ".join([f"{len(queued)} are in Slurm's queue", *([", ".join(by_state)] if queued else [])]))
@@ -168,19 +168,19 @@ def _refuse_missing_caches(folder: "SweepFolder", points: Sequence["Point"]) -> 
 def main() -> None:
     """Find the sweep, resolve its points, and hand them to the backend."""
     if LIST.value:
-        print(catalog.listing(catalog.SWEEP))
+        print(catalog.format_listing(catalog.SWEEP))
         return
     from experiments.config import find_sweep, user_code
-    from experiments.config.sweep_points import resolve
+    from experiments.config.sweep_points import resolve_points
     from kd_core.errors import UsageError
-    from kd_core.files import owned
+    from kd_core.files import own_folder
     from launchers.cli.folder_guard import A_SWEEP, refuse_others
     from launchers.sweeps.sweep_folder import SweepFolder
 
     if not SWEEP.value:
         raise UsageError("no --sweep given. Name one: --sweep=NAME (--list shows them), or --sweep=FILE.py:NAME.")
-    name, function = find_sweep.find(SWEEP.value)
-    points = resolve(user_code.of(function, f"--sweep={SWEEP.value}"), CONFIG.value, name)
+    name, function = find_sweep.find_sweep(SWEEP.value)
+    points = resolve_points(user_code.call_function(function, f"--sweep={SWEEP.value}"), CONFIG.value, name)
     folder = SweepFolder(Path(OUT.value or f"sweeps/{name}"))
     _refuse_flags_of_slurm()
     if BACKEND.value == "plan":
@@ -191,7 +191,7 @@ def main() -> None:
         return
     refuse_others(folder.path, A_SWEEP, "out")
     _refuse_missing_caches(folder, points)
-    with owned(folder.path):
+    with own_folder(folder.path):
         gone = folder.claim(name, points)
         if gone:
             shown = ", ".join(point["id"] for point in gone)
@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.sweep", f"{__doc__}\nSweeps of experiments/:\n{catalog.listing(catalog.SWEEP)}")
+    app.start(main, "launchers.sweep", f"{__doc__}\nSweeps of experiments/:\n{catalog.format_listing(catalog.SWEEP)}")

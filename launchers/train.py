@@ -66,12 +66,12 @@ def _claim(run_folder: Any, resolved: Any, text: str, facts: dict[str, Any]) -> 
     from kd_core.parallel.config import LAYOUT_SETTINGS
 
     may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
-    record, then = config_items.record(resolved.config), run_folder.path / "config.json"
+    record, then = config_items.record_json(resolved.config), run_folder.path / "config.json"
     # The settings as text serve where a description would run code of the record.
     describe = None if then.exists() and keeps_code(then) else lambda: config_items.recorded_text(then)
     changed = run_folder.claim(record, text, may_change, describe)
     attempt = run_folder.begin_attempt({**facts, "changed": changed})
-    code_hashes.keep_code(attempt)
+    code_hashes.write_code(attempt)
     for name, how in changed.items():
         other = "layout" if name in may_change else "length" if name == "steps" else "schedule"
         app.log.info("resumed with another %s: %s is %s", other, name, how)
@@ -91,27 +91,27 @@ def _set_precision(experiment: Any, resolved: Any, chosen: "ChosenPrecision") ->
 
 def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | None) -> None:
     from experiments.config import code_hashes, config_items, record_diff
-    from kd_core.files import owned
-    from kd_core.parallel.collectives import prove_same, together
+    from kd_core.files import own_folder
+    from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from kd_core.precision import choose_precision
-    from kd_core.training.monitoring.profiler import profiled
+    from kd_core.training.monitoring.profiler import trace_steps
     from kd_core.training.run_folder import RunFolder, attempt_facts
-    from kd_core.training.stop_signals import Stopping
+    from kd_core.training.stop_signals import StopSignals
     from launchers.cli import rank_facts
     from launchers.cli.folder_guard import A_RUN, refuse_others
 
     run_folder = RunFolder(folder)
     patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
-    with Stopping(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
+    with StopSignals(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
         wanted = experiment.parallel.precision
-        chosen = world.on_first(lambda: choose_precision(wanted, world.device, run_folder.precision()))
+        chosen = world.run_on_first(lambda: choose_precision(wanted, world.device, run_folder.precision()))
         experiment = _set_precision(experiment, resolved, chosen)
         text = config_items.describe(resolved)
 
         def check() -> dict[str, str]:
             refuse_others(folder, A_RUN, "run_dir")
-            stack.enter_context(owned(folder))
+            stack.enter_context(own_folder(folder))
             shown = experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
             return {"precision": str(chosen), **shown}
 
@@ -125,10 +125,10 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
             for setting in experiment.unused():
                 app.log.warning("unused: %s.", setting)
 
-        shown = world.on_first(check)
-        prove_same(world, together(world, lambda: rank_facts.facts(text, experiment))[world.rank])
-        world.on_first(claim)
-        stack.enter_context(profiled(PROFILE.value, folder / "profile", world.rank))
+        shown = world.run_on_first(check)
+        assert_ranks_agree(world, run_on_all_ranks(world, lambda: rank_facts.facts(text, experiment))[world.rank])
+        world.run_on_first(claim)
+        stack.enter_context(trace_steps(PROFILE.value, folder / "profile", world.rank))
         if experiment.run(run_folder, world, stopping):
             app.log.info("done: %s", folder)
 
@@ -147,7 +147,7 @@ def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
     """Print what a run on this machine would be."""
     import torch
 
-    from kd_core.errors import visible
+    from kd_core.errors import escape_unprintable
     from kd_core.precision import choose_precision
     from kd_core.training.run_folder import RunFolder
 
@@ -155,12 +155,12 @@ def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
     chosen = choose_precision(experiment.parallel.precision, device, RunFolder(folder).precision())
     shown = {"precision": chosen, **experiment.check(WORLD.value), "checkpoints": folder / "checkpoints"}
     for name, value in shown.items():
-        print(visible(f"{name}: {value}"))
+        print(escape_unprintable(f"{name}: {value}"))
     chosen.warn_if_slow("parallel.precision")
     for setting in experiment.unused():
-        print(visible(f"unused: {setting}."))
+        print(escape_unprintable(f"unused: {setting}."))
     if resolved.repeats:
-        print("\n".join(map(visible, _repeated(experiment, resolved, device).split("\n"))))
+        print("\n".join(map(escape_unprintable, _repeated(experiment, resolved, device).split("\n"))))
 
 
 def main() -> None:
@@ -169,11 +169,11 @@ def main() -> None:
     if resolved is None:
         return
     from kd_core.errors import UsageError
-    from kd_core.training.stop_signals import seconds_of
+    from kd_core.training.stop_signals import parse_seconds
 
     if WORLD.present and not app.FLAGS.dry_run:
         raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
-    max_seconds = seconds_of(MAX_TIME.value) if MAX_TIME.value else None
+    max_seconds = parse_seconds(MAX_TIME.value) if MAX_TIME.value else None
     experiment = resolved.build()
     experiment.fetch()
     folder = Path(RUN_DIR.value or f"runs/{resolved.name}")

@@ -7,11 +7,11 @@ import numpy as np
 
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES, Audit, Block, Manifest, Shard
+from data.cache.manifest import TABLES_FILE, Audit, Block, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection
-from data.cache.tar import END
-from data.cache.writer import block_bytes, write_shard, write_tables
+from data.cache.tar import END_OF_TAR
+from data.cache.writer import encode_block_members, write_shard, write_tables
 
 VOCAB = 32_000
 
@@ -47,9 +47,9 @@ def write_cache(
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), 8192))]
         made.append([random_record(random, int(length), K) for length in lengths])
     tables = fit_tables(made[0], VOCAB, shards * blocks * 8192)
-    write_tables(folder / TABLES, tables)
+    write_tables(folder / TABLES_FILE, tables)
     coding = Coding(tables, selection, "standard")
-    payloads = [block_bytes(0, records, coding, 1.0) for records in made]
+    payloads = [encode_block_members(0, records, coding, 1.0) for records in made]
     facts = [
         Block(len(payload), hashlib.sha256(payload).hexdigest(), tuple(record.positions for record in records))
         for payload, records in zip(payloads, made, strict=True)
@@ -59,9 +59,9 @@ def write_cache(
         name, chosen = f"shard-{number:06d}.tar", [(number + block) % distinct for block in range(blocks)]
         write_shard(folder / name, [payloads[i] for i in chosen])
         whole = (folder / name).read_bytes()
-        assert whole.endswith(END)
+        assert whole.endswith(END_OF_TAR)
         listed.append(Shard(name, len(whole), hashlib.sha256(whole).hexdigest(), tuple(facts[i] for i in chosen)))
-    raw = (folder / TABLES).read_bytes()
+    raw = (folder / TABLES_FILE).read_bytes()
     Manifest(
         vocab_size=VOCAB, tokenizer="synthetic", teacher={}, selection=selection, row_length=row_length,
         codec="standard", audit=Audit(0, 0, 0),

@@ -187,7 +187,7 @@ def _settings_of_the_table() -> list[str]:
 def test_the_table_of_the_readme_names_settings_that_are_there() -> None:
     settings = _settings_of_the_table()
     assert len(settings) > 30
-    graphs = [config_items.resolve([name], kind).config for name, kind in (("quickstart", "Experiment"),
+    graphs = [config_items.resolve_items([name], kind).config for name, kind in (("quickstart", "Experiment"),
               ("quickstart_export", "TeacherExport"), ("lora", "Experiment"))]  # fmt: skip
     for setting in settings:
         path, _, value = setting.partition("=")

@@ -28,22 +28,22 @@ from torch.distributed.checkpoint import save as dcp_save
 from data.corpus.chat.chat_template import ChatTemplate
 from data.corpus.chat.conversations import Conversation
 from data.corpus.corpus import Corpus
-from data.importers.lines import files_of, read_lines
+from data.importers.lines import files_of, read_records
 from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.tokenizer import Tokenizer
 from experiments.base.sweep_definition import Sweep, seeds
 from experiments.config import config_items
 from experiments.config.frozen_records import load_record, recorded_student
-from experiments.config.sweep_points import resolve
+from experiments.config.sweep_points import resolve_points
 from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
 from kd_core.files import json_text, read_json, write_bytes, write_json, write_text
 from kd_core.parallel.world import World, joined_world
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.gguf import convert_gguf
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.checkpoints import checkpoint
-from kd_core.training.checkpoints.checkpoint import Content, Progress
+from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress
 from kd_core.training.checkpoints.checkpoint_state import run_state
 from kd_core.training.monitoring.metric_log import MetricLog, read_metrics
 from kd_core.training.optimizer import AdamW
@@ -90,7 +90,7 @@ def _refused(work: Callable[[], object], match: str, seconds: float = 20.0) -> N
 
 
 def _student(tiny: Tiny) -> tuple[Decoder, torch.optim.Optimizer]:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     return model, AdamW().build(model)
 
 
@@ -101,8 +101,8 @@ def folder(tiny: Tiny, tmp_path: Path) -> Path:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    config = config_items.resolve(tiny.train_items(), "Experiment").config
-    content = Content(run_state(model, optimizer), Progress(1, 4), {}, config_items.record(config))
+    config = config_items.resolve_items(tiny.train_items(), "Experiment").config
+    content = CheckpointContent(run_state(model, optimizer), Progress(1, 4), {}, config_items.record_json(config))
     return checkpoint.write(tmp_path / "checkpoints", content, World(), None)
 
 
@@ -122,7 +122,7 @@ def test_no_pickle_of_a_checkpoint_is_read(tiny: Tiny, folder: Path, marker: Pat
     for name in (".metadata", "__0_0.distcp", "tensors_00001.distcp"):
         (folder / name).write_bytes(hostile)
     _rehash(folder)
-    assert checkpoint.newest_whole(folder.parent, World()) == folder
+    assert checkpoint.newest_undamaged(folder.parent, World()) == folder
     checkpoint.load(folder, model, optimizer)
     (folder / "tensors_00000.safetensors").write_bytes(hostile)
     _rehash(folder)
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_was_changed_is_one_message(tiny: Tiny, folder: Path, 
     change(folder)
     _rehash(folder)
     model, optimizer = _student(tiny)
-    assert checkpoint.damage(folder) == []  # hashes are no help
+    assert checkpoint.find_damage(folder) == []  # hashes are no help
     _refused(lambda: checkpoint.load(folder, model, optimizer), match)
 
 
@@ -234,7 +234,7 @@ def test_hashes_of_a_checkpoint_name_its_own_files_alone(folder: Path) -> None:
     facts = {"bytes": 1, "sha256": "0" * 64}
     for hostile in ({"../../etc/passwd": facts}, {"progress.json": 3}, {"progress.json": {"bytes": -1, "sha256": ""}}):
         write_json(folder / checkpoint.HASHES, hostile)
-        assert "damaged" in checkpoint.damage(folder)[0]
+        assert "damaged" in checkpoint.find_damage(folder)[0]
 
 
 # Run records
@@ -288,7 +288,7 @@ def _hostile_records(marker: Path, record: str) -> dict[str, str]:
 
 
 def test_a_record_names_parts_of_experiments_alone(tiny: Tiny, marker: Path, tmp_path: Path) -> None:
-    record = config_items.record(config_items.resolve(tiny.train_items(), "Experiment").config)
+    record = config_items.record_json(config_items.resolve_items(tiny.train_items(), "Experiment").config)
     path = tmp_path / "config.json"
     path.write_text(record)
     assert recorded_student(path).folder == str(tiny.teacher)
@@ -303,7 +303,7 @@ def test_a_record_names_parts_of_experiments_alone(tiny: Tiny, marker: Path, tmp
 
 
 def test_a_record_that_unfolds_without_end_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    record = config_items.record(config_items.resolve(tiny.train_items(), "Experiment").config)
+    record = config_items.record_json(config_items.resolve_items(tiny.train_items(), "Experiment").config)
     for last in (0, 60):  # by halves, for ever; and in a circle
         value = json.loads(record)
         kind = {"type": "pyref", "module": "builtins", "name": "tuple"}
@@ -349,13 +349,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("which", CONFIGS)
 def test_a_configuration_is_bounded_by_the_weights_beside_it(tiny: Tiny, tmp_path: Path, which: str) -> None:
     folder = _copied(tiny, tmp_path / "student", **CONFIGS[which])
-    _refused(lambda: build(Pretrained(str(folder)), torch.device("cpu"), 0), ".")
+    _refused(lambda: build_student(Pretrained(str(folder)), torch.device("cpu"), 0), ".")
 
 
 def test_weights_are_those_of_the_folder_and_no_pickle(tiny: Tiny, tmp_path: Path, marker: Path) -> None:
     folder = _copied(tiny, tmp_path / "student")
     hostile = pickle.dumps(Touch(marker))
-    load = lambda: build(Pretrained(str(folder)), torch.device("cpu"), 0)  # noqa: E731
+    load = lambda: build_student(Pretrained(str(folder)), torch.device("cpu"), 0)  # noqa: E731
     for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
         (folder / name).write_bytes(hostile)
     load()
@@ -442,7 +442,7 @@ TEMPLATES = [
 def test_a_template_neither_leaves_its_sandbox_nor_its_bounds(
     marker: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr("data.corpus.chat.chat_template.SECONDS", 1.0)
+    monkeypatch.setattr("data.corpus.chat.chat_template.MAX_RENDER_SECONDS", 1.0)
     hostile = source.replace("MARKER", str(marker))
     _refused(lambda: ChatTemplate(hostile, {}, [], "template").render(CONVERSATION, "doc"), "template", 15)
     assert not marker.exists()
@@ -485,9 +485,9 @@ def _rows(path: Path) -> int:
 
 
 def test_corpora_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.text_lines.MOST_LINE", MIB)
-    monkeypatch.setattr("data.text_lines.MOST_UNPACKED", 2 * MIB)
-    monkeypatch.setattr("data.corpus.file_rows.MOST_DOCUMENT", MIB)
+    monkeypatch.setattr("data.text_lines.MAX_LINE_BYTES", MIB)
+    monkeypatch.setattr("data.text_lines.MAX_UNPACKED_BYTES", 2 * MIB)
+    monkeypatch.setattr("data.corpus.file_rows.MAX_DOCUMENT_BYTES", MIB)
     row = b'{"text": "' + b"a" * 1000 + b'"}\n'
     hostile: dict[str, tuple[bytes, str]] = {
         "bomb.jsonl.gz": (gzip.compress(b'{"text": "' + bytes(64 * MIB)), "a line of more than"),
@@ -520,7 +520,7 @@ def test_corpora_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("data.text_lines.MOST_UNPACKED", 16 * MIB)
+    monkeypatch.setattr("data.text_lines.MAX_UNPACKED_BYTES", 16 * MIB)
     text = pa.array(["a" * MIB]).dictionary_encode()
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), text.dictionary)
     parquet.write_table(pa.table({"text": column}), tmp_path / "bomb.parquet", compression="zstd")
@@ -551,9 +551,9 @@ def test_other_systems_caches_are_bounded(tmp_path: Path) -> None:
          "top_log_probs": [[-9] * 99, *[[]] * 599_999]},
     ):  # fmt: skip
         (tmp_path / "a.jsonl").write_text(json.dumps({**line, **change}))
-        _refused(lambda: list(read_lines(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
+        _refused(lambda: list(read_records(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
     (tmp_path / "a.jsonl").write_text("[" * 200_000)
-    _refused(lambda: list(read_lines(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
+    _refused(lambda: list(read_records(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
     (tmp_path / "c_999999999999.jsonl").write_text("")
     _refused(lambda: files_of(str(tmp_path / "c_CHUNK_ID.jsonl")), "no such chunk", 2)
 
@@ -623,7 +623,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 def test_a_sweeps_folder_is_read_strictly(tiny: Tiny, tmp_path: Path, marker: Path) -> None:
     items = tiny.train_items()[1:]
-    points = resolve(Sweep(quickstart) * seeds(1), items, "study")
+    points = resolve_points(Sweep(quickstart) * seeds(1), items, "study")
     folder, (point,) = SweepFolder(tmp_path / "sweep"), points
     folder.config(point.id).parent.mkdir(parents=True)
     folder.config(point.id).write_text(_fiddle_config(subprocess.run, args=["touch", str(marker)]))

@@ -13,7 +13,7 @@ from data.cache.manifest import read_manifest
 from data.stream.shards import ShardReader
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from launchers.evaluate import measure_model
 
 TEACHER, EXPORT, CACHE = Path("quickstart/teacher"), Path("runs/quickstart/export"), Path("quickstart/cache/validation")
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXPORT.exists(), reason="
 def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    ours = build(Pretrained(str(TEACHER)), torch.device("cpu"), seed=0)
+    ours = build_student(Pretrained(str(TEACHER)), torch.device("cpu"), seed=0)
     record = max(ShardReader(CACHE, read_manifest(CACHE)).records(), key=lambda each: len(each.token_ids))
     ids = torch.from_numpy(record.token_ids[:300].astype("int64"))[None]
     positions = torch.cat([torch.arange(120), torch.arange(180)])[None]
@@ -37,11 +37,11 @@ def test_logits_equal_those_of_transformers_on_whole_and_packed_rows() -> None:
 
 def test_in_parts_and_bfloat16_transformers_reads_the_same_numbers(tmp_path: Path) -> None:
     """Several files with an index; what is read back is the teacher, rounded once."""
-    ours = build(Pretrained(str(TEACHER)), torch.device("cpu"), seed=0)
+    ours = build_student(Pretrained(str(TEACHER)), torch.device("cpu"), seed=0)
     save_pretrained(ours, tmp_path / "parts", TEACHER, dtype="bfloat16", max_file_bytes=60_000_000)
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 3
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
-    back = build(Pretrained(str(tmp_path / "parts")), torch.device("cpu"), seed=0)
+    back = build_student(Pretrained(str(tmp_path / "parts")), torch.device("cpu"), seed=0)
     for name, one in back.named_parameters():
         assert torch.equal(one, theirs.get_parameter(f"model.{name}").float()), name
         assert torch.equal(one, ours.get_parameter(name).bfloat16().float()), name
@@ -57,6 +57,6 @@ def test_transformers_finds_the_same_held_out_nll_in_the_exported_folder() -> No
         with torch.no_grad():
             log_probs = torch.log_softmax(theirs(ids[:, :-1]).logits.double(), dim=-1)
         nll -= log_probs.gather(2, ids[:, 1:, None]).sum().item()
-    ours = build(Pretrained(str(EXPORT)), torch.device("cpu"), seed=0)
+    ours = build_student(Pretrained(str(EXPORT)), torch.device("cpu"), seed=0)
     (found,) = measure_model(ours, EXPORT, [str(CACHE)], "float32", World()).values()
     assert found["nll"] == pytest.approx(nll / manifest.positions, abs=1e-3)

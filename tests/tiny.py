@@ -20,9 +20,9 @@ from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Random, build
+from kd_core.students.starts.start import Random, build_student
 
 ROW_LENGTH = 32
 CHATML = (
@@ -158,8 +158,8 @@ def make_teacher(folder: Path, texts: list[str], *, tied: bool = True, vocab: in
         tie_embeddings=tied,
         max_positions=256,
     )
-    write_json(folder / "config.json", config_of(arch, 0, 0))
-    model = build(Random(str(folder), 32, 48, 4, 4, 2, init_std=0.1), torch.device("cpu"), seed=1)
+    write_json(folder / "config.json", config_fields(arch, 0, 0))
+    model = build_student(Random(str(folder), 32, 48, 4, 4, 2, init_std=0.1), torch.device("cpu"), seed=1)
     teach(model, Tokenizer.from_file(str(folder / "tokenizer.json")), texts)
     temporary = folder.with_name(folder.name + "_made")
     save_pretrained(model, temporary, folder)

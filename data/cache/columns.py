@@ -1,6 +1,6 @@
 """The positions of several records end to end, as the codec works on them, with their checks and the codec's audit.
 
-    records → Columns.of → check: ids, NaN, mass, labels
+    records → Columns.from_records → check: ids, NaN, mass, labels
                          → encode, decode → audit: KL(original‖decoded)
 
 `Columns` holds arrays over N positions.
@@ -40,7 +40,7 @@ class Columns:
     sample_logs: Array
 
     @classmethod
-    def of(cls, records: Sequence[Record], temperatures: Sequence[float]) -> "Columns":
+    def from_records(cls, records: Sequence[Record], temperatures: Sequence[float]) -> "Columns":
         """Concatenates records, with entries and samples padded to the widest record."""
         samples = [record.samples() for record in records]
         # Inputs are the first T of T + 1 token ids, labels the last T.
@@ -113,7 +113,7 @@ def _by_id(ids: Array, logs: Array) -> tuple[Array, Array]:
     return np.take_along_axis(keys, order, 1)[:, :widest], np.take_along_axis(logs, order, 1)[:, :widest]
 
 
-def audit(original: Columns, decoded: Columns) -> dict[str, float]:
+def measure_codec_error(original: Columns, decoded: Columns) -> dict[str, float]:
     """Measures what coding changed: KL(original‖decoded) over entries and tail, in nats, and the entries' mass.
 
     Returns `kl_mean` and `kl_worst` over the positions, and the worst `mass_error`.

@@ -17,16 +17,24 @@ from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import CODECS
 from data.cache.codec.rank_tables import MAX_VOCABULARY
 from data.cache.selection import Selection
-from data.cache.tar import END
+from data.cache.tar import END_OF_TAR
 from kd_core.errors import UsageError
 from kd_core.files import json_text, read_json, write_text
-from kd_core.json_fields import digest, fields, integer, items, number, shown, text
+from kd_core.json_fields import (
+    check_digest,
+    check_integer,
+    check_list,
+    check_number,
+    check_object,
+    check_text,
+    short_repr,
+)
 
 FORMAT = "kd-workspace teacher cache"
 VERSION = 3  # version 2 has no `made`
 MAX_MANIFEST_BYTES, MAX_TABLES_BYTES, MAX_BLOCK_BYTES, MAX_SHARD_BYTES = 1 << 28, 1 << 26, 1 << 29, 1 << 50
-TABLES = "tables.tar"
-BEGINS, ENDS = "text_begins_with", "text_ends_with"  # fields of a plan, present where the lists are not empty
+TABLES_FILE = "tables.tar"
+PLAN_BEGINS, PLAN_ENDS = "text_begins_with", "text_ends_with"  # fields of a plan, present where the lists are not empty
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
@@ -103,7 +111,7 @@ class Manifest:
     @property
     def text_begins_with(self) -> list[int]:
         """Returns the ids in front of each text that is no conversation, such as the BOS."""
-        return next((plan[BEGINS] for plan in self.plans if BEGINS in plan), [])
+        return next((plan[PLAN_BEGINS] for plan in self.plans if PLAN_BEGINS in plan), [])
 
     @property
     def bytes(self) -> int:
@@ -153,98 +161,100 @@ def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
 
 
 def _shard(value: Any) -> Shard:
-    shard = fields(value, "a shard", ("blocks", "bytes", "name", "sha256"))
-    name = text(shard["name"], "a shard's name")
-    if not SHARD_NAME.fullmatch(name) or name == TABLES:
-        raise ValueError(f"a shard's name is {shown(name)}; wanted a plain one, as shard-000000.tar")
-    blocks = tuple(_block(block, name) for block in items(shard["blocks"], f"{name}: blocks"))
-    size = integer(shard["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
-    if size != (expected := sum(block.bytes for block in blocks) + len(END)):
+    shard = check_object(value, "a shard", ("blocks", "bytes", "name", "sha256"))
+    name = check_text(shard["name"], "a shard's name")
+    if not SHARD_NAME.fullmatch(name) or name == TABLES_FILE:
+        raise ValueError(f"a shard's name is {short_repr(name)}; wanted a plain one, as shard-000000.tar")
+    blocks = tuple(_block(block, name) for block in check_list(shard["blocks"], f"{name}: blocks"))
+    size = check_integer(shard["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
+    if size != (expected := sum(block.bytes for block in blocks) + len(END_OF_TAR)):
         raise ValueError(f"{name}: has {size} bytes; its blocks and the tar's end have {expected}")
-    return Shard(name, size, digest(shard["sha256"], f"{name}: sha256"), blocks)
+    return Shard(name, size, check_digest(shard["sha256"], f"{name}: sha256"), blocks)
 
 
 def _block(value: Any, name: str) -> Block:
-    block = fields(value, f"{name}: a block", ("bytes", "lengths", "sha256"))
-    lengths = items(block["lengths"], f"{name}: lengths")
+    block = check_object(value, f"{name}: a block", ("bytes", "lengths", "sha256"))
+    lengths = check_list(block["lengths"], f"{name}: lengths")
     if not lengths:
         raise ValueError(f"{name}: a block has no records")
     return Block(
-        integer(block["bytes"], f"{name}: a block's bytes", 1, MAX_BLOCK_BYTES),
-        digest(block["sha256"], f"{name}: a block's sha256"),
-        tuple(integer(length, f"{name}: a record's positions", 1, MAX_POSITIONS) for length in lengths),
+        check_integer(block["bytes"], f"{name}: a block's bytes", 1, MAX_BLOCK_BYTES),
+        check_digest(block["sha256"], f"{name}: a block's sha256"),
+        tuple(check_integer(length, f"{name}: a record's positions", 1, MAX_POSITIONS) for length in lengths),
     )
 
 
 def _selection(value: Any) -> Selection:
-    limits = fields(value, "selection", (f.name for f in dataclass_fields(Selection)))
+    limits = check_object(value, "selection", (f.name for f in dataclass_fields(Selection)))
     return Selection(
-        top_k=integer(limits["top_k"], "selection.top_k", 0, 65535),
-        min_prob=number(limits["min_prob"], "selection.min_prob"),
-        mass=number(limits["mass"], "selection.mass"),
-        draws=integer(limits["draws"], "selection.draws", 0, 65535),
-        proposal_temperature=number(limits["proposal_temperature"], "selection.proposal_temperature"),
+        top_k=check_integer(limits["top_k"], "selection.top_k", 0, 65535),
+        min_prob=check_number(limits["min_prob"], "selection.min_prob"),
+        mass=check_number(limits["mass"], "selection.mass"),
+        draws=check_integer(limits["draws"], "selection.draws", 0, 65535),
+        proposal_temperature=check_number(limits["proposal_temperature"], "selection.proposal_temperature"),
         tail_temperatures=tuple(
-            number(temperature, "selection.tail_temperatures")
-            for temperature in items(limits["tail_temperatures"], "selection.tail_temperatures")
+            check_number(temperature, "selection.tail_temperatures")
+            for temperature in check_list(limits["tail_temperatures"], "selection.tail_temperatures")
         ),
     )
 
 
 def _audit(value: Any) -> Audit:
-    errors = fields(value, "audit", (f.name for f in dataclass_fields(Audit)))
-    return Audit(**{name: number(error, f"audit.{name}") for name, error in errors.items()})
+    errors = check_object(value, "audit", (f.name for f in dataclass_fields(Audit)))
+    return Audit(**{name: check_number(error, f"audit.{name}") for name, error in errors.items()})
 
 
 def _tables(value: Any) -> dict[str, Any]:
-    tables = fields(value, "tables", ("bytes", "sha256"))
-    integer(tables["bytes"], "tables.bytes", 1, MAX_TABLES_BYTES)
-    digest(tables["sha256"], "tables.sha256")
+    tables = check_object(value, "tables", ("bytes", "sha256"))
+    check_integer(tables["bytes"], "tables.bytes", 1, MAX_TABLES_BYTES)
+    check_digest(tables["sha256"], "tables.sha256")
     return tables
 
 
 def _statistics(value: Any) -> dict[str, float]:
-    statistics = {name: number(mean, f"statistics.{name}") for name, mean in fields(value, "statistics").items()}
+    statistics = {
+        name: check_number(mean, f"statistics.{name}") for name, mean in check_object(value, "statistics").items()
+    }
     if missing := {"teacher_nll", "teacher_mass", "entries", "scored"} - set(statistics):
         raise ValueError(f"statistics: {min(missing)} is missing")
     return statistics
 
 
 def _plan(value: Any) -> dict[str, Any]:
-    plan = fields(value, "a plan")
-    for name in (BEGINS, ENDS):
-        for token_id in items(plan.get(name, []), name):
-            integer(token_id, name, 0, MAX_VOCABULARY - 1)
+    plan = check_object(value, "a plan")
+    for name in (PLAN_BEGINS, PLAN_ENDS):
+        for token_id in check_list(plan.get(name, []), name):
+            check_integer(token_id, name, 0, MAX_VOCABULARY - 1)
     return plan
 
 
 def _codec(value: Any) -> str:
-    if text(value, "codec") not in CODECS:
-        raise ValueError(f"codec: {shown(value)}; wanted one of {', '.join(CODECS)}")
+    if check_text(value, "codec") not in CODECS:
+        raise ValueError(f"codec: {short_repr(value)}; wanted one of {', '.join(CODECS)}")
     return value
 
 
 def _manifest(value: dict[str, Any], version: int) -> Manifest:
     added_since = {"made"} if version == 2 else set[str]()
-    manifest = fields(value, "it", {f.name for f in dataclass_fields(Manifest)} - added_since)
-    shards = tuple(_shard(shard) for shard in items(manifest["shards"], "shards"))
+    manifest = check_object(value, "it", {f.name for f in dataclass_fields(Manifest)} - added_since)
+    shards = tuple(_shard(shard) for shard in check_list(manifest["shards"], "shards"))
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
         raise ValueError(f"shards: {max(names, key=names.count)} stands twice")
     return Manifest(
-        vocab_size=integer(manifest["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
-        tokenizer=text(manifest["tokenizer"], "tokenizer"),
-        teacher=fields(manifest["teacher"], "teacher"),
+        vocab_size=check_integer(manifest["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
+        tokenizer=check_text(manifest["tokenizer"], "tokenizer"),
+        teacher=check_object(manifest["teacher"], "teacher"),
         selection=_selection(manifest["selection"]),
-        row_length=integer(manifest["row_length"], "row_length", 1, MAX_POSITIONS),
+        row_length=check_integer(manifest["row_length"], "row_length", 1, MAX_POSITIONS),
         codec=_codec(manifest["codec"]),
         audit=_audit(manifest["audit"]),
         statistics=_statistics(manifest["statistics"]),
         tables=_tables(manifest["tables"]),
-        plans=tuple(_plan(plan) for plan in items(manifest["plans"], "plans")),
+        plans=tuple(_plan(plan) for plan in check_list(manifest["plans"], "plans")),
         shards=shards,
-        unknown=tuple(text(name, "unknown") for name in items(manifest["unknown"], "unknown")),
-        made=fields(manifest.get("made", {}), "made"),
+        unknown=tuple(check_text(name, "unknown") for name in check_list(manifest["unknown"], "unknown")),
+        made=check_object(manifest.get("made", {}), "made"),
     )
 
 
@@ -258,8 +268,8 @@ def parse_manifest(value: Any, path: str) -> Manifest:
     kind, version = rest.pop("format", None), rest.pop("version", None)
     if kind != FORMAT or type(version) is not int or version not in (2, VERSION):
         raise UsageError(
-            f"{path}: format and version are {shown(kind)} and {shown(version)}; wanted {FORMAT!r} and 2 or {VERSION}. "
-            "Export the cache again."
+            f"{path}: format and version are {short_repr(kind)} and {short_repr(version)}; wanted {FORMAT!r} "
+            f"and 2 or {VERSION}. Export the cache again."
         )
     try:
         return _manifest(rest, version)

@@ -122,7 +122,7 @@ class Record:
         order = np.argsort(-logs, axis=1, kind="stable")
         ids, logs = (np.take_along_axis(x, order, 1) for x in (ids, logs))
         # The selected entries are a prefix of each row, so the rows can be cut to the longest one.
-        is_selected = chosen(logs, K if top_k is None else top_k, min_prob, mass)
+        is_selected = selected_entries(logs, K if top_k is None else top_k, min_prob, mass)
         width = int(is_selected.sum(axis=1).max(initial=0))
         # The tail becomes log(e^tail + Σ e^lost); at temperature τ, log(e^tail + Σ e^(lost / τ)).  [T]
         lost = np.where(is_selected, UNUSED, logs).astype(np.float64)
@@ -138,7 +138,7 @@ class Record:
         )
 
 
-def chosen(sorted_log_probs: Array, top_k: int, min_prob: float, mass: float) -> Array:
+def selected_entries(sorted_log_probs: Array, top_k: int, min_prob: float, mass: float) -> Array:
     """Returns which entries a selection keeps, as bool [T, K]: a prefix of each row.
 
     Each row of `sorted_log_probs` [T, K] falls.

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from data.cache import webdataset_io
 from kd_core.errors import UsageError
-from kd_core.files import no_link
+from kd_core.files import open_no_follow
 
 PROGRAMS = {"http": "curl", "https": "curl", "gs": "gsutil", "ais": "ais"}
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -139,7 +139,7 @@ class LocalStorage:
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         partial = self.folder / f"{name}.partial"
-        with open(partial, "wb", opener=no_link) as file:
+        with open(partial, "wb", opener=open_no_follow) as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()

@@ -9,8 +9,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-RECORD = 512  # bytes of a tar record: headers and payloads are padded to it
-END = bytes(2 * RECORD)
+RECORD_BYTES = 512  # bytes of a tar record: headers and payloads are padded to it
+END_OF_TAR = bytes(2 * RECORD_BYTES)
 MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}(\.[A-Za-z0-9_]{1,20}){1,2}")
 
 
@@ -22,22 +22,22 @@ class Member(NamedTuple):
     offset: int
 
 
-def padded(size: int) -> int:
+def padded_size(size: int) -> int:
     """Returns the bytes that a payload of `size` takes with its padding."""
-    return -(-size // RECORD) * RECORD
+    return -(-size // RECORD_BYTES) * RECORD_BYTES
 
 
-def member_bytes(name: str, payload: bytes) -> bytes:
+def encode_member(name: str, payload: bytes) -> bytes:
     """Returns header, payload and padding of a member. Owner, time and mode are fixed."""
     assert MEMBER_NAME.fullmatch(name), f"{name!r} is no name of a member"
     header = tarfile.TarInfo(name)
     header.size, header.mode = len(payload), 0o644
-    return header.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(padded(len(payload)) - len(payload))
+    return header.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(padded_size(len(payload)) - len(payload))
 
 
-def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+def encode_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
     """Returns the bytes of a whole tar."""
-    return b"".join([*(member_bytes(name, payload) for name, payload in members), END])
+    return b"".join([*(encode_member(name, payload) for name, payload in members), END_OF_TAR])
 
 
 def read_members(data: bytes) -> Iterator[Member]:
@@ -49,7 +49,7 @@ def read_members(data: bytes) -> Iterator[Member]:
     """
     offset = 0
     while offset < len(data):
-        header = data[offset : offset + RECORD]
+        header = data[offset : offset + RECORD_BYTES]
         if not header.strip(b"\0"):
             if data[offset:].strip(b"\0"):
                 raise ValueError(
@@ -57,13 +57,13 @@ def read_members(data: bytes) -> Iterator[Member]:
                 )
             return
         name, size = _parse_header(header, offset)
-        start = offset + RECORD
-        if start + padded(size) > len(data):
+        start = offset + RECORD_BYTES
+        if start + padded_size(size) > len(data):
             raise ValueError(f"member {name}, offset {offset}: declares {size} bytes; {len(data) - start} follow")
-        if data[start + size : start + padded(size)].strip(b"\0"):
+        if data[start + size : start + padded_size(size)].strip(b"\0"):
             raise ValueError(f"member {name}, offset {offset}: its padding is not empty")
         yield Member(name, data[start : start + size], offset)
-        offset = start + padded(size)
+        offset = start + padded_size(size)
 
 
 def _parse_header(header: bytes, offset: int) -> tuple[str, int]:

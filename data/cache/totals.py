@@ -20,7 +20,7 @@ class Totals:
         self.kl_sum, self.kl_worst, self.mass_error = 0.0, 0.0, 0.0
 
     @classmethod
-    def of(cls, manifest: Manifest | None) -> "Totals":
+    def from_manifest(cls, manifest: Manifest | None) -> "Totals":
         """Recovers the sums behind a manifest's means, for a cache that grows. Without a manifest, all are 0."""
         totals = cls()
         if manifest:

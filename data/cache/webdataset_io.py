@@ -10,7 +10,7 @@ from typing import Any
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data.cache.tar import END, read_members
+from data.cache.tar import END_OF_TAR, read_members
 from kd_core.errors import UsageError
 
 REWRITE = "GOPEN_REWRITE"
@@ -65,7 +65,7 @@ def members_of(data: bytes, url: str) -> dict[str, bytes]:
     names = [member.name for member in read_members(data)]  # refuses all but plain files first
     if len(set(names)) != len(names):
         raise ValueError(f"has a member twice: {sorted(names)}")
-    sources = [{"url": url, "stream": io.BytesIO(data + END)}]
+    sources = [{"url": url, "stream": io.BytesIO(data + END_OF_TAR)}]
     samples = list(group_by_keys(tar_file_expander(sources, handler=_reraise), handler=_reraise))
     if len(samples) != 1:
         raise ValueError(f"holds {len(samples)} samples, wanted 1")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from data.cache.codec.block import encode_block
 from data.cache.codec.coding import Coding
-from data.cache.codec.rank_tables import Tables
+from data.cache.codec.rank_tables import RankTables
 from data.cache.record import Record
-from data.cache.tar import END, member_bytes, write_tar
-from kd_core.files import no_link, sha256
+from data.cache.tar import END_OF_TAR, encode_member, encode_tar
+from kd_core.files import open_no_follow, sha256
 
 
-def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
+def encode_block_members(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
     """Encodes records as one block and returns its members as bytes of a tar.
 
     Raises:
@@ -31,13 +31,13 @@ def block_bytes(first: int, records: Sequence[Record], coding: Coding, max_kl: f
             f"record {first} (worst {audit['kl_worst']:.1e}); the bound is {max_kl:.1e} (max_codec_kl). "
             "Take codec=lossless, or raise the bound."
         )
-    return b"".join(member_bytes(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
+    return b"".join(encode_member(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
 
 
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """Writes a file of these parts under a temporary name, and renames it when it is complete."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb", opener=no_link) as file:
+    with open(partial, "wb", opener=open_no_follow) as file:
         for part in parts:
             file.write(part)
         file.flush()
@@ -50,16 +50,16 @@ def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
 
     def parts() -> Iterable[bytes]:
         yield from blocks
-        yield END
+        yield END_OF_TAR
 
     write_whole(path, parts())
 
 
-def file_facts(path: Path) -> dict[str, int | str]:
+def file_size_and_hash(path: Path) -> dict[str, int | str]:
     """Returns the size and the sha256 of a file, as a manifest records them."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def write_tables(path: Path, tables: Tables) -> None:
+def write_tables(path: Path, tables: RankTables) -> None:
     """Writes the tar of a cache's rank tables."""
-    write_whole(path, [write_tar(tables.members().items())])
+    write_whole(path, [encode_tar(tables.members().items())])

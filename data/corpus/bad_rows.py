@@ -15,8 +15,8 @@ log = logging.getLogger("kd")
 T = TypeVar("T")
 P = ParamSpec("P")
 OnBadRow = Literal["stop", "skip"]
-FILE = "skipped_rows.jsonl"
-LOOKED_AT = 20_000  # rows read after the limit was passed, to count further bad ones
+SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
+ROWS_READ_AFTER_LIMIT = 20_000  # rows read after the limit was passed, to count further bad ones
 
 
 class _BadRow(NamedTuple):
@@ -28,7 +28,7 @@ class _BadRow(NamedTuple):
 class BadRows:
     """Bad rows of a corpus, and a limit to their number.
 
-    Once there are too many, up to `LOOKED_AT` further rows are read, so that the one message has a count.
+    Once there are too many, up to `ROWS_READ_AFTER_LIMIT` further rows are read, so that the one message has a count.
     """
 
     def __init__(self, on_bad_row: OnBadRow | Literal["raise"], most: float = 0) -> None:
@@ -56,11 +56,11 @@ class BadRows:
         """Counts a row of the corpus.
 
         Raises:
-            UsageError: there were too many bad rows, and `LOOKED_AT` rows have been read since.
+            UsageError: there were too many bad rows, and `ROWS_READ_AFTER_LIMIT` rows have been read since.
         """
         self.rows += 1
-        if self.rows_at_limit is not None and self.rows - self.rows_at_limit > LOOKED_AT:
-            self._refuse(f"the {LOOKED_AT} rows that follow")
+        if self.rows_at_limit is not None and self.rows - self.rows_at_limit > ROWS_READ_AFTER_LIMIT:
+            self._refuse(f"the {ROWS_READ_AFTER_LIMIT} rows that follow")
 
     def attempt(self, row: str, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> Iterator[T]:
         """Yields what `work` makes of a row, or nothing where the row is bad."""
@@ -113,7 +113,7 @@ class BadRows:
         """Writes the skipped rows to `FILE` beside the caches, behind those of earlier exports to the folder."""
         if not self.bad:
             return
-        path = folder / FILE
+        path = folder / SKIPPED_ROWS_FILE
         before = path.read_bytes().decode(errors="replace").splitlines() if is_plain_file(path) else []
         lines = dict.fromkeys([*before, *(json.dumps(row._asdict(), ensure_ascii=False) for row in self.bad)])
         write_text(path, "".join(line + "\n" for line in lines))

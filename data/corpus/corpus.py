@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args
 
 from data.corpus.bad_rows import BadRows, OnBadRow
-from data.corpus.corpus_files import corpus_files
+from data.corpus.corpus_files import list_corpus_files
 from data.corpus.documents import Document, document_from_row
 from data.corpus.file_rows import read_rows
 from data.corpus.row_layouts import LAYOUTS, RowFormat, check_fields, columns_to_read
-from data.tokenizer import Choice
+from data.tokenizer import AddToken
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, printable
 from kd_core.ranges import NOT_NEGATIVE, check_ranges
@@ -59,8 +59,8 @@ class Corpus:
     fields: dict[str, str] | None = None
     on_bad_row: OnBadRow = "stop"
     most_bad_rows: float = 0.01
-    bos: Choice = "auto"
-    eos: Choice = "auto"
+    bos: AddToken = "auto"
+    eos: AddToken = "auto"
 
     def __post_init__(self) -> None:
         if self.content not in (contents := ("auto", *LAYOUTS)):
@@ -91,7 +91,7 @@ class Corpus:
         Raises:
             UsageError: there is none, or one cannot be reached.
         """
-        return corpus_files(self.path).files
+        return list_corpus_files(self.path).files
 
     def identity(self) -> dict[str, Any]:
         """Returns what identifies the corpus: a hash of all files' names and bytes, and the settings that read them."""
@@ -117,7 +117,7 @@ class Corpus:
             UsageError: a file or a row cannot be read, or holds no document.
         """
         bad = bad_rows or BadRows("raise")
-        row_format, folder = RowFormat(self.content, self.text_field, self.fields), corpus_files(self.path)
+        row_format, folder = RowFormat(self.content, self.text_field, self.fields), list_corpus_files(self.path)
         folder.log_left_out("corpus")
         for path in folder.files:
             name = printable(path.relative_to(folder.root))

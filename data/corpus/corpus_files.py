@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data.corpus.file_rows import READERS, TEXT_READERS, choose_reader
 from data.corpus.table_rows import saved_table_files
-from data.folders import FolderFiles, files_below
+from data.folders import FolderFiles, find_files
 from data.text_lines import PACKED
 from kd_core.errors import UsageError
 from kd_core.files import printable
@@ -65,7 +65,7 @@ def local_path(corpus: str) -> Path:
     return _snapshot(corpus).folder if corpus.startswith(HUB) else Path(corpus)
 
 
-def corpus_files(corpus: str) -> FolderFiles:
+def list_corpus_files(corpus: str) -> FolderFiles:
     """Lists the files of a corpus that are read, and counts those that are left out.
 
     Raises:
@@ -89,7 +89,7 @@ def corpus_files(corpus: str) -> FolderFiles:
         names = saved_tables(path.parent)
         return names is None or path.name in names
 
-    folder = files_below(root, is_read)
+    folder = find_files(root, is_read)
     texts = Counter(path.parent for path in folder.files if path.name.lower().endswith(tuple(TEXT_READERS)))
     if corpus.startswith(HUB) or texts.total() < len(folder.files):
         # On the hub and beside files of rows, a README that is the only text of its folder is a card, not a document.

@@ -17,7 +17,7 @@ from data.corpus.chat.chat_template import ChatTemplate, NoTemplateError, Span
 from data.corpus.chat.conversations import Conversation, PlainPrompt
 from data.corpus.documents import Document
 from data.text_lines import BadRowError
-from data.tokenizer import Around, Choice, Pieces, Tokenizer
+from data.tokenizer import AddToken, EncodedText, SurroundingIds, Tokenizer
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
@@ -63,7 +63,7 @@ def _batches(documents: Iterable[_DocumentText]) -> Iterator[list[_DocumentText]
         yield batch
 
 
-def _scored_tokens(pieces: Pieces, spans: Sequence[Span]) -> Array:
+def _scored_tokens(pieces: EncodedText, spans: Sequence[Span]) -> Array:
     """Returns a mask of the tokens that have a character in a span."""
     scored = np.zeros(len(pieces.ids), np.uint8)
     starts, ends = np.asarray(pieces.offsets, np.int64).reshape(-1, 2).T
@@ -78,13 +78,13 @@ class Encoder:
     `used` has the tokens put around texts, once there was a text. `doubled` counts texts that began with them already.
     """
 
-    def __init__(self, folder: Path, bos: Choice = "auto", eos: Choice = "auto") -> None:
+    def __init__(self, folder: Path, bos: AddToken = "auto", eos: AddToken = "auto") -> None:
         self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.template: ChatTemplate | None = None
         self.joins_prompts = False
         self.around = self.tokenizer.around(bos, eos)
-        self.used: Around | None = None
+        self.used: SurroundingIds | None = None
         self.doubled = 0
         self.special_tokens = [token for token in self.tokenizer.special_tokens() if token]
         self.turn_ends = Counter[str]()  # how many scored turns each special token ends

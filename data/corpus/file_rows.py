@@ -16,21 +16,21 @@ from data.corpus.table_rows import ChooseColumns, arrow_batches, parquet_batches
 from data.text_lines import (
     PACKED,
     BadRowError,
-    decoded,
-    json_object,
-    json_value,
-    lines_of,
+    check_surrogates,
+    check_unpacked_size,
+    decode_utf8,
+    drop_nulls,
     open_unpacked,
-    refuse_bomb,
-    refuse_half_pairs,
-    without_nulls,
+    parse_json,
+    read_lines,
+    require_object,
 )
 from kd_core.errors import UsageError
 from kd_core.files import printable
 
-MOST_DOCUMENT = 1 << 28  # bytes of a text file
+MAX_DOCUMENT_BYTES = 1 << 28  # bytes of a text file
 MOST_ELEMENT = 1 << 25  # characters of an element of a JSON array
-JSON_STEP = 1 << 20  # bytes of a JSON file that are read at a time
+JSON_CHUNK_BYTES = 1 << 20  # bytes of a JSON file that are read at a time
 
 
 class Row(NamedTuple):
@@ -56,34 +56,36 @@ def _read_text(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator
     where = printable(path)
 
     def read() -> str:
-        if len(payload) > MOST_DOCUMENT:
-            message = f"{where}: has more than {MOST_DOCUMENT} bytes, which a document has at most. Split it."
+        if len(payload) > MAX_DOCUMENT_BYTES:
+            message = f"{where}: has more than {MAX_DOCUMENT_BYTES} bytes, which a document has at most. Split it."
             raise BadRowError(message, "too long a document")
-        return decoded(payload, where).replace("\r\n", "\n").replace("\r", "\n")
+        return decode_utf8(payload, where).replace("\r\n", "\n").replace("\r", "\n")
 
     with open_unpacked(path, "a text file") as file:
-        payload = file.read(MOST_DOCUMENT + 1)
-    refuse_bomb(path, len(payload))
+        payload = file.read(MAX_DOCUMENT_BYTES + 1)
+    check_unpacked_size(path, len(payload))
     yield _try_row(where, name, read)
 
 
 def _read_json_lines(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
     del choose_columns
-    for number, line in enumerate(lines_of(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         where = f"{printable(path)}:{number}"
         yield _try_row(
             where,
             f"{name}:{number}",
-            lambda line=line, where=where: without_nulls(json_object(json_value(decoded(line, where), where), where)),
+            lambda line=line, where=where: drop_nulls(
+                require_object(parse_json(decode_utf8(line, where), where), where)
+            ),
         )
 
 
 def _read_json(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[Row]:
     """Yields the rows of a file of JSON lines, or of one array of objects."""
     with open_unpacked(path, "a JSON file") as file:
-        first_byte = file.read(JSON_STEP).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        first_byte = file.read(JSON_CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first_byte != b"[":
         yield from _read_json_lines(path, name, choose_columns)
         return
@@ -91,8 +93,8 @@ def _read_json(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator
         where = f"{printable(path)}: row {number}"
 
         def read(value: Any = value, text: str = text, where: str = where) -> dict[str, Any]:
-            refuse_half_pairs(value, text, where)
-            return without_nulls(json_object(value, where))
+            check_surrogates(value, text, where)
+            return drop_nulls(require_object(value, where))
 
         yield _try_row(where, f"{name}:{number}", read)
 
@@ -128,7 +130,7 @@ def _json_elements(path: Path) -> Iterator[tuple[Any, str]]:
                         "or write an object a line: jq -c '.[]'."
                     ) from None
                 characters += len(chunk)
-                refuse_bomb(path, characters)
+                check_unpacked_size(path, characters)
                 buffer, position = buffer[position:] + chunk, 0
                 continue
             number += 1
@@ -149,7 +151,7 @@ def _utf8_chunks(file: IO[bytes], path: Path) -> Iterator[str]:
     """Yields the text of a file in chunks."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     while True:
-        payload = file.read(JSON_STEP)
+        payload = file.read(JSON_CHUNK_BYTES)
         try:
             yield decoder.decode(payload, final=not payload)
         except UnicodeDecodeError as error:
@@ -164,8 +166,8 @@ def _read_csv(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator[
     The delimiter is the most frequent in the header of comma, semicolon and tab.
     """
     del choose_columns
-    csv.field_size_limit(MOST_DOCUMENT)
-    lines = (line.decode(errors="surrogateescape") for line in lines_of(path))
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    lines = (line.decode(errors="surrogateescape") for line in read_lines(path))
     header = next(lines, "").removeprefix("\ufeff")
     reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     where = printable(path)
@@ -190,7 +192,7 @@ def _csv_fields(columns: list[str], cells: list[str], where: str) -> dict[str, s
         message = f"{where}: has {len(cells)} cells, the header {len(columns)}. Quote cells that hold the delimiter."
         raise BadRowError(message, "cells that the header does not name")
     # Bytes that are not UTF-8 were kept as surrogates, so that the error names this row.
-    decoded("".join([*columns, *cells]).encode(errors="surrogateescape"), where)
+    decode_utf8("".join([*columns, *cells]).encode(errors="surrogateescape"), where)
     return {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
 
 
@@ -204,7 +206,7 @@ def _table_reader(read_batches: Callable[[Path, ChooseColumns], Iterator[list[An
                 message = f"{where}: a value that cannot be read ({value!s:.300}). Write the column again, as text."
                 yield Row(where, f"{name}:{number}", BadRowError(message, "a value that cannot be read"))
             else:
-                yield _try_row(where, f"{name}:{number}", lambda value=value: without_nulls(value))
+                yield _try_row(where, f"{name}:{number}", lambda value=value: drop_nulls(value))
 
     return read
 

@@ -23,7 +23,7 @@ from data.corpus.chat.conversations import (
     Message,
     PlainPrompt,
     content_as_text,
-    conversation,
+    parse_conversation,
     parse_prompt_completion,
     parse_tools,
 )
@@ -165,7 +165,7 @@ def _messages(value: Any, where: str, field: str, names: tuple[str, str] = ("rol
     if isinstance(value, list):
         turns = enumerate(cast(list[Any], value))
         value = [_standard_message(turn, f"{where}: {field}[{i}]", *names) for i, turn in turns]
-    return conversation(value, where, field).messages
+    return parse_conversation(value, where, field).messages
 
 
 def _side(value: Any, where: str, field: str) -> Any:
@@ -215,7 +215,7 @@ def _layout_content(layout: str, fields: Fields, row_format: RowFormat, where: s
     else:
         field = next(name for name in LAYOUTS[layout][0] if name in fields)
         messages = _messages(fields[field], where, field)
-    return _with_system(conversation(messages, where, layout), fields, system, where)
+    return _with_system(parse_conversation(messages, where, layout), fields, system, where)
 
 
 def _prompt_completion(prompt: Any, completion: Any, where: str) -> Conversation:

@@ -6,9 +6,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from data.text_lines import refuse_bomb
+from data.text_lines import check_unpacked_size
 from kd_core.errors import UsageError
-from kd_core.files import damaged, open_plain, printable, read_json
+from kd_core.files import damage_as_usage_error, open_plain, printable, read_json
 from kd_core.memory import bounded_memory
 
 BATCH_ROWS = 256
@@ -25,7 +25,7 @@ def _table_file(path: Path, kind: str) -> Generator[BufferedReader]:
         import pyarrow as pa  # noqa: PLC0415 (an extra)
     except ImportError:
         raise UsageError(f"{where}: {kind} needs the extra: pip install 'kd-workspace[parquet]'.") from None
-    with open_plain(path, f"a file of {kind}") as file, damaged(where, kind, "Fetch or write it again"):
+    with open_plain(path, f"a file of {kind}") as file, damage_as_usage_error(where, kind, "Fetch or write it again"):
         try:
             yield file
         except (pa.ArrowException, OSError, MemoryError) as error:
@@ -53,7 +53,7 @@ def _bounded_rows(batches: Iterator[Any], path: Path) -> Iterator[list[Any]]:
             if (batch := next(batches, None)) is None:
                 return
             unpacked_bytes += batch.nbytes
-            refuse_bomb(path, unpacked_bytes)
+            check_unpacked_size(path, unpacked_bytes)
             values = _row_values(batch)
         yield values
 
@@ -108,7 +108,7 @@ def saved_table_files(folder: Path) -> set[str] | None:
     path = folder / "state.json"
     if not path.exists() or not (folder / "dataset_info.json").exists():
         return None
-    with damaged(path, "the state of a saved data set", "Save it again"):
+    with damage_as_usage_error(path, "the state of a saved data set", "Save it again"):
         state = read_json(path, "the state of a saved data set")
         if state.get("_indices_data_files"):
             raise UsageError(f"{path}: selects rows by an index. Save it again after flatten_indices().")

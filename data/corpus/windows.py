@@ -32,7 +32,7 @@ class Window(NamedTuple):
         return len(self.loss_mask)
 
 
-def windows_of(documents: Iterable[Encoded], row_length: int, overlap: int = 0) -> Iterator[Window]:
+def cut_windows(documents: Iterable[Encoded], row_length: int, overlap: int = 0) -> Iterator[Window]:
     """Yields the windows of each document in order, leaving out those that score nothing.
 
     Neighbours share at least one token: the last label of a window is the first input of the next.

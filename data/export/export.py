@@ -18,10 +18,10 @@ from tqdm import tqdm
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES, Manifest, Shard, made_now
+from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.totals import Totals
-from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
+from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
 from data.export.plan import CachePlan, PlannedShard, TeacherExport
 from data.export.scoring import score_windows, scoring_threads
 from data.stream.shards import read_tables, read_written
@@ -29,7 +29,7 @@ from data.teacher.choose_scorer import load_scorer
 from data.teacher.scorer import Scorer
 from kd_core.errors import UsageError
 from kd_core.files import sha256
-from kd_core.hub import local_folder, pinned
+from kd_core.hub import local_folder, pin_commit
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
@@ -56,7 +56,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
 
     The pilot ends with a batch of the first shard, so that its records are those that the shard will hold.
     """
-    path = plan.folder / TABLES
+    path = plan.folder / TABLES_FILE
     if path.exists():
         return []
     windows, rows = plan.shards[0].windows, plan.export.batch_rows
@@ -72,8 +72,8 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
 
 
 def _coding(plan: CachePlan) -> Coding:
-    path = plan.folder / TABLES
-    tables = read_tables(plan.folder, file_facts(path))
+    path = plan.folder / TABLES_FILE
+    tables = read_tables(plan.folder, file_size_and_hash(path))
     return Coding(tables, plan.export.selection, plan.export.codec)
 
 
@@ -81,7 +81,7 @@ def _blocks(shard: PlannedShard, records: Iterator[Record], plan: CachePlan, cod
     for block in shard.blocks:
         own = [next(records) for _ in block]
         try:
-            yield block_bytes(plan.first_record + block.start, own, coding, plan.export.max_codec_kl)
+            yield encode_block_members(plan.first_record + block.start, own, coding, plan.export.max_codec_kl)
         except ValueError as error:
             raise UsageError(f"{plan.folder / shard.name}: {error}") from None
 
@@ -109,12 +109,12 @@ def finish(plan: CachePlan) -> Manifest:
     shards: list[Shard] = []
     before = plan.grown_from.made if plan.grown_from else {}
     made = {
-        **made_now(pinned(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
+        **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
         "drawn_from": plan.drawn_from,
     }
     if chat := plan.chat or before.get("chat"):
         made["chat"] = chat
-    totals, coding = Totals.of(plan.grown_from), _coding(plan)
+    totals, coding = Totals.from_manifest(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
         for written, windows in zip(read_written(path, coding), planned.blocks, strict=True):
@@ -137,7 +137,7 @@ def finish(plan: CachePlan) -> Manifest:
         codec=plan.export.codec,
         audit=totals.audit(),
         statistics=totals.statistics(),
-        tables=file_facts(plan.folder / TABLES),
+        tables=file_size_and_hash(plan.folder / TABLES_FILE),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
         made=made,

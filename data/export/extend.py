@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data.cache.contents import CachedDocuments
 from data.cache.manifest import Manifest, read_manifest
 from data.stream.shards import ShardReader
-from kd_core.files import damaged, read_json, write_json
+from kd_core.files import damage_as_usage_error, read_json, write_json
 
 SPLITS = ("train", "validation")
 GROWTH = "growth.json"
@@ -43,7 +43,7 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
         was = read_json(path, "the state of a growing cache")
     elif begin:
         write_json(path, was)
-    with damaged(path, "the state of a growing cache"):
+    with damage_as_usage_error(path, "the state of a growing cache"):
         before = {
             split: replace(m, plans=m.plans[: was[split]["plans"]], shards=m.shards[: was[split]["shards"]])
             for split, m in now.items()

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from data.cache.codec.levels import CODECS
 from data.cache.contents import mask_digest, window_digest, windows_digest
-from data.cache.manifest import BEGINS, ENDS, Manifest
+from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest
 from data.cache.selection import Selection
 from data.corpus.bad_rows import BadRows
 from data.corpus.corpus import Corpus, split_documents
 from data.corpus.encoding import Encoded, Encoder
-from data.corpus.windows import Window, choose_windows, windows_of
+from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export.extend import SPLITS, Growth
-from data.teacher.choose_scorer import SCORERS, TeacherFacts, read_facts
+from data.teacher.choose_scorer import SCORERS, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
 from kd_core.hub import local_folder
@@ -186,7 +186,7 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
     """Facts of the teacher, which must bear the export's settings."""
-    teacher, top_k = read_facts(folder, export.scorer, tokens), export.selection.top_k
+    teacher, top_k = read_teacher_facts(folder, export.scorer, tokens), export.selection.top_k
     if top_k >= teacher.vocab_size:
         raise UsageError(f"selection.top_k: got {top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
     if teacher.max_positions is not None and export.row_length > teacher.max_positions:
@@ -210,7 +210,7 @@ def _settings(
             "config": sha256(folder / "config.json"),
         },
         "tokenizer": encoder.tokenizer.fingerprint(),
-        **{name: ids for name, ids in zip((BEGINS, ENDS), encoder.used or (), strict=False) if ids},
+        **{name: ids for name, ids in zip((PLAN_BEGINS, PLAN_ENDS), encoder.used or (), strict=False) if ids},
         **settings,
         "scorer": teacher.scorer,
         # Of a teacher with padding alone, whose columns took probability before.
@@ -226,7 +226,7 @@ def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Grow
     """Returns the documents, each content once, that the caches do not have."""
     found: dict[bytes, Encoded] = {}
     for document in documents:
-        if not growth.documents.hold(_digests(windows_of([document], export.row_length, export.overlap))):
+        if not growth.documents.hold(_digests(cut_windows([document], export.row_length, export.overlap))):
             found.setdefault(document.digest, document)
     renewed = [document.name for document in found.values() if document.name in set(growth.documents.name_of)]
     log.info("corpus %s: %d of %d documents are new", export.corpus.path, len(found), len(documents))
@@ -246,7 +246,7 @@ def _sides(export: TeacherExport, documents: list[Encoded], growth: Growth | Non
     continued: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
     others: list[Encoded] = []
     for document in _new_documents(export, documents, growth):
-        windows = _digests(windows_of([document], export.row_length, export.overlap))
+        windows = _digests(cut_windows([document], export.row_length, export.overlap))
         caches = growth.documents.caches_with_any(windows)
         (continued[min(caches)] if caches else others).append(document)  # of both: to train
     if len(others) < 2:
@@ -277,7 +277,7 @@ def make_plans(
         )  # fmt: skip
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
-        found = list(windows_of(sides[split], export.row_length, export.overlap))
+        found = list(cut_windows(sides[split], export.row_length, export.overlap))
         if growth:
             found = [window for window in found if not growth.documents.caches_with_any(_digests([window]))]
         windows = choose_windows(found, tokens, export.seed)

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from data.cache.manifest import BEGINS, ENDS, read_manifest
+from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, read_manifest
 from data.export.extend import GROWING, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_json, write_json
-from kd_core.json_fields import text
+from kd_core.files import damage_as_usage_error, read_json, write_json
+from kd_core.json_fields import check_text
 
 # What may differ between the exports that a cache grew by: all else decides what its records are.
 MAY_GROW = (
@@ -19,7 +19,7 @@ MAY_GROW = (
 
 def _around_texts(name: str, before: Any, now: Any) -> str:
     """Returns what to set where an export differs in what stands around texts."""
-    setting = {BEGINS: "bos", ENDS: "eos"}.get(name)
+    setting = {PLAN_BEGINS: "bos", PLAN_ENDS: "eos"}.get(name)
     return f" It is as before with corpus.{setting}={'yes' if before else 'no'}." if setting and before != now else ""
 
 
@@ -32,8 +32,8 @@ def recorded_dtype(out: Path) -> str | None:
     path = out / SPLITS[0] / "plan.json"
     if not path.exists():
         return None
-    with damaged(path, "the plan of an export"):
-        return text(read_json(path, "the plan of an export")["dtype"], "dtype")
+    with damage_as_usage_error(path, "the plan of an export"):
+        return check_text(read_json(path, "the plan of an export")["dtype"], "dtype")
 
 
 def claim(plan: CachePlan) -> bool:

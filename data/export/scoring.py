@@ -16,7 +16,7 @@ import torch
 
 from data.cache.record import Array, Record
 from data.export.plan import CachePlan
-from data.teacher.scorer import Scorer, score
+from data.teacher.scorer import Scorer, score_rows
 
 LOOKAHEAD = 8  # batches begun while a block is written
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
         if uniforms.shape[2]:
             uniforms[row, : window.positions] = torch.from_numpy(uniforms_of(plan, number))
     drawn = uniforms.flatten(0, 1).to(device)
-    scores = score(model, tokens.to(device), documents.to(device), plan.export.selection, drawn)
+    scores = score_rows(model, tokens.to(device), documents.to(device), plan.export.selection, drawn)
     fields = {name: field.unflatten(0, documents.shape).cpu().numpy() for name, field in scores._asdict().items()}
     records: list[Record] = []
     for row, number in enumerate(batch):

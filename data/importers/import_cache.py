@@ -17,12 +17,12 @@ from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.levels import CODECS
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES, Manifest, Shard, made_now
+from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.totals import Totals
-from data.cache.writer import block_bytes, file_facts, write_shard, write_tables
-from data.importers.lines import KINDS, Line, files_of, read_lines
+from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
+from data.importers.lines import KINDS, Line, files_of, read_records
 from data.stream.shards import read_tables, read_written
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, new_folder, sha256
@@ -90,7 +90,7 @@ def _shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> 
     first = 0
     for block in blocks:
         try:
-            data = block_bytes(first, block, coding, job.max_codec_kl)
+            data = encode_block_members(first, block, coding, job.max_codec_kl)
         except ValueError as error:
             raise UsageError(f"{block[0].document} to {block[-1].document}: {error}.") from None
         if shard and sum(map(len, shard)) + len(data) > job.shard_bytes:
@@ -111,15 +111,15 @@ def convert(job: Conversion, out: Path) -> Manifest:
     if out.exists():
         raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
     files = files_of(job.source)
-    counted = _Counted(read_lines(job.source, job.kind, job.vocab_size, job.columns))
+    counted = _Counted(read_records(job.source, job.kind, job.vocab_size, job.columns))
     blocks = _blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
     pilot = next(blocks, None)
     if pilot is None:
         raise UsageError(f"{job.source}: holds no record.")
     with new_folder(out) as folder:
         about = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
-        write_tables(folder / TABLES, fit_tables(pilot, job.vocab_size, about))
-        facts = file_facts(folder / TABLES)
+        write_tables(folder / TABLES_FILE, fit_tables(pilot, job.vocab_size, about))
+        facts = file_size_and_hash(folder / TABLES_FILE)
         coding = Coding(read_tables(folder, facts), Selection(top_k=1), job.codec)
         shards, totals = list[Shard](), Totals()
         for number, parts in enumerate(_shards(chain([pilot], blocks), coding, job)):

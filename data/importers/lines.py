@@ -23,11 +23,11 @@ import numpy as np
 
 from data.cache.codec.header import check_size
 from data.cache.record import UNUSED, Array, Record
-from data.folders import files_below
-from data.text_lines import PACKED, decoded, json_object, json_value, lines_of
+from data.folders import find_files
+from data.text_lines import PACKED, decode_utf8, parse_json, read_lines, require_object
 from kd_core.errors import UsageError
 from kd_core.files import printable
-from kd_core.json_fields import shown
+from kd_core.json_fields import short_repr
 
 ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".ndjson") for packed in ("", *PACKED))
 CHUNK_ID, CHUNK_NUMBER = "CHUNK_ID", re.compile(r"[0-9]{1,12}")
@@ -51,7 +51,7 @@ def files_of(source: str) -> list[Path]:
         path = Path(source)
         if path.is_file():
             return [path]
-        found = files_below(path, lambda file: file.name.lower().endswith(ENDINGS)) if path.is_dir() else None
+        found = find_files(path, lambda file: file.name.lower().endswith(ENDINGS)) if path.is_dir() else None
         if found is None or not found.files:
             raise UsageError(
                 f"{source}: no such file, and no folder of .jsonl files. Name one, or a path with {CHUNK_ID}."
@@ -71,7 +71,7 @@ def files_of(source: str) -> list[Path]:
     return [chunks[number] for number in sorted(chunks)]
 
 
-def read_lines(source: str, kind: str, vocab_size: int, columns: int = 0) -> Iterator[Line]:
+def read_records(source: str, kind: str, vocab_size: int, columns: int = 0) -> Iterator[Line]:
     """Yields all records of a source. Entries of padding, which `columns` has beyond the vocabulary, are left out.
 
     Raises:
@@ -80,11 +80,11 @@ def read_lines(source: str, kind: str, vocab_size: int, columns: int = 0) -> Ite
     root = Path(source)
     for path in files_of(source):
         name = printable(path.relative_to(root) if root.is_dir() else Path(path.name))
-        for number, line in enumerate(lines_of(path), 1):
+        for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
             where = f"{printable(path)}:{number}"
-            value = json_object(json_value(decoded(line, where), where), where)
+            value = require_object(parse_json(decode_utf8(line, where), where), where)
             try:
                 found = KINDS[kind](value, f"{name}:{number}", max(columns, vocab_size))
                 yield found._replace(record=found.record.within(vocab_size))
@@ -109,7 +109,9 @@ def _check_lists(rows: Any, name: str) -> None:
         raise ValueError(f"{name}: a {type(rows).__name__}; wanted a list of a list for each position")
     for i, row in enumerate(cast(list[Any], rows)):
         if not isinstance(row, list):
-            raise ValueError(f"position {i}: its {name} are {shown(row)}; wanted a list, empty for a position without")
+            raise ValueError(
+                f"position {i}: its {name} are {short_repr(row)}; wanted a list, empty for a position without"
+            )
 
 
 def _rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, Array]:

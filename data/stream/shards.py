@@ -16,11 +16,11 @@ from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
-from data.cache.codec.rank_tables import Tables
-from data.cache.manifest import TABLES, Block, Manifest, Shard, parse_manifest, read_manifest
+from data.cache.codec.rank_tables import RankTables
+from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, parse_manifest, read_manifest
 from data.cache.record import Record
 from data.cache.storage import RangeReader, is_url, storage_at
-from data.cache.tar import END, read_members
+from data.cache.tar import END_OF_TAR, read_members
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
@@ -59,7 +59,7 @@ def manifest_at(path: str) -> Manifest:
         raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
 
 
-def read_tables(folder: Path | str, expected: dict[str, Any]) -> Tables:
+def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
     """Reads the rank tables of a cache.
 
     Args:
@@ -70,18 +70,18 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> Tables:
         UsageError: missing, or not those of the manifest.
     """
     storage = storage_at(folder)
-    path, size = storage.url(TABLES), storage.size(TABLES)
+    path, size = storage.url(TABLES_FILE), storage.size(TABLES_FILE)
     if size is not None and size != expected["bytes"]:
         raise UsageError(
             f"{path}: damaged: has {size} bytes, the manifest wants {expected['bytes']}. Restore it, or export again."
         )
-    data = storage.read(TABLES, int(expected["bytes"]))
+    data = storage.read(TABLES_FILE, int(expected["bytes"]))
     digest = hashlib.sha256(data).hexdigest()
     try:
         members = {member.name: member.payload for member in read_members(data)}
         if digest != expected["sha256"]:
             raise ValueError(f"sha256 {digest[:12]}…, the manifest wants {str(expected['sha256'])[:12]}…")
-        return Tables.of_members(members)
+        return RankTables.parse(members)
     except ValueError as error:
         raise UsageError(f"{path}: damaged: {error}. Restore it, or export the cache again.") from None
 
@@ -97,7 +97,7 @@ class ShardReader:
         tables = read_tables(folder, manifest.tables)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
-                f"{self.storage.url(TABLES)}: is of a vocabulary of {tables.vocab_size}, the manifest of "
+                f"{self.storage.url(TABLES_FILE)}: is of a vocabulary of {tables.vocab_size}, the manifest of "
                 f"{manifest.vocab_size}. Restore it, or export the cache again."
             )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
@@ -159,8 +159,8 @@ class ShardReader:
         data, end = data[: block.bytes], data[block.bytes :]
         if hashlib.sha256(data).hexdigest() != block.sha256:
             raise _damaged(path, index, _why(data, self.coding, path))
-        if index == len(shard.blocks) - 1 and end != END:
-            raise _damaged(path, index, f"behind it wanted the {len(END)} zeros that end a tar")
+        if index == len(shard.blocks) - 1 and end != END_OF_TAR:
+            raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         try:
             records = decode_block(webdataset_io.members_of(data, path), self.coding)
         except Exception as error:  # what webdataset raises is not narrowed down
@@ -173,7 +173,7 @@ class ShardReader:
         """The bytes of a block, and behind the last one those that end the shard."""
         shard, index = self.manifest.shards[ref[0]], ref[1]
         path, offset, size = self.storage.url(shard.name), offset_of(shard, index), shard.blocks[index].bytes
-        size += len(END) if index == len(shard.blocks) - 1 else 0
+        size += len(END_OF_TAR) if index == len(shard.blocks) - 1 else 0
         stored = self.storage.size(shard.name)
         if stored is not None and stored != shard.bytes:
             raise _damaged(path, index, f"the shard has {stored} bytes; the manifest wants {shard.bytes}")
@@ -214,13 +214,13 @@ def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
     data, index = path.read_bytes(), 0
     try:
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
-        edges = [*sorted(starts.values()), len(data) - len(END)]
+        edges = [*sorted(starts.values()), len(data) - len(END_OF_TAR)]
         for start, end in itertools.pairwise(edges):
             members = webdataset_io.members_of(data[start:end], str(path))
             records = decode_block(members, coding)
             lengths = tuple(record.positions for record in records)
             digest = hashlib.sha256(data[start:end]).hexdigest()
-            yield WrittenBlock(Block(end - start, digest, lengths), Header.of(members["json"]), records)
+            yield WrittenBlock(Block(end - start, digest, lengths), Header.parse(members["json"]), records)
             index += 1
     except ValueError as error:
         raise _damaged(path, index, str(error)) from None

@@ -15,7 +15,7 @@ from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.hub import NO_EXTRA
 from kd_core.students.huggingface.weights import stored_architecture
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 
 SCORERS = ("auto", "decoder", "transformers")
 log = logging.getLogger("kd")
@@ -42,7 +42,7 @@ def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
     return TeacherFacts("transformers", architecture["vocab_size"], limit, architecture)
 
 
-def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
+def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
     """Returns the facts of a teacher, with the scorer that `auto` stands for.
 
     Args:
@@ -73,6 +73,6 @@ def read_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherF
 def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.device) -> Scorer:
     """Loads the teacher in `folder`, ready to score the vocabulary of its tokenizer."""
     tokens = Tokenizer(folder).vocab_size
-    if read_facts(folder, scorer, tokens).scorer == "transformers":
+    if read_teacher_facts(folder, scorer, tokens).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens)
-    return DecoderScorer(build(Pretrained(str(folder)), device, 0, tokens).to(dtype).eval())
+    return DecoderScorer(build_student(Pretrained(str(folder)), device, 0, tokens).to(dtype).eval())

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data.cache.selection import Selection
-from data.teacher.select import Scores, select
+from data.teacher.select import TeacherScores, select_entries
 from kd_core.students.decoder.decoder import Decoder
 
 CHUNK_TOKENS = 256  # positions whose logits exist at a time
@@ -74,13 +74,13 @@ class DecoderScorer:
 
 
 @torch.no_grad()
-def score(
+def score_rows(
     scorer: Scorer,
     tokens: Int[Tensor, "B S"],
     document_ids: Int[Tensor, "B T"],
     selection: Selection,
     uniforms: Float[Tensor, "N draws"],
-) -> Scores:
+) -> TeacherScores:
     """Scores positions 0 … T−1 of rows of S = T + 1 tokens, flattened to N = B·T.
 
     Args:
@@ -88,9 +88,9 @@ def score(
     """
     # Position t predicts token t + 1.  [N]
     labels = tokens[:, 1:].flatten()
-    chunks: list[Scores] = []
+    chunks: list[TeacherScores] = []
     start = 0
     for logits in scorer.logits(tokens[:, :-1], document_ids):
         positions = slice(start, start := start + len(logits))
-        chunks.append(select(logits, labels[positions], selection, uniforms[positions]))
-    return Scores(*(torch.cat(fields) for fields in zip(*chunks, strict=True)))
+        chunks.append(select_entries(logits, labels[positions], selection, uniforms[positions]))
+    return TeacherScores(*(torch.cat(fields) for fields in zip(*chunks, strict=True)))

@@ -27,7 +27,7 @@ RUN = 256  # adjacent ids that a draw first chooses between as one
 LOWEST_EXPONENT = -80.0  # e^−80 vanishes beside 1, and exponentials of smaller numbers are slow (denormal)
 
 
-class Scores(NamedTuple):
+class TeacherScores(NamedTuple):
     """Selected values of the teacher's distribution at N positions, in nats. An entry or sample of −inf is unused."""
 
     ids: Int[Tensor, "N K"]
@@ -39,9 +39,9 @@ class Scores(NamedTuple):
     sampled_log_weights: Float[Tensor, "N S"]
 
 
-def select(
+def select_entries(
     logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"], selection: Selection, uniforms: Float[Tensor, "n S"]
-) -> Scores:
+) -> TeacherScores:
     """Computes the scores of n positions from their logits, which are overwritten.
 
     Args:
@@ -77,7 +77,7 @@ def select(
             logits.mul_((topk_tail - tail).exp()[:, None]).scatter_(1, ids, (cut - tail[:, None]).exp())
     # A sample's weight within the tail, times the tail's mass.  [n, S]
     samples, weights = _draw(logits, uniforms, selection.proposal_temperature)
-    return Scores(
+    return TeacherScores(
         ids,
         log_probs,
         tail,

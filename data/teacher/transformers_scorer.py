@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data.teacher.scorer import CHUNK_TOKENS
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_json
+from kd_core.files import damage_as_usage_error, read_json
 from kd_core.hub import NO_EXTRA
 from kd_core.memory import bounded_memory
-from kd_core.students.decoder.architecture import MOST
+from kd_core.students.decoder.architecture import UPPER_BOUNDS
 from kd_core.students.huggingface.weights import weight_files
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
     _check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-        if not 1 <= int(config.vocab_size) <= MOST["vocab_size"]:
+        if not 1 <= int(config.vocab_size) <= UPPER_BOUNDS["vocab_size"]:
             raise ValueError(f"a vocabulary of {config.vocab_size}")
     except Exception as error:  # each model family raises errors of its own
         raise UsageError(f"{folder}: transformers cannot read its config.json ({error!s:.400}).") from None
@@ -56,7 +56,7 @@ def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
         raise UsageError(f"{folder}: holds adapter_config.json, whose base lies elsewhere. Wanted a merged model.")
-    with damaged(path, "a Hugging Face model configuration", "Fetch the folder again"):
+    with damage_as_usage_error(path, "a Hugging Face model configuration", "Fetch the folder again"):
         parts = _count_parts(read_json(path, "a Hugging Face model configuration"))
     if parts > MOST_PARTS:
         raise UsageError(f"{path}: describes {parts} layers and experts; wanted {MOST_PARTS} at most.")

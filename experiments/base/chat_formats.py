@@ -4,8 +4,8 @@ import logging
 
 from data.cache.manifest import Manifest
 from data.stream.source import Source
-from kd_core.files import damaged
-from kd_core.json_fields import fields, integer, text
+from kd_core.files import damage_as_usage_error
+from kd_core.json_fields import check_integer, check_object, check_text
 from kd_core.students.huggingface.export_files import ChatFormat
 
 log = logging.getLogger("kd")
@@ -16,13 +16,19 @@ def _read(manifest: Manifest, path: str) -> ChatFormat | None:
     """Returns the format that a manifest states, strictly: somebody else may have written it."""
     if (stated := manifest.made.get("chat")) is None:
         return None
-    with damaged(f"{path}: manifest.json", "how conversations were written"):
-        optional = {"tool_use"} & set(fields(stated, "chat"))
-        found = fields(stated, "chat", {"template", "special_tokens", "turn_ends"} | optional)
-        special = {name: text(each, name) for name, each in fields(found["special_tokens"], "special_tokens").items()}
-        ends = {name: integer(each, name, 0, MOST_ID) for name, each in fields(found["turn_ends"], "turn_ends").items()}
-        for_tools = text(found["tool_use"], "tool_use") if optional else None
-        return ChatFormat(text(found["template"], "template"), special, ends, for_tools)
+    with damage_as_usage_error(f"{path}: manifest.json", "how conversations were written"):
+        optional = {"tool_use"} & set(check_object(stated, "chat"))
+        found = check_object(stated, "chat", {"template", "special_tokens", "turn_ends"} | optional)
+        special = {
+            name: check_text(each, name)
+            for name, each in check_object(found["special_tokens"], "special_tokens").items()
+        }
+        ends = {
+            name: check_integer(each, name, 0, MOST_ID)
+            for name, each in check_object(found["turn_ends"], "turn_ends").items()
+        }
+        for_tools = check_text(found["tool_use"], "tool_use") if optional else None
+        return ChatFormat(check_text(found["template"], "template"), special, ends, for_tools)
 
 
 def chat_format(source: Source) -> ChatFormat | None:

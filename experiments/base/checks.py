@@ -10,14 +10,14 @@ from data.stream.source import Passes, Shards
 from data.tokenizer import Tokenizer
 from experiments.base.provenance import student_folders
 from kd_core.errors import UsageError
-from kd_core.hub import folder_of
+from kd_core.hub import resolve_folder
 from kd_core.losses.objective import CacheFacts, Objective
-from kd_core.parallel.layout import Shape, check_shape
-from kd_core.parallel.parallelize import held
+from kd_core.parallel.layout import StudentSizes, check_divisible
+from kd_core.parallel.parallelize import fullest_rank_holding
 from kd_core.students.decoder.architecture import too_many_tokens
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.training.evaluation import Metric, best_is, metric_names
-from kd_core.training.optimizer import ALONE, AdamW, TorchOptimizer
+from kd_core.training.evaluation import Metric, metric_direction, metric_names
+from kd_core.training.optimizer import SINGLE_RANK_ONLY, AdamW, TorchOptimizer
 
 if TYPE_CHECKING:
     from experiments.base.experiment import Experiment
@@ -51,7 +51,7 @@ def _check_folders(experiment: "Experiment") -> None:
     missing = [
         f"{where}: {folder} ({what})"
         for where, (folder, what) in wanted.items()
-        if not folder_of(folder, where).is_dir()
+        if not resolve_folder(folder, where).is_dir()
     ]
     if missing:
         raise UsageError(f"no such folder: {'; '.join(missing)}. Make what is missing, or name what is there.")
@@ -100,7 +100,7 @@ def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
     if (best := experiment.checkpoint.best_metric) not in known:
         raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
     mode, users = experiment.checkpoint.best_mode, {metric.__name__ for metric in evaluation.metrics}
-    right = best_is(best) if best.rpartition("/")[2] not in users else None
+    right = metric_direction(best) if best.rpartition("/")[2] not in users else None
     if experiment.checkpoint.keep_best and right and mode != right:
         raise UsageError(f"checkpoint.best_mode: got {mode} for {best}, which would keep the worst; wanted {right}.")
 
@@ -114,7 +114,7 @@ def check(experiment: "Experiment") -> None:
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     _check_folders(experiment)
     folder = experiment.student.folder
-    tokenizer = Tokenizer(folder_of(folder))
+    tokenizer = Tokenizer(resolve_folder(folder))
     arch = experiment.student.architecture().with_tokens(tokenizer.vocab_size, folder)
     for where, shards in caches.items():
         try:
@@ -138,14 +138,14 @@ def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict
     """
     parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
     optimizer = experiment.optimizer
-    if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in ALONE:
+    if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in SINGLE_RANK_ONLY:
         raise UsageError(f"optimizer.cls: {optimizer.cls} runs on one rank alone; there are {ranks}. Take another.")
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
     sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
-    check_shape(parallel.tensor_parallel, parallel.sequence_parallel, Shape(*sizes, T))
-    holds = held(student, layout, parallel.sequence_parallel)
+    check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, StudentSizes(*sizes, T))
+    holds = fullest_rank_holding(student, layout, parallel.sequence_parallel)
     moments = f" and {holds.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)
     passes = -(-rows // parallel.micro_batch_rows)

@@ -18,24 +18,24 @@ from experiments.base.chat_formats import chat_format
 from experiments.base.provenance import identities, student_folders
 from experiments.base.unused_settings import unused_settings
 from kd_core.errors import UsageError
-from kd_core.files import place_of_new_folder
-from kd_core.hub import folder_of
+from kd_core.files import new_folder_target
+from kd_core.hub import resolve_folder
 from kd_core.losses.objective import Objective
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Start, decoder_of
-from kd_core.training.checkpoints.checkpoint import Checkpoint, best_first, load_best
-from kd_core.training.evaluation import HeldOut, Metric, metric_names
+from kd_core.students.starts.start import StudentInit, meta_student
+from kd_core.training.checkpoints.checkpoint import Checkpoint, checkpoints_by_metric, load_best
+from kd_core.training.evaluation import HeldOutCache, Metric, metric_names
 from kd_core.training.generation import Prompts
 from kd_core.training.loop import Data, Recipe, run
 from kd_core.training.lr_schedule import Schedule, check_schedule
 from kd_core.training.optimizer import Optimizer
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.stop_signals import StopSignals
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
@@ -119,7 +119,7 @@ def _millions(model: Decoder, *, trained: bool = False) -> str:
 class Experiment:
     """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
 
-    student: Start
+    student: StudentInit
     shards: Shards | Mixture
     collate: Collate
     loss: Objective
@@ -157,7 +157,7 @@ class Experiment:
 
     def decoder(self) -> Decoder:
         """The student without memory; its real vocabulary is that of its tokenizer."""
-        return decoder_of(self.student, Tokenizer(folder_of(self.student.folder)).vocab_size)
+        return meta_student(self.student, Tokenizer(resolve_folder(self.student.folder)).vocab_size)
 
     def check(self, ranks: int = 1) -> dict[str, str]:
         """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
@@ -210,7 +210,7 @@ class Experiment:
             UsageError: the hub does not give it.
         """
         for where, folder in student_folders(self.student).items():
-            folder_of(folder, where)
+            resolve_folder(folder, where)
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Path and sha256 of all that the run reads, for its record."""
@@ -225,13 +225,13 @@ class Experiment:
                 micro_batch=self.parallel.micro_batch_rows, **share,
             )  # fmt: skip
 
-        tokenizer = Tokenizer(folder_of(self.student.folder))
+        tokenizer = Tokenizer(resolve_folder(self.student.folder))
         return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
 
-    def _held_out(self, share: dict[str, int]) -> dict[str, HeldOut]:
+    def _held_out(self, share: dict[str, int]) -> dict[str, HeldOutCache]:
         micro_batch, weights = self.parallel.micro_batch_rows, self.evaluation.weights
         return {
-            name: HeldOut(
+            name: HeldOutCache(
                 partial(all_batches, part, self.collate, micro_batch=micro_batch, **share),
                 checks.cache_facts(part),
                 weights[name],
@@ -251,7 +251,7 @@ class Experiment:
     def _take_best(self, folder: RunFolder, model: Decoder, world: World) -> None:
         """Load the best checkpoint for the export. The last step stays where none has a finite metric."""
         metric = self.checkpoint.best_metric
-        if world.on_first(lambda: bool(best_first(folder.checkpoints, self.checkpoint))):
+        if world.run_on_first(lambda: bool(checkpoints_by_metric(folder.checkpoints, self.checkpoint))):
             best = load_best(folder.checkpoints, self.checkpoint, model, world)
             log.info("export: of %s, the best %s", best.name, metric)
         else:
@@ -260,15 +260,15 @@ class Experiment:
                 "the best. Look at %s in metrics.jsonl, or set checkpoint.best_metric.", metric, metric,
             )  # fmt: skip
 
-    def run(self, folder: RunFolder, world: World, stopping: Stopping) -> bool:
+    def run(self, folder: RunFolder, world: World, stopping: StopSignals) -> bool:
         """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
 
         False where it was told to stop before the end; what is done is saved then.
         """
-        if world.on_first(lambda: folder.is_finished):
+        if world.run_on_first(lambda: folder.is_finished):
             log.info("%s: already complete, reused", folder.path)
             return True
-        world.on_first(lambda: place_of_new_folder(folder.export))  # rather than once all is trained
+        world.run_on_first(lambda: new_folder_target(folder.export))  # rather than once all is trained
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,
@@ -285,14 +285,14 @@ class Experiment:
             evaluate_every=self.evaluation.every,
             metrics=self.evaluation.metrics,
         )
-        world = world.laid_out(self.parallel.layout(world.size))
+        world = world.with_layout(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)
-        model = spread(self.decoder(), self.parallel, world)
+        model = parallelize(self.decoder(), self.parallel, world)
         self.student.fill(model, self.seed)
         if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False
         if self.checkpoint.export == "best":
             self._take_best(folder, model, world)
         chat = chat_format(self.shards)
-        save_pretrained(model, folder.export, folder_of(self.student.folder), chat=chat, first=world.is_first)
+        save_pretrained(model, folder.export, resolve_folder(self.student.folder), chat=chat, first=world.is_first)
         return True

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_core.files import open_plain, sha256
-from kd_core.hub import folder_of, pinned
-from kd_core.students.starts.start import Start
+from kd_core.hub import pin_commit, resolve_folder
+from kd_core.students.starts.start import StudentInit
 
 if TYPE_CHECKING:
     from experiments.base.experiment import Experiment
@@ -33,7 +33,7 @@ def model_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def student_folders(start: Start, where: str = "student") -> dict[str, str]:
+def student_folders(start: StudentInit, where: str = "student") -> dict[str, str]:
     """All folders that a start reads, by their paths in the experiment: its own, its base's, an adapter's."""
     found, folder = dict[str, str](), start.folder
     for name in (field.name for field in fields(start)) if is_dataclass(start) else ():
@@ -51,7 +51,7 @@ def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
     A hub id stands with the commit that was read.
     """
     found = {
-        where: {"path": pinned(folder), "sha256": model_identity(folder_of(folder, where))}
+        where: {"path": pin_commit(folder), "sha256": model_identity(resolve_folder(folder, where))}
         for where, folder in student_folders(experiment.student).items()
     }
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}

@@ -161,7 +161,7 @@ def _correct_use(entry: Entry) -> str:
     return f"It is a {entry.kind}: --config={PREFIXES.get(entry.kind, '')}{entry.name}=…, after an experiment."
 
 
-def listing(kind: str) -> str:
+def format_listing(kind: str) -> str:
     """Returns a line per name with the first line of its docstring, and one per file that cannot be parsed."""
     all_entries, broken = _read()
     shown = [entry for entry in all_entries if kind in (entry.kind, entry.takes)]

@@ -46,7 +46,7 @@ def code_facts(repeats: Path | None = None) -> dict[str, Any]:
     return {"sources": source_hashes(), "user_files": {**repeated_files, **files}}
 
 
-def keep_code(attempt: Path) -> None:
+def write_code(attempt: Path) -> None:
     """Writes the texts of user files and the uncommitted changes of our code beside the facts of a start."""
     for file in user_files.loaded_files():
         for path, text in file.texts.items():

@@ -70,7 +70,7 @@ def _find_function(text: str, item: str, kind: str, takes: str = "") -> tuple[En
     if colon or text.endswith(".py"):
         name, arguments = _parse_call(call, item) if call else ("", {})
         expected = "NAME of experiments/, or FILE.py:NAME"
-        return user_code.of_file(f"{file}{colon}{name}", f"--config={item}", expected, kind), arguments
+        return user_code.load_from_file(f"{file}{colon}{name}", f"--config={item}", expected, kind), arguments
     name, arguments = _parse_call(text, item)
     return find_entry(name, kind, takes), arguments
 
@@ -167,7 +167,7 @@ def apply(resolved: Resolved, item: str) -> None:
     """Applies an item that names no experiment to the config, in place.
 
     Raises:
-        UsageError: as for `resolve`.
+        UsageError: as for `resolve_items`.
     """
     _refuse_unknown_prefix(item)
     if not _is_change(item):
@@ -180,7 +180,7 @@ def apply(resolved: Resolved, item: str) -> None:
         resolved.set_by[set_path(resolved.config, item.removeprefix("set:"))] = f"--config={item}"
 
 
-def resolve(items: Sequence[str], kind: str) -> Resolved:
+def resolve_items(items: Sequence[str], kind: str) -> Resolved:
     """Resolves all items into one config, with every value of its annotated type.
 
     Raises:
@@ -204,7 +204,7 @@ def expand_home(resolved: Resolved) -> None:
             place.put(str(Path(place.value).expanduser()))
 
 
-def frozen(config: fdl.Config[Any]) -> fdl.Config[Any]:
+def freeze(config: fdl.Config[Any]) -> fdl.Config[Any]:
     """Returns a copy in which every default is an explicit value.
 
     A later change of a default then leaves the record as it is.
@@ -257,9 +257,9 @@ def recorded_text(path: Path) -> str:
     return describe(Resolved(load_record(path), path.name))
 
 
-def record(config: fdl.Config[Any]) -> str:
+def record_json(config: fdl.Config[Any]) -> str:
     """Returns the frozen config as JSON, with the texts of the user files whose functions or classes it has."""
-    text = serialization.dump_json(frozen(config), indent=2)
+    text = serialization.dump_json(freeze(config), indent=2)
     if files := user_files.files_in(text):
         user_file_texts = [{"main": file.main, "texts": file.texts} for file in files]
         text = json.dumps({**json.loads(text), "user_files": user_file_texts}, indent=2)

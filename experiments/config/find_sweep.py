@@ -6,7 +6,7 @@ from experiments.base.sweep_definition import Sweep
 from experiments.config import catalog, user_code
 
 
-def find(text: str) -> tuple[str, Callable[[], Sweep]]:
+def find_sweep(text: str) -> tuple[str, Callable[[], Sweep]]:
     """Returns a sweep's name and the function that makes it. `text` is a name of `experiments/`, or `FILE.py:NAME`.
 
     Raises:
@@ -14,7 +14,7 @@ def find(text: str) -> tuple[str, Callable[[], Sweep]]:
     """
     error_prefix = f"--sweep={text}"
     if ".py" in text:
-        entry = user_code.of_file(text, error_prefix, "NAME, or FILE.py:NAME", catalog.SWEEP)
+        entry = user_code.load_from_file(text, error_prefix, "NAME, or FILE.py:NAME", catalog.SWEEP)
     else:
         entry = catalog.find_entry(text, catalog.SWEEP, error_prefix=error_prefix)
     return entry.name, user_code.load(entry, error_prefix)

@@ -18,7 +18,7 @@ from fiddle.experimental import serialization
 from experiments.config import user_code, user_files
 from experiments.config.paths import PLAIN_TYPES, RecordImportPolicy, check_values, walk
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_text
+from kd_core.files import damage_as_usage_error, read_text
 from kd_core.json_fields import LARGEST
 
 MOST_BYTES = 1 << 22
@@ -67,7 +67,7 @@ def _take_user_files(value: dict[str, Any], path: Path, with_code: bool) -> None
 
     Without `with_code` they do not run, and all settings but `SETTINGS_WITHOUT_CODE` are removed too.
     """
-    files = user_files.from_record(value.pop("user_files", []), str(path))
+    files = user_files.parse_user_files(value.pop("user_files", []), str(path))
     for file in files if with_code else ():
         user_code.run_guarded(functools.partial(user_files.load, file), str(path))
     if files and not with_code:
@@ -77,7 +77,7 @@ def _take_user_files(value: dict[str, Any], path: Path, with_code: bool) -> None
 
 def keeps_code(path: Path) -> bool:
     """Checks whether a record keeps user files."""
-    with damaged(path, WANTED):
+    with damage_as_usage_error(path, WANTED):
         return bool(json.loads(read_text(path, WANTED, MOST_BYTES)).get("user_files"))
 
 

@@ -134,7 +134,7 @@ def walk(node: Any, prefix: str = "", hint: Any = Any) -> Iterator[Place]:
             yield from walk(value, f"{place.path}.", place.wanted)
 
 
-def find(config: fdl.Config[Any], path: str, error_prefix: str) -> Place:
+def find_place(config: fdl.Config[Any], path: str, error_prefix: str) -> Place:
     """Returns the place at a path. `error_prefix` begins the message of an error.
 
     Raises:
@@ -225,7 +225,7 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
     """
     path, text = item.split("=", 1)
     error_prefix = f"--config={item}"
-    place = find(config, path, error_prefix)
+    place = find_place(config, path, error_prefix)
     _refuse_part(place, error_prefix)
     place.put(parse_value(text, place.wanted, error_prefix))
     return path
@@ -247,7 +247,7 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, error_prefix: str)
     Raises:
         UsageError: as for `set_path`.
     """
-    place = find(config, path, error_prefix)
+    place = find_place(config, path, error_prefix)
     if isinstance(value, fdl.Buildable):
         class_name = fdl.get_callable(value).__name__
         if not is_of_type(value, place.wanted):

@@ -28,7 +28,7 @@ def _layout(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.get("world", {}).items() if name != "pid"}
 
 
-def of_code(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def code_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns a line per source file that differs, then the commits. Where either has no hashes, only the commits."""
     if not (then.get("sources") and now.get("sources")):
         return list(_of_commits(then.get("commit", "not recorded"), now["commit"]))
@@ -76,7 +76,7 @@ def _of_settings(settings: dict[str, tuple[str, str]], resolved: Resolved) -> It
 def differences(resolved: Resolved, facts: dict[str, Any], then: dict[str, Any], config_text: str) -> list[str]:
     """Returns a line per difference in code, versions, layout, data, settings and defaults."""
     return [
-        *of_code(then, facts),
+        *code_differences(then, facts),
         *_changes("version of", {"python": then.get("python")}, {"python": facts["python"]}),
         *_changes("version of", then.get("versions", {}), facts["versions"]),
         *_changes("layout", _layout(then), _layout(facts)),
@@ -126,5 +126,5 @@ def differences_before(run: RunFolder, resolved: Resolved, facts: dict[str, Any]
     lines = report(resolved, facts).splitlines() if resolved.repeats else []
     with contextlib.suppress(UsageError):  # damaged facts do not stop the run
         if last := run.last_facts():
-            lines += [f"resumed with other code: {line}" for line in of_code(last, facts)]
+            lines += [f"resumed with other code: {line}" for line in code_differences(last, facts)]
     return lines

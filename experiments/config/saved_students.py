@@ -10,9 +10,9 @@ from data.tokenizer import Tokenizer
 from experiments.base.chat_formats import chat_format
 from experiments.config.frozen_records import load_record, recorded_student
 from kd_core.errors import UsageError
-from kd_core.hub import folder_of
+from kd_core.hub import resolve_folder
 from kd_core.students.huggingface.export_files import ChatFormat
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.run_folder import RunFolder
 
@@ -25,10 +25,10 @@ def _checkpoint(run: RunFolder, step: str) -> Path | None:
         return checkpoint.newest(run.checkpoints)
     if step == "best":
         policy: Any = fdl.build(load_record(run.path / "config.json").checkpoint)
-        return next(iter(checkpoint.best_first(run.checkpoints, policy)), None)
+        return next(iter(checkpoint.checkpoints_by_metric(run.checkpoints, policy)), None)
     if not step.isdecimal():
         raise UsageError(f"--step={step}: wanted best, last or a number.")
-    numbered = {int(folder.name[5:]): folder for folder in checkpoint.kept(run.checkpoints)}
+    numbered = {int(folder.name[5:]): folder for folder in checkpoint.list_checkpoints(run.checkpoints)}
     return numbered.get(int(step))
 
 
@@ -48,7 +48,7 @@ def find_student(path: Path, step: str | None) -> Path:
         if step is not None:
             raise UsageError(f"--step={step}: {path} is no run, so it has no steps. Leave --step out.")
         return path
-    steps = ", ".join(str(int(folder.name[5:])) for folder in checkpoint.kept(run.checkpoints))
+    steps = ", ".join(str(int(folder.name[5:])) for folder in checkpoint.list_checkpoints(run.checkpoints))
     available = f"It has checkpoints of the steps {steps}" if steps else "It has no checkpoint"
     if step is None:
         if not run.is_finished:
@@ -68,10 +68,10 @@ def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
         UsageError: the folder is neither, or damaged.
     """
     if not (folder / "progress.json").exists():
-        return build(Pretrained(str(folder)), device, 0, Tokenizer(folder).vocab_size), folder
+        return build_student(Pretrained(str(folder)), device, 0, Tokenizer(folder).vocab_size), folder
     start = recorded_student(folder / "config.json")
-    tokenizer_folder = folder_of(start.folder)
-    model = build(start, device, 0, Tokenizer(tokenizer_folder).vocab_size)
+    tokenizer_folder = resolve_folder(start.folder)
+    model = build_student(start, device, 0, Tokenizer(tokenizer_folder).vocab_size)
     checkpoint.load_model(folder, model)
     return model, tokenizer_folder
 

@@ -16,7 +16,7 @@ from experiments.base.experiment import Experiment
 from experiments.base.sweep_definition import EXPERIMENT, FIDDLER, Draft, Sweep, Values
 from experiments.config import catalog, config_items, user_code
 from experiments.config.config_items import Resolved
-from experiments.config.paths import check_values, find, set_value
+from experiments.config.paths import check_values, find_place, set_value
 from kd_core.errors import UsageError
 
 ID_LENGTH = 12
@@ -45,7 +45,7 @@ class Point:
         """Returns a hash of the record with a seed of 0, equal for points that differ only in their seed."""
         config = self.config.__deepcopy__({})
         config.seed = 0
-        return hashlib.sha256(config_items.record(config).encode()).hexdigest()
+        return hashlib.sha256(config_items.record_json(config).encode()).hexdigest()
 
     @functools.cached_property
     def validation_metrics(self) -> set[str]:
@@ -68,10 +68,10 @@ class Point:
             raise UsageError(str(error).partition("\n\nFiddle context: ")[0]) from None
 
 
-def shown(value: Any) -> str:
+def table_text(value: Any) -> str:
     """Returns a value as tables show it: a config by its class and set values, a function by its name."""
     if isinstance(value, fdl.Buildable):
-        arguments = ", ".join(f"{name}={shown(argument)}" for name, argument in value.__arguments__.items())
+        arguments = ", ".join(f"{name}={table_text(argument)}" for name, argument in value.__arguments__.items())
         return f"{fdl.get_callable(value).__name__}({arguments})"
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
@@ -103,13 +103,16 @@ def swept_paths(points: Iterable[Point]) -> list[str]:
     return paths
 
 
-def label(point: Point, paths: Sequence[str]) -> str:
+def point_label(point: Point, paths: Sequence[str]) -> str:
     """Returns a point's values at `paths` in one line, as `tail=renormalized top_k=8`."""
     names = short_names(paths)
-    return " ".join(f"{names[path]}={shown(point.values[path])}" for path in paths if path in point.values) or point.id
+    return (
+        " ".join(f"{names[path]}={table_text(point.values[path])}" for path in paths if path in point.values)
+        or point.id
+    )
 
 
-def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
+def resolve_points(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     """Resolves all points of a sweep, and applies `items` to each: `--config` items that name no experiment.
 
     Raises:
@@ -122,7 +125,9 @@ def resolve(sweep: Sweep, items: Sequence[str], name: str) -> list[Point]:
     for draft in sweep:
         point = _resolve(draft, items, name)
         if (earlier := points.get(key := _with_equal_numbers(point.record))) is not None:
-            one, other = (f"({', '.join(f'{k}={shown(v)}' for k, v in p.values.items())})" for p in (earlier, point))
+            one, other = (
+                f"({', '.join(f'{k}={table_text(v)}' for k, v in p.values.items())})" for p in (earlier, point)
+            )
             raise UsageError(f"--sweep={name}: {one} and {other} are the same experiment. Leave one of them out.")
         points[key] = point
     if not points:
@@ -140,7 +145,7 @@ def _with_equal_numbers(record: str) -> str:
 
 
 def _base_config(draft: Draft, name: str) -> fdl.Config[Any]:
-    config: Any = user_code.of(draft.base, f"--sweep={name}: {draft.experiment}")
+    config: Any = user_code.call_function(draft.base, f"--sweep={name}: {draft.experiment}")
     target: Any = fdl.get_callable(config) if isinstance(config, fdl.Buildable) else type(config)
     kind = getattr(target, "__name__", str(target))
     if target is not Experiment:
@@ -155,9 +160,9 @@ def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
     config = resolved.config
     # A fiddler makes another base, which the sweep may change. A value that an item sets by name must stay.
     overrides = {path: item for path, item in resolved.set_by.items() if item.startswith("--config=")}
-    applied = {path: find(config, path, item).value for path, item in overrides.items()}
+    applied = {path: find_place(config, path, item).value for path, item in overrides.items()}
     for swept, value in draft.values.items():
-        error_prefix = f"--sweep={name}: {swept}={shown(value)}"
+        error_prefix = f"--sweep={name}: {swept}={table_text(value)}"
         if not swept.startswith(FIDDLER):
             paths = _paths_of(config, swept, error_prefix)
             _refuse_hiding(overrides, swept, paths)
@@ -165,14 +170,14 @@ def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
                 if path in applied:  # swept twice, once by a tag that it carries
                     raise UsageError(f"{error_prefix} would hide the swept {path}. Sweep each value in one place.")
                 set_value(config, path, value, error_prefix)
-                applied[path] = find(config, path, error_prefix).value
+                applied[path] = find_place(config, path, error_prefix).value
         elif value is not None:
-            user_code.of(value, error_prefix, config)
+            user_code.call_function(value, error_prefix, config)
     # Check that nothing was hidden before the home folder is written out, which changes values.
     check_values(config, recorded=True)
     _refuse_hidden(config, applied, draft, name)
     config_items.expand_home(resolved)
-    record = config_items.record(config)
+    record = config_items.record_json(config)
     point_id = hashlib.sha256(record.encode()).hexdigest()[:ID_LENGTH]
     return Point(point_id, {EXPERIMENT: draft.experiment, **draft.values}, config, record)
 
@@ -200,9 +205,9 @@ def _refuse_hiding(overrides: dict[str, str], swept: str, paths: list[str]) -> N
 def _refuse_hidden(config: fdl.Config[Any], values: Values, draft: Draft, name: str) -> None:
     """Refuses values that a later choice has hidden: a swept function, or a part that is swept after its values."""
     for path, value in values.items():
-        current = find(config, path, f"--sweep={name}").value
+        current = find_place(config, path, f"--sweep={name}").value
         if current != value and current is not value:  # NaN differs from itself
             raise UsageError(
-                f"--sweep={name}: {path}={shown(value)} was hidden: a later choice of {draft.experiment} left "
-                f"{shown(current)} there. Sweep each value in one place."
+                f"--sweep={name}: {path}={table_text(value)} was hidden: a later choice of {draft.experiment} left "
+                f"{table_text(current)} there. Sweep each value in one place."
             )

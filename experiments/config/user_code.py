@@ -143,7 +143,7 @@ def load(entry: Entry, error_prefix: str) -> Any:
     return run_guarded(entry.load, error_prefix)
 
 
-def of_file(text: str, error_prefix: str, expected: str, kind: str = "") -> Entry:
+def load_from_file(text: str, error_prefix: str, expected: str, kind: str = "") -> Entry:
     """Imports a file and returns the function in it that `FILE.py:NAME` names.
 
     `expected` describes valid names in the message of an error.
@@ -168,7 +168,7 @@ def of_file(text: str, error_prefix: str, expected: str, kind: str = "") -> Entr
     return Entry(name, module.__name__, kind, "")
 
 
-def of(function: Callable[..., R], error_prefix: str, *args: Any) -> R:
+def call_function(function: Callable[..., R], error_prefix: str, *args: Any) -> R:
     """Calls a function of any file with `args`, and returns its result.
 
     Raises:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from kd_core.errors import UsageError
-from kd_core.json_fields import fields, items, text
+from kd_core.json_fields import check_list, check_object, check_text
 
 PACKAGE = "user_files"
 OURS = ("kd_core", "data", "experiments", "launchers", PACKAGE)
@@ -187,20 +187,23 @@ def files_in(config_json: str) -> list[UserFile]:
     return [files[name] for name in sorted(files)]
 
 
-def from_record(value: Any, place: str) -> list[UserFile]:
+def parse_user_files(value: Any, place: str) -> list[UserFile]:
     """Reads the user files of a record.
 
     Raises:
         ValueError: a path is not one that a user file may have. Other errors are those of `json_fields`.
     """
     files: list[UserFile] = []
-    for entry in items(value, "user_files"):
-        main, texts = fields(entry, "a user file", ("main", "texts"))["main"], fields(entry["texts"], "texts")
+    for entry in check_list(value, "user_files"):
+        main, texts = (
+            check_object(entry, "a user file", ("main", "texts"))["main"],
+            check_object(entry["texts"], "texts"),
+        )
         for path, content in texts.items():
-            text(content, path)
+            check_text(content, path)
             if path != main and (not PLAIN_PATH.fullmatch(path) or path.partition("/")[0].removesuffix(".py") in OURS):
                 raise ValueError(f"{path!a:.80} is no file beside an experiment's")
-        if text(main, "main") not in texts or "/" in main:
+        if check_text(main, "main") not in texts or "/" in main:
             raise ValueError(f"{main!a:.80} is no experiment's file")
         files.append(UserFile(main, texts, place))
     return files

@@ -17,11 +17,11 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 BINS = 15
-GAPS = tuple(f"calibration_gap_{i}" for i in range(BINS))
+GAP_NAMES = tuple(f"calibration_gap_{i}" for i in range(BINS))
 # The NLL is summed at 15 temperatures τ from 4 to ½, given by 1/τ in eighths. So the power s^(1/τ) of a softmax s is
 # the one before times the eighth root of s.
 EIGHTHS = tuple(range(2, 17))
-AT_TEMPERATURES = tuple(f"nll_at_{eighths}_eighths" for eighths in EIGHTHS)
+TEMPERATURE_NLL_NAMES = tuple(f"nll_at_{eighths}_eighths" for eighths in EIGHTHS)
 # Rows of the softmax whose eighth roots are held at a time.
 BLOCK_ROWS = 32
 
@@ -33,7 +33,7 @@ def gap_sums(log_confidence: Float[Tensor, " n"], right: Tensor, mask: Tensor) -
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     # Positions that are not scored add 0 to their bin.  [n] → [15]
     position_gaps = torch.where(mask, right.to(confidence.dtype) - confidence, 0.0)
-    return dict(zip(GAPS, torch.zeros(BINS).to(position_gaps).scatter_add_(0, bins, position_gaps), strict=True))
+    return dict(zip(GAP_NAMES, torch.zeros(BINS).to(position_gaps).scatter_add_(0, bins, position_gaps), strict=True))
 
 
 def power_sums(softmax: Float[Tensor, "n V"]) -> Float[Tensor, "n powers"]:
@@ -65,7 +65,7 @@ def nll_at_temperatures(
         mask: the scored positions.
     """
     sums: dict[str, Tensor] = {}
-    for i, (name, eighths) in enumerate(zip(AT_TEMPERATURES, EIGHTHS, strict=True)):
+    for i, (name, eighths) in enumerate(zip(TEMPERATURE_NLL_NAMES, EIGHTHS, strict=True)):
         inverse = eighths / 8
         # softmax(logits / τ) ∝ q^(1/τ): its normaliser is Σ q^(1/τ) over the entries and the tail.  [n]
         normaliser = torch.logaddexp((inverse * log_q).logsumexp(dim=1), tail[:, i])
@@ -75,7 +75,7 @@ def nll_at_temperatures(
 
 def calibration_error(sums: Mapping[str, float], positions: float) -> float:
     """Returns the expected calibration error, in probability, 0 to 1."""
-    return sum(abs(sums[name]) for name in GAPS) / max(1.0, positions)
+    return sum(abs(sums[name]) for name in GAP_NAMES) / max(1.0, positions)
 
 
 def best_temperature(sums: Mapping[str, float]) -> float:
@@ -83,7 +83,7 @@ def best_temperature(sums: Mapping[str, float]) -> float:
 
     The NLL is convex in 1/τ, so it has one minimum. It is found on the quartic in log τ through five of the sums.
     """
-    values, logs = np.array([sums[name] for name in AT_TEMPERATURES]), np.log(8 / np.array(EIGHTHS))
+    values, logs = np.array([sums[name] for name in TEMPERATURE_NLL_NAMES]), np.log(8 / np.array(EIGHTHS))
     if not np.isfinite(values).all():
         return math.nan
     # The five temperatures around the least sum, shifted inwards at both ends.

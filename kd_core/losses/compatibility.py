@@ -10,7 +10,7 @@ from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, check_ranges
 # Divergences whose terms are all weighted by p. They need nothing of events that a tail treatment leaves out.
 TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
 # The divergences that are defined on each tail.
-ALLOWED: dict[str, tuple[str, ...]] = {
+ALLOWED_DIVERGENCES: dict[str, tuple[str, ...]] = {
     "tail_bucket": tuple(DIVERGENCES),
     "renormalized": tuple(name for name in DIVERGENCES if name != "decoupled_kl"),
     "truncated": TEACHER_WEIGHTED,
@@ -53,11 +53,11 @@ def check_combination(divergence: str, tail: str) -> None:
     """Raises a `UsageError` if the divergence is not defined on the tail."""
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("tail", tail, TAILS)
-    if divergence not in ALLOWED[tail]:
-        instead = [name for name in ("tail_bucket", "renormalized") if divergence in ALLOWED[name]]
+    if divergence not in ALLOWED_DIVERGENCES[tail]:
+        instead = [name for name in ("tail_bucket", "renormalized") if divergence in ALLOWED_DIVERGENCES[name]]
         raise UsageError(
             f"loss: divergence {divergence!r} on tail {tail!r}: {REASONS[tail]}. "
-            f"Use tail {' or '.join(map(repr, instead))}, or here one of {', '.join(ALLOWED[tail])}."
+            f"Use tail {' or '.join(map(repr, instead))}, or here one of {', '.join(ALLOWED_DIVERGENCES[tail])}."
         )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.calibration import AT_TEMPERATURES, GAPS
+from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES
 from kd_core.losses.compatibility import check_choice, check_combination, check_parameters, check_temperature
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.sparse_view import SparseView
@@ -27,11 +27,11 @@ from kd_core.losses.token_selection import KeepUncertain
 from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_ranges
 
 # Metrics that cost too much for a training step, with the names of their sums (`fused/loss_metrics.py`).
-OBSERVED: Mapping[str, tuple[str, ...]] = {
+EXTRA_METRIC_SUMS: Mapping[str, tuple[str, ...]] = {
     "student_entropy": ("student_entropy",),
     "top5_agreement": ("top5_agreement",),
-    "calibration": GAPS,
-    "temperature": AT_TEMPERATURES,
+    "calibration": GAP_NAMES,
+    "temperature": TEMPERATURE_NLL_NAMES,
 }
 # Sums of every step, also from `fused/loss_metrics.py`. The student's need a pass over the whole vocabulary.
 TEACHER_METRICS = ("teacher_mass", "teacher_entropy", "label_in_support")
@@ -228,7 +228,8 @@ class Objective:
         terms: the terms by the names under which their sums are logged.
         chunk_tokens: positions whose logits over the vocabulary are held at a time. On a CPU, 256 take a quarter less
             memory than 512 and 1 to 3% more time. A GPU needs more positions to be busy.
-        observe: names in `OBSERVED` of metrics that cost more passes over the vocabulary. Evaluation sets them.
+        observe: names in `EXTRA_METRIC_SUMS` of metrics that cost more passes over the vocabulary. Evaluation sets
+            them.
     """
 
     terms: Mapping[str, Term]
@@ -243,7 +244,7 @@ class Objective:
         if all(max_weight(term.weight) == 0 for term in self.terms.values()):
             raise UsageError("loss.terms: every weight is 0, so nothing would be trained. Give one term a weight.")
         for name in self.observe:
-            check_choice("observe", name, OBSERVED)
+            check_choice("observe", name, EXTRA_METRIC_SUMS)
 
     def at(self, step: int, steps: int) -> "Objective":
         """Returns the objective with every weight schedule resolved at a step."""
@@ -285,5 +286,5 @@ class Objective:
         """Returns the names of all sums of a pass over a batch. A pass without the vocabulary has fewer."""
         names = ["loss", *TEACHER_METRICS]
         if self.needs_vocabulary:
-            names += [*STUDENT_METRICS, *(name for metric in self.observe for name in OBSERVED[metric])]
+            names += [*STUDENT_METRICS, *(name for metric in self.observe for name in EXTRA_METRIC_SUMS[metric])]
         return names + [f"{name}_loss" for name in self.terms]

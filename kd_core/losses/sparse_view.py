@@ -100,7 +100,7 @@ class Events(NamedTuple):
         return self.teacher - self.student
 
 
-def events(teacher: Tensor, student: Tensor, used: Tensor, relative: Tensor | None = None) -> Events:
+def make_events(teacher: Tensor, student: Tensor, used: Tensor, relative: Tensor | None = None) -> Events:
     """Builds events whose unused ones are 0 in value and in gradient."""
     # `where` also stops the gradient of an unused event: −inf − −inf would make it NaN.  [n, E]
     return Events(torch.where(used, teacher, 0.0), torch.where(used, student, 0.0), used, relative)

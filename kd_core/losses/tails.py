@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_core.losses.sparse_view import Events, SparseView, events, log_softmax_over
+from kd_core.losses.sparse_view import Events, SparseView, log_softmax_over, make_events
 
 # Log mass of a tail that was recorded as exactly 0. It is too small to change a float32 sum near 1. With −inf instead,
 # every divergence would be infinite that multiplies log p of the tail with the student's mass there.
@@ -52,7 +52,7 @@ def tail_bucket(view: SparseView, temperatures: Temperatures) -> Events:
     tail = torch.where(tail > -torch.inf, tail, EMPTY_TAIL)
     exists = (view.tail_size > 0)[:, None]
     # The bucket is the last event.  [n, K + 1]
-    return events(
+    return make_events(
         torch.cat([entries, tail[:, None]], dim=1),
         torch.cat([view.student_log_probs, view.student_tail[:, None]], dim=1),
         torch.cat([view.used(), exists], dim=1),
@@ -68,7 +68,7 @@ def renormalized(view: SparseView, temperatures: Temperatures) -> Events:
     # Softmax of log p / τ and of logits / τ on S: the normaliser over the vocabulary cancels.  [n, K]
     used = view.used()
     teacher = log_softmax_over(view.teacher_log_probs / temperatures.teacher, used)
-    return events(teacher, log_softmax_over(view.student_relative() / temperatures.student, used), used)
+    return make_events(teacher, log_softmax_over(view.student_relative() / temperatures.student, used), used)
 
 
 def truncated(view: SparseView, temperatures: Temperatures) -> Events:
@@ -77,13 +77,15 @@ def truncated(view: SparseView, temperatures: Temperatures) -> Events:
     It is biased: the gradient is not 0 where the student equals the teacher.
     """
     used = view.used()
-    return events(log_softmax_over(view.teacher_log_probs / temperatures.teacher, used), view.student_log_probs, used)
+    return make_events(
+        log_softmax_over(view.teacher_log_probs / temperatures.teacher, used), view.student_log_probs, used
+    )
 
 
 def unnormalized(view: SparseView, temperatures: Temperatures) -> Events:
     """Builds K events of true probabilities, p against q, and no tail (verl). The divergence can be negative."""
     del temperatures
-    return events(view.teacher_log_probs, view.student_log_probs, view.used())
+    return make_events(view.teacher_log_probs, view.student_log_probs, view.used())
 
 
 def uniform_tail(view: SparseView, temperatures: Temperatures) -> Events:
@@ -99,7 +101,7 @@ def uniform_tail(view: SparseView, temperatures: Temperatures) -> Events:
     exists = (view.tail_size > 0) & (view.teacher_tail > -torch.inf)
     # log n + mean log q_j. The clamp keeps log n finite where the tail has no token.  [n]
     student = view.student_tail_mean + view.tail_size.clamp(min=1).to(view.student_tail_mean.dtype).log()
-    return events(
+    return make_events(
         torch.cat([view.teacher_log_probs, view.teacher_tail[:, None]], dim=1),
         torch.cat([view.student_log_probs, student[:, None]], dim=1),
         torch.cat([view.used(), exists[:, None]], dim=1),
@@ -118,7 +120,7 @@ def residual_to_label(view: SparseView, temperatures: Temperatures) -> Events:
     entries = torch.where(view.is_label, torch.logaddexp(view.teacher_log_probs, tail), view.teacher_log_probs)
     # Otherwise the label is the last event, of mass r.  [n, 1]
     outside = ~view.is_label.any(dim=1, keepdim=True) & (tail > -torch.inf)
-    return events(
+    return make_events(
         torch.cat([entries, tail], dim=1),
         torch.cat([view.student_log_probs, view.student_label[:, None]], dim=1),
         torch.cat([view.used(), outside], dim=1),

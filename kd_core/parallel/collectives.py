@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from kd_core.errors import EchoedError, UsageError
+from kd_core.errors import RemoteError, UsageError
 from kd_core.parallel.world import World
 
 R = TypeVar("R")
@@ -13,7 +13,7 @@ ABSENT = "nothing"
 SHOWN = 60  # characters of a value in a message
 
 
-def gathered(world: World, value: R, group: dist.ProcessGroup | None = None) -> list[R]:
+def all_gather_values(world: World, value: R, group: dist.ProcessGroup | None = None) -> list[R]:
     """Returns the values of all ranks, by rank."""
     if world.size == 1:
         return [value]
@@ -22,13 +22,13 @@ def gathered(world: World, value: R, group: dist.ProcessGroup | None = None) -> 
     return values
 
 
-def stop_alike(world: World, message: str | None) -> None:
+def raise_on_all_ranks(world: World, message: str | None) -> None:
     """Raises on every rank if there is a message, in a way that only the first rank reports it."""
     if message is not None:
-        raise UsageError(message) if world.is_first else EchoedError(message)
+        raise UsageError(message) if world.is_first else RemoteError(message)
 
 
-def together(world: World, work: Callable[[], R], group: dist.ProcessGroup | None = None) -> list[R]:
+def run_on_all_ranks(world: World, work: Callable[[], R], group: dist.ProcessGroup | None = None) -> list[R]:
     """Runs `work` on every rank and returns all results, by rank.
 
     Raises:
@@ -40,9 +40,9 @@ def together(world: World, work: Callable[[], R], group: dist.ProcessGroup | Non
         result = work()
     except (UsageError, OSError) as error:
         message = str(error)
-    outcomes = gathered(world, (result, message), group)
+    outcomes = all_gather_values(world, (result, message), group)
     failed = [f"rank {rank}: {text}" if rank else text for rank, (_, text) in enumerate(outcomes) if text is not None]
-    stop_alike(world, failed[0] if failed else None)
+    raise_on_all_ranks(world, failed[0] if failed else None)
     return [value for value, _ in outcomes]  # pyright: ignore[reportReturnType]
 
 
@@ -52,7 +52,7 @@ def _shorten(value: str | None) -> str:
     return value if len(value) <= SHOWN else value[: SHOWN - 1] + "…"
 
 
-def difference(facts: list[Mapping[str, str]]) -> str | None:
+def describe_difference(facts: list[Mapping[str, str]]) -> str | None:
     """Describes the first fact, by name, in which a rank differs from rank 0, with both values.
 
     Returns None where all are equal.
@@ -67,12 +67,12 @@ def difference(facts: list[Mapping[str, str]]) -> str | None:
     return None
 
 
-def prove_same(world: World, facts: Mapping[str, str]) -> None:
+def assert_ranks_agree(world: World, facts: Mapping[str, str]) -> None:
     """Checks that all ranks have the same facts, such as their settings and hashes of their files.
 
     Raises:
         UsageError: a rank has other facts. The message names the first such fact and the rank.
     """
-    mismatch = difference(gathered(world, facts))
+    mismatch = describe_difference(all_gather_values(world, facts))
     what_next = "Start every rank with the same command, the same code and the same files."
-    stop_alike(world, f"{mismatch}. {what_next}" if mismatch else None)
+    raise_on_all_ranks(world, f"{mismatch}. {what_next}" if mismatch else None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kd_core.errors import UsageError
-from kd_core.parallel.layout import Layout, lay_out
+from kd_core.parallel.layout import Layout, make_layout
 from kd_core.precision import Precision, dtype_of
 from kd_core.ranges import AT_LEAST_1, SECONDS, check_ranges
 
@@ -56,8 +56,8 @@ class Parallel:
         self.recomputed_every()
 
     def layout(self, size: int) -> Layout:
-        """Returns the layout of `size` ranks, or raises the errors of `lay_out`."""
-        return lay_out(size, self.tensor_parallel, None if self.shard == "none" else self.replicas)
+        """Returns the layout of `size` ranks, or raises the errors of `make_layout`."""
+        return make_layout(size, self.tensor_parallel, None if self.shard == "none" else self.replicas)
 
     def recomputed_every(self) -> int | None:
         """Returns n where every n-th block computes its activations again, or None where no block does.

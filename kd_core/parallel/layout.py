@@ -12,7 +12,7 @@ from kd_core.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Shape:
+class StudentSizes:
     """Sizes of a student and its packed rows that a layout must divide. `heads` are attention heads."""
 
     heads: int
@@ -44,7 +44,7 @@ class Layout:
         return f"{self.replicas} replicas × {self.shards} shards × {self.tensor} tensor-parallel"
 
 
-def _fits(tensor: int, shape: Shape) -> bool:
+def _fits(tensor: int, shape: StudentSizes) -> bool:
     """Checks that `tensor` ranks can share a student's attention heads, feed-forward and vocabulary.
 
     kv heads are divided, or repeated where they are fewer than the ranks. Vocabulary rows are divided in chunks of
@@ -55,7 +55,7 @@ def _fits(tensor: int, shape: Shape) -> bool:
     return divides_widths and divides_kv and (tensor - 1) * math.ceil(shape.vocab_rows / tensor) < shape.vocab_rows
 
 
-def check_shape(tensor: int, sequence_parallel: bool, shape: Shape) -> None:
+def check_divisible(tensor: int, sequence_parallel: bool, shape: StudentSizes) -> None:
     """Checks that `tensor` tensor-parallel ranks can share a student and its packed rows.
 
     Raises:
@@ -76,7 +76,7 @@ def check_shape(tensor: int, sequence_parallel: bool, shape: Shape) -> None:
         )
 
 
-def lay_out(size: int, tensor: int, replicas: int | None) -> Layout:
+def make_layout(size: int, tensor: int, replicas: int | None) -> Layout:
     """Returns a layout of `size` ranks: tensor-parallel groups of `tensor` ranks in `replicas` copies of the student.
 
     `replicas` None means no sharding: every tensor-parallel group has a copy.
@@ -104,7 +104,7 @@ def _divisors(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Holding:
+class RankHolding:
     """Counts of numbers that the fullest rank holds between steps: its parameters, and how many of them are trained."""
 
     parameters: int
@@ -116,7 +116,9 @@ class Holding:
         return 8 * self.trained
 
 
-def holding(layout: Layout, parameters: Iterable[tuple[tuple[int, ...], int | None, bool]]) -> Holding:
+def holding_of_fullest_rank(
+    layout: Layout, parameters: Iterable[tuple[tuple[int, ...], int | None, bool]]
+) -> RankHolding:
     """Returns what the fullest rank of a layout holds.
 
     `parameters` are (shape, dimension that tensor parallelism divides or None, trained). Sharding divides dimension 0.
@@ -129,4 +131,4 @@ def holding(layout: Layout, parameters: Iterable[tuple[tuple[int, ...], int | No
         sizes[0] = math.ceil(sizes[0] / layout.shards)
         total += math.prod(sizes)
         trained += math.prod(sizes) if is_trained else 0
-    return Holding(total, trained)
+    return RankHolding(total, trained)

@@ -16,11 +16,11 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.layout import Holding, Layout, holding
+from kd_core.parallel.layout import Layout, RankHolding, holding_of_fullest_rank
 from kd_core.parallel.tensor_parallel import TensorParallelStyle
 from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
-from kd_core.students.decoder.decoder import Block, Decoder, materialised
+from kd_core.students.decoder.decoder import Decoder, TransformerBlock, allocate
 
 WHOLE = Replicate()
 # Placements of a linear layer's parameters: weight [out, in], bias [out], A [rank, in], B [out, rank]. COLUMNS divides
@@ -74,7 +74,7 @@ def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dic
     }
 
 
-def held(decoder: Decoder, layout: Layout, sequence_parallel: bool) -> Holding:
+def fullest_rank_holding(decoder: Decoder, layout: Layout, sequence_parallel: bool) -> RankHolding:
     """Returns what the fullest rank of a layout holds of a decoder, which may be on the meta device."""
     styles = tensor_styles(decoder, layout.tensor, sequence_parallel)
 
@@ -84,7 +84,9 @@ def held(decoder: Decoder, layout: Layout, sequence_parallel: bool) -> Holding:
         return placement.dim if isinstance(placement, Shard) else None
 
     named = decoder.named_parameters()
-    return holding(layout, [(tuple(p.shape), divided_dimension(name), p.requires_grad) for name, p in named])
+    return holding_of_fullest_rank(
+        layout, [(tuple(p.shape), divided_dimension(name), p.requires_grad) for name, p in named]
+    )
 
 
 def _apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -97,7 +99,7 @@ def _apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh, sequence_parallel
     if kv_heads % tensor:
         head = rank * kv_heads // tensor
         for block in decoder.layers:
-            assert isinstance(block, Block)
+            assert isinstance(block, TransformerBlock)
             block.self_attn.kv_head_slice = slice(head, head + 1)
 
 
@@ -121,7 +123,7 @@ def _apply_sharding(decoder: Decoder, parallel: Parallel, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
+def parallelize(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
     """Parallelises a decoder on the meta device, then allocates its memory without filling it.
 
     With one process parameters stay plain tensors. Compilation and recomputation apply all the same.
@@ -131,23 +133,23 @@ def spread(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
     # Recomputation wraps the compiled function of a block, so that a compiled graph is one unit of it.
     every = parallel.recomputed_every()
     for i, block in enumerate(decoder.layers):
-        assert isinstance(block, Block)
+        assert isinstance(block, TransformerBlock)
         block.recompute = every is not None and i % every == 0
         if parallel.compile:
             block.run = torch.compile(block.run)
     if world.mesh is not None:
         _apply_sharding(decoder, parallel, world)
-    return materialised(decoder, world.device)
+    return allocate(decoder, world.device)
 
 
-def let_go(decoder: Decoder) -> None:
+def reshard_after_eval(decoder: Decoder) -> None:
     """Reshards weights that forward passes without a backward pass have left gathered."""
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def gradients_wait(decoder: Decoder, more_to_come: bool) -> None:
+def skip_gradient_sync(decoder: Decoder, more_to_come: bool) -> None:
     """Turns gradient reduction off where more passes follow before the step, and on for the last one."""
     if isinstance(decoder, FSDPModule):
         decoder.set_requires_gradient_sync(not more_to_come)

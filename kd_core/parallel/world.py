@@ -26,12 +26,12 @@ from torch.distributed.distributed_c10d import (
 )
 from torch.distributed.rendezvous import rendezvous
 
-from kd_core.errors import EchoedError, RankError, UsageError
+from kd_core.errors import RankError, RemoteError, UsageError
 from kd_core.parallel.layout import Layout
 
 R = TypeVar("R")
 log = logging.getLogger("kd")
-ALONE = Layout()
+SINGLE_RANK = Layout()
 COLLECTIVE_TIMEOUT = 600.0
 
 
@@ -46,10 +46,10 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    layout: Layout = ALONE
+    layout: Layout = SINGLE_RANK
     mesh: DeviceMesh | None = None
 
-    def laid_out(self, layout: Layout) -> Self:
+    def with_layout(self, layout: Layout) -> Self:
         """Returns a world of the same processes with a mesh, or this world where it has one process."""
         assert layout.size == self.size
         if self.size == 1:
@@ -105,7 +105,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def on_first(self, work: Callable[[], R]) -> R:
+    def run_on_first(self, work: Callable[[], R]) -> R:
         """Runs `work` on the first rank and returns its result, or raises its error, on every rank."""
         outcome: list[object] = [None, None]  # result, error
         if self.is_first:
@@ -116,7 +116,7 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if isinstance(outcome[1], Exception):
-            raise outcome[1] if self.is_first else EchoedError(str(outcome[1]))
+            raise outcome[1] if self.is_first else RemoteError(str(outcome[1]))
         return outcome[0]  # pyright: ignore[reportReturnType]
 
 
@@ -147,7 +147,7 @@ def _rendezvous_store() -> Store:
     return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def own_store() -> Store:
+def connect_store() -> Store:
     """Opens another connection to the store of the rendezvous, for use by one thread."""
     return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -213,7 +213,7 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
     try:
         yield World(rank, size, device)
     except UsageError as error:
-        is_unreported = rank > 0 and not isinstance(error, EchoedError)
+        is_unreported = rank > 0 and not isinstance(error, RemoteError)
         if is_unreported:
             raise RankError(f"rank {rank}: {error}") from error
         raise

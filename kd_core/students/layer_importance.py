@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd_core.students.decoder.attention import Segment
-from kd_core.students.decoder.decoder import Decoder, scaled
+from kd_core.students.decoder.decoder import Decoder, scale
 from kd_core.students.decoder.rope import rotary_angles
 
 CHUNK = 512  # positions whose logits exist at once
@@ -48,7 +48,7 @@ class LayerwiseText:
         arch = model.arch
         self.cos, self.sin = rotary_angles(positions, arch.head_dim, arch.rope_theta, arch.rope_scaling)
         self.segments: list[Segment] | None = None
-        self.embedded: Float[Tensor, "B T D"] = scaled(model.embed_tokens(tokens[:, :-1]), arch.embedding_scale)
+        self.embedded: Float[Tensor, "B T D"] = scale(model.embed_tokens(tokens[:, :-1]), arch.embedding_scale)
 
     def run_layer(self, layer: int, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Returns the output of a layer for the input `x`."""
@@ -56,7 +56,7 @@ class LayerwiseText:
 
     def nll(self, x: Float[Tensor, "B T D"]) -> float:
         """Returns the mean NLL in nats per token, from the output of the last layer."""
-        hidden = rearrange(scaled(self.model.norm(x), self.model.arch.logit_scale), "B T D -> (B T) D")
+        hidden = rearrange(scale(self.model.norm(x), self.model.arch.logit_scale), "B T D -> (B T) D")
         weight, total = self.model.lm_head.weight[: self.model.arch.vocab_size], 0.0
         # Chunks bound the logits to [CHUNK, V]. Sums are divided once.
         for rows, labels in zip(hidden.split(CHUNK), self.labels.split(CHUNK), strict=True):
@@ -98,7 +98,7 @@ def nll_without_each(text: LayerwiseText, layers: Sequence[int]) -> list[Drop]:
 
 
 @torch.no_grad()
-def nll_of(text: LayerwiseText, layers: Sequence[int]) -> float:
+def nll_with_layers(text: LayerwiseText, layers: Sequence[int]) -> float:
     """Returns the NLL with these layers alone."""
     return text.nll(text.activations(layers)[-1])
 
@@ -117,6 +117,6 @@ def drop_greedily(text: LayerwiseText, keep: int, report: Callable[[Drop], None]
     return dropped
 
 
-def kept_of(scores: Sequence[float], keep: int) -> tuple[int, ...]:
+def top_layers(scores: Sequence[float], keep: int) -> tuple[int, ...]:
     """Returns the `keep` layers with the highest scores, in the order of the model."""
     return tuple(sorted(sorted(range(len(scores)), key=lambda layer: -scores[layer])[:keep]))

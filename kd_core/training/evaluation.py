@@ -15,16 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_core.errors import UsageError
-from kd_core.losses.calibration import AT_TEMPERATURES, GAPS, best_temperature, calibration_error
+from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES, best_temperature, calibration_error
 from kd_core.losses.fused.loss import LossSums
-from kd_core.losses.objective import OBSERVED, CacheFacts, CrossEntropy, Distillation, Objective, Term
+from kd_core.losses.objective import EXTRA_METRIC_SUMS, CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import let_go
+from kd_core.parallel.parallelize import reshard_after_eval
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.training.monitoring.metric_log import per_token
-from kd_core.training.step import batch_loss, sum_over
+from kd_core.training.step import batch_loss, sum_losses
 from kd_core.types import Batch
 
 Metric = Callable[[SparseView], Tensor]
@@ -37,7 +37,7 @@ ADDED_PREFIX = "+"  # marks terms that are not part of the objective, whose own 
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutCache:
     """One cache of held-out text.
 
     `batches` yields this rank's batches, and `facts` decide which terms can be scored. `weight` is the cache's share
@@ -50,7 +50,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """The measurements of an evaluation: the objective's terms, a user's metrics, and bits per byte.
 
     `token_bytes` holds how many bytes of text each of the V tokens stands for (int [V]). Bits per byte need it.
@@ -90,7 +90,7 @@ class _UserMetric(Term):
         return result.detach().to(view.teacher_tail.dtype)
 
 
-def best_is(name: str) -> str | None:
+def metric_direction(name: str) -> str | None:
     """Returns "min" if a metric's smallest value is its best, "max" if its largest is, and None if that is unknown."""
     metric = name.rpartition("/")[2]
     if metric in HIGHER_IS_BETTER:
@@ -127,7 +127,7 @@ def standard_terms(cache: CacheFacts) -> dict[str, Term]:
     }
 
 
-def _with_added_terms(asked: Asked, cache: CacheFacts) -> tuple[Objective, list[str]]:
+def _with_added_terms(asked: EvaluationRequest, cache: CacheFacts) -> tuple[Objective, list[str]]:
     """Returns the objective with the standard and the user's terms added, and the names of the added terms.
 
     Terms of the objective that the cache cannot score are left out. The standard cross-entropy also makes every pass
@@ -139,7 +139,7 @@ def _with_added_terms(asked: Asked, cache: CacheFacts) -> tuple[Objective, list[
     # Added terms have weight 0, and the objective's may all have been left out. An objective needs one above 0.
     if all(term.weight == 0 for term in terms.values()):
         terms[f"{ADDED_PREFIX}nll"] = CrossEntropy()
-    observe = tuple(name for name in OBSERVED if not (cache.sampled and name == "top5_agreement"))
+    observe = tuple(name for name in EXTRA_METRIC_SUMS if not (cache.sampled and name == "top5_agreement"))
     return replace(asked.objective, terms=terms, observe=observe), list(added)
 
 
@@ -152,7 +152,7 @@ def compute_metrics(sums: Mapping[str, float], positions: float) -> dict[str, fl
     ece             expected calibration error, in probability
     temperature     the temperature of the logits with the least NLL: above 1, the student is overconfident
     """
-    means = {name: value for name, value in sums.items() if name not in (*GAPS, *AT_TEMPERATURES, "bytes")}
+    means = {name: value for name, value in sums.items() if name not in (*GAP_NAMES, *TEMPERATURE_NLL_NAMES, "bytes")}
     metrics = per_token("val", means, positions)
     nll = metrics["val/nll"]
     metrics["val/perplexity"] = math.exp(min(nll, 700.0))  # e^710 overflows a float64
@@ -167,7 +167,12 @@ def compute_metrics(sums: Mapping[str, float], positions: float) -> dict[str, fl
 
 @torch.no_grad()
 def _sum_metrics(
-    model: Decoder, batches: Iterable[Batch], cache: CacheFacts, asked: Asked, parallel: Parallel, world: World
+    model: Decoder,
+    batches: Iterable[Batch],
+    cache: CacheFacts,
+    asked: EvaluationRequest,
+    parallel: Parallel,
+    world: World,
 ) -> tuple[dict[str, float], float]:
     """Returns metric sums over all batches and ranks by name, and the number of scored positions."""
     measured, added_names = _with_added_terms(asked, cache)
@@ -185,8 +190,8 @@ def _sum_metrics(
                 # Bytes of the scored labels. Ids beyond the tokenizer's table stand for none.
                 labels = batch.labels[batch.loss_mask].long()
                 local_totals["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
-    let_go(model)
-    sums = sum_over(losses, measured.sum_names(), world)
+    reshard_after_eval(model)
+    sums = sum_losses(losses, measured.sum_names(), world)
     # Added terms are reported under their plain names: "+kl_loss" becomes "kl".
     for name in added_names:
         sums[name] = sums.pop(f"{ADDED_PREFIX}{name}_loss")
@@ -200,13 +205,19 @@ def _sum_metrics(
 
 def metric_names(objective: Objective, cache: CacheFacts, metrics: Sequence[Metric] = ()) -> set[str]:
     """Returns the names of the metrics that `evaluate` returns if the bytes of tokens are known."""
-    measured, added = _with_added_terms(Asked(objective, metrics), cache)
+    measured, added = _with_added_terms(EvaluationRequest(objective, metrics), cache)
     sums = {*measured.sum_names(), *added, "teacher_nll", "bytes"} - {f"{ADDED_PREFIX}{name}_loss" for name in added}
     return set(compute_metrics(dict.fromkeys(sums, 0.0), 1.0))
 
 
 def evaluate(
-    model: Decoder, batches: Iterable[Batch], cache: CacheFacts, *, asked: Asked, parallel: Parallel, world: World
+    model: Decoder,
+    batches: Iterable[Batch],
+    cache: CacheFacts,
+    *,
+    asked: EvaluationRequest,
+    parallel: Parallel,
+    world: World,
 ) -> dict[str, float]:
     """Returns means per scored token under `val/`, over the batches of all ranks.
 
@@ -217,7 +228,7 @@ def evaluate(
 
 
 def evaluate_all(
-    model: Decoder, held_out: Mapping[str, HeldOut], *, asked: Asked, parallel: Parallel, world: World
+    model: Decoder, held_out: Mapping[str, HeldOutCache], *, asked: EvaluationRequest, parallel: Parallel, world: World
 ) -> dict[str, float]:
     """Evaluates several caches as `evaluate` does one: `val/CACHE/…` for each of them, and pooled metrics as `val/…`.
 

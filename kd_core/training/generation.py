@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kd_core.losses.fused.vocab_shard import Part
+from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import let_go
-from kd_core.parallel.vocab_parallel import local_head
+from kd_core.parallel.parallelize import reshard_after_eval
+from kd_core.parallel.vocab_parallel import local_lm_head
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 
@@ -29,7 +29,7 @@ class Prompts:
     decode: Callable[[Sequence[int]], str]
 
 
-def _likeliest(logits: Tensor, part: Part) -> Tensor:
+def _likeliest(logits: Tensor, part: VocabShard) -> Tensor:
     """Returns the argmax token over the whole vocabulary, [B], from a vocab shard's logits, [B, rows of the shard].
 
     The lowest id wins among equal logits.
@@ -61,7 +61,7 @@ def continue_greedily(
     longest = max(map(len, prompts), default=0) + tokens
 
     def next_ids(hidden: Tensor, weight: Tensor) -> Tensor:
-        shard = local_head(hidden, weight)
+        shard = local_lm_head(hidden, weight)
         # Hidden state of each row's last known token, [B, D], and how many rows of the shard are real tokens.
         last, real_rows = shard.hidden[rows, lengths - 1], shard.part.rows(len(shard.weight), model.arch.vocab_size)
         with torch.autocast(world.device.type, enabled=False):  # in float32: rounded logits would have ties
@@ -82,7 +82,7 @@ def continue_greedily(
             positions = torch.arange(T, device=world.device).expand_as(padded)
             ids[rows, lengths] = model(padded, positions, torch.zeros_like(padded), next_ids)
             lengths += 1
-    let_go(model)
+    reshard_after_eval(model)
     return [row[len(prompt) : len(prompt) + tokens].tolist() for prompt, row in zip(prompts, ids, strict=True)]
 
 

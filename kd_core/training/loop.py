@@ -19,26 +19,26 @@ from torch import Tensor
 
 from kd_core.errors import NonFiniteError, UsageError
 from kd_core.losses.objective import Objective
-from kd_core.parallel.collectives import gathered, prove_same
+from kd_core.parallel.collectives import all_gather_values, assert_ranks_agree
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
-from kd_core.training.checkpoints.checkpoint_state import check_kept, settings_of_groups
-from kd_core.training.evaluation import Asked, HeldOut, Metric, evaluate_all
+from kd_core.training.checkpoints.checkpoint_state import check_resumable, read_group_settings
+from kd_core.training.evaluation import EvaluationRequest, HeldOutCache, Metric, evaluate_all
 from kd_core.training.generation import Prompts, continuations
 from kd_core.training.lr_schedule import Schedule, rate_factor
-from kd_core.training.monitoring.hang_watchdog import Pulse, watched
+from kd_core.training.monitoring.hang_watchdog import Pulse, watch_for_hangs
 from kd_core.training.monitoring.histograms import histograms_of_step
 from kd_core.training.monitoring.metric_log import MetricLog, per_token
-from kd_core.training.monitoring.progress_line import Live
+from kd_core.training.monitoring.progress_line import ProgressLine
 from kd_core.training.monitoring.slow_start import SlowStart
 from kd_core.training.optimizer import Optimizer, set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
-from kd_core.training.step import count, train_step
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.step import count_tokens_and_damage, train_step
+from kd_core.training.stop_signals import StopSignals
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
@@ -82,7 +82,7 @@ class Data:
     """
 
     steps_from: Callable[[int], Generator[Sequence[Batch]]]
-    held_out: Mapping[str, HeldOut]
+    held_out: Mapping[str, HeldOutCache]
     token_bytes: Tensor
     prompts: Prompts
 
@@ -109,7 +109,7 @@ class _Run:
             UsageError: the checkpoint's rows do not fit its steps, or ranks would resume from different steps.
         """
         self.pulse.enter("loading a checkpoint")
-        newest = checkpoint.newest_whole(self.folder.checkpoints, self.world, self.pulse.beat)
+        newest = checkpoint.newest_undamaged(self.folder.checkpoints, self.world, self.pulse.beat)
         if newest is not None:
             self.progress = checkpoint.load(newest, self.model, self.optimizer)
             if self.progress.rows != (expected_rows := self.progress.step * self.recipe.rows_per_step):
@@ -119,7 +119,7 @@ class _Run:
                 )
             log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.recipe.steps)
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
-        prove_same(self.world, cursor)
+        assert_ranks_agree(self.world, cursor)
         return newest is not None
 
     def steps(self) -> Generator[tuple[int, Sequence[Batch], float]]:
@@ -134,7 +134,7 @@ class _Run:
     def validate(self, step: int) -> dict[str, float]:
         """Returns metrics on the held-out caches, and logs continuations of the prompts."""
         recipe = self.recipe
-        asked = Asked(recipe.loss.at(step, recipe.steps), recipe.metrics, self.data.token_bytes)
+        asked = EvaluationRequest(recipe.loss.at(step, recipe.steps), recipe.metrics, self.data.token_bytes)
         self.pulse.enter(f"in validation at step {step}")
         metrics = evaluate_all(
             self.model, self.data.held_out, asked=asked, parallel=recipe.parallel, world=self.world
@@ -186,7 +186,7 @@ class _Run:
             return self._handle_non_finite(error, step, batches)
         self.progress = done
         if self.group_settings is not None and result.moved:
-            check_kept(self.model, self.optimizer, self.group_settings)
+            check_resumable(self.model, self.optimizer, self.group_settings)
             self.group_settings = None
         if not result.moved:
             reason = "every weight of the objective is 0" if result.tokens else "no position of it is scored"
@@ -212,7 +212,7 @@ class _Run:
         """
         names = [name for batch in batches for name in batch.record_names]
         path = write_failed_batch(self.folder.path, step, self.world.rank, names, str(error))
-        gathered(self.world, None)  # every rank has written before any of them stops
+        all_gather_values(self.world, None)  # every rank has written before any of them stops
         shown = f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
         message = f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
         message += f"{shown} (all in {path})"
@@ -224,7 +224,7 @@ class _Run:
                 "such steps (optimizer.on_non_finite=skip); the last checkpoint is kept."
             )
         log.warning("%s; the step is skipped", message)
-        _, damaged_blocks = count(batches, self.world)
+        _, damaged_blocks = count_tokens_and_damage(batches, self.world)
         return {"data/damaged_blocks": float(damaged_blocks), "train/skipped_steps": float(self.progress.skipped)}
 
     def log_metrics(self, step: int, values: dict[str, float], held_out: dict[str, float]) -> None:
@@ -243,7 +243,7 @@ class _Run:
         saver.save(replace(self.progress, metric=metric), self.model, self.optimizer)
 
 
-def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World, *, stopping: Stopping) -> bool:
+def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World, *, stopping: StopSignals) -> bool:
     """Trains to `recipe.steps`. Returns False if the run was stopped and saved before its last step.
 
     Raises:
@@ -251,10 +251,10 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
         UsageError: all checkpoints are damaged, or one cannot be written.
     """
     with ExitStack() as stack:
-        pulse = stack.enter_context(watched(world, recipe.parallel.timeout))
+        pulse = stack.enter_context(watch_for_hangs(world, recipe.parallel.timeout))
         stack.callback(model.register_forward_pre_hook(pulse.on_forward).remove)  # each micro-batch is progress
         state = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world, pulse)
-        state.group_settings = settings_of_groups(state.optimizer)
+        state.group_settings = read_group_settings(state.optimizer)
         resumed = state.restore()
         if state.progress.step == recipe.steps:
             log.info("nothing left to train")
@@ -266,7 +266,7 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
             state.log_metrics(0, {}, state.validate(0))
         # Begun after the first validation, which would otherwise count as part of every step in the time that is left.
         slow_start = SlowStart(model, recipe.parallel, world, recipe.steps - state.progress.step)
-        live = stack.enter_context(Live(recipe.steps, state.progress.step, recipe.line_every, world))
+        live = stack.enter_context(ProgressLine(recipe.steps, state.progress.step, recipe.line_every, world))
         for step, batches, waited in stack.enter_context(closing(state.steps())):
             started = time.perf_counter()
             values = state.take_step(step, batches)
@@ -274,7 +274,7 @@ def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: Wo
             slow_start.add(recipe.tokens_per_step, values.get("speed/step_seconds", 0.0), waited)
             held_out = state.validate(step) if recipe.is_due(step, recipe.evaluate_every) else {}
             state.log_metrics(step, values, held_out)
-            stop_reason = stopping.agreed(world)
+            stop_reason = stopping.agree_on_stop(world)
             if stop_reason or recipe.is_due(step, recipe.checkpoint.every):
                 state.save(saver, held_out)
             live.show(step, values)

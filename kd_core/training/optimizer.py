@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from kd_core.errors import UsageError
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
-from kd_core.students.starts.name_patterns import matching
-from kd_core.training.checkpoints.checkpoint_state import trained
+from kd_core.students.starts.name_patterns import match_names
+from kd_core.training.checkpoints.checkpoint_state import trained_parameters
 
 ON_NON_FINITE = ("stop", "skip")
 # LBFGS calls the model again during a step, SparseAdam needs sparse gradients, and Optimizer is the base class.
 UNSUPPORTED = ("LBFGS", "Optimizer", "SparseAdam")
 # Their steps fail on tensors that are sharded over ranks, in torch 2.13.
-ALONE = ("Adafactor", "Rprop")
+SINGLE_RANK_ONLY = ("Adafactor", "Rprop")
 # Settings of a step as a whole, whichever optimisers take it.
 OF_THE_STEP = ("clip_norm", "on_non_finite", "max_skipped")
 Setting = float | int | bool | str | tuple[float | None, ...] | None
@@ -81,7 +81,7 @@ class AdamW:
         check_ranges(self, "optimizer.", eps=ABOVE_0, betas=SHARE_BELOW_1)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        return self.build_for(list(trained(model).values()))
+        return self.build_for(list(trained_parameters(model).values()))
 
     def build_for(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Builds the optimiser of these parameters."""
@@ -169,8 +169,8 @@ class TorchOptimizer:
         Raises:
             UsageError: a pattern of `only` matches no parameter, or the optimiser refuses a parameter.
         """
-        named = trained(model)
-        names = matching(named, self.only, "optimizer.only") if self.only else list(named)
+        named = trained_parameters(model)
+        names = match_names(named, self.only, "optimizer.only") if self.only else list(named)
         optimizer = self._make([named[name] for name in names])
         remaining = [parameter for name, parameter in named.items() if name not in {*names}]
         if self.others is None or not remaining:

@@ -14,17 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kd_core.errors import UsageError, visible
-from kd_core.files import damaged, read_json, read_text, write_json, write_text
-from kd_core.json_fields import LARGEST, fields, integer, text
+from kd_core.errors import UsageError, escape_unprintable
+from kd_core.files import damage_as_usage_error, read_json, read_text, write_json, write_text
+from kd_core.json_fields import LARGEST, check_integer, check_object, check_text
 from kd_core.parallel.world import World
-from kd_core.students.huggingface.save import is_whole
+from kd_core.students.huggingface.save import is_complete_export
 from kd_core.training.checkpoints import checkpoint
 
 log = logging.getLogger("kd")
 UNKNOWN_COMMIT = "unknown"
 NUMBER = re.compile(r"[0-9]{1,9}")
-PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
+RECORDED_PACKAGES = ("torch", "fiddle", "webdataset", "numpy", "tokenizers", "safetensors", "zstandard")
 
 
 def read_settings(config_text: str) -> dict[str, tuple[str, str]]:
@@ -50,11 +50,11 @@ def _listed(differences: dict[str, str], limit: int = 3) -> str:
 
 
 def _visible_text(value: Any, name: str) -> str:
-    return visible(text(value, name))
+    return escape_unprintable(check_text(value, name))
 
 
 def _text_or_integer(value: Any, name: str) -> int | str:
-    return _visible_text(value, name) if isinstance(value, str) else integer(value, name, -LARGEST, LARGEST)
+    return _visible_text(value, name) if isinstance(value, str) else check_integer(value, name, -LARGEST, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Checks whether the student, which is written last, is complete. Checkpoints may be deleted then."""
-        return is_whole(self.export)
+        return is_complete_export(self.export)
 
     def record(self) -> str:
         """Returns the frozen record of the run, as `claim` wrote it."""
@@ -102,22 +102,26 @@ class RunFolder:
         if not paths:
             return {}
         path = paths[-1]
-        with damaged(path, description):
+        with damage_as_usage_error(path, description):
             stored = read_json(path, description)
             facts: dict[str, Any] = {
                 name: _visible_text(stored[name], name) for name in ("started", "python", "commit")
             }
             facts["versions"] = {
-                visible(k): _visible_text(v, k) for k, v in fields(stored["versions"], "versions").items()
+                escape_unprintable(k): _visible_text(v, k)
+                for k, v in check_object(stored["versions"], "versions").items()
             }
-            facts["world"] = {visible(k): _text_or_integer(v, k) for k, v in fields(stored["world"], "world").items()}
+            facts["world"] = {
+                escape_unprintable(k): _text_or_integer(v, k) for k, v in check_object(stored["world"], "world").items()
+            }
             facts["sources"] = {
-                visible(k): _visible_text(v, k) for k, v in fields(stored.get("sources", {}), "sources").items()
+                escape_unprintable(k): _visible_text(v, k)
+                for k, v in check_object(stored.get("sources", {}), "sources").items()
             }
             for name, files in (("inputs", stored["inputs"]), ("user_files", stored.get("user_files", {}))):
                 facts[name] = {
-                    visible(role): {key: _visible_text(file[key], key) for key in ("path", "sha256")}
-                    for role, file in fields(files, name).items()
+                    escape_unprintable(role): {key: _visible_text(file[key], key) for key in ("path", "sha256")}
+                    for role, file in check_object(files, name).items()
                 }
             return facts
 
@@ -192,7 +196,7 @@ class RunFolder:
 
     def precision(self) -> str | None:
         """Returns the precision that the run began with, or None before it has a record."""
-        value = settings_of(self).get("parallel.precision")
+        value = read_run_settings(self).get("parallel.precision")
         return None if value is None else value.strip("'\"")
 
     def attempts(self) -> list[Path]:
@@ -214,7 +218,7 @@ class RunFolder:
         return folder
 
 
-def settings_of(folder: RunFolder) -> dict[str, str]:
+def read_run_settings(folder: RunFolder) -> dict[str, str]:
     """Returns the values of a run's `config.txt` by path, or nothing before it is written."""
     if not (folder.path / "config.txt").exists():
         return {}
@@ -227,7 +231,7 @@ def attempt_facts(world: World, inputs: dict[str, dict[str, str]]) -> dict[str, 
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "commit": _commit(),
         "world": {"size": world.size, "device": world.device.type, "pid": os.getpid()},
         "inputs": inputs,

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from kd_core.errors import NonFiniteError
-from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import Objective
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import gradients_wait
-from kd_core.parallel.vocab_parallel import local_head
+from kd_core.parallel.parallelize import skip_gradient_sync
+from kd_core.parallel.vocab_parallel import local_lm_head
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.types import Batch
@@ -46,10 +46,10 @@ def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float)
 
     def loss_of_hidden(hidden: Tensor, weight: Tensor) -> LossSums:
         # This rank's rows of the lm_head, and the hidden states of whole rows.  [V / ranks, D], [B, T, D]
-        shard = local_head(hidden, weight)
+        shard = local_lm_head(hidden, weight)
         # The loss works on positions, whatever row they are of.  [N, D]
         flat = rearrange(shard.hidden, "B T D -> (B T) D")
-        lm_head = LogitHead(vocab_size=model.arch.vocab_size, part=shard.part)
+        lm_head = LmHeadForm(vocab_size=model.arch.vocab_size, part=shard.part)
         labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()  # [N], [N]
         # Fused with the lm_head, so that the logits [N, V] are never held as a whole.
         return fused_loss(flat, shard.weight, batch.teacher(), labels, mask, objective, scale, lm_head)
@@ -57,7 +57,7 @@ def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float)
     return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden)
 
 
-def count(batches: Sequence[Batch], world: World) -> tuple[int, int]:
+def count_tokens_and_damage(batches: Sequence[Batch], world: World) -> tuple[int, int]:
     """Returns the numbers of scored positions and of damaged blocks in all batches on all ranks."""
     local_counts = {
         "tokens": float(sum(int(batch.loss_mask.sum()) for batch in batches)),
@@ -67,7 +67,7 @@ def count(batches: Sequence[Batch], world: World) -> tuple[int, int]:
     return int(total["tokens"]), int(total["damaged_blocks"])
 
 
-def sum_over(batch_sums: Sequence[LossSums], names: Sequence[str], world: World) -> dict[str, float]:
+def sum_losses(batch_sums: Sequence[LossSums], names: Sequence[str], world: World) -> dict[str, float]:
     """Adds up the named sums over batches and ranks. A rank without batches adds zeros under the same names."""
     local_sums = {name: sum((float(loss.sums[name]) for loss in batch_sums), 0.0) for name in names}
     return world.sum_floats(local_sums)
@@ -103,17 +103,17 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
         NonFiniteError: the loss or a gradient is not finite, on any rank. No rank has moved then.
     """
     # The divisor of every micro-batch: scored tokens of the whole step, over all ranks.
-    tokens, damaged_blocks = count(batches, world)
+    tokens, damaged_blocks = count_tokens_and_damage(batches, world)
     losses: list[LossSums] = []
     for batch in batches:
         # Gradients accumulate on the rank, and are summed over ranks in the last micro-batch's backward pass alone.
-        gradients_wait(model, batch is not batches[-1])
+        skip_gradient_sync(model, batch is not batches[-1])
         on_device = batch.to(world.device)
         with parallel.autocast(world.device):
             loss = batch_loss(model, on_device, objective, 1.0 / max(1, tokens))
         loss.total.backward()
         losses.append(loss)
-    sums = sum_over(losses, objective.sum_names(), world)
+    sums = sum_losses(losses, objective.sum_names(), world)
     # A clip norm of 0 stands for none: the norm is measured all the same.
     norm = clip_gradients_(model.parameters(), clip_norm or torch.inf)
     # Loss and norm are sums over all ranks, so every rank comes to the same decision.

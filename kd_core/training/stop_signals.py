@@ -27,7 +27,7 @@ def _in_seconds(parts: Sequence[float]) -> float:
     return sum(part * unit for part, unit in zip(reversed(parts), UNITS, strict=False))
 
 
-def seconds_of(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """Parses a time as DD:HH:MM:SS, HH:MM:SS, MM:SS or seconds, and returns it in seconds.
 
     Raises:
@@ -49,7 +49,7 @@ def _age_by_ps(process: int) -> float:
     return _in_seconds([float(part) for part in re.split("[-:]", elapsed)])  # DD-HH:MM:SS
 
 
-def age(environment: Mapping[str, str] = os.environ) -> float:
+def command_age(environment: Mapping[str, str] = os.environ) -> float:
     """Returns the seconds since the command began: this process, or the torchrun that restarts it if a rank dies."""
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else os.getpid()
     if sys.platform != "linux":
@@ -59,14 +59,14 @@ def age(environment: Mapping[str, str] = os.environ) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
-class Stopping:
+class StopSignals:
     """Handlers of the stop signals while the context is entered, and the time limit of a run.
 
     `max_seconds` counts from the start of the command. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        self.deadline = None if max_seconds is None else time.monotonic() - age() + max_seconds
+        self.deadline = None if max_seconds is None else time.monotonic() - command_age() + max_seconds
         self.received = 0  # the number of the last signal
         self.previous_handlers: dict[int, object] = {}
 
@@ -88,7 +88,7 @@ class Stopping:
         is_over = self.deadline is not None and time.monotonic() > self.deadline
         return self.received or (TIME_IS_OVER if is_over else 0)
 
-    def agreed(self, world: World) -> str | None:
+    def agree_on_stop(self, world: World) -> str | None:
         """Returns why all ranks stop now, or None if no rank has received a signal or run out of time.
 
         All ranks call it together, after every step.

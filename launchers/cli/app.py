@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from experiments.config import catalog
-from kd_core.errors import NonFiniteError, RankError, UsageError, visible
+from kd_core.errors import NonFiniteError, RankError, UsageError, escape_unprintable
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("kd")
@@ -36,17 +36,17 @@ def define_config_flags(kind: str) -> None:
 def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     """The config of the flags (and of `more` items); None once the flags' wish to be shown something is fulfilled."""
     if FLAGS.list:
-        print(catalog.listing(kind))
+        print(catalog.format_listing(kind))
         return None
     from experiments.config import config_items
 
     if FLAGS.base and not FLAGS.diff:
         raise UsageError(f"--base={FLAGS.base}: is for --diff, which is not given. Add it, or leave --base out.")
     items = [*FLAGS.config, *more]
-    resolved = config_items.resolve(items, kind)
+    resolved = config_items.resolve_items(items, kind)
     if FLAGS.diff:
         base = FLAGS.base or items[0]
-        lines = config_items.differences(config_items.resolve([base], kind), resolved)
+        lines = config_items.differences(config_items.resolve_items([base], kind), resolved)
         print(_visible_lines(lines or f"nothing differs from {base}\n"), end="")
         return None
     if FLAGS.print_config:
@@ -67,7 +67,7 @@ def as_started(text: str) -> str:
 def _help(doc: str, kind: str | None) -> str:
     parts = [doc.strip()]
     if kind is not None:
-        parts.append(f"Known to --config (first docstring line, module):\n{catalog.listing(kind)}")
+        parts.append(f"Known to --config (first docstring line, module):\n{catalog.format_listing(kind)}")
     shared = [__name__] if kind is not None else []
     described = [FLAGS.module_help(module).split(":", 1)[1].strip("\n") for module in (*shared, sys.argv[0])]
     return as_started("\n\n".join([*parts, "Flags:\n" + "\n".join(described)]))
@@ -75,7 +75,7 @@ def _help(doc: str, kind: str | None) -> str:
 
 def _visible_lines(text: str) -> str:
     """Lines without what would move the cursor: a message may quote a file of somebody else."""
-    return "\n".join(map(visible, text.expandtabs().split("\n")))
+    return "\n".join(map(escape_unprintable, text.expandtabs().split("\n")))
 
 
 def _short(text: str) -> str:

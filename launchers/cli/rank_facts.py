@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from experiments.config.code_hashes import source_hashes
-from kd_core.training.run_folder import PACKAGES
+from kd_core.training.run_folder import RECORDED_PACKAGES
 
 
 def facts(config_text: str, experiment: Any) -> dict[str, str]:
@@ -14,7 +14,7 @@ def facts(config_text: str, experiment: Any) -> dict[str, str]:
     return {
         **{f"config {path}": value for path, value in lines},
         **{f"the code of {path}": digest for path, digest in source_hashes().items()},
-        **{f"the version of {name}": version(name) for name in PACKAGES},
+        **{f"the version of {name}": version(name) for name in RECORDED_PACKAGES},
         "the version of python": platform.python_version(),
         **{f"the contents of {read['path']}": read["sha256"] for read in experiment.inputs().values()},
     }

@@ -5,7 +5,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from data.cache.inspection.readable import Spot, Words, columns, fit, spots, visible
+from data.cache.inspection.readable import (
+    IdToText,
+    ReadablePosition,
+    escape_unprintable,
+    fit_to_width,
+    readable_positions,
+    terminal_width,
+)
 from data.cache.record import Record
 
 NARROW = 40
@@ -38,32 +45,34 @@ class Tables(NamedTuple):
 
 
 def _title(record: Record) -> str:
-    return f"record {record.name}, {visible(record.document)} from token {record.start}, {record.positions} positions"
+    document = escape_unprintable(record.document)
+    return f"record {record.name}, {document} from token {record.start}, {record.positions} positions"
 
 
-def terminal_lines(record: Record, words: Words, most: int, width: int) -> Iterator[str]:
+def terminal_lines(record: Record, words: IdToText, most: int, width: int) -> Iterator[str]:
     """The record as a table that fits into `width` places."""
     width = max(width, NARROW)
     token = min(TOKEN, (width - NUMBER - 12) // 3)
-    yield fit(_title(record), width).rstrip()
-    yield fit(
+    yield fit_to_width(_title(record), width).rstrip()
+    yield fit_to_width(
         f"{'at':>5}  {'token':<{token}} {'came':<{token}} {'nats':>{NUMBER}}  the teacher expected", width
     ).rstrip()
-    for at, spot in enumerate(spots(record, words, most)):
+    for at, spot in enumerate(readable_positions(record, words, most)):
         mark = " " if spot.scored else "·"
-        line = f"{at:>5}{mark} {fit(spot.token, token)} {fit(spot.label, token)} {spot.surprise:>{NUMBER}.2f}  "
-        yield (line + _alternatives(spot, width - columns(line))).rstrip()
+        texts = f"{fit_to_width(spot.token, token)} {fit_to_width(spot.label, token)}"
+        line = f"{at:>5}{mark} {texts} {spot.surprise:>{NUMBER}.2f}  "
+        yield (line + _alternatives(spot, width - terminal_width(line))).rstrip()
 
 
-def _alternatives(spot: Spot, width: int) -> str:
+def _alternatives(spot: ReadablePosition, width: int) -> str:
     """As many as fit, each with its probability; then what is left."""
     shown, rest = "", f"rest {spot.rest:.0%}"
     for text, prob in spot.alternatives:
         more = f"{text} {prob:.0%}  "
-        if columns(shown) + columns(more) + columns(rest) > width:
+        if terminal_width(shown) + terminal_width(more) + terminal_width(rest) > width:
             break
         shown += more
-    return shown + rest if columns(shown) + columns(rest) <= width else shown
+    return shown + rest if terminal_width(shown) + terminal_width(rest) <= width else shown
 
 
 def _colour(surprise: float) -> str:
@@ -72,7 +81,7 @@ def _colour(surprise: float) -> str:
     return f"background:rgb(220 60 30 / {0.75 * share:.2f})"
 
 
-def _span(spot: Spot) -> str:
+def _span(spot: ReadablePosition) -> str:
     """The token that came, with what was expected in its place."""
     probs = [f"{prob:>6.1%}  {alternative}" for alternative, prob in spot.alternatives]
     own = [f"{spot.surprise:.2f} nats" + ("" if spot.scored else ", not scored")]
@@ -88,8 +97,8 @@ def _span(spot: Spot) -> str:
     return f'<span class="{kind}" tabindex="0" style="{colour}">{shown}<span class="more">{inner}</span></span>'
 
 
-def _record(record: Record, words: Words, most: int) -> str:
-    found = list(spots(record, words, most))
+def _record(record: Record, words: IdToText, most: int) -> str:
+    found = list(readable_positions(record, words, most))
     first = html.escape(found[0].token) if found else ""
     spans = "".join(_span(spot) for spot in found)
     return f'<h2>{html.escape(_title(record))}</h2>\n<p class="text">{first}{spans}</p>'
@@ -101,16 +110,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(each)}</th>" for each in head)
     lines = [
         "<tr>"
-        + "".join(f"<td{numbers if i else ''}>{html.escape(visible(cell))}</td>" for i, cell in enumerate(row))
+        + "".join(
+            f"<td{numbers if i else ''}>{html.escape(escape_unprintable(cell))}</td>" for i, cell in enumerate(row)
+        )
         + "</tr>"
         for row in rows
     ]
     return f"<table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table>"
 
 
-def html_page(tables: Tables, records: Sequence[Record], words: Words, most: int) -> str:
+def html_page(tables: Tables, records: Sequence[Record], words: IdToText, most: int) -> str:
     """The page: no scripts, no links, everything from the cache escaped."""
-    title = html.escape(visible(tables.title))
+    title = html.escape(escape_unprintable(tables.title))
     parts = [
         _table([], tables.facts),
         _table(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_core.errors import UsageError, visible
-from kd_core.training.evaluation import best_is
+from kd_core.errors import UsageError, escape_unprintable
+from kd_core.training.evaluation import metric_direction
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder, read_settings
 
@@ -54,7 +54,7 @@ class Run:
         curve = [(value, int(step)) for step, value in self.curve(metric)]
         if not curve:
             return None
-        return (max if best_is(metric) == "max" else min)(curve, key=lambda point: point[0])
+        return (max if metric_direction(metric) == "max" else min)(curve, key=lambda point: point[0])
 
 
 def read_run(folder: Path) -> Run:
@@ -67,12 +67,15 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder}: no run there (no config.txt). Wanted the --run_dir of launchers.train.")
     run, metrics = RunFolder(folder), folder / "metrics.jsonl"
     lines = (
-        [{visible(name): value for name, value in line.items()} for line in read_metrics(metrics)]
+        [{escape_unprintable(name): value for name, value in line.items()} for line in read_metrics(metrics)]
         if (metrics.exists())
         else []
     )
     found = read_settings(run.settings_text())
-    settings = {visible(path): (visible(value), visible(who)) for path, (value, who) in found.items()}
+    settings = {
+        escape_unprintable(path): (escape_unprintable(value), escape_unprintable(who))
+        for path, (value, who) in found.items()
+    }
     for name in ("steps", "tokens_per_step"):
         if not COUNT.fullmatch(settings.get(name, ("", ""))[0]):
             raise UsageError(f"{folder / 'config.txt'}: has no whole number {name}. Restore it, or leave the run out.")
@@ -193,7 +196,7 @@ def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
         if not everything and name.endswith(CONSTANT):
             continue
         rows.append((name, _with_difference(name, runs)))
-        if not (name.startswith("val/") and best_is(name)):
+        if not (name.startswith("val/") and metric_direction(name)):
             continue
         best = [run.best(name) for run in runs]
         if any(found is not None and found[1] != run.step for found, run in zip(best, runs, strict=True)):

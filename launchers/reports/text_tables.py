@@ -4,14 +4,17 @@ import csv
 import io
 from collections.abc import Sequence
 
-from kd_core.errors import visible
+from kd_core.errors import escape_unprintable
 
 Rows = Sequence[Sequence[str]]
 
 
 def aligned(head: Sequence[str], rows: Rows) -> str:
     """Columns two spaces apart; those that hold numbers alone stand right. What does not print is escaped."""
-    head, rows = [visible(cell) for cell in head], [[visible(cell) for cell in row] for row in rows]
+    head, rows = (
+        [escape_unprintable(cell) for cell in head],
+        [[escape_unprintable(cell) for cell in row] for row in rows],
+    )
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     right = [all(_is_number(row[i]) for row in rows if row[i]) for i in range(len(head))]
 

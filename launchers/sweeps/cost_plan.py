@@ -11,7 +11,7 @@ from kd_core.errors import UsageError
 from launchers.reports import text_tables
 from launchers.sweeps.point_cost import Cost, cost_of, measured_rate
 from launchers.sweeps.sweep_folder import SweepFolder
-from experiments.config.sweep_points import Point, label, short_names, shown, swept_paths
+from experiments.config.sweep_points import Point, point_label, short_names, table_text, swept_paths
 
 NAMED = 8  # points of one missing cache
 
@@ -34,7 +34,7 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
         hours = _hours(point, flops, tokens_per_second, rate)
         total_tokens += point.tokens
         total_hours += hours or 0.0
-        values = [shown(point.values[path]) if path in point.values else "" for path in paths]
+        values = [table_text(point.values[path]) if path in point.values else "" for path in paths]
         rows.append([point.id, *values, f"{point.tokens:,}", _number(flops, ".2e"), _number(hours, ".2f"),
                      folder.status(point.id).state])  # fmt: skip
     table = text_tables.aligned(["id", *(names[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
@@ -85,7 +85,7 @@ def check(points: Sequence[Point], ranks: int = 1) -> list[str]:
         try:
             point.build().check(ranks)
         except (UsageError, OSError) as error:
-            messages.append(f"{point.id} {label(point, paths)}: {error}")
+            messages.append(f"{point.id} {point_label(point, paths)}: {error}")
     return messages
 
 

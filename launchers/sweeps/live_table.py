@@ -8,7 +8,7 @@ from typing import TextIO
 from launchers.reports import text_tables
 
 
-class Live:
+class LiveTable:
     """Lines that stay, and a table below them that is redrawn where the stream is a terminal."""
 
     def __init__(

@@ -17,8 +17,8 @@ from typing import Any
 from launchers.sweeps import point_process
 from launchers.sweeps.point_process import SAVING, Slot
 from launchers.sweeps.sweep_folder import FAILED, FINISHED, RUNNING, STOPPED, Status, SweepFolder
-from launchers.sweeps.live_table import Live
-from experiments.config.sweep_points import Point, label, swept_paths
+from launchers.sweeps.live_table import LiveTable
+from experiments.config.sweep_points import Point, point_label, swept_paths
 
 MOST_INTERRUPTIONS = 3
 PAUSE, REDRAW = 0.05, 1.0
@@ -56,7 +56,7 @@ class Queue:
     def __post_init__(self) -> None:
         self.waiting, self.free = deque(self.points), deque(self.slots)
         self.paths = swept_paths(self.points)
-        self.live = Live(["running", "step", "of", "loss", "values"], self._rows)
+        self.live = LiveTable(["running", "step", "of", "loss", "values"], self._rows)
 
     def run(self) -> None:
         """Runs all points.
@@ -95,7 +95,7 @@ class Queue:
         self.folder.set_status(point.id, Status(RUNNING, starts))
         since = self.folder.log_size(point.id)
         self.running.append(_Running(point, slot, point_process.start(command, self.folder, point.id, slot), since))
-        self.live.say(f"{point.id} started   {label(point, self.paths)}")
+        self.live.say(f"{point.id} started   {point_label(point, self.paths)}")
 
     def _settle(self, child: _Running) -> None:
         """Records how a point ended, and frees its share of the machine."""
@@ -106,13 +106,13 @@ class Queue:
         status = self.folder.status(point.id)
         self.folder.set_status(point.id, replace(status, state=state, exit_code=code, last_line=last_line))
         if state == FINISHED:
-            self.live.say(f"{point.id} finished  {label(point, self.paths)}")
+            self.live.say(f"{point.id} finished  {point_label(point, self.paths)}")
             self.finished()
         elif state == FAILED:
             log = self.folder.log(point.id)
-            self.live.say(f"{point.id} failed    {label(point, self.paths)} (exit code {code}): {last_line} ({log})")
+            self.live.say(f"{point.id} failed    {point_label(point, self.paths)} (exit code {code}): {last_line} ({log})")
         else:
-            self.live.say(f"{point.id} stopped   {label(point, self.paths)}: goes on from its checkpoint")
+            self.live.say(f"{point.id} stopped   {point_label(point, self.paths)}: goes on from its checkpoint")
             self.waiting.append(point)
 
     def _outcome(self, child: _Running) -> tuple[str, str]:
@@ -145,5 +145,5 @@ class Queue:
             step = f"{lines[-1]['step']:.0f}" if lines else ""
             losses = [line["train/loss"] for line in lines if "train/loss" in line]
             loss = f"{losses[-1]:.4f}" if losses else ""
-            rows.append([child.point.id, step, str(child.point.steps), loss, label(child.point, self.paths)])
+            rows.append([child.point.id, step, str(child.point.steps), loss, point_label(child.point, self.paths)])
         return [*rows, [f"{len(self.waiting)} wait", "", "", "", ""]]

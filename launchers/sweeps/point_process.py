@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd_core.errors import visible
-from kd_core.files import no_link
+from kd_core.errors import escape_unprintable
+from kd_core.files import open_no_follow
 from kd_core.training.run_folder import RunFolder
 from launchers.sweeps import die_with_parent
 from launchers.sweeps.sweep_folder import FAILED, FINISHED, STOPPED, SweepFolder
@@ -88,7 +88,7 @@ def _last_line(log: str) -> str:
     """Returns the last error or stop message of a log, or otherwise its last line that is no progress bar."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and "%|" not in line]
     messages = [line for line in lines if ": error: " in line or line.startswith("stopped after step ")]
-    return visible((messages or lines or [""])[-1])
+    return escape_unprintable((messages or lines or [""])[-1])
 
 
 def outcome(folder: SweepFolder, point_id: str, code: int, since: int) -> tuple[str, str]:
@@ -109,7 +109,7 @@ def start(command: Sequence[str], folder: SweepFolder, point_id: str, slot: Slot
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     prefix = [sys.executable, "-I", die_with_parent.__file__, str(os.getpid()), ",".join(map(str, slot.cores))]
     folder.log(point_id).parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.log(point_id), "ab", opener=no_link) as log:
+    with open(folder.log(point_id), "ab", opener=open_no_follow) as log:
         return subprocess.Popen(
             [*prefix, *command],
             env=environment,

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd_core.errors import UsageError, visible
+from kd_core.errors import UsageError, escape_unprintable
 from kd_core.files import new_folder, read_json, write_json, write_text
 from kd_core.training.loop import SHOWN
 from kd_core.training.monitoring.tensorboard import HParam, write_columns, write_session
 from launchers.reports import text_tables
 from launchers.sweeps.sweep_folder import FINISHED, SweepFolder
-from experiments.config.sweep_points import Point, label, short_names, shown, swept_paths
+from experiments.config.sweep_points import Point, point_label, short_names, table_text, swept_paths
 from launchers.sweeps.seed_statistics import CONFIDENCE, Mean, mean_of
 
 SEED = "seed"
@@ -49,7 +49,7 @@ def _row(folder: SweepFolder, point: Point) -> Row:
         return Row(point, state, {})
     lines = folder.metrics(point.id)
     curve = [{name: line[name] for name in line if name == "step" or name.startswith("val/")} for line in lines]
-    final = {visible(name): value for name, value in (curve or [{}])[-1].items() if name != "step"}
+    final = {escape_unprintable(name): value for name, value in (curve or [{}])[-1].items() if name != "step"}
     precision = folder.run_folder(point.id).precision() if point.config.parallel.precision == "auto" else None
     return Row(point, state, final, [line for line in curve if len(line) > 1], precision)
 
@@ -78,7 +78,7 @@ class Results:
                 self.folder.drop_checkpoints([point.id])
         return row
 
-    def keep_up(self) -> None:
+    def write_if_due(self) -> None:
         """Writes the tables, unless they were written so recently that this would take too much of the time."""
         if time.monotonic() >= self.due:
             self.write()
@@ -88,7 +88,7 @@ class Results:
         started = time.monotonic()
         rows, paths = self.rows(), swept_paths(self.points)
         names = metric_names(self.points, rows)
-        groups, folder = groups_of(rows, names), self.folder.path
+        groups, folder = group_by_seed(rows, names), self.folder.path
         write_text(folder / "results.csv", _points_csv(rows, paths, names))
         write_text(folder / "summary.csv", _groups_csv(groups, paths, names))
         write_text(folder / "curves.csv", _curves_csv(rows, paths, names))
@@ -131,7 +131,7 @@ class Group:
     n: int
 
 
-def groups_of(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
+def group_by_seed(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
     """Groups finished points that differ only in their seed, in the order of their first points."""
     rows_by_hash: dict[str, list[Row]] = {}
     for row in rows:
@@ -163,7 +163,7 @@ def _warn_of_precisions(rows: Sequence[Row]) -> None:
 
 
 def _values(point: Point, paths: Sequence[str]) -> list[str]:
-    return [shown(point.values[path]) if path in point.values else "" for path in paths]
+    return [table_text(point.values[path]) if path in point.values else "" for path in paths]
 
 
 def _numbers(metrics: dict[str, float], names: Sequence[str]) -> list[str]:
@@ -260,7 +260,7 @@ def _hparams(points: Sequence[Point], paths: Sequence[str]) -> dict[str, dict[st
         elif all(type(value) in (int, float) for value in values.values()):
             hparams[path] = {key: float(value) for key, value in values.items()}
         else:
-            hparams[path] = {key: shown(value) for key, value in values.items()}
+            hparams[path] = {key: table_text(value) for key, value in values.items()}
     return hparams
 
 
@@ -286,7 +286,7 @@ def _write_tensorboard(
     for row in rows:
         if not row.final or row.point.id in shown:
             continue
-        name = re.sub(r"[^\w.=+-]+", ",", label(row.point, paths))[:100] + f",{row.point.id}"
+        name = re.sub(r"[^\w.=+-]+", ",", point_label(row.point, paths))[:100] + f",{row.point.id}"
         if not (root / name).exists():
             values = {
                 short[path]: by_point[row.point.id] for path, by_point in hparams.items() if row.point.id in by_point

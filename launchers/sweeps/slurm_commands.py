@@ -13,7 +13,7 @@ MOST_IN_ARRAY = 1001  # Slurm's own default of MaxArraySize
 log = logging.getLogger("kd")
 
 
-def states(jobs: Iterable[str]) -> dict[str, str]:
+def job_states(jobs: Iterable[str]) -> dict[str, str]:
     """Returns the states of those jobs that Slurm still has, with one query. A job that it does not list has ended.
 
     The reason of a waiting job follows its state: `PENDING (Resources)`.
@@ -44,27 +44,27 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     return {job: lines[job] for job in jobs & lines.keys()}
 
 
-def of_points(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
+def states_by_point(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
     """Returns, by point, the states of the jobs of unfinished points that Slurm still has.
 
     The job of a stopped or failed point may have been requeued.
 
     Raises:
-        UsageError: as in `states`.
+        UsageError: as in `job_states`.
     """
     statuses = {point.id: folder.status(point.id) for point in points}
     jobs = {key: status.job for key, status in statuses.items() if status.state != FINISHED and status.job}
-    job_states = states(jobs.values())
-    return {key: job_states[job] for key, job in jobs.items() if job in job_states}
+    states = job_states(jobs.values())
+    return {key: states[job] for key, job in jobs.items() if job in states}
 
 
 def is_running(job: str) -> bool:
     """Returns False for a job that Slurm has ended or is about to end.
 
     Raises:
-        UsageError: as in `states`.
+        UsageError: as in `job_states`.
     """
-    return states([job]).get(job, "").startswith("RUNNING")
+    return job_states([job]).get(job, "").startswith("RUNNING")
 
 
 def requeue(job: str) -> None:

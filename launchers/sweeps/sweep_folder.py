@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.base.sweep_definition import Values
-from kd_core.errors import UsageError, visible
-from kd_core.files import damaged, is_owned, is_plain_file, read_json, read_text, write_json, write_text
-from kd_core.json_fields import LARGEST, fields, integer, items, text
-from kd_core.json_fields import shown as shown_field
+from kd_core.errors import UsageError, escape_unprintable
+from kd_core.files import damage_as_usage_error, is_owned, is_plain_file, read_json, read_text, write_json, write_text
+from kd_core.json_fields import LARGEST, check_object, check_integer, check_list, check_text
+from kd_core.json_fields import short_repr as shown_field
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from experiments.config.sweep_points import ID_LENGTH, Point, shown, swept_paths
+from experiments.config.sweep_points import ID_LENGTH, Point, table_text, swept_paths
 
 POINT_ID, JOB = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}"), re.compile(r"[A-Za-z0-9_.+-]{0,100}")
 NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED = "new", "running", "stopped", "failed", "finished", "submitted"
@@ -44,15 +44,15 @@ class Status:
 
 def _read_status(path: Path) -> Status:
     description = "a point's status"
-    with damaged(path, description, "Delete it: it forgets a failure or a job alone"):
-        values = fields(read_json(path, description), "it", vars(Status()))
-        if values["state"] not in STATES or not JOB.fullmatch(text(values["job"], "job")):
+    with damage_as_usage_error(path, description, "Delete it: it forgets a failure or a job alone"):
+        values = check_object(read_json(path, description), "it", vars(Status()))
+        if values["state"] not in STATES or not JOB.fullmatch(check_text(values["job"], "job")):
             raise ValueError(f"state {shown_field(values['state'])} of job {shown_field(values['job'])}")
         return Status(
             values["state"],
-            integer(values["starts"], "starts", 0, LARGEST),
-            None if values["exit_code"] is None else integer(values["exit_code"], "exit_code", -LARGEST, LARGEST),
-            visible(text(values["last_line"], "last_line")),
+            check_integer(values["starts"], "starts", 0, LARGEST),
+            None if values["exit_code"] is None else check_integer(values["exit_code"], "exit_code", -LARGEST, LARGEST),
+            escape_unprintable(check_text(values["last_line"], "last_line")),
             values["job"],
         )
 
@@ -60,7 +60,7 @@ def _read_status(path: Path) -> Status:
 def _json_values(values: Values) -> dict[str, Any]:
     """Converts values for JSON: numbers and texts stay, all else becomes the text that tables show."""
     return {
-        path: value if isinstance(value, (str, int, float, bool, type(None))) else shown(value)
+        path: value if isinstance(value, (str, int, float, bool, type(None))) else table_text(value)
         for path, value in values.items()
     }
 
@@ -111,13 +111,13 @@ class SweepFolder:
     def _earlier_points(self, record: Path, name: str) -> list[dict[str, Any]]:
         """Returns the points of an earlier start."""
         description = "a sweep's record"
-        with damaged(record, description):
+        with damage_as_usage_error(record, description):
             content = read_json(record, description)
-            if text(content["sweep"], "sweep") != name:
+            if check_text(content["sweep"], "sweep") != name:
                 raise UsageError(f"{self.path}: holds the sweep {content['sweep']!a}, not {name}. Name another --out.")
-            points = [fields(point, "a point", ("id", "values")) for point in items(content["points"], "points")]
+            points = [check_object(point, "a point", ("id", "values")) for point in check_list(content["points"], "points")]
             for point in points:
-                if not POINT_ID.fullmatch(text(point["id"], "id")):
+                if not POINT_ID.fullmatch(check_text(point["id"], "id")):
                     raise ValueError(f"{shown_field(point['id'])} is no point's id")
             return points
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.corpus.corpus import Corpus
-from data.folders import files_below
+from data.folders import find_files
 from kd_core.errors import UsageError
 from tests.forks import ROOT
 
@@ -87,7 +87,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
         try:
             if os.geteuid() == 0:
                 os.setuid(65534)
-            files_below(tmp_path, lambda path: path.suffix == ".txt")
+            find_files(tmp_path, lambda path: path.suffix == ".txt")
             os.write(handle[1], b"no error")
         except UsageError as error:
             os.write(handle[1], str(error).encode())

@@ -16,7 +16,7 @@ from experiments.config.catalog import Entry
 from experiments.config.paths import walk
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.students.huggingface.config_json import config_of, read_architecture
+from kd_core.students.huggingface.config_json import config_fields, read_architecture
 from tests.tiny import Tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -40,7 +40,7 @@ def _check_golden(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("entry", BASES, ids=lambda entry: entry.name)
 def test_it_builds_and_equals_its_golden_text(entry: Entry) -> None:
-    resolved = config_items.resolve([entry.name], entry.kind)
+    resolved = config_items.resolve_items([entry.name], entry.kind)
     fdl.build(resolved.config)
     _check_golden(entry.name, _without_places(config_items.describe(resolved)))
 
@@ -48,18 +48,20 @@ def test_it_builds_and_equals_its_golden_text(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", FIDDLERS, ids=lambda entry: entry.name)
 def test_a_fiddler_changes_what_its_golden_text_says(entry: Entry) -> None:
     items = ["quickstart", "steps=2000"]
-    changed = config_items.resolve([*items, f"fiddler:{entry.name}{ARGUMENTS.get(entry.name, '')}"], entry.takes)
+    changed = config_items.resolve_items([*items, f"fiddler:{entry.name}{ARGUMENTS.get(entry.name, '')}"], entry.takes)
     fdl.build(changed.config)
     _check_golden(
         f"fiddler_{entry.name}",
-        _without_places(config_items.differences(config_items.resolve(items, entry.takes), changed)),
+        _without_places(config_items.differences(config_items.resolve_items(items, entry.takes), changed)),
     )
 
 
 @pytest.mark.parametrize("entry", TAGS, ids=lambda entry: entry.name)
 def test_a_tag_is_carried_and_set_everywhere_at_once(entry: Entry) -> None:
     items = ["quickstart", f"tag:{entry.name}=256"]
-    places = [place for place in walk(config_items.resolve(items, "Experiment").config) if entry.load() in place.tags]
+    places = [
+        place for place in walk(config_items.resolve_items(items, "Experiment").config) if entry.load() in place.tags
+    ]
     assert places
     assert {place.value for place in places} == {256}
 
@@ -72,15 +74,15 @@ def test_it_has_a_summary(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", BASES, ids=lambda entry: entry.name)
 def test_its_record_gives_it_back(entry: Entry, tmp_path: Path) -> None:
     config = entry.load()()
-    (tmp_path / "config.json").write_text(config_items.record(config))
+    (tmp_path / "config.json").write_text(config_items.record_json(config))
     back = frozen_records.load_record(tmp_path / "config.json")
-    assert back == config_items.frozen(config)
-    assert config_items.record(back) == config_items.record(config)
+    assert back == config_items.freeze(config)
+    assert config_items.record_json(back) == config_items.record_json(config)
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_dry_run_of_a_large_recipe_names_the_folders_that_are_missing(name: str) -> None:
-    experiment: Experiment = fdl.build(config_items.resolve([name], "Experiment").config)
+    experiment: Experiment = fdl.build(config_items.resolve_items([name], "Experiment").config)
     with pytest.raises(UsageError) as error:
         experiment.check()
     for folder in ("student.folder: models/student-1b", "shards.path: caches/teacher-8b/train", "evaluation.shards"):
@@ -97,10 +99,10 @@ def test_a_dry_run_of_a_large_recipe_tells_what_a_rank_holds(
     """A student of a billion parameters, without its weights, on the tiny caches."""
     arch = replace(read_architecture(tiny.teacher), hidden_size=2048, intermediate_size=8192, num_layers=16,
                    num_heads=32, num_kv_heads=8, head_dim=64)  # fmt: skip
-    write_json(tmp_path / "config.json", config_of(arch, 0, 0))
+    write_json(tmp_path / "config.json", config_fields(arch, 0, 0))
     (tmp_path / "tokenizer.json").write_bytes((tiny.teacher / "tokenizer.json").read_bytes())
     items = [f"student.folder={tmp_path}", f"shards.path={tiny.train}", f"evaluation.shards.path={tiny.validation}"]
-    experiment: Experiment = fdl.build(config_items.resolve([name, *items], "Experiment").config)
+    experiment: Experiment = fdl.build(config_items.resolve_items([name, *items], "Experiment").config)
     told = experiment.check(ranks)
     assert told["layout"] == layout
     assert "holds 121.72M parameters (0.487 GB in float32) and 0.974 GB of moments" in told["a rank"]

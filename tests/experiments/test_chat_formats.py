@@ -14,11 +14,11 @@ from data.cache.manifest import read_manifest
 from data.corpus.corpus import Corpus
 from data.stream.source import Mixture, Shards
 from experiments.base.chat_formats import chat_format
-from experiments.config.config_items import resolve
+from experiments.config.config_items import resolve_items
 from experiments.config.saved_students import recorded_chat_format
 from kd_core.errors import UsageError
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from tests.launchers.test_saved_students import train
 from tests.tiny import CHATML, ROW_LENGTH, Tiny, make_chat_folder, write_caches
 
@@ -111,7 +111,7 @@ def test_the_template_of_tools_reaches_the_export_of_a_student_that_has_another(
     assert (stated["tool_use"], stated["special_tokens"]) == (for_tools, {"bos_token": "<|im_start|>"})
 
     found = chat_format(Shards(str(tmp_path / "cache" / "train")))
-    student = build(Pretrained(str(base)), torch.device("cpu"), seed=0)
+    student = build_student(Pretrained(str(base)), torch.device("cpu"), seed=0)
     save_pretrained(student, tmp_path / "out", base, chat=found)
     ours, teachers = (transformers.AutoTokenizer.from_pretrained(each) for each in (tmp_path / "out", teacher))
     assert ours.chat_template == teachers.chat_template == {"default": CHATML, "tool_use": for_tools}
@@ -128,7 +128,7 @@ def test_a_format_that_cannot_be_read_is_said_before_anything_is_trained(
     dataclasses.replace(manifest, made={**manifest.made, "chat": 3}).write(caches / "train")
     items = [item.replace(f"{tiny.root}/cache", str(caches)) for item in tiny.train_items(2)]
     more = [f"student.folder={chats / 'base'}", f"collate.row_length={2 * ROW_LENGTH}"]
-    experiment = fdl.build(resolve([*items, *more], "Experiment").config)
+    experiment = fdl.build(resolve_items([*items, *more], "Experiment").config)
     with pytest.raises(UsageError, match="how conversations were written"):
         experiment.check()
 

@@ -17,7 +17,7 @@ from tests.tiny import Tiny
 
 
 def _experiment(tiny: Tiny, *items: str) -> Experiment:
-    return fdl.build(config_items.resolve([*tiny.train_items(), *items], "Experiment").config)
+    return fdl.build(config_items.resolve_items([*tiny.train_items(), *items], "Experiment").config)
 
 
 REFUSED = {
@@ -55,7 +55,7 @@ def test_a_student_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -
 def test_a_folder_of_caches_in_place_of_one_of_a_mixture_names_what_to_take(tiny: Tiny) -> None:
     caches = tiny.train.parent
     items = [f"cache_mix(first={str(tiny.train)!r}, second={str(caches)!r})", *tiny.train_items()[1:3]]
-    config = config_items.resolve([*items, f"evaluation.shards.path={tiny.validation}"], "Experiment").config
+    config = config_items.resolve_items([*items, f"evaluation.shards.path={tiny.validation}"], "Experiment").config
     with pytest.raises(
         UsageError,
         match=rf"shards.caches.second: {caches}: no cache .* some in it. Name one: {tiny.train}, {tiny.validation}\.",

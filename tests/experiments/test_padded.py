@@ -29,12 +29,12 @@ from experiments.base.experiment import Experiment
 from experiments.config import config_items
 from kd_core.errors import UsageError
 from kd_core.files import write_json
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Pretrained, Random, build
+from kd_core.students.starts.start import Pretrained, Random, build_student
 from kd_core.training.step import batch_loss
 from tests.kd_core.parallel.test_layouts import whole
 from tests.launchers.command import configs, run
@@ -53,8 +53,8 @@ def qwen(tiny: Tiny, folder: Path, rows: int, *, tied: bool) -> Path:
         vocab_size=rows, hidden_size=24, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
         rope_theta=1e4, norm_eps=1e-6, tie_embeddings=tied, max_positions=128, qkv_bias=True, family="qwen2",
     )  # fmt: skip
-    write_json(folder / "config.json", config_of(arch, 0, 0))
-    model = build(Random(str(folder), 24, 32, 2, 4, 2, init_std=0.2), CPU, seed=3)
+    write_json(folder / "config.json", config_fields(arch, 0, 0))
+    model = build_student(Random(str(folder), 24, 32, 2, 4, 2, init_std=0.2), CPU, seed=3)
     teach(model, FastTokenizer.from_file(str(tiny.teacher / "tokenizer.json")), tiny.texts())
     with torch.no_grad():
         model.lm_head.weight[V:] = 3 * model.lm_head.weight[: rows - V].flip(1)
@@ -92,7 +92,7 @@ def _experiment(tiny: Tiny, student: Path, cache: Path, *items: str) -> Experime
         *tiny.train_items(), f"student.folder={student}", "student.keep_layers=none", f"shards.path={cache}/train",
         f"evaluation.shards.path={cache}/validation", *items,
     )  # fmt: skip
-    return fdl.build(config_items.resolve(list(items), "Experiment").config)
+    return fdl.build(config_items.resolve_items(list(items), "Experiment").config)
 
 
 def _truth(experiment: Experiment, student: Path) -> tuple[float, dict[str, Tensor]]:
@@ -123,8 +123,8 @@ def _steps(experiment: Experiment):
 
 
 def _found(world: World, experiment: Experiment, wanted: tuple[float, dict[str, Tensor]]) -> None:
-    world = world.laid_out(experiment.parallel.layout(world.size))
-    model = spread(experiment.decoder(), experiment.parallel, world)
+    world = world.with_layout(experiment.parallel.layout(world.size))
+    model = parallelize(experiment.decoder(), experiment.parallel, world)
     experiment.student.fill(model, 0)
     if world.size == 1:
         model.double()
@@ -226,7 +226,7 @@ def test_a_student_without_rows_for_all_tokens_is_refused(tiny: Tiny, tmp_path: 
 
 def _as_before(export: TeacherExport, out: Path, rows: int) -> None:
     """Caches as they were written when all rows of a head counted as tokens."""
-    model = DecoderScorer(build(Pretrained(export.teacher), CPU, seed=0))
+    model = DecoderScorer(build_student(Pretrained(export.teacher), CPU, seed=0))
     for plan in make_plans(export, out):
         older = {name: value for name, value in plan.plan.items() if name != "vocab_size"}
         plan = replace(plan, teacher=plan.teacher._replace(vocab_size=rows), plan=older)  # noqa: PLW2901

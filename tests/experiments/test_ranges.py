@@ -10,7 +10,7 @@ import pytest
 
 from data.cache.selection import Selection
 from experiments.chat import chat_export
-from experiments.config.paths import Place, find, walk
+from experiments.config.paths import Place, find_place, walk
 from experiments.half_depth import quickstart
 from experiments.low_rank import lora
 from experiments.mixtures import cache_mix
@@ -42,7 +42,7 @@ def _with_schedules(kind: Any, **settings: float) -> fdl.Config[Any]:
 def _with(**changes: Any) -> fdl.Config[Any]:
     config = quickstart()
     for path, value in changes.items():
-        find(config, path.replace("__", "."), path).put(value)
+        find_place(config, path.replace("__", "."), path).put(value)
     return config
 
 
@@ -111,7 +111,7 @@ def test_a_number_out_of_its_range_is_refused_by_path(graph: str) -> None:
     missed: list[str] = []
     for path in [path for name, path in PLACES if name == graph]:
         config = GRAPHS[graph].__deepcopy__({})
-        place = find(config, path, path)
+        place = find_place(config, path, path)
         before = place.value
         for value in _bad(place):
             place.put(value)

@@ -11,7 +11,7 @@ import pytest
 
 from kd_core import files
 from kd_core.errors import UsageError
-from kd_core.files import is_owned, new_folder, owned, read_json, sync_folder, write_text
+from kd_core.files import is_owned, new_folder, own_folder, read_json, sync_folder, write_text
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
@@ -37,13 +37,13 @@ with owned(pathlib.Path({str(tmp_path)!r})):
     assert other.stdout.readline() == "mine\n"
     assert is_owned(tmp_path)
     assert not is_owned(tmp_path.parent)
-    with pytest.raises(UsageError, match=f"another process \\(pid {other.pid}\\)"), owned(tmp_path):
+    with pytest.raises(UsageError, match=f"another process \\(pid {other.pid}\\)"), own_folder(tmp_path):
         pass
     other.kill()
     other.wait()
     other.stdout.close()
     assert not is_owned(tmp_path)
-    with owned(tmp_path):
+    with own_folder(tmp_path):
         pass
 
 
@@ -63,7 +63,7 @@ def test_a_file_system_without_locks_is_warned_of_once(
     monkeypatch.setattr(logging.getLogger("kd"), "propagate", True)
     files._warn_of_no_locks.cache_clear()
     for _ in range(2):
-        with owned(tmp_path):
+        with own_folder(tmp_path):
             assert not is_owned(tmp_path)
             sync_folder(tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -73,7 +73,7 @@ def test_a_file_system_without_locks_is_warned_of_once(
 def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", _refusing(errno.EIO))
     monkeypatch.setattr(os, "fsync", _refusing(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"), owned(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), own_folder(tmp_path):
         pass
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kd_core.errors import UsageError
-from kd_core.hub import folder_of, local_folder, pinned, snapshot_at
+from kd_core.hub import local_folder, pin_commit, resolve_folder, snapshot_of_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -113,7 +113,7 @@ def test_one_process_of_a_machine_fetches_what_all_read(tmp_path: Path, hub: tup
     (said,) = {_said(rank) for rank in ranks}
     folder, name = said.split()
     assert name == f"hub:owner/name@{COMMIT}"
-    assert snapshot_at(Path(folder)) == ("owner/name", COMMIT)
+    assert snapshot_of_folder(Path(folder)) == ("owner/name", COMMIT)
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in files} == {f: FILES[f] for f in WANTED}
     assert fetched == dict.fromkeys(WANTED, 1)
@@ -134,12 +134,12 @@ def test_what_the_hub_does_not_give_is_one_message(
 def test_without_the_extra_a_hub_id_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=r"student.adapter hub:some/thing: a hub id needs the extra: pip install"):
-        folder_of("hub:some/thing", "student.adapter")
+        resolve_folder("hub:some/thing", "student.adapter")
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert local_folder(str(tmp_path)) == tmp_path
-    assert pinned(str(tmp_path)) == str(tmp_path)
-    assert snapshot_at(tmp_path) is None
+    assert pin_commit(str(tmp_path)) == str(tmp_path)
+    assert snapshot_of_folder(tmp_path) is None
     with pytest.raises(UsageError, match="--teacher no/where: no such folder"):
         local_folder("no/where", "--teacher")

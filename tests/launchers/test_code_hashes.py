@@ -55,14 +55,14 @@ def test_every_file_of_our_packages_is_hashed() -> None:
 
 def test_hashes_tell_what_commits_do_not() -> None:
     facts = {**attempt_facts(World(), {}), "commit": "c0ffee-dirty", "sources": {"data/a.py": "a" * 64}}
-    assert record_diff.of_code(facts, facts) == []
-    assert record_diff.of_code(facts, {**facts, "commit": "badcab"}) == []
+    assert record_diff.code_differences(facts, facts) == []
+    assert record_diff.code_differences(facts, {**facts, "commit": "badcab"}) == []
     files = {f"data/{number}.py": "b" * 64 for number in range(30)}
-    said = record_diff.of_code(facts, {**facts, "sources": files})
+    said = record_diff.code_differences(facts, {**facts, "sources": files})
     assert said[0] == f"code data/0.py: not recorded there, sha256 {'b' * 12}… now"
     assert said[-1] == "code: 21 more files"
     old = {name: value for name, value in facts.items() if name != "sources"}
-    assert "not committed" in record_diff.of_code(old, facts)[0]
+    assert "not committed" in record_diff.code_differences(old, facts)[0]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_patch_leads_from_the_commit_to_what_ran(checkout: Path, tmp_path: Path) -> None:
     status = ["git", "status", "--porcelain"]
     before = subprocess.run(status, cwd=checkout, check=True, capture_output=True).stdout
-    code_hashes.keep_code(tmp_path)
+    code_hashes.write_code(tmp_path)
     assert subprocess.run(status, cwd=checkout, check=True, capture_output=True).stdout == before
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(checkout), str(clone)], check=True)
@@ -101,11 +101,11 @@ def test_the_patch_leads_from_the_commit_to_what_ran(checkout: Path, tmp_path: P
 @pytest.mark.usefixtures("checkout")
 def test_a_large_patch_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_hashes, "MOST_PATCH", 100)
-    code_hashes.keep_code(tmp_path)
+    code_hashes.write_code(tmp_path)
     assert "Cut here: the patch has " in (tmp_path / "changes.diff").read_text(errors="replace")
 
 
 def test_without_a_checkout_there_is_no_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_hashes, "ROOT", tmp_path)
-    code_hashes.keep_code(tmp_path)
+    code_hashes.write_code(tmp_path)
     assert not (tmp_path / "changes.diff").exists()

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.stream.source import Shards
 from experiments.config.saved_students import find_student
 from kd_core.errors import UsageError
-from kd_core.files import owned
+from kd_core.files import own_folder
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.monitoring.metric_log import read_metrics
@@ -206,7 +206,7 @@ def test_nothing_is_laid_over_another_kind_of_folder(tiny: Tiny, whole_run: Path
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with owned(tmp_path):
+    with own_folder(tmp_path):
         assert "another process" in _refused(*configs(tiny.train_items()), f"--run_dir={tmp_path}")
 
 

@@ -7,14 +7,14 @@ import fiddle as fdl
 import pytest
 
 from experiments.config import config_items
-from experiments.config.config_items import resolve
+from experiments.config.config_items import resolve_items
 from experiments.config.paths import set_value
 from kd_core.errors import UsageError
 from kd_core.training.lr_schedule import WarmupCosine
 
 
 def _lines(*items: str) -> list[str]:
-    return config_items.describe(resolve(["quickstart", *items], "Experiment")).splitlines()
+    return config_items.describe(resolve_items(["quickstart", *items], "Experiment")).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_value_is_set_and_who_set_it_is_known(item: str, path: str, value: obj
 
 
 def test_a_value_of_python_is_checked_as_one_of_text_and_a_part_is_copied() -> None:
-    config = resolve(["quickstart"], "Experiment").config
+    config = resolve_items(["quickstart"], "Experiment").config
     set_value(config, "optimizer.lr", 1, "here")
     schedule = fdl.Config(WarmupCosine, warmup_steps=3)
     set_value(config, "schedule", schedule, "here")
@@ -94,7 +94,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("items", "message"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_a_mistake_is_one_message(items: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        resolve(items, "Experiment")
+        resolve_items(items, "Experiment")
 
 
 @pytest.mark.parametrize(
@@ -115,23 +115,23 @@ def test_a_mistake_is_one_message(items: list[str], message: str) -> None:
 )
 def test_a_value_that_makes_no_sense_is_refused_when_built(item: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        fdl.build(resolve(["quickstart", item], "Experiment").config)
+        fdl.build(resolve_items(["quickstart", item], "Experiment").config)
 
 
 def test_a_record_cannot_name_code_that_is_not_ours(tmp_path: Path) -> None:
-    record = json.loads(config_items.record(resolve(["quickstart"], "Experiment").config))
+    record = json.loads(config_items.record_json(resolve_items(["quickstart"], "Experiment").config))
     text = json.dumps(record).replace('"module": "kd_core.students.starts.start"', '"module": "subprocess"')
     text = text.replace('"name": "Pretrained"', '"name": "check_output"')
     assert "subprocess" in text
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match="so it was not loaded"):
-        resolve([f"run:{tmp_path}"], "Experiment")
+        resolve_items([f"run:{tmp_path}"], "Experiment")
 
 
 def test_a_record_is_described_like_the_experiment_that_it_holds(tmp_path: Path) -> None:
-    config = resolve(["quickstart", "steps=7"], "Experiment").config
-    (tmp_path / "config.json").write_text(config_items.record(config))
-    back = config_items.describe(resolve([f"run:{tmp_path}", "seed=3"], "Experiment")).splitlines()
+    config = resolve_items(["quickstart", "steps=7"], "Experiment").config
+    (tmp_path / "config.json").write_text(config_items.record_json(config))
+    back = config_items.describe(resolve_items([f"run:{tmp_path}", "seed=3"], "Experiment")).splitlines()
     assert f"steps = 7  # --config=run:{tmp_path}" in back
     assert "seed = 3  # --config=seed=3" in back
     values = [line.split("  # ")[0] for line in back if not line.startswith("seed")]
@@ -140,8 +140,8 @@ def test_a_record_is_described_like_the_experiment_that_it_holds(tmp_path: Path)
 
 def test_the_fiddler_for_caches_changes_where_and_not_what_is_read() -> None:
     items = ["quickstart", "shards.top_k=16", "evaluation.shards.top_k=9", 'fiddler:cache(folder="x")']
-    config = config_items.resolve(items, "Experiment").config
+    config = config_items.resolve_items(items, "Experiment").config
     assert (config.shards.path, config.shards.top_k) == ("x/train", 16)
     assert (config.evaluation.shards.path, config.evaluation.shards.top_k) == ("x/validation", 9)
-    mixed = config_items.resolve(["cache_mix", 'fiddler:cache(folder="x")'], "Experiment").config
+    mixed = config_items.resolve_items(["cache_mix", 'fiddler:cache(folder="x")'], "Experiment").config
     assert mixed.shards.path == "x/train"

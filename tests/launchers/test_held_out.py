@@ -18,12 +18,12 @@ from kd_core.parallel.world import World
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.stop_signals import StopSignals
 from tests.tiny import Tiny
 
 
 def _config(tiny: Tiny, shards: Any, *items: str) -> fdl.Config[Experiment]:
-    config = config_items.resolve([*tiny.train_items(4), "evaluation.prompts=()", *items], "Experiment").config
+    config = config_items.resolve_items([*tiny.train_items(4), "evaluation.prompts=()", *items], "Experiment").config
     config.evaluation.shards = shards
     return config
 
@@ -36,8 +36,8 @@ def _caches(tiny: Tiny) -> dict[str, fdl.Config[Shards]]:
 def _run(config: fdl.Config[Experiment], folder: Path) -> list[dict[str, float]]:
     """Train by the record of a config, and give the validations."""
     folder.mkdir()
-    (folder / "config.json").write_text(config_items.record(config))
-    fdl.build(frozen_records.load_record(folder / "config.json")).run(RunFolder(folder), World(), Stopping())
+    (folder / "config.json").write_text(config_items.record_json(config))
+    fdl.build(frozen_records.load_record(folder / "config.json")).run(RunFolder(folder), World(), StopSignals())
     return [line for line in read_metrics(folder / "metrics.jsonl") if "val/nll" in line]
 
 
@@ -94,5 +94,5 @@ def test_a_diverged_student_is_told_with_its_step_and_its_checkpoint_is_kept(
     assert math.isnan(lines[1]["val/nll"])
     assert math.isnan(lines[1]["val/temperature"])
     folder = tmp_path / "run" / "checkpoints" / "step_00000001"
-    assert checkpoint.damage(folder) == []
+    assert checkpoint.find_damage(folder) == []
     assert math.isnan(checkpoint.read_progress(folder).metric or 0.0)

@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache.inspection.readable import columns, fit, spots, tokenizer_folders, visible, words_of
+from data.cache.inspection.readable import (
+    escape_unprintable,
+    fit_to_width,
+    id_to_text,
+    readable_positions,
+    terminal_width,
+    tokenizer_folders,
+)
 from data.cache.selection import Selection
 from launchers.reports.records_page import Tables, html_page, terminal_lines
 from tests.forks import ENVIRONMENT, ROOT
@@ -184,7 +191,10 @@ def test_nothing_of_a_cache_becomes_html_or_moves_the_cursor(tiny: Tiny) -> None
     evil = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\x1b[2J\u202e\ud800'
     record = replace(tiny.records()[0], document=evil)
     page = html_page(
-        Tables(evil, [("teacher", evil)], [(evil, 1, 1.0)], [(evil, 0.5)]), [record], lambda _: visible(evil), 3
+        Tables(evil, [("teacher", evil)], [(evil, 1, 1.0)], [(evil, 0.5)]),
+        [record],
+        lambda _: escape_unprintable(evil),
+        3,
     )
     page.encode()
     found = _Tags()
@@ -193,26 +203,26 @@ def test_nothing_of_a_cache_becomes_html_or_moves_the_cursor(tiny: Tiny) -> None
     assert found.names <= {"charset", "lang", "http-equiv", "content", "class", "style", "tabindex"}
     assert "http://" not in page
     assert "https://" not in page
-    for line in terminal_lines(record, lambda _: visible(evil), 3, 90):
+    for line in terminal_lines(record, lambda _: escape_unprintable(evil), 3, 90):
         assert line.isprintable()
-        assert columns(line) <= 90
+        assert terminal_width(line) <= 90
 
 
 @pytest.mark.parametrize("width", [10, 40, 57, 100, 300])
 def test_a_table_fits_the_terminal(tiny: Tiny, width: int) -> None:
     wide = lambda token: "東京" * (token % 5)  # noqa: E731
-    assert all(columns(line) <= max(width, 40) for line in terminal_lines(tiny.records()[0], wide, 5, width))
+    assert all(terminal_width(line) <= max(width, 40) for line in terminal_lines(tiny.records()[0], wide, 5, width))
 
 
 def test_fit_counts_wide_characters_twice() -> None:
-    assert fit("東京", 6) == "東京  "
-    assert fit("東京東京", 6) == "東京… "
-    assert fit("abc", 2) == "a…"
+    assert fit_to_width("東京", 6) == "東京  "
+    assert fit_to_width("東京東京", 6) == "東京… "
+    assert fit_to_width("abc", 2) == "a…"
 
 
 def test_alternatives_are_the_likeliest_and_the_rest_is_what_is_left(tiny: Tiny) -> None:
     record = tiny.records()[3]
-    for at, spot in enumerate(spots(record, words_of(None), 3)):
+    for at, spot in enumerate(readable_positions(record, id_to_text(None), 3)):
         probs = np.sort(np.exp(record.topk_log_probs[at].astype(np.float64)))[::-1]
         assert [prob for _, prob in spot.alternatives] == pytest.approx(probs[:3])
         assert spot.rest == pytest.approx(1 - probs[:3].sum())

@@ -123,7 +123,7 @@ def _message(items: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What the command says of a mistake: from the flags' items to the built graph, through its own guard."""
 
     def work() -> None:
-        fdl.build(config_items.resolve(items, "Experiment").config)
+        fdl.build(config_items.resolve_items(items, "Experiment").config)
 
     assert app.guarded(work, "train") == 1
     said = capsys.readouterr().err
@@ -171,11 +171,11 @@ def test_an_annotation_may_be_written_in_other_ways(user_folder: Path, annotatio
 
 def test_a_users_file_is_found_and_its_values_name_its_lines(user_folder: Path) -> None:
     _write(user_folder, "config.steps = 7")
-    resolved = config_items.resolve(["mine(lr=2e-3)", "fiddler:changed(factor=2.0)"], "Experiment")
+    resolved = config_items.resolve_items(["mine(lr=2e-3)", "fiddler:changed(factor=2.0)"], "Experiment")
     lines = config_items.describe(resolved).splitlines()
     assert "steps = 7  # experiments/user_file.py:13" in lines
     assert "optimizer.lr = 0.004  # experiments/user_file.py:19, --config=fiddler:changed(factor=2.0)" in lines
-    base = config_items.resolve(["mine(lr=2e-3)"], "Experiment")
+    base = config_items.resolve_items(["mine(lr=2e-3)"], "Experiment")
     assert config_items.differences(base, resolved) == (
         "optimizer.lr = 0.004  (was 0.002)  # experiments/user_file.py:19, --config=fiddler:changed(factor=2.0)\n"
     )
@@ -187,19 +187,19 @@ def test_of_a_users_metric_nobody_else_knows_what_is_best(user_folder: Path, tin
     sys.modules.pop("experiments.user_file", None)
     items = ["mine", *tiny.train_items()[1:], "checkpoint.best_metric=val/disagreement"]
     for mode in ("min", "max"):
-        fdl.build(config_items.resolve([*items, f"checkpoint.best_mode={mode}"], "Experiment").config).check()
+        fdl.build(config_items.resolve_items([*items, f"checkpoint.best_mode={mode}"], "Experiment").config).check()
 
 
 def test_a_copy_that_an_editor_keeps_is_not_read(user_folder: Path) -> None:
     _write(user_folder, "pass")
     (user_folder / ".copies").mkdir()
     _write(user_folder / ".copies", "pass")
-    assert config_items.resolve(["mine"], "Experiment").name == "mine"
+    assert config_items.resolve_items(["mine"], "Experiment").name == "mine"
 
 
 def test_an_item_on_two_lines_is_one_line_of_the_record(user_folder: Path) -> None:
     _write(user_folder, "pass")
-    resolved = config_items.resolve(["mine", "student.keep_layers=(0, 1,\n 8)"], "Experiment")
+    resolved = config_items.resolve_items(["mine", "student.keep_layers=(0, 1,\n 8)"], "Experiment")
     assert "student.keep_layers = (0, 1, 8)  # --config=student.keep_layers=(0, 1, 8)\n" in config_items.describe(
         resolved
     )
@@ -207,8 +207,8 @@ def test_an_item_on_two_lines_is_one_line_of_the_record(user_folder: Path) -> No
 
 def test_a_broken_file_hides_its_own_names_alone(user_folder: Path) -> None:
     _write(user_folder, "config.steps = (3")
-    assert config_items.resolve(["quickstart"], "Experiment").name == "quickstart"
-    assert "experiments/user_file.py:13 cannot be read" in catalog.listing("Experiment")
+    assert config_items.resolve_items(["quickstart"], "Experiment").name == "quickstart"
+    assert "experiments/user_file.py:13 cannot be read" in catalog.format_listing("Experiment")
 
 
 def test_a_name_that_stands_twice_is_refused(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,8 +219,8 @@ def test_a_name_that_stands_twice_is_refused(user_folder: Path, capsys: pytest.C
 
 def test_a_fiddler_of_experiments_is_refused_for_an_export(user_folder: Path) -> None:
     _write(user_folder, "pass")
-    assert "fiddler:changed" in catalog.listing("Experiment")
-    assert "fiddler:changed" not in catalog.listing("TeacherExport")
+    assert "fiddler:changed" in catalog.format_listing("Experiment")
+    assert "fiddler:changed" not in catalog.format_listing("TeacherExport")
 
 
 @pytest.mark.parametrize(

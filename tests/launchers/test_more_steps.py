@@ -9,10 +9,10 @@ import pytest
 from fiddle.experimental import serialization
 from safetensors.torch import load_file
 
-from experiments.config.config_items import describe, frozen, record, recorded_text, resolve
+from experiments.config.config_items import describe, freeze, record_json, recorded_text, resolve_items
 from kd_core.errors import UsageError
 from kd_core.training.monitoring.metric_log import read_metrics
-from kd_core.training.run_folder import RunFolder, settings_of
+from kd_core.training.run_folder import RunFolder, read_run_settings
 from tests.launchers.command import configs, run, values
 from tests.tiny import Tiny
 
@@ -55,7 +55,7 @@ def test_ten_steps_raised_to_twenty_are_twenty_in_one_go(tiny: Tiny, ten: Path, 
     before = raised / "attempts" / "002" / "before"
     assert (before / "config.json").read_bytes() == (ten / "config.json").read_bytes()
     assert (before / "export" / "model.safetensors").read_bytes() == first
-    assert settings_of(RunFolder(raised))["steps"] == "20"
+    assert read_run_settings(RunFolder(raised))["steps"] == "20"
     attempt = json.loads((raised / "attempts" / "002" / "attempt.json").read_text())
     assert attempt["changed"] == {"steps": "10 there, 20 now"}
     assert "already complete" in _train(raised, f"run:{raised}")
@@ -64,7 +64,7 @@ def test_ten_steps_raised_to_twenty_are_twenty_in_one_go(tiny: Tiny, ten: Path, 
     done = run("launchers.train", *configs([f"run:{raised}", "steps=15"]), f"--run_dir={raised}")
     assert done.returncode == 1
     assert f"steps: got 15; {raised} has done 20. Give more, or take an earlier student" in done.stderr
-    assert settings_of(RunFolder(raised))["steps"] == "20"
+    assert read_run_settings(RunFolder(raised))["steps"] == "20"
     assert len(list((raised / "attempts").iterdir())) == 3
 
 
@@ -81,10 +81,10 @@ def test_a_schedule_follows_the_new_length_from_where_the_run_stands(tiny: Tiny,
 
 
 def _claim(tiny: Tiny, folder: Path, *changes: str) -> dict[str, str]:
-    resolved = resolve([*tiny.train_items(10), *CONSTANT, *changes], "Experiment")
+    resolved = resolve_items([*tiny.train_items(10), *CONSTANT, *changes], "Experiment")
     again = folder / "config.json"
     return RunFolder(folder).claim(
-        record(resolved.config), describe(resolved), recorded_text=lambda: recorded_text(again)
+        record_json(resolved.config), describe(resolved), recorded_text=lambda: recorded_text(again)
     )
 
 
@@ -105,7 +105,7 @@ def test_a_record_without_a_setting_that_is_new_is_that_of_the_same_run(tiny: Ti
     """As a run that was begun before `checkpoint.export` existed."""
     lines = (ten / "config.txt").read_text().splitlines(keepends=True)
     (tmp_path / "config.txt").write_text("".join(line for line in lines if not line.startswith("checkpoint.export")))
-    old = frozen(resolve([*tiny.train_items(10), *CONSTANT], "Experiment").config)
+    old = freeze(resolve_items([*tiny.train_items(10), *CONSTANT], "Experiment").config)
     del old.checkpoint.export
     (tmp_path / "config.json").write_text(serialization.dump_json(old))
     assert "export" not in serialization.dump_json(old.checkpoint)

@@ -14,12 +14,12 @@ from kd_core.errors import NonFiniteError
 from kd_core.losses.objective import Distillation, Objective
 from kd_core.losses.term_weights import WarmupStableDecay
 from kd_core.parallel.world import World
-from kd_core.students.starts.start import build
+from kd_core.students.starts.start import build_student
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.stop_signals import StopSignals
 from tests.tiny import Tiny
 
 STEPS = 5
@@ -28,7 +28,7 @@ STEPS = 5
 def _experiment(tiny: Tiny, optimizer: AdamW) -> Experiment:
     """A weight beyond float32 at every step but the last, where it is 1."""
     items = [*tiny.train_items(STEPS), "evaluation.every=100", "checkpoint.keep_newest=9"]
-    built = fdl.build(config_items.resolve(items, "Experiment").config)
+    built = fdl.build(config_items.resolve_items(items, "Experiment").config)
     loss = Objective({"kd": Distillation(weight=WarmupStableDecay(peak=1e40, decay_steps=1, floor=1.0))})
     return replace(built, loss=loss, optimizer=optimizer)
 
@@ -36,7 +36,7 @@ def _experiment(tiny: Tiny, optimizer: AdamW) -> Experiment:
 def _run(experiment: Experiment, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
-    experiment.run(RunFolder(folder), World(), Stopping())
+    experiment.run(RunFolder(folder), World(), StopSignals())
 
 
 def test_skipped_steps_move_nothing_and_are_counted(tiny: Tiny, tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_skipped_steps_move_nothing_and_are_counted(tiny: Tiny, tmp_path: Path) 
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [line["train/skipped_steps"] for line in lines] == [1, 2, 3, 4, 4]
     assert ["train/loss" in line for line in lines] == [False] * 4 + [True]
-    start = build(experiment.student, torch.device("cpu"), 0)
-    still, moved = (build(experiment.student, torch.device("cpu"), 0) for _ in range(2))
+    start = build_student(experiment.student, torch.device("cpu"), 0)
+    still, moved = (build_student(experiment.student, torch.device("cpu"), 0) for _ in range(2))
     for model, step in ((still, 4), (moved, 5)):
         checkpoint.load_model(tmp_path / "run" / "checkpoints" / f"step_{step:08d}", model)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), still.parameters(), strict=True))

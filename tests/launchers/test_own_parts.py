@@ -115,7 +115,7 @@ def held() -> fdl.Config[Experiment]:
     items = ["held", *tiny.train_items()[1:]]
 
     def built(*more: str) -> Experiment:
-        return fdl.build(config_items.resolve([*items, *more], "Experiment").config)
+        return fdl.build(config_items.resolve_items([*items, *more], "Experiment").config)
 
     assert built("fiddler:short", "schedule.decay_steps=1").check()
     refused = {

@@ -9,7 +9,7 @@ import pytest
 
 from data.cache.manifest import read_manifest
 from data.corpus.corpus import Corpus
-from experiments.config.config_items import resolve
+from experiments.config.config_items import resolve_items
 from kd_core.files import read_json
 from launchers import own_data
 from tests.forks import ENVIRONMENT
@@ -70,7 +70,7 @@ def test_steps_follow_the_cache_and_a_users_step(tiny: Tiny) -> None:
     assert small == ["tokens_per_step=64", f"steps={4 * epoch}", f"tag:Interval={4 * epoch // 3}"]
     many = own_data.step_items(tiny.train, ["quickstart", "tag:RowLength=8"], ["tokens_per_step=8"])
     assert many[1] == f"steps={positions // 8}", "once is enough"
-    odd = resolve(
+    odd = resolve_items(
         [*ITEMS, *own_data.step_items(tiny.train, ITEMS, ["tag:RowLength=48"]), "tag:RowLength=48"], "Experiment"
     )
     assert odd.config.tokens_per_step == 1008

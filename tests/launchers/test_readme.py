@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams import metadata
 from data.cache.selection import Selection
 from experiments.base.experiment import Experiment
 from experiments.config import config_items, find_sweep
-from experiments.config.sweep_points import resolve
+from experiments.config.sweep_points import resolve_points
 from kd_core.training.monitoring.metric_log import read_metrics
 from launchers.sweeps.cost_plan import check, plan
 from launchers.sweeps.sweep_folder import SweepFolder
@@ -26,14 +26,14 @@ WEIGHT, WEIGHTS = "loss.terms.kd.weight", (0.5, 0.7, 0.9)
 
 def _check_experiment(items: list[str]) -> None:
     changed = config_items.differences(
-        config_items.resolve(["quickstart"], "Experiment"), config_items.resolve(["skewed"], "Experiment")
+        config_items.resolve_items(["quickstart"], "Experiment"), config_items.resolve_items(["skewed"], "Experiment")
     )
     assert [line.split("  (was")[0] for line in changed.splitlines()] == [
         "shards.top_k = 16",
         "loss.terms.kd.divergence = 'skew_reverse_kl'",
         "optimizer.lr = 0.0002",
     ]
-    experiment: Experiment = fdl.build(config_items.resolve(["skewed", *items], "Experiment").config)
+    experiment: Experiment = fdl.build(config_items.resolve_items(["skewed", *items], "Experiment").config)
     assert "the run" in experiment.check()
 
 
@@ -103,8 +103,8 @@ def test_the_readmes_own_experiment_and_sweep_do_what_they_say(user_folder: Path
     write_caches(tiny.export(selection=Selection(top_k=64)), tmp_path / "cache")
     items = [*tiny.train_items(STEPS)[1:], f"shards.path={tmp_path / 'cache' / 'train'}"]
     _check_experiment(items)
-    name, sweep = find_sweep.find("weights")
-    points = resolve(sweep(), items, name)
+    name, sweep = find_sweep.find_sweep("weights")
+    points = resolve_points(sweep(), items, name)
     assert check(points) == []
     # A process of its own looks for names in our own folder, so it is given the file.
     flags = [

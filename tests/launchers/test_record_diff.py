@@ -56,14 +56,14 @@ def test_a_dry_run_says_what_differs(tiny: Tiny, tmp_path: Path) -> None:
 def recorded(tiny: Tiny, tmp_path: Path) -> tuple[config_items.Resolved, dict[str, Any]]:
     """The record of a run that was started, resolved again, and the facts of that start."""
     shutil.copytree(tiny.train, tmp_path / "cache")
-    resolved = config_items.resolve([*tiny.train_items(), f"shards.path={tmp_path / 'cache'}"], "Experiment")
+    resolved = config_items.resolve_items([*tiny.train_items(), f"shards.path={tmp_path / 'cache'}"], "Experiment")
     experiment: Experiment = fdl.build(resolved.config)
     facts = {**attempt_facts(World(), experiment.inputs()), "commit": "c0ffee"}
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.claim(config_items.record(resolved.config), config_items.describe(resolved))
+    folder.claim(config_items.record_json(resolved.config), config_items.describe(resolved))
     folder.begin_attempt(facts)
-    return config_items.resolve([f"run:{folder.path}"], "Experiment"), facts
+    return config_items.resolve_items([f"run:{folder.path}"], "Experiment"), facts
 
 
 def test_nothing_differs_where_nothing_does(recorded: tuple[config_items.Resolved, dict[str, Any]]) -> None:
@@ -125,7 +125,7 @@ def test_a_value_that_is_changed_now_is_said_with_its_flag(
     recorded: tuple[config_items.Resolved, dict[str, Any]],
 ) -> None:
     resolved, facts = recorded
-    changed = config_items.resolve([f"run:{resolved.repeats}", "steps=9"], "Experiment")
+    changed = config_items.resolve_items([f"run:{resolved.repeats}", "steps=9"], "Experiment")
     assert "setting steps: 6 there, 9 now (--config=steps=9)" in record_diff.report(changed, facts)
 
 
@@ -139,7 +139,7 @@ def test_a_default_of_another_day_is_said_and_the_recorded_one_is_kept(
         text = (folder / name).read_text()
         assert old in text
         (folder / name).write_text(text.replace(old, new))
-    found = record_diff.report(config_items.resolve([f"run:{folder}"], "Experiment"), facts)
+    found = record_diff.report(config_items.resolve_items([f"run:{folder}"], "Experiment"), facts)
     assert "default of AdamW.eps: 1e-05 there, which is kept; 1e-08 in today's code" in found
 
 

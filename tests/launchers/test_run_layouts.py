@@ -69,8 +69,8 @@ def test_another_precision_is_another_experiment(tiny: Tiny, tmp_path: Path) -> 
     folder = RunFolder(tmp_path)
 
     def claim(*changes: str) -> dict[str, str]:
-        resolved = config_items.resolve([*tiny.train_items(), *changes], "Experiment")
-        return folder.claim(config_items.record(resolved.config), config_items.describe(resolved), may_change)
+        resolved = config_items.resolve_items([*tiny.train_items(), *changes], "Experiment")
+        return folder.claim(config_items.record_json(resolved.config), config_items.describe(resolved), may_change)
 
     assert claim() == claim() == {}
     assert claim("parallel.shard=full") == {"parallel.shard": "'gradients' there, 'full' now"}
@@ -114,6 +114,6 @@ def test_a_dry_run_tells_what_a_rank_of_any_world_holds(tiny: Tiny) -> None:
     ("collate.multiple=3", 4, "rows of 33 positions are not divided by tensor_parallel 2"),
 ])  # fmt: skip
 def test_layouts_that_do_not_fit(tiny: Tiny, change: str, ranks: int, said: str) -> None:
-    config = config_items.resolve([*tiny.train_items(6), *FOUR, change], "Experiment").config
+    config = config_items.resolve_items([*tiny.train_items(6), *FOUR, change], "Experiment").config
     with pytest.raises(UsageError, match=said):
         fdl.build(config).check(ranks)

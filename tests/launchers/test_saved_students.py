@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 
-from experiments.config.config_items import describe, record, resolve
+from experiments.config.config_items import describe, record_json, resolve_items
 from experiments.config.saved_students import find_student, load_student
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from kd_core.training import loop
-from kd_core.training.checkpoints.checkpoint import kept, read_progress
+from kd_core.training.checkpoints.checkpoint import list_checkpoints, read_progress
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.stop_signals import StopSignals
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
@@ -30,13 +30,13 @@ _LEAST_SURE = ["checkpoint.best_metric=val/student_entropy", "checkpoint.best_mo
 
 def train(folder: Path, items: list[str]) -> RunFolder:
     """As the command does, in this process."""
-    resolved = resolve(items, "Experiment")
+    resolved = resolve_items(items, "Experiment")
     experiment = fdl.build(resolved.config)
     experiment.check()
     folder.mkdir(exist_ok=True)
-    RunFolder(folder).claim(record(resolved.config), describe(resolved))
+    RunFolder(folder).claim(record_json(resolved.config), describe(resolved))
     RunFolder(folder).begin_attempt({})
-    assert experiment.run(RunFolder(folder), World(), Stopping())
+    assert experiment.run(RunFolder(folder), World(), StopSignals())
     return RunFolder(folder)
 
 
@@ -76,7 +76,7 @@ def test_any_step_of_a_run_that_was_stopped_and_a_checkpoint_are_exported(whole:
     shutil.copytree(whole.path, stopped)
     shutil.rmtree(stopped / "export")
     lines = {line["step"]: line["val/loss"] for line in read_metrics(stopped / "metrics.jsonl") if "val/loss" in line}
-    steps = [read_progress(folder).step for folder in kept(RunFolder(stopped).checkpoints)]
+    steps = [read_progress(folder).step for folder in list_checkpoints(RunFolder(stopped).checkpoints)]
     best = min(steps, key=lambda step: lines[step])
     for number, (flags, step) in enumerate(
         ((["--step=last"], STEPS), (["--step=best"], best), (["--step=4"], 4), ([], STEPS))
@@ -117,16 +117,18 @@ def test_where_no_step_was_measured_as_finite_the_last_is_exported_with_a_warnin
     assert "export: of the last step, for no checkpoint has a finite val/loss" in caplog.text
     assert (_logits(found.export) - _our_logits(found.checkpoints / f"step_{STEPS:08d}")).abs().max() < 1e-5
     times = {path: path.stat().st_mtime_ns for path in found.path.rglob("*")}
-    assert fdl.build(resolve(items, "Experiment").config).run(found, World(), Stopping())
+    assert fdl.build(resolve_items(items, "Experiment").config).run(found, World(), StopSignals())
     assert times == {path: path.stat().st_mtime_ns for path in found.path.rglob("*")}
 
 
 def test_a_best_export_is_refused_where_no_best_is_kept(tiny: Tiny) -> None:
-    config = resolve([*tiny.train_items(), "checkpoint.export=best", "checkpoint.keep_best=0"], "Experiment").config
+    config = resolve_items(
+        [*tiny.train_items(), "checkpoint.export=best", "checkpoint.keep_best=0"], "Experiment"
+    ).config
     with pytest.raises(UsageError, match=r"checkpoint\.export: got best, and checkpoint\.keep_best=0 keeps none"):
         fdl.build(config)
     with pytest.raises(UsageError, match=r"checkpoint\.export"):
-        resolve([*tiny.train_items(), "checkpoint.export=first"], "Experiment")
+        resolve_items([*tiny.train_items(), "checkpoint.export=first"], "Experiment")
 
 
 def test_what_is_not_there_is_one_message(whole: RunFolder, tmp_path: Path) -> None:

@@ -11,16 +11,22 @@ import pytest
 import torch
 import transformers
 
-from experiments.config.config_items import describe, record, resolve
+from experiments.config.config_items import describe, record_json, resolve_items
 from experiments.config.saved_students import load_student
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.layer_importance import LayerwiseText, block_influence, drop_greedily, nll_of, nll_without_each
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.layer_importance import (
+    LayerwiseText,
+    block_influence,
+    drop_greedily,
+    nll_with_layers,
+    nll_without_each,
+)
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training import loop
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from kd_core.training.stop_signals import Stopping
+from kd_core.training.stop_signals import StopSignals
 from launchers.evaluate import measure_model
 from tests.launchers.command import run
 from tests.tiny import Tiny
@@ -38,12 +44,12 @@ def _numbers(folder: Path) -> list[dict[str, float]]:
 
 def _train(tiny: Tiny, folder: Path) -> None:
     """As the command does, in this process."""
-    resolved = resolve(_lora_items(tiny), "Experiment")
+    resolved = resolve_items(_lora_items(tiny), "Experiment")
     experiment = fdl.build(resolved.config)
     assert "0.0M trained" in experiment.check()["student"]
     folder.mkdir(exist_ok=True)
-    RunFolder(folder).claim(record(resolved.config), describe(resolved))
-    experiment.run(RunFolder(folder), World(), Stopping())
+    RunFolder(folder).claim(record_json(resolved.config), describe(resolved))
+    experiment.run(RunFolder(folder), World(), StopSignals())
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +89,14 @@ def test_adapters_learn_and_are_exported_merged_and_alone(tiny: Tiny, adapted_ru
         assert found["kl"] == pytest.approx(numbers[-1]["val/kl"], abs=1e-5)
 
     again = fdl.build(
-        resolve([*_lora_items(tiny), f"student.adapter={adapted_run / 'export' / 'adapter'}"], "Experiment").config
+        resolve_items(
+            [*_lora_items(tiny), f"student.adapter={adapted_run / 'export' / 'adapter'}"], "Experiment"
+        ).config
     )
     assert {"student.base.folder", "student.adapter", "shards.path", "evaluation.shards.path"} == set(again.inputs())
 
     # The base of the adapter is the teacher's layers 0 and 3, frozen: PEFT on it gives the merged folder's logits.
-    base = build(Pretrained(str(tiny.teacher), keep_layers=(0, 3)), torch.device("cpu"), seed=0)
+    base = build_student(Pretrained(str(tiny.teacher), keep_layers=(0, 3)), torch.device("cpu"), seed=0)
     save_pretrained(base, tmp_path / "base", tiny.teacher)
     load = transformers.AutoModelForCausalLM.from_pretrained
     beside = peft.PeftModel.from_pretrained(load(tmp_path / "base"), adapted_run / "export" / "adapter").eval()
@@ -106,7 +114,7 @@ def test_layers_are_measured_and_the_line_to_use_is_printed(tiny: Tiny, tmp_path
     assert len(kept) == 2
     assert f"--config='student.keep_layers={kept}'" in done.stdout
     # That line is one that an experiment takes.
-    resolved = resolve([*tiny.train_items(), f"student.keep_layers={kept}"], "Experiment")
+    resolved = resolve_items([*tiny.train_items(), f"student.keep_layers={kept}"], "Experiment")
     assert fdl.build(resolved.config).student.architecture().num_layers == 2
     text = tmp_path / "text.txt"
     text.write_text(" ".join(path.read_text() for path in sorted(tiny.corpus.iterdir())))
@@ -132,15 +140,15 @@ def test_the_nll_without_layers_is_that_of_a_student_without_them(tiny: Tiny) ->
     tokens = torch.randint(1, 300, (3, 17), generator=torch.Generator().manual_seed(0))
 
     def nll(kept: tuple[int, ...]) -> float:
-        model = build(Pretrained(folder, keep_layers=kept), cpu, seed=0)
+        model = build_student(Pretrained(folder, keep_layers=kept), cpu, seed=0)
         positions = torch.arange(16).expand(3, 16)
         with torch.no_grad():
             log_probs = model(tokens[:, :-1], positions, torch.zeros_like(positions)).log_softmax(-1)
         return -log_probs.gather(2, tokens[:, 1:, None]).mean().item()
 
     with torch.no_grad():
-        text = LayerwiseText(build(Pretrained(folder), cpu, seed=0), tokens)
-    assert nll_of(text, range(4)) == pytest.approx(nll((0, 1, 2, 3)), abs=1e-5)
+        text = LayerwiseText(build_student(Pretrained(folder), cpu, seed=0), tokens)
+    assert nll_with_layers(text, range(4)) == pytest.approx(nll((0, 1, 2, 3)), abs=1e-5)
     for drop in nll_without_each(text, (0, 2, 3)):
         kept = tuple(layer for layer in (0, 2, 3) if layer != drop.layer)
         assert drop.nll == pytest.approx(nll(kept), abs=1e-5)
@@ -155,7 +163,7 @@ def test_the_nll_without_layers_is_that_of_a_student_without_them(tiny: Tiny) ->
 
 def test_influence_is_one_minus_the_cosine(tiny: Tiny) -> None:
     """A layer that adds nothing has none; hooks see the same vectors as the measure."""
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     with torch.no_grad():
         model.layers[1].self_attn.o_proj.weight.zero_()
         model.layers[1].mlp.down_proj.weight.zero_()

@@ -61,7 +61,7 @@ def file(in_tmp: Path) -> Path:
 
 def test_an_experiment_and_a_fiddler_of_a_file_are_named_as_others_are(file: Path) -> None:
     items = [f"{file}:mine(lr=0.004)", f"fiddler:{file}:halved(times=2)", "steps=7"]
-    resolved = config_items.resolve(items, "Experiment")
+    resolved = config_items.resolve_items(items, "Experiment")
     assert resolved.name == "mine"
     assert resolved.config.optimizer.lr == pytest.approx(1e-3)
     assert resolved.config.steps == 7
@@ -70,11 +70,11 @@ def test_an_experiment_and_a_fiddler_of_a_file_are_named_as_others_are(file: Pat
 
 
 def test_a_record_keeps_texts_only_where_the_graph_has_code_of_them(file: Path) -> None:
-    kept = json.loads(config_items.record(config_items.resolve([f"{file}:mine"], "Experiment").config))
+    kept = json.loads(config_items.record_json(config_items.resolve_items([f"{file}:mine"], "Experiment").config))
     texts = {name: (file.parent / name).read_text() for name in ("my-study.py", "shares.py")}
     assert kept["user_files"] == [{"main": "my-study.py", "texts": texts}]
     of_file, of_ours = (
-        config_items.record(config_items.resolve([name], "Experiment").config)
+        config_items.record_json(config_items.resolve_items([name], "Experiment").config)
         for name in (f"{file}:plain", "quickstart")
     )
     assert of_file == of_ours
@@ -102,7 +102,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("item", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_message(file: Path, item: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        config_items.resolve([item.format(file=file)], "Experiment")
+        config_items.resolve_items([item.format(file=file)], "Experiment")
     assert message in str(raised.value)
 
 
@@ -112,21 +112,21 @@ def test_a_mistake_is_one_message(file: Path, item: str, message: str) -> None:
 def test_a_file_that_cannot_be_imported_is_named_with_its_line(in_tmp: Path, text: str, where: str) -> None:
     (in_tmp / "broken.py").write_text(text)
     with pytest.raises(UsageError, match=where):
-        config_items.resolve(["broken.py:f"], "Experiment")
+        config_items.resolve_items(["broken.py:f"], "Experiment")
 
 
 def test_a_sweep_of_a_file_has_points_with_its_code(file: Path) -> None:
-    name, function = find_sweep.find(f"{file}:rates")
+    name, function = find_sweep.find_sweep(f"{file}:rates")
     assert name == "rates"
     assert len(function()) == 2
     with pytest.raises(UsageError, match="Did you mean 'rates'"):
-        find_sweep.find(f"{file}:rate")
+        find_sweep.find_sweep(f"{file}:rate")
 
 
 @pytest.mark.parametrize("path", ["../shares.py", "/etc/shares.py", "data.py", "launchers/cli/app.py", "a b.py"])
 def test_a_record_names_no_file_that_would_be_in_the_way_of_another(path: str) -> None:
     with pytest.raises(ValueError, match="no file beside"):
-        user_files.from_record([{"main": "mine.py", "texts": {"mine.py": "", path: ""}}], "config.json")
+        user_files.parse_user_files([{"main": "mine.py", "texts": {"mine.py": "", path: ""}}], "config.json")
 
 
 def test_what_is_recorded_runs_again_and_nothing_but_training_runs_it(tiny: Tiny, file: Path, in_tmp: Path) -> None:

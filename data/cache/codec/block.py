@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from data.cache.codec.coding import Coding
-from data.cache.codec.entries import Entries, decode_entries
+from data.cache.codec.entries import RankedEntries, decode_entries
 from data.cache.codec.header import Header, check_size
-from data.cache.codec.log_probs import LogProbs, decode_log_probs, log_prob_planes
-from data.cache.codec.planes import compress, decompress, join, split, width_of
-from data.cache.codec.rank_tables import Tables
+from data.cache.codec.log_probs import LogProbs, decode_log_probs, encode_log_probs
+from data.cache.codec.planes import bytes_for, compress, decompress, join_planes, split_planes
+from data.cache.codec.rank_tables import RankTables
 from data.cache.codec.ranks import Ragged
-from data.cache.codec.samples import decode_weights, plane_count, weight_planes
-from data.cache.columns import Columns, audit
+from data.cache.codec.samples import decode_weights, encode_weights, weight_plane_count
+from data.cache.columns import Columns, measure_codec_error
 from data.cache.record import Record
-from kd_core.json_fields import fields
+from kd_core.json_fields import check_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Planes = list[Array]
@@ -47,21 +47,21 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple
     """
     tables, selection = coding.tables, coding.selection
     # Lay all records end to end, and check them: N = Σ T positions.
-    columns = Columns.of(records, selection.tail_temperatures)
+    columns = Columns.from_records(records, selection.tail_temperatures)
     columns.check(tables.vocab_size, selection)
     check_size(len(columns.tokens), max(columns.heads.shape[1], columns.samples.shape[1]))
     # Turn ids into ranks, and sort each position's entries by them.  [N, K] and [N, S]
     order = coding.order_of(columns.tokens)
-    entries = Entries(columns.tokens, columns.heads, columns.head_logs, tables)
-    drawn = Entries(columns.tokens, columns.samples, columns.sample_logs, tables)
+    entries = RankedEntries(columns.tokens, columns.heads, columns.head_logs, tables)
+    drawn = RankedEntries(columns.tokens, columns.samples, columns.sample_logs, tables)
     # Input tokens as global ranks, T + 1 a record, and loss masks as bits.  [N + records], [⌈N / 8⌉]
     token_ranks = tables.rank_of.take(np.concatenate([record.token_ids for record in records]).astype(np.int64))
     masks = np.packbits(np.concatenate([record.loss_mask for record in records]))
     planes: dict[str, Planes] = {
-        "tokens.zst": [*split(token_ranks, width_of(tables.vocab_size)), masks],
+        "tokens.zst": [*split_planes(token_ranks, bytes_for(tables.vocab_size)), masks],
         "entries.zst": entries.planes(order, tables),
-        "log_probs.zst": log_prob_planes(columns, entries, coding.levels),
-        "samples.zst": [*drawn.planes(order, tables), *weight_planes(drawn, columns.tail, selection)],
+        "log_probs.zst": encode_log_probs(columns, entries, coding.levels),
+        "samples.zst": [*drawn.planes(order, tables), *encode_weights(drawn, columns.tail, selection)],
     }
     header: dict[str, Any] = {
         "entries": entries.rows.K,
@@ -73,7 +73,7 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple
     members = {name: compress(planes[name]) for name in coding.members[1:]}
     # Decode what was encoded, and compare: KL(original‖decoded) goes into the header.
     decoded = decode_block({"json": json.dumps(header).encode(), **members}, coding)
-    header["audit"] = audit(columns, Columns.of(decoded, selection.tail_temperatures))
+    header["audit"] = measure_codec_error(columns, Columns.from_records(decoded, selection.tail_temperatures))
     return {"json": json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), **members}, header["audit"]
 
 
@@ -86,10 +86,10 @@ def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:
     """
     if set(members) != set(coding.members):
         raise ValueError(f"has members {sorted(members)}; wanted {sorted(coding.members)}")
-    header, member = Header.of(members["json"]), "json"
+    header, member = Header.parse(members["json"]), "json"
     try:
         # `member` names the one that is being decoded, for the error message below.
-        fields(header.planes, "planes", coding.members[1:])
+        check_object(header.planes, "planes", coding.members[1:])
         planes: dict[str, Planes] = {}
         for member in coding.members[1:]:
             sizes = header.sizes(member, len(coding.selection.tail_temperatures))
@@ -122,14 +122,14 @@ def _slices(header: Header) -> Iterator[slice]:
         yield slice(start, start := start + positions)
 
 
-def _decode_tokens(planes: Planes, header: Header, tables: Tables) -> tuple[list[Array], list[Array]]:
+def _decode_tokens(planes: Planes, header: Header, tables: RankTables) -> tuple[list[Array], list[Array]]:
     """Returns the token ids [T + 1] and the loss mask [T] of each record."""
     *ranks, bits = planes
-    if len(ranks) != width_of(tables.vocab_size):
-        raise ValueError(f"has {len(planes)} planes, wanted {width_of(tables.vocab_size) + 1}")
+    if len(ranks) != bytes_for(tables.vocab_size):
+        raise ValueError(f"has {len(planes)} planes, wanted {bytes_for(tables.vocab_size) + 1}")
     lengths = np.array([positions for _, _, positions in header.records])
     # Global ranks of all tokens of all records.  [Σ (T + 1)]
-    flat = join(ranks)
+    flat = join_planes(ranks)
     if len(flat) != (lengths + 1).sum() or len(bits) != (lengths.sum() + 7) // 8:
         raise ValueError(f"has {len(flat)} tokens and {8 * len(bits)} mask bits for {lengths.sum()} positions")
     if int(flat.max()) >= tables.vocab_size:
@@ -146,7 +146,7 @@ def _decode_ids(planes: dict[str, Planes], tokens: Array, header: Header, coding
     """Returns the ids of the top-K entries [N, K] and which are used, or ids [N, 0] where none are stored."""
     if "entries.zst" in planes:
         return decode_entries(planes["entries.zst"], tokens, header.entries, coding)
-    return np.zeros((len(tokens), 0), np.int32), Ragged.of(np.zeros(len(tokens), np.int64), 0)
+    return np.zeros((len(tokens), 0), np.int32), Ragged.from_counts(np.zeros(len(tokens), np.int64), 0)
 
 
 def _decode_samples(
@@ -156,7 +156,7 @@ def _decode_samples(
     if "samples.zst" not in planes:
         return None
     # The last planes of the member are those of the weights.
-    weights = plane_count(coding.selection)
+    weights = weight_plane_count(coding.selection)
     id_planes, planes_of_weights = planes["samples.zst"][:-weights], planes["samples.zst"][-weights:]
     ids, rows = decode_entries(id_planes, tokens, header.samples, coding)
     return ids, decode_weights(planes_of_weights, rows, tail, coding.selection)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data.cache.codec.levels import STEPS, Levels
-from data.cache.codec.rank_tables import Tables
+from data.cache.codec.rank_tables import RankTables
 from data.cache.selection import Selection
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Coding:
     """Rank tables, selection and codec of a cache. `codec` is one of `levels.CODECS`."""
 
-    tables: Tables
+    tables: RankTables
     selection: Selection
     codec: str
 

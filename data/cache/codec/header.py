@@ -1,19 +1,19 @@
 """The header of a block, `NAME.json`: its records, planes and sizes, each checked against bounds.
 
 Whoever writes a cache also writes its hashes, so a matching hash does not make a size trustworthy. What is allocated
-for a block is bounded by `MAX_POSITIONS` and `MAX_CELLS`, not by what a few bytes of it declare. No regular block
-comes near these bounds.
+for a block is bounded by `MAX_POSITIONS` and `MAX_ENTRIES_A_BLOCK`, not by what a few bytes of it declare. No regular
+block comes near these bounds.
 """
 
 import json
 from dataclasses import dataclass
 
-from kd_core.json_fields import fields, integer, items, number, text
+from kd_core.json_fields import check_integer, check_list, check_number, check_object, check_text
 
 MAX_POSITIONS = 1 << 20
 MAX_ENTRIES = 65535
 # Positions × entries of the widest one. 512 positions of 65,535 entries take some 800 MB while they are decoded.
-MAX_CELLS = 1 << 25
+MAX_ENTRIES_A_BLOCK = 1 << 25
 MAX_NUMBER = 1 << 53
 MAX_JSON_BYTES = 1 << 24  # parsed, it takes some twenty times as much memory
 # Upper bounds of what planes store per entry or sample, and per position.
@@ -55,7 +55,7 @@ class Header:
         return sizes
 
     @classmethod
-    def of(cls, payload: bytes) -> "Header":
+    def parse(cls, payload: bytes) -> "Header":
         """Parses `NAME.json` and checks that every number is in bounds.
 
         Raises:
@@ -64,17 +64,19 @@ class Header:
         if len(payload) > MAX_JSON_BYTES:
             raise ValueError(f"json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
         try:
-            value = fields(json.loads(payload.decode()), "it")
+            value = check_object(json.loads(payload.decode()), "it")
             # While a block is encoded, its header is parsed once without the audit, which is measured by decoding it.
-            value = fields({"audit": {}, **value}, "it", ("audit", "entries", "first", "planes", "records", "samples"))
-            records = [_record(record) for record in items(value["records"], "records")]
+            value = check_object(
+                {"audit": {}, **value}, "it", ("audit", "entries", "first", "planes", "records", "samples")
+            )
+            records = [_record(record) for record in check_list(value["records"], "records")]
             header = cls(
-                integer(value["first"], "first", 0, MAX_NUMBER),
+                check_integer(value["first"], "first", 0, MAX_NUMBER),
                 records,
-                {name: _sizes(sizes, name) for name, sizes in fields(value["planes"], "planes").items()},
-                integer(value["entries"], "entries", 0, MAX_ENTRIES),
-                integer(value["samples"], "samples", 0, MAX_ENTRIES),
-                {name: number(error, name) for name, error in fields(value["audit"], "audit").items()},
+                {name: _sizes(sizes, name) for name, sizes in check_object(value["planes"], "planes").items()},
+                check_integer(value["entries"], "entries", 0, MAX_ENTRIES),
+                check_integer(value["samples"], "samples", 0, MAX_ENTRIES),
+                {name: check_number(error, name) for name, error in check_object(value["audit"], "audit").items()},
             )
             # Bound positions × entries before any plane is decompressed.
             check_size(header.positions, max(header.entries, header.samples))
@@ -85,21 +87,24 @@ class Header:
 
 def check_size(positions: int, widest: int) -> None:
     """Raises ValueError for a block that is empty or larger than readers accept."""
-    if not 1 <= positions <= MAX_POSITIONS or positions * widest > MAX_CELLS:
+    if not 1 <= positions <= MAX_POSITIONS or positions * widest > MAX_ENTRIES_A_BLOCK:
         raise ValueError(
             f"a block of {positions} positions with up to {widest} entries; wanted 1 to {MAX_POSITIONS} "
-            f"positions, and at most {MAX_CELLS} places in all (smaller block_positions make smaller blocks)"
+            f"positions, and at most {MAX_ENTRIES_A_BLOCK} places in all (smaller block_positions make smaller blocks)"
         )
 
 
 def _record(value: object) -> tuple[str, int, int]:
-    document, start, positions = items(value, "a record")
+    document, start, positions = check_list(value, "a record")
     return (
-        text(document, "document"),
-        integer(start, "start", 0, MAX_NUMBER),
-        integer(positions, "positions", 1, MAX_POSITIONS),
+        check_text(document, "document"),
+        check_integer(start, "start", 0, MAX_NUMBER),
+        check_integer(positions, "positions", 1, MAX_POSITIONS),
     )
 
 
 def _sizes(value: object, name: str) -> list[int]:
-    return [integer(size, f"planes of {name}", 0, BYTES_A_CELL * MAX_CELLS) for size in items(value, name)]
+    return [
+        check_integer(size, f"planes of {name}", 0, BYTES_A_CELL * MAX_ENTRIES_A_BLOCK)
+        for size in check_list(value, name)
+    ]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from data.cache.codec.coding import Coding
-from data.cache.codec.entries import Entries
-from data.cache.codec.fixed import fixed_planes, float_planes, from_fixed, from_floats
+from data.cache.codec.entries import RankedEntries
+from data.cache.codec.fixed import decode_fixed, decode_floats, encode_fixed, encode_floats
 from data.cache.codec.levels import Levels
 from data.cache.codec.ranks import Ragged
 from data.cache.columns import Columns
@@ -32,16 +32,16 @@ def _row_order(classes: Array, rows: Ragged) -> Array:
     return np.argsort(classes if rows.used is None else rows.counts.astype(np.uint16), kind="stable")
 
 
-def log_prob_planes(columns: Columns, entries: Entries, levels: Levels | None) -> Planes:
+def encode_log_probs(columns: Columns, entries: RankedEntries, levels: Levels | None) -> Planes:
     """Returns the planes of entries, tail, labels and further tails, as float32 where `levels` is None."""
     # Lossless: four planes each of entries [Σ counts], tail [N], labels [N] and each further tail [N].
     if levels is None:
         planes = (
-            float_planes(entries.rows.flat(entries.logs))
-            + float_planes(columns.tail)
-            + float_planes(columns.label_logs)
+            encode_floats(entries.rows.flat(entries.logs))
+            + encode_floats(columns.tail)
+            + encode_floats(columns.label_logs)
         )
-        return [*planes, *(plane for tail in columns.tempered for plane in float_planes(tail))]
+        return [*planes, *(plane for tail in columns.tempered for plane in encode_floats(tail))]
     # Quantise every entry.  [N, K] of uint8
     codes = _keep_top_one(levels.to_levels(entries.logs), entries.logs, len(levels.log_probs) - 1)
     # The class of a position is its lowest level: the reader needs it to restore the order.  [N]
@@ -49,9 +49,9 @@ def log_prob_planes(columns: Columns, entries: Entries, levels: Levels | None) -
     order = _row_order(classes, entries.rows)
     # Store a label's log-probability only where the label is not an entry.  [N] of bool
     outside = columns.label_entries() == UNUSED
-    planes = [classes, entries.rows.rows(order).flat(codes[order]), *fixed_planes(columns.tail)]
-    planes += fixed_planes(columns.label_logs[outside])
-    return [*planes, *(plane for tail in columns.tempered for plane in fixed_planes(tail))]
+    planes = [classes, entries.rows.rows(order).flat(codes[order]), *encode_fixed(columns.tail)]
+    planes += encode_fixed(columns.label_logs[outside])
+    return [*planes, *(plane for tail in columns.tempered for plane in encode_fixed(tail))]
 
 
 def _keep_top_one(codes: Array, logs: Array, highest: int) -> Array:
@@ -78,7 +78,7 @@ class LogProbs:
 
 def _decode_floats(planes: Planes, rows: Ragged) -> LogProbs:
     # Four planes a number: entries [Σ counts], tail [N], labels [N], further tails [N].
-    flat, tail, labels, *tempered = (from_floats(planes[i : i + 4]) for i in range(0, len(planes), 4))
+    flat, tail, labels, *tempered = (decode_floats(planes[i : i + 4]) for i in range(0, len(planes), 4))
     # Spread the entries over their rows again.  [Σ counts] → [N, K]
     entries = rows.padded(flat)
     if rows.used is not None:
@@ -103,7 +103,7 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
     codes[order] = rows.rows(order).padded(flat)
     if int(codes.max(initial=0)) >= len(levels.log_probs):
         raise ValueError(f"holds level {codes.max()}; there are {len(levels.log_probs)}")
-    tail, outside, *tempered = (from_fixed(fixed[i : i + 2]) for i in range(0, len(fixed), 2))
+    tail, outside, *tempered = (decode_fixed(fixed[i : i + 2]) for i in range(0, len(fixed), 2))
     # Look up log p and p of each level. `take` indexes with intp: convert once for both.  [N, K]
     indices = codes.astype(np.intp)
     entries, probs = levels.log_probs.take(indices, mode="wrap"), levels.probs.take(indices, mode="wrap")
@@ -130,7 +130,7 @@ def _decode_levels(planes: Planes, ids: Array, labels: Array, rows: Ragged, leve
 
 
 def decode_log_probs(planes: Planes, ids: Array, labels: Array, rows: Ragged, coding: Coding) -> LogProbs:
-    """Decodes the planes of `log_prob_planes`.
+    """Decodes the planes of `encode_log_probs`.
 
     Entries and tail of a position sum to 1. They are normalised where levels rounded them.
 

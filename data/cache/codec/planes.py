@@ -16,14 +16,14 @@ MAX_EMPTY_FRAME_BYTES = 64
 LEVEL = 1  # only entropy coding gains here: higher levels search for matches, of which there are none
 
 
-def split(values: Array, width: int) -> list[Array]:
+def split_planes(values: Array, width: int) -> list[Array]:
     """Splits numbers into `width` planes of bytes, lowest byte first."""
     # View each little-endian number as a row of bytes, then take the columns.  [n] → [n, 4 or 8] → width × [n]
     raw = np.ascontiguousarray(values, "<u8" if width > 4 else "<u4").reshape(-1, 1).view(np.uint8)
     return [np.ascontiguousarray(raw[:, byte]) for byte in range(width)]
 
 
-def join(planes: Sequence[Array]) -> Array:
+def join_planes(planes: Sequence[Array]) -> Array:
     """Joins planes into the numbers that they hold, as uint32.
 
     Raises:
@@ -38,7 +38,7 @@ def join(planes: Sequence[Array]) -> Array:
     return total
 
 
-def width_of(largest: int) -> int:
+def bytes_for(largest: int) -> int:
     """Returns the number of bytes that hold `largest`, at least 1."""
     return max(1, (int(largest).bit_length() + 7) // 8)
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from data.cache.codec.planes import compress, decompress, join, split, width_of
+from data.cache.codec.planes import bytes_for, compress, decompress, join_planes, split_planes
 from data.cache.record import UNUSED, Record
-from kd_core.json_fields import fields, integer
+from kd_core.json_fields import check_integer, check_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CANDIDATES = 256
@@ -38,7 +38,7 @@ MEMBERS = ("tables.json", "global.zst", "tokens.zst", "lists.zst")
 
 
 @dataclass(frozen=True)
-class Tables:
+class RankTables:
     """The global list and the candidate lists of a cache.
 
     `by_rank` [G] has the ids that `global.zst` lists, the likeliest first. `tokens` [L] are the tokens with a list of
@@ -138,28 +138,28 @@ class Tables:
             "tokens": len(self.tokens),
             "vocab_size": self.vocab_size,
         }
-        width = width_of(self.vocab_size)
+        width = bytes_for(self.vocab_size)
         return {
             "tables.json": json.dumps(header, sort_keys=True).encode(),
-            "global.zst": compress(split(self.by_rank, width)),
-            "tokens.zst": compress(split(self.tokens, width)),
-            "lists.zst": compress(split(self.rank_of[self.lists], width)),
+            "global.zst": compress(split_planes(self.by_rank, width)),
+            "tokens.zst": compress(split_planes(self.tokens, width)),
+            "lists.zst": compress(split_planes(self.rank_of[self.lists], width)),
         }
 
     @classmethod
-    def of_members(cls, members: dict[str, bytes]) -> "Tables":
+    def parse(cls, members: dict[str, bytes]) -> "RankTables":
         """Parses the members of `tables.tar`.
 
         Raises:
             ValueError: a member is missing, damaged, out of bounds or has an id twice.
         """
         try:
-            fields(members, "members", MEMBERS)
+            check_object(members, "members", MEMBERS)
             V, G, L, C = _sizes(members["tables.json"])
             sizes = {"global.zst": G, "tokens.zst": L, "lists.zst": L * C}
             numbers: dict[str, Array] = {}
             for name, size in sizes.items():
-                numbers[name] = join(decompress(members[name], [size] * width_of(V)))
+                numbers[name] = join_planes(decompress(members[name], [size] * bytes_for(V)))
                 if size and int(numbers[name].max()) >= V:
                     raise ValueError(f"{name}: holds {numbers[name].max()}; the vocabulary has {V}")
         except RecursionError as error:
@@ -179,13 +179,13 @@ def _sizes(payload: bytes) -> tuple[int, int, int, int]:
     """Parses V, G, L and C of `tables.json`, each within its bound."""
     if len(payload) > MAX_JSON_BYTES:
         raise ValueError(f"tables.json: has {len(payload)} bytes; at most {MAX_JSON_BYTES} are read")
-    value = fields(json.loads(payload.decode()), "tables.json", ("candidates", "global", "tokens", "vocab_size"))
-    V = integer(value["vocab_size"], "vocab_size", 1, MAX_VOCABULARY)
+    value = check_object(json.loads(payload.decode()), "tables.json", ("candidates", "global", "tokens", "vocab_size"))
+    V = check_integer(value["vocab_size"], "vocab_size", 1, MAX_VOCABULARY)
     return (
         V,
-        integer(value["global"], "global", 0, V),
-        integer(value["tokens"], "tokens", 0, min(V, MAX_LISTS)),
-        integer(value["candidates"], "candidates", 0, min(V, CANDIDATES)),
+        check_integer(value["global"], "global", 0, V),
+        check_integer(value["tokens"], "tokens", 0, min(V, MAX_LISTS)),
+        check_integer(value["candidates"], "candidates", 0, min(V, CANDIDATES)),
     )
 
 
@@ -196,7 +196,7 @@ def _most_frequent(counts: Array, limit: int) -> Array:
     return order[counts[order] > 0].astype(np.int32)
 
 
-def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> Tables:
+def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> RankTables:
     """Fits tables on the entries and samples of the pilot.
 
     A cache of more positions gets more lists: `positions` are those of the whole cache.
@@ -213,7 +213,7 @@ def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> Tabl
     after_all, ids_all = np.concatenate(after), np.concatenate(ids)
     # The global list: ids by their count over all pairs.  [G]
     by_rank = _most_frequent(np.bincount(ids_all, minlength=vocab_size), positions // POSITIONS_PER_RANKED)
-    global_only = Tables(vocab_size, by_rank, np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+    global_only = RankTables(vocab_size, by_rank, np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
     # The tokens that get a list: the most frequent inputs of the pilot.  [L]
     seen = np.bincount(tokens, minlength=vocab_size)
     frequent = _most_frequent(np.where(seen >= LEAST_SEEN, seen, 0), min(MAX_LISTS, positions // POSITIONS_PER_LIST))
@@ -228,4 +228,4 @@ def fit_tables(pilot: Sequence[Record], vocab_size: int, positions: int) -> Tabl
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
         counts = np.bincount(ids_all[order[start:end]], minlength=vocab_size)
         lists[index] = np.lexsort((global_only.rank_of, -counts))[: lists.shape[1]]
-    return Tables(vocab_size, by_rank, frequent, lists)
+    return RankTables(vocab_size, by_rank, frequent, lists)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.cache.codec.planes import join, split, width_of
+from data.cache.codec.planes import bytes_for, join_planes, split_planes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ESCAPE = 255
@@ -32,7 +32,7 @@ class Ragged(NamedTuple):
     used: Array | None
 
     @classmethod
-    def of(cls, counts: Array, widest: int) -> "Ragged":
+    def from_counts(cls, counts: Array, widest: int) -> "Ragged":
         """Builds the mask from the number of used places of each row."""
         same = bool((counts == widest).all())
         return cls(counts, widest, None if same else np.arange(widest) < counts[:, None])
@@ -67,7 +67,7 @@ class Ragged(NamedTuple):
         return full
 
 
-def gap_planes(ranks: Array, rows: Ragged, largest: int) -> list[Array]:
+def encode_ranks(ranks: Array, rows: Ragged, largest: int) -> list[Array]:
     """Encodes ranks [N, K] as planes. Used ranks rise along each row, without repeats."""
     # g_0 = r_0 and g_j = r_j − r_{j−1} − 1: ranks do not repeat, so the least gap is 0.  [N, K]
     gaps = ranks.copy()
@@ -78,13 +78,13 @@ def gap_planes(ranks: Array, rows: Ragged, largest: int) -> list[Array]:
         assert flat.size == 0 or int(flat.min()) >= 0, "ranks repeat or fall along a row"
         # One byte a gap, with 255 as the mark of a large one, then the large gaps in full.
         planes.append(np.minimum(flat, ESCAPE).astype(np.uint8))
-        planes += split(flat[flat >= ESCAPE], width_of(largest))
+        planes += split_planes(flat[flat >= ESCAPE], bytes_for(largest))
     return planes
 
 
 def _steps(planes: Sequence[Array], largest: int) -> Array:
     """Decodes a column group into the differences of neighbouring ranks: each gap plus 1.  [used]"""
-    steps, large_gaps = np.add(planes[0], 1, dtype=np.int32), join(planes[1:]).astype(np.int32)
+    steps, large_gaps = np.add(planes[0], 1, dtype=np.int32), join_planes(planes[1:]).astype(np.int32)
     # Put the large gaps in the places that are marked by 255.
     marked = np.flatnonzero(planes[0] == ESCAPE)
     if len(marked) != len(large_gaps):
@@ -96,14 +96,14 @@ def _steps(planes: Sequence[Array], largest: int) -> Array:
     return steps
 
 
-def ranks_of(planes: Sequence[Array], rows: Ragged, largest: int) -> Array:
-    """Decodes the planes of `gap_planes` into ranks [N, K], 0 where unused.
+def decode_ranks(planes: Sequence[Array], rows: Ragged, largest: int) -> Array:
+    """Decodes the planes of `encode_ranks` into ranks [N, K], 0 where unused.
 
     Raises:
         ValueError: a rank is beyond `largest`, the number of large gaps is not that of their marks, or there are more
             or fewer planes.
     """
-    width, gaps = width_of(largest), np.empty((len(rows.counts), rows.K), np.int32)
+    width, gaps = bytes_for(largest), np.empty((len(rows.counts), rows.K), np.int32)
     groups = list(rows.groups())
     if len(planes) != len(groups) * (width + 1):
         raise ValueError(f"has {len(planes)} planes of gaps, wanted {len(groups) * (width + 1)}")

@@ -10,9 +10,9 @@ import numpy as np
 
 from data.cache.record import UNUSED, Array, Record
 from data.tokenizer import Tokenizer
-from kd_core.errors import visible
+from kd_core.errors import escape_unprintable
 
-Words = Callable[[int], str]
+IdToText = Callable[[int], str]
 
 
 class Alternative(NamedTuple):
@@ -22,7 +22,7 @@ class Alternative(NamedTuple):
     prob: float
 
 
-class Spot(NamedTuple):
+class ReadablePosition(NamedTuple):
     """One position: after `token` came `label`, to which the teacher gave the probability e^−surprise.
 
     `surprise` is in nats. `rest` is the probability that is left beside the alternatives.
@@ -36,21 +36,21 @@ class Spot(NamedTuple):
     rest: float
 
 
-def columns(text: str) -> int:
+def terminal_width(text: str) -> int:
     """Returns the number of terminal columns that a text takes: 2 for wide characters, 0 for combining ones."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def fit(text: str, width: int) -> str:
+def fit_to_width(text: str, width: int) -> str:
     """Pads or cuts a text to exactly `width` terminal columns."""
-    if columns(text) > width:
-        while text and columns(text) > width - 1:
+    if terminal_width(text) > width:
+        while text and terminal_width(text) > width - 1:
             text = text[:-1]
         text += "…"
-    return text + " " * (width - columns(text))
+    return text + " " * (width - terminal_width(text))
 
 
-def words_of(tokenizer: Tokenizer | None) -> Words:
+def id_to_text(tokenizer: Tokenizer | None) -> IdToText:
     """Returns a function that shows an id: as the tokenizer's text, or as a number where there is no tokenizer."""
 
     def words(token: int) -> str:
@@ -59,7 +59,7 @@ def words_of(tokenizer: Tokenizer | None) -> Words:
         text = tokenizer.decode([token])
         if not text or "\N{REPLACEMENT CHARACTER}" in text:  # part of a character
             text = tokenizer.fast.id_to_token(token) or f"#{token}"
-        return visible(text)
+        return escape_unprintable(text)
 
     return words
 
@@ -82,7 +82,7 @@ def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
     yield from (parent / "teacher" for parent in above[:2])
 
 
-def spots(record: Record, words: Words, most: int) -> Iterator[Spot]:
+def readable_positions(record: Record, words: IdToText, most: int) -> Iterator[ReadablePosition]:
     """Yields the positions of a record, each with its `most` likeliest alternatives.
 
     Samples are alternatives too, with their importance weight as probability.
@@ -93,7 +93,7 @@ def spots(record: Record, words: Words, most: int) -> Iterator[Spot]:
     logs = np.concatenate([record.topk_log_probs, weights], axis=1)
     for position in range(record.positions):
         likely, probs = _likeliest(ids[position], logs[position], most)
-        yield Spot(
+        yield ReadablePosition(
             words(int(record.token_ids[position])),
             words(int(record.token_ids[position + 1])),
             -float(record.label_log_prob[position]),

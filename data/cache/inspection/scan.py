@@ -16,10 +16,10 @@ from typing import IO, NamedTuple
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
-from data.cache.codec.rank_tables import Tables
-from data.cache.manifest import MAX_BLOCK_BYTES, TABLES, Block, Manifest, Shard
+from data.cache.codec.rank_tables import RankTables
+from data.cache.manifest import MAX_BLOCK_BYTES, TABLES_FILE, Block, Manifest, Shard
 from data.cache.record import Record
-from data.cache.tar import END, Member, read_members
+from data.cache.tar import END_OF_TAR, Member, read_members
 
 CHUNK = 1 << 20
 Report = Callable[[str, str], None]  # takes the place and the problem
@@ -40,28 +40,28 @@ class DecodedBlock(NamedTuple):
 
 def read_coding(folder: Path, manifest: Manifest, report: Report) -> Coding | None:
     """Reads and checks the rank tables, and returns the codec's settings, or None where the tables are unusable."""
-    path, recorded = folder / TABLES, manifest.tables
+    path, recorded = folder / TABLES_FILE, manifest.tables
     if not _is_file(path, report):
         return None
     if (size := path.stat().st_size) != recorded["bytes"]:
-        report(TABLES, f"has {size} bytes; the manifest wants {recorded['bytes']}")
+        report(TABLES_FILE, f"has {size} bytes; the manifest wants {recorded['bytes']}")
         return None
     data = path.read_bytes()
     if (sha256 := hashlib.sha256(data).hexdigest()) != recorded["sha256"]:
-        report(TABLES, f"sha256 {sha256[:12]}…; the manifest wants {recorded['sha256'][:12]}…")
+        report(TABLES_FILE, f"sha256 {sha256[:12]}…; the manifest wants {recorded['sha256'][:12]}…")
     try:
         members = {member.name: member.payload for member in read_members(data)}
-        tables = Tables.of_members(members)
+        tables = RankTables.parse(members)
     except ValueError as error:
-        report(TABLES, str(error))
+        report(TABLES_FILE, str(error))
         return None
     if tables.vocab_size != manifest.vocab_size:
-        report(TABLES, f"of a vocabulary of {tables.vocab_size}; the manifest's has {manifest.vocab_size}")
+        report(TABLES_FILE, f"of a vocabulary of {tables.vocab_size}; the manifest's has {manifest.vocab_size}")
         return None
     return Coding(tables, manifest.selection, manifest.codec)
 
 
-def blocks(folder: Path, manifest: Manifest, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
+def scan_blocks(folder: Path, manifest: Manifest, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
     """Yields the blocks that can be decoded, and reports all that is wrong with any of them.
 
     A block whose hash is wrong is reported, and yielded all the same if it can be decoded. Without `coding` nothing is
@@ -98,9 +98,11 @@ def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: 
             if decoded is not None:
                 yield decoded._replace(first=first)
             first += len(block.lengths)
-        end = file.read(len(END) + 1)
-        if end != END:
-            report(shard.name, f"its end is not that of a tar: wanted {len(END)} zero bytes and nothing behind them")
+        end = file.read(len(END_OF_TAR) + 1)
+        if end != END_OF_TAR:
+            report(
+                shard.name, f"its end is not that of a tar: wanted {len(END_OF_TAR)} zero bytes and nothing behind them"
+            )
         shard_hash.update(end)
         if size <= shard.bytes and shard_hash.hexdigest() != shard.sha256:
             report(shard.name, f"sha256 {shard_hash.hexdigest()[:12]}…; the manifest wants {shard.sha256[:12]}…")
@@ -142,7 +144,7 @@ def _decode(where: str, members: list[Member], coding: Coding) -> DecodedBlock:
     if [suffix for _, _, suffix in names] != coding.members:
         expected = ", ".join(coding.members)
         raise ValueError(f"has members {', '.join(suffix for _, _, suffix in names)}; wanted {expected}, in this order")
-    header, records = Header.of(payloads["json"]), decode_block(payloads, coding)
+    header, records = Header.parse(payloads["json"]), decode_block(payloads, coding)
     if first != f"{header.first:08d}":
         raise ValueError(f"members are named {first}; its json says that record {header.first} is its first")
     return DecodedBlock(where, 0, members, header, records)

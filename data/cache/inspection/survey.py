@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data.cache.inspection.scan import DecodedBlock
-from data.cache.manifest import TABLES, Manifest
+from data.cache.manifest import TABLES_FILE, Manifest
 from data.cache.record import UNUSED, Array, Record
-from data.cache.tar import END
+from data.cache.tar import END_OF_TAR
 
 COVERAGE_K = (1, 8, 64)  # entries a position at which coverage is measured
 PARTS = {
@@ -23,7 +23,7 @@ FRAMING = "tar headers and padding"
 
 
 @dataclass
-class Spread:
+class CountSummary:
     """Mean, minimum and maximum of a count over positions."""
 
     total: int = 0
@@ -57,8 +57,8 @@ class Survey:
     nll: float = 0.0
     inside: int = 0
     mass: dict[int | None, float] = field(default_factory=dict)
-    entries: Spread = field(default_factory=Spread)
-    samples: Spread = field(default_factory=Spread)
+    entries: CountSummary = field(default_factory=CountSummary)
+    samples: CountSummary = field(default_factory=CountSummary)
     bytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, decoded: DecodedBlock) -> None:
@@ -71,8 +71,8 @@ class Survey:
 
     def add_files(self, folder: Path, manifest: Manifest) -> None:
         """Adds the bytes outside the blocks: ends of tars, tables, manifest and plan."""
-        self._part(FRAMING, len(END) * len(manifest.shards))
-        self._part(TABLES, int(manifest.tables["bytes"]))
+        self._part(FRAMING, len(END_OF_TAR) * len(manifest.shards))
+        self._part(TABLES_FILE, int(manifest.tables["bytes"]))
         for name in ("manifest.json", "plan.json"):
             if (folder / name).exists():
                 self._part(name, (folder / name).stat().st_size)

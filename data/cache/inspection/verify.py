@@ -18,13 +18,13 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
 from data.cache.contents import CachedDocuments, mask_digest, window_digest, windows_digest
-from data.cache.inspection.scan import DecodedBlock, blocks, read_coding
-from data.cache.manifest import TABLES, Manifest, read_manifest
+from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
+from data.cache.manifest import TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
 from data.cache.totals import Totals
 from kd_core.errors import UsageError
 from kd_core.files import read_json
-from kd_core.json_fields import fields, integer, shown
+from kd_core.json_fields import check_integer, check_object, short_repr
 
 MOST_SHOWN = 1000  # problems that are stored; all others are counted
 
@@ -58,7 +58,7 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
     findings, totals, windows, masks = Findings(manifest), Totals(), list[bytes](), list[bytes]()
     documents = _held_out(folder)
     coding = read_coding(folder, manifest, findings.report)
-    for decoded in blocks(folder, manifest, coding, findings.report):
+    for decoded in scan_blocks(folder, manifest, coding, findings.report):
         for problem in _problems(decoded, coding, manifest):
             findings.report(decoded.where, problem)
         if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
@@ -73,7 +73,7 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
     _check_figures(findings, totals, manifest)
     _check_windows(findings, windows, masks)
     if documents and (leaked := documents.among(windows)):
-        findings.report("../validation", f"{len(leaked)} of its documents are in train, too: {shown(leaked[0])}")
+        findings.report("../validation", f"{len(leaked)} of its documents are in train, too: {short_repr(leaked[0])}")
     _check_plans(findings, manifest)
     _check_folder(folder, findings)
     return findings
@@ -89,7 +89,7 @@ def _problems(decoded: DecodedBlock, coding: Coding | None, manifest: Manifest) 
         yield f"has {header.entries} entries and {header.samples} samples a position; the selection {selection.words()}"
     if (longest := max(record.positions for record in decoded.records)) > manifest.row_length:
         yield f"has a record of {longest} positions; the manifest's row_length is {manifest.row_length}"
-    columns = Columns.of(decoded.records, selection.tail_temperatures)
+    columns = Columns.from_records(decoded.records, selection.tail_temperatures)
     try:
         columns.check(manifest.vocab_size, selection)
         check_alignment(decoded.records, "alignment")
@@ -135,7 +135,8 @@ def _check_plans(findings: Findings, manifest: Manifest) -> None:
         for name in sorted(stated.keys() & plan.keys()):
             if plan[name] != stated[name]:
                 findings.report(
-                    "manifest.json", f"{name} is {shown(stated[name])}; that of its plan is {shown(plan[name])}"
+                    "manifest.json",
+                    f"{name} is {short_repr(stated[name])}; that of its plan is {short_repr(plan[name])}",
                 )
 
 
@@ -146,8 +147,8 @@ def _check_windows(findings: Findings, windows: list[bytes], masks: list[bytes])
         if "windows" not in plan or len(windows) != findings.manifest.records:
             return  # the export predates this field, or unreadable records have been reported already
         try:
-            planned = fields(plan["windows"], "windows", ("number", "sha256"))
-            last = first + integer(planned["number"], "windows.number", 0, MAX_NUMBER)
+            planned = check_object(plan["windows"], "windows", ("number", "sha256"))
+            last = first + check_integer(planned["number"], "windows.number", 0, MAX_NUMBER)
         except ValueError as error:
             findings.report("manifest.json", f"plan {number}: {error}")
             return
@@ -171,7 +172,7 @@ def _held_out(folder: Path) -> CachedDocuments | None:
     try:
         manifest = read_manifest(validation)
         coding = read_coding(validation, manifest, _ignore)
-        decoded_blocks = blocks(validation, manifest, coding, _ignore)
+        decoded_blocks = scan_blocks(validation, manifest, coding, _ignore)
         documents.add(record for decoded in decoded_blocks for record in decoded.records)
     except UsageError:
         return None  # its own verification reports why
@@ -180,7 +181,7 @@ def _held_out(folder: Path) -> CachedDocuments | None:
 
 def _check_folder(folder: Path, findings: Findings) -> None:
     """Reports files that do not belong to the cache, and a `plan.json` that is not one of the manifest's plans."""
-    cache_files = {"manifest.json", "plan.json", TABLES, *(shard.name for shard in findings.manifest.shards)}
+    cache_files = {"manifest.json", "plan.json", TABLES_FILE, *(shard.name for shard in findings.manifest.shards)}
     for path in sorted(folder.iterdir()):
         if path.name not in cache_files:
             findings.report(

@@ -38,7 +38,7 @@ def _named_object(call: Message) -> tuple[Message, str]:
     return function, str(function.get("name", ""))
 
 
-class Marked(NamedTuple):
+class MarkedMessage(NamedTuple):
     """A message whose content and called names are replaced by marks.
 
     `meanings` maps each mark to the text that it replaces.
@@ -48,7 +48,7 @@ class Marked(NamedTuple):
     meanings: dict[str, str]
 
     @classmethod
-    def from_message(cls, message: Message, mark: str) -> "Marked":
+    def from_message(cls, message: Message, mark: str) -> "MarkedMessage":
         """Replaces a message's content and called names.
 
         Args:
@@ -123,7 +123,7 @@ class TurnFinder:
         return length
 
     def _start(
-        self, render: Render, messages: Sequence[Message], number: int, turn: Marked, before: str, prefix: str
+        self, render: Render, messages: Sequence[Message], number: int, turn: MarkedMessage, before: str, prefix: str
     ) -> int | None:
         """Returns where the prompt for generation of a turn ends, or None where it cannot be located.
 
@@ -173,7 +173,7 @@ class TurnFinder:
         return end
 
     def _locate(
-        self, render: Render, messages: Sequence[Message], number: int, whole: str, marked: str, turn: Marked
+        self, render: Render, messages: Sequence[Message], number: int, whole: str, marked: str, turn: MarkedMessage
     ) -> Span | None:
         """Returns the characters of `whole` that a turn takes, or None where they cannot be told from the rest.
 
@@ -203,7 +203,7 @@ class TurnFinder:
         Raises:
             BadRowError: they cannot be told from the rest, or the template writes nothing of the turn.
         """
-        turn = Marked.from_message(messages[number], make_mark(whole))
+        turn = MarkedMessage.from_message(messages[number], make_mark(whole))
         marked = render([*messages[:number], turn.message, *messages[number + 1 :]], False)
         turn.check_traces(marked, where)
         if span := self._locate(render, messages, number, whole, marked, turn):
@@ -224,7 +224,7 @@ def _try_render(render: Render, prompt: bool, messages: Sequence[Message]) -> st
         return None
 
 
-def _previous_end(render: Render, messages: Sequence[Message], number: int, turn: Marked, first: int) -> int:
+def _previous_end(render: Render, messages: Sequence[Message], number: int, turn: MarkedMessage, first: int) -> int:
     """Returns where the text of the message before a turn ends, or 0 where that is unknown.
 
     Args:
@@ -233,7 +233,7 @@ def _previous_end(render: Render, messages: Sequence[Message], number: int, turn
     if not number:
         return 0
     # Mark both messages: the distance between their marks leads from the turn's first mark back to the message before.
-    previous = Marked.from_message(messages[number - 1], make_mark("".join(turn.meanings)))
+    previous = MarkedMessage.from_message(messages[number - 1], make_mark("".join(turn.meanings)))
     both = [*messages[: number - 1], previous.message, turn.message, *messages[number + 1 :]]
     text = _try_render(render, False, both) or ""
     if not any(mark in text for mark in previous.meanings):

@@ -18,17 +18,17 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from data.corpus.chat.assistant_turns import Marked, Span, TurnFinder, make_mark
+from data.corpus.chat.assistant_turns import MarkedMessage, Span, TurnFinder, make_mark
 from data.corpus.chat.conversations import Conversation, Message, content_as_text
-from data.corpus.chat.template_program import CLOSE, OPEN, compile_template, json_values, strip_marks
+from data.corpus.chat.template_program import BLOCK_CLOSE, BLOCK_OPEN, compile_template, json_values, strip_marks
 from data.corpus.chat.template_sandbox import join_limited, limited_resources
 from data.text_lines import BadRowError
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_json, read_text
+from kd_core.files import damage_as_usage_error, read_json, read_text
 
 MOST_SOURCE = 1 << 20  # characters
 RenderSpans = Callable[[Sequence[Message]], tuple[str, list[Span]]]
-SECONDS = 10.0  # of processor time for a conversation, of which honest templates take some thousandths
+MAX_RENDER_SECONDS = 10.0  # of processor time for a conversation, of which honest templates take some thousandths
 
 
 def _with_reasoning(message: Message) -> Message:
@@ -86,7 +86,7 @@ class ChatTemplate:
         if not isinstance(source, str) or len(source) > MOST_SOURCE:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"{where}: the chat template is no text of at most {MOST_SOURCE} characters.")
         try:
-            with limited_resources(SECONDS):  # the compiler evaluates constants
+            with limited_resources(MAX_RENDER_SECONDS):  # the compiler evaluates constants
                 self.template, self.has_generation_blocks = compile_template(source)
         except (TemplateError, RecursionError, MemoryError, SyntaxError, OverflowError, ValueError) as error:
             raise UsageError(f"{where}: not a chat template ({type(error).__name__}: {error!s:.300}).") from None
@@ -104,7 +104,7 @@ class ChatTemplate:
         legacy = folder / "special_tokens_map.json"
         special = _special_tokens(read_json(legacy, "a map of special tokens")) if legacy.exists() else {}
         special |= _special_tokens(settings)
-        with damaged(path, "the configuration of a tokenizer"):
+        with damage_as_usage_error(path, "the configuration of a tokenizer"):
             sources = {} if default_file.exists() else _named_sources(settings.get("chat_template"), path)
         if default_file.exists():
             sources["default"] = read_text(default_file, "a chat template")
@@ -132,13 +132,13 @@ class ChatTemplate:
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def _render_marked(self, messages: Sequence[Message], tools: Any, where: str, *, prompt: bool = False) -> str:
-        """Renders messages as text, with `OPEN` and `CLOSE` around the output of generation blocks.
+        """Renders messages as text, with `OPEN` and `BLOCK_CLOSE` around the output of generation blocks.
 
         Raises:
             BadRowError: the template refuses them.
         """
         try:
-            with limited_resources(SECONDS):
+            with limited_resources(MAX_RENDER_SECONDS):
                 return join_limited(
                     self.template.generate(
                         messages=list(messages),
@@ -159,13 +159,13 @@ class ChatTemplate:
     def takes_parts(self) -> bool:
         """Returns True where the template writes the texts of a content of several parts, not a list or nothing."""
         texts: list[str] = []
-        for content in ([{"type": "text", "text": OPEN}], OPEN):
+        for content in ([{"type": "text", "text": BLOCK_OPEN}], BLOCK_OPEN):
             try:
                 texts.append(self._render_marked([{"role": "user", "content": content}], None, ""))
             except BadRowError:
                 texts.append("")
         parts, text = texts
-        return OPEN in parts and (parts == text or OPEN not in text)
+        return BLOCK_OPEN in parts and (parts == text or BLOCK_OPEN not in text)
 
     def _prepared(self, message: Message) -> Message:
         """Returns a message as it is passed to the template."""
@@ -189,7 +189,7 @@ class ChatTemplate:
             tools = json_values(conversation.tools, "tools")
         except RecursionError:
             raise BadRowError(f"{where}: nests too deeply. Drop the row.", "nesting too deep") from None
-        if OPEN in written or CLOSE in written:
+        if BLOCK_OPEN in written or BLOCK_CLOSE in written:
             raise BadRowError(
                 f"{where}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.", "no text"
             )
@@ -219,7 +219,7 @@ def _check_calls(render_spans: RenderSpans, messages: Sequence[Message], number:
         BadRowError: a call is missing.
     """
     if messages[number].get("tool_calls"):
-        turn = Marked.from_message(messages[number], make_mark(whole))
+        turn = MarkedMessage.from_message(messages[number], make_mark(whole))
         turn.check_traces(render_spans([*messages[:number], turn.message, *messages[number + 1 :]])[0], where)
 
 

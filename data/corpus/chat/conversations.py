@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple, cast
 
-from data.text_lines import BadRowError, without_nulls
+from data.text_lines import BadRowError, drop_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -26,7 +26,7 @@ def _present(value: Any, where: str) -> Any:
     Parquet gives each object all keys of any object in its column, and null stands for a missing key.
     """
     try:
-        return without_nulls(value)
+        return drop_nulls(value)
     except RecursionError:
         raise BadRowError(f"{where}: nests too deeply.", "nesting too deep") from None
 
@@ -136,7 +136,7 @@ def parse_tools(value: Any, where: str) -> list[Any] | None:
     return value or None
 
 
-def conversation(value: Any, where: str, field: str = "messages", tools: Any = None) -> Conversation:
+def parse_conversation(value: Any, where: str, field: str = "messages", tools: Any = None) -> Conversation:
     """Builds a conversation from a list of messages. Keys beyond `role` and `content` are passed on to the template.
 
     Raises:
@@ -162,7 +162,7 @@ def parse_prompt_completion(prompt: Any, completion: Any, where: str, tools: Any
     Each is a list of messages, or a text: the user's of a prompt, the assistant's of a completion.
 
     Raises:
-        BadRowError: as `conversation`.
+        BadRowError: as `parse_conversation`.
     """
     before = _side(prompt, "user", "prompt", where)
     after = _side(completion, "assistant", "completion", where)

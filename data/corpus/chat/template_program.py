@@ -18,12 +18,12 @@ from data.corpus.chat.assistant_turns import Span
 from data.corpus.chat.template_sandbox import BoundedEnvironment
 
 # Marks around the output of a generation block. Unicode reserves them for internal use, so no text has them.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
+BLOCK_OPEN, BLOCK_CLOSE = "\ufdd0", "\ufdd1"
 DATE = date(2024, 7, 26)  # the default date of Llama 3.1
 
 
 class _GenerationBlock(Extension):
-    """The block `{% generation %}` … `{% endgeneration %}`, which writes its text between `OPEN` and `CLOSE`."""
+    """The block `{% generation %}` … `{% endgeneration %}`, which writes its text between `OPEN` and `BLOCK_CLOSE`."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 has it)
 
@@ -34,7 +34,7 @@ class _GenerationBlock(Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
+        return f"{BLOCK_OPEN}{caller()}{BLOCK_CLOSE}"
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -81,11 +81,11 @@ def strip_marks(text: str) -> tuple[str, list[Span]]:
     parts: list[str] = []
     spans: list[Span] = []
     length = start = 0
-    for piece in text.replace(CLOSE, OPEN + CLOSE).split(OPEN):
-        if piece.startswith(CLOSE):
+    for piece in text.replace(BLOCK_CLOSE, BLOCK_OPEN + BLOCK_CLOSE).split(BLOCK_OPEN):
+        if piece.startswith(BLOCK_CLOSE):
             spans.append((start, length))
         start = length
-        parts.append(piece.removeprefix(CLOSE))
+        parts.append(piece.removeprefix(BLOCK_CLOSE))
         length += len(parts[-1])
     return "".join(parts), spans
 

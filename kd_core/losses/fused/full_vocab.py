@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from kd_core.losses.fused.chunks import LossCall, Positions
-from kd_core.losses.fused.lm_head import Head, HeadGradients
+from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.loss_metrics import extra_metric_sums, metric_sums
 from kd_core.losses.fused.matmuls import Matmuls
-from kd_core.losses.fused.softmax import Gradients, ReducedLogits, reduce_logits_, student_entropy, write_dlogits_
+from kd_core.losses.fused.softmax import ReducedLogits, ViewGradients, reduce_logits_, student_entropy, write_dlogits_
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _FullVocabPass:
     """One call of the loss, the matmuls of its lm_head, and a buffer [chunk, V] per temperature of the student."""
 
     call: LossCall
@@ -32,7 +32,7 @@ class _Pass:
     buffers: dict[float, Tensor]
 
     @classmethod
-    def allocate(cls, call: LossCall, head: Head) -> "_Pass":
+    def allocate(cls, call: LossCall, head: LmHead) -> "_FullVocabPass":
         """Allocates the buffers. The first is that of temperature 1, from which all others are made."""
         shape = (min(len(call.positions.hidden), call.objective.chunk_tokens), len(head.weight))
         terms = call.objective.terms.values()
@@ -84,7 +84,7 @@ class _Pass:
         n = len(chunk.hidden)
         # τ dL/dz of each view into its own buffer, and the sum of dL/dz over views into the first one.  [n, V]
         for (temperature, buffer), reduced_logits, view_gradients in zip(
-            self.buffers.items(), reduced.values(), Gradients.from_loss(loss, self.call.scale, views), strict=True
+            self.buffers.items(), reduced.values(), ViewGradients.from_loss(loss, self.call.scale, views), strict=True
         ):
             write_dlogits_(buffer[:n], reduced_logits, view_gradients)
             if temperature != 1:
@@ -94,9 +94,9 @@ class _Pass:
         return dlogits.zero_() if self.matmuls.head.shard.padding else dlogits
 
 
-def sum_over_vocabulary(call: LossCall, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:
+def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients | None) -> dict[str, Tensor]:
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
-    full_pass, totals = _Pass.allocate(call, head), call.zero_sums()
+    full_pass, totals = _FullVocabPass.allocate(call, head), call.zero_sums()
     factors = call.position_weights(full_pass.student_entropies)
     for rows in call.chunk_slices(call.objective.chunk_tokens):
         # Logits to views. Buffers now hold softmaxes over the tail.  [n, V] → [n, K]

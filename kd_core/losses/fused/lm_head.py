@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused.vocab_shard import WHOLE, Part
+from kd_core.losses.fused.vocab_shard import WHOLE_VOCAB, VocabShard
 
 
 @dataclass(frozen=True)
-class LogitHead:
+class LmHeadForm:
     """Operations that a student applies to `hidden @ weight.T`.
 
     Args:
@@ -33,14 +33,14 @@ class LogitHead:
     vocab_size: int | None = None
     scale: float = 1.0
     soft_cap: float | None = None
-    part: Part = WHOLE
+    part: VocabShard = WHOLE_VOCAB
 
     def __post_init__(self) -> None:
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise UsageError(f"head.soft_cap: got {self.soft_cap}; wanted more than 0, or None.")
 
 
-class Precision(NamedTuple):
+class MatmulPrecision(NamedTuple):
     """Dtypes of the head's matmuls.
 
     `matmul_dtype` is that of their factors. `accum_dtype` is that of logits and gradients, float32 at least.
@@ -50,7 +50,7 @@ class Precision(NamedTuple):
     accum_dtype: torch.dtype
 
     @classmethod
-    def from_hidden(cls, hidden: Tensor) -> "Precision":
+    def from_hidden(cls, hidden: Tensor) -> "MatmulPrecision":
         """Takes the dtype of autocast where it is on, else that of the hidden states. float64 stays float64."""
         device = hidden.device.type
         matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -69,7 +69,7 @@ class Precision(NamedTuple):
 
 
 @contextlib.contextmanager
-def cpu_matmul_precision(precision: Precision, device: torch.device) -> Generator[None]:
+def cpu_matmul_precision(precision: MatmulPrecision, device: torch.device) -> Generator[None]:
     """Multiplies float32 matmuls on a CPU in bfloat16 and adds up in float32: bf16 speed, float32 logits."""
     if device.type != "cpu" or precision.matmul_dtype != torch.bfloat16:
         yield
@@ -83,7 +83,7 @@ def cpu_matmul_precision(precision: Precision, device: torch.device) -> Generato
         settings.fp32_precision = previous
 
 
-class Head(NamedTuple):
+class LmHead(NamedTuple):
     """An lm_head cut to the real vocabulary: the weight in its own dtype, the bias in `accum_dtype`.
 
     `vocab_size` counts the rows of all shards. `weight` and `bias` have those of this shard.
@@ -93,12 +93,14 @@ class Head(NamedTuple):
     bias: Tensor | None
     scale: float
     soft_cap: float | None
-    precision: Precision
-    shard: Part
+    precision: MatmulPrecision
+    shard: VocabShard
     vocab_size: int
 
     @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None, settings: LogitHead, precision: Precision) -> "Head":
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None, settings: LmHeadForm, precision: MatmulPrecision
+    ) -> "LmHead":
         """Cuts weight and bias to the rows of real tokens.
 
         Raises:
@@ -133,7 +135,7 @@ class Head(NamedTuple):
         return slope
 
 
-class HeadGradients(NamedTuple):
+class LmHeadGradients(NamedTuple):
     """Gradients by hidden states, weight and bias in `accum_dtype`, or None for what is frozen.
 
     Those of weight and bias are added up over chunks. Rows of the hidden states' gradient are written chunk by chunk.
@@ -146,7 +148,7 @@ class HeadGradients(NamedTuple):
     @classmethod
     def zeros(
         cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, accum_dtype: torch.dtype
-    ) -> "HeadGradients":
+    ) -> "LmHeadGradients":
         """Allocates the gradients: 0 for weight and bias, uninitialised for the hidden states."""
         dweight, dbias = (
             None if parameter is None else torch.zeros_like(parameter, dtype=accum_dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.full_vocab import sum_over_vocabulary
-from kd_core.losses.fused.lm_head import Head, HeadGradients, LogitHead, Precision, cpu_matmul_precision
+from kd_core.losses.fused.lm_head import LmHead, LmHeadForm, LmHeadGradients, MatmulPrecision, cpu_matmul_precision
 from kd_core.losses.fused.topk_only import sum_over_support
 from kd_core.losses.objective import Objective
 from kd_core.types import TeacherTopK
@@ -40,7 +40,7 @@ class _NonDiffInputs(NamedTuple):
     mask: Tensor
     objective: Objective
     scale: float
-    head: LogitHead
+    head: LmHeadForm
     with_grad: bool
 
 
@@ -56,7 +56,7 @@ class _FusedHead(torch.autograd.Function):
         inputs: _NonDiffInputs,
         sums: dict[str, Tensor],
     ) -> Tensor:
-        precision = Precision.from_hidden(hidden)
+        precision = MatmulPrecision.from_hidden(hidden)
         device = hidden.device
         # Allocate gradients only for inputs that need them.
         gradients = None
@@ -64,10 +64,10 @@ class _FusedHead(torch.autograd.Function):
             trained_weight, trained_bias = (parameter if needed else None for parameter, needed in zip(
                 (weight, bias), ctx.needs_input_grad[1:3], strict=True
             ))  # fmt: skip
-            gradients = HeadGradients.zeros(hidden, trained_weight, trained_bias, precision.accum_dtype)
+            gradients = LmHeadGradients.zeros(hidden, trained_weight, trained_bias, precision.accum_dtype)
         # The passes choose the dtype of each matmul themselves.
         with torch.autocast(device.type, enabled=False):
-            head = Head.from_weight(weight, bias, inputs.head, precision)
+            head = LmHead.from_weight(weight, bias, inputs.head, precision)
             call = LossCall(
                 Positions(hidden, inputs.teacher, inputs.labels, inputs.mask), inputs.objective, inputs.scale
             )
@@ -83,7 +83,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the forward pass times the gradient by the loss."""
-        gradients: HeadGradients = ctx.gradients
+        gradients: LmHeadGradients = ctx.gradients
         del ctx.gradients
         factor = grad_outputs[0]
         # In place, and skipped for the usual factor of 1.
@@ -119,7 +119,7 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
     mask: Bool[Tensor, " N"],
     objective: Objective,
     scale: float = 1.0,
-    head: LogitHead | None = None,
+    head: LmHeadForm | None = None,
 ) -> LossSums:
     """Computes loss and metrics of `objective` over the logits of an lm_head, and in the backward pass all gradients.
 
@@ -133,8 +133,8 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
         scale: factor on `total`, usually one over the scored tokens of the optimiser step.
         head: what the student does to `hidden @ weight.T`. None does nothing.
     """
-    head = head or LogitHead()
-    targets = _zero_masked(teacher, mask, Precision.from_hidden(hidden).accum_dtype)
+    head = head or LmHeadForm()
+    targets = _zero_masked(teacher, mask, MatmulPrecision.from_hidden(hidden).accum_dtype)
     inputs = _NonDiffInputs(
         targets, torch.where(mask, labels, 0), mask, objective, scale, head, torch.is_grad_enabled()
     )

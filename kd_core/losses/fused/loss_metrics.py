@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_core.losses import calibration
 from kd_core.losses.fused.softmax import ReducedLogits, student_entropy
-from kd_core.losses.fused.vocab_shard import Part
+from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.token_selection import teacher_entropy
 from kd_core.types import TeacherTopK
@@ -67,7 +67,7 @@ class ReducedChunk(NamedTuple):
 
     reduced: ReducedLogits
     tail_softmax: Tensor
-    shard: Part
+    shard: VocabShard
     mask: Tensor
 
     def log_best(self) -> Tensor:
@@ -121,7 +121,7 @@ EXTRA_METRICS: dict[str, Callable[[ReducedChunk], dict[str, Tensor]]] = {
 
 
 def extra_metric_sums(
-    names: tuple[str, ...], reduced: ReducedLogits, tail_softmax: Tensor, shard: Part, mask: Tensor
+    names: tuple[str, ...], reduced: ReducedLogits, tail_softmax: Tensor, shard: VocabShard, mask: Tensor
 ) -> dict[str, Tensor]:
     """Computes the metrics that `Objective.observe` names.
 

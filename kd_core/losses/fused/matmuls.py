@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.losses.fused.lm_head import Head, HeadGradients
+from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 
 # Rows of the weight that are cast or added at a time: their copies fit in the processor's cache.
 BLOCK_ROWS = 2048
@@ -49,13 +49,13 @@ class Matmuls:
     Fresh memory costs more than what is written to it.
     """
 
-    head: Head
+    head: LmHead
     cast_weight: Tensor
     """The weight in the dtype of the backward matmuls."""
     scratch: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
-    def from_head(cls, head: Head) -> "Matmuls":
+    def from_head(cls, head: LmHead) -> "Matmuls":
         """Casts the weight for the backward matmuls."""
         precision, weight = head.precision, head.weight
         return cls(head, weight.to(precision.backward_dtype(weight.device)))
@@ -87,7 +87,7 @@ class Matmuls:
                 torch.mm(hidden, rows.t(), out=out[:, block])
         return self.head.to_logits_(out, self.head.bias)
 
-    def add_gradients_(self, gradients: HeadGradients, rows: slice, hidden: Tensor, dlogits: Tensor) -> None:
+    def add_gradients_(self, gradients: LmHeadGradients, rows: slice, hidden: Tensor, dlogits: Tensor) -> None:
         """Adds the gradients of one chunk.
 
         Args:

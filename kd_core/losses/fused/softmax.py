@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.losses.fused.chunks import Positions
-from kd_core.losses.fused.vocab_shard import Part, ShardColumns, VocabStats, empty_stats
+from kd_core.losses.fused.vocab_shard import ShardColumns, VocabShard, VocabStats, empty_stats
 from kd_core.losses.sparse_view import SparseView
 
 # Rows that are copied at a time where a pass over the vocabulary needs a second copy of them.
@@ -40,7 +40,7 @@ class ReducedLogits(NamedTuple):
     """Of the tail's mass, what this part's columns have; None where they are all columns."""
 
 
-class Gradients(NamedTuple):
+class ViewGradients(NamedTuple):
     """d(scale · loss) by the view's student fields, in the order of `SparseView.differentiable_fields`."""
 
     entries: Float[Tensor, "n K"]
@@ -50,7 +50,7 @@ class Gradients(NamedTuple):
     tail_mean: Float[Tensor, " n"]
 
     @classmethod
-    def from_loss(cls, loss: Tensor, scale: float, views: list[SparseView]) -> "list[Gradients]":
+    def from_loss(cls, loss: Tensor, scale: float, views: list[SparseView]) -> "list[ViewGradients]":
         """Computes the gradients by each of the views, one per temperature of the student."""
         leaves = [leaf for view in views for leaf in view.differentiable_fields()]
         # `grad_outputs=scale` would do the same, but makes torch import sympy: 40 MiB.
@@ -123,7 +123,7 @@ def _tail_statistics_(logits: Tensor, entries: ShardColumns, labels: ShardColumn
     )
 
 
-def reduce_logits_(logits: Tensor, chunk: Positions, shard: Part, needs_tail_mean: bool) -> ReducedLogits:
+def reduce_logits_(logits: Tensor, chunk: Positions, shard: VocabShard, needs_tail_mean: bool) -> ReducedLogits:
     """Builds the view of logits / τ [n, V] and overwrites the logits with the softmax over the tail."""
     # Columns of the K entries and of the label in this shard.  [n, K] and [n, 1]
     teacher, used, V = chunk.teacher, chunk.teacher.log_probs > -torch.inf, logits.shape[1]
@@ -159,7 +159,7 @@ def reduce_logits_(logits: Tensor, chunk: Positions, shard: Part, needs_tail_mea
     return ReducedLogits(view, stats.tail_max, entries, labels, tail_share)
 
 
-def student_entropy(tail_softmax: Tensor, reduced: ReducedLogits, shard: Part) -> Float[Tensor, " n"]:
+def student_entropy(tail_softmax: Tensor, reduced: ReducedLogits, shard: VocabShard) -> Float[Tensor, " n"]:
     """Computes −Σ q log q over the whole vocabulary, in nats.
 
     It costs one more pass over the vocabulary, and an all-reduce where ranks share it.
@@ -175,7 +175,7 @@ def student_entropy(tail_softmax: Tensor, reduced: ReducedLogits, shard: Part) -
     return on_support + tail.exp() * (tail_entropy - torch.where(view.tail_size > 0, tail, 0.0))
 
 
-def write_dlogits_(tail_softmax: Tensor, reduced: ReducedLogits, g: Gradients) -> None:
+def write_dlogits_(tail_softmax: Tensor, reduced: ReducedLogits, g: ViewGradients) -> None:
     """Overwrites the tail's softmax [n, V] with τ dL/dz, by the formula at the head of this module."""
     view, entries, labels = reduced.view, reduced.entries, reduced.labels
     # G = Σ g_k + g_tail + g_label + g_mean − g_Z.  [n]

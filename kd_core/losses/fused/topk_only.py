@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kd_core.losses.fused.chunks import LossCall, Positions
-from kd_core.losses.fused.lm_head import Head, HeadGradients
+from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.loss_metrics import teacher_metric_sums
-from kd_core.losses.fused.softmax import Gradients
+from kd_core.losses.fused.softmax import ViewGradients
 from kd_core.losses.fused.vocab_shard import ShardColumns
 from kd_core.losses.sparse_view import SparseView
 from kd_core.types import TeacherTopK
@@ -62,18 +62,18 @@ def _view(logits: Tensor, chunk: Positions, vocab_size: int) -> SparseView:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _HeadRows:
     """The lm_head's rows at a chunk's ids [n, K, D], in `accum_dtype`. Their gradient overwrites them.
 
     Where ranks share the vocabulary, ids of other shards get some row of this one, and a logit of 0.
     """
 
-    head: Head
+    head: LmHead
     entries: ShardColumns
     rows: Tensor
 
     @classmethod
-    def gather(cls, head: Head, teacher: TeacherTopK) -> "_Rows":
+    def gather(cls, head: LmHead, teacher: TeacherTopK) -> "_HeadRows":
         """Gathers the rows in `accum_dtype`, since these products cost memory traffic and hardly any arithmetic."""
         entries = head.shard.locate(teacher.ids, teacher.log_probs > -torch.inf, len(head.weight))
         rows = head.weight.index_select(0, entries.columns.flatten()).to(head.precision.accum_dtype)
@@ -88,7 +88,7 @@ class _Rows:
         # Each id belongs to one shard: all others add 0.
         return self.head.shard.all_reduce_sum_(torch.where(self.entries.in_shard, product, 0.0)), slope
 
-    def add_gradients_(self, gradients: HeadGradients, positions: slice, hidden: Tensor, dlogits: Tensor) -> None:
+    def add_gradients_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dlogits: Tensor) -> None:
         """Adds the gradients of one chunk.
 
         Args:
@@ -114,7 +114,7 @@ def _no_student_entropy() -> Tensor:
     raise AssertionError("the student's entropy needs the whole vocabulary")
 
 
-def sum_over_support(call: LossCall, head: Head, gradients: HeadGradients | None) -> dict[str, Tensor]:
+def sum_over_support(call: LossCall, head: LmHead, gradients: LmHeadGradients | None) -> dict[str, Tensor]:
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
     K, accum_dtype, totals = call.positions.teacher.ids.shape[1], head.precision.accum_dtype, call.zero_sums()
     factors = call.position_weights(_no_student_entropy)
@@ -122,7 +122,7 @@ def sum_over_support(call: LossCall, head: Head, gradients: HeadGradients | None
         # Rows of the lm_head and their logits to a view.  [n, K, D] → [n, K]
         chunk = call.chunk(positions)
         hidden = chunk.hidden.to(accum_dtype)
-        rows = _Rows.gather(head, chunk.teacher)
+        rows = _HeadRows.gather(head, chunk.teacher)
         logits, slope = rows.logits(hidden)
         view = _view(logits, chunk, head.vocab_size)
         # Loss and metrics, in float32 over the chunk and in float64 over chunks.
@@ -133,7 +133,7 @@ def sum_over_support(call: LossCall, head: Head, gradients: HeadGradients | None
         totals = {name: total + sums[name].double() for name, total in totals.items()}
         if gradients is not None:
             # The gradient by log q is also that by the logits, since a constant added to a row changes no term here.
-            dlogits = Gradients.from_loss(loss, call.scale, [view])[0].entries
+            dlogits = ViewGradients.from_loss(loss, call.scale, [view])[0].entries
             if slope is not None:
                 dlogits = dlogits * slope
             rows.add_gradients_(gradients, positions, hidden, dlogits)

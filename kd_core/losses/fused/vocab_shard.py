@@ -50,7 +50,7 @@ class VocabStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class VocabShard:
     """A slice of the lm_head's rows, from row `first` on.
 
     Args:
@@ -117,4 +117,4 @@ def empty_stats(logits: Float[Tensor, "n V"], entries: int) -> VocabStats:
     return VocabStats(entry_logits, entry_logits > 0, zeros, zeros, zeros.long(), zeros - torch.inf, zeros - torch.inf)
 
 
-WHOLE = Part()
+WHOLE_VOCAB = VocabShard()

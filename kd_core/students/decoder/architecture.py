@@ -6,7 +6,7 @@ from kd_core.errors import UsageError
 from kd_core.students.decoder.rope import RopeScaling
 
 # Upper bounds for untrusted configurations: above any real decoder, and harmless while a model has only shapes.
-MOST = {
+UPPER_BOUNDS = {
     "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_layers": 4096,
     "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 16, "max_positions": 1 << 40, "vocab_rows": 1 << 24,
 }  # fmt: skip
@@ -61,11 +61,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         # Refuse sizes that only a damaged or hostile configuration has.
-        for name, most in MOST.items():
+        for name, most in UPPER_BOUNDS.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
         for window in self.windows or ():
-            if window is not None and not 1 <= window <= MOST["max_positions"]:
+            if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
                 raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
 
     @property

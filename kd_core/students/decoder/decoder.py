@@ -1,7 +1,7 @@
 """One decoder for all families of `huggingface/config_json.py`: grouped-query attention, RoPE, RMSNorm, SwiGLU.
 
 Parameter names are those of Hugging Face's Llama without the leading `model.`, so that weights need no map of names.
-A decoder is built on the meta device, then allocated (`materialised`) and filled (`starts/`).
+A decoder is built on the meta device, then allocated (`allocate`) and filled (`starts/`).
 """
 
 import os
@@ -24,7 +24,7 @@ from kd_core.students.decoder.rope import rotary_angles
 R = TypeVar("R")
 
 
-def scaled(x: Tensor, by: float) -> Tensor:
+def scale(x: Tensor, by: float) -> Tensor:
     """Returns `x · by`, without a pass over `x` if `by` is 1."""
     return x if by == 1 else x * by
 
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Transformer block: attention and feed-forward, each behind a norm and beside a residual.
 
     With `recompute`, activations inside the block are computed again in the backward pass instead of stored.
@@ -69,8 +69,8 @@ class Block(nn.Module):
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
-        x = x + scaled(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
-        return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
+        x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
+        return x + scale(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 
 
 class Decoder(nn.Module):
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.arch = arch
         self.embed_tokens = nn.Embedding(arch.vocab_rows, arch.hidden_size)
-        self.layers = nn.ModuleList(Block(arch, arch.window(layer)) for layer in range(arch.num_layers))
+        self.layers = nn.ModuleList(TransformerBlock(arch, arch.window(layer)) for layer in range(arch.num_layers))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_rows, bias=False)
         self.tie()
@@ -115,11 +115,11 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
         segments = document_segments(document_ids)
         # Embed, then run the blocks on the residual stream.  [B, T, D]
-        x = scaled(self.embed_tokens(tokens), self.arch.embedding_scale)
+        x = scale(self.embed_tokens(tokens), self.arch.embedding_scale)
         for block in self.layers:
             x = block(x, cos, sin, segments)
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ. Padding rows of the weight are no tokens.
-        hidden = scaled(self.norm(x), self.arch.logit_scale)
+        hidden = scale(self.norm(x), self.arch.logit_scale)
         return self.lm_head(hidden)[..., : self.arch.vocab_size] if head is None else head(hidden, self.lm_head.weight)
 
 
@@ -135,7 +135,7 @@ def meta_decoder(arch: Architecture) -> Decoder:
         return Decoder(arch)
 
 
-def materialised(model: Decoder, device: torch.device) -> Decoder:
+def allocate(model: Decoder, device: torch.device) -> Decoder:
     """Allocates the decoder's parameters on `device`, in float32, without filling them.
 
     Raises:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.decoder.sharded_values import own_box, whole
+from kd_core.students.decoder.sharded_values import full_tensor, local_box
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraSettings:
     """Settings that all adapters of a student share. `starts/lora_start.py` describes them."""
 
     rank: int
@@ -30,7 +30,7 @@ class LowRank:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
-def dropped(x: Float[Tensor, "*B D"], rate: float) -> Float[Tensor, "*B D"]:
+def sharded_dropout(x: Float[Tensor, "*B D"], rate: float) -> Float[Tensor, "*B D"]:
     """Applies dropout with a mask drawn for the whole activation, of which a rank uses its part.
 
     Tensor-parallel ranks have the same random state, so together they drop what one process would drop.
@@ -42,7 +42,7 @@ def dropped(x: Float[Tensor, "*B D"], rate: float) -> Float[Tensor, "*B D"]:
     if not isinstance(x, DTensor):
         return x * mask
     # `x.shape` was the global shape: multiply this rank's values by their part of the mask.
-    local, box = own_box(x)
+    local, box = local_box(x)
     assert box is not None, x.placements
     return DTensor.from_local(
         local * mask[box], x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
@@ -55,7 +55,7 @@ class LoraLinear(nn.Linear):
     The weight keeps its name. A [rank, in] and B [out, rank] are parameters beside it.
     """
 
-    def __init__(self, like: nn.Linear, settings: LowRank) -> None:
+    def __init__(self, like: nn.Linear, settings: LoraSettings) -> None:
         has_bias = like.bias is not None  # pyright: ignore[reportUnnecessaryComparison] (None without one)
         super().__init__(like.in_features, like.out_features, has_bias, device="meta")
         self.requires_grad_(False)  # W and b are frozen, A and B are added after this
@@ -67,14 +67,14 @@ class LoraLinear(nn.Linear):
         """Maps [..., in] to [..., out]."""
         # Evaluation turns gradients off and does not call `eval()`, as nothing else in a student depends on `training`.
         is_learning = self.training and torch.is_grad_enabled()
-        x = dropped(input, self.settings.dropout if is_learning else 0.0)
+        x = sharded_dropout(input, self.settings.dropout if is_learning else 0.0)
         # Through the rank first: x Aᵀ [..., rank], then · Bᵀ [..., out].
         update = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return F.linear(input, self.weight, self.bias) + self.settings.scale * update
 
     def merged_weight(self) -> Float[Tensor, "out in"]:
         """Returns the whole W + scale · B A on every rank. All ranks must call it together."""
-        return whole(self.weight) + self.settings.scale * (whole(self.lora_B) @ whole(self.lora_A))
+        return full_tensor(self.weight) + self.settings.scale * (full_tensor(self.lora_B) @ full_tensor(self.lora_A))
 
 
 def adapted_layers(model: Decoder) -> dict[str, LoraLinear]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # DCP uses the same
 
-from kd_core.errors import EchoedError, UsageError
+from kd_core.errors import RemoteError, UsageError
 
 Box = tuple[slice, ...]
 
@@ -23,7 +23,7 @@ def _is_box(parameter: DTensor) -> bool:
 
     A dimension that is sharded twice gives a contiguous run if the mesh splits it from the outside in. FSDP on top of
     tensor parallelism splits it from the inside out, and marks that by a strided shard on the outer mesh dimension,
-    which gives a contiguous run again. Other placements are not sliced by `own_box`.
+    which gives a contiguous run again. Other placements are not sliced by `local_box`.
     """
     return all(
         isinstance(placement, Replicate | Shard) or "StridedShard" in str(type(placement))
@@ -31,7 +31,7 @@ def _is_box(parameter: DTensor) -> bool:
     )
 
 
-def own_box(parameter: Tensor) -> tuple[Tensor, Box | None]:
+def local_box(parameter: Tensor) -> tuple[Tensor, Box | None]:
     """Returns this process's values of a parameter and their box in the whole tensor, or None if they are no box."""
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, size) for size in parameter.shape)
@@ -45,13 +45,13 @@ def own_box(parameter: Tensor) -> tuple[Tensor, Box | None]:
 
 
 @torch.no_grad()
-def put(parameter: Tensor, read: Callable[[Box], Tensor]) -> Tensor:
+def fill_sharded(parameter: Tensor, read: Callable[[Box], Tensor]) -> Tensor:
     """Fills a parameter in place and returns the values that this process has read.
 
     `read` returns the values of a box of the whole tensor.
     """
     # Usual case: read only this process's box.
-    local, box = own_box(parameter)
+    local, box = local_box(parameter)
     if box is not None:
         values = read(box)
         local.copy_(values)
@@ -65,7 +65,7 @@ def put(parameter: Tensor, read: Callable[[Box], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def whole(parameter: Tensor) -> Tensor:
+def full_tensor(parameter: Tensor) -> Tensor:
     """Returns the whole tensor on every rank. All ranks must call it together."""
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return full.detach()
@@ -86,7 +86,7 @@ def _share_message(message: str | None, parameters: Iterable[Tensor]) -> str | N
 
 
 @contextlib.contextmanager
-def stopping_together(parameters: Iterable[Tensor]) -> Generator[None]:
+def errors_on_all_ranks(parameters: Iterable[Tensor]) -> Generator[None]:
     """Raises a user's mistake that one rank meets in the block on every rank. Only the first rank reports it.
 
     Raises:
@@ -102,5 +102,5 @@ def stopping_together(parameters: Iterable[Tensor]) -> Generator[None]:
     if message is None:
         return
     if dist.is_initialized() and dist.get_rank() > 0 and any(isinstance(p, DTensor) for p in parameters):
-        raise EchoedError(message) from None
+        raise RemoteError(message) from None
     raise error or UsageError(message)

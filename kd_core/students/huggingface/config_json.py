@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, read_json
-from kd_core.students.decoder.architecture import MOST, Architecture
+from kd_core.files import damage_as_usage_error, read_json
+from kd_core.students.decoder.architecture import UPPER_BOUNDS, Architecture
 from kd_core.students.decoder.rope import rotary_angles
 from kd_core.students.huggingface.rope_config import read_rope, rope_fields
 
@@ -125,7 +125,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen, head_dim=128, kv_heads=32, expects=(("mlp_bias", False),)),
     "granite": Family("GraniteForCausalLM", _granite, _write_granite),
 }
-EVERYWHERE = (("hidden_act", "silu"), ("quantization_config", None), ("transformers_weights", None))
+EXPECTED_IN_ALL = (("hidden_act", "silu"), ("quantization_config", None), ("transformers_weights", None))
 
 
 def _supported_family(path: Path, config: Config) -> Family:
@@ -134,19 +134,19 @@ def _supported_family(path: Path, config: Config) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UsageError(f"{path}: model_type is {name!r}; wanted one of {sorted(FAMILIES)}.")
     family = FAMILIES[name]
-    for field, value in (*EVERYWHERE, *family.expects):
+    for field, value in (*EXPECTED_IN_ALL, *family.expects):
         if config.get(field, value) != value:
             raise UsageError(f"{path}: {field} is {config[field]!r}; only {value!r} is supported for {name}.")
     layers = config.get("num_hidden_layers", 1)  # checked before anything is built per layer
-    if type(layers) is not int or not 1 <= layers <= MOST["num_layers"]:
-        raise UsageError(f"{path}: num_hidden_layers is {layers!a}; wanted 1 to {MOST['num_layers']}.")
+    if type(layers) is not int or not 1 <= layers <= UPPER_BOUNDS["num_layers"]:
+        raise UsageError(f"{path}: num_hidden_layers is {layers!a}; wanted 1 to {UPPER_BOUNDS['num_layers']}.")
     kinds = config.get("layer_types")
     if kinds is not None and (len(kinds) != config.get("num_hidden_layers") or not set(kinds) <= {SLIDING, FULL}):
         raise UsageError(f"{path}: layer_types is {kinds}; wanted {SLIDING} or {FULL} for each layer.")
     return family
 
 
-def architecture_of(path: Path, config: Config) -> Architecture:
+def parse_architecture(path: Path, config: Config) -> Architecture:
     """Returns the architecture of a configuration. `path` names it in errors.
 
     Raises:
@@ -183,8 +183,8 @@ def read_architecture(folder: Path) -> Architecture:
         UsageError: there is no `config.json`, a field is missing, or the family or a setting is not supported.
     """
     path, expected = folder / "config.json", "a Hugging Face model configuration"
-    with damaged(path, expected, "Fetch the folder again"):
-        arch = architecture_of(path, read_json(path, expected))
+    with damage_as_usage_error(path, expected, "Fetch the folder again"):
+        arch = parse_architecture(path, read_json(path, expected))
         if arch.head_dim % 2:
             raise ValueError(f"heads of {arch.head_dim} channels")
         angles = rotary_angles(torch.zeros(1, 1, dtype=torch.int64), arch.head_dim, arch.rope_theta, arch.rope_scaling)
@@ -195,7 +195,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 def _is_described_by(arch: Architecture, config: Config) -> bool:
     """Checks that reading the configuration gives the architecture back, as a family lacks settings of other ones."""
-    read_back: dict[str, Any] = {**vars(architecture_of(Path("config.json"), config))}
+    read_back: dict[str, Any] = {**vars(parse_architecture(Path("config.json"), config))}
     # These settings have no field of their own: a file counts all rows, and Granite always states an attention scale.
     changes: dict[str, Any] = {"vocab_size": arch.vocab_rows, "padded_vocab_size": None}
     if arch.family == "granite" and arch.attention_scale is None:
@@ -206,7 +206,7 @@ def _is_described_by(arch: Architecture, config: Config) -> bool:
     return are_close and read_back == expected
 
 
-def config_of(arch: Architecture, bos: int | None, eos: int | list[int] | None, dtype: str = "float32") -> Config:
+def config_fields(arch: Architecture, bos: int | None, eos: int | list[int] | None, dtype: str = "float32") -> Config:
     """Returns the `config.json` of an architecture, as transformers reads it. `dtype` is the type of its weights."""
     family = FAMILIES[arch.family]
     config = {

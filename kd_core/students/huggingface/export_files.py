@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_core.files import damaged, is_plain_file, read_json, read_text, write_json, write_text
+from kd_core.files import damage_as_usage_error, is_plain_file, read_json, read_text, write_json, write_text
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.config_json import config_fields
 
 log = logging.getLogger("kd")
 # Lower-case patterns of files that are copied: tokenizers of all families, and licences of the weights.
@@ -79,7 +79,7 @@ def _copied_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if files := {name: read_text(path, "a chat template") for name, path in paths.items() if path.exists()}:
         return files
     stored = settings.get("chat_template")
-    with damaged(folder / SETTINGS, "the settings of a tokenizer"):
+    with damage_as_usage_error(folder / SETTINGS, "the settings of a tokenizer"):
         is_list = isinstance(stored, list)
         return {item["name"]: item["template"] for item in stored} if is_list else {"default": stored}
 
@@ -121,7 +121,7 @@ def _eos_ids(chat: ChatFormat | None, *model_ids: Any) -> int | list[int] | None
     return unique[0] if len(unique) == 1 else unique or None
 
 
-def write_about(
+def write_export_files(
     folder: Path, arch: Architecture, tokenizer_folder: Path, dtype: str, chat: ChatFormat | None = None
 ) -> None:
     """Writes all files but weights, from those of `tokenizer_folder` and with the chat format of `chat`.
@@ -138,5 +138,5 @@ def write_about(
         ids["eos_token_id"] = _eos_ids(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
         model_ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
         write_json(folder / GENERATION, {**model_ids, **generation, "eos_token_id": ids["eos_token_id"]})
-    config = config_of(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)
+    config = config_fields(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)
     write_json(folder / "config.json", {**ids, **config})

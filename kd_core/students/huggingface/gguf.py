@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, write_json
+from kd_core.files import damage_as_usage_error, write_json
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.gguf_header import check_header
 
 SPECIAL = 3  # GGUF's token type of control tokens
@@ -99,7 +99,7 @@ def convert_gguf(path: Path, folder: Path) -> Architecture:
         UsageError: the architecture is not Llama, the tokenizer is not supported, or the file is damaged.
     """
     check_header(path)
-    with damaged(path, "a GGUF file of the Llama family", "Fetch it again"):
+    with damage_as_usage_error(path, "a GGUF file of the Llama family", "Fetch it again"):
         return _convert(path, folder)
 
 
@@ -122,7 +122,7 @@ def _convert(path: Path, folder: Path) -> Architecture:
         weights[_hugging_face_name(tensor.name)] = torch.from_numpy(np.array(values, np.float32, order="C"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     bos, eos = int(fields["tokenizer.ggml.bos_token_id"]), int(fields["tokenizer.ggml.eos_token_id"])
-    write_json(folder / "config.json", config_of(arch, bos, eos))
+    write_json(folder / "config.json", config_fields(arch, bos, eos))
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     _build_tokenizer(fields, path).save(str(folder / "tokenizer.json"))
     settings = {

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import IO
 
-from kd_core.files import damaged, open_plain
+from kd_core.files import damage_as_usage_error, open_plain
 
 WANTED = "a GGUF file of version 2 or 3"
 MOST_FIELDS = MOST_TENSORS = 1 << 16
@@ -65,7 +65,7 @@ def check_header(path: Path) -> None:
     Raises:
         UsageError: they are not, or it is no GGUF file.
     """
-    with open_plain(path, WANTED) as file, damaged(path, WANTED, "Fetch it again"):
+    with open_plain(path, WANTED) as file, damage_as_usage_error(path, WANTED, "Fetch it again"):
         reader = _Reader(file)
         if file.read(4) != b"GGUF" or reader.number("<I") not in (2, 3):
             raise ValueError("other first bytes")

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, is_plain_file, read_json
-from kd_core.hub import snapshot_at
+from kd_core.files import damage_as_usage_error, is_plain_file, read_json
+from kd_core.hub import snapshot_of_folder
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.lora_layers import LoraLinear, adapted_layers
-from kd_core.students.huggingface.weights import Stored, stored_tensors
+from kd_core.students.huggingface.weights import StoredTensor, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
 # Initialisations that leave the base as it is. The others of PEFT 0.21 change it: pissa, olora, corda, …
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings that would change the meaning of an adapter.
-NOT_OURS = (
+UNSUPPORTED_FIELDS = (
     "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config", "velora_config",
@@ -52,13 +52,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
         )
-    for name in NOT_OURS:
+    for name in UNSUPPORTED_FIELDS:
         if config.get(name):
             raise UsageError(f"{path}: {name} is {config[name]!r}, which is not supported.")
     return config
 
 
-def check_same(folder: Path, model: Decoder) -> None:
+def check_adapter_matches(folder: Path, model: Decoder) -> None:
     """Checks that a stored adapter has the settings and the layers of the model's adapters. Dropout may differ.
 
     Raises:
@@ -66,7 +66,7 @@ def check_same(folder: Path, model: Decoder) -> None:
     """
     config, layers = _read_config(folder), adapted_layers(model)
     settings = next(iter(layers.values())).settings
-    with damaged(folder / CONFIG, "a PEFT adapter's configuration"):
+    with damage_as_usage_error(folder / CONFIG, "a PEFT adapter's configuration"):
         compared = {
             "rank": (settings.rank, int(config.get("r", 8))),
             "alpha": (settings.alpha, float(config.get("lora_alpha", 8))),
@@ -86,7 +86,7 @@ def check_same(folder: Path, model: Decoder) -> None:
 
 
 def load_adapter(model: Decoder, folder: Path) -> None:
-    """Copies a stored adapter into the model's adapters. `check_same` must have passed.
+    """Copies a stored adapter into the model's adapters. `check_adapter_matches` must have passed.
 
     Raises:
         UsageError: a tensor is missing, of another shape, or not finite.
@@ -102,7 +102,7 @@ def load_adapter(model: Decoder, folder: Path) -> None:
         raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
 
 
-def _fill(stored: Stored, parameter: Any) -> None:
+def _fill(stored: StoredTensor, parameter: Any) -> None:
     if parameter is None:
         raise UsageError(f"{stored.path}: found {stored.name}; wanted no such tensor.")
     stored.fill(parameter)
@@ -133,7 +133,7 @@ def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folde
     `base_folder` is None if no folder has the frozen weights.
     """
     settings = next(iter(layers.values())).settings
-    fetched = None if base_folder is None else snapshot_at(base_folder)
+    fetched = None if base_folder is None else snapshot_of_folder(base_folder)
     base = fetched.repository if fetched else base_folder and str(base_folder)
     return {
         "peft_type": "LORA",

@@ -12,7 +12,7 @@ from kd_core.students.decoder.rope import LinearScaling, Llama3Scaling, RopeScal
 
 DEFAULT_THETA = 10_000.0
 KINDS = ("default", "linear", "llama3", "yarn")
-NOT_OURS = {
+UNSUPPORTED_KINDS = {
     "dynamic": "its frequencies depend on the longest row seen, so a position would have no fixed angle",
     "longrope": "its frequencies depend on the length of the row",
 }
@@ -34,7 +34,7 @@ def _fields(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     older = fields.pop("type", None)
     kind = str(fields.pop("rope_type", older) or "default")
     if kind not in KINDS:
-        why = f" ({NOT_OURS[kind]})" if kind in NOT_OURS else ""
+        why = f" ({UNSUPPORTED_KINDS[kind]})" if kind in UNSUPPORTED_KINDS else ""
         raise UsageError(f"{path}: rope_type is {kind!r}{why}; only {', '.join(KINDS)} are supported.")
     fields.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
     share = fields.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))

@@ -19,8 +19,8 @@ from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
-from kd_core.students.decoder.sharded_values import stopping_together, whole
-from kd_core.students.huggingface.export_files import ChatFormat, write_about
+from kd_core.students.decoder.sharded_values import errors_on_all_ranks, full_tensor
+from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.huggingface.weights import stored_architecture, weight_files
 
@@ -49,7 +49,7 @@ def _unlikely_padding(head: Tensor, real: int) -> Tensor:
     Padding rows were not trained. With the mean, a padding logit is the mean of the real logits. exp is convex, so a
     padding token has at most 1/V of the real tokens' probability at any position, and is nowhere the likeliest.
     """
-    rows = whole(head)
+    rows = full_tensor(head)
     # [real, D], then the mean row repeated to [rows − real, D].
     return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
 
@@ -65,7 +65,7 @@ def _model_pieces(model: Decoder) -> list[_Piece]:
         _Piece(
             name if name == "lm_head.weight" else f"model.{name}",
             parameter.numel(),
-            gathers.get(name, functools.partial(whole, parameter)),
+            gathers.get(name, functools.partial(full_tensor, parameter)),
         )
         for name, parameter in base_parameters(model).items()
     ]
@@ -73,7 +73,7 @@ def _model_pieces(model: Decoder) -> list[_Piece]:
 
 def _adapter_pieces(model: Decoder) -> list[_Piece]:
     return [
-        _Piece(stored_name(name, which), parameter.numel(), functools.partial(whole, parameter))
+        _Piece(stored_name(name, which), parameter.numel(), functools.partial(full_tensor, parameter))
         for name, layer in adapted_layers(model).items()
         for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
     ]
@@ -130,7 +130,7 @@ def _has_json_end(path: Path) -> bool:
         return file.read().rstrip().endswith((b"}", b"]"))
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete_export(folder: Path) -> bool:
     """Checks that a folder holds an exported student without missing or shortened files. Reads no weights."""
     try:
         weights = weight_files(folder)
@@ -177,11 +177,11 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
     files = _split(_model_pieces(model), max_file_bytes // DTYPES[dtype].itemsize)
     adapters = [_File(f"{ADAPTER}/{WEIGHTS}", pieces)] if (pieces := _adapter_pieces(model)) else []
     tensors = _gather_all([*files, *adapters])
-    with stopping_together(model.parameters()):
+    with errors_on_all_ranks(model.parameters()):
         try:
             if first:
                 with new_folder(folder) as partial:
-                    write_about(partial, model.arch, tokenizer_folder, dtype, chat)
+                    write_export_files(partial, model.arch, tokenizer_folder, dtype, chat)
                     _write_adapter_config(model, partial, tokenizer_folder)
                     _write_weights(partial, files, tensors, DTYPES[dtype])
                     _write_weights(partial, adapters, tensors, torch.float32)

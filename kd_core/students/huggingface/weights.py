@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, is_plain_file, read_json
-from kd_core.json_fields import fields
+from kd_core.files import damage_as_usage_error, is_plain_file, read_json
+from kd_core.json_fields import check_object
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.sharded_values import Box, put
+from kd_core.students.decoder.sharded_values import Box, fill_sharded
 from kd_core.students.huggingface.config_json import read_architecture
 
 LAYER = re.compile(r"\d{1,9}")
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-THEN = "Fetch the folder again"
+REFETCH_HINT = "Fetch the folder again"
 IGNORED = ".rotary_emb.inv_freq"  # a buffer in older files, which follows from config.json
 
 
@@ -32,8 +32,8 @@ COMPARED_ROWS = 4096
 
 def _index_files(index: Path) -> list[str]:
     """Returns the names of the files in an index."""
-    with damaged(index, "a safetensors index", THEN):
-        names = sorted(set(fields(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
+    with damage_as_usage_error(index, "a safetensors index", REFETCH_HINT):
+        names = sorted(set(check_object(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
         if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
     return names
@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_room(parameters: Iterable[Tensor], folder: Path) -> None:
+def check_weight_count(parameters: Iterable[Tensor], folder: Path) -> None:
     """Checks that a model has no more numbers than the folder has bytes of weights, before memory is allocated.
 
     A folder without weights passes. A dry run needs none, and filling the model reports that they are missing.
@@ -73,11 +73,12 @@ def check_room(parameters: Iterable[Tensor], folder: Path) -> None:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors") if is_plain_file(path))
     if stored and numbers > stored:
         raise UsageError(
-            f"{folder}: config.json describes {numbers} weights, but the safetensors files have {stored} bytes. {THEN}."
+            f"{folder}: config.json describes {numbers} weights, but the safetensors files have {stored} bytes. "
+            f"{REFETCH_HINT}."
         )
 
 
-class Stored:
+class StoredTensor:
     """A tensor in a safetensors file. Any box of it can be read alone."""
 
     def __init__(self, file: Any, path: Path, name: str) -> None:
@@ -113,20 +114,20 @@ class Stored:
             raise UsageError(
                 f"{self.path}: found {self.name} of shape {self.shape}; wanted shape {tuple(parameter.shape)}."
             )
-        put(parameter, self.read)
+        fill_sharded(parameter, self.read)
 
 
-def _open_tensors(path: Path, stack: ExitStack) -> Iterator[Stored]:
+def _open_tensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
     """Yields the tensors of a safetensors file. They can be read until `stack` is closed."""
     try:
         file = stack.enter_context(safe_open(path, "pt"))
         for name in sorted(file.keys()):
-            yield Stored(file, path, name)
+            yield StoredTensor(file, path, name)
     except (SafetensorError, OverflowError, UnicodeError) as error:
         raise UsageError(f"{path}: damaged weights ({error}). Fetch or export the folder again.") from None
 
 
-def stored_tensors(files: list[Path]) -> Iterator[Stored]:
+def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
     """Yields all tensors of safetensors files. A tensor must be read before the next file begins.
 
     Raises:
@@ -158,7 +159,7 @@ def _differ(files: tuple[tuple[Path, int, int], ...]) -> bool:
     `files` are paths with sizes and times, so that a changed file is read again in spite of the cache.
     """
     with ExitStack() as stack:
-        by_name: dict[str | None, Stored] = {}
+        by_name: dict[str | None, StoredTensor] = {}
         for path, _, _ in files:
             for stored in _open_tensors(path, stack):
                 by_name[_new_name(stored.name, {})] = stored

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.name_patterns import matching
-from kd_core.students.starts.start import Start
+from kd_core.students.starts.name_patterns import match_names
+from kd_core.students.starts.start import StudentInit
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenStart:
     """The start `base`, without training of parameters whose names match `patterns`.
 
     Examples of patterns: `embed_tokens.weight`, `layers.[0-3].*`.
     """
 
-    base: Start
+    base: StudentInit
     patterns: tuple[str, ...]
 
     @property
@@ -34,7 +34,7 @@ class Frozen:
         """
         model = self.base.decoder()
         named = dict(model.named_parameters(remove_duplicate=False))  # a tied lm_head under both names
-        for name in matching(named, self.patterns, "student.patterns"):
+        for name in match_names(named, self.patterns, "student.patterns"):
             named[name].requires_grad_(False)
         if not any(parameter.requires_grad for parameter in named.values()):
             raise UsageError(f"student.patterns: {self.patterns} fit every parameter; nothing is left to train.")

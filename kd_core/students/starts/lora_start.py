@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from kd_core.errors import UsageError
-from kd_core.hub import folder_of
+from kd_core.hub import resolve_folder
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.decoder.lora_layers import LoraLinear, LowRank, adapted_layers
-from kd_core.students.decoder.sharded_values import stopping_together
-from kd_core.students.huggingface.peft_folder import check_same, load_adapter
-from kd_core.students.starts.name_patterns import matches, matching
-from kd_core.students.starts.start import Start, fill_random
+from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers
+from kd_core.students.decoder.sharded_values import errors_on_all_ranks
+from kd_core.students.huggingface.peft_folder import check_adapter_matches, load_adapter
+from kd_core.students.starts.name_patterns import match_names, matches
+from kd_core.students.starts.start import StudentInit, fill_random
 
 QKV, DENSE, FC1, FC2 = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 # NeMo-Aligner's names.
@@ -37,7 +37,7 @@ def uniform_as_peft(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Adapted:
+class LoraStart:
     """The start `base`, frozen, with trained low-rank adapters beside linear layers of its blocks (LoRA).
 
     The method is that of arXiv 2106.09685.
@@ -54,7 +54,7 @@ class Adapted:
         adapter: a folder in PEFT's format with these very settings, as first values. None: A random, B zero.
     """
 
-    base: Start
+    base: StudentInit
     targets: tuple[str, ...] = ("attention_qkv",)
     rank: int = 32
     alpha: float = 32.0
@@ -83,7 +83,7 @@ class Adapted:
             name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)
         ]
         patterns = [pattern for target in self.targets for pattern in ALIASES.get(target, (target,))]
-        names = matching(linears, patterns, f"student.targets (patterns, or {', '.join(ALIASES)})")
+        names = match_names(linears, patterns, f"student.targets (patterns, or {', '.join(ALIASES)})")
         if self.layers is not None:
             blocks = tuple(f"layers.{layer}.*" for layer in self.layers)
             names = [name for name in names if any(matches(name, block) for block in blocks)]
@@ -98,22 +98,22 @@ class Adapted:
             UsageError: a target matches nothing, a layer does not exist, or the adapter has other settings.
         """
         model = self.base.decoder().requires_grad_(False)
-        settings = LowRank(self.rank, self.alpha, self.dropout, self.rank_stabilised)
+        settings = LoraSettings(self.rank, self.alpha, self.dropout, self.rank_stabilised)
         for name in self._adapted_names(model):
             parent, last = name.rsplit(".", 1)
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             setattr(model.get_submodule(parent), last, LoraLinear(linear, settings))
         if self.adapter is not None:
-            check_same(folder_of(self.adapter, "student.adapter"), model)
+            check_adapter_matches(resolve_folder(self.adapter, "student.adapter"), model)
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
         """Fills the base, then adapters from their folder, or A at random by (seed, name) and B with zeros."""
         self.base.fill(model, seed)
         if self.adapter is not None:
-            with stopping_together(model.parameters()):
-                load_adapter(model, folder_of(self.adapter, "student.adapter"))
+            with errors_on_all_ranks(model.parameters()):
+                load_adapter(model, resolve_folder(self.adapter, "student.adapter"))
             return
         for name, layer in adapted_layers(model).items():
             fill_random(layer.lora_A, f"{name}.lora_A", seed, uniform_as_peft)

@@ -17,7 +17,7 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(ending, pattern) for ending in _endings(name))
 
 
-def matching(names: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
+def match_names(names: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
     """Returns the names that any pattern matches, in their order.
 
     Raises:

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.hub import folder_of
+from kd_core.hub import resolve_folder
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder, materialised, meta_decoder
+from kd_core.students.decoder.decoder import Decoder, allocate, meta_decoder
 from kd_core.students.decoder.lora_layers import base_parameters
-from kd_core.students.decoder.sharded_values import put, stopping_together
+from kd_core.students.decoder.sharded_values import errors_on_all_ranks, fill_sharded
 from kd_core.students.huggingface.config_json import read_architecture
-from kd_core.students.huggingface.weights import check_room, load_weights, stored_architecture
+from kd_core.students.huggingface.weights import check_weight_count, load_weights, stored_architecture
 
 
 @runtime_checkable
-class Start(Protocol):
+class StudentInit(Protocol):
     """A source of students: an architecture, and first weights for a decoder of it."""
 
     @property
@@ -46,7 +46,7 @@ class Start(Protocol):
         ...
 
 
-def decoder_of(start: Start, tokens: int | None) -> Decoder:
+def meta_student(start: StudentInit, tokens: int | None) -> Decoder:
     """Returns the start's decoder on the meta device, with a real vocabulary of `tokens` (None: that of the start)."""
     model = start.decoder()
     if tokens is not None:
@@ -54,9 +54,9 @@ def decoder_of(start: Start, tokens: int | None) -> Decoder:
     return model
 
 
-def build(start: Start, device: torch.device, seed: int, tokens: int | None = None) -> Decoder:
-    """Returns the student of `decoder_of` with its first weights, in float32, whole on `device` in one process."""
-    model = materialised(decoder_of(start, tokens), device)
+def build_student(start: StudentInit, device: torch.device, seed: int, tokens: int | None = None) -> Decoder:
+    """Returns the student of `meta_student` with its first weights, in float32, whole on `device` in one process."""
+    model = allocate(meta_student(start, tokens), device)
     start.fill(model, seed)
     return model
 
@@ -69,7 +69,7 @@ def fill_random(parameter: Tensor, name: str, seed: int, draw: Callable[[Tensor,
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     values = draw(torch.empty(parameter.shape), generator)
-    put(parameter, lambda box: values[box])
+    fill_sharded(parameter, lambda box: values[box])
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pretrained:
 
     def architecture(self) -> Architecture:
         """Returns the folder's architecture with the kept layers and the set vocabulary."""
-        stored = stored_architecture(folder_of(self.folder))
+        stored = stored_architecture(resolve_folder(self.folder))
         arch = stored.with_layers(self._layers(stored))
         if self.vocab_size is None:
             return arch
@@ -113,16 +113,16 @@ class Pretrained:
 
     def decoder(self) -> Decoder:
         model = meta_decoder(self.architecture())
-        check_room(model.parameters(), folder_of(self.folder))
+        check_weight_count(model.parameters(), resolve_folder(self.folder))
         return model
 
     def fill(self, model: Decoder, seed: int) -> None:
         """Loads the kept layers of the folder."""
         del seed  # nothing is random
         parameters = base_parameters(model)
-        with stopping_together(parameters.values()):
-            layers = self._layers(read_architecture(folder_of(self.folder)))
-            load_weights(parameters, folder_of(self.folder), layers)
+        with errors_on_all_ranks(parameters.values()):
+            layers = self._layers(read_architecture(resolve_folder(self.folder)))
+            load_weights(parameters, resolve_folder(self.folder), layers)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Random:
 
     def architecture(self) -> Architecture:
         """Returns the folder's architecture with the sizes of this start. Windows of its layers repeat in turn."""
-        stored = read_architecture(folder_of(self.folder))
+        stored = read_architecture(resolve_folder(self.folder))
         layers = tuple(layer % stored.num_layers for layer in range(self.num_layers))
         return replace(
             stored.with_layers(layers),

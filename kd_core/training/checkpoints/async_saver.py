@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.training.checkpoints.checkpoint import Checkpoint, Content, Progress, keep_some, write
-from kd_core.training.checkpoints.checkpoint_state import State, frozen_norms, run_state, staged
+from kd_core.training.checkpoints.checkpoint import Checkpoint, CheckpointContent, Progress, delete_superseded, write
+from kd_core.training.checkpoints.checkpoint_state import State, copy_to_cpu, frozen_norms, run_state
 from kd_core.training.monitoring.hang_watchdog import Pulse
 
 PROGRESS_SECONDS = 1.0  # between two looks at the bytes written
@@ -50,15 +50,15 @@ class Saver:
             self.frozen = frozen_norms(model)
         state = run_state(model, optimizer)
         if self.policy.asynchronous:
-            state = staged(state, self.buffers)
-        self.pending = self.thread.submit(self._write, Content(state, progress, self.frozen, self.record))
+            state = copy_to_cpu(state, self.buffers)
+        self.pending = self.thread.submit(self._write, CheckpointContent(state, progress, self.frozen, self.record))
         if not self.policy.asynchronous:
             self.wait()
 
-    def _write(self, content: Content) -> None:
+    def _write(self, content: CheckpointContent) -> None:
         write(self.root, content, self.world, self.group)
         if self.world.is_first:
-            keep_some(self.root, self.policy)
+            delete_superseded(self.root, self.policy)
 
     def _bytes_written(self) -> int:
         """Returns the size of the checkpoint being written. It grows on a slow disk, but not on one that hangs."""

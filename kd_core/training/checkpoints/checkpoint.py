@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, flock, read_json, sync_folder, write_json, write_text
-from kd_core.json_fields import fields, integer, number
-from kd_core.parallel.collectives import gathered, stop_alike, together
+from kd_core.files import damage_as_usage_error, flock, read_json, sync_folder, write_json, write_text
+from kd_core.json_fields import check_integer, check_number, check_object
+from kd_core.parallel.collectives import all_gather_values, raise_on_all_ranks, run_on_all_ranks
 from kd_core.parallel.world import World
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.training.checkpoints.checkpoint_files import COMMON_FILES, HASHES, damage, hash_files
+from kd_core.training.checkpoints.checkpoint_files import COMMON_FILES, HASHES, find_damage, hash_files
 from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
     State,
     check_frozen,
@@ -41,7 +41,7 @@ from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
     restore_moments,
     stored_names,
 )
-from kd_core.training.checkpoints.checkpoint_storage import TensorReader, TensorWriter, file_of
+from kd_core.training.checkpoints.checkpoint_storage import TensorReader, TensorWriter, tensor_file
 
 log = logging.getLogger("kd")
 MODES = ("min", "max")
@@ -94,7 +94,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Content:
+class CheckpointContent:
     """The content of one checkpoint: tensors, progress, norms of frozen parameters, and the run's config.json."""
 
     state: State
@@ -115,12 +115,12 @@ def _as_usage_error(folder: Path, action: str, next_step: str) -> Generator[None
         raise UsageError(f"{folder}: cannot be {action} ({reason}). {next_step}.") from None
 
 
-def kept(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Returns all complete checkpoints in order, damaged or not."""
     return sorted(path for path in root.glob("step_*") if path.name[5:].isdigit())
 
 
-def write(root: Path, content: Content, world: World, group: dist.ProcessGroup | None) -> Path:
+def write(root: Path, content: CheckpointContent, world: World, group: dist.ProcessGroup | None) -> Path:
     """Writes `step_N`, all ranks together, and returns its folder once it is complete on disk.
 
     Raises:
@@ -148,16 +148,16 @@ def write(root: Path, content: Content, world: World, group: dist.ProcessGroup |
         partial.rename(folder)
         sync_folder(root)
 
-    together(world, begin, group)
+    run_on_all_ranks(world, begin, group)
     with _as_usage_error(partial, "written", "Free some space and run the same again"):
         writer = TensorWriter(partial, world.rank)
         dcp_save(content.state, storage_writer=writer, process_group=group, no_dist=world.size == 1)
-    by_rank = together(world, lambda: hash_files([file_of(partial, world.rank)]), group)
-    together(world, lambda: end({name: facts for hashes in by_rank for name, facts in hashes.items()}), group)
+    by_rank = run_on_all_ranks(world, lambda: hash_files([tensor_file(partial, world.rank)]), group)
+    run_on_all_ranks(world, lambda: end({name: facts for hashes in by_rank for name, facts in hashes.items()}), group)
     return folder
 
 
-def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:
+def newest_undamaged(root: Path, world: World, beat: Callable[[], None] = lambda: None) -> Path | None:
     """Returns the newest undamaged checkpoint, or None if none was ever written. Renames and logs damaged ones.
 
     Raises:
@@ -170,21 +170,27 @@ def newest_whole(root: Path, world: World, beat: Callable[[], None] = lambda: No
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 
-    while (folder := world.on_first(lambda: newest(root))) is not None:
-        local_faults = damage(folder, slice(world.rank, None, world.size), beat)
-        faults = list(dict.fromkeys(fault for rank_faults in gathered(world, local_faults) for fault in rank_faults))
+    while (folder := world.run_on_first(lambda: newest(root))) is not None:
+        local_faults = find_damage(folder, slice(world.rank, None, world.size), beat)
+        faults = list(
+            dict.fromkeys(fault for rank_faults in all_gather_values(world, local_faults) for fault in rank_faults)
+        )
         if not faults:
             return folder
-        world.on_first(lambda folder=folder, faults=faults: put_aside(folder, faults))
-    damaged = world.on_first(lambda: sorted(path.name for path in root.glob("step_*.damaged")))
+        world.run_on_first(lambda folder=folder, faults=faults: put_aside(folder, faults))
+    damaged = world.run_on_first(lambda: sorted(path.name for path in root.glob("step_*.damaged")))
     if damaged:
-        stop_alike(world, f"{root}: {', '.join(damaged)}, and no whole checkpoint is left. Restore one (without "
-                   ".damaged in its name), or delete the run's folder to begin anew.")  # fmt: skip
+        names = ", ".join(damaged)
+        raise_on_all_ranks(
+            world,
+            f"{root}: {names}, and no whole checkpoint is left. Restore one (without .damaged in its name), or delete "
+            "the run's folder to begin anew.",
+        )
     return None
 
 
 @contextlib.contextmanager
-def in_use(folder: Path) -> Generator[None]:
+def lock_for_reading(folder: Path) -> Generator[None]:
     """Holds a shared lock on a checkpoint, so that it is not deleted while it is read."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -207,7 +213,7 @@ def delete(folder: Path) -> None:
 
 
 def _metric(folder: Path) -> float | None:
-    """Returns a checkpoint's metric, or None if it is not finite or cannot be read, which `newest_whole` reports."""
+    """Returns a checkpoint's metric, or None if it is not finite or unreadable, which `newest_undamaged` reports."""
     try:
         metric = read_progress(folder).metric
     except UsageError:
@@ -215,42 +221,46 @@ def _metric(folder: Path) -> float | None:
     return None if metric is None or not math.isfinite(metric) else metric
 
 
-def keep_some(root: Path, policy: Checkpoint) -> None:
+def delete_superseded(root: Path, policy: Checkpoint) -> None:
     """Deletes all but the newest and the best checkpoints, and what a kill left half-written."""
     for partial in root.glob("step_*.partial"):
         shutil.rmtree(partial)
-    for folder in sorted(set(kept(root)[: -policy.keep_newest]) - {*best_first(root, policy)[: policy.keep_best]}):
+    for folder in sorted(
+        set(list_checkpoints(root)[: -policy.keep_newest]) - {*checkpoints_by_metric(root, policy)[: policy.keep_best]}
+    ):
         delete(folder)
 
 
-def best_first(root: Path, policy: Checkpoint) -> list[Path]:
+def checkpoints_by_metric(root: Path, policy: Checkpoint) -> list[Path]:
     """Returns the checkpoints with a metric, the best first, and the oldest first among equals."""
     sign = 1 if policy.best_mode == "min" else -1
-    scored = [(sign * metric, folder) for folder in kept(root) if (metric := _metric(folder)) is not None]
+    scored = [(sign * metric, folder) for folder in list_checkpoints(root) if (metric := _metric(folder)) is not None]
     return [folder for _, folder in sorted(scored)]
 
 
 def read_progress(folder: Path) -> Progress:
     """Reads the progress of a complete checkpoint."""
     path = folder / "progress.json"
-    with damaged(path, "a checkpoint's progress"):
-        stored = fields(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
+    with damage_as_usage_error(path, "a checkpoint's progress"):
+        stored = check_object(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
         metric = stored["metric"]
         if metric is not None and not (isinstance(metric, float) and not math.isfinite(metric)):
-            metric = number(metric, "metric")
-        counts = {name: integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
+            metric = check_number(metric, "metric")
+        counts = {name: check_integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
         return Progress(**counts, metric=metric)
 
 
 def _read_norms(folder: Path) -> dict[str, float]:
     path = folder / "frozen.json"
-    with damaged(path, "norms of what is not trained"):
-        return {name: number(norm, name) for name, norm in read_json(path, "norms of what is not trained").items()}
+    with damage_as_usage_error(path, "norms of what is not trained"):
+        return {
+            name: check_number(norm, name) for name, norm in read_json(path, "norms of what is not trained").items()
+        }
 
 
 def newest(root: Path) -> Path | None:
     """Returns the newest complete checkpoint, damaged or not."""
-    return max(kept(root), default=None)
+    return max(list_checkpoints(root), default=None)
 
 
 def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> Progress:
@@ -281,10 +291,14 @@ def load_model(folder: Path, model: Decoder, world: World | None = None) -> None
         UsageError: as in `load`, or the checkpoint is damaged.
     """
     world = world or World()
-    with in_use(folder):
-        local_faults = damage(folder, slice(world.rank, None, world.size))
-        faults = list(dict.fromkeys(fault for rank_faults in gathered(world, local_faults) for fault in rank_faults))
-        stop_alike(world, f"{folder}: damaged: {'; '.join(faults)}. Take another checkpoint." if faults else None)
+    with lock_for_reading(folder):
+        local_faults = find_damage(folder, slice(world.rank, None, world.size))
+        faults = list(
+            dict.fromkeys(fault for rank_faults in all_gather_values(world, local_faults) for fault in rank_faults)
+        )
+        raise_on_all_ranks(
+            world, f"{folder}: damaged: {'; '.join(faults)}. Take another checkpoint." if faults else None
+        )
         load(folder, model)
 
 
@@ -294,10 +308,13 @@ def load_best(root: Path, policy: Checkpoint, model: Decoder, world: World) -> P
     Raises:
         UsageError: as in `load_model`, or no checkpoint has a value of the metric.
     """
-    best = next(iter(world.on_first(lambda: best_first(root, policy))), None)
+    best = next(iter(world.run_on_first(lambda: checkpoints_by_metric(root, policy))), None)
     if best is None:
-        stop_alike(world, f"{root}: no checkpoint has a {policy.best_metric}, by which the best is known. Take the "
-                   "last: launchers.export_student --step=last.")  # fmt: skip
+        raise_on_all_ranks(
+            world,
+            f"{root}: no checkpoint has a {policy.best_metric}, by which the best is known. Take the last: "
+            "launchers.export_student --step=last.",
+        )
         raise AssertionError
     load_model(best, model, world)
     return best

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_core.errors import UsageError
-from kd_core.files import damaged, is_plain_file, read_json, sha256
-from kd_core.json_fields import LARGEST, digest, fields, integer, shown
+from kd_core.files import damage_as_usage_error, is_plain_file, read_json, sha256
+from kd_core.json_fields import LARGEST, check_digest, check_integer, check_object, short_repr
 
 HASHES = "files.json"
 TENSORS = "tensors_*.safetensors"
@@ -19,7 +19,7 @@ def hash_files(files: list[Path]) -> dict[str, dict[str, int | str]]:
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
-def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
+def find_damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = lambda: None) -> list[str]:
     """Lists the faults of a checkpoint's files, and nothing if it is undamaged.
 
     Only the files of `share`, a slice of their sorted names, are checked, so that ranks can divide the reading. `beat`
@@ -44,13 +44,13 @@ def damage(folder: Path, share: slice = slice(None), beat: Callable[[], None] = 
 
 def _hashes(path: Path) -> dict[str, tuple[int, str]]:
     """Reads the recorded size in bytes and sha256 of each file of a checkpoint, by its name."""
-    with damaged(path, "the hashes of a checkpoint"):
+    with damage_as_usage_error(path, "the hashes of a checkpoint"):
         hashes: dict[str, tuple[int, str]] = {}
         for name, value in read_json(path, "the hashes of a checkpoint").items():
             if not FILE_NAME.fullmatch(name):
-                raise ValueError(f"{shown(name)} is no plain name of a file")
-            facts = fields(value, name, ("bytes", "sha256"))
-            hashes[name] = integer(facts["bytes"], "bytes", 0, LARGEST), digest(facts["sha256"], "sha256")
+                raise ValueError(f"{short_repr(name)} is no plain name of a file")
+            facts = check_object(value, name, ("bytes", "sha256"))
+            hashes[name] = check_integer(facts["bytes"], "bytes", 0, LARGEST), check_digest(facts["sha256"], "sha256")
         if missing := sorted({*COMMON_FILES} - hashes.keys()):
             raise ValueError(f"names no {missing[0]}")
         return hashes

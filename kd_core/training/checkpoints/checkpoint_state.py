@@ -23,14 +23,14 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")
 CLOSE = 1e-6  # relative: layouts add up the squares of a norm in different orders
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that are trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def model_state(model: nn.Module) -> State:
     """Returns the trained parameters themselves, not copies."""
-    return {f"model.{name}": parameter.detach() for name, parameter in trained(model).items()}
+    return {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
 
 
 def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
@@ -40,7 +40,7 @@ def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
         UsageError: the optimiser's state holds something else, which a checkpoint would lose.
     """
     state = model_state(model)
-    for name, parameter in trained(model).items():
+    for name, parameter in trained_parameters(model).items():
         parameter_state: Mapping[str, object] = optimizer.state.get(parameter, {})
         for key, value in parameter_state.items():
             if not _can_be_stored(value, key, parameter):
@@ -59,20 +59,20 @@ def _can_be_stored(value: object, key: str, parameter: Tensor) -> TypeGuard[Tens
     return value.shape == parameter.shape or value.numel() <= max(1, parameter.numel())
 
 
-def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def read_group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Returns the settings of an optimiser's groups, without parameters and rates. No checkpoint holds them."""
     left_out = ("params", "lr", "initial_lr")
     return [{name: value for name, value in group.items() if name not in left_out} for group in optimizer.param_groups]
 
 
-def check_kept(model: nn.Module, optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
+def check_resumable(model: nn.Module, optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
     """Checks, after an optimiser's first step, that a checkpoint holds everything that the step has changed.
 
     Raises:
         UsageError: the settings of its groups are no longer `settings`, or as in `run_state`.
     """
     run_state(model, optimizer)
-    for before, after in zip(settings, settings_of_groups(optimizer), strict=True):
+    for before, after in zip(settings, read_group_settings(optimizer), strict=True):
         if changed := sorted(name for name in after if str(after[name]) != str(before.get(name))):
             raise UsageError(
                 f"optimizer.cls: a step of {type(optimizer).__name__} changes {', '.join(changed)} of its groups, "
@@ -132,7 +132,7 @@ def stored_names(metadata: Metadata) -> set[str]:
 
 def empty_moments(model: nn.Module, metadata: Metadata) -> dict[str, State]:
     """Allocates the optimiser's tensors of each parameter, as a checkpoint holds them, by the parameter's name."""
-    parameters = trained(model)
+    parameters = trained_parameters(model)
     moments: dict[str, State] = {name: {} for name in parameters}
     for full_name, stored in metadata.state_dict_metadata.items():
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
@@ -170,7 +170,7 @@ def _check_moments(name: str, stored_shapes: object, shapes: object) -> None:
         )
 
 
-def staged(state: State, buffers: State) -> State:
+def copy_to_cpu(state: State, buffers: State) -> State:
     """Copies the state into CPU memory. The copies are held in `buffers`, which the next call overwrites."""
     copies: State = {}
     for name, tensor in state.items():

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from kd_core.errors import UsageError
-from kd_core.files import MOST_TEXT, damaged, is_plain_file
-from kd_core.json_fields import fields, integer, items
+from kd_core.files import MAX_TEXT_BYTES, damage_as_usage_error, is_plain_file
+from kd_core.json_fields import check_integer, check_list, check_object
 from kd_core.training.checkpoints.checkpoint_files import TENSORS
 
 OFFSETS = "offsets"
@@ -51,7 +51,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def file_of(folder: Path, rank: int) -> Path:
+def tensor_file(folder: Path, rank: int) -> Path:
     """Returns the path of the file that a rank writes."""
     return folder / f"tensors_{rank:05d}.safetensors"
 
@@ -66,7 +66,7 @@ class TensorWriter(StorageWriter):
     """Writer of the chunks that DCP plans for this rank, one tensor at a time."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.path = file_of(folder, rank)
+        self.path = tensor_file(folder, rank)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Does nothing, because the folder is fixed."""
@@ -169,17 +169,20 @@ def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata
     """
     if not is_plain_file(path):
         raise UsageError(f"{path}: is no file. Take another checkpoint.")
-    with damaged(path, "the tensors of a checkpoint", "Take another checkpoint"), safe_open(path, "pt") as file:
+    with (
+        damage_as_usage_error(path, "the tensors of a checkpoint", "Take another checkpoint"),
+        safe_open(path, "pt") as file,
+    ):
         text = (file.metadata() or {}).get(OFFSETS, "null")
-        if len(text) > MOST_TEXT:
+        if len(text) > MAX_TEXT_BYTES:
             raise ValueError(f"{OFFSETS} of {len(text)} characters")
-        offsets = fields(json.loads(text), OFFSETS, file.keys())
+        offsets = check_object(json.loads(text), OFFSETS, file.keys())
         for name in file.keys():  # noqa: SIM118 (no dictionary)
             stored = file.get_slice(name)
             shape, kind = stored.get_shape(), stored.get_dtype()
             if kind not in DTYPES:
                 raise ValueError(f"{name!a} is of dtype {kind}; wanted one of {', '.join(DTYPES)}")
-            starts = [integer(start, OFFSETS, 0, 1 << 48) for start in items(offsets[name], OFFSETS)]
+            starts = [check_integer(start, OFFSETS, 0, 1 << 48) for start in check_list(offsets[name], OFFSETS)]
             if len(starts) != len(shape):
                 raise ValueError(f"{name!a} has {len(starts)} offsets for {len(shape)} dimensions")
             yield name, DTYPES[kind], ChunkStorageMetadata(torch.Size(starts), torch.Size(shape))

@@ -22,7 +22,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from kd_core.parallel.world import World, own_store
+from kd_core.parallel.world import World, connect_store
 
 ROOT = Path(__file__).parents[3]
 COLLECTIVES = str(Path("torch") / "distributed")
@@ -53,7 +53,7 @@ class Pulse:
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """The state of one rank. `sent` counts its reports, and `waits` is true inside of a collective."""
 
     sent: int
@@ -69,7 +69,7 @@ class Report:
         return f"on {self.host}{silence}, last seen {self.phase}{f' ({self.place})' if self.place else ''}"
 
 
-UNSEEN = Report(0, "before its first report", -1, "", waits=False, host="an unknown host")
+UNSEEN = RankReport(0, "before its first report", -1, "", waits=False, host="an unknown host")
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
@@ -84,7 +84,7 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
     return "", waits
 
 
-def behind(reports: list[Report]) -> list[int]:
+def ranks_behind(reports: list[RankReport]) -> list[int]:
     """Returns the ranks that the other ranks wait for, or none if nothing tells ranks apart.
 
     They are the ranks that send no reports. Failing these, they are the ranks that have entered fewer phases, or the
@@ -99,9 +99,9 @@ def behind(reports: list[Report]) -> list[int]:
     return next((ranks for ranks in suspects if 0 < len(ranks) < len(reports)), [])
 
 
-def verdict(reports: list[Report], timeout: float) -> str:
+def hang_message(reports: list[RankReport], timeout: float) -> str:
     """Returns the message that ends the run."""
-    blamed = behind(reports)
+    blamed = ranks_behind(reports)
     waiting = [rank for rank in range(len(reports)) if rank not in blamed]
     what_next = (
         f"The run ends. Started again, it goes on from its last checkpoint; a step that takes longer than "
@@ -129,14 +129,16 @@ class _Watch:
         frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
         place, waits = _place(frames.get(self.watched))
         phase, entered = self.pulse.phase, self.pulse.entered
-        report = Report(self.sent, phase, entered, place, waits, socket.gethostname())
+        report = RankReport(self.sent, phase, entered, place, waits, socket.gethostname())
         self.store.set(f"watch/{self.world.rank}", json.dumps(asdict(report)))
 
-    def _read(self) -> list[Report]:
+    def _read(self) -> list[RankReport]:
         names = [f"watch/{rank}" for rank in range(self.world.size)]
-        return [Report(**json.loads(self.store.get(name))) if self.store.check([name]) else UNSEEN for name in names]
+        return [
+            RankReport(**json.loads(self.store.get(name))) if self.store.check([name]) else UNSEEN for name in names
+        ]
 
-    def _compare(self) -> list[Report]:
+    def _compare(self) -> list[RankReport]:
         """Reads the reports of all ranks twice. A rank that sends none in between does not answer."""
         before = self._read()
         self.ended.wait(3 * self.every)
@@ -153,20 +155,22 @@ class _Watch:
         except (RuntimeError, dist.DistError):
             return  # the store is gone, and with it torchrun, which ends this process
 
-    def _end(self, reports: list[Report]) -> None:
+    def _end(self, reports: list[RankReport]) -> None:
         # The training thread may have made progress while the reports were compared.
         if self.ended.is_set() or time.monotonic() - self.pulse.last_progress <= self.timeout:
             return
         # The first rank to get here prints the message.
         if self.store.add("watch/said", 1) == 1:
-            print(f"\nerror: {verdict(reports, self.timeout)}", file=sys.stderr, flush=True)  # below the progress bar
+            print(
+                f"\nerror: {hang_message(reports, self.timeout)}", file=sys.stderr, flush=True
+            )  # below the progress bar
         else:
             time.sleep(2.0)  # torchrun ends all ranks once one has exited: leave the first rank the time to print
         os._exit(STATUS)
 
 
 @contextlib.contextmanager
-def watched(world: World, timeout: float) -> Generator[Pulse]:
+def watch_for_hangs(world: World, timeout: float) -> Generator[Pulse]:
     """Watches the calling thread while the block runs, and yields the `Pulse` that it must keep up to date.
 
     A single process cannot wait for other ranks, so it is not watched.
@@ -175,7 +179,7 @@ def watched(world: World, timeout: float) -> Generator[Pulse]:
     if world.size == 1:
         yield pulse
         return
-    watch = _Watch(world, own_store(), pulse, timeout)
+    watch = _Watch(world, connect_store(), pulse, timeout)
     watch.thread.start()
     try:
         yield pulse

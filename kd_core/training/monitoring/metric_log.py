@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
-from kd_core.files import damaged, no_link, read_text, write_text
-from kd_core.json_fields import LARGEST, fields, integer, items, shown, text
+from kd_core.files import damage_as_usage_error, open_no_follow, read_text, write_text
+from kd_core.json_fields import LARGEST, check_integer, check_list, check_object, check_text, short_repr
 from kd_core.training.monitoring.tensorboard import Events
-from kd_core.training.run_folder import RunFolder, settings_of
+from kd_core.training.run_folder import RunFolder, read_run_settings
 
 Line = dict[str, Any]
 MOST_METRICS, MOST_LINE = 1 << 27, 1 << 24  # bytes
@@ -49,7 +49,7 @@ class _Lines:
         self.show(line)
 
     def _open(self) -> IO[str]:
-        return open(self.path, "a", opener=no_link)
+        return open(self.path, "a", opener=open_no_follow)
 
     def close(self) -> None:
         if self.file:
@@ -66,7 +66,7 @@ class MetricLog:
         for path in (folder / "tensorboard").glob("events.out.tfevents.*"):  # also where the folder is a link
             path.unlink()
         self.events = Events(folder / "tensorboard")
-        self.events.begin(settings_of(RunFolder(folder)), name="/".join(folder.resolve().parts[-2:]))
+        self.events.begin(read_run_settings(RunFolder(folder)), name="/".join(folder.resolve().parts[-2:]))
         self.metrics = _Lines(folder / "metrics.jsonl", resume_step, self.events.add)
         self.continuations = _Lines(folder / "continuations.jsonl", resume_step, self.events.add_continuations)
         self.histograms = _Lines(folder / "histograms.jsonl", resume_step, self.events.add_histograms)
@@ -104,7 +104,7 @@ def read_metrics(path: Path) -> list[Line]:
     """
     lines: list[Line] = []
     for number, line in enumerate(read_text(path, "a run's numbers", MOST_METRICS).split("\n"), 1):
-        with damaged(f"{path}:{number}", "a step's numbers", "Delete the line"):
+        with damage_as_usage_error(f"{path}:{number}", "a step's numbers", "Delete the line"):
             if len(line) > MOST_LINE:
                 raise ValueError(f"{len(line)} characters")
             try:
@@ -117,18 +117,18 @@ def read_metrics(path: Path) -> list[Line]:
 
 def _checked(value: Any) -> Line:
     """Checks the types of a line: its step, numbers, continuations as texts by prompt, and histograms by name."""
-    line = fields(value, "it")
+    line = check_object(value, "it")
     json.dumps(line, ensure_ascii=False).encode()  # fails at half a surrogate pair, which TensorBoard cannot write
-    integer(line.get("step"), "step", 0, 1 << 53)
+    check_integer(line.get("step"), "step", 0, 1 << 53)
     for name, entry in line.items():
         if name == "continuations":
-            for continuation in fields(entry, name).values():
-                text(continuation, name)
+            for continuation in check_object(entry, name).values():
+                check_text(continuation, name)
         elif name == "histograms":
-            for histogram in fields(entry, name).values():
-                _check_histogram(fields(histogram, name, (*SUMS, "bucket_limits", "bucket_counts")))
+            for histogram in check_object(entry, name).values():
+                _check_histogram(check_object(histogram, name, (*SUMS, "bucket_limits", "bucket_counts")))
         elif not _is_number(entry):
-            raise ValueError(f"{shown(name)}: {shown(entry)}; wanted a number")
+            raise ValueError(f"{short_repr(name)}: {short_repr(entry)}; wanted a number")
     return line
 
 
@@ -138,7 +138,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_histogram(histogram: dict[str, Any]) -> None:
-    limits, counts = (items(histogram[name], name) for name in ("bucket_limits", "bucket_counts"))
+    limits, counts = (check_list(histogram[name], name) for name in ("bucket_limits", "bucket_counts"))
     if len(limits) != len(counts) or not all(map(_is_number, [*limits, *counts, *(histogram[name] for name in SUMS)])):
         raise ValueError("a histogram has other than numbers, and a count for each limit")
 

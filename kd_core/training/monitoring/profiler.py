@@ -14,7 +14,7 @@ PASSED_OVER = 2  # steps: the first one allocates memory, and the first one unde
 
 
 @contextlib.contextmanager
-def profiled(steps: int, folder: Path, rank: int) -> Generator[None]:
+def trace_steps(steps: int, folder: Path, rank: int) -> Generator[None]:
     """Traces `steps` steps inside of the block into `folder`/rank_N.json, from the third step on.
 
     A step ends with the step of an optimiser. With `steps` 0, nothing is traced.

@@ -28,7 +28,7 @@ def memory_gib(device: torch.device) -> float:
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
 
 
-def line(values: dict[str, float]) -> str:
+def format_metrics(values: dict[str, float]) -> str:
     """Returns a step's metrics as one line, without those that a skipped step does not have."""
     losses = {name: name.removeprefix("train/") for name in values if name.startswith("train/")}
     losses = {name: short for name, short in losses.items() if short == "loss" or short.endswith("_loss")}
@@ -46,7 +46,7 @@ def line(values: dict[str, float]) -> str:
     return ", ".join(shown)
 
 
-class Live:
+class ProgressLine:
     """The progress line of the first rank. Other ranks show nothing.
 
     If stderr is no terminal, the first, the last and every `every`-th step is a line of the log instead.
@@ -84,7 +84,7 @@ class Live:
     def show(self, step: int, values: dict[str, float]) -> None:
         """Shows the metrics of a finished step."""
         if self.bar is not None:
-            self.bar.set_postfix_str(line(values), refresh=False)
+            self.bar.set_postfix_str(format_metrics(values), refresh=False)
             self.bar.update()
         elif self.world.is_first and (step % self.every == 0 or step in (self.done + 1, self.steps)):
-            log.info("step %d of %d: %s", step, self.steps, line(values))
+            log.info("step %d of %d: %s", step, self.steps, format_metrics(values))

@@ -58,7 +58,7 @@ PAGES: dict[str, dict[str, str]] = {
 TRAINED = ("student", "shards", "collate", "loss", "optimizer", "schedule", "steps", "seed", "tokens_per_step")
 
 
-def hparams_of(settings: Mapping[str, str]) -> dict[str, HParam]:
+def parse_hparams(settings: Mapping[str, str]) -> dict[str, HParam]:
     """Parses the settings that determine what is trained, and returns their values by path.
 
     Values other than numbers, bools and texts stay as they are written.
@@ -98,7 +98,7 @@ class Events:
         self.writer.add_custom_scalars(layout)
         if settings:
             self.writer.add_text("settings", _markdown_table(("setting", "value"), settings), 0)
-            self.add_summary(summary_v2.hparams_pb(hparams_of(settings), trial_id=name))
+            self.add_summary(summary_v2.hparams_pb(parse_hparams(settings), trial_id=name))
 
     def add(self, line: Mapping[str, float]) -> None:
         """Adds a line of metrics, each under its own name."""

@@ -10,10 +10,10 @@ import torch
 from data.cache.alignment import check_alignment
 from data.cache.record import UNUSED, Record
 from data.cache.selection import Selection
-from data.teacher.select import select
+from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import materialised, meta_decoder
+from kd_core.students.decoder.decoder import allocate, meta_decoder
 from tests.tiny import Tiny
 
 POSITIONS = 100
@@ -26,7 +26,7 @@ ARCH = Architecture(
 def _random_teacher(arch: Architecture, std: float, top_k: int, seed: int) -> Record:
     """A text whose words are as frequent as in language, scored by random weights: aligned by construction."""
     torch.manual_seed(seed)
-    model = materialised(meta_decoder(arch), torch.device("cpu"))
+    model = allocate(meta_decoder(arch), torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if name.endswith("norm.weight") else parameter.normal_(0, std)
@@ -35,7 +35,7 @@ def _random_teacher(arch: Architecture, std: float, top_k: int, seed: int) -> Re
     with torch.no_grad():
         at, one = torch.arange(POSITIONS)[None], torch.zeros(1, POSITIONS, dtype=torch.int64)
         logits = model(tokens[None, :-1], at, one)[0]
-    scores = select(logits, tokens[1:], Selection(top_k=top_k), torch.empty(POSITIONS, 0))
+    scores = select_entries(logits, tokens[1:], Selection(top_k=top_k), torch.empty(POSITIONS, 0))
     return Record(
         name="0", document="random", start=0, token_ids=tokens.numpy().astype(np.int32),
         loss_mask=np.ones(POSITIONS, bool), topk_token_ids=scores.ids.numpy().astype(np.int32),

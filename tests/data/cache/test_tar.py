@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.cache.tar import END, RECORD, member_bytes, padded, read_members, write_tar
+from data.cache.tar import END_OF_TAR, RECORD_BYTES, encode_member, encode_tar, padded_size, read_members
 
 CONTENT = [
     ("00000000.json", b"{}"),
@@ -23,7 +23,7 @@ CONTENT = [
 
 def test_python_and_gnu_tar_read_what_is_written(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    path.write_bytes(write_tar(CONTENT))
+    path.write_bytes(encode_tar(CONTENT))
     with tarfile.open(path) as tar:
         assert [(member.name, tar.extractfile(member).read()) for member in tar] == CONTENT
     listed = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True)
@@ -35,7 +35,7 @@ def test_python_and_gnu_tar_read_what_is_written(tmp_path: Path) -> None:
 
 @given(payloads=st.lists(st.binary(max_size=1200), max_size=4))
 def test_members_come_back(payloads: list[bytes]) -> None:
-    data = write_tar((f"{i:08d}.json", payload) for i, payload in enumerate(payloads))
+    data = encode_tar((f"{i:08d}.json", payload) for i, payload in enumerate(payloads))
     found = list(read_members(data))
     assert [member.payload for member in found] == payloads
     assert all(data[member.offset :].startswith(member.name.encode()) for member in found)
@@ -46,7 +46,7 @@ def test_members_come_back(payloads: list[bytes]) -> None:
 )
 def test_no_other_name_is_written(name: str) -> None:
     with pytest.raises(AssertionError):
-        member_bytes(name, b"")
+        encode_member(name, b"")
 
 
 def _info(
@@ -56,7 +56,7 @@ def _info(
     info.size = len(payload)
     for field, value in changes.items():
         setattr(info, field, value)
-    return info.tobuf(form) + payload + bytes(padded(len(payload)) - len(payload))
+    return info.tobuf(form) + payload + bytes(padded_size(len(payload)) - len(payload))
 
 
 def _python(name: str, form: int, **changes: object) -> bytes:
@@ -75,7 +75,7 @@ def _header(change: Callable[[bytearray], None]) -> bytes:
     data = bytearray(_info())
     change(data)
     data[148:156] = b" " * 8
-    data[148:156] = b"%06o\0 " % sum(data[:RECORD])
+    data[148:156] = b"%06o\0 " % sum(data[:RECORD_BYTES])
     return bytes(data)
 
 
@@ -86,7 +86,7 @@ def _put(at: int, value: bytes) -> Callable[[bytearray], None]:
     return change
 
 
-PLAIN = member_bytes("a.json", b"12345")
+PLAIN = encode_member("a.json", b"12345")
 BAD = {
     "a symbolic link": (_info(type=tarfile.SYMTYPE, linkname="/etc/passwd"), "of type b'2'"),
     "a hard link": (_info(type=tarfile.LNKTYPE, linkname="b.json"), "of type b'1'"),
@@ -118,10 +118,10 @@ BAD = {
     "bytes behind the header's fields": (_header(_put(505, b"x")), "fields that a plain file has not"),
     "a wrong checksum": (PLAIN[:10] + b"x" + PLAIN[11:], "bad checksum"),
     "padding that is not empty": (PLAIN[:-1] + b"x", "padding is not empty"),
-    "a payload cut off": (PLAIN[:-RECORD], "declares 5 bytes; 0 follow"),
+    "a payload cut off": (PLAIN[:-RECORD_BYTES], "declares 5 bytes; 0 follow"),
     "a header cut off": (PLAIN + PLAIN[:100], "not the header"),
-    "bytes behind the end": (PLAIN + END + PLAIN, "the tar ends, but"),
-    "a byte behind the end": (PLAIN + END + b"x", "the tar ends, but"),
+    "bytes behind the end": (PLAIN + END_OF_TAR + PLAIN, "the tar ends, but"),
+    "a byte behind the end": (PLAIN + END_OF_TAR + b"x", "the tar ends, but"),
 }  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 def test_any_flipped_bit_of_header_and_padding_is_refused(at: int) -> None:
     data = bytearray(PLAIN)
     data[at // 8] ^= 1 << at % 8
-    if RECORD <= at // 8 < RECORD + 5:
+    if RECORD_BYTES <= at // 8 < RECORD_BYTES + 5:
         assert next(read_members(bytes(data))).payload != b"12345"
         return
     with pytest.raises(ValueError, match="offset 0"):

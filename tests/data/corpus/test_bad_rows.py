@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data.cache.manifest import read_manifest
-from data.corpus.bad_rows import FILE, BadRows
+from data.corpus.bad_rows import SKIPPED_ROWS_FILE, BadRows
 from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoder
@@ -69,7 +69,7 @@ def test_ten_thousand_rows_with_forty_bad_ones_of_eight_kinds(
     assert "40 of 10000 rows skipped: 5 " in caplog.text
     assert sum(len({window.document for window in plan.windows}) for plan in plans) == 9_960
     bad.write(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / SKIPPED_ROWS_FILE).read_text().splitlines()]
     assert [line["row"] for line in lines] == [f"a.jsonl:{250 * i + 8}" for i in range(40)]
     assert Counter(line["reason"] for line in lines) == wanted
     assert all(f"{path}:" in line["message"] for line in lines)
@@ -84,7 +84,7 @@ def test_ten_thousand_rows_with_forty_bad_ones_of_eight_kinds(
 
 
 def test_counting_ends_where_all_rows_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.corpus.bad_rows.LOOKED_AT", 20)
+    monkeypatch.setattr("data.corpus.bad_rows.ROWS_READ_AFTER_LIMIT", 20)
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 1000)
     corpus = Corpus(str(tmp_path))
     with pytest.raises(UsageError, match="Of the 20 rows that follow, 20 cannot be used"):
@@ -150,7 +150,7 @@ def test_the_command_skips_counts_and_names(teacher: Path, tmp_path: Path) -> No
         done = run("launchers.export_teacher", *flags)
         assert done.returncode == 0, done.stderr
         assert "3 of 60 rows skipped: 1 not JSON, 1 not UTF-8, 1 half a surrogate pair" in done.stderr
-        assert len((tmp_path / "out" / FILE).read_text().splitlines()) == 3
+        assert len((tmp_path / "out" / SKIPPED_ROWS_FILE).read_text().splitlines()) == 3
     manifest: dict[str, Any] = read_manifest(tmp_path / "out" / "train").plans[0]
     assert manifest["corpus"]["skipped"] == {"not JSON": 1, "not UTF-8": 1, "half a surrogate pair": 1}
 

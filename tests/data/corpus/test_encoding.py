@@ -16,11 +16,11 @@ from data.cache.manifest import read_manifest
 from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoder
-from data.corpus.windows import windows_of
+from data.corpus.windows import cut_windows
 from data.export.extend import growth_of
 from data.export.plan import make_plans
 from data.export.resume_check import claim
-from data.tokenizer import Choice, Tokenizer
+from data.tokenizer import AddToken, Tokenizer
 from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
 from tests.tiny import ROW_LENGTH, Tiny, make_corpus, write_caches
@@ -140,7 +140,7 @@ def _with_bos(tiny: Tiny, folder: Path, single: str = "<end> $A") -> Path:
     ("auto", "auto", ([0], [])), ("no", "auto", ([], [])), ("no", "yes", ([], [0])), ("yes", "yes", ([0], [0])),
 ])  # fmt: skip
 def test_the_setting_goes_before_the_tokenizer(
-    tiny: Tiny, tmp_path: Path, bos: Choice, eos: Choice, around: tuple[list[int], list[int]]
+    tiny: Tiny, tmp_path: Path, bos: AddToken, eos: AddToken, around: tuple[list[int], list[int]]
 ) -> None:
     encoder = Encoder(_with_bos(tiny, tmp_path / "model"), bos, eos)
     (found,) = encoder.encode([Document("a", "The old fox")])
@@ -173,7 +173,7 @@ def test_a_tokenizer_that_asks_for_a_bos_in_vain_is_named(
 def test_windows_go_on_without_another_bos_and_the_last_ends_with_the_eos(tiny: Tiny, tmp_path: Path) -> None:
     encoder = Encoder(_with_bos(tiny, tmp_path / "model"), "auto", "yes")
     text = "The old fox sees a river. " * 9
-    windows = list(windows_of(encoder.encode([Document("a", text)]), ROW_LENGTH, 4))
+    windows = list(cut_windows(encoder.encode([Document("a", text)]), ROW_LENGTH, 4))
     assert len(windows) > 2
     labels = np.concatenate([window.token_ids[1:][window.loss_mask.astype(bool)] for window in windows])
     assert [0, *labels.tolist()] == [0, *encoder.tokenizer.encode([text])[0], 0], "each label once, the EOS the last"

@@ -237,7 +237,7 @@ def test_csv_with_quotes_delimiters_and_messages_as_json(tmp_path: Path) -> None
 
 
 def test_arrays_of_json_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.corpus.file_rows.JSON_STEP", 7)
+    monkeypatch.setattr("data.corpus.file_rows.JSON_CHUNK_BYTES", 7)
     rows = [{"text": f"ö {'x' * (i % 30)} ]}}, {i}", "n": i * 10**9} for i in range(60)]
     (tmp_path / "a.json").write_text("\ufeff\n " + json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert _contents(tmp_path) == [row["text"] for row in rows]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data.corpus.corpus import Corpus
 from data.corpus.encoding import Encoded
-from data.corpus.windows import windows_of
+from data.corpus.windows import cut_windows
 from data.export.plan import make_plans
 from kd_core.errors import UsageError
 from tests.tiny import ROW_LENGTH, Tiny
@@ -23,7 +23,7 @@ def test_each_wanted_label_is_scored_exactly_once(wanted: list[bool], row_length
     ids = np.arange(len(wanted) + 1, dtype=np.int32)
     document = Encoded("d", ids, np.asarray(wanted, np.uint8))
     times = np.zeros(len(wanted), int)
-    for window in windows_of([document], row_length, overlap):
+    for window in cut_windows([document], row_length, overlap):
         assert 1 <= window.positions <= row_length
         assert window.loss_mask.any()
         assert (window.token_ids == ids[window.start : window.start + window.positions + 1]).all()
@@ -34,7 +34,7 @@ def test_each_wanted_label_is_scored_exactly_once(wanted: list[bool], row_length
 
 def test_the_example_of_the_docstring() -> None:
     document = Encoded("d", np.arange(9, dtype=np.int32), np.ones(8, np.uint8))
-    found = [(w.start, w.token_ids.tolist(), w.loss_mask.tolist()) for w in windows_of([document], 4, 2)]
+    found = [(w.start, w.token_ids.tolist(), w.loss_mask.tolist()) for w in cut_windows([document], 4, 2)]
     assert found == [
         (0, [0, 1, 2, 3, 4], [1, 1, 1, 1]),
         (2, [2, 3, 4, 5, 6], [0, 0, 1, 1]),
@@ -44,7 +44,7 @@ def test_the_example_of_the_docstring() -> None:
 
 def test_no_document_and_one_of_a_single_token_have_no_window() -> None:
     documents = [Encoded("d", np.arange(n, dtype=np.int32), np.ones(max(0, n - 1), np.uint8)) for n in (0, 1)]
-    assert list(windows_of(documents, 4, 2)) == []
+    assert list(cut_windows(documents, 4, 2)) == []
 
 
 @pytest.mark.parametrize("overlap", [-1, ROW_LENGTH])

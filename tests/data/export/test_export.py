@@ -16,16 +16,16 @@ from data.cache.selection import Selection
 from data.corpus.corpus import Corpus, split_documents
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoded, Encoder
-from data.corpus.windows import Window, choose_windows, windows_of
+from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export import export as steps
 from data.export.extend import SPLITS
 from data.export.plan import make_plans
 from data.export.resume_check import claim
-from data.teacher.select import select
+from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.files import write_json
 from kd_core.students.huggingface.config_json import read_architecture
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from tests.tiny import ROW_LENGTH, Tiny, bytes_of, write_caches
 
 
@@ -58,7 +58,7 @@ def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
 
 
 def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny, tmp_path: Path) -> None:
-    teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0).double()
+    teacher = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0).double()
     write_caches(tiny.export(codec="lossless"), tmp_path)
     for record in tiny.records(tmp_path / "train"):
         tokens = torch.from_numpy(record.token_ids.astype(np.int64))
@@ -79,7 +79,7 @@ def test_a_tiny_tail_is_summed_and_not_what_is_left_of_one() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, 7] = 40.0
     truth = torch.log_softmax(logits.double(), dim=1)
-    scores = select(logits.clone(), torch.tensor([3]), Selection(top_k=1), torch.zeros(1, 0))
+    scores = select_entries(logits.clone(), torch.tensor([3]), Selection(top_k=1), torch.zeros(1, 0))
     rest = truth.scatter(1, torch.tensor([[7]]), -torch.inf).logsumexp(dim=1)
     assert scores.tail_log_prob.item() == pytest.approx(rest.item(), rel=1e-6)
     assert scores.label_log_prob.item() == pytest.approx(truth[0, 3].item(), rel=1e-6)
@@ -91,7 +91,7 @@ def _encoded(tiny: Tiny) -> list[Encoded]:
 
 def test_windows_score_every_token_but_a_documents_first_exactly_once(tiny: Tiny) -> None:
     documents = _encoded(tiny)
-    windows = list(windows_of(documents, ROW_LENGTH))
+    windows = list(cut_windows(documents, ROW_LENGTH))
     for document in documents:
         labels = [int(i) for w in windows if w.document == document.name for i in w.token_ids[1:]]
         assert labels == document.token_ids[1:].tolist()
@@ -99,7 +99,7 @@ def test_windows_score_every_token_but_a_documents_first_exactly_once(tiny: Tiny
 
 
 def test_windows_are_drawn_within_the_budget_and_again_the_same(tiny: Tiny) -> None:
-    windows = list(windows_of(_encoded(tiny), ROW_LENGTH))
+    windows = list(cut_windows(_encoded(tiny), ROW_LENGTH))
 
     def drawn(seed: int) -> list[tuple[str, int]]:
         return [(window.document, window.start) for window in choose_windows(windows, 200, seed)]
@@ -147,13 +147,13 @@ def test_an_interrupted_export_does_not_go_on_with_other_labels_to_score(
     """As a change of what counts as the assistant's would have it: all else, the tokens too, is the same."""
     write_caches(tiny.export(), tmp_path)
     (tmp_path / "train" / "manifest.json").unlink()
-    plain = windows_of
+    plain = cut_windows
 
     def unscored(*args: Any) -> Iterator[Window]:
         for window in plain(*args):
             yield window._replace(loss_mask=np.concatenate([[0], window.loss_mask[1:]]))
 
-    monkeypatch.setattr("data.export.plan.windows_of", unscored)
+    monkeypatch.setattr("data.export.plan.cut_windows", unscored)
     with pytest.raises(UsageError, match="holds an export with another windows_masks"):
         write_caches(tiny.export(), tmp_path)
 

@@ -17,13 +17,13 @@ from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.cache.record import UNUSED, Record
 from data.importers.import_cache import UNKNOWN, Conversion, convert
-from data.importers.lines import files_of, read_lines
+from data.importers.lines import files_of, read_records
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.base.checks import cache_facts
 from kd_core.errors import UsageError
 from kd_core.losses.objective import Distillation, Objective
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.monitoring.metric_log import read_metrics
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
@@ -32,7 +32,7 @@ K = 6
 
 
 def _logits(tiny: Tiny, record: Record) -> torch.Tensor:
-    teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    teacher = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     T = record.positions
     tokens = torch.from_numpy(record.token_ids[:-1].astype(np.int64))[None]
     with torch.no_grad():
@@ -166,7 +166,7 @@ LINE = {"tokens": [1, 2, 3], "top_ids": [[2, 5], [3]], "top_log_probs": [[-0.1, 
 
 
 def _read(source: Path) -> list[str]:
-    return [line.record.document for line in read_lines(str(source), "jsonl", 32)]
+    return [line.record.document for line in read_records(str(source), "jsonl", 32)]
 
 
 def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

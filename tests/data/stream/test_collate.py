@@ -8,7 +8,7 @@ from data.cache.record import UNUSED, Record
 from data.stream.collate import Collate
 from kd_core.errors import UsageError
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.types import Batch
 from tests.tiny import Tiny
 
@@ -110,7 +110,7 @@ def _logits(model: Decoder, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("reset", [True, False])
 def test_the_decoder_obeys(tiny: Tiny, reset: bool) -> None:
     """Another first document changes the second one's logits only where the second may see it."""
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     collate = Collate(12, reset_attention_mask=reset)
     second = _record(11, 12, 13, 14, 15)
     one, other = (_logits(model, collate([[_record(*first, 7), second]])) for first in ((1, 2, 3), (4, 2, 3)))

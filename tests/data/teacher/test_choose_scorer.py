@@ -25,8 +25,8 @@ from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.plan import TeacherExport, make_plans
 from data.teacher import choose_scorer
-from data.teacher.choose_scorer import load_scorer, read_facts
-from data.teacher.scorer import Scores, score
+from data.teacher.choose_scorer import load_scorer, read_teacher_facts
+from data.teacher.scorer import TeacherScores, score_rows
 from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 def _vocab(tiny: Tiny) -> int:
-    return read_facts(tiny.teacher, "decoder").vocab_size
+    return read_teacher_facts(tiny.teacher, "decoder").vocab_size
 
 
 def _other_family(tiny: Tiny, folder: Path, model: PreTrainedModel) -> Path:
@@ -72,15 +72,15 @@ def _gemma(tiny: Tiny, folder: Path) -> Path:
     return _other_family(tiny, folder, Gemma2ForCausalLM(config))
 
 
-def _scores(tiny: Tiny, scorer: str, dtype: torch.dtype) -> Scores:
+def _scores(tiny: Tiny, scorer: str, dtype: torch.dtype) -> TeacherScores:
     loaded = load_scorer(tiny.teacher, scorer, dtype, CPU)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(_vocab(tiny), (3, 101), generator=generator)  # 300 positions: more than a chunk
     documents = torch.arange(3)[:, None].repeat(1, 100)
     documents[1, 60:] = -1
-    found = score(loaded, tokens, documents, Selection(8), torch.zeros(300, 0))
+    found = score_rows(loaded, tokens, documents, Selection(8), torch.zeros(300, 0))
     real = (documents >= 0).flatten()
-    return Scores(*(field[real] for field in found))
+    return TeacherScores(*(field[real] for field in found))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
@@ -149,7 +149,7 @@ def test_columns_beyond_the_vocabulary_take_no_probability(tiny: Tiny) -> None:
     whole = load_scorer(tiny.teacher, "transformers", torch.float32, CPU)
     assert isinstance(whole, HuggingFaceScorer)
     tokens, documents = torch.randint(200, (1, 20)), torch.zeros(1, 19, dtype=torch.int64)
-    found = score(whole._replace(vocab_size=200), tokens, documents, Selection(8), torch.zeros(19, 0))
+    found = score_rows(whole._replace(vocab_size=200), tokens, documents, Selection(8), torch.zeros(19, 0))
     with torch.no_grad():
         truth = torch.log_softmax(whole.model(tokens[:, :-1]).logits[0, :, :200], dim=-1)
     assert found.ids.max() < 200
@@ -171,7 +171,7 @@ def test_another_scorer_is_another_plan_and_auto_is_what_it_stands_for(tiny: Tin
 def test_a_scorer_that_is_named_is_not_replaced_by_another(tiny: Tiny, tmp_path: Path) -> None:
     folder = _gpt2(tiny, tmp_path / "teacher")
     with pytest.raises(UsageError, match="model_type is 'gpt2'; wanted one of"):
-        read_facts(folder, "decoder")
+        read_teacher_facts(folder, "decoder")
     with pytest.raises(UsageError, match="scorer: got 'vllm'; wanted one of auto, decoder, transformers"):
         tiny.export(scorer="vllm")
     with pytest.raises(UsageError, match="row_length: got 65; the teacher's context is 64"):
@@ -182,10 +182,10 @@ def test_without_transformers_the_extra_is_named(tiny: Tiny, tmp_path: Path, mon
     folder = _gpt2(tiny, tmp_path / "teacher")
     monkeypatch.setattr(choose_scorer, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"model_type is 'gpt2'.*pip install 'kd-workspace\[hf\]'"):
-        read_facts(folder, "auto")
+        read_teacher_facts(folder, "auto")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match=r"scoring with transformers needs the extra"):
-        read_facts(tiny.teacher, "transformers")
+        read_teacher_facts(tiny.teacher, "transformers")
 
 
 def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
@@ -219,7 +219,7 @@ def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
 def test_a_config_that_nobody_knows_is_named(tmp_path: Path, config: str, message: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UsageError, match=message):
-        read_facts(tmp_path, "auto")
+        read_teacher_facts(tmp_path, "auto")
 
 
 def test_models_that_cannot_speak_or_lack_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:

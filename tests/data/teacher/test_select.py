@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from data.cache.selection import Selection
-from data.teacher.select import Scores, select
+from data.teacher.select import TeacherScores, select_entries
 
 V = 700  # two whole runs of neighbours and a rest
 
@@ -19,9 +19,9 @@ def _logits(rows: int, seed: int = 0) -> Tensor:
     return logits
 
 
-def _scores(logits: Tensor, selection: Selection, seed: int = 0) -> Scores:
+def _scores(logits: Tensor, selection: Selection, seed: int = 0) -> TeacherScores:
     uniforms = torch.from_numpy(np.random.default_rng(seed).random((len(logits), selection.draws)))
-    return select(logits.clone(), torch.arange(len(logits)), selection, uniforms)
+    return select_entries(logits.clone(), torch.arange(len(logits)), selection, uniforms)
 
 
 SELECTIONS = [
@@ -106,5 +106,5 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_have_weight() -> None:
     logits[0, [10, 20]] = 0.0
     logits[1, [255, 256, 699]] = 0.0
     ends = torch.tensor([[0.0, np.nextafter(1.0, 0.0)]] * 2, dtype=torch.float64)
-    found = select(logits.clone(), torch.tensor([10, 255]), Selection(0, draws=2), ends)
+    found = select_entries(logits.clone(), torch.tensor([10, 255]), Selection(0, draws=2), ends)
     assert found.sampled_ids.tolist() == [[10, 20], [255, 699]]

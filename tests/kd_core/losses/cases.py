@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import Distillation, Objective, Term
 from kd_core.types import TeacherTopK
@@ -141,7 +141,7 @@ def leaves(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def fused(
-    case: Case, term: Term | Objective, chunk_tokens: int = 3, head: LogitHead | None = None
+    case: Case, term: Term | Objective, chunk_tokens: int = 3, head: LmHeadForm | None = None
 ) -> tuple[Result, LossSums]:
     """Through the library, with an odd chunk."""
     objective = Objective({"kd": term}, chunk_tokens) if isinstance(term, Term) else term

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.types import TeacherTopK
@@ -118,7 +118,7 @@ def test_padded_vocabulary_takes_probability() -> None:
     case = plain(v=9)
     padded = replace(case, weight=torch.cat([case.weight, torch.zeros(7, 6).double()]))
     for term in TERMS:
-        found, _ = fused(padded, term, head=LogitHead(vocab_size=9))
+        found, _ = fused(padded, term, head=LmHeadForm(vocab_size=9))
         wanted, _ = fused(case, term)
         assert float(found["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-12)
         assert (found["weight"][9:] == 0).all()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_core.losses.divergences import Parameters, jsd, log_mixture
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
-from kd_core.losses.sparse_view import events
+from kd_core.losses.sparse_view import make_events
 from kd_core.types import TeacherTopK
 from tests.kd_core.losses.cases import Case, Result, error, fused, plain, random_teacher
 
@@ -165,7 +165,7 @@ def test_jsd_at_one_half_is_four_times_the_textbooks() -> None:
     p, q = torch.tensor([[0.7, 0.2, 0.1]]).double(), torch.tensor([[0.1, 0.3, 0.6]]).double()
     m = (p + q) / 2
     textbook = 0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum()
-    found = jsd(events(p.log(), q.log(), torch.ones_like(p).bool()), Parameters(beta=0.5))
+    found = jsd(make_events(p.log(), q.log(), torch.ones_like(p).bool()), Parameters(beta=0.5))
     assert float(found) == pytest.approx(4 * float(textbook), rel=1e-12)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.losses.term_weights import Constant, Cosine, Linear, WarmupStableDecay
 from kd_core.losses.token_selection import KeepUncertain
@@ -18,10 +18,10 @@ from tests.kd_core.losses.cases import Case, Result, error, fused, leaves, make,
 CACHE = CacheFacts(vocab_size=100, top_k=8)
 
 
-def by_autograd(case: Case, loss_of: "object", head: LogitHead | None = None) -> Result:
+def by_autograd(case: Case, loss_of: "object", head: LmHeadForm | None = None) -> Result:
     """A dense loss of the logits [n, V] of scored positions, differentiated."""
     hidden, weight = leaves(case)
-    head = head or LogitHead()
+    head = head or LmHeadForm()
     logits = head.scale * (hidden[case.mask] @ weight[: head.vocab_size].T)
     if head.bias is not None:
         logits = logits + head.bias[: head.vocab_size]
@@ -102,15 +102,15 @@ def test_temperatures_apart_multiply_and_other_terms_keep_their_own() -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        LogitHead(scale=0.25),
-        LogitHead(soft_cap=2.0),
-        LogitHead(vocab_size=11),
-        LogitHead(bias=torch.randn(13, dtype=torch.float64), vocab_size=11, scale=0.5, soft_cap=5.0),
+        LmHeadForm(scale=0.25),
+        LmHeadForm(soft_cap=2.0),
+        LmHeadForm(vocab_size=11),
+        LmHeadForm(bias=torch.randn(13, dtype=torch.float64), vocab_size=11, scale=0.5, soft_cap=5.0),
     ],
     ids=["scale", "soft cap", "padded vocabulary", "all"],
 )
 @pytest.mark.parametrize("at", [1.0, 2.0])
-def test_heads_with_scale_bias_cap_and_padding(head: LogitHead, at: float) -> None:
+def test_heads_with_scale_bias_cap_and_padding(head: LmHeadForm, at: float) -> None:
     torch.manual_seed(3)
     bias = None if head.bias is None else head.bias.clone().requires_grad_()
     head = replace(head, bias=bias)
@@ -243,11 +243,11 @@ def test_wrong_numbers_of_other_parts_are_refused() -> None:
         (lambda: CrossEntropy(z_loss=-1.0), "z_loss"),
         (lambda: KeepUncertain(0.0), "share"),
         (lambda: KeepUncertain(0.5, "margin"), "margin"),
-        (lambda: LogitHead(soft_cap=0.0), "soft_cap"),
+        (lambda: LmHeadForm(soft_cap=0.0), "soft_cap"),
         (lambda: Linear(-1.0, 1.0), "Linear.start"),
         (lambda: Objective({"kd": Distillation(weight=0.0)}), "every weight is 0"),
         (lambda: Objective({"kd": Distillation()}, observe=("entropy",)), "student_entropy"),
-        (lambda: fused(make("plain").to(torch.float64), Distillation(), head=LogitHead(vocab_size=99)), "at most"),
+        (lambda: fused(make("plain").to(torch.float64), Distillation(), head=LmHeadForm(vocab_size=99)), "at most"),
     ):
         with pytest.raises(UsageError, match=message):
             make_it()

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
-from kd_core.students.decoder.lora_layers import LoraLinear, LowRank
+from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
@@ -74,7 +74,7 @@ def adapted() -> Decoder:
     for name, module in list(model.layers.named_modules(prefix="layers")):
         if isinstance(module, torch.nn.Linear) and "1" not in name:
             parent, last = name.rsplit(".", 1)
-            setattr(model.get_submodule(parent), last, LoraLinear(module, LowRank(3, 3.0, 0.0, False)))
+            setattr(model.get_submodule(parent), last, LoraLinear(module, LoraSettings(3, 3.0, 0.0, False)))
     return model.train()
 
 
@@ -138,8 +138,8 @@ def first_gradient(model: Decoder, parallel: Parallel, world: World) -> dict[str
 
 
 def student(make: Callable[[], Decoder], parallel: Parallel, world: World) -> tuple[Decoder, World]:
-    world = world.laid_out(parallel.layout(world.size))
-    model = spread(make(), parallel, world)
+    world = world.with_layout(parallel.layout(world.size))
+    model = parallelize(make(), parallel, world)
     weights = first_weights(make)
     for name, parameter in model.named_parameters():
         put(parameter, weights[name])

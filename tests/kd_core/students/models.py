@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 
 CPU = torch.device("cpu")
 VOCAB = 96
@@ -85,7 +85,7 @@ def their_model(name: str, **changes: Any) -> Any:
 
 def load(folder: Path) -> Decoder:
     """A folder as our decoder."""
-    return build(Pretrained(str(folder)), CPU, seed=0).eval()
+    return build_student(Pretrained(str(folder)), CPU, seed=0).eval()
 
 
 def rows(B: int = 2, T: int = 40, vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,9 +12,9 @@ from kd_core.files import write_json
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
 from kd_core.students.decoder.attention import document_segments
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Pretrained, Random, build
+from kd_core.students.starts.start import Pretrained, Random, build_student
 from kd_core.training.generation import continue_greedily
 from tests.tiny import Tiny, make_teacher
 
@@ -30,7 +30,7 @@ def _rows(vocab: int, B: int = 2, T: int = 24) -> tuple[torch.Tensor, torch.Tens
 def test_logits_equal_those_of_transformers(tmp_path: Path, tied: bool) -> None:
 
     folder = make_teacher(tmp_path / "teacher", ["some text to train a tokenizer on"] * 20, tied=tied)
-    ours = build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+    ours = build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens, positions, documents = _rows(ours.arch.vocab_size)
     with torch.no_grad():
@@ -39,12 +39,12 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, tied: bool) -> None:
 
 def test_granite_multiplies_and_divides_as_transformers_does(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "teacher", ["some text to train a tokenizer on"] * 20)
-    llama = build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+    llama = build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
     arch = replace(
         llama.arch, family="granite", embedding_scale=6.0, attention_scale=0.2, residual_scale=0.22, logit_scale=1 / 8
     )
-    write_json(folder / "config.json", config_of(arch, 0, 0))
-    ours = build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+    write_json(folder / "config.json", config_fields(arch, 0, 0))
+    ours = build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
     assert ours.arch == arch
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(theirs).__name__ == "GraniteForCausalLM"
@@ -61,7 +61,9 @@ def test_rows_beyond_the_real_vocabulary_are_no_tokens(tiny: Tiny, tmp_path: Pat
     """They are kept in the weights, and enter neither logits nor a continuation."""
     rows = Pretrained(str(tiny.teacher)).architecture().vocab_size
     start = Pretrained(str(tiny.teacher), vocab_size=rows - 3)
-    padded, whole = (build(each, torch.device("cpu"), seed=0) for each in (start, Pretrained(str(tiny.teacher))))
+    padded, whole = (
+        build_student(each, torch.device("cpu"), seed=0) for each in (start, Pretrained(str(tiny.teacher)))
+    )
     tokens, positions, documents = _rows(rows - 3)
     with torch.no_grad():
         assert torch.equal(padded(tokens, positions, documents), whole(tokens, positions, documents)[..., : rows - 3])
@@ -75,7 +77,7 @@ def test_rows_beyond_the_real_vocabulary_are_no_tokens(tiny: Tiny, tmp_path: Pat
 
 def test_an_exported_folder_gives_transformers_the_same_student_and_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
 
-    ours = build(Pretrained(str(tiny.teacher), keep_layers=(0, 2, 3)), torch.device("cpu"), seed=0)
+    ours = build_student(Pretrained(str(tiny.teacher), keep_layers=(0, 2, 3)), torch.device("cpu"), seed=0)
     save_pretrained(ours, tmp_path / "export", tiny.teacher)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
@@ -87,7 +89,7 @@ def test_an_exported_folder_gives_transformers_the_same_student_and_tokenizer(ti
 
 
 def test_a_packed_document_sees_nothing_of_its_neighbours(tiny: Tiny) -> None:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     tokens, _, _ = _rows(model.arch.vocab_size, B=1)
     lengths = [1, 9, 14]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -101,7 +103,7 @@ def test_a_packed_document_sees_nothing_of_its_neighbours(tiny: Tiny) -> None:
 
 
 def test_a_position_depends_on_no_later_token_and_on_no_other_document(tiny: Tiny) -> None:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     tokens, positions, _ = _rows(model.arch.vocab_size, B=1, T=10)
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
     embedded = model.embed_tokens(tokens).detach().requires_grad_()
@@ -118,7 +120,7 @@ def test_rows_of_one_document_need_no_segments() -> None:
 
 def test_random_weights_depend_on_seed_and_name_alone(tiny: Tiny) -> None:
     start = Random(str(tiny.teacher), 16, 24, 2, 2, 1)
-    one, same, other = (build(start, torch.device("cpu"), seed) for seed in (1, 1, 2))
+    one, same, other = (build_student(start, torch.device("cpu"), seed) for seed in (1, 1, 2))
     assert torch.equal(one.layers[1].mlp.up_proj.weight, same.layers[1].mlp.up_proj.weight)
     assert not torch.equal(one.layers[1].mlp.up_proj.weight, other.layers[1].mlp.up_proj.weight)
     assert not torch.equal(one.layers[0].mlp.up_proj.weight, one.layers[1].mlp.up_proj.weight)
@@ -135,7 +137,7 @@ def test_damaged_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UsageError, match="damaged weights"):
-        build(Pretrained(str(tmp_path)), torch.device("cpu"), seed=0)
+        build_student(Pretrained(str(tmp_path)), torch.device("cpu"), seed=0)
 
 
 def test_another_family_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import transformers
 
 from kd_core.students.huggingface.export_files import ChatFormat
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from tests.tiny import CHATML, Tiny, make_chat_folder
 
 FILES = (
@@ -32,7 +32,7 @@ MESSAGES = [{"role": "user", "content": "Who sees a river?"}, {"role": "assistan
 
 
 def _export(folder: Path, out: Path, chat: ChatFormat | None = None) -> Path:
-    save_pretrained(build(Pretrained(str(folder)), torch.device("cpu"), seed=0), out, folder, chat=chat)
+    save_pretrained(build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0), out, folder, chat=chat)
     return out
 
 

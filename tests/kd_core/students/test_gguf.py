@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from data.tokenizer import Tokenizer as OurTokenizer
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.gguf import TENSOR_NAMES, convert_gguf
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from tests.tiny import Tiny
 
 
@@ -70,11 +70,11 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
 
 
 def test_a_gguf_gives_the_model_and_the_tokenizer_that_it_was_made_from(tiny: Tiny, tmp_path: Path) -> None:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     _write_gguf(model, Tokenizer.from_file(str(tiny.teacher / "tokenizer.json")), tmp_path / "model.gguf")
     (tmp_path / "folder").mkdir()
     convert_gguf(tmp_path / "model.gguf", tmp_path / "folder")
-    back = build(Pretrained(str(tmp_path / "folder")), torch.device("cpu"), seed=0)
+    back = build_student(Pretrained(str(tmp_path / "folder")), torch.device("cpu"), seed=0)
     assert back.arch == model.arch
     for (name, ours), theirs in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -85,7 +85,7 @@ def test_a_gguf_gives_the_model_and_the_tokenizer_that_it_was_made_from(tiny: Ti
 
 def test_the_bos_of_a_gguf_is_that_of_the_folder(tiny: Tiny, tmp_path: Path) -> None:
     model, tokenizer = (
-        build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0),
+        build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0),
         tiny.teacher / "tokenizer.json",
     )
     _write_gguf(model, Tokenizer.from_file(str(tokenizer)), tmp_path / "model.gguf", adds_bos=True)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.decoder.lora_layers import LoraLinear, LowRank, adapted_layers, dropped
+from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers, sharded_dropout
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.frozen_start import Frozen
-from kd_core.students.starts.lora_start import Adapted
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.frozen_start import FrozenStart
+from kd_core.students.starts.lora_start import LoraStart
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.optimizer import AdamW
 from tests.kd_core.students.models import CPU, difference, rows, their_model
 
@@ -59,8 +59,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_peft_reads_what_we_write_and_merging_changes_no_logit(case: str, folder: Path, tmp_path: Path) -> None:
-    start = Adapted(Pretrained(str(folder)), **CASES[case])
-    ours = _randomise(build(start, CPU, seed=0))
+    start = LoraStart(Pretrained(str(folder)), **CASES[case])
+    ours = _randomise(build_student(start, CPU, seed=0))
     save_pretrained(ours, tmp_path / "export", folder)
     beside = peft.PeftModel.from_pretrained(_their_base(folder), tmp_path / "export" / "adapter").eval()
     assert difference(ours, beside) < TOLERANCE
@@ -70,7 +70,7 @@ def test_peft_reads_what_we_write_and_merging_changes_no_logit(case: str, folder
     automatic = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "export" / "adapter").eval()
     assert difference(ours, automatic) < TOLERANCE
     again = replace(start, adapter=str(tmp_path / "export" / "adapter"))
-    for (name, one), other in zip(ours.named_parameters(), build(again, CPU, seed=1).parameters(), strict=True):
+    for (name, one), other in zip(ours.named_parameters(), build_student(again, CPU, seed=1).parameters(), strict=True):
         assert torch.equal(one, other), name
 
 
@@ -82,11 +82,11 @@ def test_we_read_what_peft_writes(rank_stabilised: bool, folder: Path, tmp_path:
     )  # fmt: skip
     theirs = peft.get_peft_model(_their_base(folder), settings).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    start = Adapted(
+    start = LoraStart(
         Pretrained(str(folder)), ("q_proj", "attention_dense"), 5, 7.0, layers=(1, 2), rank_stabilised=rank_stabilised,
         adapter=str(tmp_path / "adapter"),
     )  # fmt: skip
-    ours = build(start, CPU, seed=0).eval()
+    ours = build_student(start, CPU, seed=0).eval()
     assert difference(ours, theirs) < TOLERANCE
     assert difference(ours, _their_base(folder)) > 0.01
     for changes, message in (
@@ -109,18 +109,18 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 
 def test_an_adapter_that_means_something_else_or_is_damaged_is_refused(folder: Path, tmp_path: Path) -> None:
-    start = Adapted(Pretrained(str(folder)), ("q_proj",), 2)
-    save_pretrained(build(start, CPU, seed=0), tmp_path / "export", folder)
+    start = LoraStart(Pretrained(str(folder)), ("q_proj",), 2)
+    save_pretrained(build_student(start, CPU, seed=0), tmp_path / "export", folder)
     adapter = tmp_path / "export" / "adapter"
     again = replace(start, adapter=str(adapter))
     state = load_file(adapter / "adapter_model.safetensors")
     name = next(iter(state))
     save_file({**state, name: torch.full_like(state[name], torch.nan)}, adapter / "adapter_model.safetensors")
     with pytest.raises(UsageError, match="holds NaN"):
-        build(again, CPU, seed=0)
+        build_student(again, CPU, seed=0)
     save_file({**state, name: state[name][:1]}, adapter / "adapter_model.safetensors")
     with pytest.raises(UsageError, match=r"of shape \(1, 32\); wanted shape \(2, 32\)"):
-        build(again, CPU, seed=0)
+        build_student(again, CPU, seed=0)
     for key, value in (("use_dora", True), ("bias", "all"), ("peft_type", "IA3"), ("rank_pattern", {"q_proj": 3})):
         _edit_config(adapter, lambda config, key=key, value=value: config.update({key: value}))
         with pytest.raises(UsageError, match=key):
@@ -131,7 +131,7 @@ def test_an_adapter_that_means_something_else_or_is_damaged_is_refused(folder: P
 
 
 def test_a_new_adapter_changes_nothing_and_begins_as_pefts(folder: Path) -> None:
-    model = build(Adapted(Pretrained(str(folder)), ("all",), 16), CPU, seed=0).eval()
+    model = build_student(LoraStart(Pretrained(str(folder)), ("all",), 16), CPU, seed=0).eval()
     assert difference(model, _their_base(folder)) < TOLERANCE
     for layer in adapted_layers(model).values():
         bound = 1 / math.sqrt(layer.in_features)
@@ -142,7 +142,7 @@ def test_a_new_adapter_changes_nothing_and_begins_as_pefts(folder: Path) -> None
 
 
 def test_only_adapters_train(folder: Path) -> None:
-    model = build(Adapted(Pretrained(str(folder)), ("q_proj",), 2), CPU, seed=0)
+    model = build_student(LoraStart(Pretrained(str(folder)), ("q_proj",), 2), CPU, seed=0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = AdamW(lr=0.1).build(model)
     model(*rows()).square().mean().backward()
@@ -152,7 +152,7 @@ def test_only_adapters_train(folder: Path) -> None:
 
 
 def test_dropout_is_a_function_of_the_random_state_and_rests_in_evaluation() -> None:
-    layer = LoraLinear(torch.nn.Linear(64, 8), LowRank(4, 4.0, 0.5, False)).to_empty(device="cpu")
+    layer = LoraLinear(torch.nn.Linear(64, 8), LoraSettings(4, 4.0, 0.5, False)).to_empty(device="cpu")
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(3, 64)
@@ -167,7 +167,7 @@ def test_dropout_is_a_function_of_the_random_state_and_rests_in_evaluation() -> 
         assert torch.equal(run(1), run(2))
     layer.eval()
     assert torch.equal(run(1), run(2))
-    kept = dropped(torch.ones(100, 1000), 0.25)
+    kept = sharded_dropout(torch.ones(100, 1000), 0.25)
     assert kept.mean().item() == pytest.approx(1, abs=0.01)
     assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
@@ -185,12 +185,12 @@ def test_dropout_is_a_function_of_the_random_state_and_rests_in_evaluation() -> 
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        replace(Adapted(Pretrained(str(folder))), **changes).decoder()
+        replace(LoraStart(Pretrained(str(folder))), **changes).decoder()
 
 
 def test_frozen_parts_by_pattern(folder: Path) -> None:
     base = Pretrained(str(folder))
-    model = build(Frozen(base, ("embed_tokens.*", "layers.[01].*", "norm.weight")), CPU, seed=0)
+    model = build_student(FrozenStart(base, ("embed_tokens.*", "layers.[01].*", "norm.weight")), CPU, seed=0)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     everything = {name for name, _ in model.named_parameters()}
     assert everything - frozen == {"lm_head.weight", *(name for name in everything if name.startswith("layers.2."))}
@@ -198,14 +198,14 @@ def test_frozen_parts_by_pattern(folder: Path) -> None:
     with pytest.raises(
         UsageError, match="student.patterns: 'embed_token.weight' matches nothing. Near it: embed_tokens"
     ):
-        Frozen(base, ("embed_token.weight",)).decoder()
+        FrozenStart(base, ("embed_token.weight",)).decoder()
     with pytest.raises(UsageError, match="nothing is left to train"):
-        Frozen(base, ("*",)).decoder()
+        FrozenStart(base, ("*",)).decoder()
 
 
 def test_a_tied_head_is_frozen_by_either_name(tmp_path: Path) -> None:
     their_model("qwen2, tied").save_pretrained(tmp_path)
     for name in ("embed_tokens.weight", "lm_head.weight"):
-        model = build(Frozen(Pretrained(str(tmp_path)), (name,)), CPU, seed=0)
+        model = build_student(FrozenStart(Pretrained(str(tmp_path)), (name,)), CPU, seed=0)
         assert not model.embed_tokens.weight.requires_grad
         assert model.lm_head.weight is model.embed_tokens.weight

@@ -18,12 +18,12 @@ from kd_core.files import read_json, write_json
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.decoder.lora_layers import LoraLinear, LowRank, adapted_layers
-from kd_core.students.decoder.sharded_values import own_box, put, whole
-from kd_core.students.huggingface.config_json import config_of
+from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers
+from kd_core.students.decoder.sharded_values import fill_sharded, full_tensor, local_box
+from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.lora_start import Adapted
-from kd_core.students.starts.start import Pretrained, Random, Start, build
+from kd_core.students.starts.lora_start import LoraStart
+from kd_core.students.starts.start import Pretrained, Random, StudentInit, build_student
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -42,8 +42,8 @@ def _random(folder: Path) -> Random:
 
 def _folder(folder: Path) -> Path:
     folder.mkdir()
-    write_json(folder / "config.json", config_of(ARCH, 0, 1))
-    save_pretrained(build(_random(folder), CPU, seed=3), folder / "made", folder)
+    write_json(folder / "config.json", config_fields(ARCH, 0, 1))
+    save_pretrained(build_student(_random(folder), CPU, seed=3), folder / "made", folder)
     return folder / "made"
 
 
@@ -63,7 +63,7 @@ def _placements(name: str) -> dict[str, Placement]:
     return {"weight": Shard(0)} if last == "embed_tokens" else {}
 
 
-def _spread(start: Start, fsdp: bool = True) -> Decoder:
+def _spread(start: StudentInit, fsdp: bool = True) -> Decoder:
     """Tensor parallel over two, then FSDP over two; every parameter a DTensor of the whole mesh."""
     model = start.decoder()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
@@ -84,7 +84,7 @@ def _spread(start: Start, fsdp: bool = True) -> Decoder:
 def _digest(model: Decoder) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(name.encode() + whole(parameter).numpy().tobytes())
+        digest.update(name.encode() + full_tensor(parameter).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -100,7 +100,7 @@ def _work(world: World, folder: Path, bad: Path) -> None:
     starts = {
         "folder": Pretrained(str(folder)),
         "random": _random(folder),
-        "lora": Adapted(_random(folder), ("all",), 3),
+        "lora": LoraStart(_random(folder), ("all",), 3),
     }
     found: dict[str, object] = {}
     for name, start in starts.items():
@@ -109,9 +109,9 @@ def _work(world: World, folder: Path, bad: Path) -> None:
         found[name] = _digest(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     weight = model.layers[0].self_attn.q_proj.weight
-    local, box = own_box(weight)
+    local, box = local_box(weight)
     assert local.numel() == weight.numel() // 4
-    assert torch.equal(whole(weight)[box], local)
+    assert torch.equal(full_tensor(weight)[box], local)
     for layer in adapted_layers(model).values():
         with torch.no_grad():
             layer.lora_B.fill_(0.1)
@@ -143,15 +143,15 @@ def test_four_ranks_begin_and_save_as_one_does(tmp_path: Path) -> None:
     for name, start in (
         ("folder", Pretrained(str(folder))),
         ("random", _random(folder)),
-        ("lora", Adapted(_random(folder), ("all",), 3)),
+        ("lora", LoraStart(_random(folder), ("all",), 3)),
     ):
-        one = _digest(build(start, CPU, seed=7))
+        one = _digest(build_student(start, CPU, seed=7))
         assert [found[name] for found in ranks] == [one] * 4, name
     assert [found["bad"] for found in ranks] == ["UsageError", *["EchoedError"] * 3]
     assert ranks[0]["blocked"] in {"NotADirectoryError", "FileExistsError"}
     assert [found["blocked"] for found in ranks[1:]] == ["EchoedError"] * 3
 
-    alone = build(Adapted(_random(folder), ("all",), 3), CPU, seed=7)
+    alone = build_student(LoraStart(_random(folder), ("all",), 3), CPU, seed=7)
     for layer in adapted_layers(alone).values():
         nn.init.constant_(layer.lora_B, 0.1)
     save_pretrained(alone, tmp_path / "alone", folder)
@@ -175,7 +175,7 @@ def _boxes() -> None:
     ):  # fmt: skip
         wanted = distribute_tensor(full, mesh, placements)
         empty = distribute_tensor(torch.zeros_like(full), mesh, placements)
-        put(empty, lambda box: full[box])
+        fill_sharded(empty, lambda box: full[box])
         assert torch.equal(empty.to_local(), wanted.to_local()), placements
 
 
@@ -186,7 +186,7 @@ def _adapters() -> None:
         (ColwiseParallel(output_layouts=Replicate()), _placements("q_proj"), (12, 24)),
         (RowwiseParallel(input_layouts=Replicate()), _placements("o_proj"), (24, 12)),
     ):
-        settings = LowRank(rank=3, alpha=6.0, dropout=0.4, rank_stabilised=False)
+        settings = LoraSettings(rank=3, alpha=6.0, dropout=0.4, rank_stabilised=False)
         layers = []
         for _ in range(2):
             torch.manual_seed(0)
@@ -210,7 +210,7 @@ def _adapters() -> None:
             other = spread.get_parameter(name).grad
             assert (parameter.grad is None) == (other is None), name
             if parameter.grad is not None:
-                assert torch.allclose(parameter.grad, whole(other), rtol=1e-4, atol=1e-3), name
+                assert torch.allclose(parameter.grad, full_tensor(other), rtol=1e-4, atol=1e-3), name
 
 
 def _partition(placements: dict[str, Placement], name: str, module: nn.Module, mesh: DeviceMesh) -> None:

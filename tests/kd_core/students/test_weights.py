@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from kd_core.errors import UsageError
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.save import save_pretrained
-from kd_core.students.starts.lora_start import Adapted
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.lora_start import LoraStart
+from kd_core.students.starts.start import Pretrained, build_student
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -112,7 +112,7 @@ def test_a_folder_is_read_as_transformers_reads_it(
     tiny: Tiny, tmp_path: Path, change: Callable[[Path, Weights], None], tied: bool
 ) -> None:
     folder = _made(tiny, tmp_path / "model", change)
-    model = build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
     theirs = _theirs(folder)
     torch.testing.assert_close(_logits(model), theirs, atol=1e-4, rtol=1e-4)
     assert model.arch.tie_embeddings == tied
@@ -158,10 +158,10 @@ def test_a_single_file_and_an_index_are_taken_as_transformers_takes_them(
         theirs = _theirs(folder)
     except Exception:  # their errors are of many types
         with pytest.raises(UsageError):
-            build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+            build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
         assert single is _cut_short or (single is not _whole and index is not _whole)
         return
-    model = build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
     torch.testing.assert_close(_logits(model), theirs, atol=1e-4, rtol=1e-4)
     assert single is _whole or (single is not _cut_short and index is _whole)
 
@@ -197,7 +197,7 @@ def test_a_mixture_is_refused(
 ) -> None:
     folder = _made(tiny, tmp_path / "model", change)
     with pytest.raises(UsageError, match=message):
-        build(Pretrained(str(folder)), torch.device("cpu"), seed=0)
+        build_student(Pretrained(str(folder)), torch.device("cpu"), seed=0)
 
 
 def _adapter(tiny: Tiny, folder: Path, settings: dict[str, object]) -> Tensor:
@@ -217,9 +217,9 @@ def _adapter(tiny: Tiny, folder: Path, settings: dict[str, object]) -> Tensor:
 
 
 def _ours(tiny: Tiny, folder: Path, **settings: object) -> Tensor:
-    start = Adapted(Pretrained(str(tiny.teacher)), ("q_proj", "v_proj"), rank=4, alpha=4.0, adapter=str(folder))
-    start = Adapted(**{**vars(start), **settings})  # type: ignore[arg-type]
-    return _logits(build(start, torch.device("cpu"), seed=0))
+    start = LoraStart(Pretrained(str(tiny.teacher)), ("q_proj", "v_proj"), rank=4, alpha=4.0, adapter=str(folder))
+    start = LoraStart(**{**vars(start), **settings})  # type: ignore[arg-type]
+    return _logits(build_student(start, torch.device("cpu"), seed=0))
 
 
 SAME: dict[str, tuple[dict[str, object], dict[str, object]]] = {

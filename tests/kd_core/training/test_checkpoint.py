@@ -11,10 +11,17 @@ from kd_core.errors import UsageError
 from kd_core.files import read_json, write_json
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
-from kd_core.training.checkpoints.checkpoint import Checkpoint, Content, Progress, in_use, keep_some, newest_whole
+from kd_core.training.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointContent,
+    Progress,
+    delete_superseded,
+    lock_for_reading,
+    newest_undamaged,
+)
 from kd_core.training.checkpoints.checkpoint_state import run_state
 from kd_core.training.monitoring.hang_watchdog import Pulse
 from kd_core.training.optimizer import AdamW
@@ -22,7 +29,7 @@ from tests.tiny import Tiny
 
 
 def _student(tiny: Tiny) -> tuple[Decoder, torch.optim.Optimizer]:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     return model, AdamW().build(model)
 
 
@@ -36,14 +43,14 @@ def _write(tiny: Tiny, root: Path, *steps: int) -> None:
     model, optimizer = _student(tiny)
     for step in steps:
         _step(model, optimizer)
-        content = Content(run_state(model, optimizer), Progress(step, 4 * step), {}, "the record")
+        content = CheckpointContent(run_state(model, optimizer), Progress(step, 4 * step), {}, "the record")
         checkpoint.write(root, content, World(), None)
 
 
 def test_parameters_and_moments_come_back_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     model, optimizer = _student(tiny)
     _step(model, optimizer)
-    content = Content(run_state(model, optimizer), Progress(7, 28, 1.5, 2), {}, "the record")
+    content = CheckpointContent(run_state(model, optimizer), Progress(7, 28, 1.5, 2), {}, "the record")
     folder = checkpoint.write(tmp_path, content, World(), None)
     fresh, other = _student(tiny)
     assert checkpoint.load(folder, fresh, other) == Progress(7, 28, 1.5, 2)
@@ -86,7 +93,7 @@ def test_of_checkpoints_written_in_a_row_each_is_whole_and_the_policy_is_kept(ti
             _step(model, optimizer)
             saver.save(Progress(step, step, metric), model, optimizer)
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [1, 3, 4]
-    assert not any(checkpoint.damage(path) for path in tmp_path.iterdir())
+    assert not any(checkpoint.find_damage(path) for path in tmp_path.iterdir())
 
 
 def test_an_error_of_the_writing_thread_is_raised_in_the_training_by_name(tiny: Tiny, tmp_path: Path) -> None:
@@ -100,8 +107,8 @@ def test_an_error_of_the_writing_thread_is_raised_in_the_training_by_name(tiny: 
 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     (tmp_path / "step_00000009.partial").mkdir()
-    assert newest_whole(tmp_path, World()) is None
-    keep_some(tmp_path, Checkpoint(keep_newest=1))
+    assert newest_undamaged(tmp_path, World()) is None
+    delete_superseded(tmp_path, Checkpoint(keep_newest=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,17 +117,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, mode: str, best: int) 
     for step, metric in [(0, math.nan), (1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)]:
         (tmp_path / f"step_{step:08d}").mkdir()
         write_json(tmp_path / f"step_{step:08d}" / "progress.json", vars(Progress(step, step, metric)))
-    keep_some(tmp_path, Checkpoint(keep_newest=2, keep_best=1, best_mode=mode))
+    delete_superseded(tmp_path, Checkpoint(keep_newest=2, keep_best=1, best_mode=mode))
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [best, 4, 5]
 
 
 def test_one_that_is_being_read_is_not_deleted(tiny: Tiny, tmp_path: Path) -> None:
     _write(tiny, tmp_path, 1, 2, 3)
-    with in_use(tmp_path / "step_00000001"):
-        keep_some(tmp_path, Checkpoint(keep_newest=1))
+    with lock_for_reading(tmp_path / "step_00000001"):
+        delete_superseded(tmp_path, Checkpoint(keep_newest=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
-    assert checkpoint.damage(tmp_path / "step_00000001") == []
-    keep_some(tmp_path, Checkpoint(keep_newest=1))
+    assert checkpoint.find_damage(tmp_path / "step_00000001") == []
+    delete_superseded(tmp_path, Checkpoint(keep_newest=1))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
@@ -154,7 +161,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(
     with pytest.raises(UsageError, match=said):
         checkpoint.load_model(tmp_path / "step_00000006", _student(tiny)[0])
     with caplog.at_level(logging.ERROR, "kd"):
-        assert newest_whole(tmp_path, World()) == tmp_path / "step_00000003"
+        assert newest_undamaged(tmp_path, World()) == tmp_path / "step_00000003"
     assert re.search(rf"step_00000006 is damaged: .*{said}", caplog.text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000006.damaged"]
 
@@ -164,7 +171,7 @@ def test_where_none_is_whole_the_run_does_not_begin_anew(tiny: Tiny, tmp_path: P
     _flip(tmp_path / "step_00000003")
     for _ in range(2):
         with pytest.raises(UsageError, match=r"step_00000003\.damaged, and no whole checkpoint is left"):
-            newest_whole(tmp_path, World())
+            newest_undamaged(tmp_path, World())
 
 
 def test_the_hashes_are_those_of_the_files(tiny: Tiny, tmp_path: Path) -> None:
@@ -180,6 +187,6 @@ def test_the_hashes_are_those_of_the_files(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_another_student_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     _write(tiny, tmp_path, 1)
-    other = build(Pretrained(str(tiny.teacher), keep_layers=(0, 2)), torch.device("cpu"), seed=0)
+    other = build_student(Pretrained(str(tiny.teacher), keep_layers=(0, 2)), torch.device("cpu"), seed=0)
     with pytest.raises(UsageError, match="is of another student"):
         checkpoint.load(tmp_path / "step_00000001", other, AdamW().build(other))

@@ -15,11 +15,11 @@ from kd_core.errors import UsageError
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.losses.sparse_view import SparseView
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.start import Pretrained, build
-from kd_core.training.evaluation import Asked, HeldOut, evaluate, evaluate_all, metric_names
+from kd_core.students.starts.start import Pretrained, build_student
+from kd_core.training.evaluation import EvaluationRequest, HeldOutCache, evaluate, evaluate_all, metric_names
 from kd_core.types import Batch
 from tests.ranks import run_ranks
 from tests.reference import dense, measures
@@ -71,9 +71,12 @@ def positions_of(model: Decoder, found: Iterable[Batch]) -> list[dense.Position]
 
 
 def test_every_number_is_the_oracles(tiny: Tiny) -> None:
-    model, found = surer(build(start(str(tiny.teacher)), torch.device("cpu"), seed=0)), batches(tiny.records(), 4)
+    model, found = (
+        surer(build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0)),
+        batches(tiny.records(), 4),
+    )
     facts, table = CacheFacts(model.arch.vocab_size, 8), Tokenizer(tiny.teacher).byte_lengths()
-    asked = Asked(OBJECTIVE, (surprise, on_label), table)
+    asked = EvaluationRequest(OBJECTIVE, (surprise, on_label), table)
     numbers = evaluate(model, found, facts, asked=asked, parallel=FLOAT32, world=World())
     assert set(numbers) == metric_names(OBJECTIVE, facts, asked.metrics)
     positions = positions_of(model, found)
@@ -90,11 +93,11 @@ def test_every_number_is_the_oracles(tiny: Tiny) -> None:
 
 
 def test_terms_may_have_the_names_of_what_is_always_measured(tiny: Tiny) -> None:
-    model, found = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records(), 4)
+    model, found = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records(), 4)
     terms = {"one": Distillation(weight=0.7, divergence="reverse_kl"), "two": CrossEntropy(weight=3.0)}
     same = Objective({"kl": terms["one"], "nll": terms["two"]}, chunk_tokens=7)
     facts = CacheFacts(model.arch.vocab_size, 8)
-    asked = Asked(same, (surprise,)), Asked(Objective(terms, chunk_tokens=7))
+    asked = EvaluationRequest(same, (surprise,)), EvaluationRequest(Objective(terms, chunk_tokens=7))
     named, other = (evaluate(model, found, facts, asked=each, parallel=FLOAT32, world=World()) for each in asked)
     assert named["val/loss"] == pytest.approx(0.7 * other["val/reverse_kl"] + 3 * other["val/nll"], rel=1e-6)
     assert named["val/kl_loss"] == pytest.approx(other["val/reverse_kl"], rel=1e-6)
@@ -106,13 +109,17 @@ def test_terms_may_have_the_names_of_what_is_always_measured(tiny: Tiny) -> None
 
 def test_a_cache_of_few_entries_and_one_of_the_whole_vocabulary(tiny: Tiny) -> None:
     """`top_k` of 1 and of V: five likeliest of one; KLs without a tail."""
-    model = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
     one = batches([record.cut(top_k=1) for record in tiny.records()], 4)
     V = model.arch.vocab_size
-    numbers = evaluate(model, one, CacheFacts(V, 1), asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World())
+    numbers = evaluate(
+        model, one, CacheFacts(V, 1), asked=EvaluationRequest(OBJECTIVE), parallel=FLOAT32, world=World()
+    )
     assert numbers["val/top5_agreement"] == numbers["val/top1_agreement"]
     whole = [_whole(batch, V) for batch in one]
-    numbers = evaluate(model, whole, CacheFacts(V, V), asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World())
+    numbers = evaluate(
+        model, whole, CacheFacts(V, V), asked=EvaluationRequest(OBJECTIVE), parallel=FLOAT32, world=World()
+    )
     positions = positions_of(model, whole)
     for name in ("forward_kl", "reverse_kl"):
         exact = sum(float(dense.position_loss(each, name, "tail_bucket")) for each in positions) / len(positions)
@@ -141,16 +148,16 @@ def on_ranks(world: World, folder: str, records: list[Record], wanted: dict[str,
         "tp 2, by position": replace(FLOAT32, tensor_parallel=2, sequence_parallel=True, shard="full"),
     }
     for name, parallel in layouts.items():
-        laid_out = world.laid_out(parallel.layout(world.size))
+        laid_out = world.with_layout(parallel.layout(world.size))
         first = start(folder)
-        model = spread(first.decoder(), parallel, laid_out)
+        model = parallelize(first.decoder(), parallel, laid_out)
         first.fill(model, 0)
         own = records[laid_out.dp_rank :: laid_out.dp_size]
         found = evaluate(
             model,
             batches(own, 3),
             CacheFacts(model.arch.vocab_size, 8),
-            asked=Asked(OBJECTIVE, (surprise, on_label), table),
+            asked=EvaluationRequest(OBJECTIVE, (surprise, on_label), table),
             parallel=parallel,
             world=laid_out,
         )
@@ -159,22 +166,22 @@ def on_ranks(world: World, folder: str, records: list[Record], wanted: dict[str,
 
 def test_ranks_that_share_rows_or_the_vocabulary_say_the_same(tiny: Tiny) -> None:
     records, table = tiny.records()[:12], Tokenizer(tiny.teacher).byte_lengths()  # the same passes on both ranks
-    model = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
-    facts, asked = CacheFacts(model.arch.vocab_size, 8), Asked(OBJECTIVE, (surprise, on_label), table)
+    model = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    facts, asked = CacheFacts(model.arch.vocab_size, 8), EvaluationRequest(OBJECTIVE, (surprise, on_label), table)
     wanted = evaluate(model, batches(records, 5), facts, asked=asked, parallel=FLOAT32, world=World())
     run_ranks(2, on_ranks, str(tiny.teacher), records, wanted, table)
 
 
 def test_several_caches_are_reported_by_name_and_by_their_weights(tiny: Tiny) -> None:
-    model, records = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0), tiny.records()
+    model, records = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0), tiny.records()
     facts = CacheFacts(model.arch.vocab_size, 8)
     parts = {"long": records[:5], "short": records[5:7]}
-    asked, alone = Asked(OBJECTIVE), {}
+    asked, alone = EvaluationRequest(OBJECTIVE), {}
     for name, part in parts.items():
         alone[name] = evaluate(model, batches(part, 2), facts, asked=asked, parallel=FLOAT32, world=World())
     held_out = {
-        "long": HeldOut(lambda: batches(parts["long"], 2), facts, 3.0),
-        "short": HeldOut(lambda: batches(parts["short"], 2), facts, 1.0),
+        "long": HeldOutCache(lambda: batches(parts["long"], 2), facts, 3.0),
+        "short": HeldOutCache(lambda: batches(parts["short"], 2), facts, 1.0),
     }
     found = evaluate_all(model, held_out, asked=asked, parallel=FLOAT32, world=World())
     for name, numbers in alone.items():
@@ -191,14 +198,14 @@ def test_a_metric_that_is_no_number_a_position_is_named(tiny: Tiny) -> None:
     def summed(view: SparseView) -> Tensor:
         return view.student_label.sum()
 
-    model = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0)
     facts = CacheFacts(model.arch.vocab_size, 8)
     with pytest.raises(UsageError, match=r"evaluation\.metrics: summed gave \[\] of 7 positions"):
         evaluate(
             model,
             batches(tiny.records(), 2),
             facts,
-            asked=Asked(OBJECTIVE, (summed,)),
+            asked=EvaluationRequest(OBJECTIVE, (summed,)),
             parallel=FLOAT32,
             world=World(),
         )
@@ -206,13 +213,13 @@ def test_a_metric_that_is_no_number_a_position_is_named(tiny: Tiny) -> None:
 
 def test_a_label_beyond_the_tokenizer_stands_for_no_bytes(tiny: Tiny) -> None:
     """Of a model whose rows go beyond the tokenizer's, as in published ones and converted caches."""
-    model, found = build(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records()[:4], 4)
+    model, found = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records()[:4], 4)
     facts, table = CacheFacts(model.arch.vocab_size, 8), Tokenizer(tiny.teacher).byte_lengths()
     known = len(table) - 20
     labels = [int(label) for batch in found for label in batch.labels[batch.loss_mask]]
     size = sum(int(table[label]) for label in labels if label < known)
     assert any(label >= known for label in labels)
-    asked = Asked(OBJECTIVE, (), table[:known])
+    asked = EvaluationRequest(OBJECTIVE, (), table[:known])
     numbers = evaluate(model, found, facts, asked=asked, parallel=FLOAT32, world=World())
     assert numbers["val/bits_per_byte"] == pytest.approx(
         numbers["val/nll"] * len(labels) / math.log(2) / size, rel=1e-5

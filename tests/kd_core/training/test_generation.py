@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.generation import continue_greedily
 from tests.ranks import run_ranks
 from tests.tiny import Tiny
@@ -29,7 +29,7 @@ def plainly(model: Decoder, prompt: list[int]) -> list[int]:
 
 
 def test_prompts_of_any_length_together_are_continued_as_each_alone(tiny: Tiny) -> None:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     wanted = [plainly(model, prompt) for prompt in PROMPTS]
     assert len({tuple(ids) for ids in wanted}) > 1
     assert continue_greedily(model, PROMPTS, TOKENS, FLOAT32, World()) == wanted
@@ -42,14 +42,14 @@ def on_ranks(world: World, folder: str, wanted: list[list[int]]) -> None:
         replace(FLOAT32, tensor_parallel=2, sequence_parallel=True),
     ]
     for parallel in layouts:
-        laid_out = world.laid_out(parallel.layout(world.size))
+        laid_out = world.with_layout(parallel.layout(world.size))
         start = Pretrained(folder)
-        model = spread(start.decoder(), parallel, laid_out)
+        model = parallelize(start.decoder(), parallel, laid_out)
         start.fill(model, 0)
         assert continue_greedily(model, PROMPTS, TOKENS, parallel, laid_out) == wanted, parallel
         assert all(p.grad is None for p in model.parameters())
 
 
 def test_ranks_continue_as_one_process(tiny: Tiny) -> None:
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     run_ranks(2, on_ranks, str(tiny.teacher), continue_greedily(model, PROMPTS, TOKENS, FLOAT32, World()))

@@ -1,27 +1,27 @@
 from dataclasses import replace
 
-from kd_core.training.monitoring.hang_watchdog import Report, behind, verdict
+from kd_core.training.monitoring.hang_watchdog import RankReport, hang_message, ranks_behind
 
-WAITS = Report(9, "in forward and backward of step 5", 12, "kd_core/parallel/world.py:48", waits=True, host="a")
+WAITS = RankReport(9, "in forward and backward of step 5", 12, "kd_core/parallel/world.py:48", waits=True, host="a")
 
 
 def test_who_does_not_answer_is_behind_before_all() -> None:
     reports = [WAITS, replace(WAITS, answers=False), replace(WAITS, entered=11)]
-    assert behind(reports) == [1]
-    assert "rank 1 on a, not answering" in verdict(reports, 3.0)
+    assert ranks_behind(reports) == [1]
+    assert "rank 1 on a, not answering" in hang_message(reports, 3.0)
 
 
 def test_who_has_fewer_phases_behind_it() -> None:
     reports = [WAITS, WAITS, replace(WAITS, entered=11, phase="reading data of step 5", waits=False, host="c")]
-    assert behind(reports) == [2]
-    assert "waited 3 s for rank 2 on c, last seen reading data of step 5" in verdict(reports, 3.0)
-    assert "Rank 0 waits in forward and backward of step 5" in verdict(reports, 3.0)
+    assert ranks_behind(reports) == [2]
+    assert "waited 3 s for rank 2 on c, last seen reading data of step 5" in hang_message(reports, 3.0)
+    assert "Rank 0 waits in forward and backward of step 5" in hang_message(reports, 3.0)
 
 
 def test_who_is_in_no_collective() -> None:
-    assert behind([WAITS, replace(WAITS, waits=False, place="kd_core/students/decoder/decoder.py:9")]) == [1]
+    assert ranks_behind([WAITS, replace(WAITS, waits=False, place="kd_core/students/decoder/decoder.py:9")]) == [1]
 
 
 def test_where_nothing_tells_them_apart_nobody_is_blamed() -> None:
-    assert behind([WAITS, WAITS]) == []
-    assert "no rank has moved for 3 s" in verdict([WAITS, WAITS], 3.0)
+    assert ranks_behind([WAITS, WAITS]) == []
+    assert "no rank has moved for 3 s" in hang_message([WAITS, WAITS], 3.0)

@@ -15,7 +15,7 @@ from kd_core.parallel.world import World
 from kd_core.training.evaluation import metric_names
 from kd_core.training.monitoring.histograms import histograms
 from kd_core.training.monitoring.metric_log import MetricLog, read_metrics
-from kd_core.training.monitoring.tensorboard import PAGES, hparams_of, write_session
+from kd_core.training.monitoring.tensorboard import PAGES, parse_hparams, write_session
 
 CONFIG = """student = Pretrained  # experiments/x.py:1
 student.folder = 'a | b'  # --config=student.folder=a
@@ -146,4 +146,4 @@ def matches(tag: str, name: str) -> Any:
     ("text", "value"), [("4e-4", 4e-4), ("True", True), ("'x'", "x"), ("None", "None"), ("(1, 2)", "(1, 2)")]
 )
 def test_values_of_settings(text: str, value: object) -> None:
-    assert hparams_of({"loss.x": text, "checkpoint.every": "3"}) == {"loss.x": value}
+    assert parse_hparams({"loss.x": text, "checkpoint.every": "3"}) == {"loss.x": value}

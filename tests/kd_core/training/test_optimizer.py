@@ -10,12 +10,12 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.training.checkpoints import checkpoint
-from kd_core.training.checkpoints.checkpoint import Content, Progress
-from kd_core.training.checkpoints.checkpoint_state import check_kept, run_state, settings_of_groups
+from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress
+from kd_core.training.checkpoints.checkpoint_state import check_resumable, read_group_settings, run_state
 from kd_core.training.optimizer import AdamW, Optimizer, TorchOptimizer, set_rates
 from kd_core.training.step import train_step
 from tests.kd_core.parallel.test_layouts import OBJECTIVE, OF_TWO, PLAIN, batches, first_weights, put, tied, whole
@@ -61,8 +61,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def _student(settings: Optimizer, parallel: Parallel, world: World) -> tuple[Decoder, torch.optim.Optimizer, World]:
-    world = world.laid_out(parallel.layout(world.size))
-    model = spread(tied(), parallel, world)
+    world = world.with_layout(parallel.layout(world.size))
+    model = parallelize(tied(), parallel, world)
     for name, parameter in model.named_parameters():
         put(parameter, first_weights(tied)[name])
     return model, settings.build(model), world
@@ -82,10 +82,10 @@ def _values(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 def _resumed(world: World, root: Path, settings: Optimizer, parallel: Parallel) -> None:
     """Two steps, saved; two more, with what was loaded of them and without a stop: the same bits."""
     model, optimizer, world = _student(settings, parallel, world)
-    as_built = settings_of_groups(optimizer)
+    as_built = read_group_settings(optimizer)
     _steps(model, optimizer, parallel, world, range(2))
-    check_kept(model, optimizer, as_built)
-    content = Content(run_state(model, optimizer), Progress(2, 8), {}, "")
+    check_resumable(model, optimizer, as_built)
+    content = CheckpointContent(run_state(model, optimizer), Progress(2, 8), {}, "")
     folder = checkpoint.write(root, content, world, None)
     world.barrier()
     other, fresh, _ = _student(settings, parallel, world)
@@ -172,10 +172,10 @@ def test_what_no_checkpoint_holds_is_refused_after_the_first_step(more: dict[str
     model, _, world = _student(AdamW(), PLAIN, World())
     optimizer = (_Counts if more is None else _Keeps)([{"params": list(model.parameters())}], 1e-3)
     optimizer.more = more  # type: ignore[union-attr]
-    as_built = settings_of_groups(optimizer)
+    as_built = read_group_settings(optimizer)
     _steps(model, optimizer, PLAIN, world, range(1))
     with pytest.raises(UsageError, match=message):
-        check_kept(model, optimizer, as_built)
+        check_resumable(model, optimizer, as_built)
 
 
 def nothing(groups: Iterable[dict[str, Any]], lr: float) -> None:

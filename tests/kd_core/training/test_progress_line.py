@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd_core.parallel.world import World
-from kd_core.training.monitoring.progress_line import Live, line, memory_gib
+from kd_core.training.monitoring.progress_line import ProgressLine, format_metrics, memory_gib
 
 
 def test_the_line_has_losses_by_name_and_what_the_step_cost() -> None:
@@ -23,25 +23,25 @@ def test_the_line_has_losses_by_name_and_what_the_step_cost() -> None:
         "speed/eta_seconds": 3725.0,
     }
     wanted = "loss 1.500, kd 2.000, sft 3.250, lr 4.00e-04, 1234 tok/s, 12% waiting, 3.50 GiB, ETA 1:02:05"
-    assert line(values) == wanted
-    assert line({"train/skipped_steps": 1.0, "speed/eta_seconds": 5.0}) == "ETA 00:05"
+    assert format_metrics(values) == wanted
+    assert format_metrics({"train/skipped_steps": 1.0, "speed/eta_seconds": 5.0}) == "ETA 00:05"
 
 
 def test_without_a_terminal_a_line_of_the_log_every_so_many_steps(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "kd"), Live(20, 3, 5, World()) as live:
+    with caplog.at_level(logging.INFO, "kd"), ProgressLine(20, 3, 5, World()) as live:
         for step in range(4, 21):
             live.show(step, {"train/loss": float(step)})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         f"step {step} of 20" for step in (4, 5, 10, 15, 20)
     ]
     caplog.clear()
-    with caplog.at_level(logging.INFO, "kd"), Live(2, 0, 1, World(rank=1, size=2)) as live:
+    with caplog.at_level(logging.INFO, "kd"), ProgressLine(2, 0, 1, World(rank=1, size=2)) as live:
         live.show(1, {})
     assert not caplog.records
 
 
 def test_shares_and_the_time_that_is_left() -> None:
-    live = Live(12, 2, 1, World())
+    live = ProgressLine(12, 2, 1, World())
     live.started -= 1000.0  # seconds ago
     found = live.speed(4, seconds=3.0, waited=1.0)
     assert found["speed/data_wait_share"] == 0.25

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder, materialised, meta_decoder
+from kd_core.students.decoder.decoder import Decoder, allocate, meta_decoder
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
@@ -31,7 +31,7 @@ Layout = tuple[int, int]
 
 def _student(frozen: bool, size: tuple[int, int]) -> tuple[Decoder, torch.optim.Optimizer]:
     """(dp, tp): tensor-parallel linear layers inside of FSDP2, the embedding tied; 37 tokens do not divide."""
-    model = materialised(meta_decoder(ARCH), torch.device("cpu"))
+    model = allocate(meta_decoder(ARCH), torch.device("cpu"))
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
@@ -96,7 +96,7 @@ def _save(world: World, root: Path, layout: Layout, frozen: bool, steps: int) ->
 
 def _load(world: World, root: Path, layout: Layout, frozen: bool, steps: int) -> None:
     model, optimizer = _student(frozen, layout)
-    folder = checkpoint.newest_whole(root, world)
+    folder = checkpoint.newest_undamaged(root, world)
     assert folder is not None
     assert checkpoint.load(folder, model, optimizer) == Progress(steps, 4 * steps)
     found, wanted = _everything(model, optimizer), torch.load(root / "wanted.pt")

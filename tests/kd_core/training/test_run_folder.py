@@ -11,10 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_core.errors import UsageError
-from kd_core.files import new_folder, place_of_new_folder, write_text
+from kd_core.files import new_folder, new_folder_target, write_text
 from kd_core.parallel.world import World
-from kd_core.students.huggingface.save import is_whole, save_pretrained
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.huggingface.save import is_complete_export, save_pretrained
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.monitoring.metric_log import MetricLog
 from kd_core.training.run_folder import RunFolder, attempt_facts
 from tests.tiny import Tiny
@@ -24,7 +24,7 @@ from tests.tiny import Tiny
 def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of several files of weights."""
     folder = tmp_path_factory.mktemp("exported") / "export"
-    model = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     save_pretrained(model, folder, tiny.teacher, max_file_bytes=50_000)
     return folder
 
@@ -60,11 +60,11 @@ def test_half_an_export_is_no_finished_run(exported: Path, tmp_path: Path, half:
 
 
 def test_a_file_or_a_link_to_nowhere_is_no_export(tmp_path: Path) -> None:
-    assert not is_whole(tmp_path / "export")
+    assert not is_complete_export(tmp_path / "export")
     (tmp_path / "export").symlink_to(tmp_path / "nowhere")
-    assert not is_whole(tmp_path / "export")
+    assert not is_complete_export(tmp_path / "export")
     (tmp_path / "file").touch()
-    assert not is_whole(tmp_path / "file")
+    assert not is_complete_export(tmp_path / "file")
 
 
 def _begin(run: RunFolder) -> str:
@@ -140,7 +140,7 @@ def test_a_new_folder_behind_a_link_is_made_there_and_nothing_is_deleted_there(t
         assert (link / "file").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="a file stands there"):
-        place_of_new_folder(tmp_path / "file")
+        new_folder_target(tmp_path / "file")
 
 
 def test_a_record_that_a_kill_left_with_the_text_of_the_one_before(

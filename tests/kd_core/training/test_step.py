@@ -15,12 +15,12 @@ from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Obj
 from kd_core.losses.term_weights import WarmupStableDecay
 from kd_core.losses.token_selection import KeepUncertain
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import spread
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.starts.start import Pretrained, build
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.checkpoints.checkpoint_state import run_state
-from kd_core.training.evaluation import Asked, evaluate
+from kd_core.training.evaluation import EvaluationRequest, evaluate
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import StepSums, batch_loss, train_step
 from kd_core.types import Batch
@@ -33,7 +33,7 @@ FACTS = CacheFacts(vocab_size=VOCAB, top_k=8)
 
 
 def _model(tiny: Tiny) -> Decoder:
-    return build(Pretrained(str(tiny.teacher), keep_layers=(0, 3)), torch.device("cpu"), seed=0)
+    return build_student(Pretrained(str(tiny.teacher), keep_layers=(0, 3)), torch.device("cpu"), seed=0)
 
 
 def _records(tiny: Tiny) -> list[Record]:
@@ -139,9 +139,9 @@ def test_a_non_finite_loss_moves_nothing(tiny: Tiny) -> None:
 
 
 def test_the_teacher_against_its_own_cache_has_no_divergence(tiny: Tiny) -> None:
-    teacher = build(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
+    teacher = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)])
-    found = evaluate(teacher, [batch], FACTS, asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World())
+    found = evaluate(teacher, [batch], FACTS, asked=EvaluationRequest(OBJECTIVE), parallel=FLOAT32, world=World())
     assert found["val/kl"] < 2 * read_manifest(tiny.train).audit.kl_mean < 1e-3
     assert found["val/top1_agreement"] == 1
     assert found["val/nll"] == pytest.approx(found["val/teacher_nll"], rel=1e-3)
@@ -152,10 +152,20 @@ def test_evaluation_does_not_depend_on_batches(tiny: Tiny) -> None:
     model, records = _model(tiny), _records(tiny)
     collate = Collate(ROW_LENGTH)
     whole = evaluate(
-        model, [collate([[r] for r in records])], FACTS, asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World()
+        model,
+        [collate([[r] for r in records])],
+        FACTS,
+        asked=EvaluationRequest(OBJECTIVE),
+        parallel=FLOAT32,
+        world=World(),
     )
     parts = evaluate(
-        model, [collate([[r]]) for r in records], FACTS, asked=Asked(OBJECTIVE), parallel=FLOAT32, world=World()
+        model,
+        [collate([[r]]) for r in records],
+        FACTS,
+        asked=EvaluationRequest(OBJECTIVE),
+        parallel=FLOAT32,
+        world=World(),
     )
     assert whole == pytest.approx(parts, rel=1e-6)
 
@@ -188,8 +198,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _of_nothing(world: World, tiny: Tiny, parallel: Parallel, objective: Objective, scored: Sequence[bool]) -> None:
     """Gather momentum in one step, then take one in which data-parallel rank r has scored positions if `scored[r]`."""
-    world = world.laid_out(parallel.layout(world.size))
-    model = spread(Pretrained(str(tiny.teacher), keep_layers=(0, 3)).decoder(), parallel, world)
+    world = world.with_layout(parallel.layout(world.size))
+    model = parallelize(Pretrained(str(tiny.teacher), keep_layers=(0, 3)).decoder(), parallel, world)
     Pretrained(str(tiny.teacher), keep_layers=(0, 3)).fill(model, 0)
     optimizer = AdamW(lr=0.01, weight_decay=0.1).build(model)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)[:2]])

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from launchers.reports import text_tables
-from launchers.sweeps.live_table import Live
+from launchers.sweeps.live_table import LiveTable
 from launchers.sweeps.point_process import Slot, slots
 from launchers.sweeps.seed_statistics import mean_of, t_quantile
 from launchers.sweeps.slurm import launcher
@@ -50,7 +50,7 @@ class _Terminal(io.StringIO):
 def test_the_table_moves_on_a_terminal_and_stays_away_elsewhere() -> None:
     screen, log = _Terminal(), io.StringIO()
     for stream in (screen, log):
-        live = Live(["id"], lambda: [["x"], ["y"]], stream)
+        live = LiveTable(["id"], lambda: [["x"], ["y"]], stream)
         live.draw()
         live.say("finished")
     assert screen.getvalue() == "id\nx\ny\n\x1b[3F\x1b[Jfinished\nid\nx\ny\n"

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from experiments.base.sweep_definition import Sweep, seeds
-from experiments.config.sweep_points import Point, resolve
+from experiments.config.sweep_points import Point, resolve_points
 from experiments.half_depth import quickstart
 from launchers.sweeps import slurm
 from launchers.sweeps.sweep_folder import SweepFolder
@@ -208,7 +208,7 @@ def cluster(folder: Path, **options: object) -> Generator[Cluster]:
 def sweep_of(tiny: Tiny, out: Path, n: int, steps: int = STEPS) -> tuple[SweepFolder, list[Point]]:
     """A folder of a sweep of `n` points, of which none has begun."""
     items = [*tiny.train_items(steps)[1:], "checkpoint.every=10", "evaluation.every=100"]
-    points = resolve(Sweep(quickstart) * seeds(n), items, "study")
+    points = resolve_points(Sweep(quickstart) * seeds(n), items, "study")
     folder = SweepFolder(out)
     folder.claim("study", points)
     return folder, points

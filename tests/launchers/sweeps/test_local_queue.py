@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from experiments.base.sweep_definition import Sweep, grid, seeds
-from experiments.config.sweep_points import Point, resolve
+from experiments.config.sweep_points import Point, resolve_points
 from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
-from kd_core.files import owned, read_json
+from kd_core.files import own_folder, read_json
 from kd_core.training.monitoring.metric_log import read_metrics
 from launchers.sweeps.cost_plan import plan
 from launchers.sweeps.local_queue import Queue
@@ -63,7 +63,7 @@ def _attempts(out: Path) -> dict[str, int]:
 
 def _here(sweep: Sweep, out: SweepFolder, items: list[str], retry_failed: bool = False) -> list[Point]:
     """A sweep run by this process, which saves a start."""
-    points = resolve(sweep, items, "study")
+    points = resolve_points(sweep, items, "study")
     out.claim("study", points)
     left = out.left(points, retry_failed)
     Queue(out, left, slots(2, 1, [], sorted(os.sched_getaffinity(0))), 1, lambda: write_results(out, points)).run()
@@ -76,7 +76,7 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
     items = [item for item in tiny.train_items(STEPS)[1:] if not item.startswith("shards.path")]
     sweep = Sweep(quickstart) * grid("shards.path", [str(moved), str(tiny.train)])
     assert len(_here(sweep, folder, items)) == 2
-    bad, good = resolve(sweep, items, "study")
+    bad, good = resolve_points(sweep, items, "study")
     assert {row["id"]: row["state"] for row in table(folder.path / "results.csv")} == {
         bad.id: "failed",
         good.id: "finished",
@@ -90,7 +90,7 @@ def test_a_failed_point_stays_alone_and_is_tried_again_when_asked(tiny: Tiny, tm
     (new,) = _here(wider, folder, items)
     assert new.values["optimizer.lr"] == 8e-4
     assert folder.status(bad.id).starts == 1
-    assert _here(wider, folder, items, retry_failed=True) == [resolve(wider, items, "study")[0]]
+    assert _here(wider, folder, items, retry_failed=True) == [resolve_points(wider, items, "study")[0]]
     assert [(row["id"], row["state"]) for row in table(folder.path / "results.csv")] == [
         (bad.id, "finished"),
         (new.id, "finished"),
@@ -130,7 +130,7 @@ def test_the_plan_foretells_the_disk_and_finished_points_need_no_checkpoints(tin
     assert write_results(folder, points) == before
     folder.set_status(points[0].id, Status(RUNNING))  # as a queue that was killed leaves it
     shutil.rmtree(run.export)
-    with owned(folder.path):
+    with own_folder(folder.path):
         folder.claim("study", points)
         assert folder.status(points[0].id).state == STOPPED
 
@@ -157,11 +157,11 @@ def _size(folder: Path, pattern: str) -> int:
 
 
 def test_a_folder_of_another_sweep_is_refused_and_so_is_one_in_use(tiny: Tiny, tmp_path: Path) -> None:
-    points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items()[1:], "study")
+    points = resolve_points(Sweep(quickstart) * seeds(2), tiny.train_items()[1:], "study")
     SweepFolder(tmp_path / "out").claim("other", points)
     with pytest.raises(UsageError, match="holds the sweep 'other', not study"):
         SweepFolder(tmp_path / "out").claim("study", points)
-    with owned(tmp_path / "out"):
+    with own_folder(tmp_path / "out"):
         done = run("launchers.sweep", *_flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), tmp_path / "out", tiny))
     assert done.returncode == 1
     assert "another process" in done.stderr
@@ -236,7 +236,7 @@ def test_a_killed_point_goes_on_and_a_sweep_that_is_asked_to_stop_leaves_nothing
     out = tmp_path / "out"
     flags = _flags(_study(tmp_path, "Sweep(quickstart) * seeds(2)"), out, tiny, steps=1000, jobs=1)
     process = subprocess.Popen(line("launchers.sweep", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    points = resolve(Sweep(quickstart) * seeds(2), tiny.train_items(1000)[1:], "study")
+    points = resolve_points(Sweep(quickstart) * seeds(2), tiny.train_items(1000)[1:], "study")
     first, second = (point.id for point in points)
     _wait(lambda: _steps_of(out, first) > 4)
     os.kill(_working_in(out)[0], number)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.base.sweep_definition import Sweep, seeds
-from experiments.config.sweep_points import Point, resolve
+from experiments.config.sweep_points import Point, resolve_points
 from experiments.half_depth import quickstart
 from launchers.sweeps import results
 from launchers.sweeps.results import Results, write_results
@@ -22,7 +22,7 @@ from tests.tiny import Tiny
 
 def _points(tiny: Tiny, n: int) -> list[Point]:
     """As many as wanted of one graph, which takes no time to resolve."""
-    (point,) = resolve(Sweep(quickstart) * seeds(1), tiny.train_items()[1:], "study")
+    (point,) = resolve_points(Sweep(quickstart) * seeds(1), tiny.train_items()[1:], "study")
     return [replace(point, id=f"{i:012x}", values={**point.values, "seed": i}) for i in range(n)]
 
 
@@ -59,7 +59,7 @@ def test_time_for_tables_grows_with_the_points(
     for i, point in enumerate(points):
         now[0] += 60.0
         _finish(folder, point, tiny)
-        kept_up.keep_up()
+        kept_up.write_if_due()
         if i == 0:  # where the tables cost little, they are there after every point
             assert [row["state"] for row in table(folder.path / "results.csv")] == ["finished"] + ["new"] * (n - 1)
     kept_up.write()

@@ -15,16 +15,16 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.base.sweep_definition import Sweep, seeds
-from experiments.config.sweep_points import resolve
+from experiments.config.sweep_points import resolve_points
 from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
 from launchers.sweeps import slurm, slurm_commands
 from launchers.sweeps.sweep_folder import SUBMITTED, SweepFolder
 from tests.launchers.sweeps.real_slurm import REQUEST, STEPS, Cluster, needs_slurm, sweep_of
-from kd_core.files import owned
+from kd_core.files import own_folder
 from launchers.sweeps import slurm, slurm_commands
 from launchers.sweeps.sweep_folder import FINISHED, SUBMITTED, Status, SweepFolder
-from experiments.config.sweep_points import resolve
+from experiments.config.sweep_points import resolve_points
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
@@ -48,10 +48,10 @@ def test_a_sweep_is_cut_into_arrays_that_the_cluster_takes_and_asks_for_its_queu
     assert sorted(re.findall(r"--array='?([^'\n]*)", scripts)) == ["0-15%1", "0-16%2", "0-16%2"]
     asked = _refusing(tmp_path / "bin", "squeue", at, "true")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert list(slurm_commands.of_points(folder, points)) == [each.id for each in points]
+    assert list(slurm_commands.states_by_point(folder, points)) == [each.id for each in points]
     assert asked.read_text().count("\n") == 1
     at.call("scancel", jobs[7], str(first + 2))
-    assert list(slurm_commands.of_points(folder, points)) == [each.id for i, each in enumerate(points[:34]) if i != 7]
+    assert list(slurm_commands.states_by_point(folder, points)) == [each.id for i, each in enumerate(points[:34]) if i != 7]
 
 
 @needs_slurm
@@ -75,7 +75,7 @@ def test_where_a_user_may_have_no_more_jobs_as_many_are_submitted_as_fit(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     request = replace(REQUEST, more={"begin": "now+1hour"})
     assert len(slurm.submit(folder, points, "study", request, 1, keep_checkpoints=True)) == 7
-    assert list(slurm_commands.of_points(folder, points)) == [each.id for each in points[:7]]
+    assert list(slurm_commands.states_by_point(folder, points)) == [each.id for each in points[:7]]
     with pytest.raises(UsageError, match="sbatch refused 1 jobs: .*AssocMaxSubmitJobLimit"):
         slurm.submit(folder, points[7:], "study", request, 1, keep_checkpoints=True)
 
@@ -142,7 +142,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     items = [f"--config={item}" for item in [*tiny.train_items(STEPS)[1:], "shards.top_k=3"]]
     out = tmp_path / "out"
     flags = [f"--sweep={tmp_path / 'study.py'}:study", f"--out={out}", "--backend=slurm", *items]
-    (point,) = resolve(Sweep(quickstart) * seeds(1), [*tiny.train_items(STEPS)[1:], "shards.top_k=3"], "study")
+    (point,) = resolve_points(Sweep(quickstart) * seeds(1), [*tiny.train_items(STEPS)[1:], "shards.top_k=3"], "study")
     SweepFolder(out).claim("study", [point])
     SweepFolder(out).set_status(point.id, slurm.Status(SUBMITTED, job=job))
     done = subprocess.run(
@@ -170,7 +170,7 @@ def test_a_job_that_waits_for_another_process_says_so_once_a_minute(
     (tmp_path / "out" / "status").mkdir(parents=True)
     folder.set_status("0" * 12, Status(FINISHED, 1))
     with contextlib.ExitStack() as owner:
-        owner.enter_context(owned(run_folder))
+        owner.enter_context(own_folder(run_folder))
 
         def sleep(seconds: float) -> None:
             clock[0] += seconds
@@ -193,11 +193,11 @@ def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path: Path, monk
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UsageError, match=r"jobs 12, 7 may run: squeue failed .*Unable to contact slurm controller"):
-        slurm_commands.states(["7", "12_3", "12_4"])
+        slurm_commands.job_states(["7", "12_3", "12_4"])
     command.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
-    assert not slurm_commands.states(["7"])
+    assert not slurm_commands.job_states(["7"])
     command.write_text("#!/bin/sh\necho no such format\n")  # which is no word of an end either
-    assert slurm_commands.states(["7"]) == {"7": "UNKNOWN"}
+    assert slurm_commands.job_states(["7"]) == {"7": "UNKNOWN"}
 
 
 def test_without_submitit_or_slurm_the_error_says_what_to_do(

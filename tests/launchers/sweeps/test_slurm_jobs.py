@@ -59,13 +59,13 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     folder, points = sweep_of(tiny, tmp_path / "out", 2)
     lost_without_a_word = slurm.Status(RUNNING, job="99")  # as a job that was killed and not put back leaves it
     folder.set_status(points[0].id, lost_without_a_word)
-    assert not slurm_commands.of_points(folder, points)
+    assert not slurm_commands.states_by_point(folder, points)
     # One after the other, so that neither ends while the test looks at the other.
     request = replace(REQUEST, at_once=1)
     jobs = slurm.submit(folder, points, "study", request, nproc=1, keep_checkpoints=False)
     assert [folder.status(point.id).job for point in points] == jobs
-    assert list(slurm_commands.of_points(folder, points)) == [point.id for point in points]
-    assert set(slurm_commands.states([*jobs, "99"])) == set(jobs)
+    assert list(slurm_commands.states_by_point(folder, points)) == [point.id for point in points]
+    assert set(slurm_commands.job_states([*jobs, "99"])) == set(jobs)
     warned, lost = points
     wait(lambda: _steps(folder, warned) > 15)
     at.call("scancel", "--signal=USR2", jobs[0])
@@ -73,7 +73,7 @@ def test_a_warned_job_and_one_of_a_lost_node_are_put_back_and_go_on(
     at.lose_node(node := at.node_of(jobs[1]))
     at.start_node(node)
     at.wait_until_idle(100)
-    assert not slurm_commands.states(jobs)
+    assert not slurm_commands.job_states(jobs)
     for point in points:
         _ended_once(folder, point, starts=2)
         assert not folder.run_folder(point.id).checkpoints.exists()

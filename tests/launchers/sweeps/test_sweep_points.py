@@ -9,25 +9,25 @@ import pytest
 
 from experiments.base.sweep_definition import Axis, Sweep, fiddled, grid, seeds, tied
 from experiments.config import config_items, find_sweep
-from experiments.config.sweep_points import Point, label, resolve, short_names, swept_paths
+from experiments.config.sweep_points import Point, point_label, resolve_points, short_names, swept_paths
 from experiments.half_depth import quickstart, quickstart_export
 from kd_core.errors import UsageError
 from kd_core.losses.term_weights import Linear
 from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
-from launchers.sweeps.results import Row, groups_of
+from launchers.sweeps.results import Row, group_by_seed
 from tests.launchers.command import run
 from kd_core.training.lr_schedule import WarmupCosine
 from experiments.config import config_items
 from experiments.config import find_sweep
 from launchers.sweeps.sweep_folder import Status, SweepFolder
-from experiments.config.sweep_points import Point, label, resolve, short_names, swept_paths
+from experiments.config.sweep_points import Point, point_label, resolve_points, short_names, swept_paths
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
 
 def _points(sweep: Sweep, *items: str) -> list[Point]:
-    return resolve(sweep, items, "study")
+    return resolve_points(sweep, items, "study")
 
 
 def _shorter(config: fdl.Config[Any]) -> None:
@@ -38,7 +38,7 @@ def test_a_point_is_the_experiment_that_the_command_line_would_give() -> None:
     points = _points(Sweep(quickstart) * grid("shards.top_k", [1, 8]) * grid("optimizer.lr", [1]), "steps=7")
     for point, k in zip(points, (1, 8), strict=True):
         items = ["quickstart", "steps=7", f"shards.top_k={k}", "optimizer.lr=1"]
-        assert point.record == config_items.record(config_items.resolve(items, "Experiment").config)
+        assert point.record == config_items.record_json(config_items.resolve_items(items, "Experiment").config)
         assert len(point.id) == 12
         assert point.tokens == 7 * 1024
 
@@ -47,15 +47,15 @@ def test_a_tag_sets_all_that_carry_it_as_the_command_line_would() -> None:
     points = _points(Sweep(quickstart) * grid("tag:TopK", [4, 8]) * grid("tag:RowLength", [256]))
     for point, k in zip(points, (4, 8), strict=True):
         items = ["quickstart", f"tag:TopK={k}", "tag:RowLength=256"]
-        assert point.record == config_items.record(config_items.resolve(items, "Experiment").config)
-        assert label(point, swept_paths(points)) == f"tag:TopK={k} tag:RowLength=256"
+        assert point.record == config_items.record_json(config_items.resolve_items(items, "Experiment").config)
+        assert point_label(point, swept_paths(points)) == f"tag:TopK={k} tag:RowLength=256"
 
 
 def test_a_fiddler_of_the_command_line_makes_another_base_for_every_point() -> None:
     points = _points(Sweep(quickstart) * grid("steps", [7, 9]), "fiddler:short(steps=5)")
     for point, steps in zip(points, (7, 9), strict=True):
         items = ["quickstart", "fiddler:short(steps=5)", f"steps={steps}"]
-        assert point.record == config_items.record(config_items.resolve(items, "Experiment").config)
+        assert point.record == config_items.record_json(config_items.resolve_items(items, "Experiment").config)
 
 
 def test_an_identity_is_a_function_of_what_is_trained_alone() -> None:
@@ -69,8 +69,8 @@ def test_points_are_averaged_that_differ_in_their_seed_alone() -> None:
     rates = [0.1234567, 0.12345678]  # differ beyond the digits that a short form shows
     points = _points(Sweep(quickstart) * grid("optimizer.lr", rates) * seeds(2))
     rows = [Row(point, "finished", {"val/kl": float(i)}) for i, point in enumerate(points)]
-    assert [(group.n, group.means["val/kl"].mean) for group in groups_of(rows, ["val/kl"])] == [(2, 0.5), (2, 2.5)]
-    assert [group.n for group in groups_of(rows[:3], ["val/kl"])] == [2, 1]
+    assert [(group.n, group.means["val/kl"].mean) for group in group_by_seed(rows, ["val/kl"])] == [(2, 0.5), (2, 2.5)]
+    assert [group.n for group in group_by_seed(rows[:3], ["val/kl"])] == [2, 1]
 
 
 def test_equal_values_are_one_point_whenever_they_are_run() -> None:
@@ -94,7 +94,7 @@ def test_a_value_may_be_a_part_or_a_function() -> None:
     points = _points(Sweep(quickstart) * grid("schedule", schedules) * fiddled(None, _shorter))
     assert [point.config.schedule.warmup_steps for point in points] == [2, 2, 7, 7]
     assert [point.steps for point in points] == [60, 30, 60, 30]
-    assert label(points[3], swept_paths(points)) == "schedule=WarmupCosine(warmup_steps=7) fiddler:change=_shorter"
+    assert point_label(points[3], swept_paths(points)) == "schedule=WarmupCosine(warmup_steps=7) fiddler:change=_shorter"
     points[0].config.schedule.warmup_steps = 3
     assert schedules[0].warmup_steps == points[1].config.schedule.warmup_steps == 2
 
@@ -200,14 +200,14 @@ def test_a_value_that_makes_no_sense_is_refused_when_built() -> None:
 
 
 def test_numbers_of_numpy_are_numbers_and_what_no_record_holds_is_the_sweeps_mistake() -> None:
-    (one, other) = resolve(Sweep(quickstart) * grid("optimizer.lr", np.logspace(-4, -3, 2)), [], "study")
+    (one, other) = resolve_points(Sweep(quickstart) * grid("optimizer.lr", np.logspace(-4, -3, 2)), [], "study")
     assert [point.config.optimizer.lr for point in (one, other)] == pytest.approx([1e-4, 1e-3])
-    assert one == resolve(Sweep(quickstart) * grid("optimizer.lr", [1e-4]), [], "study")[0]
-    (pair,) = resolve(Sweep(quickstart) * grid("optimizer.betas", [tuple(np.array([0.5, 0.75]))]), [], "study")
+    assert one == resolve_points(Sweep(quickstart) * grid("optimizer.lr", [1e-4]), [], "study")[0]
+    (pair,) = resolve_points(Sweep(quickstart) * grid("optimizer.betas", [tuple(np.array([0.5, 0.75]))]), [], "study")
     assert [type(beta) for beta in pair.config.optimizer.betas] == [float, float]
     wrong = Sweep(quickstart) * grid("evaluation.metrics", [(lambda view: view.student_label,)])
     with pytest.raises(UsageError, match=r"^--sweep=study: evaluation.metrics=.*which no record of a run can hold"):
-        resolve(wrong, [], "study")
+        resolve_points(wrong, [], "study")
 
 
 def test_slurms_flags_are_refused_of_a_local_queue(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_points_whose_caches_are_missing_are_refused_before_any_starts(
         "    return Sweep(quickstart) * grid('shards.path', paths) * seeds(2)\n"
     )
     items = [item for item in tiny.train_items()[1:] if not item.startswith("shards.path")]
-    points = resolve(source.find(f"{study}:study")[1](), items, "study")
+    points = resolve_points(source.find(f"{study}:study")[1](), items, "study")
     flags = [f"--sweep={study}:study", f"--out={out}", f"--backend={backend}", *configs(items)]
     done = run("launchers.sweep", *flags)
     assert done.returncode == 1
@@ -252,15 +252,15 @@ def test_points_whose_caches_are_missing_are_refused_before_any_starts(
 def test_what_is_no_sweep_is_refused() -> None:
     for wrong, got in ((None, "None"), ([quickstart], "an object of list"), (seeds(2), "an object of Axis")):
         with pytest.raises(UsageError, match=f"--sweep=study: returned {got}, wanted a Sweep"):
-            resolve(cast(Any, wrong), [], "study")
+            resolve_points(cast(Any, wrong), [], "study")
 
 
 def test_sweeps_are_found_by_name_and_in_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from experiments.base.sweep_definition import Sweep\n\ndef nothing():\n    return Sweep()\n")
-    assert find_sweep.find("objectives")[0] == "objectives"
+    assert find_sweep.find_sweep("objectives")[0] == "objectives"
     (broken := tmp_path / "broken.py").write_text("x = (\n")
-    name, function = find_sweep.find(f"{file}:nothing")
+    name, function = find_sweep.find_sweep(f"{file}:nothing")
     assert (name, len(function())) == ("nothing", 0)
     for text, message in (
         ("objectivess", "Did you mean 'objectives'"),
@@ -271,4 +271,4 @@ def test_sweeps_are_found_by_name_and_in_files(tmp_path: Path) -> None:
         (f"{tmp_path}/other.py:nothing", "is no Python file"),
     ):
         with pytest.raises(UsageError, match=message):
-            find_sweep.find(text)
+            find_sweep.find_sweep(text)

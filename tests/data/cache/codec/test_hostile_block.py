@@ -12,9 +12,9 @@ import zstandard
 
 from data.cache.codec.block import decode_block, encode_block
 from data.cache.codec.coding import Coding
-from data.cache.codec.header import MAX_CELLS, MAX_POSITIONS, Header
+from data.cache.codec.header import MAX_ENTRIES_A_BLOCK, MAX_POSITIONS, Header
 from data.cache.codec.planes import compress, decompress
-from data.cache.codec.ranks import Ragged, ranks_of
+from data.cache.codec.ranks import Ragged, decode_ranks
 from data.cache.selection import Selection
 from tests.data.cache.codec.randoms import Case, make
 
@@ -112,7 +112,7 @@ NONE = [b"", b"{", b"[]", b"null", b"3", b"\xff", b"[" * 100_000, b'{"a":' * 100
 @pytest.mark.parametrize("payload", NONE, ids=range(len(NONE)))
 def test_a_header_that_is_none_is_refused(payload: bytes) -> None:
     with pytest.raises(ValueError, match="^json: "):
-        Header.of(payload)
+        Header.parse(payload)
 
 
 @pytest.mark.parametrize("member", ["tokens.zst", "entries.zst", "log_probs.zst", "samples.zst"])
@@ -158,7 +158,7 @@ def test_a_frame_without_a_size_is_refused() -> None:
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_the_largest_block_that_a_header_may_declare_stays_bounded(fraction: float) -> None:
     """Few bytes, many places: one row of 65,535 entries beside rows without any."""
-    positions = int(MAX_CELLS // 65535 * fraction)
+    positions = int(MAX_ENTRIES_A_BLOCK // 65535 * fraction)
     counts = np.zeros(positions, "<u2")
     counts[0] = 65535
     low, high = counts.view(np.uint8).reshape(-1, 2).T
@@ -198,9 +198,9 @@ def test_a_member_too_many_or_too_few_is_refused() -> None:
 def test_ranks_that_come_round_again_are_refused() -> None:
     """Gaps whose sum is beyond an int32 would be small ranks again."""
     K, largest = 2000, (1 << 22) - 1
-    rows = Ragged.of(np.array([K]), K)
+    rows = Ragged.from_counts(np.array([K]), K)
     size = K // 4
     aside = [np.full(size, 255, np.uint8), np.full(size, 255, np.uint8), np.full(size, 0x3F, np.uint8)]
     planes = [plane for _ in range(4) for plane in (np.full(size, 255, np.uint8), *aside)]
     with pytest.raises(ValueError, match="beyond 4194303"):
-        ranks_of(planes, rows, largest)
+        decode_ranks(planes, rows, largest)

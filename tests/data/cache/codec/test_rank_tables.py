@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.cache.codec.planes import compress, split, width_of
-from data.cache.codec.rank_tables import MAX_VOCABULARY, Tables, fit_tables
+from data.cache.codec.planes import bytes_for, compress, split_planes
+from data.cache.codec.rank_tables import MAX_VOCABULARY, RankTables, fit_tables
 from data.cache.record import Array
 from data.cache.selection import Selection
 from tests.data.cache.codec.randoms import Case, make
@@ -16,7 +16,7 @@ from tests.data.cache.codec.randoms import Case, make
 POSITIONS_WITH_LISTS = 100_000
 
 
-def _fitted(seed: int, vocab: int, lengths: tuple[int, ...] = (40, 30), draws: int = 3) -> Tables:
+def _fitted(seed: int, vocab: int, lengths: tuple[int, ...] = (40, 30), draws: int = 3) -> RankTables:
     records, _ = make(Case(seed, vocab, lengths, Selection(top_k=3, draws=draws), "standard", 1.0))
     return fit_tables(records, vocab, POSITIONS_WITH_LISTS)
 
@@ -44,7 +44,7 @@ def test_a_token_with_a_list_has_small_ranks() -> None:
 @settings(max_examples=20, deadline=None)
 def test_tables_come_back(seed: int, vocab: int) -> None:
     tables = _fitted(seed, vocab)
-    again = Tables.of_members(tables.members())
+    again = RankTables.parse(tables.members())
     assert again.vocab_size == vocab
     for name in ("by_rank", "tokens", "lists", "ids", "rank_of"):
         assert np.array_equal(getattr(tables, name), getattr(again, name)), name
@@ -58,7 +58,7 @@ def _changed(**changes: object) -> dict[str, bytes]:
 
 
 def _with(name: str, values: Array | list[int]) -> dict[str, bytes]:
-    return {**_fitted(1, 40, (300, 300)).members(), name: compress(split(np.asarray(values), width_of(40)))}
+    return {**_fitted(1, 40, (300, 300)).members(), name: compress(split_planes(np.asarray(values), bytes_for(40)))}
 
 
 TABLES = _fitted(1, 40, (300, 300))
@@ -91,4 +91,4 @@ BAD = {
 def test_impossible_tables_are_refused(name: str) -> None:
     members, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        Tables.of_members(members)
+        RankTables.parse(members)

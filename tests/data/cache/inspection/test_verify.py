@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.cache.inspection.scan import blocks, read_coding
+from data.cache.inspection.scan import read_coding, scan_blocks
 from data.cache.inspection.survey import Survey
 from data.cache.inspection.verify import Findings, verify
 from data.cache.manifest import read_manifest
@@ -154,7 +154,7 @@ def test_the_survey_counts_every_byte_and_position(cache: Path) -> None:
         raise AssertionError(f"{where}: {what}")
 
     manifest, survey = read_manifest(cache), Survey()
-    for visited in blocks(cache, manifest, read_coding(cache, manifest, refuse), refuse):
+    for visited in scan_blocks(cache, manifest, read_coding(cache, manifest, refuse), refuse):
         survey.add(visited)
     survey.add_files(cache, manifest)
     assert survey.total_bytes == sum(path.stat().st_size for path in cache.iterdir())

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from data.cache.manifest import read_manifest
-from data.corpus.chat.chat_template import CLOSE, ChatTemplate
+from data.corpus.chat.chat_template import BLOCK_CLOSE, ChatTemplate
 from data.corpus.chat.conversations import Conversation, Message
 from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
@@ -237,7 +237,7 @@ FORGETFUL = CHATML.replace(
         ("{{ messages.__class__.__mro__ }}", CHATS[0], "refuses the conversation: .*unsafe"),
         (FORGETFUL, CHATS[1], r"a.jsonl:1: messages\[2\]: the chat template writes nothing of this turn"),
         (CHATML.split("{% if add", maxsplit=1)[0], CHATS[0], None),
-        (CHATML, [{"role": "user", "content": CLOSE}, CHATS[0][1]], "holds U.FDD0 or U.FDD1"),
+        (CHATML, [{"role": "user", "content": BLOCK_CLOSE}, CHATS[0][1]], "holds U.FDD0 or U.FDD1"),
     ],
 )
 def test_what_cannot_be_rendered_exactly_is_refused(

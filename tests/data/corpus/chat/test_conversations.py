@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from data.corpus.chat.chat_template import ChatTemplate
-from data.corpus.chat.conversations import Conversation, Message, conversation
+from data.corpus.chat.conversations import Conversation, Message, parse_conversation
 from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoder
@@ -71,7 +71,7 @@ def _theirs(folder: Path, *args: Any, **settings: Any) -> str:
 def _scored(template: str, messages: list[Message], scored_from: int = 0) -> list[str]:
     """The texts of the scored turns, by a template with three special tokens."""
     found = ChatTemplate(template, {}, ("<|im_start|>", "<|im_end|>", "</s>"), "t.jinja")
-    text, spans = found.render(conversation(messages, "x")._replace(scored_from=scored_from), "x.jsonl:1")
+    text, spans = found.render(parse_conversation(messages, "x")._replace(scored_from=scored_from), "x.jsonl:1")
     return [text[start:stop] for start, stop in spans]
 
 

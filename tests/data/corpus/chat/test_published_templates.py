@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from data.corpus.chat.conversations import Message, conversation
+from data.corpus.chat.conversations import Message, parse_conversation
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoder
 from data.text_lines import BadRowError
@@ -260,7 +260,7 @@ def test_ids_and_masks_are_those_of_transformers(
     published, marked = (_theirs(tmp_path, family, blocks) for blocks in (False, True))
     taken = 0
     for number, chat in enumerate(CHATS):
-        document = Document(f"{number}", conversation(chat.messages, "", tools=chat.tools))
+        document = Document(f"{number}", parse_conversation(chat.messages, "", tools=chat.tools))
         try:
             ids = published.apply_chat_template(chat.messages, tools=chat.tools)["input_ids"]
         except Exception:  # as the template likes to fail

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from kd_core.losses.compatibility import ALLOWED
+from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
 from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.fused.matmuls import round_
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from tests.kd_core.losses.cases import CASES, Result, error, fused, leaves, make, reference
 
-PAIRS = [(divergence, tail) for tail, divergences in ALLOWED.items() for divergence in divergences]
+PAIRS = [(divergence, tail) for tail, divergences in ALLOWED_DIVERGENCES.items() for divergence in divergences]
 NUMBERS = {
     "jsd": {"beta": 0.3},
     "skew_kl": {"skew": 0.2},

@@ -6,7 +6,7 @@ The yardstick is the dense loss as users write it, logits rounded to the inputs'
 import pytest
 import torch
 
-from kd_core.losses.compatibility import ALLOWED
+from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from tests.kd_core.losses.cases import Case, Result, error, fused, leaves, make, plain, reference
 from tests.kd_core.losses.fused.test_loss import NUMBERS, PAIRS
@@ -55,7 +55,7 @@ def test_no_worse_than_the_dense_code_of_users(divergence: str, tail: str, dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_hard_cases_stay_finite_and_close(name: str, dtype: torch.dtype) -> None:
     """Against the oracle on the same rounded inputs, at the grain of the dtype. Masked positions hold garbage."""
-    for tail, divergences in ALLOWED.items():
+    for tail, divergences in ALLOWED_DIVERGENCES.items():
         for divergence in divergences:
             case, numbers = make(name).to(dtype), NUMBERS.get(divergence, {})
             term = Distillation(divergence=divergence, tail=tail, **numbers)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_core.losses.compatibility import ALLOWED
+from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
 from kd_core.losses.fused import topk_only
-from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.token_selection import KeepUncertain
@@ -21,10 +21,10 @@ from kd_core.training.evaluation import metric_names
 from kd_core.types import TeacherTopK
 from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, make, plain, reference
 
-DIVERGENCES = ALLOWED["renormalized"]
+DIVERGENCES = ALLOWED_DIVERGENCES["renormalized"]
 
 
-def over_vocabulary(case: Case, term: Term, head: LogitHead | None = None) -> Result:
+def over_vocabulary(case: Case, term: Term, head: LmHeadForm | None = None) -> Result:
     """The same loss through the other pass: a term that asks for the label is there, at no weight."""
     objective = Objective({"kd": term, "sft": CrossEntropy(weight=0.0)}, chunk_tokens=3)
     assert objective.needs_vocabulary
@@ -65,14 +65,14 @@ def test_equals_the_oracle_and_the_other_pass(name: str, at: tuple[float, float]
 @pytest.mark.parametrize(
     "head",
     [
-        LogitHead(scale=0.25),
-        LogitHead(soft_cap=2.0),
-        LogitHead(vocab_size=11),
-        LogitHead(bias=torch.randn(13, dtype=torch.float64), vocab_size=11, scale=0.5, soft_cap=5.0),
+        LmHeadForm(scale=0.25),
+        LmHeadForm(soft_cap=2.0),
+        LmHeadForm(vocab_size=11),
+        LmHeadForm(bias=torch.randn(13, dtype=torch.float64), vocab_size=11, scale=0.5, soft_cap=5.0),
     ],
     ids=["scale", "soft cap", "padded vocabulary", "all"],
 )
-def test_heads_with_scale_bias_cap_and_padding(head: LogitHead) -> None:
+def test_heads_with_scale_bias_cap_and_padding(head: LmHeadForm) -> None:
     torch.manual_seed(0)
     case, term = plain(), Distillation(tail="renormalized", divergence="jsd", temperature=2.0)
     case = replace(case, teacher=case.teacher._replace(ids=case.teacher.ids % 11), labels=case.labels % 11)

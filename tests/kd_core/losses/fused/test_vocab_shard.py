@@ -7,10 +7,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from kd_core.losses.compatibility import ALLOWED
-from kd_core.losses.fused.lm_head import LogitHead
+from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
+from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import fused_loss
-from kd_core.losses.fused.vocab_shard import Part
+from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.losses.token_selection import KeepUncertain
 from kd_core.parallel.world import World
@@ -28,21 +28,21 @@ OBJECTIVES = {
     "observed": Objective({"kd": Distillation(), "sft": CE}, 3, observe=("student_entropy",)),
 }
 HEADS = {
-    "plain": LogitHead(),
-    "padded": LogitHead(vocab_size=11),
-    "scaled and capped": LogitHead(scale=0.5, soft_cap=3.0),
+    "plain": LmHeadForm(),
+    "padded": LmHeadForm(vocab_size=11),
+    "scaled and capped": LmHeadForm(scale=0.5, soft_cap=3.0),
 }
 
 
-def parted(case: Case, objective: Objective, world: World, head: LogitHead) -> tuple[Result, dict[str, torch.Tensor]]:
+def parted(case: Case, objective: Objective, world: World, head: LmHeadForm) -> tuple[Result, dict[str, torch.Tensor]]:
     """As `fused`, with this rank's rows of the head; its gradients put together from those of all ranks."""
     hidden, weight = leaves(case)
     each = math.ceil(len(weight) / world.size)
     first = world.rank * each
     assert dist.group.WORLD is not None
-    part = Part(first, dist.group.WORLD)
+    part = VocabShard(first, dist.group.WORLD)
     bias = None if head.bias is None else head.bias[first : first + each]
-    form = LogitHead(bias, head.vocab_size or len(weight), head.scale, head.soft_cap, part)
+    form = LmHeadForm(bias, head.vocab_size or len(weight), head.scale, head.soft_cap, part)
     rows = weight[first : first + each]
     found = fused_loss(hidden, rows, case.teacher, case.labels, case.mask, objective, head=form)
     found.total.backward()
@@ -65,10 +65,10 @@ def all_cases(world: World) -> None:
         case = make(name).to(torch.float64)
         if not fits(case, world.size):
             continue
-        for tail, divergences in ALLOWED.items():
+        for tail, divergences in ALLOWED_DIVERGENCES.items():
             for divergence in divergences:
                 term = Distillation(divergence=divergence, tail=tail)
-                found, sums = parted(case, Objective({"kd": term}, 3), world, LogitHead())
+                found, sums = parted(case, Objective({"kd": term}, 3), world, LmHeadForm())
                 alone, wanted_sums = fused(case, term)
                 assert error(found, reference(case, term)) < 1e-10, (name, divergence, tail)
                 assert error(found, alone) < 1e-10
@@ -102,16 +102,16 @@ def ranks_of_padding(world: World) -> None:
         V = len(case.weight)
         filler = 100 * torch.randn(3 * V, case.weight.shape[1], generator=torch.Generator().manual_seed(0)).double()
         padded = replace(case, weight=torch.cat([case.weight, filler]))
-        for tail, divergences in ALLOWED.items():
+        for tail, divergences in ALLOWED_DIVERGENCES.items():
             for divergence in divergences:
                 term = Distillation(divergence=divergence, tail=tail)
-                found, _ = parted(padded, Objective({"kd": term}, 3), world, LogitHead(vocab_size=V))
+                found, _ = parted(padded, Objective({"kd": term}, 3), world, LmHeadForm(vocab_size=V))
                 assert not found["weight"][V:].any()
                 found["weight"] = found["weight"][:V]
                 assert error(found, reference(case, term)) < 1e-10, (name, divergence, tail)
                 checked += 1
         for objective in OBJECTIVES.values():
-            for head in (LogitHead(), LogitHead(scale=0.5, soft_cap=3.0)):
+            for head in (LmHeadForm(), LmHeadForm(scale=0.5, soft_cap=3.0)):
                 found, sums = parted(padded, objective, world, replace(head, vocab_size=V))
                 alone, wanted = fused(case, objective, head=head)
                 assert not found["weight"][V:].any()
@@ -140,7 +140,7 @@ def says_little(world: World) -> None:
     rows = torch.randn(V // world.size, D, requires_grad=True)
     log_probs = torch.randn(N, K).log_softmax(dim=1) - 0.1
     teacher = TeacherTopK(torch.randint(V, (N, K)), log_probs, torch.log1p(-log_probs.exp().sum(dim=1)))
-    form = LogitHead(vocab_size=V, part=Part(world.rank * V // world.size, dist.group.WORLD))
+    form = LmHeadForm(vocab_size=V, part=VocabShard(world.rank * V // world.size, dist.group.WORLD))
     counted, mask = Counted(), torch.ones(N).bool()
     objective = Objective({"kd": Distillation(), "sft": CrossEntropy()}, chunk_tokens=32)
     with mock.patch.object(dist, "all_reduce", counted):
