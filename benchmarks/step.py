@@ -22,7 +22,8 @@ from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder, allocate, meta_decoder
+from kd_core.students.decoder.decoder import Decoder, meta_decoder
+from kd_core.students.student import allocate
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import train_step
 from kd_core.types import Batch

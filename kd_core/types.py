@@ -7,12 +7,15 @@ Position t of a packed row holds input token t. Its teacher entries and its labe
 was made once, when the cache record was written. Probabilities are natural logarithms (nats).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from kd_core.errors import UsageError
 
 
 class TeacherTopK(NamedTuple):
@@ -28,6 +31,33 @@ class TeacherTopK(NamedTuple):
     log_probs: Float[Tensor, "N K"]
     tail_log_prob: Float[Tensor, " N"]
     tempered_tails: tuple[tuple[float, Float[Tensor, " N"]], ...] = ()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TeacherTopK":
+        """Applies a function to the ids, log-probabilities and every tail."""
+        tails = tuple((temperature, function(tail)) for temperature, tail in self.tempered_tails)
+        return TeacherTopK(function(self.ids), function(self.log_probs), function(self.tail_log_prob), tails)
+
+
+@dataclass(frozen=True)
+class LmHeadForm:
+    """Operations that a student applies to `hidden @ weight.T`.
+
+    Args:
+        bias: added to each logit, and trained where it requires a gradient.
+        vocab_size: the real vocabulary. Rows of `weight` beyond it are padding and enter no softmax.
+        scale: factor on the product (Cohere, Granite).
+        soft_cap: bound c of the logits, which become c · tanh(logits / c) (Gemma 2: 30). Costs one more buffer of
+            logits.
+    """
+
+    bias: Float[Tensor, " V"] | None = None
+    vocab_size: int | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise UsageError(f"head.soft_cap: got {self.soft_cap}; wanted more than 0, or None.")
 
 
 @dataclass(frozen=True)
@@ -69,3 +99,7 @@ class Batch:
             self.tail_log_prob.flatten(),
             tuple((temperature, tail.flatten()) for temperature, tail in self.tempered_tails),
         )
+
+    def targets(self) -> tuple[TeacherTopK, Int[Tensor, " N"], Bool[Tensor, " N"]]:
+        """Returns what a loss compares the student with: the teacher's entries, labels and mask of N positions."""
+        return self.teacher(), self.labels.flatten(), self.loss_mask.flatten()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.cache.selection import Selection
 from data.teacher.select import TeacherScores, select_entries
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 
 CHUNK_TOKENS = 256  # positions whose logits exist at a time
 
@@ -41,11 +41,11 @@ class Scorer(Protocol):
 class DecoderScorer:
     """Our own decoder. Logits exist a chunk at a time, and are float32 whatever the dtype of the weights."""
 
-    model: Decoder
+    model: Student
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.lm_head.weight.device
 
     @cached_property
     def _lm_head(self) -> Float[Tensor, "V D"]:

@@ -15,7 +15,7 @@ from kd_core.losses.objective import CacheFacts, Objective
 from kd_core.parallel.layout import StudentSizes, check_divisible
 from kd_core.parallel.parallelize import fullest_rank_holding
 from kd_core.students.decoder.architecture import too_many_tokens
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.training.evaluation import Metric, metric_direction, metric_names
 from kd_core.training.optimizer import SINGLE_RANK_ONLY, AdamW, TorchOptimizer
 
@@ -130,7 +130,7 @@ def check(experiment: "Experiment") -> None:
     _warn_of_training_data(experiment)
 
 
-def check_layout(experiment: "Experiment", student: Decoder, ranks: int) -> dict[str, str]:
+def check_layout(experiment: "Experiment", student: Student, ranks: int) -> dict[str, str]:
     """Whether so many ranks can be laid out for a student without memory; what each does and holds.
 
     Raises:

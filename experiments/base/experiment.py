@@ -25,9 +25,9 @@ from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
-from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import StudentInit, meta_student
+from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint import Checkpoint, checkpoints_by_metric, load_best
 from kd_core.training.evaluation import HeldOutCache, Metric, metric_names
 from kd_core.training.generation import Prompts
@@ -110,7 +110,7 @@ def caches_of(source: Source | Mapping[str, Shards], where: str) -> dict[str, Sh
     return {where: source} if isinstance(source, Shards) else {f"{where}.{name}": source[name] for name in source}
 
 
-def _millions(model: Decoder, *, trained: bool = False) -> str:
+def _millions(model: Student, *, trained: bool = False) -> str:
     count = sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
     return f"{count / 1e6:.1f}M"
 
@@ -155,7 +155,7 @@ class Experiment:
         """The caches of validation, by their paths in the experiment."""
         return caches_of(self.evaluation.shards, "evaluation.shards")
 
-    def decoder(self) -> Decoder:
+    def build_on_meta(self) -> Student:
         """The student without memory; its real vocabulary is that of its tokenizer."""
         return meta_student(self.student, Tokenizer(resolve_folder(self.student.folder)).vocab_size)
 
@@ -167,7 +167,7 @@ class Experiment:
         """
         checks.check(self)
         chat_format(self.shards)  # rather than once all is trained
-        student = self.decoder()
+        student = self.build_on_meta()
         arch = student.arch
         caches = [part.manifest for part in self.shards.parts]
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
@@ -248,7 +248,7 @@ class Experiment:
         ids = [[*begins, *ids] for ids in tokenizer.encode(texts)]
         return Prompts(texts, ids, self.evaluation.continuation_tokens, tokenizer.decode)
 
-    def _take_best(self, folder: RunFolder, model: Decoder, world: World) -> None:
+    def _take_best(self, folder: RunFolder, model: Student, world: World) -> None:
         """Load the best checkpoint for the export. The last step stays where none has a finite metric."""
         metric = self.checkpoint.best_metric
         if world.run_on_first(lambda: bool(checkpoints_by_metric(folder.checkpoints, self.checkpoint))):
@@ -287,7 +287,7 @@ class Experiment:
         )
         world = world.with_layout(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)
-        model = parallelize(self.decoder(), self.parallel, world)
+        model = parallelize(self.build_on_meta(), self.parallel, world)
         self.student.fill(model, self.seed)
         if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
             return False

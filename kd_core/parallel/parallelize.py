@@ -8,6 +8,7 @@ gradient norms, moments and checkpoints are those of the whole student. Names of
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +21,7 @@ from kd_core.parallel.layout import Layout, RankHolding, holding_of_fullest_rank
 from kd_core.parallel.tensor_parallel import TensorParallelStyle
 from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
-from kd_core.students.decoder.decoder import Decoder, TransformerBlock, allocate
+from kd_core.students.student import Block, ShardingRule, Student, allocate
 
 WHOLE = Replicate()
 # Placements of a linear layer's parameters: weight [out, in], bias [out], A [rank, in], B [out, rank]. COLUMNS divides
@@ -30,7 +31,7 @@ ROWS: Mapping[str, Placement] = {"weight": Shard(1), "bias": WHOLE, "lora_A": Sh
 REPEATED: Mapping[str, Placement] = dict.fromkeys(COLUMNS, WHOLE)
 
 
-def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dict[str, TensorParallelStyle]:
+def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dict[str, TensorParallelStyle]:
     """Returns by module name how parameters, input and output are divided over `tensor` ranks."""
     # Residual stream [B, T, D]: whole on every rank, or divided by position under sequence parallelism
     # (arXiv 2205.05198). A norm works on its positions and gathers them for the matmuls behind it.
@@ -43,67 +44,58 @@ def tensor_styles(decoder: Decoder, tensor: int, sequence_parallel: bool) -> dic
     # gradient of some heads only, so gradients are summed over ranks (Partial).
     kv = (
         columns
-        if decoder.arch.num_kv_heads % tensor == 0
+        if student.arch.num_kv_heads % tensor == 0
         else TensorParallelStyle(REPEATED, WHOLE, WHOLE, grad_placement=Partial())
     )
     # Norms of query and key work on [B, heads/tensor, T, head_dim].
     heads = TensorParallelStyle(REPEATED, input_placement=Shard(1), output_placement=Shard(1))
-    styles = {
-        "embed_tokens": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=residual),
+    styles: dict[ShardingRule, TensorParallelStyle] = {
+        "embedding": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=residual),
         "norm": norm,
+        "columns": columns,
+        "kv_columns": kv,
+        "rows": rows,
+        "head_norm": heads,
         "lm_head": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=Shard(-1)),
-        "input_layernorm": norm,
-        "post_attention_layernorm": norm,
-        "self_attn.q_proj": columns,
-        "self_attn.k_proj": kv,
-        "self_attn.v_proj": kv,
-        "self_attn.q_norm": heads,
-        "self_attn.k_norm": heads,
-        "self_attn.o_proj": rows,
-        "mlp.gate_proj": columns,
-        "mlp.up_proj": columns,
-        "mlp.down_proj": rows,
     }
     # Names inside a block stand for every block. Norms that this family does not have are left out.
-    in_block = {name for name, _ in decoder.layers[0].named_modules()}
+    in_block = {name for name, _ in student.layers[0].named_modules()}
     return {
-        (f"layers.{i}.{name}" if name in in_block else name): style
-        for name, style in styles.items()
-        for i in range(len(decoder.layers) if name in in_block else 1)
-        if name in in_block or hasattr(decoder, name)
+        (f"layers.{i}.{name}" if name in in_block else name): styles[rule]
+        for name, rule in student.sharding_rules().items()
+        for i in range(len(student.layers) if name in in_block else 1)
+        if name in in_block or hasattr(student, name)
     }
 
 
-def fullest_rank_holding(decoder: Decoder, layout: Layout, sequence_parallel: bool) -> RankHolding:
-    """Returns what the fullest rank of a layout holds of a decoder, which may be on the meta device."""
-    styles = tensor_styles(decoder, layout.tensor, sequence_parallel)
+def fullest_rank_holding(student: Student, layout: Layout, sequence_parallel: bool) -> RankHolding:
+    """Returns what the fullest rank of a layout holds of a student, which may be on the meta device."""
+    styles = tensor_styles(student, layout.tensor, sequence_parallel)
 
     def divided_dimension(name: str) -> int | None:
         module, _, parameter = name.rpartition(".")
         placement = styles[module].parameters[parameter]
         return placement.dim if isinstance(placement, Shard) else None
 
-    named = decoder.named_parameters()
+    named = student.named_parameters()
     return holding_of_fullest_rank(
         layout, [(tuple(p.shape), divided_dimension(name), p.requires_grad) for name, p in named]
     )
 
 
-def _apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def _apply_tensor_parallel(student: Student, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     tensor, rank = mesh.size(), mesh.get_local_rank()
-    parallelize_module(decoder, mesh, dict(tensor_styles(decoder, tensor, sequence_parallel)))
+    parallelize_module(student, mesh, dict(tensor_styles(student, tensor, sequence_parallel)))
     # Distributing replaced the parameters, so a tied lm_head must be tied again.
-    decoder.tie()
+    student.tie()
     # With fewer kv heads than ranks, rank r reads head ⌊r · kv_heads / tensor⌋ of the keys and values [B, H_kv, T, d].
-    kv_heads = decoder.arch.num_kv_heads
+    kv_heads = student.arch.num_kv_heads
     if kv_heads % tensor:
         head = rank * kv_heads // tensor
-        for block in decoder.layers:
-            assert isinstance(block, TransformerBlock)
-            block.self_attn.kv_head_slice = slice(head, head + 1)
+        student.select_kv_heads(slice(head, head + 1))
 
 
-def _apply_sharding(decoder: Decoder, parallel: Parallel, world: World) -> None:
+def _apply_sharding(student: Student, parallel: Parallel, world: World) -> None:
     assert world.mesh is not None
     # Hybrid sharding (arXiv 2304.11277) takes a mesh of two dimensions: copies, and shards of one copy.
     mesh = world.mesh["dp_replicate", "dp_shard"] if world.layout.replicas > 1 else world.mesh["dp_shard"]
@@ -113,43 +105,30 @@ def _apply_sharding(decoder: Decoder, parallel: Parallel, world: World) -> None:
     block_policy = MixedPrecisionPolicy(
         dtype_of(parallel.precision, world.device), torch.float32, cast_forward_inputs=False
     )
-    for block in decoder.layers:
+    for block in student.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=parallel.shard == "full", mp_policy=block_policy)
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=float32_policy)
-    for module in decoder.modules():
+    fully_shard(student, mesh=mesh, reshard_after_forward=False, mp_policy=float32_policy)
+    for module in student.modules():
         if isinstance(module, FSDPModule):
             # Sum gradients without dividing: the step has divided by the scored tokens of all ranks already.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def parallelize(decoder: Decoder, parallel: Parallel, world: World) -> Decoder:
-    """Parallelises a decoder on the meta device, then allocates its memory without filling it.
+def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
+    """Parallelises a student on the meta device, then allocates its memory without filling it.
 
     With one process parameters stay plain tensors. Compilation and recomputation apply all the same.
     """
     if world.mesh is not None and world.layout.tensor > 1:
-        _apply_tensor_parallel(decoder, world.mesh["tp"], parallel.sequence_parallel)
+        _apply_tensor_parallel(student, world.mesh["tp"], parallel.sequence_parallel)
     # Recomputation wraps the compiled function of a block, so that a compiled graph is one unit of it.
     every = parallel.recomputed_every()
-    for i, block in enumerate(decoder.layers):
-        assert isinstance(block, TransformerBlock)
+    for i, module in enumerate(student.layers):
+        block = cast(Block, module)
         block.recompute = every is not None and i % every == 0
         if parallel.compile:
             block.run = torch.compile(block.run)
     if world.mesh is not None:
-        _apply_sharding(decoder, parallel, world)
-    return allocate(decoder, world.device)
-
-
-def reshard_after_eval(decoder: Decoder) -> None:
-    """Reshards weights that forward passes without a backward pass have left gathered."""
-    for module in decoder.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def skip_gradient_sync(decoder: Decoder, more_to_come: bool) -> None:
-    """Turns gradient reduction off where more passes follow before the step, and on for the last one."""
-    if isinstance(decoder, FSDPModule):
-        decoder.set_requires_gradient_sync(not more_to_come)
+        _apply_sharding(student, parallel, world)
+    return allocate(student, world.device)

@@ -10,11 +10,11 @@ from kd_core.losses.fused.vocab_shard import WHOLE_VOCAB, VocabShard
 
 
 class LocalLmHead(NamedTuple):
-    """Plain tensors: hidden states [B, T, D], and the rows of the weight that `part` describes, [V_local, D]."""
+    """Plain tensors: hidden states [B, T, D], and the rows of the weight that `vocab_shard` describes, [V_local, D]."""
 
     hidden: Tensor
     weight: Tensor
-    part: VocabShard
+    vocab_shard: VocabShard
 
 
 def local_lm_head(hidden: Tensor, weight: Tensor) -> LocalLmHead:

@@ -18,9 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kd_core.students.decoder.attention import Segment
-from kd_core.students.decoder.decoder import Decoder, scale
-from kd_core.students.decoder.rope import rotary_angles
+from kd_core.students.student import Student
 
 CHUNK = 512  # positions whose logits exist at once
 
@@ -41,22 +39,20 @@ class LayerwiseText:
         tokens: rows of S tokens of one document each. T = S − 1 positions of a row are scored.
     """
 
-    def __init__(self, model: Decoder, tokens: Int[Tensor, "B S"]) -> None:
+    def __init__(self, model: Student, tokens: Int[Tensor, "B S"]) -> None:
         # Position t predicts token t + 1.  labels [B·T]
         self.model, self.labels = model, tokens[:, 1:].flatten()
         positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand_as(tokens[:, 1:])
-        arch = model.arch
-        self.cos, self.sin = rotary_angles(positions, arch.head_dim, arch.rope_theta, arch.rope_scaling)
-        self.segments: list[Segment] | None = None
-        self.embedded: Float[Tensor, "B T D"] = scale(model.embed_tokens(tokens[:, :-1]), arch.embedding_scale)
+        self.context = model.context(positions, None)
+        self.embedded: Float[Tensor, "B T D"] = model.embed(tokens[:, :-1])
 
     def run_layer(self, layer: int, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Returns the output of a layer for the input `x`."""
-        return self.model.layers[layer](x, self.cos, self.sin, self.segments)
+        return self.model.run_block(layer, x, self.context)
 
     def nll(self, x: Float[Tensor, "B T D"]) -> float:
         """Returns the mean NLL in nats per token, from the output of the last layer."""
-        hidden = rearrange(scale(self.model.norm(x), self.model.arch.logit_scale), "B T D -> (B T) D")
+        hidden = rearrange(self.model.last_hidden(x), "B T D -> (B T) D")
         weight, total = self.model.lm_head.weight[: self.model.arch.vocab_size], 0.0
         # Chunks bound the logits to [CHUNK, V]. Sums are divided once.
         for rows, labels in zip(hidden.split(CHUNK), self.labels.split(CHUNK), strict=True):

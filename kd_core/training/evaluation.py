@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,10 +18,10 @@ from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES, best_te
 from kd_core.losses.fused.loss import LossSums
 from kd_core.losses.objective import EXTRA_METRIC_SUMS, CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
+from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import reshard_after_eval
 from kd_core.parallel.world import World
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.training.monitoring.metric_log import per_token
 from kd_core.training.step import batch_loss, sum_losses
 from kd_core.types import Batch
@@ -165,9 +164,8 @@ def compute_metrics(sums: Mapping[str, float], positions: float) -> dict[str, fl
     }
 
 
-@torch.no_grad()
 def _sum_metrics(
-    model: Decoder,
+    model: Student,
     batches: Iterable[Batch],
     cache: CacheFacts,
     asked: EvaluationRequest,
@@ -180,7 +178,7 @@ def _sum_metrics(
     local_totals = {"tokens": 0.0, "teacher_nll": 0.0, "bytes": 0.0}
     is_hidden = None if world.is_first else True  # None: tqdm hides the bar if stderr is no terminal
     bar = tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=is_hidden)
-    with parallel.autocast(world.device):  # around all batches: each parameter is rounded once
+    with engine.evaluation(model, parallel, world):
         for batch in bar:
             losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
             # What needs no pass through the student: scored positions, and −Σ log p of the teacher at their labels.
@@ -190,7 +188,6 @@ def _sum_metrics(
                 # Bytes of the scored labels. Ids beyond the tokenizer's table stand for none.
                 labels = batch.labels[batch.loss_mask].long()
                 local_totals["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
-    reshard_after_eval(model)
     sums = sum_losses(losses, measured.sum_names(), world)
     # Added terms are reported under their plain names: "+kl_loss" becomes "kl".
     for name in added_names:
@@ -211,7 +208,7 @@ def metric_names(objective: Objective, cache: CacheFacts, metrics: Sequence[Metr
 
 
 def evaluate(
-    model: Decoder,
+    model: Student,
     batches: Iterable[Batch],
     cache: CacheFacts,
     *,
@@ -228,7 +225,7 @@ def evaluate(
 
 
 def evaluate_all(
-    model: Decoder, held_out: Mapping[str, HeldOutCache], *, asked: EvaluationRequest, parallel: Parallel, world: World
+    model: Student, held_out: Mapping[str, HeldOutCache], *, asked: EvaluationRequest, parallel: Parallel, world: World
 ) -> dict[str, float]:
     """Evaluates several caches as `evaluate` does one: `val/CACHE/…` for each of them, and pooled metrics as `val/…`.
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kd_core.losses.fused.vocab_shard import VocabShard
+from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import reshard_after_eval
 from kd_core.parallel.vocab_parallel import local_lm_head
 from kd_core.parallel.world import World
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ def _likeliest(logits: Tensor, part: VocabShard) -> Tensor:
     return ids
 
 
-@torch.no_grad()
 def continue_greedily(
-    model: Decoder, prompts: Sequence[list[int]], tokens: int, parallel: Parallel, world: World
+    model: Student, prompts: Sequence[list[int]], tokens: int, parallel: Parallel, world: World
 ) -> list[list[int]]:
     """Returns the next `tokens` tokens of each prompt, by greedy decoding.
 
@@ -63,17 +62,20 @@ def continue_greedily(
     def next_ids(hidden: Tensor, weight: Tensor) -> Tensor:
         shard = local_lm_head(hidden, weight)
         # Hidden state of each row's last known token, [B, D], and how many rows of the shard are real tokens.
-        last, real_rows = shard.hidden[rows, lengths - 1], shard.part.rows(len(shard.weight), model.arch.vocab_size)
+        last, real_rows = (
+            shard.hidden[rows, lengths - 1],
+            shard.vocab_shard.rows(len(shard.weight), model.arch.vocab_size),
+        )
         with torch.autocast(world.device.type, enabled=False):  # in float32: rounded logits would have ties
             logits = last.float() @ shard.weight.float().t()  # [B, rows of the shard]
         # Rows that only pad the vocabulary are never chosen.
         is_padding = torch.arange(logits.shape[1], device=world.device) >= real_rows
-        return _likeliest(logits.masked_fill(is_padding, -torch.inf), shard.part)
+        return _likeliest(logits.masked_fill(is_padding, -torch.inf), shard.vocab_shard)
 
     # Room for all tokens to come.  [B, longest]
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(world.device)
     ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
-    with parallel.autocast(world.device):  # around all tokens: each parameter is rounded once
+    with engine.evaluation(model, parallel, world):
         for _ in range(tokens):
             # Attention is causal, so padding right of a row's last token changes nothing before it. The length is
             # rounded up to a multiple of the tensor-parallel ranks, among which sequence parallelism divides it.
@@ -82,11 +84,10 @@ def continue_greedily(
             positions = torch.arange(T, device=world.device).expand_as(padded)
             ids[rows, lengths] = model(padded, positions, torch.zeros_like(padded), next_ids)
             lengths += 1
-    reshard_after_eval(model)
     return [row[len(prompt) : len(prompt) + tokens].tolist() for prompt, row in zip(prompts, ids, strict=True)]
 
 
-def continuations(model: Decoder, prompts: Prompts, parallel: Parallel, world: World) -> dict[str, str]:
+def continuations(model: Student, prompts: Prompts, parallel: Parallel, world: World) -> dict[str, str]:
     """Returns the model's continuation of each prompt as text."""
     generated = continue_greedily(model, prompts.ids, prompts.tokens, parallel, world)
     return {text: prompts.decode(ids) for text, ids in zip(prompts.texts, generated, strict=True)}

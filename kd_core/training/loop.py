@@ -22,7 +22,7 @@ from kd_core.losses.objective import Objective
 from kd_core.parallel.collectives import all_gather_values, assert_ranks_agree
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
@@ -91,7 +91,7 @@ class Data:
 class _Run:
     """The state of a run under way. `progress` counts the steps and rows that are done."""
 
-    model: Decoder
+    model: Student
     optimizer: torch.optim.Optimizer
     data: Data
     recipe: Recipe
@@ -243,7 +243,7 @@ class _Run:
         saver.save(replace(self.progress, metric=metric), self.model, self.optimizer)
 
 
-def run(model: Decoder, data: Data, recipe: Recipe, folder: RunFolder, world: World, *, stopping: StopSignals) -> bool:
+def run(model: Student, data: Data, recipe: Recipe, folder: RunFolder, world: World, *, stopping: StopSignals) -> bool:
     """Trains to `recipe.steps`. Returns False if the run was stopped and saved before its last step.
 
     Raises:

@@ -6,24 +6,21 @@ The loss of the step is the mean over all scored tokens, of all micro-batches an
 divided by that count before its backward pass, so the gradients only need to be added up.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 
 from kd_core.errors import NonFiniteError
-from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import Objective
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import skip_gradient_sync
+from kd_core.parallel.engine import accumulate_gradients, clip_gradients_
 from kd_core.parallel.vocab_parallel import local_lm_head
 from kd_core.parallel.world import World
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.types import Batch
 
 
@@ -38,7 +35,7 @@ class StepSums:
     moved: bool = True
 
 
-def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float) -> LossSums:
+def batch_loss(model: Student, batch: Batch, objective: Objective, scale: float) -> LossSums:
     """Computes the objective's sums over one batch, through the model's own forward.
 
     `scale` multiplies the loss that is differentiated: 1 / scored tokens of the whole step.
@@ -49,10 +46,8 @@ def batch_loss(model: Decoder, batch: Batch, objective: Objective, scale: float)
         shard = local_lm_head(hidden, weight)
         # The loss works on positions, whatever row they are of.  [N, D]
         flat = rearrange(shard.hidden, "B T D -> (B T) D")
-        lm_head = LmHeadForm(vocab_size=model.arch.vocab_size, part=shard.part)
-        labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()  # [N], [N]
         # Fused with the lm_head, so that the logits [N, V] are never held as a whole.
-        return fused_loss(flat, shard.weight, batch.teacher(), labels, mask, objective, scale, lm_head)
+        return fused_loss(flat, shard.weight, *batch.targets(), objective, scale, model.lm_head_form, shard.vocab_shard)
 
     return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden)
 
@@ -73,19 +68,8 @@ def sum_losses(batch_sums: Sequence[LossSums], names: Sequence[str], world: Worl
     return world.sum_floats(local_sums)
 
 
-def clip_gradients_(parameters: Iterable[Parameter], max_norm: float) -> float:
-    """Scales all gradients in place so that their global L2 norm is at most `max_norm`.
-
-    Returns the norm before clipping, over all parameters and ranks.
-    """
-    # g ← g · min(1, max_norm / ‖g‖), with ‖g‖ over all parameters.
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    # The norm of sharded gradients is a partial result per rank, which `full_tensor` combines.
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
 def train_step(  # noqa: PLR0913 (a step is made of exactly these)
-    model: Decoder,
+    model: Student,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     *,
@@ -104,15 +88,9 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     """
     # The divisor of every micro-batch: scored tokens of the whole step, over all ranks.
     tokens, damaged_blocks = count_tokens_and_damage(batches, world)
-    losses: list[LossSums] = []
-    for batch in batches:
-        # Gradients accumulate on the rank, and are summed over ranks in the last micro-batch's backward pass alone.
-        skip_gradient_sync(model, batch is not batches[-1])
-        on_device = batch.to(world.device)
-        with parallel.autocast(world.device):
-            loss = batch_loss(model, on_device, objective, 1.0 / max(1, tokens))
-        loss.total.backward()
-        losses.append(loss)
+    losses = accumulate_gradients(
+        model, batches, lambda batch: batch_loss(model, batch, objective, 1.0 / max(1, tokens)), parallel, world
+    )
     sums = sum_losses(losses, objective.sum_names(), world)
     # A clip norm of 0 stands for none: the norm is measured all the same.
     norm = clip_gradients_(model.parameters(), clip_norm or torch.inf)

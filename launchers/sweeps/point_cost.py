@@ -28,7 +28,7 @@ def cost_of(point: Point) -> Cost:
         UsageError: the experiment cannot be built, or its student cannot be read.
     """
     experiment = point.build()
-    parameters = list(experiment.student.decoder().parameters())
+    parameters = list(experiment.student.build_on_meta().parameters())
     count = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     policy = experiment.checkpoint

@@ -124,7 +124,7 @@ def _steps(experiment: Experiment):
 
 def _found(world: World, experiment: Experiment, wanted: tuple[float, dict[str, Tensor]]) -> None:
     world = world.with_layout(experiment.parallel.layout(world.size))
-    model = parallelize(experiment.decoder(), experiment.parallel, world)
+    model = parallelize(experiment.build_on_meta(), experiment.parallel, world)
     experiment.student.fill(model, 0)
     if world.size == 1:
         model.double()

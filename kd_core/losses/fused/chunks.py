@@ -38,8 +38,7 @@ class LossCall(NamedTuple):
         teacher, mask = self.positions.teacher, self.positions.mask[rows]
         # Hidden states that are not scored may be NaN, and 0 · NaN would enter the weight's gradient.  [n, D]
         hidden = torch.where(mask[:, None], self.positions.hidden[rows], 0.0)
-        tempered = tuple((temperature, tail[rows]) for temperature, tail in teacher.tempered_tails)
-        entries = TeacherTopK(teacher.ids[rows], teacher.log_probs[rows], teacher.tail_log_prob[rows], tempered)
+        entries = teacher.map(lambda values: values[rows])
         return Positions(hidden, entries, self.positions.labels[rows], mask)
 
     def position_weights(self, student_entropy: Callable[[], Tensor]) -> dict[str, Tensor]:

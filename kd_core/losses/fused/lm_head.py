@@ -1,43 +1,19 @@
-"""The output head: its settings, the dtypes of its matmuls, and what turns a product into logits.
+"""The output head: the dtypes of its matmuls, and what turns a product into logits.
 
 logits = cap · tanh((scale · hidden @ weight.T + bias) / cap)        over the real vocabulary alone
 """
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused.vocab_shard import WHOLE_VOCAB, VocabShard
-
-
-@dataclass(frozen=True)
-class LmHeadForm:
-    """Operations that a student applies to `hidden @ weight.T`.
-
-    Args:
-        bias: added to each logit, and trained where it requires a gradient.
-        vocab_size: the real vocabulary. Rows of `weight` beyond it are padding and enter no softmax.
-        scale: factor on the product (Cohere, Granite).
-        soft_cap: bound c of the logits, which become c · tanh(logits / c) (Gemma 2: 30). Costs one more buffer of
-            logits.
-        part: the slice of the vocabulary that `weight` and `bias` hold, where tensor parallelism divides them.
-    """
-
-    bias: Float[Tensor, " V"] | None = None
-    vocab_size: int | None = None
-    scale: float = 1.0
-    soft_cap: float | None = None
-    part: VocabShard = WHOLE_VOCAB
-
-    def __post_init__(self) -> None:
-        if self.soft_cap is not None and not self.soft_cap > 0:
-            raise UsageError(f"head.soft_cap: got {self.soft_cap}; wanted more than 0, or None.")
+from kd_core.losses.fused.vocab_shard import VocabShard
+from kd_core.types import LmHeadForm
 
 
 class MatmulPrecision(NamedTuple):
@@ -98,23 +74,21 @@ class LmHead(NamedTuple):
     vocab_size: int
 
     @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None, settings: LmHeadForm, precision: MatmulPrecision
-    ) -> "LmHead":
+    def from_weight(cls, weight: Tensor, form: LmHeadForm, shard: VocabShard, precision: MatmulPrecision) -> "LmHead":
         """Cuts weight and bias to the rows of real tokens.
 
         Raises:
             UsageError: the whole weight has fewer rows than the vocabulary has tokens.
         """
-        V = len(weight) if settings.vocab_size is None else settings.vocab_size
-        if settings.part.group is None and len(weight) < V:
+        V = len(weight) if form.vocab_size is None else form.vocab_size
+        if shard.group is None and len(weight) < V:
             raise UsageError(f"head.vocab_size: got {V}; wanted at most the {len(weight)} rows of the weight.")
         # A shard of nothing but padding keeps one row, so that no tensor is empty.
-        rows = settings.part.rows(len(weight), V)
-        shard = replace(settings.part, padding=rows == 0)
+        rows = shard.rows(len(weight), V)
+        shard = replace(shard, padding=rows == 0)
         rows = max(rows, 1)
-        real_bias = None if bias is None else bias[:rows].to(precision.accum_dtype)
-        return cls(weight[:rows], real_bias, settings.scale, settings.soft_cap, precision, shard, V)
+        real_bias = None if form.bias is None else form.bias[:rows].to(precision.accum_dtype)
+        return cls(weight[:rows], real_bias, form.scale, form.soft_cap, precision, shard, V)
 
     def to_logits_(self, product: Tensor, bias: Tensor | None) -> Tensor | None:
         """Turns hidden @ weight.T into logits, in place.

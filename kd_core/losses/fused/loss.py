@@ -7,6 +7,7 @@ other goes over the teacher's K entries alone, where no term of the objective ne
 float32 over a chunk and float64 over chunks. With float64 inputs everything is float64.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.full_vocab import sum_over_vocabulary
-from kd_core.losses.fused.lm_head import LmHead, LmHeadForm, LmHeadGradients, MatmulPrecision, cpu_matmul_precision
+from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients, MatmulPrecision, cpu_matmul_precision
 from kd_core.losses.fused.topk_only import sum_over_support
+from kd_core.losses.fused.vocab_shard import WHOLE_VOCAB, VocabShard
 from kd_core.losses.objective import Objective
-from kd_core.types import TeacherTopK
+from kd_core.types import LmHeadForm, TeacherTopK
 
 
 class LossSums(NamedTuple):
@@ -40,7 +42,8 @@ class _NonDiffInputs(NamedTuple):
     mask: Tensor
     objective: Objective
     scale: float
-    head: LmHeadForm
+    form: LmHeadForm
+    shard: VocabShard
     with_grad: bool
 
 
@@ -67,7 +70,7 @@ class _FusedHead(torch.autograd.Function):
             gradients = LmHeadGradients.zeros(hidden, trained_weight, trained_bias, precision.accum_dtype)
         # The passes choose the dtype of each matmul themselves.
         with torch.autocast(device.type, enabled=False):
-            head = LmHead.from_weight(weight, bias, inputs.head, precision)
+            head = LmHead.from_weight(weight, replace(inputs.form, bias=bias), inputs.shard, precision)
             call = LossCall(
                 Positions(hidden, inputs.teacher, inputs.labels, inputs.mask), inputs.objective, inputs.scale
             )
@@ -100,18 +103,14 @@ def _zero_masked(teacher: TeacherTopK, mask: Tensor, dtype: torch.dtype) -> Teac
     """Sets ids and log-probabilities to 0 at masked positions, whose garbage could make intermediates non-finite."""
 
     def zero(values: Tensor) -> Tensor:
-        return torch.where(mask if values.dim() == 1 else mask[:, None], values, 0)
+        kept = torch.where(mask if values.dim() == 1 else mask[:, None], values, 0)
+        return kept.to(dtype) if kept.is_floating_point() else kept
 
-    return TeacherTopK(
-        zero(teacher.ids),
-        zero(teacher.log_probs).to(dtype),
-        zero(teacher.tail_log_prob).to(dtype),
-        tuple((temperature, zero(tail).to(dtype)) for temperature, tail in teacher.tempered_tails),
-    )
+    return teacher.map(zero)
 
 
 @outside_compiled_graphs
-def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the objective, its scale, the head's form)
+def fused_loss(  # noqa: PLR0913 (the head's inputs and form, the three targets, the objective and its scale)
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     teacher: TeacherTopK,
@@ -119,27 +118,29 @@ def fused_loss(  # noqa: PLR0913 (the head's two inputs, the three targets, the 
     mask: Bool[Tensor, " N"],
     objective: Objective,
     scale: float = 1.0,
-    head: LmHeadForm | None = None,
+    form: LmHeadForm | None = None,
+    shard: VocabShard = WHOLE_VOCAB,
 ) -> LossSums:
     """Computes loss and metrics of `objective` over the logits of an lm_head, and in the backward pass all gradients.
 
     Args:
         hidden: last hidden states.
-        weight: the lm_head, or the slice of its rows that `head.part` describes.
+        weight: the lm_head, or the rows of it in `shard`.
         teacher: the teacher's entries at the same positions.
         labels: the next token of each position. Ignored where `mask` is false.
         mask: positions that are scored. All others give exactly 0, whatever they hold.
         objective: weighted terms.
         scale: factor on `total`, usually one over the scored tokens of the optimiser step.
-        head: what the student does to `hidden @ weight.T`. None does nothing.
+        form: what the student does to `hidden @ weight.T`. None does nothing.
+        shard: the slice of the vocabulary that `weight` and `form.bias` hold, where tensor parallelism divides them.
     """
-    head = head or LmHeadForm()
+    form = form or LmHeadForm()
     targets = _zero_masked(teacher, mask, MatmulPrecision.from_hidden(hidden).accum_dtype)
     inputs = _NonDiffInputs(
-        targets, torch.where(mask, labels, 0), mask, objective, scale, head, torch.is_grad_enabled()
+        targets, torch.where(mask, labels, 0), mask, objective, scale, form, shard, torch.is_grad_enabled()
     )
     # `forward` fills the detached sums.
     sums: dict[str, Tensor] = {}
-    total = _FusedHead.apply(hidden, weight, head.bias, inputs, sums)
+    total = _FusedHead.apply(hidden, weight, form.bias, inputs, sums)
     assert isinstance(total, Tensor)
     return LossSums(total, sums)

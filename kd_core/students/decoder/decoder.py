@@ -1,18 +1,16 @@
 """One decoder for all families of `huggingface/config_json.py`: grouped-query attention, RoPE, RMSNorm, SwiGLU.
 
 Parameter names are those of Hugging Face's Llama without the leading `model.`, so that weights need no map of names.
-A decoder is built on the meta device, then allocated (`allocate`) and filled (`starts/`).
+A decoder is built on the meta device, then allocated (`students/student.py`) and filled (`starts/`).
 """
 
-import os
-from collections.abc import Callable
-from typing import TypeVar, overload
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kd_core.errors import UsageError
@@ -20,8 +18,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import Attention, Segment, document_segments
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotary_angles
-
-R = TypeVar("R")
+from kd_core.students.student import ShardingRule, Student
 
 
 def scale(x: Tensor, by: float) -> Tensor:
@@ -73,8 +70,16 @@ class TransformerBlock(nn.Module):
         return x + scale(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 
 
-class Decoder(nn.Module):
-    """A causal language model: tokens to logits, or to the result of a function of hidden states and lm_head weight."""
+class Context(NamedTuple):
+    """Angles of the positions, and the documents of packed rows (None: a row is one document)."""
+
+    cos: Tensor
+    sin: Tensor
+    segments: list[Segment] | None
+
+
+class Decoder(Student):
+    """A Llama-like decoder: RMSNorm before attention and before the feed-forward, a residual around each."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -90,37 +95,43 @@ class Decoder(nn.Module):
         if self.arch.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    @overload
-    def forward(self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor: ...
-    @overload
-    def forward(
-        self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor, head: Callable[[Tensor, Tensor], R]
-    ) -> R: ...
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        position_ids: Int[Tensor, "B T"],
-        document_ids: Int[Tensor, "B T"],
-        head: Callable[[Tensor, Tensor], R] | None = None,
-    ) -> Tensor | R:
-        """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
+    def sharding_rules(self) -> Mapping[str, ShardingRule]:
+        return {
+            "embed_tokens": "embedding",
+            "norm": "norm",
+            "lm_head": "lm_head",
+            "input_layernorm": "norm",
+            "post_attention_layernorm": "norm",
+            "self_attn.q_proj": "columns",
+            "self_attn.k_proj": "kv_columns",
+            "self_attn.v_proj": "kv_columns",
+            "self_attn.q_norm": "head_norm",
+            "self_attn.k_norm": "head_norm",
+            "self_attn.o_proj": "rows",
+            "mlp.gate_proj": "columns",
+            "mlp.up_proj": "columns",
+            "mlp.down_proj": "rows",
+        }
 
-        `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
-        states include the architecture's scale of the logits already.
+    def select_kv_heads(self, heads: slice) -> None:
+        for block in self.layers:
+            assert isinstance(block, TransformerBlock)
+            block.self_attn.kv_head_slice = heads
 
-        The loss enters here as `head` because sharded data parallelism needs every use of the parameters
-        inside the root module's forward.
-        """
+    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
+
+    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None) -> Context:
         # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
-        segments = document_segments(document_ids)
-        # Embed, then run the blocks on the residual stream.  [B, T, D]
-        x = scale(self.embed_tokens(tokens), self.arch.embedding_scale)
-        for block in self.layers:
-            x = block(x, cos, sin, segments)
-        # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ. Padding rows of the weight are no tokens.
-        hidden = scale(self.norm(x), self.arch.logit_scale)
-        return self.lm_head(hidden)[..., : self.arch.vocab_size] if head is None else head(hidden, self.lm_head.weight)
+        return Context(cos, sin, None if document_ids is None else document_segments(document_ids))
+
+    def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        return self.layers[layer](x, *context)
+
+    def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.
+        return scale(self.norm(x), self.arch.logit_scale)
 
 
 def meta_decoder(arch: Architecture) -> Decoder:
@@ -133,20 +144,3 @@ def meta_decoder(arch: Architecture) -> Decoder:
         raise UsageError(f"{arch.num_heads} attention heads, {arch.num_kv_heads} of keys; wanted a multiple of them.")
     with torch.device("meta"):
         return Decoder(arch)
-
-
-def allocate(model: Decoder, device: torch.device) -> Decoder:
-    """Allocates the decoder's parameters on `device`, in float32, without filling them.
-
-    Raises:
-        UsageError: the machine has less memory than the parameters need.
-    """
-    # 4 bytes for each number of this process's parts of the parameters.
-    local_parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    needed = sum(parameter.numel() for parameter in local_parameters) * 4
-    if device.type == "cpu" and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
-    # `to_empty` gives tied parameters separate memory, so they are tied again.
-    model = model.to_empty(device=device)
-    model.tie()
-    return model

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from kd_core.students.decoder.decoder import Decoder
-from kd_core.students.decoder.sharded_values import full_tensor, local_box
+from kd_core.sharded_values import full_tensor, times_mask
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
@@ -39,14 +37,8 @@ def sharded_dropout(x: Float[Tensor, "*B D"], rate: float) -> Float[Tensor, "*B 
         return x
     # Zero with probability `rate`, and scale the rest by 1/(1 − rate), so that the expected value stays.  [*B, D]
     mask = (torch.rand(x.shape, device=x.device) >= rate).to(x.dtype) / (1 - rate)
-    if not isinstance(x, DTensor):
-        return x * mask
     # `x.shape` was the global shape: multiply this rank's values by their part of the mask.
-    local, box = local_box(x)
-    assert box is not None, x.placements
-    return DTensor.from_local(
-        local * mask[box], x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-    )
+    return times_mask(x, mask)
 
 
 class LoraLinear(nn.Linear):
@@ -77,11 +69,11 @@ class LoraLinear(nn.Linear):
         return full_tensor(self.weight) + self.settings.scale * (full_tensor(self.lora_B) @ full_tensor(self.lora_A))
 
 
-def adapted_layers(model: Decoder) -> dict[str, LoraLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Returns the linear layers that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def base_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns all parameters but those of adapters, by name. Tied ones are in it once."""
     return {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] not in ADAPTER_PARAMETERS}

@@ -7,9 +7,9 @@ from typing import Any
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.hub import snapshot_of_folder
-from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.lora_layers import LoraLinear, adapted_layers
 from kd_core.students.huggingface.weights import StoredTensor, stored_tensors
+from kd_core.students.student import Student
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
@@ -58,7 +58,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_adapter_matches(folder: Path, model: Decoder) -> None:
+def check_adapter_matches(folder: Path, model: Student) -> None:
     """Checks that a stored adapter has the settings and the layers of the model's adapters. Dropout may differ.
 
     Raises:
@@ -85,7 +85,7 @@ def check_adapter_matches(folder: Path, model: Decoder) -> None:
         )
 
 
-def load_adapter(model: Decoder, folder: Path) -> None:
+def load_adapter(model: Student, folder: Path) -> None:
     """Copies a stored adapter into the model's adapters. `check_adapter_matches` must have passed.
 
     Raises:

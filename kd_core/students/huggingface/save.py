@@ -17,12 +17,12 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.sharded_values import errors_on_all_ranks, full_tensor
 from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
-from kd_core.students.decoder.sharded_values import errors_on_all_ranks, full_tensor
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.huggingface.weights import stored_architecture, weight_files
+from kd_core.students.student import Student
 
 MAX_FILE_BYTES = 5_000_000_000
 ADAPTER = "adapter"
@@ -54,7 +54,7 @@ def _unlikely_padding(head: Tensor, real: int) -> Tensor:
     return torch.cat([rows[:real], rows[:real].mean(dim=0, keepdim=True).expand(len(rows) - real, -1)])
 
 
-def _model_pieces(model: Decoder) -> list[_Piece]:
+def _model_pieces(model: Student) -> list[_Piece]:
     """Returns the tensors by transformers' names, with adapters merged, and without a tied lm_head."""
     arch = model.arch
     gathers = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
@@ -71,7 +71,7 @@ def _model_pieces(model: Decoder) -> list[_Piece]:
     ]
 
 
-def _adapter_pieces(model: Decoder) -> list[_Piece]:
+def _adapter_pieces(model: Student) -> list[_Piece]:
     return [
         _Piece(stored_name(name, which), parameter.numel(), functools.partial(full_tensor, parameter))
         for name, layer in adapted_layers(model).items()
@@ -115,7 +115,7 @@ def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_names})
 
 
-def _write_adapter_config(model: Decoder, folder: Path, tokenizer_folder: Path) -> None:
+def _write_adapter_config(model: Student, folder: Path, tokenizer_folder: Path) -> None:
     if layers := adapted_layers(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
         base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers were dropped
@@ -148,7 +148,7 @@ def is_complete_export(folder: Path) -> bool:
 
 
 def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it is stored, and who writes)
-    model: Decoder,
+    model: Student,
     folder: Path,
     tokenizer_folder: Path,
     *,

@@ -15,8 +15,8 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.json_fields import check_object
+from kd_core.sharded_values import Box, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.sharded_values import Box, fill_sharded
 from kd_core.students.huggingface.config_json import read_architecture
 
 LAYER = re.compile(r"\d{1,9}")

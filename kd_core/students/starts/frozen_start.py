@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.starts.name_patterns import match_names
 from kd_core.students.starts.start import StudentInit
+from kd_core.students.student import Student
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class FrozenStart:
     def architecture(self) -> Architecture:
         return self.base.architecture()
 
-    def decoder(self) -> Decoder:
+    def build_on_meta(self) -> Student:
         """Returns the decoder of the base, with `requires_grad` off where a pattern matches.
 
         Raises:
             UsageError: a pattern matches nothing, or nothing is left to train.
         """
-        model = self.base.decoder()
+        model = self.base.build_on_meta()
         named = dict(model.named_parameters(remove_duplicate=False))  # a tied lm_head under both names
         for name in match_names(named, self.patterns, "student.patterns"):
             named[name].requires_grad_(False)
@@ -40,5 +40,5 @@ class FrozenStart:
             raise UsageError(f"student.patterns: {self.patterns} fit every parameter; nothing is left to train.")
         return model
 
-    def fill(self, model: Decoder, seed: int) -> None:
+    def fill(self, model: Student, seed: int) -> None:
         self.base.fill(model, seed)

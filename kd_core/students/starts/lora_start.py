@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
+from kd_core.sharded_values import errors_on_all_ranks
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers
-from kd_core.students.decoder.sharded_values import errors_on_all_ranks
 from kd_core.students.huggingface.peft_folder import check_adapter_matches, load_adapter
 from kd_core.students.starts.name_patterns import match_names, matches
 from kd_core.students.starts.start import StudentInit, fill_random
+from kd_core.students.student import Student
 
 QKV, DENSE, FC1, FC2 = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 # NeMo-Aligner's names.
@@ -75,7 +75,7 @@ class LoraStart:
     def architecture(self) -> Architecture:
         return self.base.architecture()
 
-    def _adapted_names(self, model: Decoder) -> list[str]:
+    def _adapted_names(self, model: Student) -> list[str]:
         count = model.arch.num_layers
         if self.layers is not None and not set(self.layers) <= set(range(count)):
             raise UsageError(f"student.layers: got {self.layers}; wanted some of 0 to {count - 1}.")
@@ -91,13 +91,13 @@ class LoraStart:
             raise UsageError(f"student.targets: {self.targets} in layers {self.layers} is no layer; nothing to adapt.")
         return names
 
-    def decoder(self) -> Decoder:
+    def build_on_meta(self) -> Student:
         """Returns the decoder of the base, frozen, with adapters.
 
         Raises:
             UsageError: a target matches nothing, a layer does not exist, or the adapter has other settings.
         """
-        model = self.base.decoder().requires_grad_(False)
+        model = self.base.build_on_meta().requires_grad_(False)
         settings = LoraSettings(self.rank, self.alpha, self.dropout, self.rank_stabilised)
         for name in self._adapted_names(model):
             parent, last = name.rsplit(".", 1)
@@ -108,7 +108,7 @@ class LoraStart:
             check_adapter_matches(resolve_folder(self.adapter, "student.adapter"), model)
         return model
 
-    def fill(self, model: Decoder, seed: int) -> None:
+    def fill(self, model: Student, seed: int) -> None:
         """Fills the base, then adapters from their folder, or A at random by (seed, name) and B with zeros."""
         self.base.fill(model, seed)
         if self.adapter is not None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_ranges
+from kd_core.sharded_values import errors_on_all_ranks, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder, allocate, meta_decoder
+from kd_core.students.decoder.decoder import meta_decoder
 from kd_core.students.decoder.lora_layers import base_parameters
-from kd_core.students.decoder.sharded_values import errors_on_all_ranks, fill_sharded
 from kd_core.students.huggingface.config_json import read_architecture
 from kd_core.students.huggingface.weights import check_weight_count, load_weights, stored_architecture
+from kd_core.students.student import Student, allocate
 
 
 @runtime_checkable
@@ -37,24 +38,24 @@ class StudentInit(Protocol):
         """Returns the student's architecture."""
         ...
 
-    def decoder(self) -> Decoder:
+    def build_on_meta(self) -> Student:
         """Returns the student on the meta device, with its adapters, and without `requires_grad` where it is frozen."""
         ...
 
-    def fill(self, model: Decoder, seed: int) -> None:
+    def fill(self, model: Student, seed: int) -> None:
         """Writes the first weights in place, in any layout. Every process calls it, and writes its own part."""
         ...
 
 
-def meta_student(start: StudentInit, tokens: int | None) -> Decoder:
+def meta_student(start: StudentInit, tokens: int | None) -> Student:
     """Returns the start's decoder on the meta device, with a real vocabulary of `tokens` (None: that of the start)."""
-    model = start.decoder()
+    model = start.build_on_meta()
     if tokens is not None:
         model.arch = model.arch.with_tokens(tokens, start.folder)
     return model
 
 
-def build_student(start: StudentInit, device: torch.device, seed: int, tokens: int | None = None) -> Decoder:
+def build_student(start: StudentInit, device: torch.device, seed: int, tokens: int | None = None) -> Student:
     """Returns the student of `meta_student` with its first weights, in float32, whole on `device` in one process."""
     model = allocate(meta_student(start, tokens), device)
     start.fill(model, seed)
@@ -111,12 +112,12 @@ class Pretrained:
             )
         return replace(arch, vocab_size=self.vocab_size, padded_vocab_size=stored.vocab_size)
 
-    def decoder(self) -> Decoder:
+    def build_on_meta(self) -> Student:
         model = meta_decoder(self.architecture())
         check_weight_count(model.parameters(), resolve_folder(self.folder))
         return model
 
-    def fill(self, model: Decoder, seed: int) -> None:
+    def fill(self, model: Student, seed: int) -> None:
         """Loads the kept layers of the folder."""
         del seed  # nothing is random
         parameters = base_parameters(model)
@@ -166,10 +167,10 @@ class Random:
             head_dim=self.hidden_size // self.num_heads,
         )
 
-    def decoder(self) -> Decoder:
+    def build_on_meta(self) -> Student:
         return meta_decoder(self.architecture())
 
-    def fill(self, model: Decoder, seed: int) -> None:
+    def fill(self, model: Student, seed: int) -> None:
         """Draws normal weights, each parameter by (seed, name), and sets norms to 1 and biases to 0."""
 
         def normal(values: Tensor, generator: torch.Generator) -> Tensor:

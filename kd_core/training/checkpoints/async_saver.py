@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from kd_core.parallel.world import World
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint import Checkpoint, CheckpointContent, Progress, delete_superseded, write
 from kd_core.training.checkpoints.checkpoint_state import State, copy_to_cpu, frozen_norms, run_state
 from kd_core.training.monitoring.hang_watchdog import Pulse
@@ -40,7 +40,7 @@ class Saver:
         self.frozen: dict[str, float] | None = None
         self.last_step: int | None = None
 
-    def save(self, progress: Progress, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, progress: Progress, model: Student, optimizer: torch.optim.Optimizer) -> None:
         """Begins to write `step_N`, after the previous checkpoint is complete. Raises the error of that one, if any."""
         if progress.step == self.last_step:
             return

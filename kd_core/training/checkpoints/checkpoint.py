@@ -30,7 +30,7 @@ from kd_core.json_fields import check_integer, check_number, check_object
 from kd_core.parallel.collectives import all_gather_values, raise_on_all_ranks, run_on_all_ranks
 from kd_core.parallel.world import World
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
-from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint_files import COMMON_FILES, HASHES, find_damage, hash_files
 from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
     State,
@@ -263,7 +263,7 @@ def newest(root: Path) -> Path | None:
     return max(list_checkpoints(root), default=None)
 
 
-def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+def load(folder: Path, model: Student, optimizer: torch.optim.Optimizer | None = None) -> Progress:
     """Restores `model`, and `optimizer` if there is one, in place. Each rank reads its own shards.
 
     Raises:
@@ -284,7 +284,7 @@ def load(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None =
     return progress
 
 
-def load_model(folder: Path, model: Decoder, world: World | None = None) -> None:
+def load_model(folder: Path, model: Student, world: World | None = None) -> None:
     """Restores the parameters of `model` alone, after a check of every byte, which the ranks of `world` divide.
 
     Raises:
@@ -302,7 +302,7 @@ def load_model(folder: Path, model: Decoder, world: World | None = None) -> None
         load(folder, model)
 
 
-def load_best(root: Path, policy: Checkpoint, model: Decoder, world: World) -> Path:
+def load_best(root: Path, policy: Checkpoint, model: Student, world: World) -> Path:
     """Restores the best checkpoint's parameters on all ranks, and returns its folder.
 
     Raises:

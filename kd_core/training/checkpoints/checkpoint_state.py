@@ -13,9 +13,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate
 
 from kd_core.errors import UsageError
+from kd_core.sharded_values import full_value, local_values, replicated_empty, with_layout_of
 from kd_core.training.checkpoints.checkpoint_storage import DTYPE_NAMES
 
 State = dict[str, Tensor]
@@ -86,7 +86,7 @@ def frozen_norms(model: nn.Module) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64)
-            norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norms[name] = full_value(norm)
     return norms
 
 
@@ -119,10 +119,7 @@ def _empty_moment(parameter: Tensor, name: str, stored: TensorStorageMetadata) -
             f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted no more numbers than the parameter's "
             f"{tuple(parameter.shape)}. Take another checkpoint."
         )
-    if not stored.size or not isinstance(parameter, DTensor):
-        return torch.empty(stored.size, dtype=dtype)
-    whole = torch.empty(stored.size, dtype=dtype, device=parameter.device)
-    return DTensor.from_local(whole, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+    return replicated_empty(stored.size, dtype, parameter)
 
 
 def stored_names(metadata: Metadata) -> set[str]:
@@ -174,21 +171,12 @@ def copy_to_cpu(state: State, buffers: State) -> State:
     """Copies the state into CPU memory. The copies are held in `buffers`, which the next call overwrites."""
     copies: State = {}
     for name, tensor in state.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_values(tensor)
         if name not in buffers:
             pinned = local.device.type == "cuda"
             buffers[name] = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=pinned)
         buffers[name].copy_(local, non_blocking=True)
-        copies[name] = _with_layout_of(tensor, buffers[name])
+        copies[name] = with_layout_of(tensor, buffers[name])
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copies
-
-
-def _with_layout_of(tensor: Tensor, copy: Tensor) -> Tensor:
-    """Returns the copy of a local shard as a DTensor of the same layout, but on the CPU."""
-    if not isinstance(tensor, DTensor):
-        return copy
-    # `DTensor.from_local` would move the copy to the mesh's device.
-    spec = tensor._spec  # pyright: ignore[reportPrivateUsage]
-    return DTensor(copy, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]

@@ -11,29 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kd_core.parallel.world import World
+from kd_core.sharded_values import distinct_local
 
 # Upper limits of the buckets: ±2^(h/2) for h = -80 … 20. Values below 2^-40 in size share one bucket around 0, those
 # above 2^10 fall into the last one.
 _POSITIVE = [2 ** (half / 2) for half in range(-80, 21)]
 LIMITS = [*(-limit for limit in reversed(_POSITIVE)), *_POSITIVE]
-
-
-def _distinct_local(tensor: Tensor) -> Tensor:
-    """Returns this rank's shard, flattened. It is empty if an earlier rank holds a replica of it."""
-    if not isinstance(tensor, DTensor):
-        return tensor.flatten()
-    assert not any(placement.is_partial() for placement in tensor.placements)
-    # This rank's coordinates along the mesh dimensions that replicate the tensor: all 0 on the first replica alone.
-    replica_coordinates = (
-        coordinate
-        for coordinate, kind in zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
-        if kind.is_replicate()
-    )
-    local = tensor.to_local().flatten()
-    return local[:0] if any(replica_coordinates) else local
 
 
 def _counts(values: Tensor) -> Tensor:
@@ -62,7 +47,7 @@ def histograms(named: Mapping[str, Tensor], world: World) -> dict[str, dict[str,
     All ranks call it together, and get the same result.
     """
     # Count this rank's shards.  [tensors, buckets + 2], [tensors, 2]
-    shards = [_distinct_local(tensor.detach()) for tensor in named.values()]
+    shards = [distinct_local(tensor.detach()) for tensor in named.values()]
     counts, ends = torch.stack([_counts(shard) for shard in shards]), torch.stack([_ends(shard) for shard in shards])
     # Combine ranks: every value is counted by exactly one of them.
     if world.size > 1:

@@ -13,7 +13,8 @@ from data.cache.selection import Selection
 from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import allocate, meta_decoder
+from kd_core.students.decoder.decoder import meta_decoder
+from kd_core.students.student import allocate
 from tests.tiny import Tiny
 
 POSITIONS = 100

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import LossSums, fused_loss
 from kd_core.losses.objective import Distillation, Objective, Term
-from kd_core.types import TeacherTopK
+from kd_core.types import LmHeadForm, TeacherTopK
 from tests.reference import dense
 
 
@@ -146,7 +145,7 @@ def fused(
     """Through the library, with an odd chunk."""
     objective = Objective({"kd": term}, chunk_tokens) if isinstance(term, Term) else term
     hidden, weight = leaves(case)
-    found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, objective, head=head)
+    found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, objective, form=head)
     found.total.backward()
     assert hidden.grad is not None
     assert weight.grad is not None

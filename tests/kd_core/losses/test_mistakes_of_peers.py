@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
-from kd_core.types import TeacherTopK
+from kd_core.types import LmHeadForm, TeacherTopK
 from tests.kd_core.losses.cases import Case, Result, error, fused, leaves, plain, reference
 
 TERMS = [Distillation(), Distillation(divergence="reverse_kl"), Distillation(divergence="jsd"), CrossEntropy()]

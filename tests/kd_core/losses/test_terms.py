@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.losses.term_weights import Constant, Cosine, Linear, WarmupStableDecay
 from kd_core.losses.token_selection import KeepUncertain
-from kd_core.types import TeacherTopK
+from kd_core.types import LmHeadForm, TeacherTopK
 from tests.kd_core.losses.cases import Case, Result, error, fused, leaves, make, plain
 
 CACHE = CacheFacts(vocab_size=100, top_k=8)

@@ -98,7 +98,7 @@ def test_we_read_what_peft_writes(rank_stabilised: bool, folder: Path, tmp_path:
         ({"adapter": str(folder)}, "adapter_config.json: no such file"),
     ):
         with pytest.raises(UsageError, match=message):
-            replace(start, **changes).decoder()
+            replace(start, **changes).build_on_meta()
 
 
 def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -124,7 +124,7 @@ def test_an_adapter_that_means_something_else_or_is_damaged_is_refused(folder: P
     for key, value in (("use_dora", True), ("bias", "all"), ("peft_type", "IA3"), ("rank_pattern", {"q_proj": 3})):
         _edit_config(adapter, lambda config, key=key, value=value: config.update({key: value}))
         with pytest.raises(UsageError, match=key):
-            again.decoder()
+            again.build_on_meta()
         _edit_config(
             adapter, lambda config, key=key: config.update({key: {"peft_type": "LORA", "bias": "none"}.get(key)})
         )
@@ -185,7 +185,7 @@ def test_dropout_is_a_function_of_the_random_state_and_rests_in_evaluation() -> 
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        replace(LoraStart(Pretrained(str(folder))), **changes).decoder()
+        replace(LoraStart(Pretrained(str(folder))), **changes).build_on_meta()
 
 
 def test_frozen_parts_by_pattern(folder: Path) -> None:
@@ -198,9 +198,9 @@ def test_frozen_parts_by_pattern(folder: Path) -> None:
     with pytest.raises(
         UsageError, match="student.patterns: 'embed_token.weight' matches nothing. Near it: embed_tokens"
     ):
-        FrozenStart(base, ("embed_token.weight",)).decoder()
+        FrozenStart(base, ("embed_token.weight",)).build_on_meta()
     with pytest.raises(UsageError, match="nothing is left to train"):
-        FrozenStart(base, ("*",)).decoder()
+        FrozenStart(base, ("*",)).build_on_meta()
 
 
 def test_a_tied_head_is_frozen_by_either_name(tmp_path: Path) -> None:

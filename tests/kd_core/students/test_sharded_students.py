@@ -16,10 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from kd_core.errors import UsageError
 from kd_core.files import read_json, write_json
 from kd_core.parallel.world import World
+from kd_core.sharded_values import fill_sharded, full_tensor, local_box
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers
-from kd_core.students.decoder.sharded_values import fill_sharded, full_tensor, local_box
 from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.lora_start import LoraStart
@@ -65,7 +65,7 @@ def _placements(name: str) -> dict[str, Placement]:
 
 def _spread(start: StudentInit, fsdp: bool = True) -> Decoder:
     """Tensor parallel over two, then FSDP over two; every parameter a DTensor of the whole mesh."""
-    model = start.decoder()
+    model = start.build_on_meta()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
     for name, module in list(model.named_modules()):
         for parameter, _ in list(module.named_parameters(recurse=False)):

@@ -150,7 +150,7 @@ def on_ranks(world: World, folder: str, records: list[Record], wanted: dict[str,
     for name, parallel in layouts.items():
         laid_out = world.with_layout(parallel.layout(world.size))
         first = start(folder)
-        model = parallelize(first.decoder(), parallel, laid_out)
+        model = parallelize(first.build_on_meta(), parallel, laid_out)
         first.fill(model, 0)
         own = records[laid_out.dp_rank :: laid_out.dp_size]
         found = evaluate(

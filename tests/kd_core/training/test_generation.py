@@ -44,7 +44,7 @@ def on_ranks(world: World, folder: str, wanted: list[list[int]]) -> None:
     for parallel in layouts:
         laid_out = world.with_layout(parallel.layout(world.size))
         start = Pretrained(folder)
-        model = parallelize(start.decoder(), parallel, laid_out)
+        model = parallelize(start.build_on_meta(), parallel, laid_out)
         start.fill(model, 0)
         assert continue_greedily(model, PROMPTS, TOKENS, parallel, laid_out) == wanted, parallel
         assert all(p.grad is None for p in model.parameters())

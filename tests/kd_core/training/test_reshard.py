@@ -14,7 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import Decoder, allocate, meta_decoder
+from kd_core.students.decoder.decoder import Decoder, meta_decoder
+from kd_core.students.student import allocate
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress

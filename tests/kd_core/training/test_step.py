@@ -199,7 +199,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _of_nothing(world: World, tiny: Tiny, parallel: Parallel, objective: Objective, scored: Sequence[bool]) -> None:
     """Gather momentum in one step, then take one in which data-parallel rank r has scored positions if `scored[r]`."""
     world = world.with_layout(parallel.layout(world.size))
-    model = parallelize(Pretrained(str(tiny.teacher), keep_layers=(0, 3)).decoder(), parallel, world)
+    model = parallelize(Pretrained(str(tiny.teacher), keep_layers=(0, 3)).build_on_meta(), parallel, world)
     Pretrained(str(tiny.teacher), keep_layers=(0, 3)).fill(model, 0)
     optimizer = AdamW(lr=0.01, weight_decay=0.1).build(model)
     batch = Collate(ROW_LENGTH)([[record] for record in _records(tiny)[:2]])

@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
 from kd_core.losses.fused import topk_only
-from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.token_selection import KeepUncertain
 from kd_core.training.evaluation import metric_names
-from kd_core.types import TeacherTopK
+from kd_core.types import LmHeadForm, TeacherTopK
 from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, make, plain, reference
 
 DIVERGENCES = ALLOWED_DIVERGENCES["renormalized"]

@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 
 from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
-from kd_core.losses.fused.lm_head import LmHeadForm
 from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.losses.token_selection import KeepUncertain
 from kd_core.parallel.world import World
-from kd_core.types import TeacherTopK
+from kd_core.types import LmHeadForm, TeacherTopK
 from tests.kd_core.losses.cases import CASES, Case, Result, error, fused, leaves, make, reference
 from tests.ranks import run_ranks
 
@@ -42,9 +41,9 @@ def parted(case: Case, objective: Objective, world: World, head: LmHeadForm) -> 
     assert dist.group.WORLD is not None
     part = VocabShard(first, dist.group.WORLD)
     bias = None if head.bias is None else head.bias[first : first + each]
-    form = LmHeadForm(bias, head.vocab_size or len(weight), head.scale, head.soft_cap, part)
+    form = LmHeadForm(bias, head.vocab_size or len(weight), head.scale, head.soft_cap)
     rows = weight[first : first + each]
-    found = fused_loss(hidden, rows, case.teacher, case.labels, case.mask, objective, head=form)
+    found = fused_loss(hidden, rows, case.teacher, case.labels, case.mask, objective, form=form, shard=part)
     found.total.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -140,11 +139,11 @@ def says_little(world: World) -> None:
     rows = torch.randn(V // world.size, D, requires_grad=True)
     log_probs = torch.randn(N, K).log_softmax(dim=1) - 0.1
     teacher = TeacherTopK(torch.randint(V, (N, K)), log_probs, torch.log1p(-log_probs.exp().sum(dim=1)))
-    form = LmHeadForm(vocab_size=V, part=VocabShard(world.rank * V // world.size, dist.group.WORLD))
+    form, shard = LmHeadForm(vocab_size=V), VocabShard(world.rank * V // world.size, dist.group.WORLD)
     counted, mask = Counted(), torch.ones(N).bool()
     objective = Objective({"kd": Distillation(), "sft": CrossEntropy()}, chunk_tokens=32)
     with mock.patch.object(dist, "all_reduce", counted):
-        total = fused_loss(hidden, rows, teacher, torch.randint(V, (N,)), mask, objective, 1.0, form).total
+        total = fused_loss(hidden, rows, teacher, torch.randint(V, (N,)), mask, objective, 1.0, form, shard).total
         forward = list(counted.elements)
         total.backward()
     assert forward == [32, 32 * (2 * K + 4)] * 2

@@ -31,6 +31,16 @@ def _is_box(parameter: DTensor) -> bool:
     )
 
 
+def local_values(tensor: Tensor) -> Tensor:
+    """Returns this process's part of a tensor: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_value(norm: Tensor) -> float:
+    """Returns a number that ranks may hold partial results of, such as the norm of a sharded tensor."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def local_box(parameter: Tensor) -> tuple[Tensor, Box | None]:
     """Returns this process's values of a parameter and their box in the whole tensor, or None if they are no box."""
     if not isinstance(parameter, DTensor):
@@ -104,3 +114,46 @@ def errors_on_all_ranks(parameters: Iterable[Tensor]) -> Generator[None]:
     if dist.is_initialized() and dist.get_rank() > 0 and any(isinstance(p, DTensor) for p in parameters):
         raise RemoteError(message) from None
     raise error or UsageError(message)
+
+
+def replicated_empty(shape: torch.Size, dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """Allocates a tensor of its own shape that every rank of the parameter's mesh holds whole."""
+    if not shape or not isinstance(parameter, DTensor):
+        return torch.empty(shape, dtype=dtype)
+    whole = torch.empty(shape, dtype=dtype, device=parameter.device)
+    return DTensor.from_local(whole, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+
+
+def with_layout_of(tensor: Tensor, copy: Tensor) -> Tensor:
+    """Returns the copy of a local shard as a DTensor of the same layout, but on the CPU."""
+    if not isinstance(tensor, DTensor):
+        return copy
+    # `DTensor.from_local` would move the copy to the mesh's device.
+    spec = tensor._spec  # pyright: ignore[reportPrivateUsage]
+    return DTensor(copy, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+
+def distinct_local(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard, flattened. It is empty if an earlier rank holds a replica of it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.flatten()
+    assert not any(placement.is_partial() for placement in tensor.placements)
+    # This rank's coordinates along the mesh dimensions that replicate the tensor: all 0 on the first replica alone.
+    replica_coordinates = (
+        coordinate
+        for coordinate, kind in zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
+        if kind.is_replicate()
+    )
+    local = tensor.to_local().flatten()
+    return local[:0] if any(replica_coordinates) else local
+
+
+def times_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns x · mask, where a mask of the global shape is given whole and each rank needs its part of it."""
+    if not isinstance(x, DTensor):
+        return x * mask
+    local, box = local_box(x)
+    assert box is not None, x.placements
+    return DTensor.from_local(
+        local * mask[box], x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )

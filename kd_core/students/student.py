@@ -1,0 +1,118 @@
+"""The student: all that training, evaluation, sharding and checkpoints need of a model, whatever its family.
+
+    tokens → embed → run_block of each layer → last_hidden → lm_head (inside the loss, which makes no N × V logits)
+
+A family of its own is one subclass. It names its parameters as Hugging Face does, without the leading `model.`.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, TypeVar, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kd_core.errors import UsageError
+from kd_core.sharded_values import local_values
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.types import LmHeadForm
+
+R = TypeVar("R")
+# How tensor parallelism divides a module. `columns` divides its outputs, `rows` its inputs, `kv_columns` its outputs
+# where there are as many kv heads as ranks. `norm` works on the residual stream, `head_norm` on attention heads.
+ShardingRule = Literal["embedding", "norm", "columns", "kv_columns", "rows", "head_norm", "lm_head"]
+
+
+class Block(Protocol):
+    """One transformer block. `run` computes it, and `forward` recomputes its activations if `recompute` is set."""
+
+    recompute: bool
+    run: Callable[..., Tensor]
+
+
+class Student(nn.Module):
+    """A causal language model of transformer blocks, built on the meta device and filled later (`starts/`)."""
+
+    arch: Architecture
+    layers: nn.ModuleList
+    lm_head: nn.Linear
+
+    @property
+    def lm_head_form(self) -> LmHeadForm:
+        """The form of logits as a function of `last_hidden` and the lm_head's weight."""
+        return LmHeadForm(vocab_size=self.arch.vocab_size)
+
+    def sharding_rules(self) -> Mapping[str, ShardingRule]:
+        """Returns the rule of each module that has parameters, by its name in the model or inside a block."""
+        raise NotImplementedError
+
+    def select_kv_heads(self, heads: slice) -> None:
+        """Makes attention use these kv heads alone, where a rank computes more of them than it needs."""
+        raise NotImplementedError
+
+    def tie(self) -> None:
+        """Shares the embedding's weight with the lm_head where the architecture says so."""
+
+    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Returns the input of the first block."""
+        raise NotImplementedError
+
+    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None) -> Any:
+        """Returns what every block of a pass needs beside its input. Without documents, a row is one document."""
+        raise NotImplementedError
+
+    def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
+        """Returns the output of a block for the input `x`."""
+        raise NotImplementedError
+
+    def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Returns hidden states for the lm_head, from the output of the last block."""
+        raise NotImplementedError
+
+    @overload
+    def forward(self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor: ...
+    @overload
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor, head: Callable[[Tensor, Tensor], R]
+    ) -> R: ...
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"],
+        head: Callable[[Tensor, Tensor], R] | None = None,
+    ) -> Tensor | R:
+        """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
+
+        `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
+        states include the architecture's scale of the logits already.
+
+        The loss enters here as `head` because sharded data parallelism needs every use of the parameters
+        inside the root module's forward.
+        """
+        context = self.context(position_ids, document_ids)
+        x = self.embed(tokens)
+        for layer in range(len(self.layers)):
+            x = self.run_block(layer, x, context)
+        hidden, form = self.last_hidden(x), self.lm_head_form
+        if head is not None:
+            return head(hidden, self.lm_head.weight)
+        assert form == LmHeadForm(vocab_size=form.vocab_size), "logits of another form are made by the loss alone"
+        return self.lm_head(hidden)[..., : form.vocab_size]
+
+
+def allocate(model: Student, device: torch.device) -> Student:
+    """Allocates the student's parameters on `device`, in float32, without filling them.
+
+    Raises:
+        UsageError: the machine has less memory than the parameters need.
+    """
+    # 4 bytes for each number of this process's parts of the parameters.
+    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * 4
+    if device.type == "cpu" and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
+    # `to_empty` gives tied parameters separate memory, so they are tied again.
+    model = model.to_empty(device=device)
+    model.tie()
+    return model
