@@ -1,4 +1,4 @@
-"""Times and sizes in the README and its pages name the kind of machine they were seen on, there or a paragraph before."""
+"""Times and sizes in the README and its pages name the machine they were seen on, there or in the paragraph before."""
 
 import itertools
 import re
