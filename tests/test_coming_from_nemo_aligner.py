@@ -170,8 +170,8 @@ OTHERS = ("launchers.", "metrics.", "progress.")  # commands and files
 
 
 def _settings_of_the_table() -> list[str]:
-    """What the right column of the README's table sets: `a.b`, `a.b=v`, and `.c`, which stands beside the last one."""
-    table = (ROOT / "README.md").read_text().split("## Coming from NeMo-Aligner")[1].split("\n## ")[0]
+    """Returns what the right column of the page's table sets: `a.b`, `a.b=v`, and `.c`, which stands beside `a.b`."""
+    table = (ROOT / "docs/coming_from_nemo_aligner.md").read_text().split("\n## Setting by setting\n")[1]
     found: list[str] = []
     for row in table.splitlines():
         beside = ""
@@ -184,9 +184,9 @@ def _settings_of_the_table() -> list[str]:
     return found
 
 
-def test_the_table_of_the_readme_names_settings_that_are_there() -> None:
+def test_the_table_names_settings_that_are_there() -> None:
     settings = _settings_of_the_table()
-    assert len(settings) > 30
+    assert len(settings) > 40
     graphs = [config_items.resolve_items([name], kind).config for name, kind in (("quickstart", "Experiment"),
               ("quickstart_export", "TeacherExport"), ("lora", "Experiment"))]  # fmt: skip
     for setting in settings:

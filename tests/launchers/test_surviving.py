@@ -152,7 +152,7 @@ def test_a_rank_that_sleeps_over_its_data_is_named_with_where_it_is(tiny: Tiny, 
     assert done.returncode != 0
     said = re.findall("^error: .*", done.stderr, flags=re.MULTILINE)
     assert len(said) == 1, done.stderr
-    wanted = rf"waited {TIMEOUT} s for rank 1 on .* reading data of step \d+ \(data/stream/ahead\.py:\d+\)"
+    wanted = rf"waited {TIMEOUT} s for rank 1 on .* reading data of step \d+ \(data/stream/prefetch\.py:\d+\)"
     assert re.search(wanted, said[0])
 
 

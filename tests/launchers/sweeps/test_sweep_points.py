@@ -159,9 +159,9 @@ MISTAKES: list[tuple[Sweep, list[str], str]] = [
         "--sweep=study: tag:RowLenght=128: no such tag in experiments/. Did you mean 'RowLength'",
     ),
     (Sweep(quickstart) * grid("tag:TopK", ["x"]), [], "--sweep=study: tag:TopK=x: got 'x', wanted int"),
-    (Sweep(quickstart) * fiddled(_misspells), [], r"test_points.py:\d+: .*'lrr'.* Did you mean 'lr'"),
-    (Sweep(_misspelt), [], r"--sweep=study: _misspelt: .*test_points.py:\d+: .*'lrr'.* Did you mean 'lr'"),
-    (Sweep(quickstart) * fiddled(_of_another_type), [], r"test_points.py:\d+: steps: got 'many', wanted int"),
+    (Sweep(quickstart) * fiddled(_misspells), [], r"test_sweep_points.py:\d+: .*'lrr'.* Did you mean 'lr'"),
+    (Sweep(_misspelt), [], r"--sweep=study: _misspelt: .*test_sweep_points.py:\d+: .*'lrr'.* Did you mean 'lr'"),
+    (Sweep(quickstart) * fiddled(_of_another_type), [], r"test_sweep_points.py:\d+: steps: got 'many', wanted int"),
     (
         Sweep(quickstart) * grid("schedule", [fdl.Config(WarmupCosine)]),
         ["schedule.warmup_steps=1"],
@@ -231,7 +231,7 @@ def test_points_whose_caches_are_missing_are_refused_before_any_starts(
         "    return Sweep(quickstart) * grid('shards.path', paths) * seeds(2)\n"
     )
     items = [item for item in tiny.train_items()[1:] if not item.startswith("shards.path")]
-    points = resolve_points(source.find(f"{study}:study")[1](), items, "study")
+    points = resolve_points(find_sweep.find_sweep(f"{study}:study")[1](), items, "study")
     flags = [f"--sweep={study}:study", f"--out={out}", f"--backend={backend}", *configs(items)]
     done = run("launchers.sweep", *flags)
     assert done.returncode == 1
