@@ -6,7 +6,7 @@
     python -m launchers.evaluate --student=runs/a --cache=news/validation --cache=code/validation --metric=mine.py:surer
 
 Prints a column per cache: NLL, perplexity, bits per byte, both KLs with the tail bucket (nats per token), agreement,
-what a speculative decoder would accept, calibration, and the mass of teacher and student on the teacher's entries.
+acceptance by a speculative decoder, calibration, and the mass of teacher and student on the teacher's entries.
 --metric adds the mean of your own function, which maps a SparseView of n positions to n numbers. --json prints one JSON
 object instead, which for several caches holds one object per cache by its name.
 """

@@ -5,8 +5,8 @@
     python -m launchers.inspect quickstart/cache/train --html=cache.html
     python -m launchers.inspect quickstart/cache/train --verify
 
-Shows the teacher and the corpus, what is kept of a position and how, the bytes of a position by part, and the teacher's
-mass that is kept (at K = 1, 8, 64 and all). Then it shows records as text, each position with the teacher's
+Shows the teacher and the corpus, what is kept of a position and how, the bytes of a position by part, and the mass on
+the teacher's likeliest K = 1, 8, 64 and all entries. Then it shows records as text, each position with the teacher's
 alternatives: one record, and 20 positions of it, unless flags ask for more. The text comes from the tokenizer of the
 teacher that made the cache, or of a folder `teacher` beside the cache. Without either, name one with --tokenizer.
 

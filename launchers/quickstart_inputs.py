@@ -57,7 +57,7 @@ def has_npm() -> bool:
 
 
 def _matching_files(archive: Path, package: Package) -> list[tuple[str, bytes]]:
-    """Returns names and contents of the archive's matching plain files, without extracting to the archive's own paths."""
+    """Returns names and contents of the archive's matching plain files. No path of the archive is written to."""
 
     def matches(name: str) -> bool:
         return Path(name).match(package.members)

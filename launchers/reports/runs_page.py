@@ -1,4 +1,4 @@
-"""Runs side by side as one HTML page that needs nothing else: no scripts, no links, everything escaped."""
+"""Runs side by side as one self-contained HTML page without scripts and links, where every text is escaped."""
 
 import html
 from collections.abc import Sequence
@@ -45,12 +45,12 @@ def _table(head: Sequence[str], rows: Sequence[Row]) -> str:
     return f"<table><tr><th></th>{top}</tr>{''.join(lines)}</table>"
 
 
-def _section(title: str, head: Sequence[str], rows: Sequence[Row], none: str) -> str:
-    return f"<h2>{title}</h2>{_table(head, rows) if rows else f'<p>{none}</p>'}"
+def _section(title: str, head: Sequence[str], rows: Sequence[Row], if_empty: str) -> str:
+    return f"<h2>{title}</h2>{_table(head, rows) if rows else f'<p>{if_empty}</p>'}"
 
 
 def page(runs: list[Run], everything: bool, by_tokens: bool) -> str:
-    """The page."""
+    """Returns the page."""
     names = labels(runs)
     across = "positions read" if by_tokens else "step"
     plots = [
