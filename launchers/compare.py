@@ -52,13 +52,13 @@ def main(*folders: str) -> None:
     from kd_core.files import write_text
     from launchers.reports import runs as run_tables
     from launchers.reports.plots import sparkline
-    from launchers.reports.runs import labels, metric_names, read_run
+    from launchers.reports.runs import column_titles, metric_names, read_run
     from launchers.reports.runs_page import page
 
     if len(folders) > MOST_RUNS:
         raise UsageError(f"{len(folders)} runs given; wanted at most {MOST_RUNS}.")
     runs = [read_run(Path(folder)) for folder in folders]
-    names = labels(runs)
+    names = column_titles(runs)
     for name, run in zip(names, runs, strict=True):
         note = "" if run.lines else "  (no number logged yet)"
         print(f"{name}: {escape_unprintable(str(run.folder))}, step {run.step} of {run.steps}{note}")

@@ -49,7 +49,7 @@ HEAD_LINES = 2  # of a record: its name and the titles of the columns
 ALTERNATIVES = flags.DEFINE_integer("alternatives", 5, "Alternatives shown of a position.", lower_bound=1)
 
 
-def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
+def describe_cache(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
     """Returns the titled lines that describe a cache."""
     audit, selection, n = manifest.audit, manifest.selection, max(1, survey.positions)
     teacher = manifest.teacher
@@ -106,7 +106,7 @@ def _skipped(counts: Any) -> str:
     return f"; {sum(numbers.values())} rows skipped: {reasons}" if numbers else ""
 
 
-def costs(survey: "Survey") -> list[tuple[str, int, float]]:
+def part_costs(survey: "Survey") -> list[tuple[str, int, float]]:
     """Returns the parts with their bytes and bytes per position, the largest first and the sum last."""
     n = max(1, survey.positions)
     parts = sorted(survey.bytes.items(), key=lambda part: -part[1])
@@ -192,10 +192,10 @@ def show(folder: Path) -> None:
     tokenizer = find_tokenizer(folder, manifest)
     words = id_to_text(tokenizer)
     print(f"{escape_unprintable(str(folder))}\n")
-    for name, line in facts(manifest, survey):
+    for name, line in describe_cache(manifest, survey):
         print(f"  {name:<14} {escape_unprintable(line)}")
     print("\n  bytes                              all   a position")
-    for name, size, per_position in costs(survey):
+    for name, size, per_position in part_costs(survey):
         print(f"  {name:<26} {size:>12,} {per_position:>10.2f}")
     coverage = survey.coverage(manifest.selection.top_k)
     if coverage:
@@ -206,7 +206,7 @@ def show(folder: Path) -> None:
         print(escape_unprintable(f"\nids, not text: {_missing(manifest)}. Name its folder with --tokenizer=DIR."))
     _print_records(records, words)
     if HTML.value:
-        tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage)
+        tables = records_page.Tables(str(folder), describe_cache(manifest, survey), part_costs(survey), coverage)
         page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)
         write_text(Path(HTML.value), page)
         print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")

@@ -127,7 +127,9 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
                 app.log.warning("unused: %s.", setting)
 
         check_lines = world.run_on_first(check)
-        assert_ranks_agree(world, run_on_all_ranks(world, lambda: rank_facts.facts(text, experiment))[world.rank])
+        assert_ranks_agree(
+            world, run_on_all_ranks(world, lambda: rank_facts.collect_facts(text, experiment))[world.rank]
+        )
         world.run_on_first(claim)
         stack.enter_context(trace_steps(PROFILE.value, folder / "profile", world.rank))
         if experiment.run(run_folder, world, stopping):

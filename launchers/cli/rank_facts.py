@@ -8,7 +8,7 @@ from experiments.config.code_hashes import source_hashes
 from kd_core.training.run_folder import RECORDED_PACKAGES
 
 
-def facts(config_text: str, experiment: Any) -> dict[str, str]:
+def collect_facts(config_text: str, experiment: Any) -> dict[str, str]:
     """Returns config values by path, code hashes by file, versions by package, and hashes of all inputs."""
     lines = (line.split("  # ")[0].split(" = ", 1) for line in config_text.splitlines())
     return {

@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, run.last_facts(), len(run.attempts()), lines)
 
 
-def labels(runs: list[Run]) -> list[str]:
+def column_titles(runs: list[Run]) -> list[str]:
     """Returns A, B, C, … as titles of the columns."""
     return [chr(ord("A") + index) for index in range(len(runs))]
 

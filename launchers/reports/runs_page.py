@@ -7,7 +7,7 @@ from launchers.reports.plots import COLOURS, plot
 from launchers.reports.runs import (
     Row,
     Run,
-    labels,
+    column_titles,
     metric_names,
     metric_rows,
     other_quantities,
@@ -51,7 +51,7 @@ def _section(title: str, head: Sequence[str], rows: Sequence[Row], if_empty: str
 
 def page(runs: list[Run], everything: bool, by_tokens: bool) -> str:
     """Returns the page."""
-    names = labels(runs)
+    names = column_titles(runs)
     across = "positions read" if by_tokens else "step"
     plots = [
         plot(name, across, [(label, run.curve(name, by_tokens)) for label, run in zip(names, runs, strict=True)])
