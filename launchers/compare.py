@@ -1,11 +1,11 @@
-"""Runs side by side: settings that differ, provenance, last and best numbers, curves. Also while they are running.
+"""Compare runs side by side: settings that differ, provenance, last and best numbers, curves.
 
     python -m launchers.compare runs/quickstart runs/faster
     python -m launchers.compare runs/* --html=runs.html
     python -m launchers.compare runs/quickstart runs/again --all
 
-Differences are to the first run, between numbers of the same quantity: not between losses of two objectives. --html
-writes one page with a plot for each number, that needs nothing else.
+Runs may still be under way. Differences are to the first run, and only between numbers of the same quantity, so not
+between losses of two objectives. --html writes one self-contained page with a plot for each number.
 """
 
 import shutil
@@ -24,16 +24,16 @@ MOST_RUNS = 26
 
 
 def _cut(cells: Sequence[str], room: int) -> list[str]:
-    """Returns cells of at most so many characters, from where they begin to differ."""
-    most = max(map(len, cells))
-    same = next((at for at, letters in enumerate(zip(*cells, strict=False)) if len(set(letters)) > 1), 0)
-    start = min(max(0, same - 4), most - room + 1) if most > room and len(set(cells)) > 1 else 0
+    """Returns cells cut to at most `room` characters. Cells that are too long start shortly before they differ."""
+    longest = max(map(len, cells))
+    common_prefix = next((index for index, letters in enumerate(zip(*cells, strict=False)) if len(set(letters)) > 1), 0)
+    start = min(max(0, common_prefix - 4), longest - room + 1) if longest > room and len(set(cells)) > 1 else 0
     moved = [f"…{cell[start:]}" if start > 0 else cell for cell in cells]
     return [cell if len(cell) <= room else cell[: room - 1] + "…" for cell in moved]
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], none: str) -> None:
-    print(f"\n{title}" if rows else f"\n{title}: {none}")
+def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], if_empty: str) -> None:
+    print(f"\n{title}" if rows else f"\n{title}: {if_empty}")
     if not rows:
         return
     lines = [("", list(head)), *rows]
@@ -47,25 +47,30 @@ def _table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[s
 
 
 def main(*folders: str) -> None:
-    """Read the runs; print tables; write the page."""
+    """Reads the runs, prints their tables, and writes the page if --html names one."""
     from kd_core.errors import UsageError, escape_unprintable
     from kd_core.files import write_text
-    from launchers.reports import runs as of
+    from launchers.reports import runs as run_tables
     from launchers.reports.plots import sparkline
-    from launchers.reports.runs import labels, metric_names, read_run
+    from launchers.reports.runs import column_titles, metric_names, read_run
     from launchers.reports.runs_page import page
 
     if len(folders) > MOST_RUNS:
         raise UsageError(f"{len(folders)} runs given; wanted at most {MOST_RUNS}.")
     runs = [read_run(Path(folder)) for folder in folders]
-    names = labels(runs)
+    names = column_titles(runs)
     for name, run in zip(names, runs, strict=True):
         note = "" if run.lines else "  (no number logged yet)"
         print(f"{name}: {escape_unprintable(str(run.folder))}, step {run.step} of {run.steps}{note}")
-    _table("Settings that differ", names, of.settings_rows(runs, ALL.value), "none.")
-    _table("Provenance", names, of.provenance_rows(runs, ALL.value), "nothing differs.")
-    _table("Numbers, last (and difference to A)", names, of.metric_rows(runs, ALL.value), "no run has logged any yet.")
-    if note := of.other_quantities(runs):
+    _table("Settings that differ", names, run_tables.settings_rows(runs, ALL.value), "none.")
+    _table("Provenance", names, run_tables.provenance_rows(runs, ALL.value), "nothing differs.")
+    _table(
+        "Numbers, last (and difference to A)",
+        names,
+        run_tables.metric_rows(runs, ALL.value),
+        "no run has logged any yet.",
+    )
+    if note := run_tables.other_quantities(runs):
         print(f"  {note}")
     shown = [name for name in metric_names(runs) if name in SHOWN]
     _table("Curves", names, [(name, [sparkline(run.curve(name)) for run in runs]) for name in shown], "none yet.")

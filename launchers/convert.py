@@ -1,22 +1,28 @@
-"""Caches of other systems into ours.
+"""Convert caches of other systems to this one's format.
 
     python -m launchers.convert --format=nemo_aligner --source='data/train_CHUNK_ID.jsonl' --model=my/student \\
         --out=my/cache/train
     python -m launchers.convert --format=jsonl --source=server_output.jsonl --model=my/student --out=my/cache/train
 
-nemo_aligner is NeMo-Aligner's chunked JSONL: tokens, labels, loss_mask, topk_logits, topk_token_ids and, where it is
-there, log_sum_exp_logits. CHUNK_ID in the path stands for 0, 1, ….
+nemo_aligner is NeMo-Aligner's chunked JSONL: tokens, labels, loss_mask, topk_logits, topk_token_ids and, optionally,
+log_sum_exp_logits. CHUNK_ID in the path stands for 0, 1, ….
 
-jsonl is what any inference server gives, an object a line: tokens (T + 1 ids), top_ids and top_log_probs (T rows: true
-log-probabilities of token t + 1 after tokens 0 … t, as many as there are); if wanted loss_mask (T times 0 or 1),
-label_log_probs (T), document (a name).
+jsonl is what any inference server can write, one object a line, with these fields:
 
---model is a Hugging Face folder with the tokenizer that the source was made with: its vocabulary and fingerprint go
-into the cache, and a student of another one is refused. Entries of the model's padding, beyond the tokenizer, are left
-out and the others divided by what remains. Without it, --vocab_size says how many tokens there are.
+    tokens                    T + 1 ids
+    top_ids, top_log_probs    T rows: true log-probabilities of token t + 1 after tokens 0 … t, any number in a row
+    loss_mask                 optional: T times 0 or 1
+    label_log_probs           optional: T numbers
+    document                  optional: a name
 
-What the source does not say (the tail, the tokenizer, labels' log-probabilities) stands in the manifest as unknown, and
-losses that need the tail are refused. One pass, a shard in memory; interrupted, it is to be started again.
+--model is a Hugging Face folder with the tokenizer that the source was made with. Its vocabulary and fingerprint go
+into the cache, and a student with another tokenizer is refused. Entries beyond the tokenizer, which stand for padding
+of the model's vocabulary, are left out, and the probabilities of the others are divided by what remains. Without
+--model, --vocab_size is the number of tokens.
+
+The manifest lists as unknown what the source lacks: the tail, the tokenizer, labels' log-probabilities. Losses that
+need the tail are then refused. The conversion is one pass with one shard in memory. After an interruption it has to be
+started again.
 """
 
 from pathlib import Path
@@ -35,7 +41,7 @@ SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of 
 
 
 def main() -> None:
-    """Convert, and show what came of it."""
+    """Converts the source, and logs a summary of the cache."""
     from data.importers.import_cache import UNKNOWN, Conversion, convert
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
@@ -51,8 +57,8 @@ def main() -> None:
     tokenizer = UNKNOWN
     if MODEL.value is not None:
         folder = resolve_folder(MODEL.value, "--model")
-        found = Tokenizer(folder)
-        vocab_size, tokenizer = found.vocab_size, found.fingerprint()
+        source_tokenizer = Tokenizer(folder)
+        vocab_size, tokenizer = source_tokenizer.vocab_size, source_tokenizer.fingerprint()
         config = read_json(folder / "config.json", "a Hugging Face model configuration")
         with damage_as_usage_error(folder / "config.json", "a Hugging Face model configuration"):
             columns = check_integer(config.get("vocab_size", vocab_size), "vocab_size", 1, UPPER_BOUNDS["vocab_size"])

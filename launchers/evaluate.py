@@ -5,10 +5,10 @@
     python -m launchers.evaluate --student=quickstart/teacher --cache=quickstart/cache/validation
     python -m launchers.evaluate --student=runs/a --cache=news/validation --cache=code/validation --metric=mine.py:surer
 
-Prints NLL, perplexity, bits per byte, both KLs with the tail bucket (nats per token), agreement, what a speculative
-decoder would accept, calibration, and the mass that teacher and student put on the teacher's entries, a column a
-cache. --metric adds the mean of a function of your own, from a SparseView of n positions to a number each. --json
-prints one JSON object instead (of several caches, one by each cache's name).
+Prints a column per cache: NLL, perplexity, bits per byte, both KLs with the tail bucket (nats per token), agreement,
+acceptance by a speculative decoder, calibration, and the mass of teacher and student on the teacher's entries.
+--metric adds the mean of your own function, which maps a SparseView of n positions to n numbers. --json prints one JSON
+object instead, which for several caches holds one object per cache by its name.
 """
 
 import json
@@ -59,13 +59,13 @@ SHOWN = {
 
 
 def _recorded_precision(path: Path) -> str | None:
-    """Returns the precision of the run that a folder of a run, an export or a checkpoint belongs to, if any."""
+    """Returns the recorded precision of the run that a run, export or checkpoint folder belongs to, if any."""
     from kd_core.training.run_folder import RunFolder
 
-    whole = path.absolute()
-    if whole.name == "export":
-        return RunFolder(whole.parent).precision()
-    return RunFolder(whole.parents[1] if whole.parent.name == "checkpoints" else whole).precision()
+    folder = path.absolute()
+    if folder.name == "export":
+        return RunFolder(folder.parent).precision()
+    return RunFolder(folder.parents[1] if folder.parent.name == "checkpoints" else folder).precision()
 
 
 def measure_model(
@@ -76,10 +76,10 @@ def measure_model(
     world: Any,
     metrics: Sequence[Any] = (),
 ) -> dict[str, dict[str, float]]:
-    """By cache, the numbers of `SHOWN`, and of a user's metrics by their names, for a model in memory.
+    """Returns, by cache, the metrics of `SHOWN` and the user's metrics by name, for a model in memory.
 
     Raises:
-        UsageError: a cache that cannot be read or is of another vocabulary, before any is measured.
+        UsageError: a cache cannot be read or has another vocabulary. This is checked before any is measured.
     """
     from data.stream.collate import Collate
     from data.stream.source import Shards
@@ -101,9 +101,9 @@ def measure_model(
         collate = Collate(shards.manifest.row_length)
         share = {"rank": world.rank, "ranks": world.size, "vocab_size": model.arch.vocab_size}
         batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
-        found = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
+        all_metrics = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
         names = [*SHOWN, *(metric.__name__ for metric in metrics)]
-        return {name: found[f"val/{name}"] for name in names if f"val/{name}" in found}
+        return {name: all_metrics[f"val/{name}"] for name in names if f"val/{name}" in all_metrics}
 
     return {cache: measured(shards) for cache, shards in opened.items()}
 
@@ -111,27 +111,27 @@ def measure_model(
 def _user_metrics() -> list[Any]:
     from experiments.config import user_code
 
-    wanted = "FILE.py:NAME"
-    return [user_code.load_from_file(text, f"--metric={text}", wanted).load() for text in METRIC.value]
+    expected_form = "FILE.py:NAME"
+    return [user_code.load_from_file(text, f"--metric={text}", expected_form).load() for text in METRIC.value]
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """A row a number, a column a cache; the caches' names where there are several."""
+def table(metrics_by_cache: Mapping[str, Mapping[str, float]]) -> str:
+    """Formats a row per metric and a column per cache. Several caches get a header with their names."""
     from launchers.reports.text_tables import aligned
 
     def cell(name: str, numbers: Mapping[str, float]) -> str:
         return "" if name not in numbers else f"{numbers[name]:.0f}" if name == "tokens" else f"{numbers[name]:.5f}"
 
-    known = {name for numbers in found.values() for name in numbers}
-    names = [name for name in SHOWN if name in known] + sorted(known - SHOWN.keys())
-    rows = [[SHOWN.get(name, name), *(cell(name, numbers) for numbers in found.values())] for name in names]
-    if len(found) == 1:
+    measured_names = {name for numbers in metrics_by_cache.values() for name in numbers}
+    names = [name for name in SHOWN if name in measured_names] + sorted(measured_names - SHOWN.keys())
+    rows = [[SHOWN.get(name, name), *(cell(name, numbers) for numbers in metrics_by_cache.values())] for name in names]
+    if len(metrics_by_cache) == 1:
         return aligned(["", ""], rows).split("\n", 1)[1]
-    return aligned(["", *found], rows)
+    return aligned(["", *metrics_by_cache], rows)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures the student on all caches, and prints the table or the JSON."""
     from experiments.config.saved_students import find_student, load_student
     from kd_core.errors import UsageError
     from kd_core.hub import resolve_folder
@@ -144,14 +144,18 @@ def main() -> None:
     with joined_world() as world:
         student = find_student(resolve_folder(STUDENT.value, "--student"), STEP.value)
         model, tokenizer_folder = load_student(student, world.device)
-        wanted = cast("Precision", PRECISION.value)
-        chosen = world.run_on_first(lambda: choose_precision(wanted, world.device, _recorded_precision(student)))
+        precision = cast("Precision", PRECISION.value)
+        chosen = world.run_on_first(lambda: choose_precision(precision, world.device, _recorded_precision(student)))
         chosen.warn_if_slow("--precision")
         caches = list(dict.fromkeys(CACHE.value))
-        found = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)
+        metrics_by_cache = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)
     app.log.info("precision: %s", chosen)
     if world.is_first:
-        print((json.dumps(found if len(found) > 1 else found[caches[0]])) if JSON.value else table(found))
+        print(
+            (json.dumps(metrics_by_cache if len(metrics_by_cache) > 1 else metrics_by_cache[caches[0]]))
+            if JSON.value
+            else table(metrics_by_cache)
+        )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python -m launchers.export_student --student=runs/quickstart --step=30 --dtype=bfloat16 --out=my/student
     python -m launchers.export_student --student=runs/quickstart/checkpoints/step_00000030 --out=my/student
 
-A run's own export/ is float32, of its last step or its best (checkpoint.export). --student may be a run that was
-stopped or is still at work, a checkpoint, or a Hugging Face folder, as to store it in another dtype. Adapters are
-merged, and written to OUT/adapter/ as well. --out is a new folder, which appears whole or not at all.
+A run's own export/ is float32, of its last step or its best (checkpoint.export). --student may be a run, also one that
+was stopped or is still training, a checkpoint, or a Hugging Face folder, for example to store it in another dtype.
+Adapters are merged, and written to OUT/adapter/ as well. --out is a new folder, which appears complete or not at all.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "How the 
 
 
 def main() -> None:
-    """Find, load, write."""
+    """Finds and loads the student, and writes it to --out."""
     from kd_core.errors import UsageError
 
     if STUDENT.value is None or OUT.value is None:
@@ -42,14 +42,14 @@ def main() -> None:
     from kd_core.training.run_folder import RunFolder
 
     source, out = Path(STUDENT.value), Path(OUT.value)
-    place = new_folder_target(out)
-    if place.exists() and any(place.iterdir()):
-        raise UsageError(f"--out={out}: holds something ({next(place.iterdir()).name}). Name a new folder.")
+    target = new_folder_target(out)
+    if target.exists() and any(target.iterdir()):
+        raise UsageError(f"--out={out}: holds something ({next(target.iterdir()).name}). Name a new folder.")
     folder = find_student(source, STEP.value or ("last" if newest(RunFolder(source).checkpoints) else None))
     model, tokenizer_folder = load_student(folder, torch.device("cpu"))
     dtype = cast("Dtype", DTYPE.value)
     save_pretrained(model, out, tokenizer_folder, chat=recorded_chat_format(folder), dtype=dtype)
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {folder}, {parameters / 1e6:.1f}M parameters in {dtype}")
 
 

@@ -5,24 +5,25 @@
     python -m launchers.export_teacher --config=chat_export --config=corpus.path=my/chats.jsonl --out=my/cache
     torchrun --nproc-per-node 2 -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
 
-Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. Interrupted and started again, it goes on
-with the first shard that is missing, and ends with the same bytes; so do more ranks.
+Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. After an interruption, the same command goes
+on with the first missing shard. The bytes are the same, whatever the interruptions and the number of ranks.
 
-With --extend, complete caches grow by the documents that they do not have, known by their content and not by their
-names. No old shard is touched.
+With --extend, complete caches grow by the documents that they lack. Documents are compared by content, not by name. No
+old shard is touched.
 
---config may be repeated: an export of experiments/, then path=value, e.g. teacher=my/model, teacher=hub:OWNER/NAME,
-scorer=transformers, train_tokens=none (all of the corpus), corpus.path=hub:OWNER/NAME, corpus.text_field=content,
-corpus.fields={"prompt": "question", "completion": "answer"}, corpus.on_bad_row=skip, overlap=128, and
+--config may be repeated: first an export of experiments/, then changes path=value, such as teacher=my/model,
+teacher=hub:OWNER/NAME, scorer=transformers, train_tokens=none (all of the corpus), corpus.path=hub:OWNER/NAME,
+corpus.text_field=content, corpus.fields={"prompt": "question", "completion": "answer"}, corpus.on_bad_row=skip,
+overlap=128, and
 
-    corpus.bos=no corpus.eos=yes                 what a text begins and ends with; auto: as the tokenizer adds it
-    selection.top_k=32                           entries of a position; the same as tag:TopK=32
-    tag:RowLength=1024                           positions of a window, as training's rows have them
-    selection.min_prob=3e-3                      only those of at least this probability
-    selection.mass=0.9                           only until they hold this mass
-    selection.top_k=0 selection.draws=12         12 samples in place of entries: the smallest caches, forward KL alone
+    corpus.bos=no corpus.eos=yes                 tokens at the beginning and end of texts (auto: as the tokenizer)
+    selection.top_k=32                           entries per position, the same as tag:TopK=32
+    tag:RowLength=1024                           positions per window, as in the rows of training
+    selection.min_prob=3e-3                      only entries of at least this probability
+    selection.mass=0.9                           only as many entries as hold this mass
+    selection.top_k=0 selection.draws=12         12 samples instead of entries: smallest caches, forward KL only
     selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
-    codec=compact                                4 bytes less a position at twice the (small) error; or lossless
+    codec=compact                                4 bytes less per position at twice the (small) error; or lossless
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
 """
 
@@ -50,7 +51,7 @@ EXTEND = flags.DEFINE_bool(
 
 
 def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
-    """Returns the teacher's dtype: that of the caches in `out`, else what suits the device. Warns where it is slow."""
+    """Returns the teacher's dtype: that of the caches in `out`, else what suits the device. Warns if it is slow."""
     from data.export.resume_check import recorded_dtype
     from kd_core.precision import choose_precision
 
@@ -60,7 +61,7 @@ def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
 
 
 def _export(export: Any, out: Path) -> None:
-    from data.export import export as steps
+    from data.export import export as export_steps
     from data.export.extend import end_growth, growth_of
     from data.export.plan import make_plans
     from data.export.resume_check import claim, claim_growth
@@ -70,7 +71,7 @@ def _export(export: Any, out: Path) -> None:
     from launchers.cli.folder_guard import CACHES, refuse_others
 
     refuse_others(out, CACHES, "out")
-    local_folder(export.teacher)  # fetched before ranks wait for each other
+    local_folder(export.teacher)  # fetched before any rank waits for another
     with joined_world() as world, ExitStack() as stack:
         world.run_on_first(lambda: stack.enter_context(own_folder(out)))
         chosen = world.run_on_first(lambda: _choose_dtype(export, out, world.device))
@@ -82,26 +83,26 @@ def _export(export: Any, out: Path) -> None:
         if plans and plans[0].texts:
             app.log.info("texts: %s", plans[0].texts)
         take = claim_growth if EXTEND.value else claim
-        wanted = [plan for plan in plans if not world.run_on_first(lambda plan=plan: take(plan))]
+        missing_plans = [plan for plan in plans if not world.run_on_first(lambda plan=plan: take(plan))]
         world.run_on_first(lambda: bad_rows.write(out))
         if EXTEND.value and not plans:
             app.log.info("%s: every document of the corpus is there already", out)
         for plan in plans:
-            if plan not in wanted:
+            if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
-        model: Any = steps.load_teacher(export, world.device) if wanted else None
-        for plan in wanted:
+        model: Any = export_steps.load_teacher(export, world.device) if missing_plans else None
+        for plan in missing_plans:
             pilot: list[Any] = []
-            world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(steps.make_tables(plan, model)))
-            steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
+            world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
+            export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
             world.barrier()
-            app.log.info("%s", world.run_on_first(lambda plan=plan: steps.finish(plan)).summary(plan.folder))
+            app.log.info("%s", world.run_on_first(lambda plan=plan: export_steps.finish(plan)).summary(plan.folder))
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 
 
 def main() -> None:
-    """Resolve the flags, then list, print, check or export."""
+    """Resolves the flags, then lists, prints, checks or exports."""
     sizes = [] if SHARD_BYTES.value is None else [f"shard_bytes={SHARD_BYTES.value}"]
     resolved = app.resolve_flags(KIND, sizes)
     if resolved is None:

@@ -1,17 +1,21 @@
-"""Measure which layers of a teacher matter on your text, to begin a student with those alone.
+"""Measure which layers of a teacher matter on your text, to start a student from those alone.
 
     python -m launchers.importance --teacher=quickstart/teacher --cache=quickstart/cache/train --keep=15
     python -m launchers.importance --teacher=my/teacher --text=my/corpus.txt --keep=16 --tokens=8192 --measure=influence
 
-Prints a table of all layers, and the line that says what to keep, to be written into an experiment:
+Prints a table of all layers, and the setting for an experiment that keeps the best of them:
 
     --config='student.keep_layers=(0, 1, 8, …)'
 
---measure is greedy (default: the layer without which the NLL is lowest is dropped, and again among those left; the
-best and the dearest, about layers² / 4 passes through the model), alone (each layer's own rise of the NLL; a pass a
-layer), or influence (ShortGPT's 1 − cosine of a layer's input and output; one pass). --out also writes all as JSON.
+--measure is one of
 
-The text is the first --tokens of a cache's records, or of a text file, in rows of --row_length.
+    greedy       default: drops the layer without which the NLL is lowest, and repeats this with the layers that
+                 remain. It is the best measure and the most expensive, at about layers² / 4 passes.
+    alone        the rise of the NLL without each single layer, at one pass per layer
+    influence    1 − cosine of a layer's input and output (ShortGPT), at one pass in all
+
+--out also writes all numbers as JSON. The text is the first --tokens of a cache's records, or of a text file, in rows
+of --row_length.
 """
 
 from collections.abc import Iterator
@@ -41,7 +45,7 @@ OUT = flags.DEFINE_string("out", None, "A JSON file for all numbers.")
 
 
 def _documents(teacher: Path) -> Iterator[list[int]]:
-    """Tokens of the text, a document at a time."""
+    """Yields the tokens of the text, one document at a time."""
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
 
@@ -67,7 +71,7 @@ def _documents(teacher: Path) -> Iterator[list[int]]:
 
 
 def _rows(teacher: Path) -> Any:
-    """Rows of one document each, [B, S]."""
+    """Returns token ids, [B, S], where each row is a piece of one document."""
     import torch
 
     from kd_core.errors import UsageError
@@ -75,20 +79,20 @@ def _rows(teacher: Path) -> Any:
     tokens = TOKENS.value or 0
     rows: dict[int, list[list[int]]] = {length: [] for length in ([ROW_LENGTH.value] if ROW_LENGTH.value else LENGTHS)}
     for document in _documents(teacher):
-        for length, found in rows.items():
-            if len(found) * length < tokens:
-                found += [document[at : at + length] for at in range(0, len(document) - length + 1, length)]
-        if len(found := rows[max(rows)]) * max(rows) >= tokens:
+        for length, rows_of_length in rows.items():
+            if len(rows_of_length) * length < tokens:
+                rows_of_length += [document[i : i + length] for i in range(0, len(document) - length + 1, length)]
+        if len(rows_of_length := rows[max(rows)]) * max(rows) >= tokens:
             break
-    # The longest rows that hold as many tokens as are wanted, else those that hold most.
+    # Take the longest rows that hold the requested tokens, or else those that hold the most.
     length = max(rows, key=lambda length: (min(tokens, len(rows[length]) * length), length))
     if not rows[length]:
         raise UsageError(f"--row_length={length}: no document of the text is that long. Lower it.")
     return torch.tensor(rows[length][: max(1, tokens // length)])
 
 
-def _measured(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:
-    """A score a layer, more where it matters more, and what to keep."""
+def _measure(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:
+    """Returns a score per layer, higher where it matters more, and the layers to keep."""
     from kd_core.students.layer_importance import (
         block_influence,
         drop_greedily,
@@ -114,7 +118,7 @@ def _measured(text: Any, keep: int) -> tuple[list[float], tuple[int, ...]]:
 
 
 def main() -> None:
-    """Load, measure, print."""
+    """Loads the teacher, measures its layers, and prints the table."""
     import torch
 
     from data.tokenizer import Tokenizer
@@ -141,23 +145,30 @@ def main() -> None:
         raise UsageError(f"--keep={keep}: wanted 1 to {count - 1}, for {teacher} has {count} layers.")
     with torch.no_grad():
         text = LayerwiseText(model, rows.to(device))
-    scores, kept = _measured(text, keep)
-    even = tuple(round(i * (count - 1) / max(1, keep - 1)) for i in range(keep))
-    found = {
+    scores, kept_layers = _measure(text, keep)
+    evenly_spaced = tuple(round(i * (count - 1) / max(1, keep - 1)) for i in range(keep))
+    nll_by_layers = {
         f"all {count} layers": nll_with_layers(text, range(count)),
-        f"the {keep} kept": nll_with_layers(text, kept),
-        f"{keep} evenly spaced": nll_with_layers(text, even),
+        f"the {keep} kept": nll_with_layers(text, kept_layers),
+        f"{keep} evenly spaced": nll_with_layers(text, evenly_spaced),
     }
-    words = {"greedy": "dropped as number (more: kept)", "alone": "rise of NLL without it", "influence": "influence"}
-    print(f"layer  {words[MEASURE.value or '']}")
+    score_titles = {
+        "greedy": "dropped as number (more: kept)",
+        "alone": "rise of NLL without it",
+        "influence": "influence",
+    }
+    print(f"layer  {score_titles[MEASURE.value or '']}")
     for layer, score in enumerate(scores):
-        print(f"{layer:>5}  {score:<8.4g} {'kept' if layer in kept else ''}".rstrip())
+        print(f"{layer:>5}  {score:<8.4g} {'kept' if layer in kept_layers else ''}".rstrip())
     print(f"\nNLL on {rows.numel()} tokens, nats per token, before any training:")
-    for name, nll in found.items():
+    for name, nll in nll_by_layers.items():
         print(f"  {name:<22} {nll:.3f}")
-    print(f"\n--config='student.keep_layers={kept}'")
+    print(f"\n--config='student.keep_layers={kept_layers}'")
     if OUT.value:
-        write_json(Path(OUT.value), {"measure": MEASURE.value, "keep_layers": kept, "scores": scores, "nll": found})
+        write_json(
+            Path(OUT.value),
+            {"measure": MEASURE.value, "keep_layers": kept_layers, "scores": scores, "nll": nll_by_layers},
+        )
 
 
 if __name__ == "__main__":

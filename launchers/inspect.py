@@ -1,20 +1,20 @@
-"""What is in a teacher's cache, and is it whole?
+"""Show what is in a teacher's cache, or verify every byte of it.
 
     python -m launchers.inspect quickstart/cache/train
     python -m launchers.inspect quickstart/cache/train --records=3 --positions=0
     python -m launchers.inspect quickstart/cache/train --html=cache.html
     python -m launchers.inspect quickstart/cache/train --verify
 
-Shows who spoke over what, what is kept of a position and how, what a position costs by part, how much of the teacher
-is held (mass at K = 1, 8, 64 and all), and records as text, each position with the teacher's alternatives: one record,
-and 20 positions of it, unless more are asked for. The text is by the tokenizer of the teacher that the cache was made
-with, or of a folder `teacher` beside the cache; where neither is there, name one with --tokenizer.
+Shows the teacher and the corpus, what is kept of a position and how, the bytes of a position by part, and the mass on
+the teacher's likeliest K = 1, 8, 64 and all entries. Then it shows records as text, each position with the teacher's
+alternatives: one record, and 20 positions of it, unless flags ask for more. The text comes from the tokenizer of the
+teacher that made the cache, or of a folder `teacher` beside the cache. Without either, name one with --tokenizer.
 
---verify reads every byte and checks hashes, members, counts, ids, masses, labels and the manifest's own figures; it
-names all that is wrong, with shard, block and member, and ends with status 1 if anything is.
+--verify reads every byte and checks hashes, members, counts, ids, masses, labels and the figures of the manifest. It
+lists all errors by shard, block and member, and ends with status 1 if there is any.
 """
 
-if __name__ == "inspect":  # `python launchers/NAME.py` has put this folder before the standard library
+if __name__ == "inspect":  # `python launchers/NAME.py` puts this folder before the standard library
     from cli.start_by_file import start_again  # pyright: ignore[reportMissingImports]
 
     start_again()
@@ -45,12 +45,12 @@ POSITIONS = flags.DEFINE_integer("positions", 20, "Positions of a record shown i
 HTML = flags.DEFINE_string("html", None, "Write one HTML page, with everything in it, to this file.")
 HTML_RECORDS = flags.DEFINE_integer("html_records", 20, "Records in the HTML page.", lower_bound=0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of the teacher's tokenizer, where it is not found.")
-HEAD_LINES = 2  # of a record: which it is, and what stands in the columns
+HEAD_LINES = 2  # of a record: its name and the titles of the columns
 ALTERNATIVES = flags.DEFINE_integer("alternatives", 5, "Alternatives shown of a position.", lower_bound=1)
 
 
-def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
-    """What a cache is, line by line."""
+def describe_cache(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
+    """Returns the titled lines that describe a cache."""
     audit, selection, n = manifest.audit, manifest.selection, max(1, survey.positions)
     teacher = manifest.teacher
     shape = teacher["architecture"] if isinstance(teacher.get("architecture"), dict) else {}
@@ -73,7 +73,7 @@ def facts(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
 
 
 def _beginnings(manifest: "Manifest") -> list[tuple[str, str]]:
-    """Returns what texts begin with; nothing where the cache may hold conversations alone, or was converted."""
+    """Returns the line of what texts begin with, or none if the cache may hold no texts or was converted."""
     if ids := manifest.text_begins_with:
         return [("texts begin with", " ".join(map(str, ids)))]
     may_lack_texts = any(plan.get("chat_template", "unknown") is not None for plan in manifest.plans)
@@ -92,32 +92,32 @@ def _spread(spread: Any) -> str:
 
 def _plan(plan: dict[str, Any]) -> str:
     corpus = plan.get("corpus")
-    found = corpus.get("fingerprint", corpus) if isinstance(corpus, dict) else corpus
+    fingerprint = corpus.get("fingerprint", corpus) if isinstance(corpus, dict) else corpus
     tokens = "all" if plan.get("tokens") is None else plan["tokens"]
     skipped = _skipped(corpus.get("skipped")) if isinstance(corpus, dict) else ""
-    return f"{plan.get('split')} of corpus {str(found)[:12]}…, {tokens} tokens, seed {plan.get('seed')}{skipped}"
+    return f"{plan.get('split')} of corpus {str(fingerprint)[:12]}…, {tokens} tokens, seed {plan.get('seed')}{skipped}"
 
 
 def _skipped(counts: Any) -> str:
-    """Returns how many rows of the corpus were skipped, and why; somebody else may have written the counts."""
+    """Returns how many rows of the corpus were skipped, and why. Others may have written the counts."""
     named = counts.items() if isinstance(counts, dict) else ()
     numbers = {reason: count for reason, count in named if type(count) is int}
     reasons = ", ".join(f"{count} {reason}" for reason, count in numbers.items())
     return f"; {sum(numbers.values())} rows skipped: {reasons}" if numbers else ""
 
 
-def costs(survey: "Survey") -> list[tuple[str, int, float]]:
-    """Part, bytes, bytes a position; the largest first, the sum last."""
+def part_costs(survey: "Survey") -> list[tuple[str, int, float]]:
+    """Returns the parts with their bytes and bytes per position, the largest first and the sum last."""
     n = max(1, survey.positions)
     parts = sorted(survey.bytes.items(), key=lambda part: -part[1])
     return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
 
 
 def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
-    """The teacher's tokenizer: that of --tokenizer, or of the teacher that the cache says it was made with.
+    """Returns the tokenizer of --tokenizer, or of the teacher that made the cache, or None.
 
     Raises:
-        UsageError: that of --tokenizer is another.
+        UsageError: the cache was written with another tokenizer than that of --tokenizer.
     """
     from data.cache.inspection.readable import tokenizer_folders
     from data.tokenizer import Tokenizer
@@ -126,28 +126,28 @@ def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
 
     fingerprint, teacher = manifest.tokenizer, manifest.made.get("teacher")
     if TOKENIZER.value is not None:
-        found = Tokenizer(resolve_folder(TOKENIZER.value, "--tokenizer"))
-        if found.fingerprint_like(fingerprint) != fingerprint:
+        tokenizer = Tokenizer(resolve_folder(TOKENIZER.value, "--tokenizer"))
+        if tokenizer.fingerprint_like(fingerprint) != fingerprint:
             raise UsageError(
-                f"--tokenizer={TOKENIZER.value}: fingerprint {found.fingerprint()[:12]}…; the cache was written with "
-                f"{fingerprint[:12]}…. Name the teacher's folder."
+                f"--tokenizer={TOKENIZER.value}: fingerprint {tokenizer.fingerprint()[:12]}…; the cache was "
+                f"written with {fingerprint[:12]}…. Name the teacher's folder."
             )
-        return found
-    for place in tokenizer_folders(folder, teacher if isinstance(teacher, str) else ""):
-        with suppress(UsageError, OSError):  # a name that somebody else has written down
-            if (found := Tokenizer(place)).fingerprint_like(fingerprint) == fingerprint:
-                return found
+        return tokenizer
+    for tokenizer_folder in tokenizer_folders(folder, teacher if isinstance(teacher, str) else ""):
+        with suppress(UsageError, OSError):  # the cache names the teacher, and others may have written it
+            if (tokenizer := Tokenizer(tokenizer_folder)).fingerprint_like(fingerprint) == fingerprint:
+                return tokenizer
     return None
 
 
 def _missing(manifest: "Manifest") -> str:
     teacher = manifest.made.get("teacher", "unknown")
-    place = "beside the cache" if teacher == "unknown" else f"in {teacher}, the teacher's folder"
-    return f"the tokenizer {manifest.tokenizer[:12]}… is not {place}"
+    location = "beside the cache" if teacher == "unknown" else f"in {teacher}, the teacher's folder"
+    return f"the tokenizer {manifest.tokenizer[:12]}… is not {location}"
 
 
-def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
-    """Read the whole cache; the first records are kept."""
+def _read_cache(folder: Path, count: int) -> "tuple[Manifest, Survey, list[Record]]":
+    """Reads the whole cache. Returns its manifest, its survey, and its first records."""
     from tqdm import tqdm
 
     from data.cache.inspection.scan import read_coding, scan_blocks
@@ -155,18 +155,18 @@ def _look(folder: Path, most: int) -> "tuple[Manifest, Survey, list[Record]]":
     from data.cache.manifest import read_manifest
     from kd_core.errors import UsageError
 
-    def refuse(where: str, what: str) -> NoReturn:
-        raise UsageError(f"{folder / where}: {what}. See all that is wrong by --verify.")
+    def refuse(location: str, problem: str) -> NoReturn:
+        raise UsageError(f"{folder / location}: {problem}. See all that is wrong by --verify.")
 
-    manifest, survey, kept = read_manifest(folder), Survey(), list["Record"]()
+    manifest, survey, first_records = read_manifest(folder), Survey(), list["Record"]()
     coding = read_coding(folder, manifest, refuse)
     with tqdm(total=manifest.positions, unit="pos", unit_scale=True, delay=1, desc="reading", leave=False) as bar:
         for visited in scan_blocks(folder, manifest, coding, refuse):
             survey.add(visited)
-            kept += visited.records[: most - len(kept)]
+            first_records += visited.records[: count - len(first_records)]
             bar.update(visited.header.positions)
     survey.add_files(folder, manifest)
-    return manifest, survey, kept
+    return manifest, survey, first_records
 
 
 def _print_records(records: "list[Record]", words: "IdToText") -> None:
@@ -182,21 +182,21 @@ def _print_records(records: "list[Record]", words: "IdToText") -> None:
 
 
 def show(folder: Path) -> None:
-    """Print what is in the cache, and write the page."""
+    """Prints what is in the cache, and writes the page if --html names one."""
     from data.cache.inspection.readable import escape_unprintable, id_to_text
     from kd_core.files import write_text
     from launchers.reports import records_page
 
-    wanted = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
-    manifest, survey, records = _look(folder, wanted)
+    count = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
+    manifest, survey, records = _read_cache(folder, count)
     tokenizer = find_tokenizer(folder, manifest)
     words = id_to_text(tokenizer)
     print(f"{escape_unprintable(str(folder))}\n")
-    for name, line in facts(manifest, survey):
+    for name, line in describe_cache(manifest, survey):
         print(f"  {name:<14} {escape_unprintable(line)}")
     print("\n  bytes                              all   a position")
-    for name, size, each in costs(survey):
-        print(f"  {name:<26} {size:>12,} {each:>10.2f}")
+    for name, size, per_position in part_costs(survey):
+        print(f"  {name:<26} {size:>12,} {per_position:>10.2f}")
     coverage = survey.coverage(manifest.selection.top_k)
     if coverage:
         print("\n  teacher's mass on its likeliest")
@@ -206,14 +206,14 @@ def show(folder: Path) -> None:
         print(escape_unprintable(f"\nids, not text: {_missing(manifest)}. Name its folder with --tokenizer=DIR."))
     _print_records(records, words)
     if HTML.value:
-        tables = records_page.Tables(str(folder), facts(manifest, survey), costs(survey), coverage)
+        tables = records_page.Tables(str(folder), describe_cache(manifest, survey), part_costs(survey), coverage)
         page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)
         write_text(Path(HTML.value), page)
         print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")
 
 
 def check(folder: Path) -> None:
-    """Verify, print all that is wrong, and end with status 1 if anything is."""
+    """Verifies the cache, prints all errors, and exits with status 1 if there is any."""
     from tqdm import tqdm
 
     from data.cache.inspection.readable import escape_unprintable
@@ -226,29 +226,29 @@ def check(folder: Path) -> None:
         bar = stack.enter_context(
             tqdm(total=total, unit="pos", unit_scale=True, delay=1, desc="verifying", leave=False)
         )
-        found = verify(folder, bar.update)
+        checked = verify(folder, bar.update)
     seconds = time.perf_counter() - started
-    for problem in found.problems:
+    for problem in checked.problems:
         print(escape_unprintable(problem))
-    if found.more:
-        print(f"and {found.more} more")
-    wrong = len(found.problems) + found.more
+    if checked.more:
+        print(f"and {checked.more} more")
+    problem_count = len(checked.problems) + checked.more
     print(
-        f"{escape_unprintable(str(folder))}: {f'{wrong} problems' if wrong else 'whole'}; verified "
-        f"{found.bytes} bytes, {found.records} records, {found.positions} positions in {seconds:.1f} s "
-        f"({found.bytes / seconds / 1e6:.1f} MB/s, {found.positions / seconds:,.0f} positions/s)"
+        f"{escape_unprintable(str(folder))}: {f'{problem_count} problems' if problem_count else 'whole'}; verified "
+        f"{checked.bytes} bytes, {checked.records} records, {checked.positions} positions in {seconds:.1f} s "
+        f"({checked.bytes / seconds / 1e6:.1f} MB/s, {checked.positions / seconds:,.0f} positions/s)"
     )
-    if wrong:
+    if problem_count:
         raise SystemExit(1)
 
 
 def main(cache: str) -> None:
-    """Show or verify."""
+    """Shows the cache, or verifies it with --verify."""
     folder = Path(cache)
     try:
         (check if VERIFY.value else show)(folder)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read this has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""One command for all: `kd train …` is `python -m launchers.train …`, whatever lies in the current folder.
+"""Run a command: `kd train …` is `python -m launchers.train …`, whatever is in the current folder.
 
 kd train --config=quickstart
 torchrun --nproc-per-node 2 --no-python kd train --config=quickstart
@@ -16,24 +16,24 @@ from launchers.cli import app
 
 
 def commands() -> dict[str, str]:
-    """Returns the first docstring line of each command, by name; read as text, so that nothing is imported."""
-    found: dict[str, str] = {}
+    """Returns the first docstring line of each command by name. Sources are parsed, so that nothing is imported."""
+    summaries: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
         if "\n    app.start(main, " in source:
-            found[path.stem.replace("_", "-")] = (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
-    return found
+            summaries[path.stem.replace("_", "-")] = (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
+    return summaries
 
 
 def _listing() -> str:
-    known = commands()
-    width = max(map(len, known))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in known.items()]
+    summaries = commands()
+    width = max(map(len, summaries))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in summaries.items()]
     return "\n".join(["Usage: kd COMMAND …, kd COMMAND --help. Commands:", *lines])
 
 
 def main() -> None:
-    """Run the command that is named first."""
+    """Runs the command that the first argument names."""
     name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help", "-help", "help"):
         print(_listing())
@@ -41,9 +41,9 @@ def main() -> None:
     if name == "--version":
         print(version("kd-workspace"))
         return
-    if name not in (known := commands()):
-        app.refuse("kd", f"no command {sys.argv[1]!r}. {catalog.did_you_mean(name, known)}")
-    # Processes that a command starts find our packages as this one does, and not in the current folder.
+    if name not in (summaries := commands()):
+        app.refuse("kd", f"no command {sys.argv[1]!r}. {catalog.did_you_mean(name, summaries)}")
+    # Processes that a command starts find the packages as this one does, and not in the current folder.
     os.environ["PYTHONSAFEPATH"] = "1"
     app.started_as = "kd"
     module = f"launchers.{name.replace('-', '_')}"

@@ -1,4 +1,4 @@
-"""Settings of the quick start for one's own teacher or corpus, measured on the cache or computed from it."""
+"""Settings of the quick start for the user's own teacher or corpus, measured on the cache or computed from it."""
 
 import subprocess
 import sys
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     from data.cache.manifest import Manifest
 
 ROW_LENGTH = 512
-# A cache of less than STEPS steps is read up to four times.
+# A cache of fewer than STEPS steps is read up to four times.
 STEPS, LEAST_STEPS = 60, 10
 PROMPTS, PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2, 12, 200
 
 
 def first_stage(teacher: str | None, corpus: str | None) -> str:
-    """Returns the title of the stage that takes what the user named, and fetches and checks the rest."""
-    given = {"teacher": teacher, "corpus": corpus}
-    taken = " and ".join(name for name, value in given.items() if value)
-    fetched = " and ".join(name for name, value in given.items() if not value)
-    if not taken:
+    """Returns the title of the first stage, which takes what the user named, and fetches and checks the rest."""
+    own_inputs = {"teacher": teacher, "corpus": corpus}
+    own_names = " and ".join(name for name, value in own_inputs.items() if value)
+    fetched_names = " and ".join(name for name, value in own_inputs.items() if not value)
+    if not own_names:
         return "Fetch teacher and corpus, checked by sha256"
-    return f"Take your {taken}" + (f", fetch the {fetched}, checked by sha256" if fetched else "")
+    return f"Take your {own_names}" + (f", fetch the {fetched_names}, checked by sha256" if fetched_names else "")
 
 
 def row_length_items(teacher: str) -> list[str]:
-    """Returns settings for rows as long as the teacher's context, where that is shorter than the quick start's."""
+    """Returns the setting of the row length if the teacher's context is shorter than the quick start's rows."""
     from kd_core.students.huggingface.config_json import read_architecture
 
     length = read_architecture(Path(teacher)).max_positions
@@ -37,7 +37,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
     """Returns the setting that keeps the half of the layers with the most influence on the cache's text.
 
     Raises:
-        UsageError: they could not be measured.
+        UsageError: the layers could not be measured.
     """
     from kd_core.errors import UsageError
     from kd_core.files import damage_as_usage_error, read_json
@@ -58,7 +58,7 @@ def measured_layers(teacher: str, cache: Path, out: Path) -> str:
 
 
 def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> list[str]:
-    """Returns settings of the steps: once over the cache, or up to four times where that is little."""
+    """Returns settings of the steps: one epoch over the cache, or up to `EPOCHS` if it is small."""
     from data.cache.manifest import read_manifest
     from experiments.base.checks import EPOCHS
     from experiments.config.config_items import resolve_items
@@ -72,7 +72,7 @@ def step_items(cache: Path, items: Sequence[str], changes: Sequence[str]) -> lis
 
 
 def _beginnings(cache: Path, teacher: str) -> Iterator[str]:
-    """Yields how held-out documents begin: a text's first words, a conversation up to what is scored."""
+    """Yields beginnings of held-out documents: a text's first words, or a conversation up to its first scored token."""
     from data.cache.manifest import read_manifest
     from data.stream.shards import ShardReader
     from data.tokenizer import Tokenizer
@@ -81,33 +81,33 @@ def _beginnings(cache: Path, teacher: str) -> Iterator[str]:
     for record in ShardReader(cache, manifest).records():
         begins = manifest.text_begins_with
         begins = begins if record.token_ids[: len(begins)].tolist() == begins else []
-        scored = int(record.loss_mask.argmax())  # position t, of label t + 1
+        scored = int(record.loss_mask.argmax())  # position t, whose label is token t + 1
         is_prompt = scored > len(begins)
         end = scored + 1 if is_prompt else len(begins) + PROMPT_TOKENS
         if record.start or end - len(begins) > MOST_PROMPT_TOKENS:
             continue
         text = tokenizer.decode(record.token_ids[len(begins) : end].tolist())
-        words = text.rstrip("\N{REPLACEMENT CHARACTER}").rsplit(" ", 1)[0].rstrip()  # the last may be part of one
+        words = text.rstrip("\N{REPLACEMENT CHARACTER}").rsplit(" ", 1)[0].rstrip()  # the last word may be incomplete
         if text := text if is_prompt else words:
             yield text
 
 
 def prompts_of(cache: Path, teacher: str) -> tuple[str, ...]:
-    """Returns a few beginnings of held-out documents, all of them different."""
-    found: dict[str, None] = {}
+    """Returns the first `PROMPTS` distinct beginnings of held-out documents."""
+    prompts: dict[str, None] = {}
     for text in _beginnings(cache, teacher):
-        found[text] = None
-        if len(found) == PROMPTS:
+        prompts[text] = None
+        if len(prompts) == PROMPTS:
             break
-    return tuple(found)
+    return tuple(prompts)
 
 
 def part_of(manifest: "Manifest") -> str:
-    """Returns how much of the corpus is in the training cache, and how to take more."""
-    has = max(manifest.positions, int(manifest.made.get("drawn_from", 0)))
-    if has == manifest.positions:
+    """Returns a phrase about how much of the corpus is in the training cache, and how to take more."""
+    corpus_positions = max(manifest.positions, int(manifest.made.get("drawn_from", 0)))
+    if corpus_positions == manifest.positions:
         return "; all of the corpus"
     return (
-        f"; {manifest.positions / has:.1%} of the corpus's {has} training positions. To take more: "
-        "--export_config=train_tokens=NUMBER, or none for all, with another --folder and --run_dir"
+        f"; {manifest.positions / corpus_positions:.1%} of the corpus's {corpus_positions} training positions. "
+        "To take more: --export_config=train_tokens=NUMBER, or none for all, with another --folder and --run_dir"
     )

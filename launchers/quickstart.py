@@ -1,11 +1,11 @@
-"""The main job, end to end: a real teacher, a real corpus, a distilled student, in a few minutes on two CPU cores.
+"""Run the whole workflow: a real teacher, a real corpus, a distilled student, in a few minutes on two CPU cores.
 
     make quickstart
     python -m launchers.quickstart --corpus=my/texts
     python -m launchers.quickstart --teacher=my/model --config=optimizer.lr=3e-4 --run_dir=runs/mine
 
-Stages: fetch → teacher's cache → distil → compare. Each says what it made and how long it took. Run it again: what
-is there is reused. Interrupt it anywhere and run it again: it goes on from there.
+Stages: fetch → teacher's cache → distil → compare. Each prints what it made and how long it took. The same command
+reuses what is complete, and goes on after an interruption anywhere.
 """
 
 import logging
@@ -43,19 +43,19 @@ OUR_PROMPT = "The state of our Union is"
 PROMPT_TOKENS = 40
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print("\n".join(map(escape_unprintable, app.as_started(text).split("\n"))), flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:
     started = time.perf_counter()
-    _say(f"[{number}/4] {title}")
-    made = work()
-    _say(f"      {made} ({time.perf_counter() - started:.1f} s)")
+    _print(f"[{number}/4] {title}")
+    summary = work()
+    _print(f"      {summary} ({time.perf_counter() - started:.1f} s)")
 
 
-def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
-    """The same as `torchrun --nproc-per-node N -m MODULE …`, without its own traceback when a rank has spoken."""
+def _run_torchrun(module: str, arguments: Sequence[str]) -> None:
+    """Runs `torchrun --nproc-per-node N -m MODULE …`, without its traceback where a rank has printed the error."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,7 +73,7 @@ def _under_torchrun(module: str, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         raise SystemExit(max(1, error.get_first_failure()[1].exitcode)) from None
     except SignalException as error:
-        if error.sigval == signal.SIGINT:  # the ranks have said so
+        if error.sigval == signal.SIGINT:  # the ranks have printed that they were interrupted
             raise SystemExit(130) from None
         raise UsageError(f"stopped by {error.sigval.name}. Run the same command again to go on.") from None
 
@@ -115,18 +115,22 @@ def _megabytes(folder: str) -> float:
 def _sizes(cache: Path) -> str:
     from data.cache.manifest import read_manifest
 
-    made = {split: read_manifest(cache / split) for split in ("train", "validation")}
-    sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in made.items())
-    return sizes + (own_data.part_of(made["train"]) if CORPUS.value else "")
+    manifests = {split: read_manifest(cache / split) for split in ("train", "validation")}
+    sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in manifests.items())
+    return sizes + (own_data.part_of(manifests["train"]) if CORPUS.value else "")
 
 
 def _prompts(cache: Path, teacher: str) -> tuple[str, ...]:
-    own = own_data.prompts_of(cache / "validation", teacher) if CORPUS.value else ()
-    return own or (OUR_PROMPT,)
+    corpus_prompts = own_data.prompts_of(cache / "validation", teacher) if CORPUS.value else ()
+    return corpus_prompts or (OUR_PROMPT,)
 
 
 def _train_items(teacher: str, cache: Path) -> list[str]:
-    """Returns the settings of the training: of another teacher its best layers, of another corpus steps and prompts."""
+    """Returns the settings of the training.
+
+    The user's own teacher gets its row length and best layers, measured on the cache. With an own teacher, corpus or
+    export setting, the number of steps is computed from the cache. An own corpus brings its own prompts.
+    """
     items = ["quickstart", f"student.folder={teacher}", f"shards.path={cache / 'train'}",
              f"evaluation.shards.path={cache / 'validation'}"]  # fmt: skip
     if TEACHER.value:
@@ -140,8 +144,8 @@ def _train_items(teacher: str, cache: Path) -> list[str]:
     return [*items, *CONFIG.value]
 
 
-def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, Any]:
-    """Three models on held-out text in float32, and their continuations of one prompt."""
+def _compare_models(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, Any]:
+    """Measures three models on held-out text in float32, and lets each continue one prompt."""
     from data.cache.manifest import read_manifest
     from data.tokenizer import Tokenizer
     from experiments.config.frozen_records import recorded_student
@@ -165,41 +169,41 @@ def _report(teacher: str, cache: Path, run_dir: Path, text: str) -> dict[str, An
         for name, start in starts.items():
             model = build_student(start, world.device, 0, tokenizer.vocab_size)
             (numbers,) = measure_model(model, resolve_folder(start.folder), [str(cache)], "float32", world).values()
-            said = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
-            report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(said)})
+            generated = continue_greedily(model, [prompt], PROMPT_TOKENS, Parallel(precision="float32"), world)[0]
+            report["models"].append({"name": name, **numbers, "continuation": tokenizer.decode(generated)})
     return report
 
 
 def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
-    _say("")
-    _say(f"  {'held-out text, nats per token':<31}{'NLL':>8}{'KL to teacher':>16}{'top-1 agreement':>18}")
-    for found in report["models"]:
-        _say(f"  {found['name']:<31}{found['nll']:>8.3f}{found['kl']:>16.3f}{found['top1_agreement']:>18.3f}")
-    _say("")
-    for found in report["models"]:
-        said = found["continuation"].replace("\n", " ")
-        _say(f"  {found['name']}: {' '.join(report['prompt'].split())} …{said}")
-    python = Path(sys.executable)
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    again = f"{python} -m launchers.train --config=run:{run_dir}"
+    _print("")
+    _print(f"  {'held-out text, nats per token':<31}{'NLL':>8}{'KL to teacher':>16}{'top-1 agreement':>18}")
+    for model in report["models"]:
+        _print(f"  {model['name']:<31}{model['nll']:>8.3f}{model['kl']:>16.3f}{model['top1_agreement']:>18.3f}")
+    _print("")
+    for model in report["models"]:
+        continuation = model["continuation"].replace("\n", " ")
+        _print(f"  {model['name']}: {' '.join(report['prompt'].split())} …{continuation}")
+    interpreter = Path(sys.executable)
+    interpreter = interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else interpreter
+    repeat_command = f"{interpreter} -m launchers.train --config=run:{run_dir}"
     tensorboard = "make tensorboard" if Path("Makefile").exists() else f"tensorboard --logdir={run_dir.parent}"
     if CORPUS.value:
-        next_command = f"{python} -m launchers.compare {run_dir} runs/renormalized --html=runs.html"
+        next_command = f"{interpreter} -m launchers.compare {run_dir} runs/renormalized --html=runs.html"
     else:
         next_command = (
-            f"{python} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine"
+            f"{interpreter} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine"
         )
-    _say(f"""
+    _print(f"""
   Curves:  {tensorboard}   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)
   Student: {run_dir}/export   (loads with transformers)
   Next:
-    {again} --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
-    {python} -m launchers.evaluate --student={run_dir}/export --cache={cache}
+    {repeat_command} --config=loss.terms.kd.tail=renormalized --run_dir=runs/renormalized
+    {interpreter} -m launchers.evaluate --student={run_dir}/export --cache={cache}
     {next_command}""")
 
 
 def main() -> None:
-    """All four stages."""
+    """Runs all four stages, and prints the comparison."""
     from tqdm import tqdm
 
     from kd_core.errors import UsageError
@@ -207,39 +211,39 @@ def main() -> None:
 
     folder, run_dir = Path(FOLDER.value), Path(RUN_DIR.value)
     cache, report_path = folder / "cache", run_dir / "report.json"
-    found: dict[str, str] = {}
+    inputs: dict[str, str] = {}
 
     def fetch() -> str:
-        wanted = [given or folder / name for given, name in ((TEACHER.value, "teacher"), (CORPUS.value, "corpus"))]
-        there = all(Path(place).exists() for place in wanted)
+        paths = [own_path or folder / name for own_path, name in ((TEACHER.value, "teacher"), (CORPUS.value, "corpus"))]
+        is_reused = all(Path(path).exists() for path in paths)
         with tqdm(total=2, desc="fetch", unit="part", mininterval=1, leave=False) as bar:
-            found["teacher"] = _fetch_teacher(folder)
+            inputs["teacher"] = _fetch_teacher(folder)
             bar.update()
-            found["corpus"] = _fetch_corpus(folder)
+            inputs["corpus"] = _fetch_corpus(folder)
             bar.update()
-        teacher = f"{found['teacher']} ({_megabytes(found['teacher']):.0f} MB)"
-        return f"{'reused' if there else 'made'} teacher {teacher} and corpus {found['corpus']}"
+        teacher = f"{inputs['teacher']} ({_megabytes(inputs['teacher']):.0f} MB)"
+        return f"{'reused' if is_reused else 'made'} teacher {teacher} and corpus {inputs['corpus']}"
 
     def export() -> str:
-        there = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
-        items = ["quickstart_export", f"teacher={found['teacher']}", f"corpus.path={found['corpus']}"]
-        items += own_data.row_length_items(found["teacher"]) if TEACHER.value else []
-        _under_torchrun("launchers.export_teacher", [*_configs([*items, *EXPORT_CONFIG.value]), f"--out={cache}"])
-        return f"{'reused' if there else 'made'} {cache}: {_sizes(cache)}"
+        is_reused = all((cache / split / "manifest.json").exists() for split in ("train", "validation"))
+        items = ["quickstart_export", f"teacher={inputs['teacher']}", f"corpus.path={inputs['corpus']}"]
+        items += own_data.row_length_items(inputs["teacher"]) if TEACHER.value else []
+        _run_torchrun("launchers.export_teacher", [*_configs([*items, *EXPORT_CONFIG.value]), f"--out={cache}"])
+        return f"{'reused' if is_reused else 'made'} {cache}: {_sizes(cache)}"
 
     def train() -> str:
-        there = (run_dir / "export").is_dir()
-        items = _train_items(found["teacher"], cache)
-        _under_torchrun("launchers.train", [*_configs(items), f"--run_dir={run_dir}"])
+        is_reused = (run_dir / "export").is_dir()
+        items = _train_items(inputs["teacher"], cache)
+        _run_torchrun("launchers.train", [*_configs(items), f"--run_dir={run_dir}"])
         if not (run_dir / "export").is_dir():
             raise UsageError(f"{run_dir}: the training was told to stop; it is saved. Run the same again to go on.")
-        return f"{'reused' if there else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
+        return f"{'reused' if is_reused else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
-        prompt = PROMPT.value or _prompts(cache, found["teacher"])[0]
+        prompt = PROMPT.value or _prompts(cache, inputs["teacher"])[0]
         if report_path.exists() and read_json(report_path, "the report").get("prompt") == prompt:
             return f"reused {report_path}"
-        write_json(report_path, _report(found["teacher"], cache / "validation", run_dir, prompt))
+        write_json(report_path, _compare_models(inputs["teacher"], cache / "validation", run_dir, prompt))
         return f"made {report_path}"
 
     _stage(1, own_data.first_stage(TEACHER.value, CORPUS.value), fetch)

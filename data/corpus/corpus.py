@@ -76,9 +76,9 @@ class Corpus:
             check_fields(mapping)
         except ValueError as error:
             raise UsageError(f"corpus.fields: got {mapping}; {error}.") from None
-        # Nothing would read the others beside a mapping.
-        others = {"content": (self.content, "auto"), "text_field": (self.text_field, "text")}
-        for name, (value, default) in others.items():
+        # With a mapping of fields, these settings would have no effect.
+        conflicting = {"content": (self.content, "auto"), "text_field": (self.text_field, "text")}
+        for name, (value, default) in conflicting.items():
             if value != default:
                 raise UsageError(
                     f"corpus.fields and corpus.{name}: got {mapping} and {value!r}; wanted one of them, for each says "

@@ -159,7 +159,7 @@ def _apply_tag(resolved: Resolved, item: str) -> None:
     if not equals:
         raise UsageError(f"--config={item}: no value. Wanted tag:{name}=value.")
     for place in find_tagged(resolved.config, name, f"--config={item}"):
-        place.put(parse_value(text, place.wanted, f"--config={item}: {place.path}"))
+        place.put(parse_value(text, place.annotation, f"--config={item}: {place.path}"))
         resolved.set_by[place.path] = f"--config={item}"
 
 

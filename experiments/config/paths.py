@@ -75,7 +75,7 @@ class Place(typing.NamedTuple):
     node: Any
     name: str
     value: Any
-    wanted: Any
+    annotation: Any
 
     @property
     def is_part(self) -> bool:
@@ -131,7 +131,7 @@ def walk(node: Any, prefix: str = "", hint: Any = Any) -> Iterator[Place]:
         place = Place(f"{prefix}{name}", node, name, value, hints.get(name, Any) if hints else value_type)
         yield place
         if place.is_part:
-            yield from walk(value, f"{place.path}.", place.wanted)
+            yield from walk(value, f"{place.path}.", place.annotation)
 
 
 def find_place(config: fdl.Config[Any], path: str, error_prefix: str) -> Place:
@@ -227,7 +227,7 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
     error_prefix = f"--config={item}"
     place = find_place(config, path, error_prefix)
     _refuse_part(place, error_prefix)
-    place.put(parse_value(text, place.wanted, error_prefix))
+    place.put(parse_value(text, place.annotation, error_prefix))
     return path
 
 
@@ -250,13 +250,13 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, error_prefix: str)
     place = find_place(config, path, error_prefix)
     if isinstance(value, fdl.Buildable):
         class_name = fdl.get_callable(value).__name__
-        if not is_of_type(value, place.wanted):
-            raise UsageError(f"{error_prefix}: got a {class_name}, wanted {shown_type(place.wanted)}.")
+        if not is_of_type(value, place.annotation):
+            raise UsageError(f"{error_prefix}: got a {class_name}, wanted {shown_type(place.annotation)}.")
         fitted: Any = value.__deepcopy__({})
     else:
         _refuse_part(place, error_prefix)
-        fitted = _fit(value, place.wanted, error_prefix, value)
-        if isinstance(fitted, (int, float)) and not isinstance(fitted, bool) and _accepts(place.wanted, float):
+        fitted = _fit(value, place.annotation, error_prefix, value)
+        if isinstance(fitted, (int, float)) and not isinstance(fitted, bool) and _accepts(place.annotation, float):
             fitted = float(fitted) + 0.0  # 1 as 1.0 and -0.0 as 0.0: equal values make equal records
     _refuse_unrecordable(place._replace(value=fitted), error_prefix)
     place.put(fitted)
@@ -296,12 +296,14 @@ def check_values(config: fdl.Config[Any], *, recorded: bool) -> None:
     """
     for place in walk(config):
         if place.value is fdl.NO_VALUE:
-            raise UsageError(f"{place.path}: not set, and has no default; wanted {shown_type(place.wanted)}. Set it.")
+            raise UsageError(
+                f"{place.path}: not set, and has no default; wanted {shown_type(place.annotation)}. Set it."
+            )
         if not place.is_set or isinstance(place.value, dict):
             continue
-        if is_of_type(place.value, place.wanted):
+        if is_of_type(place.value, place.annotation):
             if recorded:
                 _refuse_unrecordable(place, place.set_at())
             continue
         shown = fdl.get_callable(place.value).__name__ if place.is_part else repr(place.value)
-        raise UsageError(f"{place.set_at()}: {place.path}: got {shown}, wanted {shown_type(place.wanted)}.")
+        raise UsageError(f"{place.set_at()}: {place.path}: got {shown}, wanted {shown_type(place.annotation)}.")

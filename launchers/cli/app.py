@@ -1,4 +1,4 @@
-"""What every command shares: flags that teach, and a user's mistake as one message without a traceback."""
+"""Start-up, config flags, help and error messages of all commands. A user's mistake is one message, no traceback."""
 
 import errno
 import io
@@ -18,12 +18,12 @@ from kd_core.errors import NonFiniteError, RankError, UsageError, escape_unprint
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("kd")
-MOST_MESSAGE = 20_000  # characters; a message may quote a value
-started_as = ""  # "kd", where that command runs another one
+MOST_MESSAGE = 20_000  # characters, since a message may quote a long value
+started_as = ""  # "kd" if `kd` runs the command
 
 
 def define_config_flags(kind: str) -> None:
-    """The flags of commands that take a config of `kind`."""
+    """Defines the flags of commands that take a config of `kind`."""
     name = "experiment" if kind == "Experiment" else "export"
     flags.DEFINE_multi_string("config", [], f"The {name}, then changes to it; applied in order (see above).")
     flags.DEFINE_bool("list", False, f"List every {name} and fiddler with its first docstring line, and exit.")
@@ -34,7 +34,10 @@ def define_config_flags(kind: str) -> None:
 
 
 def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
-    """The config of the flags (and of `more` items); None once the flags' wish to be shown something is fulfilled."""
+    """Resolves the config of the flags and of `more` items.
+
+    Returns None after --list, --diff or --print_config has printed what was asked for.
+    """
     if FLAGS.list:
         print(catalog.format_listing(kind))
         return None
@@ -56,11 +59,11 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
 
 
 def as_started(text: str) -> str:
-    """Returns a text with its command lines as they are typed: of `kd`, where that was started."""
+    """Returns a text with its command lines rewritten to `kd …`, if the user started `kd`."""
     if not started_as:
         return text
     for before, after in ((r"\S*python[\d.]* -m launchers\.(\w+)", ""), (r"-m launchers\.(\w+)", "--no-python ")):
-        text = re.sub(before, lambda found, after=after: f"{after}{started_as} {found[1].replace('_', '-')}", text)
+        text = re.sub(before, lambda match, after=after: f"{after}{started_as} {match[1].replace('_', '-')}", text)
     return text
 
 
@@ -74,7 +77,7 @@ def _help(doc: str, kind: str | None) -> str:
 
 
 def _visible_lines(text: str) -> str:
-    """Lines without what would move the cursor: a message may quote a file of somebody else."""
+    """Escapes what would move the cursor, since a message may quote a file that others wrote."""
     return "\n".join(map(escape_unprintable, text.expandtabs().split("\n")))
 
 
@@ -83,7 +86,7 @@ def _short(text: str) -> str:
 
 
 class _TqdmHandler(logging.Handler):
-    """Log lines above the progress bar, not through it."""
+    """Handler that prints log lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -96,15 +99,15 @@ def _is_first() -> bool:
 
 
 def _message(error: BaseException) -> str | None:
-    """What to tell the user; None for an error that is ours and deserves its traceback."""
+    """Returns the message for the user, or None for an error of this program, which keeps its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted. Run the same command again to go on from what is done."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full: {error}. Free some space and run the same command again; what was complete is kept."
     if isinstance(error, (UsageError, NonFiniteError)):
         text, _, context = str(error).partition("\n\nFiddle context: ")
-        at = re.search(r"<root>\.([^ ]+)", context)
-        return f"{text} (At {at[1]} in the config.)" if at else text
+        path = re.search(r"<root>\.([^ ]+)", context)
+        return f"{text} (At {path[1]} in the config.)" if path else text
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     return None
@@ -115,14 +118,14 @@ def _print_error(prog: str, message: str) -> None:
 
 
 def guarded(main: Callable[[], None], prog: str) -> int:
-    """The exit status of `main`; a user's mistake is printed, as `prog`'s, by one rank."""
+    """Runs `main` and returns its exit status. One rank prints a user's mistake under the name `prog`."""
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
         message = _message(error)
         if message is None:
             raise
-        log.debug("%s", traceback.format_exc())  # for the attempt's log alone
+        log.debug("%s", traceback.format_exc())  # only into the attempt's log
         if _is_first() or isinstance(error, RankError):
             _print_error(prog, message)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -130,60 +133,64 @@ def guarded(main: Callable[[], None], prog: str) -> int:
 
 
 def refuse(prog: str, message: str) -> NoReturn:
-    """End with one message of what is wrong with a command line."""
+    """Exits with one message about a mistake in the command line."""
     if _is_first():
         _print_error(prog, message)
     raise SystemExit(2)
 
 
-def _escape_what_encodings_lack() -> None:
-    """Have output in another locale's encoding hold escapes for characters that it lacks."""
+def _escape_unencodable_output() -> None:
+    """Makes output streams escape characters that the locale's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _with_home(argument: str) -> str:
-    """Returns `--flag=~/path` with the home folder, which a shell puts in only where a word begins with it."""
-    return re.sub(r"^(--?\w+=)~(?=/|$)", lambda found: f"{found[1]}{Path.home()}", argument)
+    """Returns `--flag=~/path` with the home folder, since shells expand `~` only at the beginning of a word."""
+    return re.sub(r"^(--?\w+=)~(?=/|$)", lambda match: f"{match[1]}{Path.home()}", argument)
 
 
 def _unknown_flag(name: str, argv: Sequence[str]) -> str:
-    """Returns the nearest flag, and how a value of an experiment is given."""
-    of_module = FLAGS.flags_by_module_dict()
+    """Returns the message for an unknown flag: the nearest flag, or how a value of an experiment is set."""
+    flags_by_module = FLAGS.flags_by_module_dict()
     modules = [sys.argv[0], *([__name__] if "list" in FLAGS else [])]
-    known = [flag.name for module in modules for flag in of_module.get(module, ())]
-    text = next((each.lstrip("-") for each in argv if each.lstrip("-").startswith(f"{name}=")), "")
+    flag_names = [flag.name for module in modules for flag in flags_by_module.get(module, ())]
+    text = next((argument.lstrip("-") for argument in argv if argument.lstrip("-").startswith(f"{name}=")), "")
     setting = f"A value of the experiment is set by --config={text}." if text and "config" in FLAGS else ""
-    return " ".join(filter(None, [f"unknown flag --{name}.", catalog.nearest(name, known) or setting, "Try --help."]))
+    return " ".join(
+        filter(None, [f"unknown flag --{name}.", catalog.nearest(name, flag_names) or setting, "Try --help."])
+    )
 
 
-def _take_items(given: Sequence[str]) -> None:
-    """Take arguments that are no flags as `--config` items, the experiment first."""
-    changes = [item for item in given if "=" in item.partition("(")[0] or item.startswith(("fiddler:", "tag:", "set:"))]
-    FLAGS.config = [*(item for item in given if item not in changes), *FLAGS.config, *changes]
+def _take_items(arguments: Sequence[str]) -> None:
+    """Adds arguments that are no flags to the `--config` items, the experiment first."""
+    changes = [
+        item for item in arguments if "=" in item.partition("(")[0] or item.startswith(("fiddler:", "tag:", "set:"))
+    ]
+    FLAGS.config = [*(item for item in arguments if item not in changes), *FLAGS.config, *changes]
 
 
 def _parse(argv: Sequence[str], prog: str, doc: str, kind: str | None) -> list[str]:
-    """Parse flags, which is what `app.run` asks for; returns the rest, the program's name first."""
+    """Parses the flags for `app.run`. Returns the remaining arguments, the program's name first."""
     if {"--help", "-help", "-h"} & set(argv[1:]):
         print(_help(doc, kind))
         raise SystemExit(0)
     try:
-        return FLAGS([_with_home(each) for each in argv])
+        return FLAGS([_with_home(argument) for argument in argv])
     except flags.UnrecognizedFlagError as error:
         refuse(prog, _unknown_flag(error.flagname, argv))
     except flags.Error as error:
         refuse(prog, f"{error}. Try --help.")
 
 
-def _check_arguments(given: Sequence[str], wanted: Sequence[str], more: bool, prog: str) -> None:
-    if len(given) > len(wanted) and not more:
-        wrong = given[len(wanted)]
-        meant = f"Did you mean --config={wrong}? " if "=" in wrong and "config" in FLAGS else ""
-        refuse(prog, f"unexpected argument {wrong!r}. {meant}Flags begin with --; try --help.")
-    if len(given) < len(wanted):
-        refuse(prog, f"no {wanted[len(given)]} given. Try --help.")
+def _check_arguments(arguments: Sequence[str], names: Sequence[str], more: bool, prog: str) -> None:
+    if len(arguments) > len(names) and not more:
+        unexpected = arguments[len(names)]
+        hint = f"Did you mean --config={unexpected}? " if "=" in unexpected and "config" in FLAGS else ""
+        refuse(prog, f"unexpected argument {unexpected!r}. {hint}Flags begin with --; try --help.")
+    if len(arguments) < len(names):
+        refuse(prog, f"no {names[len(arguments)]} given. Try --help.")
 
 
 def start(
@@ -195,26 +202,26 @@ def start(
     arguments: Sequence[str] = (),
     more: bool = False,
 ) -> None:
-    """Run `main` as the command `module`; it is given the values of `arguments`, which stand before or behind flags.
+    """Runs `main` as the command `module`, with the values of its positional `arguments`.
 
-    With `more`, the last of them may be repeated. A command that takes a config has no arguments of its own: they are
-    items of `--config`.
+    They may stand before or behind flags. With `more`, the last one may be repeated. A command that takes a config
+    (`kind`) has no positional arguments: it reads them as items of `--config`.
     """
-    _escape_what_encodings_lack()
+    _escape_unencodable_output()
     FLAGS.set_gnu_getopt(True)
     command = module.removeprefix("launchers.")
     prog = f"{started_as} {command.replace('_', '-')}" if started_as else command
 
     def run(argv: Sequence[str]) -> None:
-        given = argv[1:]
+        values = argv[1:]
         if kind is not None:
-            _take_items(given)
-            given = []
-        _check_arguments(given, arguments, more, prog)
+            _take_items(values)
+            values = []
+        _check_arguments(values, arguments, more, prog)
         log.setLevel(logging.DEBUG)
-        log.propagate = False  # absl's own handler would say everything twice
+        log.propagate = False  # absl's own handler would print every line twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
-        raise SystemExit(guarded(lambda: main(*given), prog))
+        raise SystemExit(guarded(lambda: main(*values), prog))
 
     app.run(run, argv=sys.argv, flags_parser=lambda argv: _parse(argv, prog, doc, kind))

@@ -1,4 +1,4 @@
-"""What a folder is already, by files that every one of its kind has: nothing is written over another kind."""
+"""Guard against writing into a folder of another kind, which is recognised by files that each kind always has."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ MARKS = {
 
 
 def refuse_others(folder: Path, kind: str, flag: str) -> None:
-    """Refuse to write `kind` into a folder that holds another one of them.
+    """Checks that a folder to write `kind` into holds no other kind.
 
     Raises:
-        UsageError: with what stands there.
+        UsageError: it does. The message names the kind and the file that marks it.
     """
     for other, marks in MARKS.items():
-        found = next((mark for mark in marks if (folder / mark).exists()), None)
-        if other != kind and found:
+        mark = next((name for name in marks if (folder / name).exists()), None)
+        if other != kind and mark:
             raise UsageError(
-                f"--{flag}={folder}: holds {other} ({found}), wanted {kind} or nothing. Name another folder."
+                f"--{flag}={folder}: holds {other} ({mark}), wanted {kind} or nothing. Name another folder."
             )

@@ -1,4 +1,4 @@
-"""What every rank of a run goes by, as facts by name, so that ranks can prove to each other that they are alike."""
+"""Facts about what a rank runs and reads, by name, from which ranks check that they all agree."""
 
 import platform
 from importlib.metadata import version
@@ -8,8 +8,8 @@ from experiments.config.code_hashes import source_hashes
 from kd_core.training.run_folder import RECORDED_PACKAGES
 
 
-def facts(config_text: str, experiment: Any) -> dict[str, str]:
-    """Values of the graph by path, the code by file, versions by package, and all that is read by its hash."""
+def collect_facts(config_text: str, experiment: Any) -> dict[str, str]:
+    """Returns config values by path, code hashes by file, versions by package, and hashes of all inputs."""
     lines = (line.split("  # ")[0].split(" = ", 1) for line in config_text.splitlines())
     return {
         **{f"config {path}": value for path, value in lines},

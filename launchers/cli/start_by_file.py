@@ -1,7 +1,7 @@
-"""Starts a command that was started by its file, `python launchers/train.py`, again by its module.
+"""Restart by module name of a command that was started by its file, as in `python launchers/train.py`.
 
-Its folder is then first on the path, where `inspect.py` shadows the standard library's. Only what needs no `inspect`
-can be imported here.
+Python then puts the folder of that file first on the path, where `inspect.py` shadows the standard library's. This
+module can therefore import only what needs no `inspect`.
 """
 
 import os
@@ -11,11 +11,17 @@ from typing import NoReturn
 
 
 def start_again() -> NoReturn:
-    """Replace this process by `python -m launchers.NAME`, which has the project's folder on its path."""
+    """Replaces this process by `python -m launchers.NAME`, which has the project's folder on its path."""
     folder, script = Path(__file__).parents[1], Path(sys.argv[0]).resolve()
     if script.parent != folder.resolve():
         sys.exit(f"error: {folder}/inspect.py shadows the standard library's inspect. Take {folder} off PYTHONPATH.")
-    at = sys.orig_argv.index(sys.argv[0])
-    command = [sys.executable, *sys.orig_argv[1:at], "-m", f"launchers.{script.stem}", *sys.orig_argv[at + 1 :]]
+    script_index = sys.orig_argv.index(sys.argv[0])
+    command = [
+        sys.executable,
+        *sys.orig_argv[1:script_index],
+        "-m",
+        f"launchers.{script.stem}",
+        *sys.orig_argv[script_index + 1 :],
+    ]
     path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"})  # noqa: S606

@@ -1,4 +1,4 @@
-"""Curves as an inline SVG: axes, ticks, a line a run; no library, no script."""
+"""Curves as inline SVG with axes, ticks and a line per run, drawn without a library or a script."""
 
 import html
 import math
@@ -9,11 +9,11 @@ WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 26, 36
 COLOURS = ("#2468b4", "#d1495b", "#2e8b57", "#e08e1d", "#7a4fb0", "#178f9c", "#8c5a3c", "#c2489c", "#6b7280", "#8a9a1b")
 Points = Sequence[tuple[float, float]]
-MOST = 1e100  # beyond it, ranges would have no size that is a number
+MOST = 1e100  # beyond it, the size of a range would overflow
 
 
 class Frame(NamedTuple):
-    """The ranges that are shown."""
+    """Ranges of x and y that a plot shows."""
 
     x0: float
     x1: float
@@ -21,14 +21,14 @@ class Frame(NamedTuple):
     y1: float
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point."""
+        """Returns the pixels of a point."""
         across = (x - self.x0) / (self.x1 - self.x0)
         up = (y - self.y0) / (self.y1 - self.y0)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers within [low, high], about so many: steps of 1, 2 or 5 times a power of ten."""
+    """Returns about `about` round numbers within [low, high], in steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -63,17 +63,20 @@ def _axes(frame: Frame) -> list[str]:
 
 
 def _line(frame: Frame, points: Points, label: str, colour: str) -> str:
-    placed = [frame.place(x, y) for x, y in points]
+    pixels = [frame.place(x, y) for x, y in points]
     title = f"<title>{html.escape(label)}: {points[-1][1]:.5g} at {points[-1][0]:g}</title>"
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-    dots = placed if len(placed) <= 12 else placed[-1:]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+    dots = pixels if len(pixels) <= 12 else pixels[-1:]
     marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in dots)
     return f'<g>{title}<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>{marks}</g>'
 
 
 def plot(title: str, across: str, curves: Sequence[tuple[str, Points]]) -> str:
-    """One SVG; each curve keeps its colour by its place, also where it has no points. Numbers that are not finite, or
-    not below `MOST`, are left out."""
+    """Returns one SVG with a line per curve.
+
+    A curve's colour depends on its index alone, also where curves before it have no points. Numbers that are not
+    finite, or not below `MOST`, are left out.
+    """
     finite = [(label, [p for p in points if abs(p[1]) < MOST]) for label, points in curves]
     frame = _frame([points for _, points in finite if points])
     lines = [
@@ -94,12 +97,12 @@ def plot(title: str, across: str, curves: Sequence[tuple[str, Points]]) -> str:
 
 
 def sparkline(points: Points, width: int = 24) -> str:
-    """A curve in one line of text, its lowest and highest value as the lowest and highest block."""
+    """Draws a curve in one line of text, with its lowest and highest value as the lowest and highest block."""
     values = [value for _, value in points if abs(value) < MOST]
     if not values:
         return ""
-    chosen = (
+    samples = (
         [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)] if len(values) > width else values
     )
-    low, high = min(chosen), max(chosen)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (value - low) / (high - low or 1)))] for value in chosen)
+    low, high = min(samples), max(samples)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (value - low) / (high - low or 1)))] for value in samples)

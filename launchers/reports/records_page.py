@@ -1,4 +1,4 @@
-"""A cache's records as a table in the terminal, and as one HTML page that needs nothing else."""
+"""Records of a cache as a table in the terminal, and as one self-contained HTML page."""
 
 import html
 import math
@@ -36,7 +36,7 @@ h2 { font-size: 1.1rem; margin-top: 2rem; }
 
 
 class Tables(NamedTuple):
-    """What stands above the records."""
+    """Title, facts, costs and coverage of a cache, which the page shows above the records."""
 
     title: str
     facts: Sequence[tuple[str, str]]
@@ -50,64 +50,68 @@ def _title(record: Record) -> str:
 
 
 def terminal_lines(record: Record, words: IdToText, most: int, width: int) -> Iterator[str]:
-    """The record as a table that fits into `width` places."""
+    """Yields the lines of a record's table, each of at most `width` terminal columns."""
     width = max(width, NARROW)
     token = min(TOKEN, (width - NUMBER - 12) // 3)
     yield fit_to_width(_title(record), width).rstrip()
     yield fit_to_width(
         f"{'at':>5}  {'token':<{token}} {'came':<{token}} {'nats':>{NUMBER}}  the teacher expected", width
     ).rstrip()
-    for at, spot in enumerate(readable_positions(record, words, most)):
-        mark = " " if spot.scored else "·"
-        texts = f"{fit_to_width(spot.token, token)} {fit_to_width(spot.label, token)}"
-        line = f"{at:>5}{mark} {texts} {spot.surprise:>{NUMBER}.2f}  "
-        yield (line + _alternatives(spot, width - terminal_width(line))).rstrip()
+    for index, position in enumerate(readable_positions(record, words, most)):
+        mark = " " if position.scored else "·"
+        texts = f"{fit_to_width(position.token, token)} {fit_to_width(position.label, token)}"
+        line = f"{index:>5}{mark} {texts} {position.surprise:>{NUMBER}.2f}  "
+        yield (line + _alternatives(position, width - terminal_width(line))).rstrip()
 
 
-def _alternatives(spot: ReadablePosition, width: int) -> str:
-    """As many as fit, each with its probability; then what is left."""
-    shown, rest = "", f"rest {spot.rest:.0%}"
-    for text, prob in spot.alternatives:
-        more = f"{text} {prob:.0%}  "
-        if terminal_width(shown) + terminal_width(more) + terminal_width(rest) > width:
+def _alternatives(position: ReadablePosition, width: int) -> str:
+    """Returns as many alternatives as fit, each with its probability, then the probability of all others."""
+    shown, rest = "", f"rest {position.rest:.0%}"
+    for text, prob in position.alternatives:
+        alternative = f"{text} {prob:.0%}  "
+        if terminal_width(shown) + terminal_width(alternative) + terminal_width(rest) > width:
             break
-        shown += more
+        shown += alternative
     return shown + rest if terminal_width(shown) + terminal_width(rest) <= width else shown
 
 
 def _colour(surprise: float) -> str:
-    """From nothing at 0 nats to a full red at 8 and above."""
+    """Returns a background style, from transparent at 0 nats to full red at 8 and above."""
     share = min(1.0, max(0.0, surprise) / 8) if not math.isnan(surprise) else 1.0
     return f"background:rgb(220 60 30 / {0.75 * share:.2f})"
 
 
-def _span(spot: ReadablePosition) -> str:
-    """The token that came, with what was expected in its place."""
-    probs = [f"{prob:>6.1%}  {alternative}" for alternative, prob in spot.alternatives]
-    own = [f"{spot.surprise:.2f} nats" + ("" if spot.scored else ", not scored")]
-    more = [
-        f'<span class="own">{html.escape(line)}</span>' if text.text == spot.label else html.escape(line)
-        for line, text in zip(probs, spot.alternatives, strict=True)
+def _span(position: ReadablePosition) -> str:
+    """Returns the HTML of a label, with a tooltip of its surprise and the teacher's alternatives."""
+    probs = [f"{prob:>6.1%}  {alternative}" for alternative, prob in position.alternatives]
+    surprise = [f"{position.surprise:.2f} nats" + ("" if position.scored else ", not scored")]
+    alternative_lines = [
+        f'<span class="own">{html.escape(line)}</span>' if text.text == position.label else html.escape(line)
+        for line, text in zip(probs, position.alternatives, strict=True)
     ]
-    lines = [*map(html.escape, [spot.label, *own]), *more, html.escape(f"{spot.rest:>6.1%}  all others")]
-    kind = "t" if spot.scored else "t context"
-    shown = html.escape(spot.label).replace("\\n", "\\n\n") or "&nbsp;"
-    inner = "\n".join(lines)
-    colour = _colour(spot.surprise)
-    return f'<span class="{kind}" tabindex="0" style="{colour}">{shown}<span class="more">{inner}</span></span>'
+    lines = [
+        *map(html.escape, [position.label, *surprise]),
+        *alternative_lines,
+        html.escape(f"{position.rest:>6.1%}  all others"),
+    ]
+    css_class = "t" if position.scored else "t context"
+    label = html.escape(position.label).replace("\\n", "\\n\n") or "&nbsp;"
+    tooltip = "\n".join(lines)
+    colour = _colour(position.surprise)
+    return f'<span class="{css_class}" tabindex="0" style="{colour}">{label}<span class="more">{tooltip}</span></span>'
 
 
 def _record(record: Record, words: IdToText, most: int) -> str:
-    found = list(readable_positions(record, words, most))
-    first = html.escape(found[0].token) if found else ""
-    spans = "".join(_span(spot) for spot in found)
+    positions = list(readable_positions(record, words, most))
+    first = html.escape(positions[0].token) if positions else ""
+    spans = "".join(_span(position) for position in positions)
     return f'<h2>{html.escape(_title(record))}</h2>\n<p class="text">{first}{spans}</p>'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column is text, the others are numbers where there are more than two."""
+    """Returns an HTML table. The first column is text, and with a header the other columns are numbers."""
     numbers = ' class="n"' if len(head) > 1 else ""
-    top = "".join(f"<th>{html.escape(each)}</th>" for each in head)
+    top = "".join(f"<th>{html.escape(title)}</th>" for title in head)
     lines = [
         "<tr>"
         + "".join(
@@ -120,12 +124,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_page(tables: Tables, records: Sequence[Record], words: IdToText, most: int) -> str:
-    """The page: no scripts, no links, everything from the cache escaped."""
+    """Returns the page. It has no scripts or links, and everything from the cache is escaped."""
     title = html.escape(escape_unprintable(tables.title))
     parts = [
         _table([], tables.facts),
         _table(
-            ["bytes", "all", "a position"], [(name, f"{size:,}", f"{each:.2f}") for name, size, each in tables.costs]
+            ["bytes", "all", "a position"],
+            [(name, f"{size:,}", f"{per_position:.2f}") for name, size, per_position in tables.costs],
         ),
         _table(["likeliest", "teacher's mass"], [(name, f"{mass:.4f}") for name, mass in tables.coverage])
         if tables.coverage

@@ -1,4 +1,4 @@
-"""Runs as they lie on disk, finished or not: settings, provenance, numbers. What two of them differ by."""
+"""Runs read from their folders, finished or not, and tables of the settings, provenance and metrics that differ."""
 
 import re
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ ABSENT = "–"
 COUNT = re.compile(r"\d{1,15}")
 MOST_FILES = 10
 OTHER, CONTENTS = "≠", ": contents"
-OF_TEXT = ("nll", "perplexity", "bits_per_byte", "ece", "temperature", "student_entropy")  # need no teacher
+# Metrics that need no teacher.
+OF_TEXT = ("nll", "perplexity", "bits_per_byte", "ece", "temperature", "student_entropy")
 CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its folder, settings with who set each, the facts of its last start, and its lines of numbers."""
+    """A run: its folder, settings with who set each, the facts of its last start, and its logged metrics by step."""
 
     folder: Path
     settings: dict[str, tuple[str, str]]
@@ -31,26 +32,24 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """Returns the last step that was logged."""
         return int(self.lines[-1]["step"]) if self.lines else 0
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
         return int(self.settings["steps"][0])
 
     def curve(self, metric: str, by_tokens: bool = False) -> list[tuple[float, float]]:
-        """Where the metric stands: step (or positions read so far), value."""
+        """Returns the points of a metric: step (or positions read so far) and value."""
         scale = int(self.settings["tokens_per_step"][0]) if by_tokens else 1
         return [(line["step"] * scale, line[metric]) for line in self.lines if metric in line]
 
     def final(self, metric: str) -> float | None:
-        """The last value."""
         curve = self.curve(metric)
         return curve[-1][1] if curve else None
 
     def best(self, metric: str) -> tuple[float, int] | None:
-        """The best value and its step."""
+        """Returns the best value and its step."""
         curve = [(value, int(step)) for step, value in self.curve(metric)]
         if not curve:
             return None
@@ -58,7 +57,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run's record.
+    """Reads a run.
 
     Raises:
         UsageError: the folder holds no run, or a file of it is damaged.
@@ -71,10 +70,10 @@ def read_run(folder: Path) -> Run:
         if (metrics.exists())
         else []
     )
-    found = read_settings(run.settings_text())
+    raw_settings = read_settings(run.settings_text())
     settings = {
         escape_unprintable(path): (escape_unprintable(value), escape_unprintable(who))
-        for path, (value, who) in found.items()
+        for path, (value, who) in raw_settings.items()
     }
     for name in ("steps", "tokens_per_step"):
         if not COUNT.fullmatch(settings.get(name, ("", ""))[0]):
@@ -82,8 +81,8 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, run.last_facts(), len(run.attempts()), lines)
 
 
-def labels(runs: list[Run]) -> list[str]:
-    """A, B, C, … for the columns."""
+def column_titles(runs: list[Run]) -> list[str]:
+    """Returns A, B, C, … as titles of the columns."""
     return [chr(ord("A") + index) for index in range(len(runs))]
 
 
@@ -95,13 +94,13 @@ def _rows(columns: list[dict[str, str]], everything: bool) -> list[Row]:
 
 
 def settings_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Settings that are not the same in all runs; then, where all are asked for, the others."""
+    """Returns the settings that differ between runs, followed with `everything` by those that do not."""
     return _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
 
 
 def _provenance(run: Run) -> dict[str, str]:
     facts = run.facts
-    found = {
+    values = {
         "steps": f"{run.step} of {run.steps}",
         "starts": str(run.starts),
         "last start": facts.get("started", ABSENT),
@@ -110,11 +109,14 @@ def _provenance(run: Run) -> dict[str, str]:
         "python": facts.get("python", ABSENT),
         **facts.get("versions", {}),
     }
-    return {**found, **{name: f"{each['sha256'][:12]}…" for name, each in facts.get("inputs", {}).items()}}
+    return {**values, **{name: f"{item['sha256'][:12]}…" for name, item in facts.get("inputs", {}).items()}}
 
 
 def provenance_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Progress always; of code, versions, layout and data what is not the same, or all; source files that differ."""
+    """Returns the progress of each run, and what differs of code, versions, layout, data and source files.
+
+    With `everything`, code, versions, layout and data that are the same are returned too.
+    """
     rows = _rows([_provenance(run) for run in runs], everything=True)
     files = _rows(
         [{f"code {name}": f"{sha[:12]}…" for name, sha in run.facts.get("sources", {}).items()} for run in runs], False
@@ -125,7 +127,7 @@ def provenance_rows(runs: list[Run], everything: bool) -> list[Row]:
 
 
 def metric_names(runs: list[Run]) -> list[str]:
-    """Names of curves, val/ first, those of the reader's first look at the head."""
+    """Returns the names of curves: the most important ones, then those of val/, then those of train/."""
     names = {name for run in runs for line in run.lines for name in line if name.startswith(("val/", "train/"))}
     first = {name: place for place, name in enumerate(("val/loss", "val/kl", "val/nll", "train/loss"))}
     return sorted(names, key=lambda name: (first.get(name, 9), not name.startswith("val/"), name))
@@ -136,40 +138,42 @@ def _number(value: float | None) -> str:
 
 
 def _decides(name: str, setting: str) -> bool:
-    """Returns True for a setting which must be the same for two runs' numbers of that name to be of the same quantity.
+    """Returns True if two runs must agree in a setting for their numbers of that name to be the same quantity.
 
-    The objective of a loss, but for weights where it is a term's; the metric's function; what is held out.
+    These settings are the objective of a loss (for one term its settings but the weight), the function of a user's
+    metric, and the held-out caches.
     """
     metric = name.rpartition("/")[2]
     if setting.startswith("loss."):
         of_term = setting.startswith(f"loss.terms.{metric.removesuffix('_loss')}.") and ".weight" not in setting
         return setting != "loss.chunk_tokens" and (metric == "loss" or (metric.endswith("_loss") and of_term))
     held_out = setting.startswith("evaluation.shards") and not setting.endswith("path") and name.startswith("val/")
-    of_text = metric in OF_TEXT and not setting.endswith(CONTENTS)  # whatever is read of the teacher
+    # These metrics depend on the caches' contents, but not on how their teacher data are read.
+    of_text = metric in OF_TEXT and not setting.endswith(CONTENTS)
     return (held_out and not of_text) or setting == f"metric {metric}"
 
 
 def _deciding(run: Run) -> dict[str, str]:
-    """Returns a run's settings, with the contents of its held-out caches, and each function that is a metric."""
+    """Returns a run's settings, the hashes of its inputs, and the functions of the user's metrics."""
     functions = re.findall(r"[\w.]+", run.settings.get("evaluation.metrics", ("", ""))[0])
     return {
         **{path: value for path, (value, _) in run.settings.items()},
-        **{f"{path}{CONTENTS}": each["sha256"] for path, each in run.facts.get("inputs", {}).items()},
+        **{f"{path}{CONTENTS}": item["sha256"] for path, item in run.facts.get("inputs", {}).items()},
         **{f"metric {function.rpartition('.')[2]}": function for function in functions},
     }
 
 
 def incomparable(name: str, first: Run, other: Run) -> list[str]:
-    """Returns the settings for which two runs' numbers of that name are not of the same quantity."""
+    """Returns the settings whose difference makes two runs' numbers of that name different quantities."""
     one, two = _deciding(first), _deciding(other)
     paths = (path for path in dict.fromkeys([*one, *two]) if one.get(path) != two.get(path))
     return [path for path in paths if _decides(name, path)]
 
 
 def _with_difference(name: str, runs: list[Run]) -> list[str]:
-    """Numbers, from the second on with their difference to the first, where they are of the same quantity."""
+    """Returns each run's last value, with the difference to the first run's where the quantity is the same."""
     first = runs[0].final(name)
-    shown = [_number(first)]
+    cells = [_number(first)]
     for run in runs[1:]:
         value = run.final(name)
         difference = (
@@ -179,18 +183,20 @@ def _with_difference(name: str, runs: list[Run]) -> list[str]:
             if value is None or first is None
             else f"{value - first:+.4f}"
         )
-        shown.append(f"{_number(value)} ({difference})" if difference and value is not None else _number(value))
-    return shown
+        cells.append(f"{_number(value)} ({difference})" if difference and value is not None else _number(value))
+    return cells
 
 
 def other_quantities(runs: list[Run]) -> str:
-    """Returns what the sign in place of a difference means; nothing where there is none."""
-    found = {path: None for name in metric_names(runs) for run in runs[1:] for path in incomparable(name, runs[0], run)}
-    return f"{OTHER}: another quantity than in A, by {', '.join(found)}." if found else ""
+    """Returns a note about the sign that replaces a difference, or an empty text if there is no such sign."""
+    settings = {
+        path: None for name in metric_names(runs) for run in runs[1:] for path in incomparable(name, runs[0], run)
+    }
+    return f"{OTHER}: another quantity than in A, by {', '.join(settings)}." if settings else ""
 
 
 def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Last values with their differences to the first run's, and the best of the held-out ones."""
+    """Returns last values with their differences to the first run's, and the best values of held-out metrics."""
     rows: list[Row] = []
     for name in metric_names(runs):
         if not everything and name.endswith(CONSTANT):
@@ -199,7 +205,7 @@ def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
         if not (name.startswith("val/") and metric_direction(name)):
             continue
         best = [run.best(name) for run in runs]
-        if any(found is not None and found[1] != run.step for found, run in zip(best, runs, strict=True)):
-            shown = [f"{_number(found[0])} at {found[1]}" if found else ABSENT for found in best]
-            rows.append((f"  best {name}", shown))
+        if any(point is not None and point[1] != run.step for point, run in zip(best, runs, strict=True)):
+            cells = [f"{_number(point[0])} at {point[1]}" if point else ABSENT for point in best]
+            rows.append((f"  best {name}", cells))
     return rows

@@ -1,4 +1,4 @@
-"""Runs side by side as one HTML page that needs nothing else: no scripts, no links, everything escaped."""
+"""Runs side by side as one self-contained HTML page without scripts and links, where every text is escaped."""
 
 import html
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from launchers.reports.plots import COLOURS, plot
 from launchers.reports.runs import (
     Row,
     Run,
-    labels,
+    column_titles,
     metric_names,
     metric_rows,
     other_quantities,
@@ -45,13 +45,13 @@ def _table(head: Sequence[str], rows: Sequence[Row]) -> str:
     return f"<table><tr><th></th>{top}</tr>{''.join(lines)}</table>"
 
 
-def _section(title: str, head: Sequence[str], rows: Sequence[Row], none: str) -> str:
-    return f"<h2>{title}</h2>{_table(head, rows) if rows else f'<p>{none}</p>'}"
+def _section(title: str, head: Sequence[str], rows: Sequence[Row], if_empty: str) -> str:
+    return f"<h2>{title}</h2>{_table(head, rows) if rows else f'<p>{if_empty}</p>'}"
 
 
 def page(runs: list[Run], everything: bool, by_tokens: bool) -> str:
-    """The page."""
-    names = labels(runs)
+    """Returns the page."""
+    names = column_titles(runs)
     across = "positions read" if by_tokens else "step"
     plots = [
         plot(name, across, [(label, run.curve(name, by_tokens)) for label, run in zip(names, runs, strict=True)])

@@ -10,18 +10,18 @@ Rows = Sequence[Sequence[str]]
 
 
 def aligned(head: Sequence[str], rows: Rows) -> str:
-    """Columns two spaces apart; those that hold numbers alone stand right. What does not print is escaped."""
+    """Formats columns two spaces apart, those of numbers aligned to the right. Unprintable characters are escaped."""
     head, rows = (
         [escape_unprintable(cell) for cell in head],
         [[escape_unprintable(cell) for cell in row] for row in rows],
     )
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    right = [all(_is_number(row[i]) for row in rows if row[i]) for i in range(len(head))]
+    is_right_aligned = [all(_is_number(row[i]) for row in rows if row[i]) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
         placed = (
             cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(cells, widths, right, strict=True)
+            for cell, width, to_right in zip(cells, widths, is_right_aligned, strict=True)
         )
         return "  ".join(placed).rstrip()
 
@@ -37,14 +37,14 @@ def _is_number(text: str) -> bool:
 
 
 def markdown(head: Sequence[str], rows: Rows) -> str:
-    """A pipe table."""
+    """Formats a Markdown pipe table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def comma_separated(head: Sequence[str], rows: Rows) -> str:
-    """CSV with one header line."""
+    """Formats CSV with one header line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)

@@ -86,12 +86,12 @@ def _numbers(wanted: Any) -> set[type]:
 
 
 def _bad(place: Place) -> Iterator[Any]:
-    kinds = set[type]() if place.is_part else _numbers(place.wanted)
+    kinds = set[type]() if place.is_part else _numbers(place.annotation)
     wrong: list[Any] = [-1] if kinds else []
     wrong += [nan, inf, -inf] if float in kinds else []
     wrong += [] if place.name in ZERO else [0] if kinds else []
     for number in map(float, wrong) if float in kinds else wrong:
-        yield (number,) * 2 if isinstance(place.value, tuple) or "tuple" in str(place.wanted) else number
+        yield (number,) * 2 if isinstance(place.value, tuple) or "tuple" in str(place.annotation) else number
 
 
 PLACES = [(name, place.path) for name, config in GRAPHS.items() for place in walk(config) if any(_bad(place))]
