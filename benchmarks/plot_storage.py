@@ -65,7 +65,7 @@ def table(found: list[Kept]) -> str:
         ]
         for kept in found
     ]
-    return text_tables.markdown(["kept", "tail", "bytes a position", "entries", *METRICS], lines)
+    return text_tables.format_markdown(["kept", "tail", "bytes a position", "entries", *METRICS], lines)
 
 
 def draw(found: list[Kept], target: Path) -> None:

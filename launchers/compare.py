@@ -53,7 +53,7 @@ def main(*folders: str) -> None:
     from launchers.reports import runs as run_tables
     from launchers.reports.plots import sparkline
     from launchers.reports.runs import column_titles, metric_names, read_run
-    from launchers.reports.runs_page import page
+    from launchers.reports.runs_page import html_page
 
     if len(folders) > MOST_RUNS:
         raise UsageError(f"{len(folders)} runs given; wanted at most {MOST_RUNS}.")
@@ -75,9 +75,9 @@ def main(*folders: str) -> None:
     shown = [name for name in metric_names(runs) if name in SHOWN]
     _table("Curves", names, [(name, [sparkline(run.curve(name)) for run in runs]) for name in shown], "none yet.")
     if HTML.value:
-        write_text(Path(HTML.value), page(runs, ALL.value, X.value == "tokens"))
+        write_text(Path(HTML.value), html_page(runs, ALL.value, X.value == "tokens"))
         print(f"\n{HTML.value}: written")
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.compare", __doc__ or "", arguments=["RUN"], more=True)
+    app.run_command(main, "launchers.compare", __doc__ or "", arguments=["RUN"], more=True)

@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.convert", __doc__ or "")
+    app.run_command(main, "launchers.convert", __doc__ or "")

@@ -115,9 +115,9 @@ def _user_metrics() -> list[Any]:
     return [user_code.load_from_file(text, f"--metric={text}", expected_form).load() for text in METRIC.value]
 
 
-def table(metrics_by_cache: Mapping[str, Mapping[str, float]]) -> str:
+def format_table(metrics_by_cache: Mapping[str, Mapping[str, float]]) -> str:
     """Formats a row per metric and a column per cache. Several caches get a header with their names."""
-    from launchers.reports.text_tables import aligned
+    from launchers.reports.text_tables import format_aligned
 
     def cell(name: str, numbers: Mapping[str, float]) -> str:
         return "" if name not in numbers else f"{numbers[name]:.0f}" if name == "tokens" else f"{numbers[name]:.5f}"
@@ -126,8 +126,8 @@ def table(metrics_by_cache: Mapping[str, Mapping[str, float]]) -> str:
     names = [name for name in SHOWN if name in measured_names] + sorted(measured_names - SHOWN.keys())
     rows = [[SHOWN.get(name, name), *(cell(name, numbers) for numbers in metrics_by_cache.values())] for name in names]
     if len(metrics_by_cache) == 1:
-        return aligned(["", ""], rows).split("\n", 1)[1]
-    return aligned(["", *metrics_by_cache], rows)
+        return format_aligned(["", ""], rows).split("\n", 1)[1]
+    return format_aligned(["", *metrics_by_cache], rows)
 
 
 def main() -> None:
@@ -154,9 +154,9 @@ def main() -> None:
         print(
             (json.dumps(metrics_by_cache if len(metrics_by_cache) > 1 else metrics_by_cache[caches[0]]))
             if JSON.value
-            else table(metrics_by_cache)
+            else format_table(metrics_by_cache)
         )
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.evaluate", __doc__ or "")
+    app.run_command(main, "launchers.evaluate", __doc__ or "")

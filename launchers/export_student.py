@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.export_student", __doc__ or "")
+    app.run_command(main, "launchers.export_student", __doc__ or "")

@@ -68,9 +68,9 @@ def _export(export: Any, out: Path) -> None:
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
     from kd_core.parallel.world import joined_world
-    from launchers.cli.folder_guard import CACHES, refuse_others
+    from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
-    refuse_others(out, CACHES, "out")
+    refuse_other_kinds(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before any rank waits for another
     with joined_world() as world, ExitStack() as stack:
         world.run_on_first(lambda: stack.enter_context(own_folder(out)))
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.export_teacher", __doc__ or "", KIND)
+    app.run_command(main, "launchers.export_teacher", __doc__ or "", KIND)

@@ -172,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.importance", __doc__ or "")
+    app.run_command(main, "launchers.importance", __doc__ or "")

@@ -15,9 +15,9 @@ lists all errors by shard, block and member, and ends with status 1 if there is 
 """
 
 if __name__ == "inspect":  # `python launchers/NAME.py` puts this folder before the standard library
-    from cli.start_by_file import start_again  # pyright: ignore[reportMissingImports]
+    from cli.start_by_file import restart_as_module  # pyright: ignore[reportMissingImports]
 
-    start_again()
+    restart_as_module()
 
 import itertools
 import os
@@ -181,7 +181,7 @@ def _print_records(records: "list[Record]", words: "IdToText") -> None:
             print(f"    … {record.positions - most} more positions: --positions=0, or --html=FILE")
 
 
-def show(folder: Path) -> None:
+def show_cache(folder: Path) -> None:
     """Prints what is in the cache, and writes the page if --html names one."""
     from data.cache.inspection.readable import escape_unprintable, id_to_text
     from kd_core.files import write_text
@@ -206,13 +206,13 @@ def show(folder: Path) -> None:
         print(escape_unprintable(f"\nids, not text: {_missing(manifest)}. Name its folder with --tokenizer=DIR."))
     _print_records(records, words)
     if HTML.value:
-        tables = records_page.Tables(str(folder), describe_cache(manifest, survey), part_costs(survey), coverage)
+        tables = records_page.PageTables(str(folder), describe_cache(manifest, survey), part_costs(survey), coverage)
         page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)
         write_text(Path(HTML.value), page)
         print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")
 
 
-def check(folder: Path) -> None:
+def verify_cache(folder: Path) -> None:
     """Verifies the cache, prints all errors, and exits with status 1 if there is any."""
     from tqdm import tqdm
 
@@ -246,11 +246,11 @@ def main(cache: str) -> None:
     """Shows the cache, or verifies it with --verify."""
     folder = Path(cache)
     try:
-        (check if VERIFY.value else show)(folder)
+        (verify_cache if VERIFY.value else show_cache)(folder)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.inspect", __doc__ or "", arguments=("CACHE",))
+    app.run_command(main, "launchers.inspect", __doc__ or "", arguments=("CACHE",))

@@ -20,7 +20,7 @@ def commands() -> dict[str, str]:
     summaries: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
-        if "\n    app.start(main, " in source:
+        if "\n    app.run_command(main, " in source:
             summaries[path.stem.replace("_", "-")] = (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
     return summaries
 
@@ -42,7 +42,7 @@ def main() -> None:
         print(version("kd-workspace"))
         return
     if name not in (summaries := commands()):
-        app.refuse("kd", f"no command {sys.argv[1]!r}. {catalog.did_you_mean(name, summaries)}")
+        app.exit_with_usage_error("kd", f"no command {sys.argv[1]!r}. {catalog.did_you_mean(name, summaries)}")
     # Processes that a command starts find the packages as this one does, and not in the current folder.
     os.environ["PYTHONSAFEPATH"] = "1"
     app.started_as = "kd"

@@ -33,7 +33,7 @@ def row_length_items(teacher: str) -> list[str]:
     return [f"tag:RowLength={length}"] if length < ROW_LENGTH else []
 
 
-def measured_layers(teacher: str, cache: Path, out: Path) -> str:
+def measure_layers(teacher: str, cache: Path, out: Path) -> str:
     """Returns the setting that keeps the half of the layers with the most influence on the cache's text.
 
     Raises:
@@ -92,7 +92,7 @@ def _beginnings(cache: Path, teacher: str) -> Iterator[str]:
             yield text
 
 
-def prompts_of(cache: Path, teacher: str) -> tuple[str, ...]:
+def held_out_prompts(cache: Path, teacher: str) -> tuple[str, ...]:
     """Returns the first `PROMPTS` distinct beginnings of held-out documents."""
     prompts: dict[str, None] = {}
     for text in _beginnings(cache, teacher):
@@ -102,7 +102,7 @@ def prompts_of(cache: Path, teacher: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def part_of(manifest: "Manifest") -> str:
+def corpus_share(manifest: "Manifest") -> str:
     """Returns a phrase about how much of the corpus is in the training cache, and how to take more."""
     corpus_positions = max(manifest.positions, int(manifest.made.get("drawn_from", 0)))
     if corpus_positions == manifest.positions:

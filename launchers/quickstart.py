@@ -44,7 +44,7 @@ PROMPT_TOKENS = 40
 
 
 def _print(text: str) -> None:
-    print("\n".join(map(escape_unprintable, app.as_started(text).split("\n"))), flush=True)
+    print("\n".join(map(escape_unprintable, app.rewrite_commands(text).split("\n"))), flush=True)
 
 
 def _stage(number: int, title: str, work: Callable[[], str]) -> None:
@@ -117,11 +117,11 @@ def _sizes(cache: Path) -> str:
 
     manifests = {split: read_manifest(cache / split) for split in ("train", "validation")}
     sizes = ", ".join(f"{split} {m.positions} positions in {len(m.shards)} shards" for split, m in manifests.items())
-    return sizes + (own_data.part_of(manifests["train"]) if CORPUS.value else "")
+    return sizes + (own_data.corpus_share(manifests["train"]) if CORPUS.value else "")
 
 
 def _prompts(cache: Path, teacher: str) -> tuple[str, ...]:
-    corpus_prompts = own_data.prompts_of(cache / "validation", teacher) if CORPUS.value else ()
+    corpus_prompts = own_data.held_out_prompts(cache / "validation", teacher) if CORPUS.value else ()
     return corpus_prompts or (OUR_PROMPT,)
 
 
@@ -136,7 +136,7 @@ def _train_items(teacher: str, cache: Path) -> list[str]:
     if TEACHER.value:
         items += own_data.row_length_items(teacher)
         if not any("student.keep_layers=" in item for item in CONFIG.value):
-            items.append(own_data.measured_layers(teacher, cache / "train", cache.parent / "keep_layers.json"))
+            items.append(own_data.measure_layers(teacher, cache / "train", cache.parent / "keep_layers.json"))
     if TEACHER.value or CORPUS.value or EXPORT_CONFIG.value:
         items += own_data.step_items(cache / "train", items, CONFIG.value)
     if CORPUS.value:
@@ -255,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.quickstart", __doc__ or "")
+    app.run_command(main, "launchers.quickstart", __doc__ or "")

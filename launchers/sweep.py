@@ -178,7 +178,7 @@ def main() -> None:
     from experiments.config.sweep_points import resolve_points
     from kd_core.errors import UsageError
     from kd_core.files import own_folder
-    from launchers.cli.folder_guard import A_SWEEP, refuse_others
+    from launchers.cli.folder_guard import A_SWEEP, refuse_other_kinds
     from launchers.sweeps.sweep_folder import SweepFolder
 
     if not SWEEP.value:
@@ -193,7 +193,7 @@ def main() -> None:
     if BACKEND.value == "check":
         _check(points)
         return
-    refuse_others(folder.path, A_SWEEP, "out")
+    refuse_other_kinds(folder.path, A_SWEEP, "out")
     _refuse_missing_caches(folder, points)
     with own_folder(folder.path):
         removed = folder.claim(name, points)
@@ -209,4 +209,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.sweep", f"{__doc__}\nSweeps of experiments/:\n{catalog.format_listing(catalog.SWEEP)}")
+    app.run_command(
+        main, "launchers.sweep", f"{__doc__}\nSweeps of experiments/:\n{catalog.format_listing(catalog.SWEEP)}"
+    )

@@ -99,7 +99,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
     from kd_core.training.run_folder import RunFolder, attempt_facts
     from kd_core.training.stop_signals import StopSignals
     from launchers.cli import rank_facts
-    from launchers.cli.folder_guard import A_RUN, refuse_others
+    from launchers.cli.folder_guard import A_RUN, refuse_other_kinds
 
     run_folder = RunFolder(folder)
     patience = 2 * experiment.parallel.timeout + 30  # longer than the watchdog, which names the rank
@@ -110,7 +110,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
         text = config_items.describe(resolved)
 
         def check() -> dict[str, str]:
-            refuse_others(folder, A_RUN, "run_dir")
+            refuse_other_kinds(folder, A_RUN, "run_dir")
             stack.enter_context(own_folder(folder))
             # Checked before the record is written, so that a mistake leaves no run in the folder.
             check_lines = experiment.check(world.size)
@@ -189,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.start(main, "launchers.train", __doc__ or "", KIND)
+    app.run_command(main, "launchers.train", __doc__ or "", KIND)

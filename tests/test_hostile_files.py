@@ -49,8 +49,8 @@ from kd_core.training.monitoring.metric_log import MetricLog, read_metrics
 from kd_core.training.optimizer import AdamW
 from launchers.cli import app
 from launchers.reports.runs import read_run
-from launchers.reports.runs_page import page
-from launchers.reports.text_tables import aligned
+from launchers.reports.runs_page import html_page
+from launchers.reports.text_tables import format_aligned
 from launchers.sweeps import slurm
 from launchers.sweeps.sweep_folder import SweepFolder
 from tests.launchers.command import run
@@ -576,16 +576,16 @@ def test_what_others_named_is_escaped_in_tables_pages_and_messages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [read_run(_run(tmp_path / name)) for name in ("one", "two")]
-    text = page(runs, everything=True, by_tokens=True)
+    text = html_page(runs, everything=True, by_tokens=True)
     assert "\x1b" not in text
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-    assert "\x1b" not in aligned(["a"], [[ESCAPES]])
+    assert "\x1b" not in format_aligned(["a"], [[ESCAPES]])
 
     def fail() -> None:
         raise UsageError(f"a file: holds {ESCAPES}{'x' * 100_000}.")
 
-    assert app.guarded(fail, "test") == 1
+    assert app.run_guarded(fail, "test") == 1
     said = capsys.readouterr().err
     assert "\x1b" not in said
     assert len(said) < 50_000

@@ -277,7 +277,7 @@ def parse_manifest(value: Any, path: str) -> Manifest:
         raise UsageError(f"{path}: {error}. Restore it, or export the cache again.") from None
 
 
-def caches_in(folder: Path) -> str:
+def list_caches(folder: Path) -> str:
     """Lists the first few caches inside a folder, for errors about a folder that is no cache. Empty if it has none."""
     return ", ".join(str(path.parent) for path in sorted(folder.glob("*/manifest.json"))[:4])
 
@@ -290,7 +290,7 @@ def read_manifest(folder: Path) -> Manifest:
             `parse_manifest`).
     """
     path = folder / "manifest.json"
-    if not path.exists() and (inside := caches_in(folder)):
+    if not path.exists() and (inside := list_caches(folder)):
         raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {inside}.")
     if not path.exists() and (folder / "plan.json").exists():
         raise UsageError(

@@ -17,7 +17,7 @@ from kd_core.errors import UsageError
 REWRITE = "GOPEN_REWRITE"
 
 
-def opened(url: str) -> Any:
+def open_stream(url: str) -> Any:
     """Opens a stream of the bytes of a file: an absolute path, or a URL of an allowed scheme.
 
     Raises:
@@ -29,7 +29,7 @@ def opened(url: str) -> Any:
     return gopen(url)
 
 
-def known_scheme(scheme: str) -> bool:
+def is_supported_scheme(scheme: str) -> bool:
     """Returns True if webdataset opens URLs of a scheme."""
     return scheme in gopen_schemes
 
@@ -39,7 +39,7 @@ def exit_status(stream: Any) -> int | None:
     return stream.proc.wait() if isinstance(stream, Pipe) else None
 
 
-def stop(stream: Any) -> None:
+def kill_program(stream: Any) -> None:
     """Kills the program behind a stream, from any thread. A thread that reads the stream then gets its end."""
     if isinstance(stream, Pipe) and stream.proc.poll() is None:
         stream.proc.kill()
@@ -47,7 +47,7 @@ def stop(stream: Any) -> None:
 
 def close(stream: Any) -> None:
     """Closes a stream, also before its end, and stops its program."""
-    stop(stream)
+    kill_program(stream)
     if isinstance(stream, Pipe):
         stream.ignore_errors = True
     stream.close()
@@ -57,7 +57,7 @@ def _reraise(error: Exception) -> bool:
     raise error
 
 
-def members_of(data: bytes, url: str) -> dict[str, bytes]:
+def read_block_members(data: bytes, url: str) -> dict[str, bytes]:
     """Returns the members of a block by suffix, as webdataset groups them.
 
     Raises:

@@ -31,7 +31,7 @@ def _why(data: bytes, coding: Coding, url: str) -> str:
     """What is wrong with bytes whose hash is not the manifest's, as far as they tell."""
     try:
         names = [member.name for member in read_members(data)]
-        decode_block(webdataset_io.members_of(data, url), coding)
+        decode_block(webdataset_io.read_block_members(data, url), coding)
     except Exception as error:  # anything may be in damaged bytes
         return str(error)
     return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
@@ -162,7 +162,7 @@ class ShardReader:
         if index == len(shard.blocks) - 1 and end != END_OF_TAR:
             raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         try:
-            records = decode_block(webdataset_io.members_of(data, path), self.coding)
+            records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
         except Exception as error:  # what webdataset raises is not narrowed down
             raise _damaged(path, index, str(error)) from None
         if (found := tuple(record.positions for record in records)) != block.lengths:
@@ -216,7 +216,7 @@ def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
         edges = [*sorted(starts.values()), len(data) - len(END_OF_TAR)]
         for start, end in itertools.pairwise(edges):
-            members = webdataset_io.members_of(data[start:end], str(path))
+            members = webdataset_io.read_block_members(data[start:end], str(path))
             records = decode_block(members, coding)
             lengths = tuple(record.positions for record in records)
             digest = hashlib.sha256(data[start:end]).hexdigest()

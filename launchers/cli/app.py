@@ -58,7 +58,7 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     return resolved
 
 
-def as_started(text: str) -> str:
+def rewrite_commands(text: str) -> str:
     """Returns a text with its command lines rewritten to `kd …`, if the user started `kd`."""
     if not started_as:
         return text
@@ -73,7 +73,7 @@ def _help(doc: str, kind: str | None) -> str:
         parts.append(f"Known to --config (first docstring line, module):\n{catalog.format_listing(kind)}")
     shared = [__name__] if kind is not None else []
     described = [FLAGS.module_help(module).split(":", 1)[1].strip("\n") for module in (*shared, sys.argv[0])]
-    return as_started("\n\n".join([*parts, "Flags:\n" + "\n".join(described)]))
+    return rewrite_commands("\n\n".join([*parts, "Flags:\n" + "\n".join(described)]))
 
 
 def _visible_lines(text: str) -> str:
@@ -114,10 +114,10 @@ def _message(error: BaseException) -> str | None:
 
 
 def _print_error(prog: str, message: str) -> None:
-    print(f"{prog}: error: {_visible_lines(_short(as_started(message)))}", file=sys.stderr, flush=True)
+    print(f"{prog}: error: {_visible_lines(_short(rewrite_commands(message)))}", file=sys.stderr, flush=True)
 
 
-def guarded(main: Callable[[], None], prog: str) -> int:
+def run_guarded(main: Callable[[], None], prog: str) -> int:
     """Runs `main` and returns its exit status. One rank prints a user's mistake under the name `prog`."""
     try:
         main()
@@ -132,7 +132,7 @@ def guarded(main: Callable[[], None], prog: str) -> int:
     return 0
 
 
-def refuse(prog: str, message: str) -> NoReturn:
+def exit_with_usage_error(prog: str, message: str) -> NoReturn:
     """Exits with one message about a mistake in the command line."""
     if _is_first():
         _print_error(prog, message)
@@ -179,21 +179,21 @@ def _parse(argv: Sequence[str], prog: str, doc: str, kind: str | None) -> list[s
     try:
         return FLAGS([_with_home(argument) for argument in argv])
     except flags.UnrecognizedFlagError as error:
-        refuse(prog, _unknown_flag(error.flagname, argv))
+        exit_with_usage_error(prog, _unknown_flag(error.flagname, argv))
     except flags.Error as error:
-        refuse(prog, f"{error}. Try --help.")
+        exit_with_usage_error(prog, f"{error}. Try --help.")
 
 
 def _check_arguments(arguments: Sequence[str], names: Sequence[str], more: bool, prog: str) -> None:
     if len(arguments) > len(names) and not more:
         unexpected = arguments[len(names)]
         hint = f"Did you mean --config={unexpected}? " if "=" in unexpected and "config" in FLAGS else ""
-        refuse(prog, f"unexpected argument {unexpected!r}. {hint}Flags begin with --; try --help.")
+        exit_with_usage_error(prog, f"unexpected argument {unexpected!r}. {hint}Flags begin with --; try --help.")
     if len(arguments) < len(names):
-        refuse(prog, f"no {names[len(arguments)]} given. Try --help.")
+        exit_with_usage_error(prog, f"no {names[len(arguments)]} given. Try --help.")
 
 
-def start(
+def run_command(
     main: Callable[..., None],
     module: str,
     doc: str,
@@ -222,6 +222,6 @@ def start(
         log.propagate = False  # absl's own handler would print every line twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
-        raise SystemExit(guarded(lambda: main(*values), prog))
+        raise SystemExit(run_guarded(lambda: main(*values), prog))
 
     app.run(run, argv=sys.argv, flags_parser=lambda argv: _parse(argv, prog, doc, kind))

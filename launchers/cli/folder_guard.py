@@ -13,7 +13,7 @@ MARKS = {
 }
 
 
-def refuse_others(folder: Path, kind: str, flag: str) -> None:
+def refuse_other_kinds(folder: Path, kind: str, flag: str) -> None:
     """Checks that a folder to write `kind` into holds no other kind.
 
     Raises:

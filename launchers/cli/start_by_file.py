@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 
-def start_again() -> NoReturn:
+def restart_as_module() -> NoReturn:
     """Replaces this process by `python -m launchers.NAME`, which has the project's folder on its path."""
     folder, script = Path(__file__).parents[1], Path(sys.argv[0]).resolve()
     if script.parent != folder.resolve():

@@ -27,7 +27,7 @@ class Frame(NamedTuple):
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def round_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Returns about `about` round numbers within [low, high], in steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -52,10 +52,10 @@ def _short(value: float) -> str:
 
 def _axes(frame: Frame) -> list[str]:
     parts: list[str] = []
-    for x in ticks(frame.x0, frame.x1):
+    for x in round_ticks(frame.x0, frame.x1):
         px, _ = frame.place(x, frame.y0)
         parts.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(x)}</text>')
-    for y in ticks(frame.y0, frame.y1):
+    for y in round_ticks(frame.y0, frame.y1):
         _, py = frame.place(frame.x0, y)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{_short(y)}</text>')
@@ -71,7 +71,7 @@ def _line(frame: Frame, points: Points, label: str, colour: str) -> str:
     return f'<g>{title}<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>{marks}</g>'
 
 
-def plot(title: str, across: str, curves: Sequence[tuple[str, Points]]) -> str:
+def svg_plot(title: str, across: str, curves: Sequence[tuple[str, Points]]) -> str:
     """Returns one SVG with a line per curve.
 
     A curve's colour depends on its index alone, also where curves before it have no points. Numbers that are not

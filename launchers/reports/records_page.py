@@ -35,7 +35,7 @@ h2 { font-size: 1.1rem; margin-top: 2rem; }
 """
 
 
-class Tables(NamedTuple):
+class PageTables(NamedTuple):
     """Title, facts, costs and coverage of a cache, which the page shows above the records."""
 
     title: str
@@ -123,7 +123,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table>"
 
 
-def html_page(tables: Tables, records: Sequence[Record], words: IdToText, most: int) -> str:
+def html_page(tables: PageTables, records: Sequence[Record], words: IdToText, most: int) -> str:
     """Returns the page. It has no scripts or links, and everything from the cache is escaped."""
     title = html.escape(escape_unprintable(tables.title))
     parts = [

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from launchers.reports.plots import COLOURS, plot
+from launchers.reports.plots import COLOURS, svg_plot
 from launchers.reports.runs import (
     Row,
     Run,
@@ -49,12 +49,12 @@ def _section(title: str, head: Sequence[str], rows: Sequence[Row], if_empty: str
     return f"<h2>{title}</h2>{_table(head, rows) if rows else f'<p>{if_empty}</p>'}"
 
 
-def page(runs: list[Run], everything: bool, by_tokens: bool) -> str:
+def html_page(runs: list[Run], everything: bool, by_tokens: bool) -> str:
     """Returns the page."""
     names = column_titles(runs)
     across = "positions read" if by_tokens else "step"
     plots = [
-        plot(name, across, [(label, run.curve(name, by_tokens)) for label, run in zip(names, runs, strict=True)])
+        svg_plot(name, across, [(label, run.curve(name, by_tokens)) for label, run in zip(names, runs, strict=True)])
         for name in metric_names(runs)
     ]
     folders = "".join(f"<p>{_key(i, f'{names[i]}: {run.folder}')}</p>" for i, run in enumerate(runs))

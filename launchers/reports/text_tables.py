@@ -9,7 +9,7 @@ from kd_core.errors import escape_unprintable
 Rows = Sequence[Sequence[str]]
 
 
-def aligned(head: Sequence[str], rows: Rows) -> str:
+def format_aligned(head: Sequence[str], rows: Rows) -> str:
     """Formats columns two spaces apart, those of numbers aligned to the right. Unprintable characters are escaped."""
     head, rows = (
         [escape_unprintable(cell) for cell in head],
@@ -36,14 +36,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def markdown(head: Sequence[str], rows: Rows) -> str:
+def format_markdown(head: Sequence[str], rows: Rows) -> str:
     """Formats a Markdown pipe table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def comma_separated(head: Sequence[str], rows: Rows) -> str:
+def format_csv(head: Sequence[str], rows: Rows) -> str:
     """Formats CSV with one header line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cache.manifest import caches_in
+from data.cache.manifest import list_caches
 from experiments.base.checks import local_caches
 from kd_core.errors import UsageError
 from launchers.reports import text_tables
@@ -37,7 +37,7 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
         values = [table_text(point.values[path]) if path in point.values else "" for path in paths]
         rows.append([point.id, *values, f"{point.tokens:,}", _number(flops, ".2e"), _number(hours, ".2f"),
                      folder.status(point.id).state])  # fmt: skip
-    table = text_tables.aligned(["id", *(names[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
+    table = text_tables.format_aligned(["id", *(names[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
     source = "given" if tokens_per_second else "as the finished points ran" if rate else ""
     hours = f", {total_hours:.2f} hours one after another ({source})" if source else "; for hours: --tokens_per_second"
     total = f"{table}\n{len(points)} points, {total_tokens:,} tokens"
@@ -106,7 +106,7 @@ def refuse_missing_caches(points: Sequence[Point]) -> None:
                 readers.setdefault((path, folder), []).append(point.id)
     if readers:
         missing = "\n  ".join(
-            f"{path} {folder}{f' (there are some in it: {inside})' if (inside := caches_in(folder)) else ''}, "
+            f"{path} {folder}{f' (there are some in it: {inside})' if (inside := list_caches(folder)) else ''}, "
             f"of {_some(ids)}"
             for (path, folder), ids in readers.items()
         )

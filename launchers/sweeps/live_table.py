@@ -30,7 +30,7 @@ class LiveTable:
         if self.is_terminal:
             self._erase()
             width = shutil.get_terminal_size().columns - 1  # a wrapped line would take two lines to erase
-            lines = [line[:width] for line in text_tables.aligned(self.header, self.rows()).splitlines()]
+            lines = [line[:width] for line in text_tables.format_aligned(self.header, self.rows()).splitlines()]
             self.stream.write("".join(f"{line}\n" for line in lines))
             self.drawn_lines = len(lines)
         self.stream.flush()

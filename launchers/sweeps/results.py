@@ -181,7 +181,7 @@ def _points_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str])
         ]
         for row in rows
     ]
-    return text_tables.comma_separated(["id", *paths, "state", *names], lines)
+    return text_tables.format_csv(["id", *paths, "state", *names], lines)
 
 
 def _curves_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str]) -> str:
@@ -192,7 +192,7 @@ def _curves_csv(rows: Sequence[Row], paths: Sequence[str], names: Sequence[str])
         if row.final
         for validation in row.curve
     ]
-    return text_tables.comma_separated(["id", *paths, "step", *names], lines)
+    return text_tables.format_csv(["id", *paths, "step", *names], lines)
 
 
 def _groups_csv(groups: Sequence[Group], paths: Sequence[str], names: Sequence[str]) -> str:
@@ -208,7 +208,7 @@ def _groups_csv(groups: Sequence[Group], paths: Sequence[str], names: Sequence[s
         [*_values(group.point, axes), str(group.n), *(cell for name in names for cell in cells(group.means.get(name)))]
         for group in groups
     ]
-    return text_tables.comma_separated(header, lines)
+    return text_tables.format_csv(header, lines)
 
 
 def _with_interval(mean: Mean | None) -> str:
@@ -243,9 +243,9 @@ def _markdown(
         "## Over seeds",
         f"Mean ± half of the {CONFIDENCE:.0%} confidence interval (Student's t) over n seeds, after the last step, per "
         "scored token in nats; of one seed there is no interval.",
-        text_tables.markdown([*(short[path] for path in axes), "n", *main], by_group),
+        text_tables.format_markdown([*(short[path] for path in axes), "n", *main], by_group),
         "## Points",
-        text_tables.markdown(["id", *(short[path] for path in paths), "state", *main], by_point),
+        text_tables.format_markdown(["id", *(short[path] for path in paths), "state", *main], by_point),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -27,8 +27,8 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
 def test_a_folder_has_one_owner_and_is_free_again_when_it_dies(tmp_path: Path) -> None:
     code = f"""
 import time, pathlib
-from kd_core.files import owned
-with owned(pathlib.Path({str(tmp_path)!r})):
+from kd_core.files import own_folder
+with own_folder(pathlib.Path({str(tmp_path)!r})):
     print("mine", flush=True)
     time.sleep(100_000)
 """

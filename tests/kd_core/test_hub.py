@@ -89,9 +89,9 @@ def hub() -> Iterator[tuple[str, Counter[str]]]:
 SCRIPT = """
 import sys
 from kd_core.errors import UsageError
-from kd_core.hub import folder_of, pinned
+from kd_core.hub import resolve_folder, pin_commit
 try:
-    print(folder_of(sys.argv[1], "student.folder"), pinned(sys.argv[1]))
+    print(resolve_folder(sys.argv[1], "student.folder"), pin_commit(sys.argv[1]))
 except UsageError as error:
     print(error)
 """

@@ -20,7 +20,7 @@ from kd_core.files import own_folder
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective
 from kd_core.training.evaluation import metric_names
 from kd_core.training.monitoring.metric_log import read_metrics
-from launchers.cli.folder_guard import A_RUN, A_SWEEP, CACHES, refuse_others
+from launchers.cli.folder_guard import A_RUN, A_SWEEP, CACHES, refuse_other_kinds
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import Command, configs, kill_when, line, run, values
 from tests.tiny import ROW_LENGTH, VOCAB, Tiny, bytes_of
@@ -200,9 +200,9 @@ def test_nothing_is_laid_over_another_kind_of_folder(tiny: Tiny, whole_run: Path
     assert sorted(whole_run.rglob("*")) == before
     for folder, kind in ((tiny.teacher, A_RUN), (tiny.teacher, CACHES), (whole_run, A_SWEEP)):
         with pytest.raises(UsageError, match="Name another folder"):
-            refuse_others(folder, kind, "out")
+            refuse_other_kinds(folder, kind, "out")
     for folder, kind in ((whole_run, A_RUN), (caches, CACHES), (tiny.train, CACHES), (tmp_path / "new", A_SWEEP)):
-        refuse_others(folder, kind, "out")
+        refuse_other_kinds(folder, kind, "out")
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:

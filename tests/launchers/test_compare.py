@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.reports.plots import plot, sparkline, ticks
+from launchers.reports.plots import round_ticks, sparkline, svg_plot
 from launchers.reports.runs import Run, metric_rows, provenance_rows, read_run, settings_rows
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
@@ -143,19 +143,19 @@ def test_names_of_folders_are_text_on_the_page(two: list[Path], tmp_path: Path) 
 
 
 def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0, 60) == [0, 20, 40, 60]
-    assert ticks(0.13, 0.31) == pytest.approx([0.15, 0.2, 0.25, 0.3])
-    assert ticks(-3e9, 4e9) == [-2e9, 0, 2e9, 4e9]
+    assert round_ticks(0, 60) == [0, 20, 40, 60]
+    assert round_ticks(0.13, 0.31) == pytest.approx([0.15, 0.2, 0.25, 0.3])
+    assert round_ticks(-3e9, 4e9) == [-2e9, 0, 2e9, 4e9]
 
 
 @pytest.mark.parametrize(
     "points", [[(0, 1.0)], [(0, 2.0), (5, 2.0)], [(0, float("nan")), (1, 1.0)], [(0, float("inf"))], []]
 )
 def test_odd_curves_are_drawn(points: list[tuple[float, float]]) -> None:
-    page = _Page(plot("val/<x>", "step", [("A", points), ("B", [(0, 1.0), (3, -1.0)])]))
+    page = _Page(svg_plot("val/<x>", "step", [("A", points), ("B", [(0, 1.0), (3, -1.0)])]))
     assert "val/<x>" in page.seen["text"]
     assert all(0 <= x <= 420 and 0 <= y <= 250 for line in page.lines for x, y in line)
-    _Page(plot("val/x", "step", [("A", points)]))
+    _Page(svg_plot("val/x", "step", [("A", points)]))
 
 
 def test_a_sparkline_is_lowest_where_the_curve_is() -> None:

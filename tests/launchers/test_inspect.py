@@ -22,7 +22,7 @@ from data.cache.inspection.readable import (
     tokenizer_folders,
 )
 from data.cache.selection import Selection
-from launchers.reports.records_page import Tables, html_page, terminal_lines
+from launchers.reports.records_page import PageTables, html_page, terminal_lines
 from tests.forks import ENVIRONMENT, ROOT
 from tests.launchers.command import run
 from tests.tiny import Tiny, write_caches
@@ -191,7 +191,7 @@ def test_nothing_of_a_cache_becomes_html_or_moves_the_cursor(tiny: Tiny) -> None
     evil = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\x1b[2J\u202e\ud800'
     record = replace(tiny.records()[0], document=evil)
     page = html_page(
-        Tables(evil, [("teacher", evil)], [(evil, 1, 1.0)], [(evil, 0.5)]),
+        PageTables(evil, [("teacher", evil)], [(evil, 1, 1.0)], [(evil, 0.5)]),
         [record],
         lambda _: escape_unprintable(evil),
         3,

@@ -125,7 +125,7 @@ def _message(items: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     def work() -> None:
         fdl.build(config_items.resolve_items(items, "Experiment").config)
 
-    assert app.guarded(work, "train") == 1
+    assert app.run_guarded(work, "train") == 1
     said = capsys.readouterr().err
     assert said.startswith("train: error: ")
     assert "Traceback" not in said

@@ -78,14 +78,14 @@ def test_steps_follow_the_cache_and_a_users_step(tiny: Tiny) -> None:
 
 def test_a_part_of_a_large_corpus_is_said_with_how_to_take_more(tiny: Tiny, tmp_path: Path) -> None:
     whole = read_manifest(tiny.train)
-    assert own_data.part_of(whole) == "; all of the corpus"
+    assert own_data.corpus_share(whole) == "; all of the corpus"
     write_caches(tiny.export(train_tokens=200), tmp_path / "cache")
     part = read_manifest(tmp_path / "cache" / "train")
     assert part.made["drawn_from"] == whole.positions
     share = part.positions / whole.positions
-    assert f"; {share:.1%} of the corpus's {whole.positions} training positions" in own_data.part_of(part)
-    assert "--export_config=train_tokens=" in own_data.part_of(part)
-    assert own_data.part_of(replace(whole, made={})) == "; all of the corpus", "of an earlier version"
+    assert f"; {share:.1%} of the corpus's {whole.positions} training positions" in own_data.corpus_share(part)
+    assert "--export_config=train_tokens=" in own_data.corpus_share(part)
+    assert own_data.corpus_share(replace(whole, made={})) == "; all of the corpus", "of an earlier version"
 
 
 def test_rows_are_no_longer_than_the_teachers_context(tiny: Tiny) -> None:
@@ -109,6 +109,6 @@ def test_a_conversation_is_continued_from_where_the_assistant_speaks(tiny: Tiny,
     )
     export = tiny.export(teacher=str(teacher), corpus=Corpus(str(tmp_path / "chats.jsonl")))
     write_caches(export, tmp_path / "cache")
-    prompts = own_data.prompts_of(tmp_path / "cache" / "validation", str(teacher))
+    prompts = own_data.held_out_prompts(tmp_path / "cache" / "validation", str(teacher))
     assert len(prompts) == own_data.PROMPTS
     assert set(prompts) <= {f"user: Who sees {n}?<end>assistant:" for n in range(20)}, "' The' is one token"

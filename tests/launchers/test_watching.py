@@ -14,7 +14,7 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from experiments.config import frozen_records
 from kd_core.training.monitoring.metric_log import read_metrics
-from launchers.evaluate import table
+from launchers.evaluate import format_table
 from tests.launchers.command import configs, look_in, run
 from tests.tiny import Tiny
 
@@ -112,7 +112,7 @@ def test_evaluate_measures_on_several_caches_and_with_a_users_metric(tiny: Tiny,
     for numbers in found.values():
         assert numbers["surprise"] == pytest.approx(numbers["nll"], rel=1e-6)
         assert numbers["nll"] == pytest.approx(numbers["teacher_nll"], abs=2e-3)  # but for the codec
-    head, *lines = table(found).splitlines()
+    head, *lines = format_table(found).splitlines()
     assert head.split() == list(found)
     assert lines[0].split()[-2:] == [f"{numbers['nll']:.5f}" for numbers in found.values()]
     assert lines[-1].split()[0] == "surprise"

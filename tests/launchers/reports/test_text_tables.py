@@ -29,7 +29,7 @@ def test_a_mean_has_an_interval_from_two_values_on() -> None:
 
 
 def test_columns_stand_under_each_other_numbers_to_the_right() -> None:
-    assert text_tables.aligned(["a", "n"], [["xy", "5"], ["z", "1,000"]]).splitlines() == [
+    assert text_tables.format_aligned(["a", "n"], [["xy", "5"], ["z", "1,000"]]).splitlines() == [
         "a       n",
         "xy      5",
         "z   1,000",
@@ -37,8 +37,8 @@ def test_columns_stand_under_each_other_numbers_to_the_right() -> None:
 
 
 def test_bars_and_commas_in_values_do_not_break_a_table() -> None:
-    assert text_tables.markdown(["a"], [["x|y"]]).splitlines() == ["| a |", "|---|", "| x\\|y |"]
-    text = text_tables.comma_separated(["a"], [['(1, "2")\n']])
+    assert text_tables.format_markdown(["a"], [["x|y"]]).splitlines() == ["| a |", "|---|", "| x\\|y |"]
+    text = text_tables.format_csv(["a"], [['(1, "2")\n']])
     assert list(csv.reader(io.StringIO(text))) == [["a"], ['(1, "2")\n']]
 
 
