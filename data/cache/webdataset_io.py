@@ -1,6 +1,7 @@
-"""What we take of webdataset: its opener, expander and grouper. The one module that knows it.
+"""webdataset's opener, tar expander and grouper. This is the one module that imports webdataset.
 
-`pipe:` and the like never get here (`location.py`), and none of its decoders is used: members stay bytes until ours.
+`storage.py` lets no `pipe:` or similar URL through to here. None of webdataset's decoders is used: members stay bytes
+until our own decoder reads them.
 """
 
 import io
@@ -17,11 +18,11 @@ REWRITE = "GOPEN_REWRITE"
 
 
 def opened(url: str) -> Any:
-    """A stream of the bytes of a file: an absolute path, or a URL of an allowed scheme.
+    """Opens a byte stream of a file, named by an absolute path or by a URL of an allowed scheme.
 
     Raises:
-        UsageError: the environment would have webdataset open something else.
-        OSError: it cannot be opened.
+        UsageError: the environment would make webdataset open another file.
+        OSError: the file cannot be opened.
     """
     if REWRITE in os.environ:
         raise UsageError(f"{url}: the environment variable {REWRITE} is set, which would open another file. Unset it.")
@@ -29,23 +30,23 @@ def opened(url: str) -> Any:
 
 
 def known_scheme(scheme: str) -> bool:
-    """Whether webdataset opens such URLs."""
+    """Returns True where webdataset opens URLs of that scheme."""
     return scheme in gopen_schemes
 
 
 def exit_status(stream: Any) -> int | None:
-    """How the program behind a stream that has ended did end; None where there is none."""
+    """Returns the exit status of the program behind an ended stream, or None for a stream without a program."""
     return stream.proc.wait() if isinstance(stream, Pipe) else None
 
 
 def stop(stream: Any) -> None:
-    """End the program behind a stream, whoever reads it; the reader sees the end of the file."""
+    """Kills the program behind a stream, from any thread. A thread that reads the stream gets the end of the file."""
     if isinstance(stream, Pipe) and stream.proc.poll() is None:
         stream.proc.kill()
 
 
 def close(stream: Any) -> None:
-    """Close a stream, read to its end or not."""
+    """Closes a stream, whether it was read to its end or not."""
     stop(stream)
     if isinstance(stream, Pipe):
         stream.ignore_errors = True
@@ -57,12 +58,12 @@ def _reraise(error: Exception) -> bool:
 
 
 def members_of(data: bytes, url: str) -> dict[str, bytes]:
-    """Members of a block by suffix, by webdataset.
+    """Returns the members of a block by suffix, as webdataset groups them.
 
     Raises:
-        ValueError: it is not one sample of plain files, each once.
+        ValueError: the bytes are not one sample of plain files, each once.
     """
-    names = [member.name for member in read_members(data)]  # refuses all but plain files first
+    names = [member.name for member in read_members(data)]  # raises first for anything but plain files
     if len(set(names)) != len(names):
         raise ValueError(f"has a member twice: {sorted(names)}")
     sources = [{"url": url, "stream": io.BytesIO(data + END_OF_TAR)}]

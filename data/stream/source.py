@@ -92,8 +92,8 @@ class Shards:
         manifest = self.manifest
         if manifest.vocab_size < vocab_size and manifest.tokenizer != tokenizer:
             raise UsageError(
-                f"{self.path}: vocabulary of {manifest.vocab_size}, the student's is {vocab_size} ({VOCABULARY_SETTING}). Take a "
-                "student of the teacher's tokenizer."
+                f"{self.path}: vocabulary of {manifest.vocab_size}, the student's is {vocab_size} "
+                f"({VOCABULARY_SETTING}). Take a student of the teacher's tokenizer."
             )
         if "tokenizer" in manifest.unknown:
             log.warning(
@@ -143,8 +143,8 @@ class Shards:
         except ValueError as error:
             raise UsageError(
                 f"{self.path}: record {record.name} of {record.document}: {error}; the cache has a vocabulary of "
-                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({VOCABULARY_SETTING}). Take a student of the "
-                "teacher's tokenizer, or export the cache again."
+                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({VOCABULARY_SETTING}). Take a student of "
+                "the teacher's tokenizer, or export the cache again."
             ) from None
 
     def cut(self, record: Record, vocab_size: int | None = None) -> Record:
