@@ -83,8 +83,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_ranges(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
         if not self.caches or not all(
-            isinstance(part, Shards) and NAME.match(key) for key, part in self.caches.items()
-        ):  # pyright: ignore[reportUnnecessaryIsInstance]
+            isinstance(shards, Shards) and NAME.match(name)  # pyright: ignore[reportUnnecessaryIsInstance]
+            for name, shards in self.caches.items()
+        ):
             raise UsageError(
                 f"evaluation.shards: got {dict(self.caches)}; wanted Shards, a Mixture, or a dictionary of Shards by "
                 "names of letters, digits, dots, dashes and underscores."
@@ -215,7 +216,6 @@ class Experiment:
             resolve_folder(folder, where)
 
     def inputs(self) -> dict[str, dict[str, str]]:
-        """Returns path and sha256 of all that the run reads, for its frozen config."""
         return identities(self)
 
     def _data(self, world: World, vocab_size: int) -> Data:
