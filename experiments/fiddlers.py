@@ -31,7 +31,7 @@ def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
 
 
 def nemo_aligner(config: fdl.Config[Experiment]) -> None:
-    """Sets NeMo-Aligner's defaults: `kd_loss: bwd_kl` (forward KL on the renormalised top-k), AdamW, schedule, best."""
+    """Sets NeMo-Aligner's defaults: kd_loss bwd_kl (forward KL on renormalised top-k), AdamW, schedule, keep_best."""
     config.loss.terms = {
         "kd": fdl.Config(Distillation, weight=1.0, divergence="forward_kl", tail="renormalized"),
         "sft": fdl.Config(CrossEntropy, weight=0.0),

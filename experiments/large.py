@@ -14,7 +14,7 @@ from experiments.base.experiment import Experiment
 
 
 def gpus8() -> fdl.Config[Experiment]:
-    """Trains a 1B student on an 8B teacher's cache, 8 GPUs (never run): rows of 4,096, 0.5M tokens a step, 10B in all."""
+    """Trains a 1B student on an 8B teacher's cache with 8 GPUs, never run: 10B tokens, 0.5M a step, rows of 4,096."""
     config = distill(model="models/student-1b", cache="caches/teacher-8b")
     config.collate.row_length = 4096
     config.tokens_per_step = 4096 * 128
@@ -34,7 +34,7 @@ def gpus8() -> fdl.Config[Experiment]:
 
 
 def nodes64() -> fdl.Config[Experiment]:
-    """Trains as `gpus8`, 64 nodes of 8 GPUs (never run): a sharded copy on each node, 4M tokens a step, 100B in all."""
+    """Trains as `gpus8` on 64 nodes of 8 GPUs, never run: 100B tokens, 4M a step, with a sharded copy on each node."""
     config = gpus8()
     config.tokens_per_step = 4096 * 1024
     config.optimizer.lr = 4e-4
