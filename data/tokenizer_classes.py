@@ -60,7 +60,13 @@ CLASSES: dict[str, Callable[[Settings], Rules]] = {
     "LlamaTokenizer": _llama_rules,
 }
 # The class for a model type where the settings name none. For types that are not listed, `tokenizer.json` counts.
-OF_MODELS = {None: None, "llama": None, "gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+CLASS_BY_MODEL_TYPE = {
+    None: None,
+    "llama": None,
+    "gpt2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
 
 
 def _class_name(fast: FastTokenizer, folder: Path, settings: Settings) -> str | None:
@@ -70,10 +76,10 @@ def _class_name(fast: FastTokenizer, folder: Path, settings: Settings) -> str | 
         config = read_json(folder / "config.json", "a model configuration")
     model = config.get("model_type")
     class_name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if not isinstance(model, str | None) or model not in OF_MODELS or "auto_map" in settings:
+    if not isinstance(model, str | None) or model not in CLASS_BY_MODEL_TYPE or "auto_map" in settings:
         return None
     if model == "qwen2" or not isinstance(class_name, str):
-        return OF_MODELS[model]
+        return CLASS_BY_MODEL_TYPE[model]
     name = class_name.removesuffix("Fast")
     is_byte_level = '"ByteLevel"' in str([part.__getstate__() for part in (fast.pre_tokenizer, fast.decoder) if part])
     return None if name == "LlamaTokenizer" and is_byte_level else name

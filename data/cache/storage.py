@@ -154,7 +154,7 @@ class LocalFile:
         self.path = path
 
     def read(self, offset: int, size: int) -> bytes:
-        with closing(webdataset_io.opened(str(self.path.absolute()))) as stream:
+        with closing(webdataset_io.open_stream(str(self.path.absolute()))) as stream:
             stream.seek(offset)
             return stream.read(size)
 
@@ -170,7 +170,7 @@ class UrlStorage:
 
     def __init__(self, path: str) -> None:
         scheme = path.partition(":")[0]
-        if scheme not in PROGRAMS or not webdataset_io.known_scheme(scheme):
+        if scheme not in PROGRAMS or not webdataset_io.is_known_scheme(scheme):
             raise UsageError(
                 f"{path}: {scheme!r} is no place to read a cache from; wanted a folder, or "
                 f"{', '.join(f'{name}://' for name in PROGRAMS)}. (A folder of such a name is ./{path}.)"
@@ -270,7 +270,7 @@ class RemoteFile:
 
     def _opened(self) -> Any:
         try:
-            return webdataset_io.opened(self.url)
+            return webdataset_io.open_stream(self.url)
         except FileNotFoundError:
             program = PROGRAMS[self.url.partition(":")[0]]
             raise _TransferError(f"the program {program!r}, which opens such URLs, is not installed", True) from None

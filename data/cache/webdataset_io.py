@@ -17,7 +17,7 @@ from kd_core.errors import UsageError
 REWRITE = "GOPEN_REWRITE"
 
 
-def opened(url: str) -> Any:
+def open_stream(url: str) -> Any:
     """Opens a byte stream of a file, named by an absolute path or by a URL of an allowed scheme.
 
     Raises:
@@ -29,7 +29,7 @@ def opened(url: str) -> Any:
     return gopen(url)
 
 
-def known_scheme(scheme: str) -> bool:
+def is_known_scheme(scheme: str) -> bool:
     """Returns True where webdataset opens URLs of that scheme."""
     return scheme in gopen_schemes
 
@@ -57,7 +57,7 @@ def _reraise(error: Exception) -> bool:
     raise error
 
 
-def members_of(data: bytes, url: str) -> dict[str, bytes]:
+def read_block_members(data: bytes, url: str) -> dict[str, bytes]:
     """Returns the members of a block by suffix, as webdataset groups them.
 
     Raises:

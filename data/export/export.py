@@ -24,7 +24,7 @@ from data.cache.totals import Totals
 from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
 from data.export.plan import CachePlan, PlannedShard, TeacherExport
 from data.export.scoring import score_windows, scoring_threads
-from data.stream.shards import read_tables, read_written
+from data.stream.shards import read_tables, read_written_blocks
 from data.teacher.choose_scorer import load_scorer
 from data.teacher.scorer import Scorer
 from kd_core.errors import UsageError
@@ -124,7 +124,7 @@ def finish(plan: CachePlan) -> Manifest:
     totals, coding = Totals.from_manifest(plan.grown_from), _coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
-        for written, windows in zip(read_written(path, coding), planned.blocks, strict=True):
+        for written, windows in zip(read_written_blocks(path, coding), planned.blocks, strict=True):
             planned_lengths = tuple(plan.windows[i].positions for i in windows)
             if written.block.lengths != planned_lengths:
                 raise UsageError(

@@ -19,8 +19,8 @@ from data.stream.shards import ShardReader
 from kd_core.files import damage_as_usage_error, read_json, write_json
 
 SPLITS = ("train", "validation")
-GROWTH = "growth.json"
-GROWING = "growing.json"  # in a cache's folder, the plan by which it is being extended
+GROWTH_FILE = "growth.json"
+GROWING_FILE = "growing.json"  # in a cache's folder, the plan by which it is being extended
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
         UsageError: there are no complete caches to extend.
     """
     now = {split: read_manifest(out / split) for split in SPLITS}
-    path, counts = out / GROWTH, {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()}
+    path, counts = (
+        out / GROWTH_FILE,
+        {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()},
+    )
     if path.exists():
         counts = read_json(path, "the state of a growing cache")
     elif begin:
@@ -58,5 +61,5 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
 
 def end_growth(out: Path) -> None:
     """Removes the state of an extension, after both caches are complete."""
-    for path in (out / GROWTH, *(out / split / GROWING for split in SPLITS)):
+    for path in (out / GROWTH_FILE, *(out / split / GROWING_FILE for split in SPLITS)):
         path.unlink(missing_ok=True)

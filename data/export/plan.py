@@ -129,7 +129,7 @@ class CachePlan:
     def shards(self) -> list[PlannedShard]:
         """Returns all shards. Blocks hold up to `block_positions`, and shards up to about `shard_bytes`."""
         settings = self.export
-        most = max(1, int(settings.shard_bytes / bytes_a_position(settings.selection, settings.codec)))
+        most = max(1, int(settings.shard_bytes / bytes_per_position(settings.selection, settings.codec)))
         blocks = _runs([window.positions for window in self.windows], settings.block_positions)
         sizes = [sum(self.windows[i].positions for i in block) for block in blocks]
         return [
@@ -142,7 +142,7 @@ class CachePlan:
         return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
 
 
-def bytes_a_position(selection: Selection, codec: str) -> float:
+def bytes_per_position(selection: Selection, codec: str) -> float:
     """Returns an estimate of the bytes of a position, by which shards are planned before their content exists."""
     bytes_an_entry = {"standard": 1.5, "compact": 1.4, "lossless": 3.9}[codec]
     return 4 + bytes_an_entry * selection.top_k + 1.5 * selection.draws**0.8
@@ -178,7 +178,7 @@ def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> li
     return documents
 
 
-def plain(value: dict[str, Any]) -> dict[str, Any]:
+def round_trip_json(value: dict[str, Any]) -> dict[str, Any]:
     """Returns the value as it comes back from JSON, with lists in place of tuples and text keys."""
     return json.loads(json.dumps(value))
 
@@ -292,7 +292,7 @@ def make_plans(
             raise too_many_tokens(largest + 1, teacher.vocab_size, str(folder), "teacher")
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         masks = windows_digest(mask_digest(window.loss_mask) for window in windows)
-        plan = plain({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
+        plan = round_trip_json({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
         drawn_from = sum(window.positions for window in all_windows)
         corpus_facts = encoder.describe(), drawn_from, encoder.chat_format()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, read_manifest
-from data.export.extend import GROWING, SPLITS
+from data.export.extend import GROWING_FILE, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, read_json, write_json
@@ -107,7 +107,7 @@ def claim_growth(plan: CachePlan) -> bool:
                 f"{_around_texts(name, before.get(name), plan.plan.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
-    path = plan.folder / GROWING
+    path = plan.folder / GROWING_FILE
     if not path.exists():
         write_json(path, plan.plan)
     if read_json(path, "the plan of a growth") != plan.plan:

@@ -50,7 +50,7 @@ def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ah
         yield begun.popleft().result()
 
 
-def uniforms_of(plan: CachePlan, number: int) -> Array:
+def window_uniforms(plan: CachePlan, number: int) -> Array:
     """Returns the uniform random numbers [T, draws] of a window's samples.
 
     They are a function of the seed and the window itself, so neither batches nor ranks change them.
@@ -91,7 +91,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
         tokens[row, : window.positions + 1] = torch.from_numpy(window.token_ids)
         documents[row, : window.positions] = row
         if uniforms.shape[2]:
-            uniforms[row, : window.positions] = torch.from_numpy(uniforms_of(plan, number))
+            uniforms[row, : window.positions] = torch.from_numpy(window_uniforms(plan, number))
     # Score all positions [B·T, …], then cut each row's real positions out again.  [B, T, …]
     flat_uniforms = uniforms.flatten(0, 1).to(device)
     scores = score_rows(model, tokens.to(device), documents.to(device), plan.export.selection, flat_uniforms)

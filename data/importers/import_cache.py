@@ -23,7 +23,7 @@ from data.cache.selection import Selection
 from data.cache.totals import Totals
 from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
 from data.importers.lines import KINDS, Line, files_of, read_records
-from data.stream.shards import read_tables, read_written
+from data.stream.shards import read_tables, read_written_blocks
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, new_folder, sha256
 
@@ -135,7 +135,7 @@ def convert(job: Conversion, out: Path) -> Manifest:
         for number, encoded_blocks in enumerate(_shards(chain([pilot], blocks), coding, job)):
             path = folder / f"shard-{number:06d}.tar"
             write_shard(path, encoded_blocks)
-            written_blocks = list(read_written(path, coding))
+            written_blocks = list(read_written_blocks(path, coding))
             for written in written_blocks:
                 check_alignment(written.records, f"{job.source}, {path.name}")
                 totals.add(written.header, written.records)

@@ -57,7 +57,7 @@ def _work(items: Generator[T], depth: int, shared: _Shared[T]) -> None:
 
 
 def ahead(
-    items: Generator[T], depth: int, timeout: float, doing: Callable[[], str], stop: Callable[[], None]
+    items: Generator[T], depth: int, timeout: float, describe_work: Callable[[], str], stop: Callable[[], None]
 ) -> Generator[T]:
     """Yields the items, which a thread makes ahead of their use.
 
@@ -65,7 +65,7 @@ def ahead(
         items: the generator to read. None of its items is None.
         depth: most items that wait, at least 1.
         timeout: seconds to wait for one item.
-        doing: returns what the thread is reading, for error messages.
+        describe_work: returns what the thread is reading, for error messages.
         stop: ends whatever the thread waits for, such as a transfer.
 
     Raises:
@@ -83,10 +83,10 @@ def ahead(
                     shared.changed.wait(min(LOOK_EVERY, timeout))
                     waited = time.monotonic() - started
                     if not (shared.ready or shared.ended) and (waited >= timeout or not thread.is_alive()):
-                        how, patience = "is still at" if thread.is_alive() else "died at", GRACE
+                        state, patience = "is still at" if thread.is_alive() else "died at", GRACE
                         raise UsageError(
-                            f"waited {waited:.0f} s for data; the reader {how} {doing()}. Look at the disk or server "
-                            f"that it lies on, or raise shards.timeout ({timeout:g} s)."
+                            f"waited {waited:.0f} s for data; the reader {state} {describe_work()}. Look at the disk "
+                            f"or server that it lies on, or raise shards.timeout ({timeout:g} s)."
                         )
                 if not shared.ready:
                     break

@@ -56,7 +56,7 @@ class Readers:
 
     def __init__(self, parts: Sequence[Shards], may_skip: bool = True, vocab_size: int | None = None) -> None:
         self.parts = [PartReader(part, may_skip, vocab_size) for part in parts]
-        self.latest = self.parts[0].reader
+        self.latest_reader = self.parts[0].reader
 
     def close(self) -> None:
         """Closes all transfers. Only the reading thread may call it."""
@@ -68,9 +68,9 @@ class Readers:
         for part in self.parts:
             part.reader.stop()
 
-    def doing(self) -> str:
+    def current_block(self) -> str:
         """Returns the file and block being read, for error messages."""
-        return self.latest.doing
+        return self.latest_reader.current_block
 
     def hold(self, rows: Sequence[Row]) -> None:
         """Keeps the decoded blocks of these rows and drops all others.
@@ -91,7 +91,7 @@ class Readers:
         over ranks and steps, from any cursor.
         """
         part, records, damaged = self.parts[row.part], list[Record](), 0
-        self.latest = part.reader
+        self.latest_reader = part.reader
         for shard, block, index in row.records:
             block_records = part.block((shard, block))
             if block_records is None:

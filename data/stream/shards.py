@@ -24,14 +24,14 @@ from data.cache.tar import END_OF_TAR, read_members
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
-MOST_MANIFEST = 1 << 28  # bytes
+MAX_MANIFEST_BYTES = 1 << 28  # bytes
 
 
 def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
     """Returns what is wrong with bytes whose hash is not the manifest's, as far as decoding them shows it."""
     try:
         names = [member.name for member in read_members(data)]
-        decode_block(webdataset_io.members_of(data, url), coding)
+        decode_block(webdataset_io.read_block_members(data, url), coding)
     except Exception as error:  # damaged bytes may raise anything
         return str(error)
     return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
@@ -41,7 +41,7 @@ class DamagedError(UsageError):
     """Error of a block that differs from what the manifest says of it."""
 
 
-def manifest_at(path: str) -> Manifest:
+def load_manifest(path: str) -> Manifest:
     """Reads the manifest of a cache in a folder or behind a URL.
 
     Raises:
@@ -52,7 +52,7 @@ def manifest_at(path: str) -> Manifest:
     storage = storage_at(path)
     url = storage.url("manifest.json")
     try:
-        return parse_manifest(json.loads(storage.read("manifest.json", MOST_MANIFEST)), url)
+        return parse_manifest(json.loads(storage.read("manifest.json", MAX_MANIFEST_BYTES)), url)
     except (ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -104,7 +104,7 @@ class ShardReader:
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
         self.open_shards: dict[int, RangeReader] = {}
-        self.doing = "nothing was asked for"  # shown in errors of the thread that waits
+        self.current_block = "nothing was asked for"  # shown in errors of the thread that waits
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +154,7 @@ class ShardReader:
     def _read(self, ref: BlockRef) -> list[Record]:
         shard, index = self.manifest.shards[ref[0]], ref[1]
         block, path = shard.blocks[index], self.storage.url(shard.name)
-        self.doing = f"{path}: block {index}"
+        self.current_block = f"{path}: block {index}"
         data = self._bytes(ref)
         data, end = data[: block.bytes], data[block.bytes :]
         if hashlib.sha256(data).hexdigest() != block.sha256:
@@ -162,7 +162,7 @@ class ShardReader:
         if index == len(shard.blocks) - 1 and end != END_OF_TAR:
             raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         try:
-            records = decode_block(webdataset_io.members_of(data, path), self.coding)
+            records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
         except Exception as error:  # webdataset's own exceptions have no common class
             raise _damaged(path, index, str(error)) from None
         if (lengths := tuple(record.positions for record in records)) != block.lengths:
@@ -172,7 +172,7 @@ class ShardReader:
     def _bytes(self, ref: BlockRef) -> bytes:
         """Returns the bytes of a block. The last block's are followed by those that end the tar."""
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        path, offset, size = self.storage.url(shard.name), offset_of(shard, index), shard.blocks[index].bytes
+        path, offset, size = self.storage.url(shard.name), block_offset(shard, index), shard.blocks[index].bytes
         size += len(END_OF_TAR) if index == len(shard.blocks) - 1 else 0
         stored = self.storage.size(shard.name)
         if stored is not None and stored != shard.bytes:
@@ -186,7 +186,7 @@ class ShardReader:
         return data
 
 
-def offset_of(shard: Shard, block: int) -> int:
+def block_offset(shard: Shard, block: int) -> int:
     """Returns the byte at which a block begins in its shard."""
     return sum(earlier.bytes for earlier in shard.blocks[:block])
 
@@ -205,7 +205,7 @@ class WrittenBlock(NamedTuple):
     records: list[Record]
 
 
-def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
+def read_written_blocks(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
     """Yields the blocks of a shard that was just written, each with its manifest entry, header and records.
 
     Raises:
@@ -217,7 +217,7 @@ def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
         edges = [*sorted(starts.values()), len(data) - len(END_OF_TAR)]
         for start, end in itertools.pairwise(edges):
-            members = webdataset_io.members_of(data[start:end], str(path))
+            members = webdataset_io.read_block_members(data[start:end], str(path))
             records = decode_block(members, coding)
             lengths = tuple(record.positions for record in records)
             digest = hashlib.sha256(data[start:end]).hexdigest()

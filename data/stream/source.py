@@ -18,7 +18,7 @@ from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
-from data.stream.shards import DamagedError, ShardReader, manifest_at
+from data.stream.shards import DamagedError, ShardReader, load_manifest
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
 
@@ -74,7 +74,7 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        return manifest_at(self.path)
+        return load_manifest(self.path)
 
     def reader(self) -> ShardReader:
         return ShardReader(self.path, self.manifest)
@@ -244,7 +244,7 @@ class Passes(NamedTuple):
     rows: int
 
 
-def passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes]:
+def count_passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes]:
     """Returns the epochs of each cache that a run of `rows` rows reads.
 
     Shares of a long run are extrapolated from its first `MEASURED_ROWS` rows.
@@ -260,7 +260,7 @@ def passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes
     return cache_passes
 
 
-def in_words(cache_passes: Sequence[Passes]) -> str:
+def format_passes(cache_passes: Sequence[Passes]) -> str:
     """Returns `1.50 epochs of 40 rows`. With several caches, each names its path."""
     several = len(cache_passes) > 1
     return ", ".join(

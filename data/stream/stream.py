@@ -70,7 +70,7 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
     steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)))
     if source.prefetch:
-        steps = ahead(steps, source.prefetch, source.timeout, readers.doing, readers.stop)
+        steps = ahead(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):
         yield from steps
 

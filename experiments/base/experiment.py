@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.stream.collate import Collate
-from data.stream.source import Mixture, Shards, Source, in_words, passes
+from data.stream.source import Mixture, Shards, Source, count_passes, format_passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments.base import checks
@@ -106,7 +106,7 @@ class Evaluation:
         return {name: float(index == 0) for index, name in enumerate(self.caches)}
 
 
-def caches_of(source: Source | Mapping[str, Shards], where: str) -> dict[str, Shards]:
+def caches_by_path(source: Source | Mapping[str, Shards], where: str) -> dict[str, Shards]:
     """Returns the caches of a source, by their paths in the experiment."""
     if isinstance(source, Mixture):
         return {f"{where}.caches.{name}": source.caches[name] for name in sorted(source.caches)}
@@ -152,11 +152,11 @@ class Experiment:
 
     def training_caches(self) -> dict[str, Shards]:
         """Returns the training caches, by their paths in the experiment."""
-        return caches_of(self.shards, "shards")
+        return caches_by_path(self.shards, "shards")
 
     def held_out_caches(self) -> dict[str, Shards]:
         """Returns the validation caches, by their paths in the experiment."""
-        return caches_of(self.evaluation.shards, "evaluation.shards")
+        return caches_by_path(self.evaluation.shards, "evaluation.shards")
 
     def decoder(self) -> Decoder:
         """Returns the student on the meta device. Its real vocabulary is that of its tokenizer."""
@@ -175,7 +175,7 @@ class Experiment:
         caches = [part.manifest for part in self.shards.parts]
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
         weights = self.evaluation.weights
-        repeats = passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
+        repeats = count_passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         checks.warn_of_repeats(self.steps, repeats)
         return {
             "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
@@ -187,7 +187,7 @@ class Experiment:
                 for name, positions in held_out.items()
             ),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
-            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {in_words(repeats)}",
+            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {format_passes(repeats)}",
             **checks.check_layout(self, student, ranks),
         }
 

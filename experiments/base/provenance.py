@@ -12,7 +12,7 @@ from kd_core.students.starts.start import StudentInit
 if TYPE_CHECKING:
     from experiments.base.experiment import Experiment
 
-ENDS = 1 << 20  # bytes at each end of a weight file
+END_BYTES = 1 << 20  # bytes at each end of a weight file
 
 
 def model_identity(folder: Path) -> str:
@@ -27,9 +27,9 @@ def model_identity(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open_plain(path, "weights") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
-            digest.update(file.read(ENDS))
+            digest.update(file.read(END_BYTES))
+            file.seek(max(0, size - END_BYTES))
+            digest.update(file.read(END_BYTES))
     return digest.hexdigest()
 
 

@@ -44,19 +44,19 @@ class Axis:
         """
         if self.draws is None:
             return self.choices
-        distinct, repeated = list[Values](), 0
+        draws, repeated = list[Values](), 0
         for draw in self.draws():
-            repeated = repeated + 1 if draw in distinct else 0
+            repeated = repeated + 1 if draw in draws else 0
             if not repeated:
-                distinct.append(draw)
-            if len(distinct) == len(self.choices):
+                draws.append(draw)
+            if len(draws) == len(self.choices):
                 break
             if repeated == MOST_REPEATED:
                 raise UsageError(
                     f"random({', '.join(map(repr, draw))}): got {len(self.choices)} draws, of which only "
-                    f"{len(distinct)} differ; equal ones would be one point. Draw {len(distinct)}, or from more values."
+                    f"{len(draws)} differ; equal ones would be one point. Draw {len(draws)}, or from more values."
                 )
-        return distinct
+        return draws
 
 
 @dataclass(frozen=True)
