@@ -256,26 +256,26 @@ class RemoteFile:
         if self.position > offset:
             self.close()
         if self.stream is None:
-            self.stream = self._opened()
+            self.stream = self._open()
         if self.stopped:
             raise _TransferError("it was stopped", True)
         while self.position < offset:
-            if not self._next(min(CHUNK_BYTES, offset - self.position)):
+            if not self._read_next(min(CHUNK_BYTES, offset - self.position)):
                 return b""
         chunks: list[bytes] = []
-        while size > 0 and (chunk := self._next(min(CHUNK_BYTES, size))):
+        while size > 0 and (chunk := self._read_next(min(CHUNK_BYTES, size))):
             chunks.append(chunk)
             size -= len(chunk)
         return b"".join(chunks)
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
         try:
             return webdataset_io.open_stream(self.url)
         except FileNotFoundError:
             program = PROGRAMS[self.url.partition(":")[0]]
             raise _TransferError(f"the program {program!r}, which opens such URLs, is not installed", True) from None
 
-    def _next(self, size: int) -> bytes:
+    def _read_next(self, size: int) -> bytes:
         """Returns the next bytes, or none at the end of the file.
 
         Raises:

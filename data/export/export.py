@@ -40,12 +40,12 @@ def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
     return load_scorer(local_folder(export.teacher), export.scorer, dtype_of(export.dtype, device), device)
 
 
-def _bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
+def _progress_bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
     return tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=1,
                 desc=f"{words} {plan.plan['split']}", disable=hidden)  # fmt: skip
 
 
-def _counted(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterator[Record]:
+def _count_positions(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterator[Record]:
     for record in records:
         yield record
         bar.update(record.positions)
@@ -66,20 +66,20 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     most_windows = int(np.searchsorted(ends, PILOT_POSITIONS, side="right")) // rows * rows
     pilot_windows = windows if most_windows >= len(windows) else windows[: max(rows, most_windows)]
     total = sum(plan.windows[i].positions for i in pilot_windows)
-    with _bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
-        pilot = list(_counted(score_windows(executor, model, plan, [pilot_windows]), bar))
+    with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
+        pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
     check_alignment(pilot, str(plan.folder))
     write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
     return pilot
 
 
-def _coding(plan: CachePlan) -> Coding:
+def _read_coding(plan: CachePlan) -> Coding:
     path = plan.folder / TABLES_FILE
     tables = read_tables(plan.folder, file_size_and_hash(path))
     return Coding(tables, plan.export.selection, plan.export.codec)
 
 
-def _blocks(shard: PlannedShard, records: Iterator[Record], plan: CachePlan, coding: Coding) -> Iterator[bytes]:
+def _encode_blocks(shard: PlannedShard, records: Iterator[Record], plan: CachePlan, coding: Coding) -> Iterator[bytes]:
     for block in shard.blocks:
         block_records = [next(records) for _ in block]
         try:
@@ -92,19 +92,19 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
     """Scores and writes this rank's share of the missing shards. The teacher goes on scoring while one is written."""
     rank_shards = plan.shards[rank::ranks]
     missing = [shard for shard in rank_shards if not (plan.folder / shard.name).exists()]
-    coding = _coding(plan)
+    coding = _read_coding(plan)
     sizes = {shard.name: sum(plan.windows[i].positions for i in shard.windows) for shard in rank_shards}
     done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
-    bar = _bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
+    bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
     with bar, scoring_threads(model.device) as executor:
         # The pilot has already scored the first windows of the first shard.
         scored = pilot if missing and missing[0] == plan.shards[0] else []
         runs = [shard.windows for shard in missing]
         if scored:
             runs[0] = runs[0][len(scored) :]
-        records = _counted(itertools.chain(scored, score_windows(executor, model, plan, runs)), bar)
+        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, runs)), bar)
         for shard in missing:
-            write_shard(plan.folder / shard.name, _blocks(shard, records, plan, coding))
+            write_shard(plan.folder / shard.name, _encode_blocks(shard, records, plan, coding))
 
 
 def finish(plan: CachePlan) -> Manifest:
@@ -121,7 +121,7 @@ def finish(plan: CachePlan) -> Manifest:
     }
     if chat := plan.chat or before.get("chat"):
         made["chat"] = chat
-    totals, coding = Totals.from_manifest(plan.grown_from), _coding(plan)
+    totals, coding = Totals.from_manifest(plan.grown_from), _read_coding(plan)
     for planned in plan.shards:
         path, blocks = plan.folder / planned.name, []
         for written, windows in zip(read_written_blocks(path, coding), planned.blocks, strict=True):

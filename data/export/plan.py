@@ -183,7 +183,7 @@ def round_trip_json(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def _facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
+def _teacher_facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
     """Reads the facts of the teacher. Raises `UsageError` where `top_k` or `row_length` does not fit it."""
     teacher, top_k = read_teacher_facts(folder, export.scorer, tokens), export.selection.top_k
     if top_k >= teacher.vocab_size:
@@ -238,7 +238,7 @@ def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Grow
     return list(new_documents.values())
 
 
-def _split(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
+def _by_split(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
     """Returns the documents by split. In an extension, a document goes to the cache that already has windows of it."""
     if not growth:
         return split_documents(documents, export.validation_share, export.seed)
@@ -266,9 +266,9 @@ def make_plans(
     """
     folder = local_folder(export.teacher)
     encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
-    teacher = _facts(export, folder, encoder.tokenizer.vocab_size)
+    teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
     bad = bad_rows or export.corpus.bad_rows()
-    documents = _split(export, _scored_documents(export.corpus, encoder, bad), growth)
+    documents = _by_split(export, _scored_documents(export.corpus, encoder, bad), growth)
     settings = _settings(export, folder, teacher, encoder, bad)
     if encoder.doubled:
         log.warning(

@@ -17,7 +17,7 @@ MAY_GROW = (
 )
 
 
-def _around_texts(name: str, before: Any, now: Any) -> str:
+def _setting_hint(name: str, before: Any, now: Any) -> str:
     """Returns which setting restores the tokens that were added around texts before, or an empty text."""
     setting = {PLAN_BEGINS: "bos", PLAN_ENDS: "eos"}.get(name)
     return f" It is as before with corpus.{setting}={'yes' if before else 'no'}." if setting and before != now else ""
@@ -65,7 +65,7 @@ def claim(plan: CachePlan) -> bool:
         name = differing[0]
         raise UsageError(
             f"{plan.folder}: holds an export with another {name} ({stored.get(name)}; now {plan.plan.get(name)})."
-            f"{_around_texts(name, stored.get(name), plan.plan.get(name))} "
+            f"{_setting_hint(name, stored.get(name), plan.plan.get(name))} "
             "Name another --out, delete the folder, or add documents that are new to it with --extend."
         )
     has_manifest = (plan.folder / "manifest.json").exists()
@@ -104,7 +104,7 @@ def claim_growth(plan: CachePlan) -> bool:
         if before.get(name) != plan.plan.get(name):
             raise UsageError(
                 f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.plan.get(name)})."
-                f"{_around_texts(name, before.get(name), plan.plan.get(name))} "
+                f"{_setting_hint(name, before.get(name), plan.plan.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
     path = plan.folder / GROWING_FILE

@@ -39,7 +39,7 @@ def scoring_threads(device: torch.device) -> Generator[Executor]:
         torch.set_num_threads(threads)
 
 
-def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def _map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
     """Yields results of `work` in the order of `items`, with at most `ahead` items begun beyond the one yielded."""
     begun: deque[Future[R]] = deque()
     for item in items:
@@ -60,7 +60,7 @@ def window_uniforms(plan: CachePlan, number: int) -> Array:
     return np.random.default_rng(seeds).random((window.positions, plan.export.selection.draws))
 
 
-def _record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
+def _make_record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
     """Returns the record of a window from its scores [T, …]."""
     window, selection = plan.windows[number], plan.export.selection
     return Record(
@@ -99,7 +99,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
     records: list[Record] = []
     for row, number in enumerate(batch):
         positions = slice(None, plan.windows[number].positions)
-        records.append(_record(plan, number, {name: field[row, positions] for name, field in fields.items()}))
+        records.append(_make_record(plan, number, {name: field[row, positions] for name, field in fields.items()}))
     return records
 
 
@@ -107,5 +107,5 @@ def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequ
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
     rows = plan.export.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))
-    for records in _in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
+    for records in _map_in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
         yield from records

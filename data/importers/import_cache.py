@@ -66,7 +66,7 @@ class Conversion:
             raise UsageError("wanted a vocabulary, block_positions and shard_bytes of at least 1.")
 
 
-class _Counted:
+class _CountedRecords:
     """The records of lines, with the longest, the widest and the unknown fields of those read so far."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -81,7 +81,7 @@ class _Counted:
             yield line.record
 
 
-def _blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
+def _group_blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
     """Yields runs of neighbouring records of at most `most` positions, or of one longer record."""
     block: list[Record] = []
     for record in records:
@@ -93,7 +93,7 @@ def _blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
         yield block
 
 
-def _shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> Iterator[list[bytes]]:
+def _encode_shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> Iterator[list[bytes]]:
     """Yields lists of encoded blocks, each of at most `shard_bytes` or of one larger block."""
     shard: list[bytes] = []
     first = 0
@@ -120,8 +120,8 @@ def convert(job: Conversion, out: Path) -> Manifest:
     if out.exists():
         raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
     files = files_of(job.source)
-    counted = _Counted(read_records(job.source, job.kind, job.vocab_size, job.columns))
-    blocks = _blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
+    counted = _CountedRecords(read_records(job.source, job.kind, job.vocab_size, job.columns))
+    blocks = _group_blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
     pilot = next(blocks, None)
     if pilot is None:
         raise UsageError(f"{job.source}: holds no record.")
@@ -132,7 +132,7 @@ def convert(job: Conversion, out: Path) -> Manifest:
         tables_facts = file_size_and_hash(folder / TABLES_FILE)
         coding = Coding(read_tables(folder, tables_facts), Selection(top_k=1), job.codec)
         shards, totals = list[Shard](), Totals()
-        for number, encoded_blocks in enumerate(_shards(chain([pilot], blocks), coding, job)):
+        for number, encoded_blocks in enumerate(_encode_shards(chain([pilot], blocks), coding, job)):
             path = folder / f"shard-{number:06d}.tar"
             write_shard(path, encoded_blocks)
             written_blocks = list(read_written_blocks(path, coding))
@@ -141,13 +141,13 @@ def convert(job: Conversion, out: Path) -> Manifest:
                 totals.add(written.header, written.records)
             shard_blocks = tuple(written.block for written in written_blocks)
             shards.append(Shard(path.name, path.stat().st_size, sha256(path), shard_blocks))
-        manifest = _manifest(job, counted, totals, tables_facts, tuple(shards))
+        manifest = _make_manifest(job, counted, totals, tables_facts, tuple(shards))
         manifest.write(folder)
     return manifest
 
 
-def _manifest(
-    job: Conversion, counted: _Counted, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
+def _make_manifest(
+    job: Conversion, counted: _CountedRecords, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
 ) -> Manifest:
     unknown = counted.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
     selection = Selection(top_k=counted.widest)

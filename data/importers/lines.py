@@ -105,7 +105,7 @@ def read_records(source: str, kind: str, vocab_size: int, columns: int = 0) -> I
                 raise UsageError(f"{where}: {error!s:.400}.") from None
 
 
-def _ids(value: Any, name: str, vocab_size: int) -> Array:
+def _parse_ids(value: Any, name: str, vocab_size: int) -> Array:
     ids = np.asarray(value)
     if ids.dtype.kind not in "iu" or ids.ndim != 1:
         raise ValueError(f"{name}: wanted a list of token ids")
@@ -125,7 +125,7 @@ def _check_lists(rows: Any, name: str) -> None:
             )
 
 
-def _rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, Array]:
+def _parse_rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, Array]:
     """Returns ids and numbers as arrays [T, K]. Shorter rows are padded with unused entries."""
     _check_lists(ids, "ids")
     _check_lists(logs, "numbers")
@@ -139,21 +139,21 @@ def _rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[Array, 
     for row, (row_ids, values) in enumerate(zip(ids, logs, strict=True)):
         if len(row_ids) != len(values) or len(set(row_ids)) != len(row_ids):
             raise ValueError(f"position {row}: {len(row_ids)} ids for {len(values)} numbers, or an id twice")
-        all_ids[row, : len(row_ids)] = _ids(row_ids, f"ids of position {row}", vocab_size) if row_ids else 0
+        all_ids[row, : len(row_ids)] = _parse_ids(row_ids, f"ids of position {row}", vocab_size) if row_ids else 0
         all_logs[row, : len(row_ids)] = values
     if np.isnan(all_logs).any() or (all_logs == np.inf).any():
         raise ValueError("an entry is no finite number")
     return all_ids, all_logs
 
 
-def _mask(value: Any, positions: int) -> Array:
+def _parse_mask(value: Any, positions: int) -> Array:
     mask = np.asarray(value, np.float64)
     if mask.shape != (positions,) or not np.isin(mask, (0, 1)).all():
         raise ValueError(f"loss_mask: wanted {positions} numbers, each 0 or 1")
     return mask.astype(np.uint8)
 
 
-def _tail(logs: Array) -> tuple[Array, Array]:
+def _log_probs_and_tail(logs: Array) -> tuple[Array, Array]:
     """Returns the log-probabilities [T, K], scaled to a mass of at most 1, and the tail [T] that is missing to 1."""
     mass = np.exp(logs).sum(axis=1)
     if (mass > MOST_MASS).any():
@@ -163,7 +163,9 @@ def _tail(logs: Array) -> tuple[Array, Array]:
         return logs, np.log1p(-np.minimum(np.exp(logs).sum(axis=1), 1))
 
 
-def _record(document: str, token_ids: Array, mask: Array, ids: Array, logs: Array, tail: Array) -> tuple[Record, bool]:
+def _make_record(
+    document: str, token_ids: Array, mask: Array, ids: Array, logs: Array, tail: Array
+) -> tuple[Record, bool]:
     """Returns the record, and True where every label is an entry."""
     # The label's log-probability is that of its entry, if it has one.  [T]
     labels = token_ids[1:]
@@ -179,15 +181,15 @@ def _record(document: str, token_ids: Array, mask: Array, ids: Array, logs: Arra
     return record, bool((entry_log_prob > UNUSED).all())
 
 
-def _nemo_aligner(value: dict[str, Any], where: str, vocab_size: int) -> Line:
-    tokens, labels = (_ids(value[name], name, vocab_size) for name in ("tokens", "labels"))
+def _parse_nemo_aligner(value: dict[str, Any], where: str, vocab_size: int) -> Line:
+    tokens, labels = (_parse_ids(value[name], name, vocab_size) for name in ("tokens", "labels"))
     if not len(tokens) or len(labels) != len(tokens):
         raise ValueError(f"has {len(tokens)} tokens and {len(labels)} labels; wanted as many, and one at least")
-    mask = _mask(value["loss_mask"], len(tokens))
+    mask = _parse_mask(value["loss_mask"], len(tokens))
     wrong = np.flatnonzero((labels[:-1] != tokens[1:]) & (mask[:-1] > 0))
     if len(wrong):
         raise ValueError(f"position {wrong[0]}: the label is {labels[wrong[0]]}, the next token {tokens[wrong[0] + 1]}")
-    ids, logits = _rows(value["topk_token_ids"], value["topk_logits"], len(tokens), vocab_size)
+    ids, logits = _parse_rows(value["topk_token_ids"], value["topk_logits"], len(tokens), vocab_size)
     normaliser = value.get("log_sum_exp_logits")
     if normaliser is None:
         # Renormalise over the top-k: log softmax of the stored logits, with an unknown tail.  [T, K]
@@ -197,20 +199,20 @@ def _nemo_aligner(value: dict[str, Any], where: str, vocab_size: int) -> Line:
     else:
         if len(normaliser) != len(tokens):
             raise ValueError(f"log_sum_exp_logits: {len(normaliser)} numbers for {len(tokens)} positions")
-        (logs, tail), unknown = _tail(logits - np.asarray(normaliser, np.float64)[:, None]), set[str]()
-    record, complete = _record(where, np.append(tokens, labels[-1]), mask, ids, logs, tail)
+        (logs, tail), unknown = _log_probs_and_tail(logits - np.asarray(normaliser, np.float64)[:, None]), set[str]()
+    record, complete = _make_record(where, np.append(tokens, labels[-1]), mask, ids, logs, tail)
     return Line(record, frozenset(unknown if complete else {*unknown, "label_log_prob"}))
 
 
-def _jsonl(value: dict[str, Any], where: str, vocab_size: int) -> Line:
-    tokens = _ids(value["tokens"], "tokens", vocab_size)
+def _parse_jsonl(value: dict[str, Any], where: str, vocab_size: int) -> Line:
+    tokens = _parse_ids(value["tokens"], "tokens", vocab_size)
     T = len(tokens) - 1
     if T < 1:
         raise ValueError(f"tokens: {len(tokens)}; wanted two at least, an input and a label")
-    ids, logs = _rows(value["top_ids"], value["top_log_probs"], T, vocab_size)
-    logs, tail = _tail(logs)
-    mask = _mask(value.get("loss_mask", np.ones(T)), T)
-    record, complete = _record(str(value.get("document", where)), tokens, mask, ids, logs, tail)
+    ids, logs = _parse_rows(value["top_ids"], value["top_log_probs"], T, vocab_size)
+    logs, tail = _log_probs_and_tail(logs)
+    mask = _parse_mask(value.get("loss_mask", np.ones(T)), T)
+    record, complete = _make_record(str(value.get("document", where)), tokens, mask, ids, logs, tail)
     if (stated := value.get("label_log_probs")) is not None:
         if len(stated) != T or not all(-math.inf < log_prob <= 0 for log_prob in stated):
             raise ValueError(f"label_log_probs: wanted {T} log-probabilities")
@@ -221,4 +223,7 @@ def _jsonl(value: dict[str, Any], where: str, vocab_size: int) -> Line:
     return Line(record, frozenset() if complete else frozenset({"label_log_prob"}))
 
 
-KINDS: dict[str, Callable[[dict[str, Any], str, int], Line]] = {"nemo_aligner": _nemo_aligner, "jsonl": _jsonl}
+KINDS: dict[str, Callable[[dict[str, Any], str, int], Line]] = {
+    "nemo_aligner": _parse_nemo_aligner,
+    "jsonl": _parse_jsonl,
+}

@@ -12,7 +12,7 @@ log = logging.getLogger("kd")
 MOST_ID = 1 << 32
 
 
-def _read(manifest: Manifest, path: str) -> ChatFormat | None:
+def _read_format(manifest: Manifest, path: str) -> ChatFormat | None:
     """Returns the format that a manifest states. It is checked strictly, because anybody may have written the file."""
     if (stated := manifest.made.get("chat")) is None:
         return None
@@ -37,7 +37,7 @@ def chat_format(source: Source) -> ChatFormat | None:
     Raises:
         UsageError: a cache cannot be read.
     """
-    by_path = {part.path: form for part in source.parts if (form := _read(part.manifest, part.path))}
+    by_path = {part.path: form for part in source.parts if (form := _read_format(part.manifest, part.path))}
     formats = list(by_path.values())
     if any(form != formats[0] for form in formats):
         log.warning(

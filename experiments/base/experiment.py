@@ -113,7 +113,7 @@ def caches_by_path(source: Source | Mapping[str, Shards], where: str) -> dict[st
     return {where: source} if isinstance(source, Shards) else {f"{where}.{name}": source[name] for name in source}
 
 
-def _millions(model: Decoder, *, trained: bool = False) -> str:
+def _format_millions(model: Decoder, *, trained: bool = False) -> str:
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
     return f"{count / 1e6:.1f}M"
 
@@ -178,7 +178,7 @@ class Experiment:
         repeats = count_passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         checks.warn_of_repeats(self.steps, repeats)
         return {
-            "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
+            "student": f"{_format_millions(student)} parameters ({_format_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"
             + (f" in {arch.vocab_rows} rows" if arch.vocab_rows > arch.vocab_size else ""),
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),

@@ -152,27 +152,27 @@ class Sweep:
         return iter(self.drafts)
 
 
-def _values(values: Iterable[Any], error_prefix: str) -> list[Any]:
+def _check_values(values: Iterable[Any], error_prefix: str) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Iterable) or not (listed := list(values)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"{error_prefix}: got {values!r}; wanted a list of at least one value.")
-    return [_plain(value) for value in listed]
+    return [_to_python(value) for value in listed]
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     """Converts numpy's numbers and texts to Python's own, also within tuples and lists."""
     if type(value) in (tuple, list):
-        return type(value)(map(_plain, value))
+        return type(value)(map(_to_python, value))
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def grid(path: str, values: Iterable[Any]) -> Axis:
     """Sets each of the values at `path`, or at every value with a tag (`tag:NAME`). A value may be a whole config."""
-    return Axis(tuple({path: value} for value in _values(values, f"grid({path!r})")))
+    return Axis(tuple({path: value} for value in _check_values(values, f"grid({path!r})")))
 
 
 def tied(paths: Sequence[str], values: Iterable[Any]) -> Axis:
     """Sets each of the values at all of `paths` at once."""
-    return Axis(tuple(dict.fromkeys(paths, value) for value in _values(values, f"tied({paths!r})")))
+    return Axis(tuple(dict.fromkeys(paths, value) for value in _check_values(values, f"tied({paths!r})")))
 
 
 def together(*axes: Axis) -> Axis:
@@ -184,14 +184,14 @@ def together(*axes: Axis) -> Axis:
     lengths = [len(axis.choices) for axis in axes]
     if len(set(lengths)) != 1:
         raise UsageError(f"zipped: got {lengths} values; wanted as many for each path.")
-    choices = tuple(map(_merged, zip(*(axis.choices for axis in axes), strict=True)))
+    choices = tuple(map(_merge, zip(*(axis.choices for axis in axes), strict=True)))
     draws = [axis.draws for axis in axes if axis.draws is not None]
     if len(draws) < len(axes):
         return Axis(choices)
-    return Axis(choices, lambda: map(_merged, zip(*(begin() for begin in draws), strict=True)))
+    return Axis(choices, lambda: map(_merge, zip(*(begin() for begin in draws), strict=True)))
 
 
-def _merged(choices: Sequence[Values]) -> Values:
+def _merge(choices: Sequence[Values]) -> Values:
     merged = {path: value for choice in choices for path, value in choice.items()}
     if len(merged) != sum(len(choice) for choice in choices):
         raise UsageError(f"zipped: {', '.join(merged)} are set more than once. Name each path once.")
@@ -215,14 +215,14 @@ def random(path: str, sampler: Sampler, n: int, seed: int = 0) -> Axis:
     def draws() -> Iterator[Values]:
         source = Random(f"{seed} {path}")  # noqa: S311 (a search, not a secret)
         while True:
-            yield {path: _plain(sampler(source))}
+            yield {path: _to_python(sampler(source))}
 
     return Axis(tuple(itertools.islice(draws(), n)), draws)
 
 
 def uniform(low: float, high: float) -> Sampler:
     """Draws uniformly between `low` and `high`, rounded to three digits."""
-    return lambda source: _three_digits(source.uniform(low, high))
+    return lambda source: _round_to_three_digits(source.uniform(low, high))
 
 
 def log_uniform(low: float, high: float) -> Sampler:
@@ -233,22 +233,22 @@ def log_uniform(low: float, high: float) -> Sampler:
     """
     if not 0 < low < high:
         raise UsageError(f"log_uniform: got {low} and {high}; wanted 0 < low < high.")
-    return lambda source: _three_digits(math.exp(source.uniform(math.log(low), math.log(high))))
+    return lambda source: _round_to_three_digits(math.exp(source.uniform(math.log(low), math.log(high))))
 
 
 def choice(*options: Any) -> Sampler:
     """Draws one of the options, all of them equally likely."""
-    listed = _values(options, "choice")
+    listed = _check_values(options, "choice")
     return lambda source: source.choice(listed)
 
 
-def _three_digits(value: float) -> float:
+def _round_to_three_digits(value: float) -> float:
     return float(f"{value:.3g}")
 
 
 def seeds(n: int) -> Axis:
     """Sets seeds 0 to n − 1. Result tables take means over this axis."""
-    n = _plain(n)
+    n = _to_python(n)
     if not isinstance(n, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"seeds: got {n!r}; wanted how many, as seeds(3); for others: grid('seed', [7, 8]).")
     return grid("seed", range(n))
@@ -259,7 +259,7 @@ def fiddled(*fiddlers: Callable[[Any], None] | None, name: str = "change") -> Ax
     for fiddler in fiddlers:
         if fiddler is not None and not callable(fiddler):
             raise UsageError(f"fiddled: got {fiddler!r}; wanted functions that change a config, or None.")
-    return Axis(tuple({FIDDLER + name: fiddler} for fiddler in _values(fiddlers, "fiddled")))
+    return Axis(tuple({FIDDLER + name: fiddler} for fiddler in _check_values(fiddlers, "fiddled")))
 
 
 def where(keep: Callable[[Values], bool]) -> Filter:

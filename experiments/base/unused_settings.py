@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from experiments.base.experiment import Experiment
 
 
-def _changed(part: Any, name: str) -> bool:
+def _is_changed(part: Any, name: str) -> bool:
     """Returns True where a setting does not have its default."""
     default = next(field.default for field in fields(part) if field.name == name)
     return getattr(part, name) != default
 
 
-def _of_training_shards(where: str, shards: Shards) -> Iterator[str]:
+def _unused_in_training_shards(where: str, shards: Shards) -> Iterator[str]:
     selection = shards.manifest.selection
-    if not shards.prefetch and _changed(shards, "timeout"):
+    if not shards.prefetch and _is_changed(shards, "timeout"):
         yield f"{where}.timeout={shards.timeout}: nothing is read ahead ({where}.prefetch=0)"
-    if shards.on_damage == "stop" and _changed(shards, "max_damaged_blocks"):
+    if shards.on_damage == "stop" and _is_changed(shards, "max_damaged_blocks"):
         yield f"{where}.max_damaged_blocks={shards.max_damaged_blocks}: the first one stops ({where}.on_damage=stop)"
     if 0 < shards.min_prob <= selection.min_prob:
         yield f"{where}.min_prob={shards.min_prob}: {shards.path} holds nothing below {selection.min_prob}"
@@ -33,14 +33,14 @@ def _of_training_shards(where: str, shards: Shards) -> Iterator[str]:
         yield f"{where}.samples=False: {shards.path} has no samples"
 
 
-def _of_held_out_shards(where: str, shards: Shards) -> Iterator[str]:
+def _unused_in_held_out_shards(where: str, shards: Shards) -> Iterator[str]:
     for name in ("shuffle_shards", "on_damage", "max_damaged_blocks", "prefetch", "timeout"):
-        if _changed(shards, name):
+        if _is_changed(shards, name):
             value = getattr(shards, name)
             yield f"{where}.{name}={value}: validation reads in stored order, not ahead, and skips nothing"
 
 
-def _of_loss(experiment: "Experiment") -> Iterator[str]:
+def _unused_in_loss(experiment: "Experiment") -> Iterator[str]:
     for name, term in experiment.loss.terms.items():
         where = f"loss.terms.{name}"
         if isinstance(weight := term.weight, WarmupStableDecay):
@@ -50,23 +50,23 @@ def _of_loss(experiment: "Experiment") -> Iterator[str]:
         if not isinstance(term, Distillation):
             continue
         at_one = term.temperature == 1 and term.student_temperature in (None, 1)
-        if at_one and _changed(term, "temperature_scaling"):
+        if at_one and _is_changed(term, "temperature_scaling"):
             yield f"{where}.temperature_scaling={term.temperature_scaling}: both temperatures are 1"
         if term.keep is not None and term.keep.share == 1:
             yield f"{where}.keep: a share of 1 keeps every position"
 
 
-def _of_the_rest(experiment: "Experiment") -> Iterator[str]:
+def _unused_elsewhere(experiment: "Experiment") -> Iterator[str]:
     collate, saved, validated = experiment.collate, experiment.checkpoint, experiment.evaluation
     resets = (collate.reset_position_ids, collate.reset_attention_mask, collate.eod_mask_loss)
     if collate.eod_id is not None and not any(resets):
         yield f"collate.eod_id={collate.eod_id}: nothing restarts at it, and its loss counts"
-    if experiment.optimizer.on_non_finite == "stop" and _changed(experiment.optimizer, "max_skipped"):
+    if experiment.optimizer.on_non_finite == "stop" and _is_changed(experiment.optimizer, "max_skipped"):
         yield f"optimizer.max_skipped={experiment.optimizer.max_skipped}: the first one stops (optimizer.on_non_finite)"
     for name in ("best_metric", "best_mode"):
-        if not saved.keep_best and _changed(saved, name):
+        if not saved.keep_best and _is_changed(saved, name):
             yield f"checkpoint.{name}={getattr(saved, name)}: no best is kept (checkpoint.keep_best=0)"
-    if not validated.prompts and _changed(validated, "continuation_tokens"):
+    if not validated.prompts and _is_changed(validated, "continuation_tokens"):
         yield f"evaluation.continuation_tokens={validated.continuation_tokens}: there are no evaluation.prompts"
     if experiment.parallel.tensor_parallel == 1 and experiment.parallel.sequence_parallel:
         yield "parallel.sequence_parallel=True: no ranks share a row (parallel.tensor_parallel=1)"
@@ -82,11 +82,11 @@ def unused_settings(experiment: "Experiment") -> list[str]:
     """Returns a sentence for each setting that changes nothing in this run."""
     sentences: list[str] = []
     for where, shards in experiment.training_caches().items():
-        sentences += _of_training_shards(where, shards)
+        sentences += _unused_in_training_shards(where, shards)
     for where, shards in experiment.held_out_caches().items():
-        sentences += _of_held_out_shards(where, shards)
+        sentences += _unused_in_held_out_shards(where, shards)
     return [
         *sentences,
-        *_of_loss(experiment),
-        *_of_the_rest(experiment),
+        *_unused_in_loss(experiment),
+        *_unused_elsewhere(experiment),
     ]
