@@ -1,10 +1,10 @@
-"""Rules by which transformers (5.23) splits text, by the class of a tokenizer and not by its `tokenizer.json`.
+"""Rules by which transformers (5.23) splits text according to a tokenizer's class and not its `tokenizer.json`.
 
     GPT2Tokenizer     bytes, `add_prefix_space` of `tokenizer_config.json`, no normalizer
     Qwen2Tokenizer    the same, with its own regular expression and NFC
-    LlamaTokenizer    ▁ for a space; in front of a text by `add_prefix_space`, behind special tokens too by `legacy`
+    LlamaTokenizer    ▁ for a space, added before a text by `add_prefix_space`, after special tokens too by `legacy`
 
-Here `tokenizer.json` is read as it is. Where the other reading gives other tokens, a warning says so.
+This project reads `tokenizer.json` as it is. It warns where transformers' reading gives other tokens.
 """
 
 import json
@@ -31,7 +31,7 @@ Settings = dict[str, Any]
 
 
 class Rules(NamedTuple):
-    """Parts of a tokenizer ahead of its model."""
+    """The stages of a tokenizer that come before its model."""
 
     normalizer: Any
     pre_tokenizer: Any
@@ -59,36 +59,42 @@ CLASSES: dict[str, Callable[[Settings], Rules]] = {
     "Qwen2Tokenizer": _qwen2_rules,
     "LlamaTokenizer": _llama_rules,
 }
-# The class of a kind of model where the settings name none. Of kinds that are not here, `tokenizer.json` counts.
-OF_MODELS = {None: None, "llama": None, "gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+# The class for a model type where the settings name none. For types that are not listed, `tokenizer.json` counts.
+CLASS_BY_MODEL_TYPE = {
+    None: None,
+    "llama": None,
+    "gpt2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
 
 
 def _class_name(fast: FastTokenizer, folder: Path, settings: Settings) -> str | None:
-    """Returns the class by which transformers reads a folder, None where that reads `tokenizer.json` as it is."""
+    """Returns the class by which transformers reads a folder, or None where it reads `tokenizer.json` as it is."""
     config: dict[str, Any] = {}
-    with suppress(UsageError):  # whoever needs it reports it
+    with suppress(UsageError):  # a damaged one is reported where it is needed
         config = read_json(folder / "config.json", "a model configuration")
     model = config.get("model_type")
-    named = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if not isinstance(model, str | None) or model not in OF_MODELS or "auto_map" in settings:
+    class_name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    if not isinstance(model, str | None) or model not in CLASS_BY_MODEL_TYPE or "auto_map" in settings:
         return None
-    if model == "qwen2" or not isinstance(named, str):
-        return OF_MODELS[model]
-    name = named.removesuffix("Fast")
-    of_bytes = '"ByteLevel"' in str([part.__getstate__() for part in (fast.pre_tokenizer, fast.decoder) if part])
-    return None if name == "LlamaTokenizer" and of_bytes else name
+    if model == "qwen2" or not isinstance(class_name, str):
+        return CLASS_BY_MODEL_TYPE[model]
+    name = class_name.removesuffix("Fast")
+    is_byte_level = '"ByteLevel"' in str([part.__getstate__() for part in (fast.pre_tokenizer, fast.decoder) if part])
+    return None if name == "LlamaTokenizer" and is_byte_level else name
 
 
 def _tokens(fast: FastTokenizer, rules: Rules) -> list[list[str]]:
-    """Returns the tokens of the probes by other rules, and leaves the tokenizer as it was."""
+    """Returns the probes' tokens under these rules. The tokenizer keeps its own."""
     special = next((token.content for token in fast.get_added_tokens_decoder().values() if token.special), "")
-    own = Rules(fast.normalizer, fast.pre_tokenizer)
+    original = Rules(fast.normalizer, fast.pre_tokenizer)
     try:
         fast.normalizer, fast.pre_tokenizer = rules
         probes = [*PROBES, f"{special}The fox"]
         return [encoding.tokens for encoding in fast.encode_batch(probes, add_special_tokens=False)]
     finally:
-        fast.normalizer, fast.pre_tokenizer = own
+        fast.normalizer, fast.pre_tokenizer = original
 
 
 @cache
@@ -102,7 +108,7 @@ def _warn_once(folder: Path, name: str, stated: str, theirs: str, ours: str) -> 
 
 
 def warn_of_other_rules(fast: FastTokenizer, folder: Path, settings: Settings) -> None:
-    """Warn once of a folder that transformers splits text of otherwise: the field, and both readings."""
+    """Warns once per folder whose text transformers splits in another way. It names the field and both readings."""
     name = _class_name(fast, folder, settings)
     if name not in CLASSES or not isinstance(fast.model, models.BPE):
         return
@@ -110,11 +116,11 @@ def warn_of_other_rules(fast: FastTokenizer, folder: Path, settings: Settings) -
     try:
         ours = _tokens(fast, Rules(fast.normalizer, fast.pre_tokenizer))
         theirs = _tokens(fast, rules_of(settings))
-        # The field of which another value would give the same tokens, if there is one.
+        # Find the field, if any, that would make transformers' tokens equal to ours with another value.
         field = next(
             (f for f in FIELDS for v in (True, False) if _tokens(fast, rules_of({**settings, f: v})) == ours), ""
         )
-    except Exception:  # a tokenizer that fails on a text is reported where it reads one
+    except Exception:  # a tokenizer that fails on a text is reported where it encodes one
         return
     for one, other in zip(theirs, ours, strict=True):
         if one != other:

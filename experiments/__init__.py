@@ -1,1 +1,1 @@
-"""Experiments as functions that return `fdl.Config`; the only folder that knows Fiddle."""
+"""Experiments as functions that return `fdl.Config`. Only this folder imports Fiddle."""

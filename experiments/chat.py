@@ -1,12 +1,12 @@
-"""Does a student learn to answer from conversations, scored on the assistant's turns alone?
+"""Does a student learn to answer from conversations that are scored on the assistant's turns alone?
 
 Command:  python -m launchers.export_teacher --config=chat_export --config=teacher=my/model \\
               --config=corpus.path=my/chats --out=chats/cache
           torchrun --nproc-per-node 1 -m launchers.train --config=chat --config=student.folder=my/model
-          A small cache needs fewer steps than the 1,000 here. A warning names them: --config=steps=…
-Expected: a cache whose scored positions are the assistant's; the rest is context for the teacher and the student.
-          The student's held-out KL on the assistant's tokens falls; on plain text nothing is promised.
-Seen:     nothing yet: the quick start brings no conversations along.
+          A small cache needs fewer steps than the 1,000 here. A warning says how many: --config=steps=…
+Expected: a cache whose scored positions are the assistant's. The rest is context for teacher and student.
+          The student's held-out KL on the assistant's tokens falls. On plain text nothing is expected.
+Seen:     nothing yet: the quick start has no conversations.
 """
 
 import fiddle as fdl
@@ -18,7 +18,7 @@ from experiments.half_depth import quickstart_export
 
 
 def chat() -> fdl.Config[Experiment]:
-    """A whole model on a cache of conversations: distilled on the assistant's tokens, rows of 2,048 positions."""
+    """Trains a whole model on a cache of conversations: on the assistant's tokens, in rows of 2,048 positions."""
     config = distill(cache="chats/cache")
     config.collate.row_length = 2048
     config.tokens_per_step = 16_384
@@ -28,7 +28,7 @@ def chat() -> fdl.Config[Experiment]:
 
 
 def chat_export() -> fdl.Config[TeacherExport]:
-    """Conversations (`messages`, or prompt and completion) through the teacher's chat template; longer ones overlap."""
+    """Exports conversations (`messages`, or prompt and completion) in the teacher's chat template, with an overlap."""
     config = quickstart_export()
     config.corpus.path = "chats.jsonl"
     config.train_tokens = None

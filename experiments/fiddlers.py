@@ -1,4 +1,4 @@
-"""Changes that go together, by one name: `--config=fiddler:NAME(arg=v)` applies them to any experiment."""
+"""Named groups of changes: `--config=fiddler:NAME(arg=v)` applies them to any experiment."""
 
 import fiddle as fdl
 
@@ -11,16 +11,18 @@ from kd_core.training.optimizer import AdamW
 
 
 def cache(config: fdl.Config[Experiment], folder: str) -> None:
-    """Train on `folder`/train and validate on `folder`/validation, as launchers.export_teacher writes them."""
+    """Trains on `folder`/train and validates on `folder`/validation, as launchers.export_teacher writes them."""
     for part, split in ((config, "train"), (config.evaluation, "validation")):
-        if isinstance(part.shards, fdl.Config) and fdl.get_callable(part.shards) is Shards:  # what is read of it stays
+        if (
+            isinstance(part.shards, fdl.Config) and fdl.get_callable(part.shards) is Shards
+        ):  # keeps how much of a cache is read
             part.shards.path = f"{folder}/{split}"
         else:
             part.shards = read(f"{folder}/{split}")
 
 
 def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
-    """Only a few steps, to see that everything runs: validated at the ends, saved after the last."""
+    """Runs only a few steps, to see that everything works: validates before and after them, saves after the last."""
     config.steps = steps
     for name in ("warmup_steps", "constant_steps", "decay_steps"):
         if name in fdl.ordered_arguments(config.schedule, include_defaults=True, include_unset=True):
@@ -29,7 +31,7 @@ def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
 
 
 def nemo_aligner(config: fdl.Config[Experiment]) -> None:
-    """NeMo-Aligner's defaults: `kd_loss: bwd_kl` (forward KL on the renormalised top-k), AdamW, schedule, best kept."""
+    """Sets NeMo-Aligner's defaults: kd_loss bwd_kl (forward KL on renormalised top-k), AdamW, schedule, keep_best."""
     config.loss.terms = {
         "kd": fdl.Config(Distillation, weight=1.0, divergence="forward_kl", tail="renormalized"),
         "sft": fdl.Config(CrossEntropy, weight=0.0),

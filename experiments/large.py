@@ -3,8 +3,8 @@
 Command:  torchrun --nproc-per-node 8 -m launchers.train --config=gpus8
           srun torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 \\
               -m launchers.train --config=nodes64
-Expected: a start that a team would tune, not a result: the step's size, the layout and the precision fit the machines.
-Seen:     never run; `--dry_run` checks the parts and names the folders that are to be made.
+Expected: a starting point to tune, not a result: step size, layout and precision fit the machines.
+Seen:     never run. `--dry_run` checks the parts and names the folders that have to be made.
 """
 
 import fiddle as fdl
@@ -14,7 +14,7 @@ from experiments.base.experiment import Experiment
 
 
 def gpus8() -> fdl.Config[Experiment]:
-    """8 GPUs, never run: a 1B student on a cache of an 8B teacher, 0.5M tokens a step in rows of 4,096, 10B tokens."""
+    """Trains a 1B student on an 8B teacher's cache with 8 GPUs, never run: 10B tokens, 0.5M a step, rows of 4,096."""
     config = distill(model="models/student-1b", cache="caches/teacher-8b")
     config.collate.row_length = 4096
     config.tokens_per_step = 4096 * 128
@@ -34,7 +34,7 @@ def gpus8() -> fdl.Config[Experiment]:
 
 
 def nodes64() -> fdl.Config[Experiment]:
-    """64 nodes of 8 GPUs, never run: as `gpus8`, a sharded copy on each node, 4M tokens a step, 100B tokens."""
+    """Trains as `gpus8` on 64 nodes of 8 GPUs, never run: 100B tokens, 4M a step, with a sharded copy on each node."""
     config = gpus8()
     config.tokens_per_step = 4096 * 1024
     config.optimizer.lr = 4e-4

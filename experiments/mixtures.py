@@ -1,7 +1,7 @@
 """Does a student that learns from two caches do better on one of them than from that one alone?
 
 Command:  torchrun --nproc-per-node 1 -m launchers.train --config='cache_mix(second="other/cache/train")'
-Expected: with much more text in the second cache, a lower held-out KL on the first once its epochs are several.
+Expected: with much more text in the second cache, a lower held-out KL on the first after several epochs of it.
 Seen:     not run yet.
 """
 
@@ -16,9 +16,9 @@ from experiments.half_depth import quickstart
 def cache_mix(
     first: str = "quickstart/cache/train", second: str = "quickstart/more/train", share: float = 0.75
 ) -> fdl.Config[Experiment]:
-    """The quick start on two caches: of the scored positions, `share` from the first, the others from the second.
+    """Trains the quick start on two caches: `share` of the scored positions from the first, the rest from the second.
 
-    Each is a folder with a manifest: OUT/train of an export to OUT, or what was converted.
+    Each is a folder with a manifest: OUT/train of an export to OUT, or an imported cache.
     """
     config = quickstart()
     caches = {name: read(path) for name, path in (("first", first), ("second", second))}

@@ -1,13 +1,13 @@
-"""Sweeps that can be named: `python -m launchers.sweep --sweep=NAME`. Each opens with its question."""
+"""Sweeps that run by name: `python -m launchers.sweep --sweep=NAME`. Each docstring begins with its question."""
 
 from experiments.base.sweep_definition import Sweep, grid, log_uniform, random, seeds, together, zipped
 from experiments.half_depth import quickstart
 
 
 def lr_by_step_size() -> Sweep:
-    """Which learning rate for which number of tokens a step, at the same tokens in all?
+    """Which learning rate suits which number of tokens a step, at the same number of tokens in all?
 
-    Expected: larger steps want a higher rate; 1,024 tokens at 4e-4 is near the best (see `quickstart`).
+    Expected: larger steps need a higher rate. 1,024 tokens at 4e-4 is near the best (see `quickstart`).
     Seen:     not run yet.
     """
     sizes = zipped({"tokens_per_step": [512, 1024, 2048], "steps": [120, 60, 30]})
@@ -15,9 +15,9 @@ def lr_by_step_size() -> Sweep:
 
 
 def weights_at_random() -> Sweep:
-    """How sensitive is the student to rate and weight of the distillation term, searched at random?
+    """How sensitive is the student to the learning rate and the distillation weight, searched at random?
 
-    Expected: a plateau around 4e-4 and 0.9.
+    Expected: a plateau around a rate of 4e-4 and a weight of 0.9.
     Seen:     not run yet.
     """
     draws = together(

@@ -1,9 +1,9 @@
-"""How far does a small student come that begins from random numbers and hears nothing but the teacher?
+"""How far does a small student come that begins from random weights and learns from the teacher alone?
 
 Command:  torchrun --nproc-per-node 1 -m launchers.train --config=pretraining
-Expected: far above the quick start's KL of 0.83, which begins from the teacher's own layers: 61k tokens teach a random
-          student little more than which tokens are frequent. The recipe is for caches a thousand times as large.
-Seen:     (not run yet)
+Expected: a KL far above the 0.83 of the quick start, which begins from the teacher's own layers: 61k tokens teach a
+          random student little more than which tokens are frequent. The recipe is for caches a thousand times as large.
+Seen:     not run yet.
 """
 
 import fiddle as fdl
@@ -14,7 +14,7 @@ from kd_core.students.starts.start import Random
 
 
 def pretraining() -> fdl.Config[Experiment]:
-    """A random student of 12M parameters: forward KL alone on packed plain text, four epochs, cosine to a tenth."""
+    """Trains a random student of 12M parameters: forward KL alone on packed text, four epochs, cosine to a tenth."""
     config = quickstart()
     config.student = fdl.Config(
         Random, folder="quickstart/teacher",

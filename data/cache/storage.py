@@ -1,8 +1,8 @@
 """Storage of a cache's files: a folder of this machine, or a URL. A new kind of storage is one more class here.
 
-    storage_at(path) ─► Storage: read a whole file, open one for ranges, list files, write one whole
+    storage_at(path) ─► Storage: read a whole file, open one for ranges, list files, write a whole file
 
-Only the schemes named here reach webdataset, which would run commands for some others.
+Only the schemes of `PROGRAMS` reach webdataset, because it would run commands for some others.
 """
 
 import os
@@ -21,7 +21,7 @@ PROGRAMS = {"http": "curl", "https": "curl", "gs": "gsutil", "ais": "ais"}
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 PLAIN_URL = re.compile(r"[a-z]+://[A-Za-z0-9][A-Za-z0-9.:-]*(/[A-Za-z0-9._~%+,=:@-]*)*")
 RETRIES = 3
-RETRY_SECONDS = 1.0  # then twice as long each time
+RETRY_SECONDS = 1.0  # before the first retry, and twice as long before each further one
 CHUNK_BYTES = 1 << 20
 CURL_STATUS = {
     6: "the host is not known",
@@ -32,7 +32,7 @@ CURL_STATUS = {
     52: "the server sent nothing",
     56: "the connection broke",
 }
-FINAL_CURL_STATUS = (3, 6, 22)  # curl itself tries again where a server says that it is busy
+FINAL_CURL_STATUS = (3, 6, 22)  # not retried here; curl itself retries when a server reports that it is busy
 
 
 class RangeReader(Protocol):
@@ -63,10 +63,10 @@ class Storage(Protocol):
         ...
 
     def size(self, name: str) -> int | None:
-        """Returns a file's bytes, or None where only reading it would tell.
+        """Returns a file's size in bytes, or None where only reading the whole file would show it.
 
         Raises:
-            UsageError: no such file.
+            UsageError: there is no such file.
         """
         ...
 
@@ -74,7 +74,7 @@ class Storage(Protocol):
         """Returns a whole file.
 
         Raises:
-            UsageError: it cannot be read, or has more than `most` bytes.
+            UsageError: the file cannot be read, or has more than `most` bytes.
         """
         ...
 
@@ -89,7 +89,7 @@ class Storage(Protocol):
         ...
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
-        """Writes a file that is complete or absent, whatever happens.
+        """Writes a file atomically: it is complete or absent, whatever happens.
 
         Raises:
             UsageError: this kind of storage cannot be written.
@@ -105,7 +105,7 @@ def storage_at(path: Path | str) -> Storage:
     """Returns the storage that holds the cache at a path or URL.
 
     Raises:
-        UsageError: a URL of another scheme than `PROGRAMS`, or with more in it than a host and plain path.
+        UsageError: the URL's scheme is not in `PROGRAMS`, or it holds more than a host and a plain path.
     """
     return UrlStorage(str(path)) if is_url(str(path)) else LocalStorage(Path(path))
 
@@ -148,7 +148,7 @@ class LocalStorage:
 
 
 class LocalFile:
-    """A file of this machine, opened anew for each range by webdataset's opener."""
+    """A file of this machine. webdataset's opener opens it anew for each range."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -166,7 +166,7 @@ class LocalFile:
 
 
 class UrlStorage:
-    """A folder behind a URL, read through the program that webdataset runs for its scheme. It is read only."""
+    """A folder behind a URL, read through the program that webdataset runs for its scheme. It cannot be written."""
 
     def __init__(self, path: str) -> None:
         scheme = path.partition(":")[0]
@@ -212,17 +212,17 @@ def _too_large(url: str, most: int, size: int | None = None) -> UsageError:
 
 
 class _TransferError(Exception):
-    """A transfer that died. `final`: another attempt would die, too."""
+    """Error of a transfer that broke off. `final` means that another attempt would fail too."""
 
-    def __init__(self, why: str, final: bool) -> None:
-        super().__init__(why)
+    def __init__(self, cause: str, final: bool) -> None:
+        super().__init__(cause)
         self.final = final
 
 
 class RemoteFile:
-    """One file behind a URL. It is opened once and read in order, and a skip reads on.
+    """A file behind a URL. It is opened once and read in order, and skipped bytes are read and dropped.
 
-    A transfer that dies is begun again a few times. Then it is an error with its cause.
+    A transfer that breaks off is retried a few times before it is an error with its cause.
     """
 
     def __init__(self, url: str) -> None:
@@ -256,34 +256,38 @@ class RemoteFile:
         if self.position > offset:
             self.close()
         if self.stream is None:
-            self.stream = self._opened()
+            self.stream = self._open()
         if self.stopped:
             raise _TransferError("it was stopped", True)
         while self.position < offset:
-            if not self._next(min(CHUNK_BYTES, offset - self.position)):
+            if not self._read_next(min(CHUNK_BYTES, offset - self.position)):
                 return b""
         chunks: list[bytes] = []
-        while size > 0 and (chunk := self._next(min(CHUNK_BYTES, size))):
+        while size > 0 and (chunk := self._read_next(min(CHUNK_BYTES, size))):
             chunks.append(chunk)
             size -= len(chunk)
         return b"".join(chunks)
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
         try:
             return webdataset_io.open_stream(self.url)
         except FileNotFoundError:
             program = PROGRAMS[self.url.partition(":")[0]]
             raise _TransferError(f"the program {program!r}, which opens such URLs, is not installed", True) from None
 
-    def _next(self, size: int) -> bytes:
-        """Returns the next bytes, or none at the end of a whole file."""
+    def _read_next(self, size: int) -> bytes:
+        """Returns the next bytes, or none at the end of the file.
+
+        Raises:
+            _TransferError: the transfer broke off before the end.
+        """
         data = b""
-        with suppress(OSError):  # webdataset raises it for a program that ended badly
+        with suppress(OSError):  # webdataset raises it for a program that ended with an error
             data = self.stream.read(size)  # pyright: ignore[reportOptionalMemberAccess]
         self.position += len(data)
         if not data and (status := webdataset_io.exit_status(self.stream)):
             program = PROGRAMS[self.url.partition(":")[0]]
             cause = CURL_STATUS.get(status, "") if program == "curl" else ""
-            why = f"{program} ended with status {status} after {self.position} bytes{': ' * bool(cause)}{cause}"
-            raise _TransferError(why, program == "curl" and status in FINAL_CURL_STATUS)
+            description = f"{program} ended with status {status} after {self.position} bytes{': ' * bool(cause)}{cause}"
+            raise _TransferError(description, program == "curl" and status in FINAL_CURL_STATUS)
         return data

@@ -1,11 +1,11 @@
-"""A cache that grows: the next export adds the documents that are not in it, and touches no shard that is there.
+"""Extension of a pair of caches by new documents. It leaves the shards that are there untouched.
 
-Documents are known by their content, through the windows that the caches hold, and not by their names: a file that
-was renamed, or whose lines moved, is not added again, and new text under an old name is. A document that was continued
-goes to the cache that has its beginning, which is not written again.
+Documents are identified by the content of the windows that the caches hold, not by their names. A file that was
+renamed, or whose lines moved, is not added again, but new text under an old name is. A document that was continued
+goes to the cache that has its beginning. The beginning is not written again.
 
-`growth.json` stands in the folder of both caches while it happens: how many shards each had before, so that an
-interrupted growth goes on as the same one. The old manifests stay valid until the new ones take their place.
+During an extension the folder above both caches holds `growth.json` with the number of shards that each had before. An
+interrupted extension is therefore continued as the same one. The old manifests stay valid until new ones replace them.
 """
 
 from dataclasses import dataclass, replace
@@ -19,33 +19,37 @@ from data.stream.shards import ShardReader
 from kd_core.files import damage_as_usage_error, read_json, write_json
 
 SPLITS = ("train", "validation")
-GROWTH = "growth.json"
-GROWING = "growing.json"  # the plan by which a cache grows, in its folder
+GROWTH_FILE = "growth.json"
+GROWING_FILE = "growing.json"  # in a cache's folder, the plan by which it is being extended
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The caches as they were before, by split, and the documents in them."""
+    """The manifests of both caches before an extension, by split, and the documents in them."""
 
     manifests: dict[str, Manifest]
     documents: CachedDocuments
 
 
 def growth_of(out: Path, *, begin: bool) -> Growth:
-    """The growth that is under way, or a new one, which `begin` writes down.
+    """Returns the extension that is under way, or a new one. With `begin` a new one is recorded in `growth.json`.
 
     Raises:
-        UsageError: there are no complete caches to grow.
+        UsageError: there are no complete caches to extend.
     """
     now = {split: read_manifest(out / split) for split in SPLITS}
-    path, was = out / GROWTH, {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()}
+    path, counts = (
+        out / GROWTH_FILE,
+        {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()},
+    )
     if path.exists():
-        was = read_json(path, "the state of a growing cache")
+        counts = read_json(path, "the state of a growing cache")
     elif begin:
-        write_json(path, was)
+        write_json(path, counts)
+    # Cut the manifests back to what they were. One of two may already be the extended one, after an interruption.
     with damage_as_usage_error(path, "the state of a growing cache"):
         before = {
-            split: replace(m, plans=m.plans[: was[split]["plans"]], shards=m.shards[: was[split]["shards"]])
+            split: replace(m, plans=m.plans[: counts[split]["plans"]], shards=m.shards[: counts[split]["shards"]])
             for split, m in now.items()
         }
     documents = CachedDocuments()
@@ -56,6 +60,6 @@ def growth_of(out: Path, *, begin: bool) -> Growth:
 
 
 def end_growth(out: Path) -> None:
-    """Both caches are complete."""
-    for path in (out / GROWTH, *(out / split / GROWING for split in SPLITS)):
+    """Removes the state of an extension, after both caches are complete."""
+    for path in (out / GROWTH_FILE, *(out / split / GROWING_FILE for split in SPLITS)):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What an export is to make, before any teacher runs: the plan of each cache, the same on every rank and every start.
+"""Plans of an export's caches, made before any teacher runs. They are the same on every rank and at every start.
 
 documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw ─► shards of windows
 """
@@ -30,32 +30,32 @@ from kd_core.students.decoder.architecture import too_many_tokens
 from kd_core.students.huggingface.weights import weight_files
 
 log = logging.getLogger("kd")
-# Below, p^(1/t) of a wide vocabulary is 0 in float32, and all draws are one token; above, it says little of p.
+# Below, p^(1/t) of a wide vocabulary is 0 in float32 and all draws are one token. Above, it hardly depends on p.
 PROPOSAL_TEMPERATURE = Range("0.25 to 4", 0.25, 4)
 
 
 @dataclass(frozen=True)
 class TeacherExport:
-    """What to export: which teacher over which corpus, how much of it, what is kept of a position, and how.
+    """Settings of an export: the teacher, the corpus and how much of it, and what is kept of each position.
 
     Args:
         corpus: documents.
         teacher: a Hugging Face folder, or `hub:OWNER/NAME`.
-        train_tokens: positions of the training cache (None: all that the corpus has).
-        validation_tokens: positions of the held-out cache.
+        train_tokens: positions of the training cache (None: all of its split).
+        validation_tokens: positions of the held-out cache (None: all of its split).
         selection: what is kept of a position.
         codec: `standard` (a KL of about 1.5e-4 at 64 entries), `compact` (3e-4, 4 bytes less), or `lossless`.
-        max_codec_kl: the export stops where a block's mean KL(original‖decoded) is above this, in nats.
+        max_codec_kl: largest mean KL(original‖decoded) of a block, in nats. The export stops above it.
         row_length: positions of a window.
-        overlap: positions at a window's head that are context only, scored in the window before.
+        overlap: positions at the start of a window that are context only, because the window before scores them.
         validation_share: share of the documents that is held out.
-        seed: of the split, the draw of windows and the samples.
-        dtype: the teacher's weights and activations; its logits are float32. auto: bfloat16 where the device has
-            instructions for it, else float32; the cache records which. Of the quick start's teacher, bfloat16 is a KL
-            of 6e-4 nats from float32 (1,024 positions).
-        scorer: auto, decoder or transformers.
-        block_positions: about so many positions are coded together; the unit of reading and shuffling.
-        shard_bytes: about the size of a shard; the unit of work of a rank, and of what an interruption loses.
+        seed: seed of the split, the draw of windows and the samples.
+        dtype: type of the teacher's weights and activations. Its logits are float32. `auto` is bfloat16 where the
+            device has instructions for it, otherwise float32, and the cache records which. With the quick start's
+            teacher, bfloat16 is a KL of 6e-4 nats from float32 (1,024 positions).
+        scorer: `auto`, `decoder` or `transformers`.
+        block_positions: about the number of positions that are coded together, the unit of reading and shuffling.
+        shard_bytes: about the size of a shard, the unit of a rank's work and of what an interruption loses.
         batch_rows: windows that the teacher scores together.
     """
 
@@ -84,7 +84,7 @@ class TeacherExport:
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
         shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": NOT_NEGATIVE}
         check_ranges(self, "", **dict.fromkeys(counts, AT_LEAST_1), **shares, seed=AT_LEAST_0)
-        # A cache that was written is read whatever its temperatures are; what is to be written is checked here.
+        # Temperatures are checked here and not in `Selection`: a cache that is already written is read with any.
         check_ranges(
             self.selection, "selection.", proposal_temperature=PROPOSAL_TEMPERATURE, tail_temperatures=TEMPERATURE
         )
@@ -96,20 +96,19 @@ class TeacherExport:
 
 
 class PlannedShard(NamedTuple):
-    """A shard to be: the windows of each of its blocks."""
+    """A shard to write: the windows of each of its blocks."""
 
     name: str
     blocks: tuple[range, ...]
 
     @property
     def windows(self) -> range:
-        """All of its windows."""
         return range(self.blocks[0].start, self.blocks[-1].stop)
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """One cache to be: its windows, its teacher, and the plan that is written beside it and into its manifest."""
+    """The plan of one cache: its windows, its teacher, and the JSON plan that goes into its folder and manifest."""
 
     folder: Path
     export: TeacherExport
@@ -117,20 +116,20 @@ class CachePlan:
     windows: list[Window]
     plan: dict[str, Any]
     grown_from: Manifest | None = None
-    texts: str = ""  # what each gets in front and behind, in words, where there are texts
-    drawn_from: int = 0  # positions that the split has
-    chat: dict[str, Any] | None = None  # how conversations are written, for the manifest alone
+    texts: str = ""  # where there are texts, a description of what is added before and after each
+    drawn_from: int = 0  # positions that the split has in all
+    chat: dict[str, Any] | None = None  # the format of conversations, stored in the manifest only
 
     @property
     def first_record(self) -> int:
-        """The number of the first record: those of a cache that grows stand before it."""
+        """Returns the number of the first new record. It follows those of the cache that is extended."""
         return self.grown_from.records if self.grown_from else 0
 
     @cached_property
     def shards(self) -> list[PlannedShard]:
-        """All shards: blocks of windows up to `block_positions`, as many blocks as `shard_bytes` will about hold."""
+        """Returns all shards. Blocks hold up to `block_positions`, and shards up to about `shard_bytes`."""
         settings = self.export
-        most = max(1, int(settings.shard_bytes / bytes_a_position(settings.selection, settings.codec)))
+        most = max(1, int(settings.shard_bytes / bytes_per_position(settings.selection, settings.codec)))
         blocks = _runs([window.positions for window in self.windows], settings.block_positions)
         sizes = [sum(self.windows[i].positions for i in block) for block in blocks]
         return [
@@ -139,18 +138,18 @@ class CachePlan:
         ]
 
     def missing(self) -> list[PlannedShard]:
-        """Shards that are not on disk."""
+        """Returns the shards that are not on disk."""
         return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
 
 
-def bytes_a_position(selection: Selection, codec: str) -> float:
-    """About what a position costs, to plan shards by, whatever is in them."""
-    entry = {"standard": 1.5, "compact": 1.4, "lossless": 3.9}[codec]
-    return 4 + entry * selection.top_k + 1.5 * selection.draws**0.8
+def bytes_per_position(selection: Selection, codec: str) -> float:
+    """Returns an estimate of the bytes of a position, by which shards are planned before their content exists."""
+    bytes_an_entry = {"standard": 1.5, "compact": 1.4, "lossless": 3.9}[codec]
+    return 4 + bytes_an_entry * selection.top_k + 1.5 * selection.draws**0.8
 
 
 def _runs(sizes: Sequence[int], most: int) -> list[range]:
-    """Runs of neighbours of at most `most` in all, each at least one."""
+    """Splits neighbours into runs of at least one element whose sizes add up to at most `most`."""
     runs: list[range] = []
     start, total = 0, 0
     for index, size in enumerate(sizes):
@@ -162,30 +161,30 @@ def _runs(sizes: Sequence[int], most: int) -> list[range]:
 
 
 def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> list[Encoded]:
-    """All documents with something to score."""
-    kept: list[Encoded] = []
+    """Returns the documents with a scored position, and logs how many have none."""
+    documents: list[Encoded] = []
     left_out = 0
     for document in encoder.encode(corpus.documents(bad_rows), bad_rows):
         if document.loss_mask.any():
-            kept.append(document)
+            documents.append(document)
         else:
             left_out += 1
     bad_rows.finish(corpus.path)
     if left_out:
         log.info(
             "corpus %s: %d of %d documents left out: nothing to score (less than two tokens, or no assistant's turn)",
-            corpus.path, left_out, left_out + len(kept),
+            corpus.path, left_out, left_out + len(documents),
         )  # fmt: skip
-    return kept
+    return documents
 
 
-def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+def round_trip_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns the value as it comes back from JSON, with lists in place of tuples and text keys."""
     return json.loads(json.dumps(value))
 
 
-def _facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
-    """Facts of the teacher, which must bear the export's settings."""
+def _teacher_facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
+    """Reads the facts of the teacher. Raises `UsageError` where `top_k` or `row_length` does not fit it."""
     teacher, top_k = read_teacher_facts(folder, export.scorer, tokens), export.selection.top_k
     if top_k >= teacher.vocab_size:
         raise UsageError(f"selection.top_k: got {top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
@@ -197,7 +196,7 @@ def _facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
 def _settings(
     export: TeacherExport, folder: Path, teacher: TeacherFacts, encoder: Encoder, bad_rows: BadRows
 ) -> dict[str, Any]:
-    """All that decides what the caches hold, but for split and tokens."""
+    """Returns the part of the plan that both caches share: all that decides what they hold, but split and tokens."""
     skipped = {"skipped": bad_rows.counts()} if bad_rows.bad else {}
     settings = asdict(export)
     for name in ("corpus", "teacher", "train_tokens", "validation_tokens"):
@@ -213,7 +212,7 @@ def _settings(
         **{name: ids for name, ids in zip((PLAN_BEGINS, PLAN_ENDS), encoder.used or (), strict=False) if ids},
         **settings,
         "scorer": teacher.scorer,
-        # Of a teacher with padding alone, whose columns took probability before.
+        # Only for a teacher with padding columns, which took probability in earlier versions.
         **({"vocab_size": teacher.vocab_size} if teacher.architecture.get("padded_vocab_size") else {}),
     }
 
@@ -223,52 +222,53 @@ def _digests(windows: Iterable[Window]) -> Iterator[bytes]:
 
 
 def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Growth) -> list[Encoded]:
-    """Returns the documents, each content once, that the caches do not have."""
-    found: dict[bytes, Encoded] = {}
+    """Returns the documents that the caches do not hold, each content once."""
+    new_documents: dict[bytes, Encoded] = {}
     for document in documents:
         if not growth.documents.hold(_digests(cut_windows([document], export.row_length, export.overlap))):
-            found.setdefault(document.digest, document)
-    renewed = [document.name for document in found.values() if document.name in set(growth.documents.name_of)]
-    log.info("corpus %s: %d of %d documents are new", export.corpus.path, len(found), len(documents))
+            new_documents.setdefault(document.digest, document)
+    renewed = [document.name for document in new_documents.values() if document.name in set(growth.documents.name_of)]
+    log.info("corpus %s: %d of %d documents are new", export.corpus.path, len(new_documents), len(documents))
     if renewed:
         log.warning(
             "corpus %s: %d of the new documents have names of documents in the cache with another content, which stays "
             "there (%s%s)",
             export.corpus.path, len(renewed), ", ".join(renewed[:3]), " …" if len(renewed) > 3 else "",
         )  # fmt: skip
-    return list(found.values())
+    return list(new_documents.values())
 
 
-def _sides(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
-    """Documents by split. New ones go to the cache that has windows of theirs, and one alone to training."""
+def _by_split(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
+    """Returns the documents by split. In an extension, a document goes to the cache that already has windows of it."""
     if not growth:
         return split_documents(documents, export.validation_share, export.seed)
     continued: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
-    others: list[Encoded] = []
+    unseen: list[Encoded] = []
     for document in _new_documents(export, documents, growth):
         windows = _digests(cut_windows([document], export.row_length, export.overlap))
         caches = growth.documents.caches_with_any(windows)
-        (continued[min(caches)] if caches else others).append(document)  # of both: to train
-    if len(others) < 2:
-        return {**continued, "train": continued["train"] + others}
-    sides = split_documents(others, export.validation_share, export.seed)
-    return {split: continued[split] + sides[split] for split in SPLITS}
+        (continued[min(caches)] if caches else unseen).append(document)  # windows in both caches: to "train"
+    if len(unseen) < 2:  # too few to split
+        return {**continued, "train": continued["train"] + unseen}
+    unseen_by_split = split_documents(unseen, export.validation_share, export.seed)
+    return {split: continued[split] + unseen_by_split[split] for split in SPLITS}
 
 
 def make_plans(
     export: TeacherExport, out: Path, growth: Growth | None = None, bad_rows: BadRows | None = None
 ) -> list[CachePlan]:
-    """Read, tokenize, split and draw; every rank comes to the same plans. A growth has new documents alone,
-    and no plan for a cache to which nothing is new. `bad_rows` takes the rows of the corpus that are skipped.
+    """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
+
+    With `growth`, plans hold new documents only, and a cache without any has no plan. `bad_rows` collects skipped rows.
 
     Raises:
-        UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or nothing is left.
+        UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or no window is left.
     """
     folder = local_folder(export.teacher)
     encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
-    teacher = _facts(export, folder, encoder.tokenizer.vocab_size)
+    teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
     bad = bad_rows or export.corpus.bad_rows()
-    sides = _sides(export, _scored_documents(export.corpus, encoder, bad), growth)
+    documents = _by_split(export, _scored_documents(export.corpus, encoder, bad), growth)
     settings = _settings(export, folder, teacher, encoder, bad)
     if encoder.doubled:
         log.warning(
@@ -277,10 +277,10 @@ def make_plans(
         )  # fmt: skip
     plans: list[CachePlan] = []
     for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
-        found = list(cut_windows(sides[split], export.row_length, export.overlap))
+        all_windows = list(cut_windows(documents[split], export.row_length, export.overlap))
         if growth:
-            found = [window for window in found if not growth.documents.caches_with_any(_digests([window]))]
-        windows = choose_windows(found, tokens, export.seed)
+            all_windows = [window for window in all_windows if not growth.documents.caches_with_any(_digests([window]))]
+        windows = choose_windows(all_windows, tokens, export.seed)
         if growth and not windows:
             continue
         if not windows:
@@ -292,9 +292,9 @@ def make_plans(
             raise too_many_tokens(largest + 1, teacher.vocab_size, str(folder), "teacher")
         contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
         masks = windows_digest(mask_digest(window.loss_mask) for window in windows)
-        plan = plain({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
+        plan = round_trip_json({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
         before = growth.manifests[split] if growth else None
-        drawn_from = sum(window.positions for window in found)
-        said = encoder.describe(), drawn_from, encoder.chat_format()
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, *said))
+        drawn_from = sum(window.positions for window in all_windows)
+        corpus_facts = encoder.describe(), drawn_from, encoder.chat_format()
+        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, *corpus_facts))
     return plans

@@ -1,33 +1,33 @@
-"""Whose a cache's folder is: the plan that is written beside it, or none yet; and whether it is complete."""
+"""Checks before an export starts or resumes: does the cache's folder belong to this plan, and is it complete?"""
 
 from pathlib import Path
 from typing import Any
 
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, read_manifest
-from data.export.extend import GROWING, SPLITS
+from data.export.extend import GROWING_FILE, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, read_json, write_json
 from kd_core.json_fields import check_text
 
-# What may differ between the exports that a cache grew by: all else decides what its records are.
+# Fields of the plan that may differ between the exports that extend one cache. All others decide what its records hold.
 MAY_GROW = (
     *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share"),
     *("shard_bytes", "block_positions", "batch_rows"),
 )
 
 
-def _around_texts(name: str, before: Any, now: Any) -> str:
-    """Returns what to set where an export differs in what stands around texts."""
+def _setting_hint(name: str, before: Any, now: Any) -> str:
+    """Returns which setting restores the tokens that were added around texts before, or an empty text."""
     setting = {PLAN_BEGINS: "bos", PLAN_ENDS: "eos"}.get(name)
     return f" It is as before with corpus.{setting}={'yes' if before else 'no'}." if setting and before != now else ""
 
 
 def recorded_dtype(out: Path) -> str | None:
-    """Returns the teacher's dtype of the caches that were begun in `out`. None where there are none.
+    """Returns the teacher's dtype of the caches that were begun in `out`, or None where there are none.
 
     Raises:
-        UsageError: the plan beside them is damaged.
+        UsageError: the plan in their folder is damaged.
     """
     path = out / SPLITS[0] / "plan.json"
     if not path.exists():
@@ -37,10 +37,16 @@ def recorded_dtype(out: Path) -> str | None:
 
 
 def claim(plan: CachePlan) -> bool:
-    """Write the plan beside the cache to be, or check that it is the same; True where the cache is complete.
+    """Writes the plan into the cache's folder, or checks that the plan there is the same.
+
+    Removes half-written files. Removes also the manifest if a shard that it names is missing, so that the export makes
+    that shard again.
+
+    Returns:
+        True where the cache is complete.
 
     Raises:
-        UsageError: the folder holds an export of another plan.
+        UsageError: the folder holds an export of another plan, or one that cannot be continued.
     """
     path = plan.folder / "plan.json"
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -48,23 +54,23 @@ def claim(plan: CachePlan) -> bool:
         half_written.unlink()
     if not path.exists():
         write_json(path, plan.plan)
-    found = read_json(path, "the plan of an export")
-    # Before plans named their windows, documents were split by their names; before they named the real vocabulary,
-    # padding took probability; before they named the loss masks, a cache could be finished with others. Such a cache is
-    # reused if it is complete.
-    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.plan) - set(found)
-    names = sorted({*found, *plan.plan} - unknown)
-    differing = [name for name in names if found.get(name) != plan.plan.get(name)]
+    stored = read_json(path, "the plan of an export")
+    # Plans of earlier versions lack some fields. Without `windows`, documents were split by their names. Without
+    # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
+    # Such a cache is reused only if it is complete.
+    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.plan) - set(stored)
+    names = sorted({*stored, *plan.plan} - unknown)
+    differing = [name for name in names if stored.get(name) != plan.plan.get(name)]
     if differing:
         name = differing[0]
         raise UsageError(
-            f"{plan.folder}: holds an export with another {name} ({found.get(name)}; now {plan.plan.get(name)})."
-            f"{_around_texts(name, found.get(name), plan.plan.get(name))} "
+            f"{plan.folder}: holds an export with another {name} ({stored.get(name)}; now {plan.plan.get(name)})."
+            f"{_setting_hint(name, stored.get(name), plan.plan.get(name))} "
             "Name another --out, delete the folder, or add documents that are new to it with --extend."
         )
-    ended = (plan.folder / "manifest.json").exists()
-    manifest = read_manifest(plan.folder) if ended else None
-    missing = [each.name for each in manifest.shards if not (plan.folder / each.name).exists()] if manifest else []
+    has_manifest = (plan.folder / "manifest.json").exists()
+    manifest = read_manifest(plan.folder) if has_manifest else None
+    missing = [shard.name for shard in manifest.shards if not (plan.folder / shard.name).exists()] if manifest else []
     if unknown and (missing or not manifest):
         raise UsageError(
             f"{plan.folder}: holds part of an export that an earlier version began, which divided documents into train "
@@ -78,14 +84,17 @@ def claim(plan: CachePlan) -> bool:
         )
     if missing:
         (plan.folder / "manifest.json").unlink()
-    return ended and not missing
+    return has_manifest and not missing
 
 
 def claim_growth(plan: CachePlan) -> bool:
-    """Check that a cache can grow by a plan; True where it has already.
+    """Checks that a cache can be extended by a plan, and records the plan in its folder.
+
+    Returns:
+        True where the cache has already been extended by it.
 
     Raises:
-        UsageError: the export differs in what may not.
+        UsageError: the plan differs from the cache's in more than `MAY_GROW`, or another extension is under way.
     """
     assert plan.grown_from
     before, now = plan.grown_from.plans[-1], read_manifest(plan.folder)
@@ -95,10 +104,10 @@ def claim_growth(plan: CachePlan) -> bool:
         if before.get(name) != plan.plan.get(name):
             raise UsageError(
                 f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.plan.get(name)})."
-                f"{_around_texts(name, before.get(name), plan.plan.get(name))} "
+                f"{_setting_hint(name, before.get(name), plan.plan.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
-    path = plan.folder / GROWING
+    path = plan.folder / GROWING_FILE
     if not path.exists():
         write_json(path, plan.plan)
     if read_json(path, "the plan of a growth") != plan.plan:

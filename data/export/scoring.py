@@ -1,7 +1,7 @@
-"""Windows in, records out: the teacher over planned windows, batch by batch, some batches ahead of the writer.
+"""Scoring of planned windows into records: the teacher runs batch by batch, some batches ahead of the writer.
 
-How windows are batched is fixed by the plan, and each batch is computed by one thread: neither ranks nor threads nor
-interruptions change a bit.
+The plan fixes how windows are batched, and one thread computes each batch. Neither ranks nor threads nor interruptions
+change a bit of the result.
 """
 
 from collections import deque
@@ -18,17 +18,17 @@ from data.cache.record import Array, Record
 from data.export.plan import CachePlan
 from data.teacher.scorer import Scorer, score_rows
 
-LOOKAHEAD = 8  # batches begun while a block is written
+LOOKAHEAD = 8  # batches that may be under way while a block is written
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @contextmanager
 def scoring_threads(device: torch.device) -> Generator[Executor]:
-    """As many threads as this process has cores, each computing alone.
+    """Yields an executor of as many threads as torch uses. Each of them computes its batches alone.
 
-    A kernel that is split over threads may add up in another order: scored by one thread each, batches have the
-    same bits on any number of cores and ranks. It is no slower. A GPU gets one thread.
+    A kernel that is split over threads may add up in another order. With one thread each, batches have the same bits
+    on any number of cores and ranks. This is no slower. A GPU gets one thread.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     torch.set_num_threads(1)
@@ -39,8 +39,8 @@ def scoring_threads(device: torch.device) -> Generator[Executor]:
         torch.set_num_threads(threads)
 
 
-def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Results of `work` in the order of `items`, with at most `ahead` items begun beyond the one that is taken."""
+def _map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yields results of `work` in the order of `items`, with at most `ahead` items begun beyond the one yielded."""
     begun: deque[Future[R]] = deque()
     for item in items:
         begun.append(executor.submit(work, item))
@@ -50,15 +50,18 @@ def _in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ah
         yield begun.popleft().result()
 
 
-def uniforms_of(plan: CachePlan, number: int) -> Array:
-    """The random numbers behind a window's samples, [T, draws]: a function of the seed and the window itself."""
+def window_uniforms(plan: CachePlan, number: int) -> Array:
+    """Returns the uniform random numbers [T, draws] of a window's samples.
+
+    They are a function of the seed and the window itself, so neither batches nor ranks change them.
+    """
     window = plan.windows[number]
     seeds = [plan.export.seed, window.start, *window.document.encode()]
     return np.random.default_rng(seeds).random((window.positions, plan.export.selection.draws))
 
 
-def _record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
-    """The record of a window, from its own scores [T, …]."""
+def _make_record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
+    """Returns the record of a window from its scores [T, …]."""
     window, selection = plan.windows[number], plan.export.selection
     return Record(
         name=f"{number:08d}",
@@ -77,7 +80,8 @@ def _record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
 
 
 def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
-    """Records of the windows that these are the numbers of, scored together."""
+    """Scores the windows of these numbers together, and returns their records."""
+    # Pad the windows to the longest. A window of n + 1 tokens has n positions.  tokens [B, T + 1], documents [B, T]
     windows, device = [plan.windows[i] for i in batch], model.device
     T = max(window.positions for window in windows)
     tokens = torch.zeros(len(windows), T + 1, dtype=torch.int64)
@@ -87,20 +91,21 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
         tokens[row, : window.positions + 1] = torch.from_numpy(window.token_ids)
         documents[row, : window.positions] = row
         if uniforms.shape[2]:
-            uniforms[row, : window.positions] = torch.from_numpy(uniforms_of(plan, number))
-    drawn = uniforms.flatten(0, 1).to(device)
-    scores = score_rows(model, tokens.to(device), documents.to(device), plan.export.selection, drawn)
+            uniforms[row, : window.positions] = torch.from_numpy(window_uniforms(plan, number))
+    # Score all positions [B·T, …], then cut each row's real positions out again.  [B, T, …]
+    flat_uniforms = uniforms.flatten(0, 1).to(device)
+    scores = score_rows(model, tokens.to(device), documents.to(device), plan.export.selection, flat_uniforms)
     fields = {name: field.unflatten(0, documents.shape).cpu().numpy() for name, field in scores._asdict().items()}
     records: list[Record] = []
     for row, number in enumerate(batch):
-        own = slice(None, plan.windows[number].positions)
-        records.append(_record(plan, number, {name: field[row, own] for name, field in fields.items()}))
+        positions = slice(None, plan.windows[number].positions)
+        records.append(_make_record(plan, number, {name: field[row, positions] for name, field in fields.items()}))
     return records
 
 
 def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
-    """Records of the windows of each run; batches never reach from one run into another."""
+    """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
     rows = plan.export.batch_rows
-    batches = (run[at : at + rows] for run in runs for at in range(0, len(run), rows))
-    for records in _in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
+    batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))
+    for records in _map_in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
         yield from records

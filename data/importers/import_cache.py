@@ -1,8 +1,8 @@
-"""Records of other systems into a cache of ours:
+"""Import of other systems' records as a cache:
 
-    lines ─► pilot ─► tables      lines ─► records ─► blocks ─► tars ─► manifest, with what the source did not say
+    lines ─► pilot ─► tables      lines ─► records ─► blocks ─► tars ─► manifest, with what the source did not state
 
-One pass over the source; only a shard's blocks are held. What is written becomes the cache by rename, at the end.
+The source is read once, and only one shard's blocks are in memory. The folder gets its name at the end, by a rename.
 """
 
 from collections.abc import Iterator
@@ -23,19 +23,28 @@ from data.cache.selection import Selection
 from data.cache.totals import Totals
 from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
 from data.importers.lines import KINDS, Line, files_of, read_records
-from data.stream.shards import read_tables, read_written
+from data.stream.shards import read_tables, read_written_blocks
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, new_folder, sha256
 
 UNKNOWN = "unknown"
-BYTES_OF_AN_ENTRY = 25  # of JSON, about: an id and a number
+BYTES_OF_AN_ENTRY = 25  # in JSON, about: an id and a number
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert, and how. `tokenizer` is its fingerprint, or `UNKNOWN`.
+    """Settings of an import.
 
-    `columns`, if they are more than the vocabulary, are those of a padded model: entries of padding are left out.
+    Args:
+        kind: format of the source, one of `KINDS`.
+        source: a file, a folder, or a path with CHUNK_ID.
+        vocab_size: tokens of the real vocabulary.
+        tokenizer: the tokenizer's fingerprint, or `UNKNOWN`.
+        codec: how blocks are coded.
+        max_codec_kl: largest mean KL(original‖decoded) of a block, in nats. The import stops above it.
+        block_positions: about the number of positions that are coded together.
+        shard_bytes: about the size of a shard.
+        columns: columns of a padded model, if more than `vocab_size`. Entries of padding are left out.
     """
 
     kind: str
@@ -57,8 +66,8 @@ class Conversion:
             raise UsageError("wanted a vocabulary, block_positions and shard_bytes of at least 1.")
 
 
-class _Counted:
-    """Records of lines, and what has been seen of them."""
+class _CountedRecords:
+    """The records of lines, with the longest, the widest and the unknown fields of those read so far."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self.lines, self.unknown = lines, set[str]()
@@ -72,11 +81,11 @@ class _Counted:
             yield line.record
 
 
-def _blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
-    """Runs of neighbours of about `most` positions."""
+def _group_blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
+    """Yields runs of neighbouring records of at most `most` positions, or of one longer record."""
     block: list[Record] = []
     for record in records:
-        if block and sum(each.positions for each in block) + record.positions > most:
+        if block and sum(earlier.positions for earlier in block) + record.positions > most:
             yield block
             block = []
         block.append(record)
@@ -84,8 +93,8 @@ def _blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
         yield block
 
 
-def _shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> Iterator[list[bytes]]:
-    """Coded blocks of about a shard."""
+def _encode_shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> Iterator[list[bytes]]:
+    """Yields lists of encoded blocks, each of at most `shard_bytes` or of one larger block."""
     shard: list[bytes] = []
     first = 0
     for block in blocks:
@@ -103,41 +112,42 @@ def _shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> 
 
 
 def convert(job: Conversion, out: Path) -> Manifest:
-    """Write the cache `out`.
+    """Writes the cache `out` and returns its manifest.
 
     Raises:
-        UsageError: `out` is there, or a line is not what its format wants.
+        UsageError: `out` exists already, or a line does not fit its format.
     """
     if out.exists():
         raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
     files = files_of(job.source)
-    counted = _Counted(read_records(job.source, job.kind, job.vocab_size, job.columns))
-    blocks = _blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
+    counted = _CountedRecords(read_records(job.source, job.kind, job.vocab_size, job.columns))
+    blocks = _group_blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
     pilot = next(blocks, None)
     if pilot is None:
         raise UsageError(f"{job.source}: holds no record.")
     with new_folder(out) as folder:
-        about = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
-        write_tables(folder / TABLES_FILE, fit_tables(pilot, job.vocab_size, about))
-        facts = file_size_and_hash(folder / TABLES_FILE)
-        coding = Coding(read_tables(folder, facts), Selection(top_k=1), job.codec)
+        # The tables' size follows the cache's size, which is estimated from the source's bytes.
+        about_positions = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
+        write_tables(folder / TABLES_FILE, fit_tables(pilot, job.vocab_size, about_positions))
+        tables_facts = file_size_and_hash(folder / TABLES_FILE)
+        coding = Coding(read_tables(folder, tables_facts), Selection(top_k=1), job.codec)
         shards, totals = list[Shard](), Totals()
-        for number, parts in enumerate(_shards(chain([pilot], blocks), coding, job)):
+        for number, encoded_blocks in enumerate(_encode_shards(chain([pilot], blocks), coding, job)):
             path = folder / f"shard-{number:06d}.tar"
-            write_shard(path, parts)
-            written = list(read_written(path, coding))
-            for each in written:
-                check_alignment(each.records, f"{job.source}, {path.name}")
-                totals.add(each.header, each.records)
-            own = tuple(each.block for each in written)
-            shards.append(Shard(path.name, path.stat().st_size, sha256(path), own))
-        manifest = _manifest(job, counted, totals, facts, tuple(shards))
+            write_shard(path, encoded_blocks)
+            written_blocks = list(read_written_blocks(path, coding))
+            for written in written_blocks:
+                check_alignment(written.records, f"{job.source}, {path.name}")
+                totals.add(written.header, written.records)
+            shard_blocks = tuple(written.block for written in written_blocks)
+            shards.append(Shard(path.name, path.stat().st_size, sha256(path), shard_blocks))
+        manifest = _make_manifest(job, counted, totals, tables_facts, tuple(shards))
         manifest.write(folder)
     return manifest
 
 
-def _manifest(
-    job: Conversion, counted: _Counted, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
+def _make_manifest(
+    job: Conversion, counted: _CountedRecords, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
 ) -> Manifest:
     unknown = counted.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
     selection = Selection(top_k=counted.widest)

@@ -1,7 +1,7 @@
-"""Rows of several caches in one order, in exact shares: a pure function of their orders and weights.
+"""Interleaving of the rows of several caches in exact shares, as a pure function of their orders and weights.
 
-The next row is always of the cache that is furthest behind its share, so at no time is any cache ahead or behind by
-more than about a row. A cursor is one number here too: who begins in the middle counts from the start.
+The next row always comes from the cache that is furthest behind its share. At no time is a cache ahead or behind by
+more than about a row. A cursor is one number here too: a run that begins in the middle counts from the start.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from data.stream.order import Row
 
 
 def interleave(orders: Sequence[Iterator[Row]], costs: Sequence[float]) -> Iterator[Row]:
-    """Rows of endless orders, so that positions · cost stay as equal over the orders as rows allow.
+    """Yields rows of endless orders so that positions · cost stay as equal over the orders as rows allow.
 
     With cost = (scored share of a cache's positions) / weight, scored positions stand in the ratio of the weights.
     """

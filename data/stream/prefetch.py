@@ -1,7 +1,8 @@
-"""Items made by a thread while the consumer works on those before: the same items, at most so many waiting.
+"""Prefetching: a thread makes the next items while the consumer works, with a bounded number of items waiting.
 
-An error of the thread is raised where its item would have come. A thread that is slow or dead is an error that says
-what it was doing, never a hang. Closing the generator ends the thread.
+The items and their order stay the same. An error of the thread is raised where its item would have come. A thread that
+is slow or dead never hangs the consumer: an error names what the thread was doing. Closing the generator ends the
+thread.
 """
 
 import threading
@@ -14,14 +15,14 @@ from typing import Generic, TypeVar
 from kd_core.errors import UsageError
 
 T = TypeVar("T")
-PATIENCE = 60.0  # seconds for a thread to end once it was told to
-GRACE = 5.0  # the same, for one that was too slow already
-LOOK_EVERY = 1.0  # seconds between looks at whether the thread lives
+PATIENCE = 60.0  # most seconds to wait for the thread to end after it was stopped
+GRACE = 5.0  # the same, for a thread that was already too slow
+LOOK_EVERY = 1.0  # seconds between checks that the thread is alive
 
 
 @dataclass
 class _Shared(Generic[T]):
-    """What both threads see; `changed` guards all of it."""
+    """State that both threads share, guarded by `changed`."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     ready: deque[T] = field(default_factory=deque[T])
@@ -31,7 +32,7 @@ class _Shared(Generic[T]):
 
 
 def _work(items: Generator[T], depth: int, shared: _Shared[T]) -> None:
-    """Make items as long as there is room for them."""
+    """Makes items while there is room for them, in the reading thread."""
     try:
         while True:
             with shared.changed:
@@ -56,16 +57,16 @@ def _work(items: Generator[T], depth: int, shared: _Shared[T]) -> None:
 
 
 def ahead(
-    items: Generator[T], depth: int, timeout: float, doing: Callable[[], str], stop: Callable[[], None]
+    items: Generator[T], depth: int, timeout: float, describe_work: Callable[[], str], stop: Callable[[], None]
 ) -> Generator[T]:
-    """The items, made by a thread.
+    """Yields the items, which a thread makes ahead of their use.
 
     Args:
-        items: what to go through; none of them is None.
-        depth: so many items may wait, at least 1.
-        timeout: seconds to wait for one.
-        doing: what the thread is at, in words.
-        stop: makes whatever the thread waits for come to an end.
+        items: the generator to read. None of its items is None.
+        depth: most items that wait, at least 1.
+        timeout: seconds to wait for one item.
+        describe_work: returns what the thread is reading, for error messages.
+        stop: ends whatever the thread waits for, such as a transfer.
 
     Raises:
         UsageError: the thread took longer than `timeout`, or died without an error.
@@ -73,7 +74,7 @@ def ahead(
     shared = _Shared[T]()
     thread = threading.Thread(target=_work, args=(items, depth, shared), name="reading ahead", daemon=True)
     thread.start()
-    patience = min(timeout, PATIENCE)  # the item that is under way may take long
+    patience = min(timeout, PATIENCE)  # the item that is being made may take long
     try:
         while True:
             started = time.monotonic()
@@ -82,10 +83,10 @@ def ahead(
                     shared.changed.wait(min(LOOK_EVERY, timeout))
                     waited = time.monotonic() - started
                     if not (shared.ready or shared.ended) and (waited >= timeout or not thread.is_alive()):
-                        how, patience = "is still at" if thread.is_alive() else "died at", GRACE
+                        state, patience = "is still at" if thread.is_alive() else "died at", GRACE
                         raise UsageError(
-                            f"waited {waited:.0f} s for data; the reader {how} {doing()}. Look at the disk or server "
-                            f"that it lies on, or raise shards.timeout ({timeout:g} s)."
+                            f"waited {waited:.0f} s for data; the reader {state} {describe_work()}. Look at the disk "
+                            f"or server that it lies on, or raise shards.timeout ({timeout:g} s)."
                         )
                 if not shared.ready:
                     break
@@ -103,4 +104,4 @@ def ahead(
             thread.join(0.2)
         if thread.is_alive():
             stop()
-            thread.join(patience)  # in torch's code while Python ends, it would abort the process
+            thread.join(patience)  # a thread still inside torch while Python exits would abort the process

@@ -1,4 +1,4 @@
-"""The records of rows, out of the caches of a source; what is damaged there is an error, or is left out and counted."""
+"""Readers of the records of packed rows. A damaged cache block is an error, or its records are left out and counted."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ log = logging.getLogger("kd")
 
 
 class PartReader:
-    """One cache: its blocks, and which of them are damaged."""
+    """A reader of one cache, which remembers the damaged blocks that it skipped."""
 
     def __init__(self, shards: Shards, may_skip: bool, vocab_size: int | None) -> None:
         self.shards, self.reader, self.vocab_size = shards, shards.reader(), vocab_size
@@ -23,11 +23,11 @@ class PartReader:
         self.damaged: dict[BlockRef, str] = {}
 
     def block(self, ref: BlockRef) -> list[Record] | None:
-        """The records of a block; None where it is damaged and such are skipped.
+        """Returns the records of a block, or None for a damaged block that is skipped.
 
         Raises:
-            DamagedError: it is damaged, and such are not skipped.
-            UsageError: it cannot be had, or more are damaged than may be.
+            DamagedError: the block is damaged, and damaged blocks are not skipped.
+            UsageError: the block cannot be read, or more than `max_damaged_blocks` are damaged.
         """
         if ref in self.damaged:
             return None
@@ -48,31 +48,35 @@ class PartReader:
 
 
 class Readers:
-    """A reader for each cache of a source; without `may_skip`, what is damaged is an error whatever they say.
+    """A reader for each cache of a source.
 
-    `vocab_size` is the student's real vocabulary; None: that of each manifest.
+    Without `may_skip`, a damaged block is an error whatever `shards.on_damage` is. `vocab_size` is the student's real
+    vocabulary. None takes the vocabulary of each manifest.
     """
 
     def __init__(self, parts: Sequence[Shards], may_skip: bool = True, vocab_size: int | None = None) -> None:
         self.parts = [PartReader(part, may_skip, vocab_size) for part in parts]
-        self.latest = self.parts[0].reader
+        self.latest_reader = self.parts[0].reader
 
     def close(self) -> None:
-        """Close all transfers; by the thread that reads."""
+        """Closes all transfers. Only the reading thread may call it."""
         for part in self.parts:
             part.reader.close()
 
     def stop(self) -> None:
-        """End all transfers, from any thread."""
+        """Ends all transfers. Any thread may call it."""
         for part in self.parts:
             part.reader.stop()
 
-    def doing(self) -> str:
-        """What is read, in words."""
-        return self.latest.doing
+    def current_block(self) -> str:
+        """Returns the file and block being read, for error messages."""
+        return self.latest_reader.current_block
 
     def hold(self, rows: Sequence[Row]) -> None:
-        """Hold the blocks of these rows, forget all others; a cache without a row among them keeps what it has."""
+        """Keeps the decoded blocks of these rows and drops all others.
+
+        A cache without a row among them keeps the blocks of its latest row.
+        """
         held: list[set[BlockRef]] = [set() for _ in self.parts]
         for row in rows:
             held[row.part] |= row.window
@@ -81,19 +85,19 @@ class Readers:
             part.reader.keep_only(blocks or set(part.window))
 
     def read(self, row: Row) -> tuple[list[Record], int]:
-        """The records of a row that are not damaged, cut to what is to be read of them; damaged blocks to count.
+        """Returns the undamaged records of a row, cut to what the settings read, and the number of damaged blocks.
 
-        A block is counted with its first record, which stands in one row of an epoch, on one rank: so the counts of
-        ranks and steps add up, from any cursor.
+        A block is counted with its first record, which is in one row of an epoch on one rank. Counts therefore add up
+        over ranks and steps, from any cursor.
         """
         part, records, damaged = self.parts[row.part], list[Record](), 0
-        self.latest = part.reader
+        self.latest_reader = part.reader
         for shard, block, index in row.records:
-            found = part.block((shard, block))
-            if found is None:
+            block_records = part.block((shard, block))
+            if block_records is None:
                 damaged += index == 0
             else:
-                records.append(part.shards.cut(found[index], part.vocab_size))
+                records.append(part.shards.cut(block_records[index], part.vocab_size))
         if len(self.parts) > 1:
             records = [replace(record, name=f"{part.shards.path}:{record.name}") for record in records]
         return records, damaged

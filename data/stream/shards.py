@@ -1,8 +1,8 @@
-"""Blocks of a cache in, records out, each block verified first.
+"""Reader of a cache's blocks as records. Each block is verified before it is decoded.
 
     url of a tar → opened → the bytes of one block → verified → (member name, bytes) → one sample → decoded strictly
 
-No byte is looked at before its block's hash is right.
+No byte is parsed before the hash of its block has matched the manifest.
 """
 
 import hashlib
@@ -24,35 +24,35 @@ from data.cache.tar import END_OF_TAR, read_members
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
-MOST_MANIFEST = 1 << 28  # bytes
+MAX_MANIFEST_BYTES = 1 << 28  # bytes
 
 
-def _why(data: bytes, coding: Coding, url: str) -> str:
-    """What is wrong with bytes whose hash is not the manifest's, as far as they tell."""
+def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
+    """Returns what is wrong with bytes whose hash is not the manifest's, as far as decoding them shows it."""
     try:
         names = [member.name for member in read_members(data)]
         decode_block(webdataset_io.read_block_members(data, url), coding)
-    except Exception as error:  # anything may be in damaged bytes
+    except Exception as error:  # damaged bytes may raise anything
         return str(error)
     return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
 
 
 class DamagedError(UsageError):
-    """A block is not what the manifest says."""
+    """Error of a block that differs from what the manifest says of it."""
 
 
-def manifest_at(path: str) -> Manifest:
-    """Reads the manifest of a cache, wherever it lies.
+def load_manifest(path: str) -> Manifest:
+    """Reads the manifest of a cache in a folder or behind a URL.
 
     Raises:
-        UsageError: it cannot be had, or is of another format or version.
+        UsageError: it cannot be read, or has another format or version.
     """
     if not is_url(path):
         return read_manifest(Path(path))
     storage = storage_at(path)
     url = storage.url("manifest.json")
     try:
-        return parse_manifest(json.loads(storage.read("manifest.json", MOST_MANIFEST)), url)
+        return parse_manifest(json.loads(storage.read("manifest.json", MAX_MANIFEST_BYTES)), url)
     except (ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -64,10 +64,10 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
 
     Args:
         folder: the cache's folder or URL.
-        expected: bytes and sha256 of the tables, as the manifest has them.
+        expected: `bytes` and `sha256` of the tables, as the manifest states them.
 
     Raises:
-        UsageError: missing, or not those of the manifest.
+        UsageError: the tables are missing, or differ from what the manifest states.
     """
     storage = storage_at(folder)
     path, size = storage.url(TABLES_FILE), storage.size(TABLES_FILE)
@@ -87,9 +87,10 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
 
 
 class ShardReader:
-    """Reads blocks of one cache, each verified, and holds the decoded records of those in use.
+    """A reader of one cache's blocks. It verifies each block, and holds the decoded records of those in use.
 
-    A remote shard stays open as long as a block of it is held, for the blocks after it; `close` ends that.
+    A remote shard stays open while a block of it is held, because later blocks are read from the same transfer.
+    `close` ends it.
     """
 
     def __init__(self, folder: Path | str, manifest: Manifest) -> None:
@@ -103,7 +104,7 @@ class ShardReader:
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
         self.open_shards: dict[int, RangeReader] = {}
-        self.doing = "nothing was asked for"  # for who waits
+        self.current_block = "nothing was asked for"  # shown in errors of the thread that waits
 
     def __enter__(self) -> Self:
         return self
@@ -112,39 +113,38 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Close all transfers; by the thread that reads."""
+        """Closes all transfers. Only the reading thread may call it."""
         self.keep_only(set())
 
     def stop(self) -> None:
-        """End all transfers, from any thread; who reads gets an error."""
+        """Ends all transfers. Any thread may call it, and the reading thread gets an error."""
         for file in list(self.open_shards.values()):
             file.stop()
 
     def keep_only(self, blocks: set[BlockRef]) -> None:
-        """Forget all blocks but these."""
+        """Drops the records of all other blocks, and closes shards without a held block."""
         for ref in set(self.held) - blocks:
             del self.held[ref]
         for shard in set(self.open_shards) - {shard for shard, _ in blocks}:
             self.open_shards.pop(shard).close()
 
     def record(self, ref: RecordRef) -> Record:
-        """One record."""
         shard, block, index = ref
         return self.block((shard, block))[index]
 
     def block(self, ref: BlockRef) -> list[Record]:
-        """The records of a block, read where it is not held.
+        """Returns the records of a block, and reads the block if it is not held.
 
         Raises:
-            DamagedError: it is not what the manifest says, down to the last bit.
-            UsageError: it cannot be had.
+            DamagedError: the block is not what the manifest says, down to the last bit.
+            UsageError: the block cannot be read.
         """
         if ref not in self.held:
             self.held[ref] = self._read(ref)
         return self.held[ref]
 
     def records(self) -> Iterator[Record]:
-        """Every record in stored order, a block at a time."""
+        """Yields every record in stored order, with one block in memory at a time."""
         with self:
             for index, shard in enumerate(self.manifest.shards):
                 for block in range(len(shard.blocks)):
@@ -154,25 +154,25 @@ class ShardReader:
     def _read(self, ref: BlockRef) -> list[Record]:
         shard, index = self.manifest.shards[ref[0]], ref[1]
         block, path = shard.blocks[index], self.storage.url(shard.name)
-        self.doing = f"{path}: block {index}"
+        self.current_block = f"{path}: block {index}"
         data = self._bytes(ref)
         data, end = data[: block.bytes], data[block.bytes :]
         if hashlib.sha256(data).hexdigest() != block.sha256:
-            raise _damaged(path, index, _why(data, self.coding, path))
+            raise _damaged(path, index, _damage_cause(data, self.coding, path))
         if index == len(shard.blocks) - 1 and end != END_OF_TAR:
             raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         try:
             records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
-        except Exception as error:  # what webdataset raises is not narrowed down
+        except Exception as error:  # webdataset's own exceptions have no common class
             raise _damaged(path, index, str(error)) from None
-        if (found := tuple(record.positions for record in records)) != block.lengths:
-            raise _damaged(path, index, f"holds records of {found} positions; the manifest wants {block.lengths}")
+        if (lengths := tuple(record.positions for record in records)) != block.lengths:
+            raise _damaged(path, index, f"holds records of {lengths} positions; the manifest wants {block.lengths}")
         return records
 
     def _bytes(self, ref: BlockRef) -> bytes:
-        """The bytes of a block, and behind the last one those that end the shard."""
+        """Returns the bytes of a block. The last block's are followed by those that end the tar."""
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        path, offset, size = self.storage.url(shard.name), offset_of(shard, index), shard.blocks[index].bytes
+        path, offset, size = self.storage.url(shard.name), block_offset(shard, index), shard.blocks[index].bytes
         size += len(END_OF_TAR) if index == len(shard.blocks) - 1 else 0
         stored = self.storage.size(shard.name)
         if stored is not None and stored != shard.bytes:
@@ -186,33 +186,34 @@ class ShardReader:
         return data
 
 
-def offset_of(shard: Shard, block: int) -> int:
-    """Where a block begins."""
-    return sum(each.bytes for each in shard.blocks[:block])
+def block_offset(shard: Shard, block: int) -> int:
+    """Returns the byte at which a block begins in its shard."""
+    return sum(earlier.bytes for earlier in shard.blocks[:block])
 
 
-def _damaged(path: Path | str, block: int, why: str) -> DamagedError:
+def _damaged(path: Path | str, block: int, cause: str) -> DamagedError:
     return DamagedError(
-        f"{path}: damaged: block {block}: {why}. Delete the shard and manifest.json and run the same export again."
+        f"{path}: damaged: block {block}: {cause}. Delete the shard and manifest.json and run the same export again."
     )
 
 
 class WrittenBlock(NamedTuple):
-    """A block of a shard that no manifest speaks of yet."""
+    """A block of a shard that is not yet in a manifest."""
 
     block: Block
     header: Header
     records: list[Record]
 
 
-def read_written(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
-    """All blocks of a shard just written, and what the manifest is to say of them.
+def read_written_blocks(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
+    """Yields the blocks of a shard that was just written, each with its manifest entry, header and records.
 
     Raises:
         UsageError: the shard is damaged.
     """
     data, index = path.read_bytes(), 0
     try:
+        # Members of a block share a name up to the first dot. Of each block, the offset of its first member remains.
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
         edges = [*sorted(starts.values()), len(data) - len(END_OF_TAR)]
         for start, end in itertools.pairwise(edges):

@@ -1,6 +1,7 @@
-"""What a run reads: one cache, or several mixed by weights. Their order, and the records of a row.
+"""Sources of a run: one cache (`Shards`), or several mixed by weights (`Mixture`).
 
-Both are used alike: `parts` are the caches, `order` the rows of all epochs, each with the part that it is of.
+Both have the same interface: `parts` are the caches, and `order` yields the rows of all epochs, each with the index of
+its part.
 """
 
 import itertools
@@ -17,32 +18,32 @@ from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
-from data.stream.shards import DamagedError, ShardReader, manifest_at
+from data.stream.shards import DamagedError, ShardReader, load_manifest
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
 
 log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
-LOOKED_AT = 5_000  # rows
+MEASURED_ROWS = 5_000  # rows of a run by which the shares of its caches are measured
 ON_DAMAGE = ("stop", "skip")
-SAID_BY = "that of the tokenizer in student.folder, or student.vocab_size"
+VOCABULARY_SETTING = "that of the tokenizer in student.folder, or student.vocab_size"
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A teacher cache, and how much of each position is read.
+    """A teacher cache, and how much of each position is read from it.
 
     Args:
-        path: the cache's folder, or the URL of one (http, https, gs, ais).
-        top_k: at most so many entries (None: all that are stored).
-        min_prob: only entries of at least this probability.
-        mass: entries until they hold this mass.
-        samples: whether a cache's samples are read as entries in place of the tail; without them a cache of head and
-            samples is one of its head.
-        shuffle_shards: shards that are read side by side and shuffled together.
-        on_damage: what to do when training meets a damaged block: stop, or skip it. Its records are then left out of
+        path: the cache's folder or its URL (http, https, gs, ais).
+        top_k: most entries a position (None: all that are stored).
+        min_prob: only entries of at least this probability are read.
+        mass: entries are read, the likeliest first, until they hold this mass.
+        samples: whether the cache's samples are read as entries in place of the tail. Without them, a cache of top-k
+            entries and samples is read as one of top-k entries.
+        shuffle_shards: number of shards that are read side by side and shuffled together.
+        on_damage: `stop` or `skip`, for a damaged block in training. The records of a skipped block are left out of
             their rows, and `data/damaged_blocks` counts it. Evaluation always stops.
-        max_damaged_blocks: a rank that has skipped more of a cache since its start stops, and names them all.
+        max_damaged_blocks: most blocks of a cache that a rank skips. With one more it stops and lists them all.
         prefetch: steps that a thread reads and decodes ahead (0: none). Each takes the memory of its batches.
         timeout: seconds to wait for a step that is read ahead.
     """
@@ -69,47 +70,48 @@ class Shards:
 
     @property
     def parts(self) -> tuple["Shards", ...]:
-        """The caches: this one."""
         return (self,)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The cache's manifest."""
-        return manifest_at(self.path)
+        return load_manifest(self.path)
 
     def reader(self) -> ShardReader:
-        """A reader of the cache's shards."""
         return ShardReader(self.path, self.manifest)
 
     def check(self, vocab_size: int, tokenizer: str) -> None:
-        """Refuse a cache of another vocabulary or tokenizer, an empty one, or one whose labels are shifted.
+        """Raises for a cache of another vocabulary or tokenizer, without records or scored positions, or misaligned.
 
-        A cache of more columns than the student's real vocabulary, written before the export left padding out or
-        converted without a tokenizer, is read by `Record.within`. One of fewer has a teacher without the last tokens.
+        A cache may have more columns than the student's real vocabulary: it was written before exports left padding
+        out, or converted without a tokenizer. `Record.within` then reads it. A cache with fewer columns comes from a
+        teacher without the last tokens.
+
+        Raises:
+            UsageError: the cache or the settings do not fit, or its labels and entries are shifted.
         """
-        found = self.manifest
-        if found.vocab_size < vocab_size and found.tokenizer != tokenizer:
+        manifest = self.manifest
+        if manifest.vocab_size < vocab_size and manifest.tokenizer != tokenizer:
             raise UsageError(
-                f"{self.path}: vocabulary of {found.vocab_size}, the student's is {vocab_size} ({SAID_BY}). Take a "
-                "student of the teacher's tokenizer."
+                f"{self.path}: vocabulary of {manifest.vocab_size}, the student's is {vocab_size} "
+                f"({VOCABULARY_SETTING}). Take a student of the teacher's tokenizer."
             )
-        if "tokenizer" in found.unknown:
+        if "tokenizer" in manifest.unknown:
             log.warning(
                 "%s: converted without a tokenizer; that the student's is the same cannot be checked", self.path
             )
-        elif found.tokenizer != tokenizer:
+        elif manifest.tokenizer != tokenizer:
             raise UsageError(
-                f"{self.path}: written with tokenizer {found.tokenizer[:12]}…, the student's is {tokenizer[:12]}…. "
+                f"{self.path}: written with tokenizer {manifest.tokenizer[:12]}…, the student's is {tokenizer[:12]}…. "
                 "Export the cache with the student's tokenizer, or take a student of the teacher's."
             )
-        kept = found.selection
-        if self.top_k is not None and self.top_k > kept.top_k:
-            raise UsageError(f"shards.top_k: got {self.top_k}; the cache {self.path} holds {kept.top_k} entries.")
-        if not kept.top_k and not self.samples:
+        selection = manifest.selection
+        if self.top_k is not None and self.top_k > selection.top_k:
+            raise UsageError(f"shards.top_k: got {self.top_k}; the cache {self.path} holds {selection.top_k} entries.")
+        if not selection.top_k and not self.samples:
             raise UsageError(f"shards.samples: the cache {self.path} holds nothing but samples. Read it with them.")
-        if not found.records:
+        if not manifest.records:
             raise UsageError(f"{self.path}: the cache holds no record.")
-        if found.statistics.get("scored", 1.0) <= 0:
+        if manifest.statistics.get("scored", 1.0) <= 0:
             raise UsageError(
                 f"{self.path}: no position of the cache is scored. Export or convert it with labels to score."
             )
@@ -118,7 +120,7 @@ class Shards:
             check_alignment(first[:ALIGNMENT_RECORDS], self.path)
 
     def _first_block(self, reader: ShardReader) -> list[Record]:
-        """The first block; the first that is not damaged where such are skipped."""
+        """Returns the records of the first block. Where damaged blocks are skipped, it is the first undamaged one."""
         blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.blocks))]
         allowed = self.max_damaged_blocks if self.on_damage == "skip" else 0
         for ref in blocks[:allowed]:
@@ -129,10 +131,10 @@ class Shards:
         return reader.block(blocks[min(allowed, len(blocks) - 1)])
 
     def within(self, record: Record, vocab_size: int | None) -> Record:
-        """Returns the record over the real vocabulary; None: that of the manifest.
+        """Returns the record over the first `vocab_size` tokens, or as it is if that is None.
 
         Raises:
-            UsageError: a token, or more mass than padding has, lies beyond it.
+            UsageError: a token, or more mass than padding can have, lies beyond them.
         """
         if vocab_size is None or vocab_size >= self.manifest.vocab_size:
             return record
@@ -141,8 +143,8 @@ class Shards:
         except ValueError as error:
             raise UsageError(
                 f"{self.path}: record {record.name} of {record.document}: {error}; the cache has a vocabulary of "
-                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({SAID_BY}). Take a student of the "
-                "teacher's tokenizer, or export the cache again."
+                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({VOCABULARY_SETTING}). Take a student of "
+                "the teacher's tokenizer, or export the cache again."
             ) from None
 
     def cut(self, record: Record, vocab_size: int | None = None) -> Record:
@@ -152,41 +154,41 @@ class Shards:
 
     @property
     def sampled(self) -> bool:
-        """Whether samples stand in the place of the tail."""
+        """Returns True where samples are read in place of the tail."""
         return self.samples and self.manifest.selection.draws > 0
 
     @property
     def entries(self) -> int:
-        """The most entries that are read of a position."""
-        kept = self.manifest.selection
-        head = kept.top_k if self.top_k is None else min(self.top_k, kept.top_k)
-        return head + (kept.draws if self.sampled else 0)
+        """Returns the most entries that are read of a position, samples included."""
+        selection = self.manifest.selection
+        top_k = selection.top_k if self.top_k is None else min(self.top_k, selection.top_k)
+        return top_k + (selection.draws if self.sampled else 0)
 
     @property
     def lengths(self) -> list[list[tuple[int, ...]]]:
-        """Positions by shard, block, record."""
+        """Returns positions by shard, block and record."""
         return [[block.lengths for block in shard.blocks] for shard in self.manifest.shards]
 
     def rows(self, row_length: int, seed: int | None, epoch: int) -> Iterator[Row]:
-        """All rows of an epoch, in the global order."""
+        """Returns all rows of an epoch in the global order."""
         return epoch_rows(self.lengths, row_length, seed, epoch, self.shuffle_shards)
 
     def order(self, row_length: int, seed: int) -> Iterator[Row]:
-        """The rows of all epochs."""
+        """Returns the rows of all epochs, without end."""
         return endless_rows(self.lengths, row_length, seed, self.shuffle_shards)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several caches, mixed by weights: of the scored positions of a run, each has its weight's share, exactly.
+    """Several caches mixed by weights. Each has exactly its weight's share of a run's scored positions.
 
-    A cache's rows are of it alone, and come in its own order; a cache that ends begins its next epoch. What counts is
-    positions, times the share of them that is scored, which the manifest states for a cache as a whole: shares are
-    exact to a row at any time where all positions of a cache are scored, else over whole epochs of it.
+    A row holds records of one cache, and a cache's rows come in its own order. A cache that ends begins its next epoch.
+    Scored positions are counted as positions times the scored share, which a manifest states for its whole cache.
+    Shares are thus exact to a row at any time where all positions of a cache are scored, otherwise over whole epochs.
 
     Args:
-        caches: by a name for each, each with its own settings.
-        weights: their shares by the same names, in any unit.
+        caches: caches by name, each with its own settings.
+        weights: shares of the caches by the same names, in any unit.
     """
 
     caches: Mapping[str, Shards]
@@ -203,21 +205,25 @@ class Mixture:
 
     @property
     def parts(self) -> tuple[Shards, ...]:
-        """The caches, by name: the order in which they are written down means nothing."""
+        """Returns the caches in the order of their names, whatever the order of the dictionary."""
         return tuple(self.caches[name] for name in sorted(self.caches))
 
     @property
     def prefetch(self) -> int:
-        """Steps ahead: as many as any cache wants."""
+        """Returns the steps to read ahead: the most of any cache."""
         return max(part.prefetch for part in self.parts)
 
     @property
     def timeout(self) -> float:
-        """Seconds to wait: as many as any cache wants."""
+        """Returns the seconds to wait for a step: the most of any cache."""
         return max(part.timeout for part in self.parts)
 
     def order(self, row_length: int, seed: int) -> Iterator[Row]:
-        """The rows of all parts' epochs, interleaved."""
+        """Returns the rows of all epochs of all caches, interleaved by the weights.
+
+        Raises:
+            UsageError: no position of a cache is scored.
+        """
         costs: list[float] = []
         for name, part in zip(sorted(self.caches), self.parts, strict=True):
             scored = part.manifest.statistics.get("scored", 1.0)
@@ -231,29 +237,33 @@ Source = Shards | Mixture
 
 
 class Passes(NamedTuple):
-    """How often a run goes through a cache, and the rows of one epoch of it."""
+    """The number of epochs of a cache that a run reads, and the rows of one epoch."""
 
     shards: Shards
     times: float
     rows: int
 
 
-def passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes]:
-    """How often a run of so many rows goes through each of its caches; of a long run by the shares of its start."""
-    looked = min(rows, LOOKED_AT)
-    taken: list[int] = [0] * len(source.parts)
-    for row in itertools.islice(source.order(row_length, seed), looked):
-        taken[row.part] += 1
-    found: list[Passes] = []
-    for count, part in zip(taken, source.parts, strict=True):
-        epoch = sum(1 for _ in part.rows(row_length, seed, 0))
-        found.append(Passes(part, count * rows / looked / epoch, epoch))
-    return found
+def count_passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes]:
+    """Returns the epochs of each cache that a run of `rows` rows reads.
+
+    Shares of a long run are extrapolated from its first `MEASURED_ROWS` rows.
+    """
+    measured = min(rows, MEASURED_ROWS)
+    row_counts: list[int] = [0] * len(source.parts)
+    for row in itertools.islice(source.order(row_length, seed), measured):
+        row_counts[row.part] += 1
+    cache_passes: list[Passes] = []
+    for count, part in zip(row_counts, source.parts, strict=True):
+        epoch_size = sum(1 for _ in part.rows(row_length, seed, 0))
+        cache_passes.append(Passes(part, count * rows / measured / epoch_size, epoch_size))
+    return cache_passes
 
 
-def in_words(found: Sequence[Passes]) -> str:
-    """`1.50 epochs of 40 rows`; of several caches, each with its path."""
-    several = len(found) > 1
+def format_passes(cache_passes: Sequence[Passes]) -> str:
+    """Returns `1.50 epochs of 40 rows`. With several caches, each names its path."""
+    several = len(cache_passes) > 1
     return ", ".join(
-        f"{each.times:.2f} epochs of {each.rows} rows{f' of {each.shards.path}' if several else ''}" for each in found
+        f"{cache.times:.2f} epochs of {cache.rows} rows{f' of {cache.shards.path}' if several else ''}"
+        for cache in cache_passes
     )

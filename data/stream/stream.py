@@ -1,10 +1,10 @@
-"""Caches as batches, composed in order:
+"""Streams of batches from caches, composed of these steps:
 
     manifests ─ order: rows of all epochs, mixed ─► this rank's share of a step ─► readers: records ─► collate: batches
                                                                             └──── by a thread ahead of its use ───┘
 
-The order knows nothing of ranks: a step is `rows_per_step` rows of it, and rank r of n takes rows r, r+n, …. Ranks
-are those of data parallelism: all ranks of a tensor-parallel group pass the same rank and size, and see the same batch.
+The order does not depend on ranks. A step is `rows_per_step` rows of it, and rank r of n takes rows r, r+n, …. Ranks
+are data-parallel ranks: all ranks of a tensor-parallel group pass the same rank and size, and get the same batch.
 """
 
 import itertools
@@ -22,24 +22,28 @@ from kd_core.types import Batch
 
 
 class Share(NamedTuple):
-    """Which rows are a rank's: `rank`, `rank` + `ranks`, …."""
+    """A rank's share of the rows of a step: rows `rank`, `rank` + `ranks`, …."""
 
     rank: int
     ranks: int
 
 
 def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
-    read = [readers.read(row) for row in rows]
-    return replace(collate([records for records, _ in read]), damaged_blocks=sum(damaged for _, damaged in read))
+    results = [readers.read(row) for row in rows]
+    return replace(collate([records for records, _ in results]), damaged_blocks=sum(damaged for _, damaged in results))
 
 
-def _shared(readers: Readers, rows: list[Row], collate: Collate, micro_batch: int, share: Share) -> Generator[Batch]:
-    """A rank's batches of some rows: as many on every rank, for all take part in each pass. What is missing on this
-    one is made of any row, unscored."""
-    own, most = rows[share.rank :: share.ranks], -(-len(rows) // share.ranks)
-    for at in range(0, most, micro_batch):
-        some = own[at : at + micro_batch]
-        yield _batch(readers, some, collate) if some else _batch(readers, rows[:1], collate).unscored()
+def _micro_batches(
+    readers: Readers, rows: list[Row], collate: Collate, micro_batch: int, share: Share
+) -> Generator[Batch]:
+    """Yields a rank's micro-batches of some rows: equally many on every rank, because all ranks join in each pass.
+
+    A rank without rows left takes an unscored batch of the first row in place of a missing one.
+    """
+    rank_rows, most_rows = rows[share.rank :: share.ranks], -(-len(rows) // share.ranks)
+    for start in range(0, most_rows, micro_batch):
+        taken = rank_rows[start : start + micro_batch]
+        yield _batch(readers, taken, collate) if taken else _batch(readers, rows[:1], collate).unscored()
 
 
 def _steps(
@@ -50,23 +54,23 @@ def _steps(
         while True:
             step = list(itertools.islice(order, rows_per_step))
             readers.hold(step)
-            yield list(_shared(readers, step, collate, micro_batch, share))
+            yield list(_micro_batches(readers, step, collate, micro_batch, share))
 
 
-def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which share of it)
+def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the rank's share of it)
     source: Source, collate: Collate, *, seed: int, start_row: int, rows_per_step: int, micro_batch: int,
     rank: int, ranks: int, vocab_size: int | None = None,
 ) -> Generator[list[Batch]]:  # fmt: skip
-    """For each step, this rank's micro-batches of at most `micro_batch` rows; endless.
+    """Yields, for each step and without end, this rank's micro-batches of at most `micro_batch` rows.
 
-    Entries are those of the first `vocab_size` tokens (None: of each manifest's). With `source.prefetch`, a thread
-    makes so many steps ahead; they are the same.
+    Entries are cut to the first `vocab_size` tokens (None: to each manifest's vocabulary). With `source.prefetch`, a
+    thread makes so many steps ahead. The batches stay the same.
     """
     readers = Readers(source.parts, vocab_size=vocab_size)
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
     steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)))
     if source.prefetch:
-        steps = ahead(steps, source.prefetch, source.timeout, readers.doing, readers.stop)
+        steps = ahead(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):
         yield from steps
 
@@ -74,9 +78,9 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and which
 def all_batches(
     shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int, vocab_size: int | None = None
 ) -> Generator[Batch]:
-    """Every record once, in stored order: this rank's share, for evaluation. What is damaged stops it."""
+    """Yields this rank's share of every record, once and in stored order, for evaluation. Damaged blocks are errors."""
     order = shards.rows(collate.row_length, None, 0)
     with closing(Readers([shards], False, vocab_size)) as readers:
-        while some := list(itertools.islice(order, micro_batch * ranks)):
-            readers.hold(some)
-            yield from _shared(readers, some, collate, micro_batch, Share(rank, ranks))
+        while rows := list(itertools.islice(order, micro_batch * ranks)):
+            readers.hold(rows)
+            yield from _micro_batches(readers, rows, collate, micro_batch, Share(rank, ranks))

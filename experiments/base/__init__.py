@@ -1,1 +1,1 @@
-"""The parts that every experiment is made of."""
+"""The parts that all experiments share."""

@@ -1,4 +1,4 @@
-"""The format of conversations in a run's caches, which an export of the student needs."""
+"""The chat format of a run's caches, which the export of the student needs."""
 
 import logging
 
@@ -12,37 +12,37 @@ log = logging.getLogger("kd")
 MOST_ID = 1 << 32
 
 
-def _read(manifest: Manifest, path: str) -> ChatFormat | None:
-    """Returns the format that a manifest states, strictly: somebody else may have written it."""
+def _read_format(manifest: Manifest, path: str) -> ChatFormat | None:
+    """Returns the format that a manifest states. It is checked strictly, because anybody may have written the file."""
     if (stated := manifest.made.get("chat")) is None:
         return None
     with damage_as_usage_error(f"{path}: manifest.json", "how conversations were written"):
         optional = {"tool_use"} & set(check_object(stated, "chat"))
-        found = check_object(stated, "chat", {"template", "special_tokens", "turn_ends"} | optional)
-        special = {
-            name: check_text(each, name)
-            for name, each in check_object(found["special_tokens"], "special_tokens").items()
+        fields = check_object(stated, "chat", {"template", "special_tokens", "turn_ends"} | optional)
+        special_tokens = {
+            name: check_text(token, name)
+            for name, token in check_object(fields["special_tokens"], "special_tokens").items()
         }
-        ends = {
-            name: check_integer(each, name, 0, MOST_ID)
-            for name, each in check_object(found["turn_ends"], "turn_ends").items()
+        turn_ends = {
+            name: check_integer(token_id, name, 0, MOST_ID)
+            for name, token_id in check_object(fields["turn_ends"], "turn_ends").items()
         }
-        for_tools = check_text(found["tool_use"], "tool_use") if optional else None
-        return ChatFormat(check_text(found["template"], "template"), special, ends, for_tools)
+        tool_template = check_text(fields["tool_use"], "tool_use") if optional else None
+        return ChatFormat(check_text(fields["template"], "template"), special_tokens, turn_ends, tool_template)
 
 
 def chat_format(source: Source) -> ChatFormat | None:
-    """Returns the chat format of what is trained on; None without conversations, or where caches differ in it.
+    """Returns the chat format of the training caches, or None where they hold no conversations or differ in it.
 
     Raises:
         UsageError: a cache cannot be read.
     """
-    found = {part.path: form for part in source.parts if (form := _read(part.manifest, part.path))}
-    forms = list(found.values())
-    if any(form != forms[0] for form in forms):
+    by_path = {part.path: form for part in source.parts if (form := _read_format(part.manifest, part.path))}
+    formats = list(by_path.values())
+    if any(form != formats[0] for form in formats):
         log.warning(
             "export: conversations of %s were written by different chat templates; the student keeps its own",
-            ", ".join(found),
+            ", ".join(by_path),
         )
         return None
-    return forms[0] if forms else None
+    return formats[0] if formats else None

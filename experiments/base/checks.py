@@ -1,4 +1,4 @@
-"""What an experiment's parts must be to each other, checked before anything is trained; each failure is one message."""
+"""Checks that an experiment's parts fit each other, made before anything is trained. Each failure is one message."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -28,29 +28,29 @@ EPOCHS, MOST_EPOCHS = 4, 16
 
 
 def cache_facts(shards: Shards) -> CacheFacts:
-    """What the losses must know of what is read of a cache."""
-    found = shards.manifest
-    temperatures, tail_known = (1.0, *found.selection.tail_temperatures), "tail" not in found.unknown
-    return CacheFacts(found.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
+    """Returns the facts of a cache, as it is read, that the losses check."""
+    manifest = shards.manifest
+    temperatures, tail_known = (1.0, *manifest.selection.tail_temperatures), "tail" not in manifest.unknown
+    return CacheFacts(manifest.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
 
 
 def local_caches(experiment: "Experiment") -> dict[str, Path]:
-    """Folders of the caches that lie on this machine, by the settings that name them."""
+    """Returns the folders of all caches on this machine, by the settings that name them."""
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
-    return {f"{at}.path": Path(shards.path) for at, shards in caches.items() if not is_url(shards.path)}
+    return {f"{where}.path": Path(shards.path) for where, shards in caches.items() if not is_url(shards.path)}
 
 
 def _check_folders(experiment: "Experiment") -> None:
-    """All that is missing at once, so that it is made at once."""
-    wanted = {
+    """Raises one error for all missing folders, so that the user can make them all at once."""
+    folders = {
         where: (folder, "an adapter in PEFT's format" if where.endswith(".adapter") else "a Hugging Face folder")
         for where, folder in student_folders(experiment.student).items()
     }
     for where, folder in local_caches(experiment).items():
-        wanted[where] = (str(folder), "a cache, made by launchers.export_teacher")
+        folders[where] = (str(folder), "a cache, made by launchers.export_teacher")
     missing = [
-        f"{where}: {folder} ({what})"
-        for where, (folder, what) in wanted.items()
+        f"{where}: {folder} ({description})"
+        for where, (folder, description) in folders.items()
         if not resolve_folder(folder, where).is_dir()
     ]
     if missing:
@@ -58,7 +58,7 @@ def _check_folders(experiment: "Experiment") -> None:
 
 
 def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
-    """A record is never cut, so a row must hold the longest."""
+    """Raises where a record is longer than a row, because records are never cut."""
     for where, shards in caches.items():
         longest = max(length for shard in shards.manifest.shards for length in shard.lengths)
         if longest > row_length:
@@ -70,7 +70,7 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
 
 
 def _warn_of_training_data(experiment: "Experiment") -> None:
-    """Validation on what is trained on measures memory."""
+    """Warns where a validation cache is also a training cache, because its metrics measure memorisation."""
     trained = {shards.path: where for where, shards in experiment.training_caches().items()}
     for where, shards in experiment.held_out_caches().items():
         if shards.path in trained:
@@ -79,14 +79,14 @@ def _warn_of_training_data(experiment: "Experiment") -> None:
 
 
 def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Iterable[Shards]) -> None:
-    """A user's metric has a name that no other number has.
+    """Checks that no user's metric has the name of another number.
 
     Raises:
-        UsageError: it has one that is there already.
+        UsageError: a name is taken, by the loss's metrics or by another metric of the user.
     """
-    own = [metric.__name__ for metric in metrics]
+    user_names = [metric.__name__ for metric in metrics]
     taken = {name.removeprefix("val/") for shards in caches for name in metric_names(loss, cache_facts(shards))}
-    if doubles := sorted({name for name in own if name in taken or own.count(name) > 1}):
+    if doubles := sorted({name for name in user_names if name in taken or user_names.count(name) > 1}):
         raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: there is a number of this name. Rename it.")
 
 
@@ -96,20 +96,25 @@ def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
         if not ids:
             raise UsageError(f"evaluation.prompts: {prompt!r} has no token. Begin with a word.")
     refuse_taken_names(evaluation.metrics, experiment.loss, experiment.held_out_caches().values())
-    known = experiment.validation_metrics()
-    if (best := experiment.checkpoint.best_metric) not in known:
-        raise UsageError(f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(known))}.")
-    mode, users = experiment.checkpoint.best_mode, {metric.__name__ for metric in evaluation.metrics}
-    right = metric_direction(best) if best.rpartition("/")[2] not in users else None
-    if experiment.checkpoint.keep_best and right and mode != right:
-        raise UsageError(f"checkpoint.best_mode: got {mode} for {best}, which would keep the worst; wanted {right}.")
+    validation_metrics = experiment.validation_metrics()
+    if (best := experiment.checkpoint.best_metric) not in validation_metrics:
+        raise UsageError(
+            f"checkpoint.best_metric: got {best!r}; wanted one of {', '.join(sorted(validation_metrics))}."
+        )
+    # The direction of a user's metric is not known, so it cannot be checked.
+    mode, user_names = experiment.checkpoint.best_mode, {metric.__name__ for metric in evaluation.metrics}
+    direction = metric_direction(best) if best.rpartition("/")[2] not in user_names else None
+    if experiment.checkpoint.keep_best and direction and mode != direction:
+        raise UsageError(
+            f"checkpoint.best_mode: got {mode} for {best}, which would keep the worst; wanted {direction}."
+        )
 
 
 def check(experiment: "Experiment") -> None:
-    """Check the parts against each other and the files.
+    """Checks the parts against each other and the files.
 
     Raises:
-        UsageError: parts that do not fit, or files that are missing.
+        UsageError: parts do not fit each other, or files are missing.
     """
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     _check_folders(experiment)
@@ -131,10 +136,13 @@ def check(experiment: "Experiment") -> None:
 
 
 def check_layout(experiment: "Experiment", student: Student, ranks: int) -> dict[str, str]:
-    """Whether so many ranks can be laid out for a student without memory; what each does and holds.
+    """Checks the layout of `ranks` ranks for a student on the meta device.
+
+    Returns:
+        A description of the layout, and of the rows, parameters and moments of a rank.
 
     Raises:
-        UsageError: a layout that does not fit, with what would.
+        UsageError: the layout does not fit. The message names what would.
     """
     parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
     optimizer = experiment.optimizer
@@ -145,31 +153,31 @@ def check_layout(experiment: "Experiment", student: Student, ranks: int) -> dict
     T = -(-longest // collate.multiple) * collate.multiple
     sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
     check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, StudentSizes(*sizes, T))
-    holds = fullest_rank_holding(student, layout, parallel.sequence_parallel)
-    moments = f" and {holds.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
+    holding = fullest_rank_holding(student, layout, parallel.sequence_parallel)
+    moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)
     passes = -(-rows // parallel.micro_batch_rows)
     return {
         "layout": f"{ranks} ranks: {layout}",
-        "a rank": f"at most {rows} rows a step in {passes} passes; holds {holds.parameters / 1e6:.2f}M parameters "
-        f"({4 * holds.parameters / 1e9:.3f} GB in float32){moments}",
+        "a rank": f"at most {rows} rows a step in {passes} passes; holds {holding.parameters / 1e6:.2f}M parameters "
+        f"({4 * holding.parameters / 1e9:.3f} GB in float32){moments}",
     }
 
 
-def warn_of_repeats(steps: int, found: Sequence[Passes]) -> None:
-    """Say when a run repeats a small cache more often than its text has something new to teach."""
-    for each in found:
-        if each.times > MOST_EPOCHS:
+def warn_of_repeats(steps: int, cache_passes: Sequence[Passes]) -> None:
+    """Warns where a run repeats a small cache more often than its text has something new to teach."""
+    for cache in cache_passes:
+        if cache.times > MOST_EPOCHS:
             log.warning(
                 "steps: %d steps go %.0f times through %s, a cache of %d rows. Text repeated more than %d times "
                 "is mostly memorised. Set steps=%d, which goes %d times through it (with a lower tokens_per_step where "
-                "these are too few), or export more text.", steps, each.times, each.shards.path, each.rows, MOST_EPOCHS,
-                max(1, round(steps * EPOCHS / each.times)), EPOCHS,
+                "these are too few), or export more text.", steps, cache.times, cache.shards.path, cache.rows,
+                MOST_EPOCHS, max(1, round(steps * EPOCHS / cache.times)), EPOCHS,
             )  # fmt: skip
 
 
 def warn_of_layout(rows_per_step: int, ranks: int) -> None:
-    """Say when data-parallel ranks have nothing to do, or wait for others."""
+    """Warns where data-parallel ranks have nothing to do, or wait for others."""
     if rows_per_step < ranks:
         log.warning(
             "tokens_per_step: a step has %d rows for %d data-parallel ranks; %d of them are idle. Raise it, or start "

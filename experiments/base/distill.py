@@ -1,8 +1,8 @@
-"""The base of the experiments: every part named once, values that must agree tagged.
+"""The base of all experiments: every part is named once, and values that must agree are tagged.
 
 Command:  torchrun --nproc-per-node 1 -m launchers.train --config='distill(model="my/model", cache="my/cache")'
-Expected: a run that makes sense before anything is tuned; what is particular to a question is set by its experiment.
-Seen:     as `quickstart`, which is this with seven values of its own.
+Expected: a run that makes sense before anything is tuned. An experiment sets what its question needs.
+Seen:     as `quickstart`, which is this graph with seven values changed.
 """
 
 import fiddle as fdl
@@ -20,14 +20,14 @@ from kd_core.training.optimizer import AdamW
 
 
 def read(path: str) -> fdl.Config[Shards]:
-    """A cache, all of it."""
+    """Returns the config of a cache that is read as a whole."""
     config = fdl.Config(Shards, path=path)
     fdl.add_tag(config, "top_k", TopK)
     return config
 
 
 def distill(model: str = "my/model", cache: str = "my/cache") -> fdl.Config[Experiment]:
-    """A whole model as the student, on `cache`/train and `cache`/validation: 0.9 forward KL + 0.1 cross-entropy."""
+    """Trains a whole model on `cache`/train, validates on `cache`/validation: 0.9 forward KL + 0.1 cross-entropy."""
     config = fdl.Config(
         Experiment,
         student=fdl.Config(Pretrained, folder=model),

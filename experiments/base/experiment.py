@@ -1,4 +1,4 @@
-"""`Experiment`: the one place that joins student, data, loss and training. Plain values in; it does not know Fiddle.
+"""`Experiment`: the one place that joins student, data, loss and training. It takes plain values, and no Fiddle.
 
 shards ─► collate ─► Batch ─► student ─► loss ─► one step (optimizer, schedule, parallel) ─► metrics, checkpoint
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.stream.collate import Collate
-from data.stream.source import Mixture, Shards, Source, in_words, passes
+from data.stream.source import Mixture, Shards, Source, count_passes, format_passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments.base import checks
@@ -44,12 +44,12 @@ NAME = re.compile(r"[\w.-]*$")
 
 @dataclass(frozen=True)
 class Logger:
-    """How often numbers are written to `metrics.jsonl` and TensorBoard.
+    """Settings of what is written to `metrics.jsonl`, TensorBoard and the log.
 
     Args:
         every: steps between the numbers of a step.
-        line_every: steps between lines of the log, where stderr is no terminal that shows a line that lives.
-        histograms_every: steps between histograms of parameters and gradients; 0: none.
+        line_every: steps between lines of the log, where stderr is no terminal and so has no progress line.
+        histograms_every: steps between histograms of parameters and gradients (0: none).
     """
 
     every: int = 1
@@ -65,13 +65,13 @@ class Evaluation:
     """Validation on held-out text: before the first step, every `every` steps, and after the last.
 
     Args:
-        shards: a cache; of several by name, each is reported by itself too, under `val/NAME/`. What stands under
-            `val/` itself, where `checkpoint.best_metric` looks by default, is the whole by the weights of a `Mixture`;
-            of a dictionary it is the first cache alone, and the others are only reported.
-        every: steps.
-        prompts: texts that the student continues, greedily, for the reader.
-        continuation_tokens: by how many tokens.
-        metrics: functions of a `SparseView` of n positions to a number each; `val/NAME` is their mean.
+        shards: a cache, or several by name. Each of several is also reported by itself, under `val/NAME/`. The numbers
+            under `val/`, where `checkpoint.best_metric` looks by default, are means by the weights of a `Mixture`. Of a
+            dictionary they are those of the first cache, and the others are only reported.
+        every: steps between validations.
+        prompts: texts that the student continues greedily, for a human reader.
+        continuation_tokens: tokens of each continuation.
+        metrics: functions from a `SparseView` of n positions to n numbers. `val/NAME` is their mean.
     """
 
     shards: Shards | Mixture | Mapping[str, Shards]
@@ -82,7 +82,10 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_ranges(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
-        if not self.caches or not all(isinstance(each, Shards) and NAME.match(at) for at, each in self.caches.items()):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not self.caches or not all(
+            isinstance(shards, Shards) and NAME.match(name)  # pyright: ignore[reportUnnecessaryIsInstance]
+            for name, shards in self.caches.items()
+        ):
             raise UsageError(
                 f"evaluation.shards: got {dict(self.caches)}; wanted Shards, a Mixture, or a dictionary of Shards by "
                 "names of letters, digits, dots, dashes and underscores."
@@ -90,34 +93,34 @@ class Evaluation:
 
     @property
     def caches(self) -> Mapping[str, Shards]:
-        """The caches by name, the main one first; one alone has none."""
+        """Returns the caches by name, the main one first. A single cache has an empty name."""
         if isinstance(self.shards, Mixture):
             return {name: self.shards.caches[name] for name in sorted(self.shards.caches)}
         return {"": self.shards} if isinstance(self.shards, Shards) else self.shards
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Returns the weight of each in the numbers of the whole. One of 0 is only reported."""
+        """Returns each cache's weight in the numbers under `val/`. A cache of weight 0 is only reported."""
         if isinstance(self.shards, Mixture):
             return self.shards.weights
-        return {name: float(at == 0) for at, name in enumerate(self.caches)}
+        return {name: float(index == 0) for index, name in enumerate(self.caches)}
 
 
-def caches_of(source: Source | Mapping[str, Shards], where: str) -> dict[str, Shards]:
-    """The caches of a source, by their paths in the experiment."""
+def caches_by_path(source: Source | Mapping[str, Shards], where: str) -> dict[str, Shards]:
+    """Returns the caches of a source, by their paths in the experiment."""
     if isinstance(source, Mixture):
         return {f"{where}.caches.{name}": source.caches[name] for name in sorted(source.caches)}
     return {where: source} if isinstance(source, Shards) else {f"{where}.{name}": source[name] for name in source}
 
 
-def _millions(model: Student, *, trained: bool = False) -> str:
-    count = sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
+def _format_millions(model: Student, *, trained: bool = False) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
     return f"{count / 1e6:.1f}M"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A distillation run. Every part is named once, here; nothing else reaches what is trained."""
+    """A distillation run. Every part is named here once, and nothing else influences what is trained."""
 
     student: StudentInit
     shards: Shards | Mixture
@@ -144,38 +147,38 @@ class Experiment:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimiser step, over all ranks."""
+        """Returns the packed rows of an optimiser step, over all ranks."""
         return self.tokens_per_step // self.collate.row_length
 
     def training_caches(self) -> dict[str, Shards]:
-        """The caches that are trained on, by their paths in the experiment."""
-        return caches_of(self.shards, "shards")
+        """Returns the training caches, by their paths in the experiment."""
+        return caches_by_path(self.shards, "shards")
 
     def held_out_caches(self) -> dict[str, Shards]:
-        """The caches of validation, by their paths in the experiment."""
-        return caches_of(self.evaluation.shards, "evaluation.shards")
+        """Returns the validation caches, by their paths in the experiment."""
+        return caches_by_path(self.evaluation.shards, "evaluation.shards")
 
     def build_on_meta(self) -> Student:
-        """The student without memory; its real vocabulary is that of its tokenizer."""
+        """Returns the student on the meta device. Its real vocabulary is that of its tokenizer."""
         return meta_student(self.student, Tokenizer(resolve_folder(self.student.folder)).vocab_size)
 
     def check(self, ranks: int = 1) -> dict[str, str]:
-        """Check the parts against each other, the caches and so many ranks; returns what a dry run shows.
+        """Checks the parts against each other, the caches and `ranks` ranks, and returns what a dry run shows.
 
         Raises:
-            UsageError: parts that do not fit.
+            UsageError: parts do not fit each other.
         """
         checks.check(self)
-        chat_format(self.shards)  # rather than once all is trained
+        chat_format(self.shards)  # an unreadable format should not surface after the training
         student = self.build_on_meta()
         arch = student.arch
         caches = [part.manifest for part in self.shards.parts]
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
         weights = self.evaluation.weights
-        repeats = passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
+        repeats = count_passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         checks.warn_of_repeats(self.steps, repeats)
         return {
-            "student": f"{_millions(student)} parameters ({_millions(student, trained=True)} trained), "
+            "student": f"{_format_millions(student)} parameters ({_format_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"
             + (f" in {arch.vocab_rows} rows" if arch.vocab_rows > arch.vocab_size else ""),
             "training cache": " + ".join(f"{cache.records} records, {cache.positions} positions" for cache in caches),
@@ -184,36 +187,35 @@ class Experiment:
                 for name, positions in held_out.items()
             ),
             "a step": f"{self.tokens_per_step} positions in {self.rows_per_step} rows of {self.collate.row_length}",
-            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {in_words(repeats)}",
+            "the run": f"{self.steps} steps, {self.steps * self.tokens_per_step} positions, {format_passes(repeats)}",
             **checks.check_layout(self, student, ranks),
         }
 
     def unused(self) -> list[str]:
-        """A sentence for each setting that changes nothing in this run."""
+        """Returns a sentence for each setting that changes nothing in this run."""
         return unused_settings(self)
 
     def validation_metrics(self) -> set[str]:
-        """Names of the numbers that validation gives, known before anything runs: of the whole, and of each cache."""
-        names = {
+        """Returns the names of all validation numbers, of the whole and of each cache, before anything runs."""
+        names_of = {
             cache: metric_names(self.loss, checks.cache_facts(part), self.evaluation.metrics)
             for cache, part in self.evaluation.caches.items()
         }
-        found = set.intersection(*(names[cache] for cache, weight in self.evaluation.weights.items() if weight))
-        for cache, own in names.items() if len(names) > 1 else ():
-            found |= {name.replace("val/", f"val/{cache}/") for name in own}
-        return found
+        names = set.intersection(*(names_of[cache] for cache, weight in self.evaluation.weights.items() if weight))
+        for cache, cache_names in names_of.items() if len(names_of) > 1 else ():
+            names |= {name.replace("val/", f"val/{cache}/") for name in cache_names}
+        return names
 
     def fetch(self) -> None:
-        """Have all that hub ids name on this machine, before ranks wait for each other.
+        """Downloads all folders that are named by hub ids, before ranks wait for each other.
 
         Raises:
-            UsageError: the hub does not give it.
+            UsageError: a folder cannot be downloaded.
         """
         for where, folder in student_folders(self.student).items():
             resolve_folder(folder, where)
 
     def inputs(self) -> dict[str, dict[str, str]]:
-        """Path and sha256 of all that the run reads, for its record."""
         return identities(self)
 
     def _data(self, world: World, vocab_size: int) -> Data:
@@ -240,7 +242,7 @@ class Experiment:
         }
 
     def _prompts(self, tokenizer: Tokenizer) -> Prompts:
-        """A prompt begins as the texts of the caches do."""
+        """Returns the prompts. They begin with the same tokens as the texts of the caches."""
         texts = self.evaluation.prompts
         begins = next(
             (part.manifest.text_begins_with for part in self.shards.parts if part.manifest.text_begins_with), []
@@ -249,7 +251,7 @@ class Experiment:
         return Prompts(texts, ids, self.evaluation.continuation_tokens, tokenizer.decode)
 
     def _take_best(self, folder: RunFolder, model: Student, world: World) -> None:
-        """Load the best checkpoint for the export. The last step stays where none has a finite metric."""
+        """Loads the best checkpoint for the export. The last step stays where none has a finite metric."""
         metric = self.checkpoint.best_metric
         if world.run_on_first(lambda: bool(checkpoints_by_metric(folder.checkpoints, self.checkpoint))):
             best = load_best(folder.checkpoints, self.checkpoint, model, world)
@@ -261,14 +263,14 @@ class Experiment:
             )  # fmt: skip
 
     def run(self, folder: RunFolder, world: World, stopping: StopSignals) -> bool:
-        """Train, or go on training, in `folder`; then export the student. A finished run is left as it is.
+        """Trains in `folder`, or resumes there, and exports the student. A finished run is left as it is.
 
-        False where it was told to stop before the end; what is done is saved then.
+        Returns False where the run was stopped before its end. Its state is saved then.
         """
         if world.run_on_first(lambda: folder.is_finished):
             log.info("%s: already complete, reused", folder.path)
             return True
-        world.run_on_first(lambda: new_folder_target(folder.export))  # rather than once all is trained
+        world.run_on_first(lambda: new_folder_target(folder.export))  # raises before the training, not after it
         recipe = Recipe(
             loss=self.loss,
             optimizer=self.optimizer,

@@ -1,8 +1,8 @@
-"""A sweep as data: which experiments, and which values each point sets. Nothing is built or checked here.
+"""Sweeps as data: the experiments, and the values that each point sets. Nothing is built or checked here.
 
     Sweep(quickstart) * grid("loss.terms.kd.tail", ["tail_bucket", "truncated"]) * seeds(3)
 
-`*` crosses a sweep with an axis, or filters it (`where`); `+` joins two sweeps. An axis is a list of choices, and a
+`*` crosses a sweep with an axis, or filters it (`where`). `+` joins two sweeps. An axis is a list of choices, and a
 choice sets one path or several. `launchers.sweep` resolves the points against the experiments' graphs.
 """
 
@@ -23,70 +23,70 @@ Base = Callable[[], fdl.Config[Any]]
 Values = dict[str, Any]
 Sampler = Callable[[Random], Any]
 EXPERIMENT, FIDDLER = "experiment", "fiddler:"
-MOST_REPEATED = 10_000  # draws in a row that were drawn before, after which no other one is expected
+MOST_REPEATED = 10_000  # repeated draws in a row after which no new one is expected
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Choices, each of which sets values by path; a name that begins with `fiddler:` holds a function instead.
+    """Choices of an axis. Each sets values by path, or holds a function under a name that begins with `fiddler:`.
 
-    `draws` begins the endless draws of a random axis anew. Its choices are the first of them, repetitions included.
+    `draws` restarts the endless draws of a random axis. Its choices are the first of them, repetitions included.
     """
 
     choices: tuple[Values, ...]
     draws: Callable[[], Iterator[Values]] | None = None
 
     def distinct(self) -> Sequence[Values]:
-        """Returns the choices; of a random axis, the first draws that differ, as many as it has choices.
+        """Returns the choices. A random axis returns as many distinct draws as it has choices.
 
         Raises:
-            UsageError: so many different draws do not come.
+            UsageError: there are not so many distinct draws.
         """
         if self.draws is None:
             return self.choices
-        found, repeated = list[Values](), 0
+        draws, repeated = list[Values](), 0
         for draw in self.draws():
-            repeated = repeated + 1 if draw in found else 0
+            repeated = repeated + 1 if draw in draws else 0
             if not repeated:
-                found.append(draw)
-            if len(found) == len(self.choices):
+                draws.append(draw)
+            if len(draws) == len(self.choices):
                 break
             if repeated == MOST_REPEATED:
                 raise UsageError(
-                    f"random({', '.join(map(repr, draw))}): got {len(self.choices)} draws, of which only {len(found)} "
-                    f"differ; equal ones would be one point. Draw {len(found)}, or from more values."
+                    f"random({', '.join(map(repr, draw))}): got {len(self.choices)} draws, of which only "
+                    f"{len(draws)} differ; equal ones would be one point. Draw {len(draws)}, or from more values."
                 )
-        return found
+        return draws
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Keeps the points of whose values `keep` says so."""
+    """A filter that keeps the points for whose values `keep` returns True."""
 
     keep: Callable[[Values], bool]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One point: a base experiment, and the values that the point sets in it, in order."""
+    """A point before it is resolved: a base experiment, and the values that the point sets in it, in order."""
 
     base: Base
     values: Values
 
     @property
     def experiment(self) -> str:
-        """The base's name, with the arguments that it was given in advance."""
+        """Returns the base's name, with the arguments of a partial function."""
         if isinstance(self.base, functools.partial):
-            named = (f"{name}={value!r}" for name, value in self.base.keywords.items())
-            given = ", ".join([*map(repr, self.base.args), *named])
-            return f"{self.base.func.__name__}({given})"
+            keywords = (f"{name}={value!r}" for name, value in self.base.keywords.items())
+            arguments = ", ".join([*map(repr, self.base.args), *keywords])
+            return f"{self.base.func.__name__}({arguments})"
         return self.base.__name__
 
     def with_choice(self, choice: Values) -> "Draft":
-        """With more values set.
+        """Returns the point with a choice's values set as well.
 
         Raises:
-            UsageError: a value would hide one that is set already.
+            UsageError: a value would hide one that is already set.
         """
         for path in choice:
             for earlier in self.values:
@@ -98,19 +98,23 @@ class Draft:
         return Draft(self.base, {**self.values, **choice})
 
     def passes(self, keep: Callable[[Values], bool]) -> bool:
-        """Whether a filter keeps it."""
-        seen = {EXPERIMENT: self.experiment, **self.values}
+        """Returns what the filter function returns for the point's values.
+
+        Raises:
+            UsageError: the function asks for a value that the point does not set.
+        """
+        values = {EXPERIMENT: self.experiment, **self.values}
         try:
-            return keep(seen)
+            return keep(values)
         except KeyError as error:
-            raise UsageError(f"where: a point has no value {error}; it has {', '.join(map(repr, seen))}.") from None
+            raise UsageError(f"where: a point has no value {error}; it has {', '.join(map(repr, values))}.") from None
 
 
 class Sweep:
-    """Points of one or several experiments, in order.
+    """The points of one or several experiments, in order.
 
     Raises:
-        UsageError: what is given, crossed or joined is of another kind.
+        UsageError: a base, an axis or another sweep is of the wrong type.
     """
 
     def __init__(self, *bases: Base) -> None:
@@ -121,25 +125,25 @@ class Sweep:
         self.drafts = tuple(Draft(base, {}) for base in bases)
 
     @classmethod
-    def _of(cls, drafts: Iterable[Draft]) -> "Sweep":
-        made = cls()
-        made.drafts = tuple(drafts)
-        return made
+    def _from_drafts(cls, drafts: Iterable[Draft]) -> "Sweep":
+        sweep = cls()
+        sweep.drafts = tuple(drafts)
+        return sweep
 
     def __mul__(self, other: Axis | Filter) -> "Sweep":
         if isinstance(other, Filter):
-            return self._of(draft for draft in self.drafts if draft.passes(other.keep))
+            return self._from_drafts(draft for draft in self.drafts if draft.passes(other.keep))
         if not isinstance(other, Axis):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(
                 f"Sweep * {other!r}: wanted an axis (grid, zipped, tied, random, fiddled, seeds) or where(…)."
             )
         choices = other.distinct()
-        return self._of(draft.with_choice(choice) for draft in self.drafts for choice in choices)
+        return self._from_drafts(draft.with_choice(choice) for draft in self.drafts for choice in choices)
 
     def __add__(self, other: "Sweep") -> "Sweep":
         if not isinstance(other, Sweep):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"Sweep + {type(other).__name__}: wanted another Sweep; an axis is crossed with *.")
-        return self._of((*self.drafts, *other.drafts))
+        return self._from_drafts((*self.drafts, *other.drafts))
 
     def __len__(self) -> int:
         return len(self.drafts)
@@ -148,46 +152,46 @@ class Sweep:
         return iter(self.drafts)
 
 
-def _values(values: Iterable[Any], said: str) -> list[Any]:
+def _check_values(values: Iterable[Any], error_prefix: str) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Iterable) or not (listed := list(values)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"{said}: got {values!r}; wanted a list of at least one value.")
-    return [_plain(value) for value in listed]
+        raise UsageError(f"{error_prefix}: got {values!r}; wanted a list of at least one value.")
+    return [_to_python(value) for value in listed]
 
 
-def _plain(value: Any) -> Any:
-    """Returns Python's own numbers and texts in place of numpy's, also within tuples and lists."""
+def _to_python(value: Any) -> Any:
+    """Converts numpy's numbers and texts to Python's own, also within tuples and lists."""
     if type(value) in (tuple, list):
-        return type(value)(map(_plain, value))
+        return type(value)(map(_to_python, value))
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def grid(path: str, values: Iterable[Any]) -> Axis:
-    """Each of the values at `path`, or at all that carry a tag (`tag:NAME`); a value may be a whole part, a config."""
-    return Axis(tuple({path: value} for value in _values(values, f"grid({path!r})")))
+    """Sets each of the values at `path`, or at every value with a tag (`tag:NAME`). A value may be a whole config."""
+    return Axis(tuple({path: value} for value in _check_values(values, f"grid({path!r})")))
 
 
 def tied(paths: Sequence[str], values: Iterable[Any]) -> Axis:
-    """Each of the values at all of `paths` at once."""
-    return Axis(tuple(dict.fromkeys(paths, value) for value in _values(values, f"tied({paths!r})")))
+    """Sets each of the values at all of `paths` at once."""
+    return Axis(tuple(dict.fromkeys(paths, value) for value in _check_values(values, f"tied({paths!r})")))
 
 
 def together(*axes: Axis) -> Axis:
-    """Axes side by side: the first choices of all, then the second ones.
+    """Joins axes side by side: the first choices of all axes together, then the second ones, and so on.
 
     Raises:
-        UsageError: they differ in length, or set the same path.
+        UsageError: the axes differ in length, or set the same path.
     """
     lengths = [len(axis.choices) for axis in axes]
     if len(set(lengths)) != 1:
         raise UsageError(f"zipped: got {lengths} values; wanted as many for each path.")
-    choices = tuple(map(_merged, zip(*(axis.choices for axis in axes), strict=True)))
+    choices = tuple(map(_merge, zip(*(axis.choices for axis in axes), strict=True)))
     draws = [axis.draws for axis in axes if axis.draws is not None]
     if len(draws) < len(axes):
         return Axis(choices)
-    return Axis(choices, lambda: map(_merged, zip(*(begin() for begin in draws), strict=True)))
+    return Axis(choices, lambda: map(_merge, zip(*(begin() for begin in draws), strict=True)))
 
 
-def _merged(choices: Sequence[Values]) -> Values:
+def _merge(choices: Sequence[Values]) -> Values:
     merged = {path: value for choice in choices for path, value in choice.items()}
     if len(merged) != sum(len(choice) for choice in choices):
         raise UsageError(f"zipped: {', '.join(merged)} are set more than once. Name each path once.")
@@ -195,15 +199,15 @@ def _merged(choices: Sequence[Values]) -> Values:
 
 
 def zipped(values: Mapping[str, Iterable[Any]]) -> Axis:
-    """Several paths that change together: the first values of all, then the second ones."""
-    return together(*(grid(path, each) for path, each in values.items()))
+    """Changes several paths together: the first values of all paths, then the second ones, and so on."""
+    return together(*(grid(path, path_values) for path, path_values in values.items()))
 
 
 def random(path: str, sampler: Sampler, n: int, seed: int = 0) -> Axis:
-    """`n` draws at `path`, a function of (path, seed): of more draws, the first `n` are the same.
+    """Sets `n` random draws at `path`. They are a function of (path, seed), and a larger `n` begins with the same ones.
 
-    Draws that repeat an earlier one are left out where the axis is crossed with a sweep: equal points would be one. Of
-    random axes side by side (`together`), those are left out that repeat in all of their values.
+    Where the axis is crossed with a sweep, draws that repeat an earlier one are replaced by further draws, because
+    equal points would be one. Of random axes side by side (`together`), a draw repeats only if all of its values do.
     """
     if n < 1:
         raise UsageError(f"random({path!r}): got {n} draws; wanted at least 1.")
@@ -211,53 +215,53 @@ def random(path: str, sampler: Sampler, n: int, seed: int = 0) -> Axis:
     def draws() -> Iterator[Values]:
         source = Random(f"{seed} {path}")  # noqa: S311 (a search, not a secret)
         while True:
-            yield {path: _plain(sampler(source))}
+            yield {path: _to_python(sampler(source))}
 
     return Axis(tuple(itertools.islice(draws(), n)), draws)
 
 
 def uniform(low: float, high: float) -> Sampler:
-    """Evenly between `low` and `high`, to three digits."""
-    return lambda source: _three_digits(source.uniform(low, high))
+    """Draws uniformly between `low` and `high`, rounded to three digits."""
+    return lambda source: _round_to_three_digits(source.uniform(low, high))
 
 
 def log_uniform(low: float, high: float) -> Sampler:
-    """Evenly on a log scale between `low` and `high`, to three digits.
+    """Draws uniformly on a log scale between `low` and `high`, rounded to three digits.
 
     Raises:
-        UsageError: not 0 < low < high.
+        UsageError: 0 < low < high does not hold.
     """
     if not 0 < low < high:
         raise UsageError(f"log_uniform: got {low} and {high}; wanted 0 < low < high.")
-    return lambda source: _three_digits(math.exp(source.uniform(math.log(low), math.log(high))))
+    return lambda source: _round_to_three_digits(math.exp(source.uniform(math.log(low), math.log(high))))
 
 
 def choice(*options: Any) -> Sampler:
-    """One of the options, all equally likely."""
-    listed = _values(options, "choice")
+    """Draws one of the options, all of them equally likely."""
+    listed = _check_values(options, "choice")
     return lambda source: source.choice(listed)
 
 
-def _three_digits(value: float) -> float:
+def _round_to_three_digits(value: float) -> float:
     return float(f"{value:.3g}")
 
 
 def seeds(n: int) -> Axis:
-    """Seeds 0 to n − 1: the axis that result tables take means over."""
-    n = _plain(n)
+    """Sets seeds 0 to n − 1. Result tables take means over this axis."""
+    n = _to_python(n)
     if not isinstance(n, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"seeds: got {n!r}; wanted how many, as seeds(3); for others: grid('seed', [7, 8]).")
     return grid("seed", range(n))
 
 
 def fiddled(*fiddlers: Callable[[Any], None] | None, name: str = "change") -> Axis:
-    """The graph as each of the functions leaves it; None leaves it as it is. `name` heads the column."""
+    """Applies each of the functions to the graph. None leaves the graph as it is. `name` heads the column."""
     for fiddler in fiddlers:
         if fiddler is not None and not callable(fiddler):
             raise UsageError(f"fiddled: got {fiddler!r}; wanted functions that change a config, or None.")
-    return Axis(tuple({FIDDLER + name: fiddler} for fiddler in _values(fiddlers, "fiddled")))
+    return Axis(tuple({FIDDLER + name: fiddler} for fiddler in _check_values(fiddlers, "fiddled")))
 
 
 def where(keep: Callable[[Values], bool]) -> Filter:
-    """Only the points of whose values (by path; the base's name as `experiment`) `keep` is true."""
+    """Keeps the points for whose values `keep` returns True. They are by path, with the base's name as `experiment`."""
     return Filter(keep)

@@ -1,1 +1,1 @@
-"""Studies: a question, what is expected, a sweep with seeds, what was seen, and its tables under `results/`."""
+"""Studies: each has a question, an expectation, a sweep with seeds, what was seen, and tables under `results/`."""
