@@ -1,8 +1,9 @@
-"""Reader of a cache's blocks as records. Each block is verified before it is decoded.
+"""Reader of a cache's blocks as records. Each block is verified first.
 
     url of a tar → opened → the bytes of one block → verified → (member name, bytes) → one sample → decoded strictly
 
-No byte is parsed before the hash of its block has matched the manifest.
+Records are decoded only after the hash of their block has matched the manifest. A block with another hash is parsed
+only to describe the damage.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from data.cache.tar import END_OF_TAR, read_members
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
-MAX_MANIFEST_BYTES = 1 << 28  # bytes
+MAX_MANIFEST_BYTES = 1 << 28
 
 
 def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
@@ -163,7 +164,7 @@ class ShardReader:
             raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         try:
             records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
-        except Exception as error:  # webdataset's own exceptions have no common class
+        except Exception as error:  # whatever webdataset raises means damage
             raise _damaged(path, index, str(error)) from None
         if (lengths := tuple(record.positions for record in records)) != block.lengths:
             raise _damaged(path, index, f"holds records of {lengths} positions; the manifest wants {block.lengths}")

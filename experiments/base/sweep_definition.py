@@ -221,12 +221,12 @@ def random(path: str, sampler: Sampler, n: int, seed: int = 0) -> Axis:
 
 
 def uniform(low: float, high: float) -> Sampler:
-    """Draws uniformly between `low` and `high`, rounded to three digits."""
+    """Returns a sampler that draws uniformly between `low` and `high`, rounded to three digits."""
     return lambda source: _round_to_three_digits(source.uniform(low, high))
 
 
 def log_uniform(low: float, high: float) -> Sampler:
-    """Draws uniformly on a log scale between `low` and `high`, rounded to three digits.
+    """Returns a sampler that draws uniformly on a log scale between `low` and `high`, rounded to three digits.
 
     Raises:
         UsageError: 0 < low < high does not hold.
@@ -237,7 +237,7 @@ def log_uniform(low: float, high: float) -> Sampler:
 
 
 def choice(*options: Any) -> Sampler:
-    """Draws one of the options, all of them equally likely."""
+    """Returns a sampler that draws one of the options, all of them equally likely."""
     listed = _check_values(options, "choice")
     return lambda source: source.choice(listed)
 
