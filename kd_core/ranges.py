@@ -1,8 +1,9 @@
-"""Ranges of numeric settings. A part checks its own settings when the experiment's graph is built."""
+"""Checks of settings: ranges of numbers, and choices. A part checks its own when the experiment's graph is built."""
 
 import math
 import sys
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from kd_core.errors import UsageError
 
@@ -30,8 +31,8 @@ SECONDS = Range("seconds, more than 0 and at most 1e9", SMALLEST, 1e9)
 TEMPERATURE = Range("0.01 to 100", 0.01, 100)
 
 
-def check_ranges(part: Any, where: str, **ranges: Range) -> None:
-    """Checks that the numbers of a part are in their ranges.
+def check_settings(part: Any, where: str, **ranges: Range) -> None:
+    """Checks that the numbers of a dataclass are in their ranges, and that each `Literal` has one of its values.
 
     None is in every range, and a tuple is in a range if all of its numbers are.
 
@@ -41,8 +42,12 @@ def check_ranges(part: Any, where: str, **ranges: Range) -> None:
         ranges: the range of each attribute, by its name.
 
     Raises:
-        UsageError: a number is out of its range. The message begins with its path.
+        UsageError: a number is out of its range, or a choice is unknown. The message begins with its path.
     """
+    for field in fields(part):
+        if get_origin(field.type) is Literal and (value := getattr(part, field.name)) not in get_args(field.type):
+            choices = ", ".join(map(str, get_args(field.type)))
+            raise UsageError(f"{where}{field.name}: got {value!r}; wanted one of {choices}.")
     for name, allowed in ranges.items():
         value = getattr(part, name)
         values = value if isinstance(value, tuple) else (value,)

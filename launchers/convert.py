@@ -36,7 +36,7 @@ SOURCE = flags.DEFINE_string("source", None, "A file, a folder of .jsonl files, 
 OUT = flags.DEFINE_string("out", None, "Folder for the cache; required.")
 MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer, or hub:OWNER/NAME.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of the vocabulary, where there is no --model.")
-CODEC = flags.DEFINE_string("codec", "standard", "standard, compact or lossless.")
+CODEC = flags.DEFINE_enum("codec", "standard", ["standard", "compact", "lossless"], "How the cache is coded.")
 SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of a shard.")
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         with damage_as_usage_error(folder / "config.json", "a Hugging Face model configuration"):
             columns = check_integer(config.get("vocab_size", vocab_size), "vocab_size", 1, UPPER_BOUNDS["vocab_size"])
     job = Conversion(
-        kind, source, vocab_size, tokenizer, CODEC.value or "", shard_bytes=SHARD_BYTES.value or 0,
+        kind, source, vocab_size, tokenizer, cast(Any, CODEC.value), shard_bytes=SHARD_BYTES.value or 0,
         columns=max(columns, vocab_size),
     )  # fmt: skip
     manifest = convert(job, Path(out))

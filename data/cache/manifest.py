@@ -11,10 +11,10 @@ from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from data.cache.codec.header import MAX_POSITIONS
-from data.cache.codec.levels import CODECS
+from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import MAX_VOCABULARY
 from data.cache.selection import Selection
 from data.cache.tar import END_OF_TAR
@@ -229,8 +229,8 @@ def _plan(value: Any) -> dict[str, Any]:
 
 
 def _codec(value: Any) -> str:
-    if check_text(value, "codec") not in CODECS:
-        raise ValueError(f"codec: {short_repr(value)}; wanted one of {', '.join(CODECS)}")
+    if check_text(value, "codec") not in get_args(Codec):
+        raise ValueError(f"codec: {short_repr(value)}; wanted one of {', '.join(get_args(Codec))}")
     return value
 
 

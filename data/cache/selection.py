@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kd_core.errors import UsageError
-from kd_core.ranges import ABOVE_0, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import ABOVE_0, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Selection:
             raise UsageError(
                 f"selection: top_k={self.top_k}, draws={self.draws} keep nothing; wanted one of them above 0."
             )
-        check_ranges(
+        check_settings(
             self, "selection.", min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0, proposal_temperature=ABOVE_0,
             tail_temperatures=ABOVE_0,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar
 
 from data.corpus.bad_rows import BadRows, OnBadRow
 from data.corpus.corpus_files import list_corpus_files
@@ -18,7 +18,7 @@ from data.corpus.row_layouts import LAYOUTS, RowFormat, check_fields, columns_to
 from data.tokenizer import AddToken
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, printable
-from kd_core.ranges import NOT_NEGATIVE, check_ranges
+from kd_core.ranges import NOT_NEGATIVE, check_settings
 
 log = logging.getLogger("kd")
 
@@ -65,9 +65,7 @@ class Corpus:
     def __post_init__(self) -> None:
         if self.content not in (contents := ("auto", *LAYOUTS)):
             raise UsageError(f"corpus.content: got {self.content!r}; wanted one of {', '.join(contents)}.")
-        if self.on_bad_row not in get_args(OnBadRow):
-            raise UsageError(f"corpus.on_bad_row: got {self.on_bad_row!r}; wanted one of stop, skip.")
-        check_ranges(self, "corpus.", most_bad_rows=NOT_NEGATIVE)
+        check_settings(self, "corpus.", most_bad_rows=NOT_NEGATIVE)
         if self.fields is not None:
             self._check_fields(self.fields)
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.cache.codec.levels import CODECS
+from data.cache.codec.levels import Codec
 from data.cache.contents import mask_digest, window_digest, windows_digest
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest
 from data.cache.selection import Selection
@@ -20,12 +20,12 @@ from data.corpus.corpus import Corpus, split_documents
 from data.corpus.encoding import Encoded, Encoder
 from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export.extend import SPLITS, Growth
-from data.teacher.choose_scorer import SCORERS, TeacherFacts, read_teacher_facts
+from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
 from kd_core.hub import local_folder
 from kd_core.precision import Precision
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_ranges
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_settings
 from kd_core.students.decoder.architecture import too_many_tokens
 from kd_core.students.huggingface.weights import weight_files
 
@@ -64,28 +64,24 @@ class TeacherExport:
     train_tokens: int | None
     validation_tokens: int | None
     selection: Selection
-    codec: str = "standard"
+    codec: Codec = "standard"
     max_codec_kl: float = 1e-3
     row_length: int = 512
     overlap: int = 0
     validation_share: float = 0.1
     seed: int = 0
     dtype: Precision = "auto"
-    scorer: str = "auto"
+    scorer: ScorerName = "auto"
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
     batch_rows: int = 2
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise UsageError(f"scorer: got {self.scorer!r}; wanted one of {', '.join(SCORERS)}.")
-        if self.codec not in CODECS:
-            raise UsageError(f"codec: got {self.codec!r}; wanted one of {', '.join(CODECS)}.")
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
         shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": NOT_NEGATIVE}
-        check_ranges(self, "", **dict.fromkeys(counts, AT_LEAST_1), **shares, seed=AT_LEAST_0)
+        check_settings(self, "", **dict.fromkeys(counts, AT_LEAST_1), **shares, seed=AT_LEAST_0)
         # Temperatures are checked here and not in `Selection`: a cache that is already written is read with any.
-        check_ranges(
+        check_settings(
             self.selection, "selection.", proposal_temperature=PROPOSAL_TEMPERATURE, tail_temperatures=TEMPERATURE
         )
         if not 0 <= self.overlap < self.row_length:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
-from data.cache.codec.levels import CODECS
+from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
 from data.cache.record import Record
@@ -26,6 +26,7 @@ from data.importers.lines import KINDS, Line, files_of, read_records
 from data.stream.shards import read_tables, read_written_blocks
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, new_folder, sha256
+from kd_core.ranges import check_settings
 
 UNKNOWN = "unknown"
 BYTES_OF_AN_ENTRY = 25  # in JSON, about: an id and a number
@@ -51,7 +52,7 @@ class Conversion:
     source: str
     vocab_size: int
     tokenizer: str
-    codec: str = "standard"
+    codec: Codec = "standard"
     max_codec_kl: float = 1e-3
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
@@ -60,8 +61,7 @@ class Conversion:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"--format: got {self.kind!r}; wanted one of {', '.join(KINDS)}.")
-        if self.codec not in CODECS:
-            raise UsageError(f"--codec: got {self.codec!r}; wanted one of {', '.join(CODECS)}.")
+        check_settings(self, "--")
         if self.vocab_size < 1 or self.block_positions < 1 or self.shard_bytes < 1:
             raise UsageError("wanted a vocabulary, block_positions and shard_bytes of at least 1.")
 

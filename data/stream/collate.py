@@ -5,16 +5,15 @@ Padding is explicit. Positions and attention restart with each document.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from data.cache.record import UNUSED, Array, Record
 from kd_core.errors import UsageError
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.types import Batch
-
-PADDINGS = ("row_length", "longest")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Collate:
     """
 
     row_length: int = 512
-    padding: str = "row_length"
+    padding: Literal["row_length", "longest"] = "row_length"
     multiple: int = 1
     reset_position_ids: bool = True
     reset_attention_mask: bool = True
@@ -44,9 +43,7 @@ class Collate:
     eod_id: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, "collate.", row_length=AT_LEAST_1, multiple=AT_LEAST_1, eod_id=AT_LEAST_0)
-        if self.padding not in PADDINGS:
-            raise UsageError(f"collate.padding: got {self.padding!r}; wanted one of {', '.join(PADDINGS)}.")
+        check_settings(self, "collate.", row_length=AT_LEAST_1, multiple=AT_LEAST_1, eod_id=AT_LEAST_0)
         if self.eod_mask_loss and self.eod_id is None:
             raise UsageError("collate.eod_mask_loss: wanted collate.eod_id, the end-of-document token.")
 

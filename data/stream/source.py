@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest
@@ -20,12 +20,11 @@ from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
 from data.stream.shards import DamagedError, ShardReader, load_manifest
 from kd_core.errors import UsageError
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
 log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
 MEASURED_ROWS = 5_000  # rows of a run by which the shares of its caches are measured
-ON_DAMAGE = ("stop", "skip")
 VOCABULARY_SETTING = "that of the tokenizer in student.folder, or student.vocab_size"
 
 
@@ -54,18 +53,16 @@ class Shards:
     mass: float = 1.0
     samples: bool = True
     shuffle_shards: int = 16
-    on_damage: str = "stop"
+    on_damage: Literal["stop", "skip"] = "stop"
     max_damaged_blocks: int = 8
     prefetch: int = 2
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        check_ranges(
+        check_settings(
             self, "shards.", top_k=AT_LEAST_1, min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0, shuffle_shards=AT_LEAST_1,
             max_damaged_blocks=AT_LEAST_0, prefetch=AT_LEAST_0, timeout=SECONDS,
         )  # fmt: skip
-        if self.on_damage not in ON_DAMAGE:
-            raise UsageError(f"shards.on_damage: got {self.on_damage!r}; wanted one of {', '.join(ON_DAMAGE)}.")
         storage_at(self.path)
 
     @property

@@ -4,7 +4,7 @@ import logging
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from kd_core.hub import NO_EXTRA
 from kd_core.students.huggingface.weights import stored_architecture
 from kd_core.students.starts.start import Pretrained, build_student
 
-SCORERS = ("auto", "decoder", "transformers")
+ScorerName = Literal["auto", "decoder", "transformers"]
 log = logging.getLogger("kd")
 
 
@@ -46,7 +46,7 @@ def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> 
     """Returns the facts of a teacher, with the scorer that `auto` stands for.
 
     Args:
-        scorer: one of `SCORERS`.
+        scorer: the scorer, or `auto` to choose it by the family.
         tokens: the real vocabulary, which is the size of the teacher's tokenizer. None counts all rows of its lm_head.
 
     Raises:

@@ -24,7 +24,7 @@ from kd_core.losses.objective import Objective
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import StudentInit, meta_student
 from kd_core.students.student import Student
@@ -57,7 +57,7 @@ class Logger:
     histograms_every: int = 0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "logger.", every=AT_LEAST_1, line_every=AT_LEAST_1, histograms_every=AT_LEAST_0)
+        check_settings(self, "logger.", every=AT_LEAST_1, line_every=AT_LEAST_1, histograms_every=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Evaluation:
     metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
-        check_ranges(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
+        check_settings(self, "evaluation.", every=AT_LEAST_1, continuation_tokens=AT_LEAST_1)
         if not self.caches or not all(
             isinstance(shards, Shards) and NAME.match(name)  # pyright: ignore[reportUnnecessaryIsInstance]
             for name, shards in self.caches.items()
@@ -138,7 +138,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         length = self.collate.row_length
-        check_ranges(self, "", steps=AT_LEAST_1, seed=AT_LEAST_0)
+        check_settings(self, "", steps=AT_LEAST_1, seed=AT_LEAST_0)
         if self.tokens_per_step < length or self.tokens_per_step % length:
             raise UsageError(
                 f"tokens_per_step: got {self.tokens_per_step}; wanted a multiple of collate.row_length {length}."

@@ -209,7 +209,7 @@ def parse_value(text: str, hint: Any, error_prefix: str) -> Any:
     Raises:
         UsageError: it is of another type.
     """
-    if hint is str:
+    if hint is str or typing.get_origin(hint) is typing.Literal:
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
     value: Any = text
     with contextlib.suppress(SyntaxError, ValueError):

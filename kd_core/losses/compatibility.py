@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from kd_core.errors import UsageError
 from kd_core.losses.divergences import DIVERGENCES, Parameters
 from kd_core.losses.tails import TAILS, Temperatures
-from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, check_ranges
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, check_settings
 
 # Divergences whose terms are all weighted by p. They need nothing of events that a tail treatment leaves out.
 TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
@@ -61,9 +61,8 @@ def check_combination(divergence: str, tail: str) -> None:
         )
 
 
-def check_temperature(tail: str, temperatures: Temperatures, scaling: str) -> None:
+def check_temperature(tail: str, temperatures: Temperatures) -> None:
     """Raises a `UsageError` if the teacher's entries do not determine its distribution at the temperature."""
-    check_choice("temperature_scaling", scaling, ("squared", "none"))
     if temperatures.teacher != 1 and tail not in TEMPERED_TAILS:
         raise UsageError(
             f"loss: temperature {temperatures.teacher} on tail {tail!r}: the teacher's entries at another temperature "
@@ -75,7 +74,7 @@ def check_parameters(divergence: str, parameters: Parameters) -> None:
     """Raises a `UsageError` if a parameter is out of its range, or set although the divergence does not use it."""
     default = Parameters()
     for name, value in parameters._asdict().items():
-        check_ranges(parameters, "loss: ", **{name: PARAMETER_RANGES.get(name, SHARE)})
+        check_settings(parameters, "loss: ", **{name: PARAMETER_RANGES.get(name, SHARE)})
         if value != getattr(default, name) and name not in USED_PARAMETERS.get(divergence, ()):
             users = [user for user, names in USED_PARAMETERS.items() if name in names]
             raise UsageError(f"loss: {name}={value}: {divergence!r} does not use it; {' and '.join(users)} does.")

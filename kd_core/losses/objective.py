@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,7 +24,7 @@ from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.term_weights import Weight, max_weight, resolve_weight, resolved_value
 from kd_core.losses.token_selection import KeepUncertain
-from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_ranges
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_settings
 
 # Metrics that cost too much for a training step, with the names of their sums (`fused/loss_metrics.py`).
 EXTRA_METRIC_SUMS: Mapping[str, tuple[str, ...]] = {
@@ -106,7 +106,7 @@ class Distillation(Term):
     tail: str = "tail_bucket"
     temperature: float = 1.0
     student_temperature: float | None = None
-    temperature_scaling: str = "squared"
+    temperature_scaling: Literal["squared", "none"] = "squared"
     keep: KeepUncertain | None = None
     beta: float = Parameters().beta
     skew: float = Parameters().skew
@@ -118,8 +118,8 @@ class Distillation(Term):
 
     def __post_init__(self) -> None:
         check_combination(self.divergence, self.tail)
-        check_ranges(self, "loss: ", temperature=TEMPERATURE, student_temperature=TEMPERATURE)
-        check_temperature(self.tail, self._temperatures, self.temperature_scaling)
+        check_settings(self, "loss: ", temperature=TEMPERATURE, student_temperature=TEMPERATURE)
+        check_temperature(self.tail, self._temperatures)
         check_parameters(self.divergence, self._parameters)
 
     @property
@@ -202,7 +202,7 @@ class CrossEntropy(Term):
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: ", label_smoothing=SHARE_BELOW_1, z_loss=NOT_NEGATIVE)
+        check_settings(self, "loss: ", label_smoothing=SHARE_BELOW_1, z_loss=NOT_NEGATIVE)
 
     @property
     def needs_tail_mean(self) -> bool:
@@ -237,7 +237,7 @@ class Objective:
     observe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss.", chunk_tokens=AT_LEAST_1)
+        check_settings(self, "loss.", chunk_tokens=AT_LEAST_1)
         for name, term in self.terms.items():
             if not 0 <= max_weight(term.weight) < math.inf:
                 raise UsageError(f"loss.terms.{name}.weight: got {term.weight}; wanted at least 0, and finite.")

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from kd_core.errors import UsageError
-from kd_core.ranges import NOT_NEGATIVE, check_ranges
+from kd_core.ranges import NOT_NEGATIVE, check_settings
 
 
 def _progress(step: int, steps: int) -> float:
@@ -23,7 +23,7 @@ class Constant:
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: weight Constant.", value=NOT_NEGATIVE)
+        check_settings(self, "loss: weight Constant.", value=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         del step, steps
@@ -41,7 +41,7 @@ class Linear:
     end: float
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: weight Linear.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
+        check_settings(self, "loss: weight Linear.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         return self.start + (self.end - self.start) * _progress(step, steps)
@@ -58,7 +58,7 @@ class Cosine:
     end: float
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: weight Cosine.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
+        check_settings(self, "loss: weight Cosine.", start=NOT_NEGATIVE, end=NOT_NEGATIVE)
 
     def at(self, step: int, steps: int) -> float:
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * _progress(step, steps)))
@@ -78,7 +78,7 @@ class WarmupStableDecay:
 
     def __post_init__(self) -> None:
         ranges = dict.fromkeys(("peak", "warmup_steps", "decay_steps", "floor"), NOT_NEGATIVE)
-        check_ranges(self, "loss: weight WarmupStableDecay.", **ranges)
+        check_settings(self, "loss: weight WarmupStableDecay.", **ranges)
 
     def at(self, step: int, steps: int) -> float:
         """Returns the weight at a step. Where warm-up and decay overlap, it is the smaller of the two."""

@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kd_core.errors import UsageError
-from kd_core.ranges import SHARE_ABOVE_0, check_ranges
+from kd_core.ranges import SHARE_ABOVE_0, check_settings
 from kd_core.types import TeacherTopK
-
-SIGNALS = ("student_entropy", "teacher_entropy")
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,10 @@ class KeepUncertain:
     """
 
     share: float
-    signal: str = "student_entropy"
+    signal: Literal["student_entropy", "teacher_entropy"] = "student_entropy"
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss: KeepUncertain.", share=SHARE_ABOVE_0)
-        if self.signal not in SIGNALS:
-            raise UsageError(f"loss: KeepUncertain.signal {self.signal!r} is unknown; wanted one of {SIGNALS}.")
+        check_settings(self, "loss: KeepUncertain.", share=SHARE_ABOVE_0)
 
     def weights(self, uncertainty: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Returns the factor of each position: 0, or scored / selected. Of equal positions the first is selected."""

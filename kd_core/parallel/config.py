@@ -1,19 +1,19 @@
 """Settings of how a run is spread over ranks and memory, with their checks. `parallelize.py` applies them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, make_layout
 from kd_core.precision import Precision, dtype_of
-from kd_core.ranges import AT_LEAST_1, SECONDS, check_ranges
+from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
     "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
 )  # fmt: skip
-SHARDINGS = ("none", "gradients", "full")
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,15 @@ class Parallel:
     micro_batch_rows: int = 4
     tensor_parallel: int = 1
     sequence_parallel: bool = False
-    shard: str = "gradients"
+    shard: Literal["none", "gradients", "full"] = "gradients"
     replicas: int = 1
     recompute: str = "none"
     compile: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.shard not in SHARDINGS:
-            raise UsageError(f"parallel.shard: got {self.shard!r}; wanted one of {', '.join(SHARDINGS)}.")
         counts = {"micro_batch_rows": AT_LEAST_1, "tensor_parallel": AT_LEAST_1, "replicas": AT_LEAST_1}
-        check_ranges(self, "parallel.", **counts, timeout=SECONDS)
+        check_settings(self, "parallel.", **counts, timeout=SECONDS)
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
         self.recomputed_every()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol, runtime_checkable
 
 from kd_core.errors import UsageError
-from kd_core.ranges import AT_LEAST_0, SHARE, check_ranges
+from kd_core.ranges import AT_LEAST_0, SHARE, check_settings
 
 CHECKED_STEPS = 1000
 
@@ -33,7 +33,7 @@ class _Warmup(ABC):
     warmup_steps: int = 5
 
     def __post_init__(self) -> None:
-        check_ranges(self, "schedule.", **dict.fromkeys(self._lengths(), AT_LEAST_0))
+        check_settings(self, "schedule.", **dict.fromkeys(self._lengths(), AT_LEAST_0))
 
     def _lengths(self) -> dict[str, int]:
         return {
@@ -72,7 +72,7 @@ class _WarmupDecay(_Warmup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "schedule.", min_ratio=SHARE)
+        check_settings(self, "schedule.", min_ratio=SHARE)
 
     @abstractmethod
     def decay(self, progress: float) -> float:
@@ -115,7 +115,7 @@ class WarmupStableDecay(_Warmup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "schedule.", min_ratio=SHARE)
+        check_settings(self, "schedule.", min_ratio=SHARE)
 
     def after_warmup(self, step: int, steps: int) -> float:
         progress = max(0, step - steps + self.decay_steps) / (self.decay_steps + 1)

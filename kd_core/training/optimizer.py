@@ -3,17 +3,17 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from kd_core.errors import UsageError
-from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_settings
 from kd_core.students.starts.name_patterns import match_names
 from kd_core.training.checkpoints.checkpoint_state import trained_parameters
 
-ON_NON_FINITE = ("stop", "skip")
+OnNonFinite = Literal["stop", "skip"]
 # LBFGS calls the model again during a step, SparseAdam needs sparse gradients, and Optimizer is the base class.
 UNSUPPORTED = ("LBFGS", "Optimizer", "SparseAdam")
 # Their steps fail on tensors that are sharded over ranks, in torch 2.13.
@@ -37,7 +37,7 @@ class Optimizer(Protocol):
     @property
     def clip_norm(self) -> float: ...
     @property
-    def on_non_finite(self) -> str: ...
+    def on_non_finite(self) -> OnNonFinite: ...
     @property
     def max_skipped(self) -> int: ...
 
@@ -47,11 +47,7 @@ class Optimizer(Protocol):
 
 
 def _check_common(settings: Optimizer) -> None:
-    if settings.on_non_finite not in ON_NON_FINITE:
-        raise UsageError(
-            f"optimizer.on_non_finite: got {settings.on_non_finite!r}; wanted one of {', '.join(ON_NON_FINITE)}."
-        )
-    check_ranges(
+    check_settings(
         settings, "optimizer.", lr=ABOVE_0, weight_decay=NOT_NEGATIVE, clip_norm=NOT_NEGATIVE, max_skipped=AT_LEAST_0
     )  # fmt: skip
 
@@ -73,12 +69,12 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    on_non_finite: str = "stop"
+    on_non_finite: OnNonFinite = "stop"
     max_skipped: int = 8
 
     def __post_init__(self) -> None:
         _check_common(self)
-        check_ranges(self, "optimizer.", eps=ABOVE_0, betas=SHARE_BELOW_1)
+        check_settings(self, "optimizer.", eps=ABOVE_0, betas=SHARE_BELOW_1)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return self.build_for(list(trained_parameters(model).values()))
@@ -113,7 +109,7 @@ class TorchOptimizer:
     only: tuple[str, ...] = ()
     others: AdamW | None = None
     clip_norm: float = 1.0
-    on_non_finite: str = "stop"
+    on_non_finite: OnNonFinite = "stop"
     max_skipped: int = 8
 
     def __post_init__(self) -> None:

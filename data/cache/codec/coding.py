@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cache.codec.levels import STEPS, Levels
+from data.cache.codec.levels import STEPS, Codec, Levels
 from data.cache.codec.rank_tables import RankTables
 from data.cache.selection import Selection
 
@@ -15,11 +15,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Coding:
-    """Rank tables, selection and codec of a cache. `codec` is one of `levels.CODECS`."""
+    """Rank tables, selection and codec of a cache."""
 
     tables: RankTables
     selection: Selection
-    codec: str
+    codec: Codec
 
     @cached_property
     def levels(self) -> Levels | None:

@@ -10,7 +10,7 @@ Readers then scale entries and tail to sum to 1.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FINE_FROM, COARSE_FROM, COARSE_BY = 3, 0.45, 3
 LOWEST = -30.0
 STEPS = {"standard": 0.0037, "compact": 0.0056}  # 64 entries: a KL of 1.4e-4 and 3.2e-4
-CODECS = (*STEPS, "lossless")
+Codec = Literal["standard", "compact", "lossless"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
-from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_ranges
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE_BELOW_1, check_settings
 from kd_core.sharded_values import errors_on_all_ranks
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers
@@ -64,7 +64,7 @@ class LoraStart:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(
+        check_settings(
             self, "student.", rank=AT_LEAST_1, alpha=ABOVE_0, dropout=SHARE_BELOW_1, layers=AT_LEAST_0
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
-from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_ranges
+from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.sharded_values import errors_on_all_ranks, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import meta_decoder
@@ -89,7 +89,7 @@ class Pretrained:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, "student.", keep_layers=AT_LEAST_0, vocab_size=AT_LEAST_1)
+        check_settings(self, "student.", keep_layers=AT_LEAST_0, vocab_size=AT_LEAST_1)
 
     def _layers(self, stored: Architecture) -> tuple[int, ...]:
         layers = tuple(range(stored.num_layers)) if self.keep_layers is None else self.keep_layers
@@ -143,7 +143,7 @@ class Random:
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        check_ranges(self, "student.", **dict.fromkeys(sizes, AT_LEAST_1), init_std=ABOVE_0)
+        check_settings(self, "student.", **dict.fromkeys(sizes, AT_LEAST_1), init_std=ABOVE_0)
         for name, total in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
             if getattr(self, total) % getattr(self, name):
                 raise UsageError(

@@ -29,7 +29,7 @@ from kd_core.files import damage_as_usage_error, flock, read_json, sync_folder, 
 from kd_core.json_fields import check_integer, check_number, check_object
 from kd_core.parallel.collectives import all_gather_values, raise_on_all_ranks, run_on_all_ranks
 from kd_core.parallel.world import World
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_ranges
+from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint_files import COMMON_FILES, HASHES, find_damage, hash_files
 from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
@@ -44,7 +44,6 @@ from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
 from kd_core.training.checkpoints.checkpoint_storage import TensorReader, TensorWriter, tensor_file
 
 log = logging.getLogger("kd")
-MODES = ("min", "max")
 MOST_STEPS = 1 << 53
 # DCP warns that a single process reads and writes alone, which is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -69,13 +68,11 @@ class Checkpoint:
     keep_newest: int = 2
     keep_best: int = 1
     best_metric: str = "val/loss"
-    best_mode: str = "min"
+    best_mode: Literal["min", "max"] = "min"
     export: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
-        check_ranges(self, "checkpoint.", every=AT_LEAST_1, keep_newest=AT_LEAST_1, keep_best=AT_LEAST_0)
-        if self.best_mode not in MODES:
-            raise UsageError(f"checkpoint.best_mode: got {self.best_mode!r}; wanted one of {', '.join(MODES)}.")
+        check_settings(self, "checkpoint.", every=AT_LEAST_1, keep_newest=AT_LEAST_1, keep_best=AT_LEAST_0)
         if self.export == "best" and not self.keep_best:
             raise UsageError(
                 "checkpoint.export: got best, and checkpoint.keep_best=0 keeps none. Set checkpoint.keep_best=1, or "
