@@ -29,7 +29,7 @@ from data.cache.writer import encode_block_members, write_shard, write_tables
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import CachePlan, TeacherExport, make_plans
-from data.export.resume_check import claim
+from data.export.resume_check import record_or_check_plan
 from data.export.scoring import score_batch
 from data.teacher.scorer import Scorer
 
@@ -82,7 +82,7 @@ def score_all(model: Scorer, plans: dict[str, CachePlan]) -> dict[str, list[Reco
 
 def write(plan: CachePlan, records: list[Record]) -> Manifest:
     """A cache of records, as the export writes it."""
-    claim(plan)
+    record_or_check_plan(plan)
     first = len(plan.shards[0].windows)
     most, pilot = 0, []
     for record in records[:first]:
@@ -99,7 +99,7 @@ def write(plan: CachePlan, records: list[Record]) -> Manifest:
             for b in shard.blocks
         ]
         write_shard(plan.folder / shard.name, blocks)
-    return steps.finish(plan)
+    return steps.write_manifest(plan)
 
 
 def parts(folder: Path, manifest: Manifest) -> dict[str, float]:

@@ -18,7 +18,7 @@ from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import CachePlan, TeacherExport, make_plans
-from data.export.resume_check import claim
+from data.export.resume_check import record_or_check_plan
 from data.teacher.scorer import DecoderScorer, Scorer
 from kd_core.students.decoder.decoder import Decoder
 
@@ -49,10 +49,10 @@ def bare_forward(model: Decoder, plans: list[CachePlan], rows: int) -> None:
 def export_once(plans: list[CachePlan], model: Scorer) -> None:
     """All that the command does once plans and teacher are there."""
     for plan in plans:
-        claim(plan)
+        record_or_check_plan(plan)
         pilot = steps.make_tables(plan, model)
         steps.write_missing_shards(plan, model, pilot, rank=0, ranks=1)
-        steps.finish(plan)
+        steps.write_manifest(plan)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import fiddle as fdl
 
 from data.stream.source import Shards
-from experiments.base.distill import read
+from experiments.base.distill import cache_config
 from experiments.base.experiment import Experiment
 from kd_core.losses.objective import CrossEntropy, Distillation
 from kd_core.training.lr_schedule import WarmupCosine
@@ -18,7 +18,7 @@ def cache(config: fdl.Config[Experiment], folder: str) -> None:
         ):  # keeps how much of a cache is read
             part.shards.path = f"{folder}/{split}"
         else:
-            part.shards = read(f"{folder}/{split}")
+            part.shards = cache_config(f"{folder}/{split}")
 
 
 def short(config: fdl.Config[Experiment], steps: int = 2) -> None:

@@ -8,7 +8,7 @@ Seen:     not run yet.
 import fiddle as fdl
 
 from data.stream.source import Mixture
-from experiments.base.distill import read
+from experiments.base.distill import cache_config
 from experiments.base.experiment import Experiment
 from experiments.half_depth import quickstart
 
@@ -21,6 +21,6 @@ def cache_mix(
     Each is a folder with a manifest: OUT/train of an export to OUT, or an imported cache.
     """
     config = quickstart()
-    caches = {name: read(path) for name, path in (("first", first), ("second", second))}
+    caches = {name: cache_config(path) for name, path in (("first", first), ("second", second))}
     config.shards = fdl.Config(Mixture, caches=caches, weights={"first": share, "second": 1 - share})
     return config

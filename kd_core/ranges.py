@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from kd_core.errors import UsageError
@@ -32,7 +32,7 @@ TEMPERATURE = Range("0.01 to 100", 0.01, 100)
 
 
 def check_settings(part: Any, where: str, **ranges: Range) -> None:
-    """Checks that the numbers of a dataclass are in their ranges, and that each `Literal` has one of its values.
+    """Checks that numbers are in their ranges, and that each `Literal` of a dataclass has one of its values.
 
     None is in every range, and a tuple is in a range if all of its numbers are.
 
@@ -44,7 +44,7 @@ def check_settings(part: Any, where: str, **ranges: Range) -> None:
     Raises:
         UsageError: a number is out of its range, or a choice is unknown. The message begins with its path.
     """
-    for field in fields(part):
+    for field in fields(part) if is_dataclass(part) else ():
         if get_origin(field.type) is Literal and (value := getattr(part, field.name)) not in get_args(field.type):
             choices = ", ".join(map(str, get_args(field.type)))
             raise UsageError(f"{where}{field.name}: got {value!r}; wanted one of {choices}.")

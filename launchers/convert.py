@@ -26,6 +26,7 @@ started again.
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 from absl import flags
 
@@ -42,7 +43,7 @@ SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of 
 
 def main() -> None:
     """Converts the source, and logs a summary of the cache."""
-    from data.importers.import_cache import UNKNOWN, Conversion, convert
+    from data.importers.import_cache import UNKNOWN, ImportSettings, import_cache
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import damage_as_usage_error, read_json
@@ -62,11 +63,11 @@ def main() -> None:
         config = read_json(folder / "config.json", "a Hugging Face model configuration")
         with damage_as_usage_error(folder / "config.json", "a Hugging Face model configuration"):
             columns = check_integer(config.get("vocab_size", vocab_size), "vocab_size", 1, UPPER_BOUNDS["vocab_size"])
-    job = Conversion(
+    job = ImportSettings(
         kind, source, vocab_size, tokenizer, cast(Any, CODEC.value), shard_bytes=SHARD_BYTES.value or 0,
         columns=max(columns, vocab_size),
     )  # fmt: skip
-    manifest = convert(job, Path(out))
+    manifest = import_cache(job, Path(out))
     app.log.info("%s", manifest.summary(Path(out)))
     if manifest.unknown:
         app.log.info("%s: not known from the source: %s", out, ", ".join(manifest.unknown))

@@ -62,9 +62,9 @@ def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
 
 def _export(export: Any, out: Path) -> None:
     from data.export import export as export_steps
-    from data.export.extend import end_growth, growth_of
+    from data.export.extend import end_growth, load_growth
     from data.export.plan import make_plans
-    from data.export.resume_check import claim, claim_growth
+    from data.export.resume_check import record_or_check_growth, record_or_check_plan
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
     from kd_core.parallel.world import joined_world
@@ -78,11 +78,11 @@ def _export(export: Any, out: Path) -> None:
         app.log.info("dtype: %s", chosen)
         export = replace(export, dtype=chosen.precision)
         bad_rows = export.corpus.bad_rows()
-        grow = (lambda: growth_of(out, begin=True)) if EXTEND.value else lambda: None
+        grow = (lambda: load_growth(out, begin=True)) if EXTEND.value else lambda: None
         plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows))
         if plans and plans[0].texts:
             app.log.info("texts: %s", plans[0].texts)
-        take = claim_growth if EXTEND.value else claim
+        take = record_or_check_growth if EXTEND.value else record_or_check_plan
         missing_plans = [plan for plan in plans if not world.run_on_first(lambda plan=plan: take(plan))]
         world.run_on_first(lambda: bad_rows.write(out))
         if EXTEND.value and not plans:
@@ -96,7 +96,9 @@ def _export(export: Any, out: Path) -> None:
             world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
             export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
             world.barrier()
-            app.log.info("%s", world.run_on_first(lambda plan=plan: export_steps.finish(plan)).summary(plan.folder))
+            app.log.info(
+                "%s", world.run_on_first(lambda plan=plan: export_steps.write_manifest(plan)).summary(plan.folder)
+            )
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 
@@ -115,13 +117,13 @@ def main() -> None:
     if app.FLAGS.dry_run:
         import torch
 
-        from data.export.extend import growth_of
+        from data.export.extend import load_growth
         from data.export.plan import make_plans
 
         out = Path(OUT.value)
         chosen = _choose_dtype(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(f"dtype: {chosen}")
-        growth = growth_of(out, begin=False) if EXTEND.value else None
+        growth = load_growth(out, begin=False) if EXTEND.value else None
         plans = make_plans(replace(export, dtype=chosen.precision), out, growth)
         if plans and plans[0].texts:
             print(f"texts: {plans[0].texts}")

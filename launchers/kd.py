@@ -20,7 +20,7 @@ def commands() -> dict[str, str]:
     summaries: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
-        if "\n    app.run_command(main, " in source:
+        if "\n    app.run_command(" in source:
             summaries[path.stem.replace("_", "-")] = (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
     return summaries
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import save as dcp_save
 from data.corpus.chat.chat_template import ChatTemplate
 from data.corpus.chat.conversations import Conversation
 from data.corpus.corpus import Corpus
-from data.importers.lines import files_of, read_records
+from data.importers.lines import read_records, source_files
 from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.tokenizer import Tokenizer
 from experiments.base.sweep_definition import Sweep, seeds
@@ -555,7 +555,7 @@ def test_other_systems_caches_are_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("[" * 200_000)
     _refused(lambda: list(read_records(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
     (tmp_path / "c_999999999999.jsonl").write_text("")
-    _refused(lambda: files_of(str(tmp_path / "c_CHUNK_ID.jsonl")), "no such chunk", 2)
+    _refused(lambda: source_files(str(tmp_path / "c_CHUNK_ID.jsonl")), "no such chunk", 2)
 
 
 # Runs, sweeps, tables

@@ -13,9 +13,9 @@ from data.cache.record import Record
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.extend import end_growth, growth_of
+from data.export.extend import end_growth, load_growth
 from data.export.plan import TeacherExport, make_plans
-from data.export.resume_check import claim, claim_growth
+from data.export.resume_check import record_or_check_growth, record_or_check_plan
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
 from kd_core.students.decoder.architecture import Architecture
@@ -187,15 +187,15 @@ def make_chat_folder(tiny: Tiny, folder: Path, **settings: object) -> Path:
 
 def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool = False) -> None:
     """Both caches, as the command writes them."""
-    plans = make_plans(export, out, growth_of(out, begin=True) if extend else None)
+    plans = make_plans(export, out, load_growth(out, begin=True) if extend else None)
     for plan in plans:
-        if (claim_growth if extend else claim)(plan):
+        if (record_or_check_growth if extend else record_or_check_plan)(plan):
             continue
         model = steps.load_teacher(export, torch.device("cpu"))
         pilot = steps.make_tables(plan, model)
         for rank in range(ranks):
             steps.write_missing_shards(plan, model, pilot, rank, ranks)
-        steps.finish(plan)
+        steps.write_manifest(plan)
     if extend:
         end_growth(out)
 

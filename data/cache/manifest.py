@@ -89,7 +89,7 @@ class Manifest:
     teacher: dict[str, Any]
     selection: Selection
     row_length: int
-    codec: str
+    codec: Codec
     audit: Audit
     statistics: dict[str, float]
     tables: dict[str, Any]
@@ -228,7 +228,7 @@ def _plan(value: Any) -> dict[str, Any]:
     return plan
 
 
-def _codec(value: Any) -> str:
+def _codec(value: Any) -> Codec:
     if check_text(value, "codec") not in get_args(Codec):
         raise ValueError(f"codec: {short_repr(value)}; wanted one of {', '.join(get_args(Codec))}")
     return value
@@ -289,14 +289,11 @@ def read_manifest(folder: Path) -> Manifest:
         UsageError: there is none (the export has not ended, or the folder holds caches), or it is invalid (see
             `parse_manifest`).
     """
-    path = folder / "manifest.json"
+    path, role = folder / "manifest.json", "the manifest of a teacher cache (made by launchers.export_teacher)"
     if not path.exists() and (inside := list_caches(folder)):
         raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {inside}.")
     if not path.exists() and (folder / "plan.json").exists():
         raise UsageError(
             f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."
         )
-    return parse_manifest(
-        read_json(path, "the manifest of a teacher cache (made by launchers.export_teacher)", MAX_MANIFEST_BYTES),
-        str(path),
-    )
+    return parse_manifest(read_json(path, role, MAX_MANIFEST_BYTES), str(path))

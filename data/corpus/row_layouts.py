@@ -115,8 +115,7 @@ def _one_of(fields: Fields, names: tuple[str, ...], where: str) -> str | None:
 
 
 def _text(fields: Fields, field: str, where: str) -> str:
-    value = fields[field]
-    if not isinstance(value, str):
+    if not isinstance(value := fields[field], str):
         message = f"{where}: {field!r} is a {type(value).__name__}, wanted text."
         raise BadRowError(message, "a field of another type")
     return value

@@ -107,7 +107,7 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
             write_shard(plan.folder / shard.name, _encode_blocks(shard, records, plan, coding))
 
 
-def finish(plan: CachePlan) -> Manifest:
+def write_manifest(plan: CachePlan) -> Manifest:
     """Reads every shard back strictly, and writes and returns the manifest of what was read.
 
     Raises:

@@ -31,7 +31,7 @@ class Growth:
     documents: CachedDocuments
 
 
-def growth_of(out: Path, *, begin: bool) -> Growth:
+def load_growth(out: Path, *, begin: bool) -> Growth:
     """Returns the extension that is under way, or a new one. With `begin` a new one is recorded in `growth.json`.
 
     Raises:

@@ -36,7 +36,7 @@ def recorded_dtype(out: Path) -> str | None:
         return check_text(read_json(path, "the plan of an export")["dtype"], "dtype")
 
 
-def claim(plan: CachePlan) -> bool:
+def record_or_check_plan(plan: CachePlan) -> bool:
     """Writes the plan into the cache's folder, or checks that the plan there is the same.
 
     Removes half-written files. Removes also the manifest if a shard that it names is missing, so that the export makes
@@ -87,7 +87,7 @@ def claim(plan: CachePlan) -> bool:
     return has_manifest and not missing
 
 
-def claim_growth(plan: CachePlan) -> bool:
+def record_or_check_growth(plan: CachePlan) -> bool:
     """Checks that a cache can be extended by a plan, and records the plan in its folder.
 
     Returns:

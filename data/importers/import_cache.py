@@ -22,7 +22,7 @@ from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.totals import Totals
 from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
-from data.importers.lines import KINDS, Line, files_of, read_records
+from data.importers.lines import PARSERS, Line, read_records, source_files
 from data.stream.shards import read_tables, read_written_blocks
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, new_folder, sha256
@@ -33,11 +33,11 @@ BYTES_OF_AN_ENTRY = 25  # in JSON, about: an id and a number
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ImportSettings:
     """Settings of an import.
 
     Args:
-        kind: format of the source, one of `KINDS`.
+        kind: format of the source, one of `PARSERS`.
         source: a file, a folder, or a path with CHUNK_ID.
         vocab_size: tokens of the real vocabulary.
         tokenizer: the tokenizer's fingerprint, or `UNKNOWN`.
@@ -59,8 +59,8 @@ class Conversion:
     columns: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UsageError(f"--format: got {self.kind!r}; wanted one of {', '.join(KINDS)}.")
+        if self.kind not in PARSERS:
+            raise UsageError(f"--format: got {self.kind!r}; wanted one of {', '.join(PARSERS)}.")
         check_settings(self, "--")
         if self.vocab_size < 1 or self.block_positions < 1 or self.shard_bytes < 1:
             raise UsageError("wanted a vocabulary, block_positions and shard_bytes of at least 1.")
@@ -93,7 +93,7 @@ def _group_blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]
         yield block
 
 
-def _encode_shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversion) -> Iterator[list[bytes]]:
+def _encode_shards(blocks: Iterator[list[Record]], coding: Coding, job: ImportSettings) -> Iterator[list[bytes]]:
     """Yields lists of encoded blocks, each of at most `shard_bytes` or of one larger block."""
     shard: list[bytes] = []
     first = 0
@@ -111,7 +111,7 @@ def _encode_shards(blocks: Iterator[list[Record]], coding: Coding, job: Conversi
         yield shard
 
 
-def convert(job: Conversion, out: Path) -> Manifest:
+def import_cache(job: ImportSettings, out: Path) -> Manifest:
     """Writes the cache `out` and returns its manifest.
 
     Raises:
@@ -119,7 +119,7 @@ def convert(job: Conversion, out: Path) -> Manifest:
     """
     if out.exists():
         raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
-    files = files_of(job.source)
+    files = source_files(job.source)
     counted = _CountedRecords(read_records(job.source, job.kind, job.vocab_size, job.columns))
     blocks = _group_blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
     pilot = next(blocks, None)
@@ -147,13 +147,13 @@ def convert(job: Conversion, out: Path) -> Manifest:
 
 
 def _make_manifest(
-    job: Conversion, counted: _CountedRecords, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
+    job: ImportSettings, counted: _CountedRecords, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
 ) -> Manifest:
     unknown = counted.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
     selection = Selection(top_k=counted.widest)
     plan = {
         "source": job.kind,
-        "content": content_fingerprint(files_of(job.source)),
+        "content": content_fingerprint(source_files(job.source)),
         "codec": job.codec,
         "tokenizer": job.tokenizer,
         "row_length": counted.longest,

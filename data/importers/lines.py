@@ -50,7 +50,7 @@ class Line(NamedTuple):
     unknown: frozenset[str]
 
 
-def files_of(source: str) -> list[Path]:
+def source_files(source: str) -> list[Path]:
     """Returns the files of a source in order.
 
     Raises:
@@ -89,7 +89,7 @@ def read_records(source: str, kind: str, vocab_size: int, columns: int = 0) -> I
         UsageError: a line does not fit the format. The message names file and line.
     """
     root = Path(source)
-    for path in files_of(source):
+    for path in source_files(source):
         name = printable(path.relative_to(root) if root.is_dir() else Path(path.name))
         for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
@@ -97,7 +97,7 @@ def read_records(source: str, kind: str, vocab_size: int, columns: int = 0) -> I
             where = f"{printable(path)}:{number}"
             value = require_object(parse_json(decode_utf8(line, where), where), where)
             try:
-                parsed = KINDS[kind](value, f"{name}:{number}", max(columns, vocab_size))
+                parsed = PARSERS[kind](value, f"{name}:{number}", max(columns, vocab_size))
                 yield parsed._replace(record=parsed.record.within(vocab_size))
             except KeyError as error:
                 raise UsageError(f"{where}: no field {error}. Is it {kind}?") from None
@@ -223,7 +223,7 @@ def _parse_jsonl(value: dict[str, Any], where: str, vocab_size: int) -> Line:
     return Line(record, frozenset() if complete else frozenset({"label_log_prob"}))
 
 
-KINDS: dict[str, Callable[[dict[str, Any], str, int], Line]] = {
+PARSERS: dict[str, Callable[[dict[str, Any], str, int], Line]] = {
     "nemo_aligner": _parse_nemo_aligner,
     "jsonl": _parse_jsonl,
 }

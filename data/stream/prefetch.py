@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from kd_core.errors import UsageError
 
 T = TypeVar("T")
-PATIENCE = 60.0  # most seconds to wait for the thread to end after it was stopped
+JOIN_SECONDS = 60.0  # most seconds to wait for the thread to end after it was stopped
 GRACE = 5.0  # the same, for a thread that was already too slow
 LOOK_EVERY = 1.0  # seconds between checks that the thread is alive
 
@@ -56,7 +56,7 @@ def _work(items: Generator[T], depth: int, shared: _Shared[T]) -> None:
                 shared.changed.notify_all()
 
 
-def ahead(
+def prefetch(
     items: Generator[T], depth: int, timeout: float, describe_work: Callable[[], str], stop: Callable[[], None]
 ) -> Generator[T]:
     """Yields the items, which a thread makes ahead of their use.
@@ -74,7 +74,7 @@ def ahead(
     shared = _Shared[T]()
     thread = threading.Thread(target=_work, args=(items, depth, shared), name="reading ahead", daemon=True)
     thread.start()
-    patience = min(timeout, PATIENCE)  # the item that is being made may take long
+    patience = min(timeout, JOIN_SECONDS)  # the item that is being made may take long
     try:
         while True:
             started = time.monotonic()

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from data.cache.record import Record
 from data.stream.order import BlockRef, Row
-from data.stream.shards import DamagedError
+from data.stream.shards import DamagedBlockError
 from data.stream.source import Shards
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
 
 
-class PartReader:
+class CacheReader:
     """A reader of one cache, which remembers the damaged blocks that it skipped."""
 
     def __init__(self, shards: Shards, may_skip: bool, vocab_size: int | None) -> None:
@@ -33,7 +33,7 @@ class PartReader:
             return None
         try:
             return self.reader.block(ref)
-        except DamagedError as error:
+        except DamagedBlockError as error:
             if not self.skips:
                 raise
             self.damaged[ref] = str(error)
@@ -55,7 +55,7 @@ class Readers:
     """
 
     def __init__(self, parts: Sequence[Shards], may_skip: bool = True, vocab_size: int | None = None) -> None:
-        self.parts = [PartReader(part, may_skip, vocab_size) for part in parts]
+        self.parts = [CacheReader(part, may_skip, vocab_size) for part in parts]
         self.latest_reader = self.parts[0].reader
 
     def close(self) -> None:

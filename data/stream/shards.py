@@ -38,7 +38,7 @@ def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
     return f"members {', '.join(names)} can be read, but are not those that the manifest was written for"
 
 
-class DamagedError(UsageError):
+class DamagedBlockError(UsageError):
     """Error of a block that differs from what the manifest says of it."""
 
 
@@ -192,8 +192,8 @@ def block_offset(shard: Shard, block: int) -> int:
     return sum(earlier.bytes for earlier in shard.blocks[:block])
 
 
-def _damaged(path: Path | str, block: int, cause: str) -> DamagedError:
-    return DamagedError(
+def _damaged(path: Path | str, block: int, cause: str) -> DamagedBlockError:
+    return DamagedBlockError(
         f"{path}: damaged: block {block}: {cause}. Delete the shard and manifest.json and run the same export again."
     )
 

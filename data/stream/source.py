@@ -18,7 +18,7 @@ from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
-from data.stream.shards import DamagedError, ShardReader, load_manifest
+from data.stream.shards import DamagedBlockError, ShardReader, load_manifest
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
@@ -123,7 +123,7 @@ class Shards:
         for ref in blocks[:allowed]:
             try:
                 return reader.block(ref)
-            except DamagedError:
+            except DamagedBlockError:
                 continue
         return reader.block(blocks[min(allowed, len(blocks) - 1)])
 
@@ -233,7 +233,7 @@ class Mixture:
 Source = Shards | Mixture
 
 
-class Passes(NamedTuple):
+class CachePasses(NamedTuple):
     """The number of epochs of a cache that a run reads, and the rows of one epoch."""
 
     shards: Shards
@@ -241,7 +241,7 @@ class Passes(NamedTuple):
     rows: int
 
 
-def count_passes(source: Source, row_length: int, seed: int, rows: int) -> list[Passes]:
+def count_passes(source: Source, row_length: int, seed: int, rows: int) -> list[CachePasses]:
     """Returns the epochs of each cache that a run of `rows` rows reads.
 
     Shares of a long run are extrapolated from its first `MEASURED_ROWS` rows.
@@ -250,14 +250,14 @@ def count_passes(source: Source, row_length: int, seed: int, rows: int) -> list[
     row_counts: list[int] = [0] * len(source.parts)
     for row in itertools.islice(source.order(row_length, seed), measured):
         row_counts[row.part] += 1
-    cache_passes: list[Passes] = []
+    cache_passes: list[CachePasses] = []
     for count, part in zip(row_counts, source.parts, strict=True):
         epoch_size = sum(1 for _ in part.rows(row_length, seed, 0))
-        cache_passes.append(Passes(part, count * rows / measured / epoch_size, epoch_size))
+        cache_passes.append(CachePasses(part, count * rows / measured / epoch_size, epoch_size))
     return cache_passes
 
 
-def format_passes(cache_passes: Sequence[Passes]) -> str:
+def format_passes(cache_passes: Sequence[CachePasses]) -> str:
     """Returns `1.50 epochs of 40 rows`. With several caches, each names its path."""
     several = len(cache_passes) > 1
     return ", ".join(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data.stream.collate import Collate
 from data.stream.order import Row
-from data.stream.prefetch import ahead
+from data.stream.prefetch import prefetch
 from data.stream.readers import Readers
 from data.stream.source import Shards, Source
 from kd_core.types import Batch
@@ -70,7 +70,7 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
     steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)))
     if source.prefetch:
-        steps = ahead(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
+        steps = prefetch(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):
         yield from steps
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.cache.storage import is_url
-from data.stream.source import Passes, Shards
+from data.stream.source import CachePasses, Shards
 from data.tokenizer import Tokenizer
 from experiments.base.provenance import student_folders
 from kd_core.errors import UsageError
@@ -164,7 +164,7 @@ def check_layout(experiment: "Experiment", student: Student, ranks: int) -> dict
     }
 
 
-def warn_of_repeats(steps: int, cache_passes: Sequence[Passes]) -> None:
+def warn_of_repeats(steps: int, cache_passes: Sequence[CachePasses]) -> None:
     """Warns where a run repeats a small cache more often than its text has something new to teach."""
     for cache in cache_passes:
         if cache.times > MOST_EPOCHS:

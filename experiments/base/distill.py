@@ -14,12 +14,12 @@ from experiments.tags import Interval, RowLength, TopK
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.config import Parallel
 from kd_core.students.starts.start import Pretrained
-from kd_core.training.checkpoints.checkpoint import Checkpoint
+from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
 
 
-def read(path: str) -> fdl.Config[Shards]:
+def cache_config(path: str) -> fdl.Config[Shards]:
     """Returns the config of a cache that is read as a whole."""
     config = fdl.Config(Shards, path=path)
     fdl.add_tag(config, "top_k", TopK)
@@ -31,7 +31,7 @@ def distill(model: str = "my/model", cache: str = "my/cache") -> fdl.Config[Expe
     config = fdl.Config(
         Experiment,
         student=fdl.Config(Pretrained, folder=model),
-        shards=read(f"{cache}/train"),
+        shards=cache_config(f"{cache}/train"),
         collate=fdl.Config(Collate, row_length=512),
         loss=fdl.Config(
             Objective,
@@ -42,7 +42,7 @@ def distill(model: str = "my/model", cache: str = "my/cache") -> fdl.Config[Expe
         parallel=fdl.Config(Parallel),
         checkpoint=fdl.Config(Checkpoint, every=100),
         logger=fdl.Config(Logger),
-        evaluation=fdl.Config(Evaluation, shards=read(f"{cache}/validation"), every=100),
+        evaluation=fdl.Config(Evaluation, shards=cache_config(f"{cache}/validation"), every=100),
         steps=1000,
         seed=0,
         tokens_per_step=8192,

@@ -15,7 +15,7 @@ from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
 from experiments.base import checks
 from experiments.base.chat_formats import chat_format
-from experiments.base.provenance import identities, student_folders
+from experiments.base.provenance import input_hashes, student_folders
 from experiments.base.unused_settings import unused_settings
 from kd_core.errors import UsageError
 from kd_core.files import new_folder_target
@@ -28,7 +28,8 @@ from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import StudentInit, meta_student
 from kd_core.students.student import Student
-from kd_core.training.checkpoints.checkpoint import Checkpoint, checkpoints_by_metric, load_best
+from kd_core.training.checkpoints.checkpoint import checkpoints_by_metric, load_best
+from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.evaluation import HeldOutCache, Metric, metric_names
 from kd_core.training.generation import Prompts
 from kd_core.training.loop import Data, Recipe, run
@@ -95,7 +96,7 @@ class Evaluation:
     def caches(self) -> Mapping[str, Shards]:
         """Returns the caches by name, the main one first. A single cache has an empty name."""
         if isinstance(self.shards, Mixture):
-            return {name: self.shards.caches[name] for name in sorted(self.shards.caches)}
+            return dict(sorted(self.shards.caches.items()))
         return {"": self.shards} if isinstance(self.shards, Shards) else self.shards
 
     @property
@@ -216,7 +217,7 @@ class Experiment:
             resolve_folder(folder, where)
 
     def inputs(self) -> dict[str, dict[str, str]]:
-        return identities(self)
+        return input_hashes(self)
 
     def _data(self, world: World, vocab_size: int) -> Data:
         share = {"rank": world.dp_rank, "ranks": world.dp_size, "vocab_size": vocab_size}

@@ -45,7 +45,7 @@ def student_folders(start: StudentInit, where: str = "student") -> dict[str, str
     return folders or {f"{where}.folder": folder}
 
 
-def identities(experiment: "Experiment") -> dict[str, dict[str, str]]:
+def input_hashes(experiment: "Experiment") -> dict[str, dict[str, str]]:
     """Returns path and sha256 of all that the experiment reads. The path of a hub id names the commit that was read.
 
     A cache's hash is that of its manifest, which holds the hashes of all its files.

@@ -16,7 +16,8 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 from experiments.config import user_code, user_files
-from experiments.config.paths import PLAIN_TYPES, RecordImportPolicy, check_values, walk
+from experiments.config.paths import check_values, walk
+from experiments.config.record_policy import PLAIN_TYPES, RecordImportPolicy
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, read_text
 from kd_core.json_fields import LARGEST

@@ -25,7 +25,8 @@ from kd_core.parallel.world import World
 from kd_core.students.student import Student
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
-from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
+from kd_core.training.checkpoints.checkpoint import Progress
+from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.checkpoints.checkpoint_state import check_resumable, read_group_settings
 from kd_core.training.evaluation import EvaluationRequest, HeldOutCache, Metric, evaluate_all
 from kd_core.training.generation import Prompts, continuations

@@ -21,7 +21,7 @@ from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.plan import TeacherExport, make_plans
-from data.export.resume_check import claim
+from data.export.resume_check import record_or_check_plan
 from data.stream.source import Shards
 from data.stream.stream import training_steps
 from data.teacher.scorer import DecoderScorer
@@ -230,9 +230,9 @@ def _as_before(export: TeacherExport, out: Path, rows: int) -> None:
     for plan in make_plans(export, out):
         older = {name: value for name, value in plan.plan.items() if name != "vocab_size"}
         plan = replace(plan, teacher=plan.teacher._replace(vocab_size=rows), plan=older)  # noqa: PLW2901
-        claim(plan)
+        record_or_check_plan(plan)
         steps.write_missing_shards(plan, model, steps.make_tables(plan, model), 0, 1)
-        steps.finish(plan)
+        steps.write_manifest(plan)
 
 
 def test_an_older_cache_with_padding_among_its_entries_is_read(tiny: Tiny, tmp_path: Path) -> None:
@@ -259,10 +259,10 @@ def test_an_older_cache_with_padding_among_its_entries_is_read(tiny: Tiny, tmp_p
         labels = truth.gather(1, tokens[1:, None]).squeeze(1).numpy()
         assert np.abs(labels - read.label_log_prob).max() < 1e-4
     assert moved > 1e-3
-    assert all(claim(plan) for plan in make_plans(export, tmp_path / "cache"))  # complete, and so reused
+    assert all(record_or_check_plan(plan) for plan in make_plans(export, tmp_path / "cache"))  # complete, and so reused
     (tmp_path / "cache" / "train" / "manifest.json").unlink()
     with pytest.raises(UsageError, match="an earlier version began"):
-        claim(make_plans(export, tmp_path / "cache")[0])
+        record_or_check_plan(make_plans(export, tmp_path / "cache")[0])
 
 
 def test_an_older_cache_of_a_teacher_that_says_padding_is_refused(

@@ -24,7 +24,7 @@ import fiddle as fdl
 from torch import Tensor
 
 from data.stream.source import Mixture
-from experiments.base.distill import read
+from experiments.base.distill import cache_config
 from experiments.base.experiment import Experiment
 from experiments.half_depth import quickstart
 from kd_core.losses.sparse_view import SparseView
@@ -39,7 +39,7 @@ def watched_twice(train: str = "", validation: str = "") -> fdl.Config[Experimen
     """The quick start, watched."""
     config = quickstart()
     config.evaluation.metrics = (surprise,)
-    caches = {"seen": read(train), "held": read(validation)}
+    caches = {"seen": cache_config(train), "held": cache_config(validation)}
     config.evaluation.shards = fdl.Config(Mixture, caches=caches, weights={"seen": 1.0, "held": 3.0})
     return config
 '''

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from kd_core.parallel.world import World
 from kd_core.students.student import Student
-from kd_core.training.checkpoints.checkpoint import Checkpoint, CheckpointContent, Progress, delete_superseded, write
+from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress, delete_superseded, write
+from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.checkpoints.checkpoint_state import State, copy_to_cpu, frozen_norms, run_state
 from kd_core.training.monitoring.hang_watchdog import Pulse
 

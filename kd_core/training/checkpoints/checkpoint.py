@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,9 +28,9 @@ from kd_core.files import damage_as_usage_error, flock, read_json, sync_folder, 
 from kd_core.json_fields import check_integer, check_number, check_object
 from kd_core.parallel.collectives import all_gather_values, raise_on_all_ranks, run_on_all_ranks
 from kd_core.parallel.world import World
-from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint_files import COMMON_FILES, HASHES, find_damage, hash_files
+from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.checkpoints.checkpoint_state import (  # fmt: skip
     State,
     check_frozen,
@@ -47,37 +46,6 @@ log = logging.getLogger("kd")
 MOST_STEPS = 1 << 53
 # DCP warns that a single process reads and writes alone, which is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Settings of when and how to save, and of which checkpoints to keep.
-
-    Args:
-        every: the steps between checkpoints. The last step and an early stop are saved too.
-        asynchronous: training waits for a copy in memory alone, which a thread writes. The bytes are the same.
-        keep_newest: how many of the newest to keep. The second newest replaces the newest if that is damaged.
-        keep_best: how many of the best to keep besides, among those whose step was validated.
-        best_metric: the metric that ranks them.
-        best_mode: the direction of the metric: its smallest values are the best (min), or its largest (max).
-        export: the source of `export/` at the end: the last step, or the best checkpoint.
-    """
-
-    every: int = 10
-    asynchronous: bool = True
-    keep_newest: int = 2
-    keep_best: int = 1
-    best_metric: str = "val/loss"
-    best_mode: Literal["min", "max"] = "min"
-    export: Literal["last", "best"] = "last"
-
-    def __post_init__(self) -> None:
-        check_settings(self, "checkpoint.", every=AT_LEAST_1, keep_newest=AT_LEAST_1, keep_best=AT_LEAST_0)
-        if self.export == "best" and not self.keep_best:
-            raise UsageError(
-                "checkpoint.export: got best, and checkpoint.keep_best=0 keeps none. Set checkpoint.keep_best=1, or "
-                "checkpoint.export=last."
-            )
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoder
 from data.corpus.windows import cut_windows
-from data.export.extend import growth_of
+from data.export.extend import load_growth
 from data.export.plan import make_plans
-from data.export.resume_check import claim
+from data.export.resume_check import record_or_check_plan
 from data.tokenizer import AddToken, Tokenizer
 from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
@@ -205,7 +205,7 @@ def test_plan_and_manifest_say_so_and_prompts_begin_alike(tiny: Tiny, tmp_path: 
     assert all(record.token_ids[0] == 0 for record in tiny.records(tmp_path / "cache" / "train") if not record.start)
     plan, _ = make_plans(export, tmp_path / "cache")
     assert plan.texts == "each text begins with <end> (id 0) and ends with nothing more"
-    assert claim(plan), "complete"
+    assert record_or_check_plan(plan), "complete"
     before = read_manifest(tiny.train)
     assert not {"text_begins_with", "text_ends_with"} & before.plans[0].keys()
     assert before.text_begins_with == []
@@ -228,7 +228,7 @@ def test_a_cache_without_is_neither_taken_for_one_with_nor_grown_by_it(tiny: Tin
     grown = Corpus(more.path, bos="no")
     write_caches(tiny.export(teacher=str(teacher), corpus=grown), out, extend=True)
     assert len(read_manifest(out / "train").plans) == 2
-    assert growth_of(out, begin=False).manifests["train"].text_begins_with == []
+    assert load_growth(out, begin=False).manifests["train"].text_begins_with == []
 
 
 def test_texts_that_begin_with_their_bos_are_counted(

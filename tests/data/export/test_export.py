@@ -20,7 +20,7 @@ from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export import export as steps
 from data.export.extend import SPLITS
 from data.export.plan import make_plans
-from data.export.resume_check import claim
+from data.export.resume_check import record_or_check_plan
 from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.files import write_json
@@ -36,7 +36,7 @@ def test_interruption_and_ranks_do_not_change_a_byte(tiny: Tiny, tmp_path: Path)
 
     cut = tmp_path / "cut"
     plan = make_plans(export, cut)[0]
-    claim(plan)
+    record_or_check_plan(plan)
     model = steps.load_teacher(export, torch.device("cpu"))
     steps.write_missing_shards(plan, model, steps.make_tables(plan, model), rank=1, ranks=2)
     (plan.folder / "shard-000000.tar.partial").write_bytes(b"half a shard")
@@ -54,7 +54,7 @@ def test_a_lost_shard_is_made_again_the_same(tiny: Tiny, tmp_path: Path) -> None
 def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
     plan = make_plans(tiny.export(selection=Selection(top_k=4)), tiny.root / "cache")[0]
     with pytest.raises(UsageError, match=r"another selection"):
-        claim(plan)
+        record_or_check_plan(plan)
 
 
 def test_what_is_stored_is_what_the_teacher_says_in_float64(tiny: Tiny, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.extend import growth_of
+from data.export.extend import load_growth
 from data.export.plan import TeacherExport, make_plans
-from data.export.resume_check import claim_growth
+from data.export.resume_check import record_or_check_growth
 from data.stream.stream import Shards
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -59,15 +59,15 @@ def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     write_caches(more, folder, extend=True)
-    assert growth_of(cut, begin=False) == growth_of(cut, begin=False)
+    assert load_growth(cut, begin=False) == load_growth(cut, begin=False)
     assert not (cut / "growth.json").exists(), "a look leaves nothing behind"
-    plans = make_plans(more, cut, growth_of(cut, begin=True))
+    plans = make_plans(more, cut, load_growth(cut, begin=True))
     model = steps.load_teacher(more, torch.device("cpu"))
-    assert not claim_growth(plans[0])
+    assert not record_or_check_growth(plans[0])
     steps.write_missing_shards(plans[0], model, [], 0, 2)
     assert len(read_manifest(cut / "train").plans) == 1, "the old cache stays valid"
     steps.write_missing_shards(plans[0], model, [], 0, 1)
-    steps.finish(plans[0])
+    steps.write_manifest(plans[0])
     write_caches(more, cut, extend=True)
     assert bytes_of(cut) == bytes_of(folder)
 

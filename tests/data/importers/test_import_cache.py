@@ -16,8 +16,8 @@ import zstandard
 from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.cache.record import UNUSED, Record
-from data.importers.import_cache import UNKNOWN, Conversion, convert
-from data.importers.lines import files_of, read_records
+from data.importers.import_cache import UNKNOWN, ImportSettings, import_cache
+from data.importers.lines import read_records, source_files
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.base.checks import cache_facts
@@ -58,17 +58,19 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _job(tiny: Tiny, kind: str, source: Path | str, **settings: Any) -> Conversion:
+def _job(tiny: Tiny, kind: str, source: Path | str, **settings: Any) -> ImportSettings:
     size, known = read_manifest(tiny.train).vocab_size, settings.pop("tokenizer_known", True)
     tokenizer = Tokenizer(tiny.teacher).fingerprint() if known else UNKNOWN
-    return Conversion(kind, str(source), size, tokenizer, **{"codec": "lossless", "block_positions": 64, **settings})
+    return ImportSettings(
+        kind, str(source), size, tokenizer, **{"codec": "lossless", "block_positions": 64, **settings}
+    )
 
 
 def test_nemo_aligners_chunks_come_back_as_true_log_probabilities(tiny: Tiny, tmp_path: Path) -> None:
     records = tiny.records()[:6]
     for chunk in range(2):
         _write(tmp_path / f"train_{chunk}.jsonl", [_nemo(tiny, r, True) for r in records[3 * chunk : 3 * chunk + 3]])
-    manifest = convert(_job(tiny, "nemo_aligner", tmp_path / "train_CHUNK_ID.jsonl"), tmp_path / "cache")
+    manifest = import_cache(_job(tiny, "nemo_aligner", tmp_path / "train_CHUNK_ID.jsonl"), tmp_path / "cache")
     assert manifest.selection.top_k == K
     assert manifest.unknown in ((), ("label_log_prob",))
     for found, record in zip(tiny.records(tmp_path / "cache"), records, strict=True):
@@ -85,7 +87,7 @@ def test_nemo_aligners_chunks_come_back_as_true_log_probabilities(tiny: Tiny, tm
 
 def test_without_the_normaliser_the_tail_is_unknown_and_losses_that_need_it_refuse(tiny: Tiny, tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", [_nemo(tiny, record, False) for record in tiny.records()[:6]])
-    manifest = convert(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
+    manifest = import_cache(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
     assert "tail" in manifest.unknown
     facts = cache_facts(Shards(str(tmp_path / "cache")))
     Objective({"kd": Distillation(tail="renormalized")}).check_cache(facts)
@@ -107,7 +109,7 @@ def test_a_servers_top_log_probabilities_of_any_length(tiny: Tiny, tmp_path: Pat
             }
         )
     job = _job(tiny, "jsonl", _write(tmp_path / "a.jsonl", lines), tokenizer_known=False)
-    manifest = convert(job, tmp_path / "cache")
+    manifest = import_cache(job, tmp_path / "cache")
     assert manifest.unknown == ("tokenizer",)
     for found, record in zip(tiny.records(tmp_path / "cache"), tiny.records(), strict=False):
         assert (found.topk_log_probs > UNUSED).sum(axis=1).tolist() == [1 + t % 5 for t in range(record.positions)]
@@ -122,7 +124,9 @@ def test_entries_of_a_servers_padding_are_left_out(tiny: Tiny, tmp_path: Path) -
         "top_ids": [[4, 310], [5, 9]],
         "top_log_probs": [np.log([0.6, 0.008]).tolist(), [-0.2, -3]],
     }
-    manifest = convert(_job(tiny, "jsonl", _write(tmp_path / "a.jsonl", [line] * 8), columns=320), tmp_path / "cache")
+    manifest = import_cache(
+        _job(tiny, "jsonl", _write(tmp_path / "a.jsonl", [line] * 8), columns=320), tmp_path / "cache"
+    )
     assert manifest.vocab_size == 305
     for record in tiny.records(tmp_path / "cache"):
         pairs = zip(record.topk_token_ids.tolist(), record.topk_log_probs.tolist(), strict=True)
@@ -136,7 +140,7 @@ def test_entries_of_a_servers_padding_are_left_out(tiny: Tiny, tmp_path: Path) -
 def test_a_token_beyond_the_tokenizer_is_named(tiny: Tiny, tmp_path: Path) -> None:
     line = {"tokens": [3, 310, 5], "top_ids": [[4], [5]], "top_log_probs": [[-0.2], [-0.2]]}
     with pytest.raises(UsageError, match=r"a.jsonl:1: token 310"):
-        convert(_job(tiny, "jsonl", _write(tmp_path / "a.jsonl", [line]), columns=320), tmp_path / "cache")
+        import_cache(_job(tiny, "jsonl", _write(tmp_path / "a.jsonl", [line]), columns=320), tmp_path / "cache")
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -158,7 +162,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(tiny: Tiny, tmp_path: Path, bad
     damage(lines[1])
     source = _write(tmp_path / "a.jsonl", lines)
     with pytest.raises(UsageError, match=rf"a\.jsonl:2: .*{message}"):
-        convert(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
+        import_cache(_job(tiny, "nemo_aligner", source), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -228,9 +232,9 @@ def test_a_missing_chunk_is_named(tmp_path: Path) -> None:
     for number in (0, 1, 3):
         (tmp_path / f"c{number}.jsonl").write_text("")
     with pytest.raises(UsageError, match="c2.jsonl: no such chunk"):
-        files_of(str(tmp_path / "cCHUNK_ID.jsonl"))
+        source_files(str(tmp_path / "cCHUNK_ID.jsonl"))
     with pytest.raises(UsageError, match="no such file"):
-        files_of(str(tmp_path / "other.jsonl"))
+        source_files(str(tmp_path / "other.jsonl"))
 
 
 def test_the_command_converts_and_its_cache_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.stream.collate import Collate
-from data.stream.shards import DamagedError
+from data.stream.shards import DamagedBlockError
 from data.stream.source import Mixture, Shards, Source
 from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
@@ -121,10 +121,10 @@ def test_more_damage_than_allowed_stops_and_names_all_of_it(damaged: Path) -> No
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_damage_stops_by_default_and_always_in_evaluation(damaged: Path, prefetch: int) -> None:
     steps = _steps(Shards(str(damaged), prefetch=prefetch), 0)
-    with closing(steps), pytest.raises(DamagedError, match=r"shard-00000\d.tar: damaged: block 0"):
+    with closing(steps), pytest.raises(DamagedBlockError, match=r"shard-00000\d.tar: damaged: block 0"):
         list(islice(steps, STEPS))
     batches = all_batches(Shards(str(damaged), on_damage="skip"), Collate(ROW_LENGTH), micro_batch=2, rank=0, ranks=1)
-    with closing(batches), pytest.raises(DamagedError):
+    with closing(batches), pytest.raises(DamagedBlockError):
         list(batches)
 
 

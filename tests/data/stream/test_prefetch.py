@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from data.stream.prefetch import ahead
+from data.stream.prefetch import prefetch
 from kd_core.errors import UsageError
 from tests.data.stream.contract import check_stage
 from tests.patience import patience
@@ -19,7 +19,7 @@ def _nothing() -> None:
 
 
 def _ahead(items: Generator[int], depth: int = 2, timeout: float = patience(5)) -> Generator[int]:
-    return ahead(items, depth, timeout, lambda: "block 7", _nothing)
+    return prefetch(items, depth, timeout, lambda: "block 7", _nothing)
 
 
 def _count(start: int = 0) -> Generator[int]:
@@ -77,7 +77,7 @@ def test_a_slow_reader_is_an_error_that_says_what_it_does() -> None:
         released.wait(patience(20))
         yield 2
 
-    stage = ahead(items(), 2, 0.2, lambda: "shard-000004.tar: block 7", released.set)
+    stage = prefetch(items(), 2, 0.2, lambda: "shard-000004.tar: block 7", released.set)
     assert next(stage) == 1
     with pytest.raises(UsageError, match=r"waited 0 s for data; the reader is still at shard-000004.tar: block 7"):
         next(stage)

@@ -147,9 +147,9 @@ def test_four_ranks_begin_and_save_as_one_does(tmp_path: Path) -> None:
     ):
         one = _digest(build_student(start, CPU, seed=7))
         assert [found[name] for found in ranks] == [one] * 4, name
-    assert [found["bad"] for found in ranks] == ["UsageError", *["EchoedError"] * 3]
+    assert [found["bad"] for found in ranks] == ["UsageError", *["RemoteError"] * 3]
     assert ranks[0]["blocked"] in {"NotADirectoryError", "FileExistsError"}
-    assert [found["blocked"] for found in ranks[1:]] == ["EchoedError"] * 3
+    assert [found["blocked"] for found in ranks[1:]] == ["RemoteError"] * 3
 
     alone = build_student(LoraStart(_random(folder), ("all",), 3), CPU, seed=7)
     for layer in adapted_layers(alone).values():

@@ -18,7 +18,8 @@ from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.student import allocate
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
-from kd_core.training.checkpoints.checkpoint import Checkpoint, Progress
+from kd_core.training.checkpoints.checkpoint import Progress
+from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.monitoring.hang_watchdog import Pulse
 from kd_core.training.optimizer import AdamW
 from tests.ranks import run_ranks
