@@ -58,8 +58,8 @@ def _steps(
 
 
 def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the rank's share of it)
-    source: Source, collate: Collate, *, seed: int, start_row: int, rows_per_step: int, micro_batch: int,
-    rank: int, ranks: int, vocab_size: int | None = None,
+    source: Source, collate: Collate, *, rows_per_step: int, micro_batch: int, seed: int = 0, start_row: int = 0,
+    rank: int = 0, ranks: int = 1, vocab_size: int | None = None,
 ) -> Generator[list[Batch]]:  # fmt: skip
     """Yields, for each step and without end, this rank's micro-batches of at most `micro_batch` rows.
 
