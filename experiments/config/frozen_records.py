@@ -9,6 +9,7 @@ Only a training that starts from a record runs the texts of user files in it (`w
 import functools
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +59,8 @@ def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
     except Exception as error:  # a record of another version may fail in any way
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UsageError(
-            f"{path}: not a record of this version's experiments ({problem}). Take one that launchers.train wrote."
+            f"{path}: not a record of version {version('kd-workspace')} ({problem}). The attempts/ of its run name the "
+            "commit that wrote it: go on with that one, or start the run anew."
         ) from None
     return cast(fdl.Config[Any], config)
 
