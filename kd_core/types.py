@@ -5,6 +5,19 @@
 
 Position t of a packed row holds input token t. Its teacher entries and its label describe token t+1. That shift
 was made once, when the cache record was written. Probabilities are natural logarithms (nats).
+
+One word, one meaning, everywhere:
+
+    entries            the teacher's stored tokens of a position, with their log-probabilities
+    lm_head            the output layer, hidden states [N, D] to logits [N, V]
+    attention heads    the parallel parts of an attention layer
+    vocab shard        the slice of the vocabulary that one rank of a tensor-parallel group holds
+    transformer block  one layer of a student: attention and feed-forward
+    cache block        some 8,000 positions of whole cache records, encoded, hashed and read as one
+    packed row         cache records end to end in one row of a batch, padded to T positions
+    corpus row         one text file, or one row of a data file, which becomes a document
+    cache record       the positions of one window of a document, with the teacher's entries at each
+    frozen config      the graph of an experiment with every value explicit, as `config.json` holds it
 """
 
 from collections.abc import Callable
