@@ -173,9 +173,8 @@ class Experiment:
         chat_format(self.shards)  # an unreadable format should not surface after the training
         student = self.build_on_meta()
         arch = student.arch
-        caches = [part.manifest for part in self.shards.parts]
+        caches, weights = [part.manifest for part in self.shards.parts], self.evaluation.weights
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
-        weights = self.evaluation.weights
         repeats = count_passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         checks.warn_of_repeats(self.steps, repeats)
         return {
