@@ -48,7 +48,7 @@ PARTS = (  # of a profile: what, and the functions whose time it is, by file and
     ("files", ("shards.py:_bytes",)),
     ("tar: our strict headers", ("read_members",)),
     ("tar: webdataset", ("_sample",)),
-    ("header's JSON", ("header.py:of",)),
+    ("header's JSON", ("header.py:parse",)),
     ("zstd", ("planes.py:decompress",)),
     ("tokens and masks", ("_decode_tokens",)),
     ("ids", ("entries.py:decode_entries",)),
