@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.config.config_items import resolve_items
 from kd_core.training.monitoring.metric_log import read_metrics
 from tests.launchers.command import run
 from tests.tiny import ROW_LENGTH, Tiny
@@ -32,7 +31,6 @@ def test_it_trains_a_transformers_model_as_the_command_trains_our_decoder(tiny: 
         *tiny.train_items(3), "student.keep_layers=None", "schedule.warmup_steps=0", "schedule.min_ratio=1.0",
         "optimizer.lr=0.0004", "optimizer.betas=(0.9, 0.999)", "optimizer.weight_decay=0.01", "optimizer.clip_norm=0",
     ]  # fmt: skip
-    resolve_items(items, "Experiment")
     arguments = [f"--config={item}" for item in items]
     assert run("launchers.train", *arguments, f"--run_dir={tmp_path / 'run'}").returncode == 0
     ours = [line["train/loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]

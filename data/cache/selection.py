@@ -8,7 +8,7 @@ from kd_core.ranges import ABOVE_0, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
 @dataclass(frozen=True)
 class Selection:
-    """What a cache keeps of a position: entries, the likeliest tokens within three limits, and samples of all others.
+    """Limits on what a cache keeps of a position: entries (the likeliest tokens), and samples of all others.
 
     `top_k` alone keeps a fixed top-k, `min_prob` a threshold p ≥ ε, and `mass` a nucleus.
     `top_k=0` with `draws` samples the whole distribution (Random Sampling KD, arXiv 2503.16870). Such a cache is

@@ -80,14 +80,6 @@ class Storage(Protocol):
 
     def open(self, name: str) -> RangeReader: ...
 
-    def names(self) -> list[str]:
-        """Returns the names of all files, sorted.
-
-        Raises:
-            UsageError: this kind of storage cannot be listed.
-        """
-        ...
-
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file atomically: it is complete or absent, whatever happens.
 
@@ -133,9 +125,6 @@ class LocalStorage:
     def open(self, name: str) -> "LocalFile":
         self.size(name)
         return LocalFile(self.folder / name)
-
-    def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         partial = self.folder / f"{name}.partial"
@@ -197,9 +186,6 @@ class UrlStorage:
 
     def open(self, name: str) -> "RemoteFile":
         return RemoteFile(self.url(name))
-
-    def names(self) -> list[str]:
-        raise UsageError(f"{self.base}: files behind a URL cannot be listed. Copy the cache to a folder.")
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         del chunks

@@ -1,11 +1,10 @@
 """Shards and tables as files.
 
-    records → block_bytes: encode, audit, tar members → write_shard: blocks, end of tar, fsync → rename
+    records → encode_block_members: encode, audit, tar members → write_shard: blocks, end of tar, fsync → rename
 
 Their bytes depend on the records alone. A file appears under its name when it is complete.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from data.cache.codec.block import encode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import RankTables
 from data.cache.record import Record
+from data.cache.storage import LocalStorage
 from data.cache.tar import END_OF_TAR, encode_member, encode_tar
-from kd_core.files import open_no_follow, sha256
+from kd_core.files import sha256
 
 
 def encode_block_members(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
@@ -34,17 +34,6 @@ def encode_block_members(first: int, records: Sequence[Record], coding: Coding, 
     return b"".join(encode_member(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
 
 
-def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file of these parts under a temporary name, and renames it when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb", opener=open_no_follow) as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
     """Writes a tar of blocks."""
 
@@ -52,7 +41,7 @@ def write_shard(path: Path, blocks: Iterable[bytes]) -> None:
         yield from blocks
         yield END_OF_TAR
 
-    write_whole(path, parts())
+    LocalStorage(path.parent).write(path.name, parts())
 
 
 def file_size_and_hash(path: Path) -> dict[str, int | str]:
@@ -62,4 +51,4 @@ def file_size_and_hash(path: Path) -> dict[str, int | str]:
 
 def write_tables(path: Path, tables: RankTables) -> None:
     """Writes the tar of a cache's rank tables."""
-    write_whole(path, [encode_tar(tables.members().items())])
+    LocalStorage(path.parent).write(path.name, [encode_tar(tables.members().items())])

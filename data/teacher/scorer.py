@@ -53,7 +53,7 @@ class DecoderScorer:
 
         On a CPU they are float32, because a matmul of bfloat16 there can only return bfloat16.
         """
-        weight = self.model.lm_head.weight[: self.model.arch.vocab_size].detach()
+        weight = self.model.plain_lm_head.detach()
         return weight.float() if weight.device.type == "cpu" else weight
 
     def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:

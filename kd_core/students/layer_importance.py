@@ -53,7 +53,7 @@ class LayerwiseText:
     def nll(self, x: Float[Tensor, "B T D"]) -> float:
         """Returns the mean NLL in nats per token, from the output of the last layer."""
         hidden = rearrange(self.model.last_hidden(x), "B T D -> (B T) D")
-        weight, total = self.model.lm_head.weight[: self.model.arch.vocab_size], 0.0
+        weight, total = self.model.plain_lm_head, 0.0
         # Chunks bound the logits to [CHUNK, V]. Sums are divided once.
         for rows, labels in zip(hidden.split(CHUNK), self.labels.split(CHUNK), strict=True):
             total += float(F.cross_entropy((rows @ weight.t()).float(), labels, reduction="sum"))

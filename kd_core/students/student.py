@@ -43,6 +43,13 @@ class Student(nn.Module):
         """The form of logits as a function of `last_hidden` and the lm_head's weight."""
         return LmHeadForm(vocab_size=self.arch.vocab_size)
 
+    @property
+    def plain_lm_head(self) -> Float[Tensor, "V D"]:
+        """The lm_head's rows of real tokens, for callers whose logits are hidden · weightᵀ and nothing else."""
+        form = self.lm_head_form
+        assert form == LmHeadForm(vocab_size=form.vocab_size), "logits of another form are made by the loss alone"
+        return self.lm_head.weight[: form.vocab_size]
+
     def sharding_rules(self) -> Mapping[str, ShardingRule]:
         """Returns the rule of each module that has parameters, by its name in the model or inside a block."""
         raise NotImplementedError

@@ -28,16 +28,16 @@ BLOCK_ROWS = 32
 
 
 class ReducedLogits(NamedTuple):
-    """What is left of a chunk's logits beside the softmax over the tail, which has overwritten them."""
+    """Results of reducing a chunk's logits, which the softmax over the tail has overwritten."""
 
     view: SparseView
     tail_max: Float[Tensor, " n"]
     """The student's largest logit outside the support; −inf where nothing is outside."""
     entries: ShardColumns
-    """Where the teacher's entries are among this part's columns."""
+    """Columns of the teacher's entries in this vocab shard."""
     labels: ShardColumns
     tail_share: Tensor | None
-    """Of the tail's mass, what this part's columns have; None where they are all columns."""
+    """Share of the tail's mass in this vocab shard. None if the shard is the whole vocabulary."""
 
 
 class ViewGradients(NamedTuple):

@@ -36,7 +36,6 @@ class VocabStats(NamedTuple):
     """
 
     entry_logits: Float[Tensor, "n K"]
-    """Of the entries."""
     distinct: Bool[Tensor, "n K"]
     """One used entry for each id of the support."""
     label_logit: Float[Tensor, " n"]
