@@ -3,10 +3,8 @@
 logits = cap · tanh((scale · hidden @ weight.T + bias) / cap)        over the real vocabulary alone
 """
 
-import contextlib
-from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,30 +31,6 @@ class MatmulPrecision(NamedTuple):
         if hidden.dtype == torch.float64:
             matmul_dtype = torch.float64
         return cls(matmul_dtype, torch.float64 if matmul_dtype == torch.float64 else torch.float32)
-
-    def backward_dtype(self, device: torch.device) -> torch.dtype:
-        """Returns the dtype of the factors in the backward matmuls.
-
-        On a CPU, bfloat16 factors are twice as fast as float32 factors that are multiplied in bfloat16, and precise
-        enough for gradients.
-        """
-        rounded = device.type != "cpu" or self.matmul_dtype == torch.bfloat16
-        return self.matmul_dtype if rounded else self.accum_dtype
-
-
-@contextlib.contextmanager
-def cpu_matmul_precision(precision: MatmulPrecision, device: torch.device) -> Generator[None]:
-    """Multiplies float32 matmuls on a CPU in bfloat16 and adds up in float32: bf16 speed, float32 logits."""
-    if device.type != "cpu" or precision.matmul_dtype != torch.bfloat16:
-        yield
-        return
-    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    previous = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = previous
 
 
 class LmHead(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.full_vocab import sum_over_vocabulary
-from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients, MatmulPrecision, cpu_matmul_precision
+from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients, MatmulPrecision
 from kd_core.losses.fused.topk_only import sum_over_support
 from kd_core.losses.fused.vocab_shard import WHOLE_VOCAB, VocabShard
 from kd_core.losses.objective import Objective
@@ -74,12 +74,8 @@ class _FusedHead(torch.autograd.Function):
             call = LossCall(
                 Positions(hidden, inputs.teacher, inputs.labels, inputs.mask), inputs.objective, inputs.scale
             )
-            if inputs.objective.needs_vocabulary:
-                with cpu_matmul_precision(precision, device):
-                    sums |= sum_over_vocabulary(call, head, gradients)
-            else:
-                # Products of float32 rows stay float32, also on a CPU with bfloat16 units.
-                sums |= sum_over_support(call, head, gradients)
+            sum_positions = sum_over_vocabulary if inputs.objective.needs_vocabulary else sum_over_support
+            sums |= sum_positions(call, head, gradients)
         ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return (sums["loss"] * inputs.scale).to(device=device, dtype=precision.accum_dtype)
 

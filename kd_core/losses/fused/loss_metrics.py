@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kd_core.losses import calibration
+from kd_core.losses.fused.backend import LossBackend
 from kd_core.losses.fused.softmax import ReducedLogits, student_entropy
-from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.token_selection import teacher_entropy
 from kd_core.types import TeacherTopK
@@ -66,8 +66,7 @@ class ReducedChunk(NamedTuple):
     """A chunk after the pass over its logits, as the metrics of `EXTRA_METRICS` read it."""
 
     reduced: ReducedLogits
-    tail_softmax: Tensor
-    shard: VocabShard
+    backend: LossBackend
     mask: Tensor
 
     def log_best(self) -> Tensor:
@@ -78,9 +77,7 @@ class ReducedChunk(NamedTuple):
 
 
 def _student_entropy(chunk: ReducedChunk) -> dict[str, Tensor]:
-    return _masked_sums(
-        {"student_entropy": student_entropy(chunk.tail_softmax, chunk.reduced, chunk.shard)}, chunk.mask
-    )
+    return _masked_sums({"student_entropy": student_entropy(chunk.backend, chunk.reduced)}, chunk.mask)
 
 
 def _top5_agreement(chunk: ReducedChunk) -> dict[str, Tensor]:
@@ -101,13 +98,13 @@ def _calibration(chunk: ReducedChunk) -> dict[str, Tensor]:
 def _temperature(chunk: ReducedChunk) -> dict[str, Tensor]:
     view, tail_share = chunk.reduced.view, chunk.reduced.tail_share
     inverse = torch.tensor(calibration.EIGHTHS, device=chunk.mask.device) / 8
-    # Σ s^(1/τ) over the tail, s the softmax over it. A shard's buffer holds s / share, so s^(1/τ) takes
-    # share^(1/τ), and shards add up.  [n, temperatures]
-    power_sums = calibration.power_sums(chunk.tail_softmax)
+    # Σ s^(1/τ) over the tail, s the softmax over it. A shard has s / share, so s^(1/τ) takes share^(1/τ), and shards
+    # add up.  [n, temperatures]
+    power_sums = chunk.backend.tail_power_sums()
     if tail_share is not None:
-        power_sums = chunk.shard.all_reduce_sum_(power_sums * tail_share[:, None] ** inverse)
+        power_sums = chunk.backend.head.shard.all_reduce_sum_(power_sums * tail_share[:, None] ** inverse)
     # log Σ q^(1/τ) over the tail = log q(tail) / τ + log Σ s^(1/τ), since q = q(tail) · s.  [n, temperatures]
-    tail = torch.where(view.tail_size > 0, view.student_tail.detach(), 0.0)[:, None] * inverse + power_sums.log()
+    tail = view.student_tail.detach()[:, None] * inverse + power_sums.log()
     entries = torch.where(view.distinct, view.student_log_probs.detach(), -torch.inf)
     return calibration.nll_at_temperatures(entries, tail, view.student_label.detach(), chunk.mask)
 
@@ -121,11 +118,11 @@ EXTRA_METRICS: dict[str, Callable[[ReducedChunk], dict[str, Tensor]]] = {
 
 
 def extra_metric_sums(
-    names: tuple[str, ...], reduced: ReducedLogits, tail_softmax: Tensor, shard: VocabShard, mask: Tensor
+    names: tuple[str, ...], reduced: ReducedLogits, backend: LossBackend, mask: Tensor
 ) -> dict[str, Tensor]:
     """Computes the metrics that `Objective.observe` names.
 
     Each costs another pass over the vocabulary, or a sort of the entries.
     """
-    chunk = ReducedChunk(reduced, tail_softmax, shard, mask)
+    chunk = ReducedChunk(reduced, backend, mask)
     return {name: value for metric in names for name, value in EXTRA_METRICS[metric](chunk).items()}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
+from kd_core.losses.fused.cpu_backend import round_
 from kd_core.losses.fused.loss import fused_loss
-from kd_core.losses.fused.matmuls import round_
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from tests.kd_core.losses.cases import CASES, Result, error, fused, leaves, make, reference
 
