@@ -19,7 +19,6 @@ from launchers.cli import app
 HTML = flags.DEFINE_string("html", None, "Write a page to this file, too.")
 ALL = flags.DEFINE_bool("all", False, "Show what is the same, too.")
 X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "Across the curves: steps, or positions read.")
-SHOWN = ("val/loss", "val/kl", "val/nll", "train/loss")
 MOST_RUNS = 26
 
 
@@ -72,7 +71,7 @@ def main(*folders: str) -> None:
     )
     if note := run_tables.other_quantities(runs):
         print(f"  {note}")
-    shown = [name for name in metric_names(runs) if name in SHOWN]
+    shown = [name for name in metric_names(runs) if name in run_tables.MAIN_CURVES]
     _table("Curves", names, [(name, [sparkline(run.curve(name)) for run in runs]) for name in shown], "none yet.")
     if HTML.value:
         write_text(Path(HTML.value), html_page(runs, ALL.value, X.value == "tokens"))

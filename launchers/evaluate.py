@@ -36,26 +36,6 @@ PRECISION = flags.DEFINE_enum(
     "What matmuls multiply in; auto: as the run did, else what this device does well. Name one to compare machines.",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-SHOWN = {
-    "nll": "NLL, nats per token",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "teacher_nll": "teacher's NLL",
-    "kl": "KL(teacher‖student), nats per token",
-    "reverse_kl": "KL(student‖teacher), nats per token",
-    "renormalized_kl": "KL on the teacher's entries alone, nats per token",
-    "teacher_cross_entropy": "cross-entropy to the teacher's samples, nats",
-    "top1_agreement": "likeliest token is the teacher's",
-    "top5_agreement": "likeliest token is among the teacher's five",
-    "acceptance": "Σ min(p, q) on the entries (accepted, at least)",
-    "student_entropy": "student's entropy, nats",
-    "teacher_entropy": "teacher's entropy (at least), nats",
-    "student_mass": "student mass on the teacher's entries",
-    "teacher_mass": "teacher mass on them",
-    "ece": "expected calibration error",
-    "temperature": "temperature that would mend it",
-    "tokens": "positions",
-}
 
 
 def _recorded_precision(path: Path) -> str | None:
@@ -76,7 +56,7 @@ def measure_model(
     world: Any,
     metrics: Sequence[Any] = (),
 ) -> dict[str, dict[str, float]]:
-    """Returns, by cache, the metrics of `SHOWN` and the user's metrics by name, for a model in memory.
+    """Returns, by cache, the metrics of `metric_table` and the user's metrics by name, for a model in memory.
 
     Raises:
         UsageError: a cache cannot be read or has another vocabulary. This is checked before any is measured.
@@ -86,6 +66,7 @@ def measure_model(
     from data.stream.stream import all_batches
     from data.tokenizer import Tokenizer
     from experiments.base.checks import cache_facts, refuse_taken_names
+    from kd_core.losses.metric_table import METRICS
     from kd_core.losses.objective import CrossEntropy, Objective
     from kd_core.parallel.config import Parallel
     from kd_core.training.evaluation import EvaluationRequest, evaluate
@@ -102,7 +83,7 @@ def measure_model(
         share = {"rank": world.rank, "ranks": world.size, "vocab_size": model.arch.vocab_size}
         batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
         all_metrics = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
-        names = [*SHOWN, *(metric.__name__ for metric in metrics)]
+        names = [*(name for name in METRICS if name != "loss"), *(metric.__name__ for metric in metrics)]
         return {name: all_metrics[f"val/{name}"] for name in names if f"val/{name}" in all_metrics}
 
     return {cache: measured(shards) for cache, shards in opened.items()}
@@ -117,14 +98,16 @@ def _user_metrics() -> list[Any]:
 
 def format_table(metrics_by_cache: Mapping[str, Mapping[str, float]]) -> str:
     """Formats a row per metric and a column per cache. Several caches get a header with their names."""
+    from kd_core.losses.metric_table import METRICS
     from launchers.reports.text_tables import format_aligned
 
     def cell(name: str, numbers: Mapping[str, float]) -> str:
         return "" if name not in numbers else f"{numbers[name]:.0f}" if name == "tokens" else f"{numbers[name]:.5f}"
 
     measured_names = {name for numbers in metrics_by_cache.values() for name in numbers}
-    names = [name for name in SHOWN if name in measured_names] + sorted(measured_names - SHOWN.keys())
-    rows = [[SHOWN.get(name, name), *(cell(name, numbers) for numbers in metrics_by_cache.values())] for name in names]
+    titles = {name: ", ".join(part for part in (row.title, row.unit) if part) for name, row in METRICS.items()}
+    names = [name for name in titles if name in measured_names] + sorted(measured_names - titles.keys())
+    rows = [[titles.get(name, name), *(cell(name, numbers) for numbers in metrics_by_cache.values())] for name in names]
     if len(metrics_by_cache) == 1:
         return format_aligned(["", ""], rows).split("\n", 1)[1]
     return format_aligned(["", *metrics_by_cache], rows)

@@ -32,33 +32,16 @@ from kd_core.training.checkpoints.checkpoint import checkpoints_by_metric, load_
 from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.evaluation import HeldOutCache, Metric, metric_names
 from kd_core.training.generation import Prompts
-from kd_core.training.loop import Data, Recipe, run
+from kd_core.training.loop import Data, run
 from kd_core.training.lr_schedule import Schedule, check_schedule
 from kd_core.training.optimizer import Optimizer
 from kd_core.training.run_folder import RunFolder
+from kd_core.training.run_settings import Logger
 from kd_core.training.stop_signals import StopSignals
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
 NAME = re.compile(r"[\w.-]*$")
-
-
-@dataclass(frozen=True)
-class Logger:
-    """Settings of what is written to `metrics.jsonl`, TensorBoard and the log.
-
-    Args:
-        every: steps between the numbers of a step.
-        line_every: steps between lines of the log, where stderr is no terminal and so has no progress line.
-        histograms_every: steps between histograms of parameters and gradients (0: none).
-    """
-
-    every: int = 1
-    line_every: int = 10
-    histograms_every: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self, "logger.", every=AT_LEAST_1, line_every=AT_LEAST_1, histograms_every=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
@@ -271,27 +254,11 @@ class Experiment:
             log.info("%s: already complete, reused", folder.path)
             return True
         world.run_on_first(lambda: new_folder_target(folder.export))  # raises before the training, not after it
-        recipe = Recipe(
-            loss=self.loss,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            parallel=self.parallel,
-            checkpoint=self.checkpoint,
-            steps=self.steps,
-            seed=self.seed,
-            rows_per_step=self.rows_per_step,
-            tokens_per_step=self.tokens_per_step,
-            log_every=self.logger.every,
-            line_every=self.logger.line_every,
-            histograms_every=self.logger.histograms_every,
-            evaluate_every=self.evaluation.every,
-            metrics=self.evaluation.metrics,
-        )
         world = world.with_layout(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)
         model = parallelize(self.build_on_meta(), self.parallel, world)
         self.student.fill(model, self.seed)
-        if not run(model, self._data(world, model.arch.vocab_size), recipe, folder, world, stopping=stopping):
+        if not run(model, self._data(world, model.arch.vocab_size), self, folder, world, stopping=stopping):
             return False
         if self.checkpoint.export == "best":
             self._take_best(folder, model, world)

@@ -17,25 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.errors import UsageError
-from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES
 from kd_core.losses.compatibility import check_choice, check_combination, check_parameters, check_temperature
 from kd_core.losses.divergences import DIVERGENCES, Parameters
+from kd_core.losses.metric_table import EXTRA_METRIC_SUMS, STUDENT_METRICS, TEACHER_METRICS
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.tails import TAILS, Temperatures
 from kd_core.losses.term_weights import Weight, max_weight, resolve_weight, resolved_value
 from kd_core.losses.token_selection import KeepUncertain
 from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, TEMPERATURE, check_settings
-
-# Metrics that cost too much for a training step, with the names of their sums (`fused/loss_metrics.py`).
-EXTRA_METRIC_SUMS: Mapping[str, tuple[str, ...]] = {
-    "student_entropy": ("student_entropy",),
-    "top5_agreement": ("top5_agreement",),
-    "calibration": GAP_NAMES,
-    "temperature": TEMPERATURE_NLL_NAMES,
-}
-# Sums of every step, also from `fused/loss_metrics.py`. The student's need a pass over the whole vocabulary.
-TEACHER_METRICS = ("teacher_mass", "teacher_entropy", "label_in_support")
-STUDENT_METRICS = ("student_mass", "top1_agreement", "topk_agreement", "acceptance")
 
 
 class CacheFacts(NamedTuple):

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from kd_core.errors import UsageError
 from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES, best_temperature, calibration_error
 from kd_core.losses.fused.loss import LossSums
-from kd_core.losses.objective import EXTRA_METRIC_SUMS, CacheFacts, CrossEntropy, Distillation, Objective, Term
+from kd_core.losses.metric_table import EXTRA_METRIC_SUMS, METRICS
+from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
@@ -28,10 +29,6 @@ from kd_core.types import Batch
 
 Metric = Callable[[SparseView], Tensor]
 """A user's: of n positions to a number (or a truth) each, [n]; their mean over scored positions is `val/NAME`."""
-HIGHER_IS_BETTER = ("top1_agreement", "top5_agreement", "acceptance")
-LOWER_IS_BETTER = (
-    "loss", "nll", "kl", "reverse_kl", "renormalized_kl", "teacher_cross_entropy", "perplexity", "bits_per_byte", "ece"
-)  # fmt: skip
 ADDED_PREFIX = "+"  # marks terms that are not part of the objective, whose own terms may have any other name
 
 
@@ -92,9 +89,9 @@ class _UserMetric(Term):
 def metric_direction(name: str) -> str | None:
     """Returns "min" if a metric's smallest value is its best, "max" if its largest is, and None if that is unknown."""
     metric = name.rpartition("/")[2]
-    if metric in HIGHER_IS_BETTER:
-        return "max"
-    return "min" if metric in LOWER_IS_BETTER or metric.endswith("_loss") else None
+    if metric in METRICS:
+        return METRICS[metric].better
+    return "min" if metric.endswith("_loss") else None
 
 
 def _error_location(function: Metric, error: Exception) -> str:

@@ -18,60 +18,30 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import NonFiniteError, UsageError
-from kd_core.losses.objective import Objective
+from kd_core.losses.metric_table import BRIEF
 from kd_core.parallel.collectives import all_gather_values, assert_ranks_agree
-from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
 from kd_core.students.student import Student
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.checkpoints.checkpoint import Progress
-from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.checkpoints.checkpoint_state import check_resumable, read_group_settings
-from kd_core.training.evaluation import EvaluationRequest, HeldOutCache, Metric, evaluate_all
+from kd_core.training.evaluation import EvaluationRequest, HeldOutCache, evaluate_all
 from kd_core.training.generation import Prompts, continuations
-from kd_core.training.lr_schedule import Schedule, rate_factor
+from kd_core.training.lr_schedule import rate_factor
 from kd_core.training.monitoring.hang_watchdog import Pulse, watch_for_hangs
 from kd_core.training.monitoring.histograms import histograms_of_step
 from kd_core.training.monitoring.metric_log import MetricLog, per_token
 from kd_core.training.monitoring.progress_line import ProgressLine
 from kd_core.training.monitoring.slow_start import SlowStart
-from kd_core.training.optimizer import Optimizer, set_rates
+from kd_core.training.optimizer import set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
+from kd_core.training.run_settings import RunSettings
 from kd_core.training.step import count_tokens_and_damage, train_step
 from kd_core.training.stop_signals import StopSignals
 from kd_core.types import Batch
 
 log = logging.getLogger("kd")
-SHOWN = ("loss", "nll", "kl", "renormalized_kl", "teacher_cross_entropy", "top1_agreement", "ece")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The loop's settings, under the same names as in an experiment."""
-
-    loss: Objective
-    optimizer: Optimizer
-    schedule: Schedule
-    parallel: Parallel
-    checkpoint: Checkpoint
-    steps: int
-    seed: int
-    rows_per_step: int
-    tokens_per_step: int
-    log_every: int
-    line_every: int
-    histograms_every: int
-    evaluate_every: int
-    metrics: Sequence[Metric]
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Returns True for every multiple of `every`, and for the last step."""
-        return step == self.steps or step % every == 0
-
-    def is_histogram_step(self, step: int) -> bool:
-        """Returns True for steps whose histograms are recorded. A `histograms_every` of 0 records none."""
-        return self.histograms_every > 0 and self.is_due(step, self.histograms_every)
 
 
 @dataclass(frozen=True)
@@ -95,13 +65,17 @@ class _Run:
     model: Student
     optimizer: torch.optim.Optimizer
     data: Data
-    recipe: Recipe
+    settings: RunSettings
     folder: RunFolder
     world: World
     pulse: Pulse
     progress: Progress = field(default_factory=Progress)
     metrics: MetricLog | None = None
     group_settings: list[dict[str, Any]] | None = None  # as built, until the first step has left them unchanged
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Returns True for every multiple of `every`, and for the last step."""
+        return step == self.settings.steps or step % every == 0
 
     def restore(self) -> bool:
         """Loads the newest undamaged checkpoint. Returns False if there is none.
@@ -113,12 +87,12 @@ class _Run:
         newest = checkpoint.newest_undamaged(self.folder.checkpoints, self.world, self.pulse.beat)
         if newest is not None:
             self.progress = checkpoint.load(newest, self.model, self.optimizer)
-            if self.progress.rows != (expected_rows := self.progress.step * self.recipe.rows_per_step):
+            if self.progress.rows != (expected_rows := self.progress.step * self.settings.rows_per_step):
                 raise UsageError(
                     f"{newest / 'progress.json'}: {self.progress.rows} rows were read by step {self.progress.step}; "
                     f"wanted {expected_rows}. Take another checkpoint."
                 )
-            log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.recipe.steps)
+            log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.settings.steps)
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
         assert_ranks_agree(self.world, cursor)
         return newest is not None
@@ -126,7 +100,7 @@ class _Run:
     def steps(self) -> Generator[tuple[int, Sequence[Batch], float]]:
         """Yields each remaining step, its batches, and the seconds that it waited for them."""
         with closing(self.data.steps_from(self.progress.rows)) as batches_of:
-            for step in range(self.progress.step + 1, self.recipe.steps + 1):
+            for step in range(self.progress.step + 1, self.settings.steps + 1):
                 self.pulse.enter(f"reading data of step {step}")
                 started = time.perf_counter()
                 batches = next(batches_of)
@@ -134,15 +108,16 @@ class _Run:
 
     def validate(self, step: int) -> dict[str, float]:
         """Returns metrics on the held-out caches, and logs continuations of the prompts."""
-        recipe = self.recipe
-        asked = EvaluationRequest(recipe.loss.at(step, recipe.steps), recipe.metrics, self.data.token_bytes)
+        settings = self.settings
+        objective = settings.loss.at(step, settings.steps)
+        asked = EvaluationRequest(objective, settings.evaluation.metrics, self.data.token_bytes)
         self.pulse.enter(f"in validation at step {step}")
         metrics = evaluate_all(
-            self.model, self.data.held_out, asked=asked, parallel=recipe.parallel, world=self.world
+            self.model, self.data.held_out, asked=asked, parallel=settings.parallel, world=self.world
         )  # fmt: skip
-        shown = ", ".join(f"{name} {metrics[f'val/{name}']:.4f}" for name in SHOWN if f"val/{name}" in metrics)
+        shown = ", ".join(f"{name} {metrics[f'val/{name}']:.4f}" for name in BRIEF if f"val/{name}" in metrics)
         log.info("validation at step %d: %s", step, shown)
-        if not_finite := [name for name in SHOWN if not math.isfinite(metrics.get(f"val/{name}", 0.0))]:
+        if not_finite := [name for name in BRIEF if not math.isfinite(metrics.get(f"val/{name}", 0.0))]:
             log.warning(
                 "validation at step %d: %s not finite: the student has diverged. A step whose loss is not finite stops "
                 "the run; this one's checkpoint is never the best. Lower optimizer.lr, or warm up for longer.",
@@ -150,7 +125,7 @@ class _Run:
             )  # fmt: skip
         if self.data.prompts.texts:
             self.pulse.enter(f"in continuations at step {step}")
-            texts = continuations(self.model, self.data.prompts, recipe.parallel, self.world)
+            texts = continuations(self.model, self.data.prompts, settings.parallel, self.world)
             if self.metrics:
                 self.metrics.add_continuations(step, texts)
         return metrics
@@ -162,14 +137,15 @@ class _Run:
             NonFiniteError: as in `_handle_non_finite`.
             UsageError: the first step changed optimiser settings that no checkpoint holds.
         """
-        recipe, started = self.recipe, time.perf_counter()
+        settings, started = self.settings, time.perf_counter()
         self.pulse.enter(f"in forward and backward of step {step}")
         # A seed of each step and data-parallel rank, so that checkpoints need no random state.
-        torch.manual_seed((recipe.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
-        factor = rate_factor(recipe.schedule, step, recipe.steps)
+        torch.manual_seed((settings.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
+        factor = rate_factor(settings.schedule, step, settings.steps)
         set_rates(self.optimizer, factor)
-        done = replace(self.progress, step=step, rows=step * recipe.rows_per_step, metric=None)
-        is_recorded = recipe.is_histogram_step(step)
+        done = replace(self.progress, step=step, rows=step * settings.rows_per_step, metric=None)
+        every = settings.logger.histograms_every
+        is_recorded = every > 0 and self.is_due(step, every)
         recorder = histograms_of_step(self.model, self.optimizer, self.world) if is_recorded else nullcontext({})
         try:
             with recorder as histograms:
@@ -177,9 +153,9 @@ class _Run:
                     self.model,
                     self.optimizer,
                     batches,
-                    objective=recipe.loss.at(step, recipe.steps),
-                    clip_norm=recipe.optimizer.clip_norm,
-                    parallel=recipe.parallel,
+                    objective=settings.loss.at(step, settings.steps),
+                    clip_norm=settings.optimizer.clip_norm,
+                    parallel=settings.parallel,
                     world=self.world,
                 )
         except NonFiniteError as error:
@@ -199,7 +175,7 @@ class _Run:
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
             "train/skipped_steps": float(done.skipped),
-            "train/lr": factor * recipe.optimizer.lr,
+            "train/lr": factor * settings.optimizer.lr,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
             "speed/step_seconds": seconds,
@@ -217,9 +193,9 @@ class _Run:
         shown = f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
         message = f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
         message += f"{shown} (all in {path})"
-        settings = self.recipe.optimizer
-        if settings.on_non_finite == "stop" or self.progress.skipped > settings.max_skipped:
-            skipped = f" Steps skipped: {self.progress.skipped}." if settings.on_non_finite == "skip" else ""
+        optimizer = self.settings.optimizer
+        if optimizer.on_non_finite == "stop" or self.progress.skipped > optimizer.max_skipped:
+            skipped = f" Steps skipped: {self.progress.skipped}." if optimizer.on_non_finite == "skip" else ""
             raise NonFiniteError(
                 f"{message}.{skipped} Look at them, lower optimizer.lr, run with parallel.precision=float32, or skip "
                 "such steps (optimizer.on_non_finite=skip); the last checkpoint is kept."
@@ -233,56 +209,58 @@ class _Run:
 
         Steps with damaged blocks are always written, because that count is added up over the lines.
         """
-        is_due = held_out or values.get("data/damaged_blocks") or self.recipe.is_due(step, self.recipe.log_every)
+        is_due = held_out or values.get("data/damaged_blocks") or self.is_due(step, self.settings.logger.every)
         if self.metrics and is_due:
             self.metrics.add(step, {**values, **held_out})
 
     def save(self, saver: Saver, held_out: dict[str, float]) -> None:
         """Begins a checkpoint of the progress, with the metric that ranks checkpoints if the step was validated."""
         self.pulse.enter(f"in saving step {self.progress.step}")
-        metric = held_out.get(self.recipe.checkpoint.best_metric)
+        metric = held_out.get(self.settings.checkpoint.best_metric)
         saver.save(replace(self.progress, metric=metric), self.model, self.optimizer)
 
 
-def run(model: Student, data: Data, recipe: Recipe, folder: RunFolder, world: World, *, stopping: StopSignals) -> bool:
-    """Trains to `recipe.steps`. Returns False if the run was stopped and saved before its last step.
+def run(
+    model: Student, data: Data, settings: RunSettings, folder: RunFolder, world: World, *, stopping: StopSignals
+) -> bool:
+    """Trains to `settings.steps`. Returns False if the run was stopped and saved before its last step.
 
     Raises:
         NonFiniteError: the loss or a gradient was not finite, more often than the settings allow.
         UsageError: all checkpoints are damaged, or one cannot be written.
     """
     with ExitStack() as stack:
-        pulse = stack.enter_context(watch_for_hangs(world, recipe.parallel.timeout))
+        pulse = stack.enter_context(watch_for_hangs(world, settings.parallel.timeout))
         stack.callback(model.register_forward_pre_hook(pulse.on_forward).remove)  # each micro-batch is progress
-        state = _Run(model, recipe.optimizer.build(model), data, recipe, folder, world, pulse)
+        state = _Run(model, settings.optimizer.build(model), data, settings, folder, world, pulse)
         state.group_settings = read_group_settings(state.optimizer)
         resumed = state.restore()
-        if state.progress.step == recipe.steps:
+        if state.progress.step == settings.steps:
             log.info("nothing left to train")
             return True
-        saver = stack.enter_context(Saver(folder.checkpoints, recipe.checkpoint, folder.record(), world, pulse))
+        saver = stack.enter_context(Saver(folder.checkpoints, settings.checkpoint, folder.record(), world, pulse))
         if world.is_first:
             state.metrics = stack.enter_context(MetricLog(folder.path, state.progress.step if resumed else None))
         if not resumed:
             state.log_metrics(0, {}, state.validate(0))
         # Begun after the first validation, which would otherwise count as part of every step in the time that is left.
-        slow_start = SlowStart(model, recipe.parallel, world, recipe.steps - state.progress.step)
-        live = stack.enter_context(ProgressLine(recipe.steps, state.progress.step, recipe.line_every, world))
+        slow_start = SlowStart(model, settings.parallel, world, settings.steps - state.progress.step)
+        live = stack.enter_context(ProgressLine(settings.steps, state.progress.step, settings.logger.line_every, world))
         for step, batches, waited in stack.enter_context(closing(state.steps())):
             started = time.perf_counter()
             values = state.take_step(step, batches)
             values |= live.speed(step, time.perf_counter() - started, waited)
-            slow_start.add(recipe.tokens_per_step, values.get("speed/step_seconds", 0.0), waited)
-            held_out = state.validate(step) if recipe.is_due(step, recipe.evaluate_every) else {}
+            slow_start.add(settings.tokens_per_step, values.get("speed/step_seconds", 0.0), waited)
+            held_out = state.validate(step) if state.is_due(step, settings.evaluation.every) else {}
             state.log_metrics(step, values, held_out)
             stop_reason = stopping.agree_on_stop(world)
-            if stop_reason or recipe.is_due(step, recipe.checkpoint.every):
+            if stop_reason or state.is_due(step, settings.checkpoint.every):
                 state.save(saver, held_out)
             live.show(step, values)
-            if stop_reason and step < recipe.steps:
+            if stop_reason and step < settings.steps:
                 saver.wait()
                 log.info("stopped after step %d of %d, %s; it is saved. Run the same command again to go on.",
-                         step, recipe.steps, stop_reason)  # fmt: skip
+                         step, settings.steps, stop_reason)  # fmt: skip
                 return False
         if state.metrics:
             state.metrics.end()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError, escape_unprintable
+from kd_core.losses.metric_table import METRICS
 from kd_core.training.evaluation import metric_direction
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder, read_settings
@@ -15,9 +16,8 @@ ABSENT = "–"
 COUNT = re.compile(r"\d{1,15}")
 MOST_FILES = 10
 OTHER, CONTENTS = "≠", ": contents"
-# Metrics that need no teacher.
-OF_TEXT = ("nll", "perplexity", "bits_per_byte", "ece", "temperature", "student_entropy")
-CONSTANT = ("tokens", "teacher_nll", "teacher_mass", "teacher_entropy", "label_in_support")
+# Curves that are shown first.
+MAIN_CURVES = ("val/loss", "val/kl", "val/nll", "train/loss")
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,17 @@ def provenance_rows(runs: list[Run], everything: bool) -> list[Row]:
 def metric_names(runs: list[Run]) -> list[str]:
     """Returns the names of curves: the most important ones, then those of val/, then those of train/."""
     names = {name for run in runs for line in run.lines for name in line if name.startswith(("val/", "train/"))}
-    first = {name: place for place, name in enumerate(("val/loss", "val/kl", "val/nll", "train/loss"))}
+    first = {name: place for place, name in enumerate(MAIN_CURVES)}
     return sorted(names, key=lambda name: (first.get(name, 9), not name.startswith("val/"), name))
 
 
 def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3e}"
+
+
+def _subject(name: str) -> str | None:
+    row = METRICS.get(name.rpartition("/")[2])
+    return row.subject if row else None
 
 
 def _decides(name: str, setting: str) -> bool:
@@ -149,7 +154,7 @@ def _decides(name: str, setting: str) -> bool:
         return setting != "loss.chunk_tokens" and (metric == "loss" or (metric.endswith("_loss") and of_term))
     held_out = setting.startswith("evaluation.shards") and not setting.endswith("path") and name.startswith("val/")
     # These metrics depend on the caches' contents, but not on how their teacher data are read.
-    of_text = metric in OF_TEXT and not setting.endswith(CONTENTS)
+    of_text = _subject(name) == "text" and not setting.endswith(CONTENTS)
     return (held_out and not of_text) or setting == f"metric {metric}"
 
 
@@ -199,7 +204,7 @@ def metric_rows(runs: list[Run], everything: bool) -> list[Row]:
     """Returns last values with their differences to the first run's, and the best values of held-out metrics."""
     rows: list[Row] = []
     for name in metric_names(runs):
-        if not everything and name.endswith(CONSTANT):
+        if not everything and _subject(name) == "teacher":
             continue
         rows.append((name, _with_difference(name, runs)))
         if not (name.startswith("val/") and metric_direction(name)):

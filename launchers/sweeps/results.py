@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kd_core.errors import UsageError, escape_unprintable
 from kd_core.files import new_folder, read_json, write_json, write_text
-from kd_core.training.loop import SHOWN
+from kd_core.losses.metric_table import BRIEF
 from kd_core.training.monitoring.tensorboard import HParam, write_columns, write_session
 from launchers.reports import text_tables
 from launchers.sweeps.sweep_folder import FINISHED, SweepFolder
@@ -118,7 +118,7 @@ def metric_names(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
             names |= point.validation_metrics
         except UsageError:
             continue  # a point that cannot be built has no metrics, and `check` reports why
-    shown_first = [f"val/{name}" for name in SHOWN]
+    shown_first = [f"val/{name}" for name in BRIEF]
     return [name for name in shown_first if name in names] + sorted(names - set(shown_first))
 
 
@@ -220,7 +220,7 @@ def _with_interval(mean: Mean | None) -> str:
 def _markdown(
     rows: Sequence[Row], groups: Sequence[Group], paths: Sequence[str], names: Sequence[str], gone: int
 ) -> str:
-    main = [name for name in names if name.removeprefix("val/") in SHOWN]
+    main = [name for name in names if name.removeprefix("val/") in BRIEF]
     axes = [path for path in paths if path != SEED]
     short = short_names(paths)
     by_group = [

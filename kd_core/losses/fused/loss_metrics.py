@@ -112,7 +112,7 @@ def _temperature(chunk: ReducedChunk) -> dict[str, Tensor]:
 EXTRA_METRICS: dict[str, Callable[[ReducedChunk], dict[str, Tensor]]] = {
     "student_entropy": _student_entropy,
     "top5_agreement": _top5_agreement,
-    "calibration": _calibration,
+    "ece": _calibration,
     "temperature": _temperature,
 }
 

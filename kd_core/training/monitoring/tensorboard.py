@@ -16,44 +16,29 @@ from tensorboard.plugins.hparams import summary_v2
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as torch_hparams
 
+from kd_core.losses import metric_table
+
 QUEUE = 10_000  # numbers
 FLUSH_SECONDS = 5
 HParam = bool | float | str
 
-# Charts by page: the title of each, and a regular expression on metric names, which may hold any term or cache name.
-BOTH, HELD_OUT = r"(train|val)/", r"val/([^/]+/)?"
-PAGES: dict[str, dict[str, str]] = {
-    "Losses": {
-        "objective": rf"{BOTH}loss$",
-        "terms, training": r"train/.+_loss$",
-        "terms, held out": rf"{HELD_OUT}.+_loss$",
-        "NLL, held out": rf"{HELD_OUT}(teacher_)?nll$",
-        "KL and reverse KL, held out": rf"{HELD_OUT}(kl|reverse_kl|renormalized_kl|teacher_cross_entropy)$",
-        "perplexity": rf"{HELD_OUT}perplexity$",
-        "bits per byte": rf"{HELD_OUT}bits_per_byte$",
-    },
-    "Distribution": {
-        "entropies": rf"({BOTH}|{HELD_OUT})(teacher|student)_entropy$",
-        "masses on the teacher's entries": rf"({BOTH}|{HELD_OUT})(teacher_mass|student_mass|label_in_support)$",
-        "agreement": rf"({BOTH}|{HELD_OUT})top(1|5|k)_agreement$",
-        "acceptance": rf"({BOTH}|{HELD_OUT})acceptance$",
-        "calibration error": rf"{HELD_OUT}ece$",
-        "temperature that would mend it": rf"{HELD_OUT}temperature$",
-    },
-    "Optimisation": {
-        "learning rate": r"train/lr$",
-        "gradient norm": r"train/grad_norm$",
-        "skipped steps": r"train/skipped_steps$",
-    },
-    "Speed and data": {
-        "tokens a second": r"speed/tokens_per_second$",
-        "share of time waiting for data": r"speed/data_wait_share$",
-        "seconds": r"speed/(step|data_wait)_seconds$",
-        "memory, GiB": r"speed/memory_gib$",
-        "scored tokens of a step": r"train/tokens$",
-        "damaged blocks": r"data/damaged_blocks$",
-    },
-}
+# Regular expressions on the names of metrics by their group. Those of held-out text may name one of several caches.
+GROUPS = {"val": r"val/([^/]+/)?"}
+
+
+def _pages() -> dict[str, dict[str, str]]:
+    """Returns charts by page: the title of each, and a regular expression on the names of its metrics."""
+    patterns: dict[str, dict[str, list[str]]] = {}
+    for row in metric_table.ROWS:
+        groups = "|".join(GROUPS.get(group, f"{group}/") for group in row.groups)
+        patterns.setdefault(row.page, {}).setdefault(row.chart, []).append(f"({groups}){row.name}$")
+    pages = {page: {title: "|".join(names) for title, names in charts.items()} for page, charts in patterns.items()}
+    # Terms have any name, so they are in no row.
+    pages[metric_table.LOSSES] |= {"terms, training": r"train/.+_loss$", "terms, held out": f"{GROUPS['val']}.+_loss$"}
+    return pages
+
+
+PAGES = _pages()
 # The first parts of the setting paths that determine what is trained.
 TRAINED = ("student", "shards", "collate", "loss", "optimizer", "schedule", "steps", "seed", "tokens_per_step")
 
