@@ -61,7 +61,7 @@ def loss_hashes() -> dict[str, str]:
                     result.total.backward()
                     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
                     key = f"loss: {divergence} {tail} {name} {str(dtype).removeprefix('torch.')}"
-                    hashes[key] = digest(*result.sums.values(), *gradients)
+                    hashes[key] = digest(*(value for _, value in sorted(result.sums.items())), *gradients)
     return hashes
 
 
