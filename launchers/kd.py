@@ -36,7 +36,7 @@ def main() -> None:
     """Runs the command that the first argument names."""
     name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help", "-help", "help"):
-        print(_listing())
+        app.print_page(_listing() + "\n")
         return
     if name == "--version":
         print(version("kd-workspace"))

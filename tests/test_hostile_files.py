@@ -581,11 +581,9 @@ def test_what_others_named_is_escaped_in_tables_pages_and_messages(
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "\x1b" not in format_aligned(["a"], [[ESCAPES]])
-
-    def fail() -> None:
+    with pytest.raises(SystemExit) as exit_info, app.guard("test"):
         raise UsageError(f"a file: holds {ESCAPES}{'x' * 100_000}.")
-
-    assert app.run_guarded(fail, "test") == 1
+    assert exit_info.value.code == 1
     said = capsys.readouterr().err
     assert "\x1b" not in said
     assert len(said) < 50_000

@@ -8,6 +8,7 @@ divided by that count before its backward pass, so the gradients only need to be
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -88,9 +89,8 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     """
     # The divisor of every micro-batch: scored tokens of the whole step, over all ranks.
     tokens, damaged_blocks = count_tokens_and_damage(batches, world)
-    losses = accumulate_gradients(
-        model, batches, lambda batch: batch_loss(model, batch, objective, 1.0 / max(1, tokens)), parallel, world
-    )
+    loss_of = partial(batch_loss, model, objective=objective, scale=1.0 / max(1, tokens))
+    losses = accumulate_gradients(model, batches, loss_of, parallel, world)
     sums = sum_losses(losses, objective.sum_names(), world)
     # A clip norm of 0 stands for none: the norm is measured all the same.
     norm = clip_gradients_(model.parameters(), clip_norm or torch.inf)

@@ -1,13 +1,15 @@
 """Start-up, config flags, help and error messages of all commands. A user's mistake is one message, no traceback."""
 
+import contextlib
 import errno
 import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +41,7 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     Returns None after --list, --diff or --print_config has printed what was asked for.
     """
     if FLAGS.list:
-        print(catalog.format_listing(kind))
+        print_page(catalog.format_listing(kind) + "\n")
         return None
     from experiments.config import config_items
 
@@ -50,10 +52,10 @@ def resolve_flags(kind: str, more: Sequence[str] = ()) -> Any:
     if FLAGS.diff:
         base = FLAGS.base or items[0]
         lines = config_items.differences(config_items.resolve_items([base], kind), resolved)
-        print(_visible_lines(lines or f"nothing differs from {base}\n"), end="")
+        print_page(_visible_lines(lines or f"nothing differs from {base}\n"))
         return None
     if FLAGS.print_config:
-        print(_visible_lines(config_items.describe(resolved)), end="")
+        print_page(_visible_lines(config_items.describe(resolved)))
         return None
     return resolved
 
@@ -117,10 +119,11 @@ def _print_error(prog: str, message: str) -> None:
     print(f"{prog}: error: {_visible_lines(_short(rewrite_commands(message)))}", file=sys.stderr, flush=True)
 
 
-def run_guarded(main: Callable[[], None], prog: str) -> int:
-    """Runs `main` and returns its exit status. One rank prints a user's mistake under the name `prog`."""
+@contextlib.contextmanager
+def guard(prog: str) -> Generator[None]:
+    """Turns a user's mistake into one message of one rank, under the name `prog`, and exit status 1."""
     try:
-        main()
+        yield
     except (Exception, KeyboardInterrupt) as error:
         message = _message(error)
         if message is None:
@@ -128,8 +131,7 @@ def run_guarded(main: Callable[[], None], prog: str) -> int:
         log.debug("%s", traceback.format_exc())  # only into the attempt's log
         if _is_first() or isinstance(error, RankError):
             _print_error(prog, message)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    return 0
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
 
 
 def exit_with_usage_error(prog: str, message: str) -> NoReturn:
@@ -163,6 +165,13 @@ def _unknown_flag(name: str, argv: Sequence[str]) -> str:
     )
 
 
+def print_page(text: str) -> None:
+    """Prints all that a command has to say. A reader that closes the pipe early, such as `head`, ends the process."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text, end="", flush=True)
+
+
 def _take_items(arguments: Sequence[str]) -> None:
     """Adds arguments that are no flags to the `--config` items, the experiment first."""
     changes = [
@@ -174,7 +183,7 @@ def _take_items(arguments: Sequence[str]) -> None:
 def _parse(argv: Sequence[str], prog: str, doc: str, kind: str | None) -> list[str]:
     """Parses the flags for `app.run`. Returns the remaining arguments, the program's name first."""
     if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(_help(doc, kind))
+        print_page(_help(doc, kind) + "\n")
         raise SystemExit(0)
     try:
         return FLAGS([_with_home(argument) for argument in argv])
@@ -222,6 +231,7 @@ def run_command(
         log.propagate = False  # absl's own handler would print every line twice
         if _is_first():
             log.addHandler(_TqdmHandler(logging.INFO))
-        raise SystemExit(run_guarded(lambda: main(*values), prog))
+        with guard(prog):
+            main(*values)
 
     app.run(run, argv=sys.argv, flags_parser=lambda argv: _parse(argv, prog, doc, kind))

@@ -121,11 +121,9 @@ IN_A_FILE = {
 
 def _message(items: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What the command says of a mistake: from the flags' items to the built graph, through its own guard."""
-
-    def work() -> None:
+    with pytest.raises(SystemExit) as exit_info, app.guard("train"):
         fdl.build(config_items.resolve_items(items, "Experiment").config)
-
-    assert app.run_guarded(work, "train") == 1
+    assert exit_info.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("train: error: ")
     assert "Traceback" not in said
