@@ -95,8 +95,8 @@ def _check_ids(folder: Path, fast: FastTokenizer, added: AddedTokens) -> None:
         tokenizer_id = fast.token_to_id(token.content)
         if tokenizer_id is not None and tokenizer_id != i:
             raise UsageError(
-                f"{folder / added.file}: {token.content!r} has id {i}, in tokenizer.json {tokenizer_id}. Which one "
-                "the model was trained with cannot be told. Correct one of the files."
+                f"{folder / added.file}: {token.content!r} has id {i}, in tokenizer.json {tokenizer_id}. It is not "
+                "known with which one the model was trained. Correct one of the files."
             )
 
 
@@ -105,7 +105,7 @@ def _warn_of_new_ids(path: Path, fast: FastTokenizer, stated: Iterable[tuple[int
     for i, token in stated:
         if (new_id := fast.token_to_id(token.content)) != i:
             log.warning(
-                "%s: %r stands there with id %d, and gets id %d, the next free one, as transformers gives it",
+                "%s: %r has id %d there, and gets id %d, the next free one, as transformers does",
                 path, token.content, i, new_id,
             )  # fmt: skip
 

@@ -11,7 +11,7 @@ from kd_core.errors import UsageError
 from kd_core.files import printable
 
 log = logging.getLogger("kd")
-HIDDEN, REPEATED, SPECIAL = "hidden", "link to a folder that is read already", "device or pipe"
+HIDDEN, REPEATED, SPECIAL = "hidden", "link to a folder that is already read", "device or pipe"
 
 
 @dataclass
@@ -77,7 +77,9 @@ class _Walk:
         if entry.name.startswith("."):
             self.result.left_out[HIDDEN] += 1
         elif entry.is_symlink() and not path.exists():
-            raise UsageError(f"{printable(path)}: a link to what is not there. Restore that, or delete the link.")
+            raise UsageError(
+                f"{printable(path)}: a link to something that does not exist. Restore it, or delete the link."
+            )
         elif entry.is_symlink() and entry.is_dir():
             self.links.append(path)
         elif entry.is_dir():

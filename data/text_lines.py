@@ -124,8 +124,8 @@ def check_unpacked_size(path: Path, unpacked_bytes: int) -> None:
     """
     if unpacked_bytes > MAX_UNPACKED_BYTES and unpacked_bytes > MOST_RATIO * (size := path.stat().st_size):
         raise UsageError(
-            f"{printable(path)}: {size} bytes unfold to {unpacked_bytes} and more, {MOST_RATIO} times as much. That is "
-            "no text; if you trust it, unpack it yourself."
+            f"{printable(path)}: {size} bytes unpack to {unpacked_bytes} and more, {MOST_RATIO} times as much. That "
+            "is not text; if you trust it, unpack it yourself."
         )
 
 

@@ -44,7 +44,7 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # errors of the client, the network and the cache
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"{name}: not to be had from the hub ({reason:.400}). Look at its name, at your connection and "
+            f"{name}: cannot be downloaded from the hub ({reason:.400}). Look at its name, at your connection and "
             "token (hf auth login), or name a folder."
         ) from None
 

@@ -40,7 +40,7 @@ class ChosenPrecision(NamedTuple):
         if self.drawback:
             log.warning(
                 "%s=bfloat16 is slow here: %s, so a matmul may take ten times as long as in float32. Unless the "
-                "numbers must continue as they began, start anew with %s=float32.", setting, self.drawback, setting,
+                "numbers must continue as they began, start again with %s=float32.", setting, self.drawback, setting,
             )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from absl import flags
 
 from launchers.cli import app
 
-HTML = flags.DEFINE_string("html", None, "Write a page to this file, too.")
-ALL = flags.DEFINE_bool("all", False, "Show what is the same, too.")
-X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "Across the curves: steps, or positions read.")
+HTML = flags.DEFINE_string("html", None, "Also write a page to this file.")
+ALL = flags.DEFINE_bool("all", False, "Also show what is the same.")
+X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "The horizontal axis of the curves: steps, or positions read.")
 MOST_RUNS = 26
 
 

@@ -36,7 +36,7 @@ FORMAT = flags.DEFINE_string("format", None, "nemo_aligner or jsonl; required.")
 SOURCE = flags.DEFINE_string("source", None, "A file, a folder of .jsonl files, or a path with CHUNK_ID; required.")
 OUT = flags.DEFINE_string("out", None, "Folder for the cache; required.")
 MODEL = flags.DEFINE_string("model", None, "Hugging Face folder with the source's tokenizer, or hub:OWNER/NAME.")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of the vocabulary, where there is no --model.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Size of the vocabulary, if there is no --model.")
 CODEC = flags.DEFINE_enum("codec", "standard", ["standard", "compact", "lossless"], "How the cache is coded.")
 SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 4_000_000, "About the size of a shard.")
 

@@ -33,7 +33,7 @@ PRECISION = flags.DEFINE_enum(
     "precision",
     "auto",
     ["auto", "float32", "bfloat16"],
-    "What matmuls multiply in; auto: as the run did, else what this device does well. Name one to compare machines.",
+    "Precision of matmuls; auto: that of the run, else what suits this device. Name one to compare machines.",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 

@@ -39,7 +39,7 @@ ROW_LENGTH = flags.DEFINE_integer(
 )
 LENGTHS = (256, 128, 64, 32, 16, 8, 4, 2)
 DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16"], "What matmuls multiply in; auto: what this device does well."
+    "dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matmuls; auto: what suits this device."
 )
 OUT = flags.DEFINE_string("out", None, "A JSON file for all numbers.")
 

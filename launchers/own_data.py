@@ -53,7 +53,7 @@ def measure_layers(teacher: str, cache: Path, out: Path) -> str:
             raise UsageError(
                 f"{teacher}: its layers could not be measured (above). Name them: --config=student.keep_layers=…"
             )
-    with damage_as_usage_error(out, "measured layers", "Delete it and run the same again"):
+    with damage_as_usage_error(out, "measured layers", "Delete it and run the same command again"):
         return f"student.keep_layers={tuple(int(i) for i in read_json(out, 'measured layers')['keep_layers'])}"
 
 

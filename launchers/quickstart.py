@@ -236,7 +236,9 @@ def main() -> None:
         items = _train_items(inputs["teacher"], cache)
         _run_torchrun("launchers.train", [*_configs(items), f"--run_dir={run_dir}"])
         if not (run_dir / "export").is_dir():
-            raise UsageError(f"{run_dir}: the training was told to stop; it is saved. Run the same again to go on.")
+            raise UsageError(
+                f"{run_dir}: the training was stopped, and it is saved. Run the same command again to go on."
+            )
         return f"{'reused' if is_reused else 'made'} {run_dir}: checkpoints/, export/, metrics.jsonl, tensorboard/"
 
     def compare() -> str:
@@ -250,7 +252,7 @@ def main() -> None:
     _stage(2, "Run the teacher once over the corpus and keep its top 64 at each position", export)
     _stage(3, "Distil a student with half the layers", train)
     _stage(4, "Compare student before, student after and teacher on held-out text", compare)
-    with damage_as_usage_error(report_path, "the quick start's report", "Delete it and run the same again"):
+    with damage_as_usage_error(report_path, "the quick start's report", "Delete it and run the same command again"):
         _show(read_json(report_path, "the quick start's report"), run_dir, cache / "validation")
 
 

@@ -35,7 +35,7 @@ BACKEND = flags.DEFINE_enum(
 OUT = flags.DEFINE_string("out", None, "Folder of the sweep; default sweeps/NAME.")
 CONFIG = flags.DEFINE_multi_string("config", [], "Changes to every point: path=value, tag:NAME=value or fiddler:NAME.")
 LIST = flags.DEFINE_bool("list", False, "List every sweep with its first docstring line, and exit.")
-RETRY = flags.DEFINE_bool("retry_failed", False, "Start failed points again, too.")
+RETRY = flags.DEFINE_bool("retry_failed", False, "Also start failed points again.")
 KEEP = flags.DEFINE_bool(
     "keep_checkpoints", True, "Keep the checkpoints of finished points; --nokeep_checkpoints deletes them."
 )
@@ -84,8 +84,8 @@ def _report(folder: "SweepFolder", points: Sequence["Point"], removed: int) -> N
     failed = [f"{point_id} ({status.last_line})" for point_id, status in statuses.items() if status.state == FAILED]
     if failed:
         raise UsageError(
-            f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}. Mend what is wrong and run the same "
-            f"with --retry_failed. What they printed: {folder.path}/points/ID/sweep.log."
+            f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}. Fix what is wrong and run the same "
+            f"command with --retry_failed. What they printed: {folder.path}/points/ID/sweep.log."
         )
 
 
@@ -100,7 +100,8 @@ def _local(folder: "SweepFolder", points: Sequence["Point"], removed: int) -> No
 
     if queued := slurm_commands.states_by_point(folder, points):
         raise UsageError(
-            f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or scancel their jobs."
+            f"{len(queued)} points are in Slurm's queue ({', '.join(queued)}). Wait for them, or cancel their jobs "
+            "with scancel."
         )
     nproc, gpus, cores = NPROC.value or 1, point_process.visible_gpus(), usable_cores()
     slots = point_process.slots(JOBS.value or max(1, len(gpus) // nproc), nproc, gpus, cores)

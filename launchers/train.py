@@ -46,16 +46,19 @@ WORLD = flags.DEFINE_integer(
     "world", 1, "With --dry_run: the ranks to check a layout for; none is started.", lower_bound=1
 )
 MAX_TIME = flags.DEFINE_string(
-    "max_time_per_run", None, "Save and stop after so long, as DD:HH:MM:SS, HH:MM:SS or seconds; of this start alone."
+    "max_time_per_run", None, "Save and stop after this time, as DD:HH:MM:SS, HH:MM:SS or seconds; for this start only."
 )
 PROFILE = flags.DEFINE_integer(
-    "profile", 0, "Trace so many steps, from the third of this start on, into the run folder's profile/.", lower_bound=0
+    "profile",
+    0,
+    "Trace this many steps, from the third of this start on, into the run folder's profile/.",
+    lower_bound=0,
 )
 
 
 GOES_ON = (
     "goes on to %d steps: what varies with the step (the learning rate, weights of losses) follows its schedule over "
-    "all of them from now on; the record and the student of before are kept in %s"
+    "all of them from now on; the earlier record and student are kept in %s"
 )
 
 

@@ -90,7 +90,7 @@ class Columns:
             n = int(differs.argmax())
             raise ValueError(
                 f"position {n}: the label's log-probability is {self.label_logs[n]:.3f}, that of its entry "
-                f"{entries[n]:.3f}; labels and entries speak of different positions"
+                f"{entries[n]:.3f}; labels and entries belong to different positions"
             )
 
 

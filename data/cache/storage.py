@@ -114,7 +114,7 @@ class LocalStorage:
     def size(self, name: str) -> int:
         path = self.folder / name
         if not path.is_file():
-            raise UsageError(f"{path}: no such file; the manifest wants it. Restore it, or export the cache again.")
+            raise UsageError(f"{path}: no such file; the manifest names it. Restore it, or export the cache again.")
         return path.stat().st_size
 
     def read(self, name: str, most: int) -> bytes:
@@ -223,8 +223,8 @@ class RemoteFile:
                 if error.final or self.stopped or attempt == RETRIES:
                     attempts = f" ({attempt + 1} attempts)" if attempt else ""
                     raise UsageError(
-                        f"{self.url}: cannot be read{attempts}: {error}. Look whether it can be had at all, then run "
-                        "the same again."
+                        f"{self.url}: cannot be read{attempts}: {error}. Check that it can be reached, then run the "
+                        "same command again."
                     ) from None
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError

@@ -29,7 +29,7 @@ def padded_size(size: int) -> int:
 
 def encode_member(name: str, payload: bytes) -> bytes:
     """Returns header, payload and padding of a member. Owner, time and mode are fixed."""
-    assert MEMBER_NAME.fullmatch(name), f"{name!r} is no name of a member"
+    assert MEMBER_NAME.fullmatch(name), f"{name!r} is not a valid member name"
     header = tarfile.TarInfo(name)
     header.size, header.mode = len(payload), 0o644
     return header.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(padded_size(len(payload)) - len(payload))
@@ -73,12 +73,12 @@ def _parse_header(header: bytes, offset: int) -> tuple[str, int]:
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise ValueError(f"offset {offset}: not the header of a tar's member ({error})") from None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise ValueError(f"member {info.name!r}, offset {offset}: of type {info.type!r}; only plain files are read")
+        raise ValueError(f"member {info.name!r}, offset {offset}: has type {info.type!r}; only plain files are read")
     if not MEMBER_NAME.fullmatch(info.name):
         raise ValueError(f"member {info.name!r}, offset {offset}: wanted a plain name, as 00000000.json")
     if info.size < 0:
         raise ValueError(f"member {info.name}, offset {offset}: declares {info.size} bytes")
     # Writing the same fields again must give the same bytes: no field that this reader ignores can hide in a header.
     if info.linkname or info.tobuf(tarfile.USTAR_FORMAT) != header:
-        raise ValueError(f"member {info.name}, offset {offset}: its header has fields that a plain file has not")
+        raise ValueError(f"member {info.name}, offset {offset}: its header has fields that a plain file does not have")
     return info.name, info.size

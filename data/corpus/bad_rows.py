@@ -103,7 +103,7 @@ class BadRows:
     def _refuse(self, following: str) -> NoReturn:
         first, more = self.bad[0], len(self.bad) - 1
         summary = f"Of {following}, {more} cannot be used either: {self._by_reason(1)}. " if more else ""
-        remedy = "Mend it, or skip such rows: corpus.on_bad_row=skip."
+        remedy = "Fix it, or skip such rows: corpus.on_bad_row=skip."
         if self.on_bad_row == "skip":
             summary = f"{len(self.bad)} of {self.rows} rows cannot be used: {self._by_reason()}. "
             remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Mend them, or allow more: {len(self.bad)}."

@@ -79,8 +79,8 @@ class Corpus:
         for name, (value, default) in conflicting.items():
             if value != default:
                 raise UsageError(
-                    f"corpus.fields and corpus.{name}: got {mapping} and {value!r}; wanted one of them, for each says "
-                    "how rows are read. Leave one out."
+                    f"corpus.fields and corpus.{name}: got {mapping} and {value!r}; wanted one of them, because each "
+                    "says how rows are read. Remove one."
                 )
 
     def files(self) -> list[Path]:

@@ -41,7 +41,7 @@ def _snapshot(corpus: str) -> _Snapshot:
     """
     reference = HUB_REFERENCE.fullmatch(corpus.removeprefix(HUB))
     if reference is None:
-        raise UsageError(f"corpus {corpus}: wanted {HUB}OWNER/NAME, with @REVISION or :FOLDER behind it at will.")
+        raise UsageError(f"corpus {corpus}: wanted {HUB}OWNER/NAME, optionally followed by @REVISION or :FOLDER.")
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 (an extra)
     except ImportError:
@@ -52,7 +52,7 @@ def _snapshot(corpus: str) -> _Snapshot:
         name, revision = reference["name"], reference["revision"]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except Exception as error:  # from the client, the network and the cache
-        raise UsageError(f"corpus {corpus}: not to be had from the hub ({error!s:.400}).") from None
+        raise UsageError(f"corpus {corpus}: cannot be downloaded from the hub ({error!s:.400}).") from None
     return _Snapshot(Path(folder), pattern)
 
 
@@ -69,7 +69,7 @@ def list_corpus_files(corpus: str) -> FolderFiles:
     """Lists the files of a corpus that are read, and counts those that are left out.
 
     Raises:
-        UsageError: there is no file to read, or one cannot be reached.
+        UsageError: there is not a file to read, or one cannot be reached.
     """
     root = local_path(corpus)
     if root.is_file():

@@ -123,7 +123,7 @@ class Encoder:
             if not is_plain:
                 raise
             self.joins_prompts = True
-            log.info("%s: no chat template, so a completion stands right behind its prompt, as one text", self.folder)
+            log.info("%s: no chat template, so a completion follows its prompt directly, as one text", self.folder)
 
     def chat_format(self) -> dict[str, Any] | None:
         """Returns the templates of the conversations so far, their special tokens, and the tokens that ended turns.

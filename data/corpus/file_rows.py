@@ -57,7 +57,7 @@ def _read_text(path: Path, name: str, choose_columns: ChooseColumns) -> Iterator
 
     def read() -> str:
         if len(payload) > MAX_DOCUMENT_BYTES:
-            message = f"{where}: has more than {MAX_DOCUMENT_BYTES} bytes, which a document has at most. Split it."
+            message = f"{where}: has more than {MAX_DOCUMENT_BYTES} bytes, the most that a document may have. Split it."
             raise BadRowError(message, "too long a document")
         return decode_utf8(payload, where).replace("\r\n", "\n").replace("\r", "\n")
 
@@ -126,7 +126,7 @@ def _json_elements(path: Path) -> Iterator[tuple[Any, str]]:
                 if not chunk:
                     message = getattr(error, "msg", error)
                     raise UsageError(
-                        f"{printable(path)}: not JSON after {number} elements of its array ({message}). Mend the file, "
+                        f"{printable(path)}: not JSON after {number} elements of its array ({message}). Fix the file, "
                         "or write an object a line: jq -c '.[]'."
                     ) from None
                 characters += len(chunk)
@@ -142,7 +142,8 @@ def _refuse_rest(text: Iterable[str], number: int, path: Path) -> None:
     """Refuses text behind an array, such as another array."""
     if rest := next(filter(None, map(str.strip, text)), ""):
         raise UsageError(
-            f"{printable(path)}: goes on behind the {number} elements of its array ({rest!a:.40}). Write one array, or "
+            f"{printable(path)}: continues after the {number} elements of its array ({rest!a:.40}). Write one array, "
+            "or "
             "an object a line: jq -c '.[]'."
         )
 

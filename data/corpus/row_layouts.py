@@ -74,8 +74,8 @@ def check_fields(fields: Mapping[str, str]) -> None:
     kinds = [kind for kind in ("text", "messages", "prompt") if kind in fields]
     if unknown or len(kinds) != 1 or ("prompt" in fields) != ("completion" in fields):
         raise ValueError(
-            "wanted a field of the rows for 'text', for 'messages' (with 'role' and 'content' where its items call "
-            "them otherwise), or for both 'prompt' and 'completion' (with 'system')"
+            "wanted a field of the rows for 'text', for 'messages' (with 'role' and 'content' where its items use "
+            "other names), or for both 'prompt' and 'completion' (with 'system')"
         )
 
 
@@ -128,7 +128,7 @@ def _call_message(value: Any, where: str) -> Message:
         calls = cast(list[Any], parsed if isinstance(parsed, list) else [parsed])
         named = [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
     except (ValueError, TypeError, KeyError, RecursionError):
-        message = f"{where}: a function call that is not JSON with 'name' and 'arguments' ({value!a:.80}). Mend it."
+        message = f"{where}: a function call that is not JSON with 'name' and 'arguments' ({value!a:.80}). Fix it."
         raise BadRowError(message, "a function call that is not JSON") from None
     return {"role": "assistant", "tool_calls": named}
 
@@ -160,7 +160,7 @@ def _messages(value: Any, where: str, field: str, names: tuple[str, str] = ("rol
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRowError(f"{where}: {field!r} is text, but no JSON of a list. Mend it.", "not JSON") from None
+            raise BadRowError(f"{where}: {field!r} is text, but not a JSON list. Fix it.", "not JSON") from None
     if isinstance(value, list):
         turns = enumerate(cast(list[Any], value))
         value = [_standard_message(turn, f"{where}: {field}[{i}]", *names) for i, turn in turns]
@@ -191,7 +191,7 @@ def _instruction_messages(fields: Fields, where: str) -> list[Message]:
     pairs = [*cast(list[Any], fields.get("history", [])), ["\n\n".join(part for part in parts if part.strip()), None]]
     pairs[-1][1] = _text(fields, answer, where) if answer else ""
     if not all(isinstance(pair, list) and len(cast(list[Any], pair)) == 2 for pair in pairs):
-        raise BadRowError(f"{where}: 'history' is no list of pairs. Mend it.", "a field of another type")
+        raise BadRowError(f"{where}: 'history' is not a list of pairs. Fix it.", "a field of another type")
     return [
         {"role": role, "content": text}
         for pair in pairs

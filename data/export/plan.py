@@ -86,7 +86,7 @@ class TeacherExport:
         )
         if not 0 <= self.overlap < self.row_length:
             raise UsageError(
-                f"overlap: got {self.overlap}; wanted 0 to {self.row_length - 1}, less than row_length: so many "
+                f"overlap: got {self.overlap}; wanted 0 to {self.row_length - 1}, less than row_length: this many "
                 "positions of a window repeat the end of the one before, as context."
             )
 
@@ -227,8 +227,8 @@ def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Grow
     log.info("corpus %s: %d of %d documents are new", export.corpus.path, len(new_documents), len(documents))
     if renewed:
         log.warning(
-            "corpus %s: %d of the new documents have names of documents in the cache with another content, which stays "
-            "there (%s%s)",
+            "corpus %s: %d of the new documents have the names of documents in the cache whose content differs, and "
+            "which stay there (%s%s)",
             export.corpus.path, len(renewed), ", ".join(renewed[:3]), " …" if len(renewed) > 3 else "",
         )  # fmt: skip
     return list(new_documents.values())
@@ -268,7 +268,7 @@ def make_plans(
     settings = _settings(export, folder, teacher, encoder, bad)
     if encoder.doubled:
         log.warning(
-            "corpus %s: %d texts begin with the BOS themselves and get another; corpus.bos=no adds none",
+            "corpus %s: %d texts begin with the BOS themselves and get a second one; corpus.bos=no adds none",
             export.corpus.path, encoder.doubled,
         )  # fmt: skip
     plans: list[CachePlan] = []

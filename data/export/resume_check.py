@@ -66,7 +66,7 @@ def record_or_check_plan(plan: CachePlan) -> bool:
         raise UsageError(
             f"{plan.folder}: holds an export with another {name} ({stored.get(name)}; now {plan.plan.get(name)})."
             f"{_setting_hint(name, stored.get(name), plan.plan.get(name))} "
-            "Name another --out, delete the folder, or add documents that are new to it with --extend."
+            "Choose another --out, delete the folder, or add documents that are new to it with --extend."
         )
     has_manifest = (plan.folder / "manifest.json").exists()
     manifest = read_manifest(plan.folder) if has_manifest else None
@@ -112,7 +112,8 @@ def record_or_check_growth(plan: CachePlan) -> bool:
         write_json(path, plan.plan)
     if read_json(path, "the plan of a growth") != plan.plan:
         raise UsageError(
-            f"{plan.folder}: is growing already, by another corpus or other settings. Finish that export first, by its "
-            f"own command; or give it up: delete {path}, the shards that the manifest does not name, and growth.json."
+            f"{plan.folder}: is already growing, by another corpus or other settings. Finish that export first, with "
+            f"its own command, or abandon it: delete {path}, the shards that the manifest does not name, and "
+            "growth.json."
         )
     return len(now.plans) > len(plan.grown_from.plans)

@@ -118,7 +118,7 @@ def import_cache(job: ImportSettings, out: Path) -> Manifest:
         UsageError: `out` exists already, or a line does not fit its format.
     """
     if out.exists():
-        raise UsageError(f"{out}: is there already. Name another --out, or delete it.")
+        raise UsageError(f"{out}: exists already. Choose another --out, or delete it.")
     files = source_files(job.source)
     counted = _CountedRecords(read_records(job.source, job.kind, job.vocab_size, job.columns))
     blocks = _group_blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)

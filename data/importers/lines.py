@@ -142,7 +142,7 @@ def _parse_rows(ids: Any, logs: Any, positions: int, vocab_size: int) -> tuple[A
         all_ids[row, : len(row_ids)] = _parse_ids(row_ids, f"ids of position {row}", vocab_size) if row_ids else 0
         all_logs[row, : len(row_ids)] = values
     if np.isnan(all_logs).any() or (all_logs == np.inf).any():
-        raise ValueError("an entry is no finite number")
+        raise ValueError("an entry is not a finite number")
     return all_ids, all_logs
 
 
@@ -184,7 +184,7 @@ def _make_record(
 def _parse_nemo_aligner(value: dict[str, Any], where: str, vocab_size: int) -> Line:
     tokens, labels = (_parse_ids(value[name], name, vocab_size) for name in ("tokens", "labels"))
     if not len(tokens) or len(labels) != len(tokens):
-        raise ValueError(f"has {len(tokens)} tokens and {len(labels)} labels; wanted as many, and one at least")
+        raise ValueError(f"has {len(tokens)} tokens and {len(labels)} labels; wanted equally many, and at least one")
     mask = _parse_mask(value["loss_mask"], len(tokens))
     wrong = np.flatnonzero((labels[:-1] != tokens[1:]) & (mask[:-1] > 0))
     if len(wrong):
@@ -208,7 +208,7 @@ def _parse_jsonl(value: dict[str, Any], where: str, vocab_size: int) -> Line:
     tokens = _parse_ids(value["tokens"], "tokens", vocab_size)
     T = len(tokens) - 1
     if T < 1:
-        raise ValueError(f"tokens: {len(tokens)}; wanted two at least, an input and a label")
+        raise ValueError(f"tokens: {len(tokens)}; wanted at least two, an input and a label")
     ids, logs = _parse_rows(value["top_ids"], value["top_log_probs"], T, vocab_size)
     logs, tail = _log_probs_and_tail(logs)
     mask = _parse_mask(value.get("loss_mask", np.ones(T)), T)

@@ -85,8 +85,8 @@ def prefetch(
                     if not (shared.ready or shared.ended) and (waited >= timeout or not thread.is_alive()):
                         state, patience = "is still at" if thread.is_alive() else "died at", GRACE
                         raise UsageError(
-                            f"waited {waited:.0f} s for data; the reader {state} {describe_work()}. Look at the disk "
-                            f"or server that it lies on, or raise shards.timeout ({timeout:g} s)."
+                            f"waited {waited:.0f} s for data; the reader {state} {describe_work()}. Check the disk or "
+                            f"server that holds it, or raise shards.timeout ({timeout:g} s)."
                         )
                 if not shared.ready:
                     break

@@ -37,7 +37,7 @@ class CacheReader:
             if not self.skips:
                 raise
             self.damaged[ref] = str(error)
-            log.warning("skipped, the records of it are left out: %s", error)
+            log.warning("skipped, and its records are left out: %s", error)
         if len(self.damaged) > self.shards.max_damaged_blocks:
             raise UsageError(
                 f"{self.shards.path}: {len(self.damaged)} damaged blocks; wanted at most "

@@ -74,14 +74,14 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
     path, size = storage.url(TABLES_FILE), storage.size(TABLES_FILE)
     if size is not None and size != expected["bytes"]:
         raise UsageError(
-            f"{path}: damaged: has {size} bytes, the manifest wants {expected['bytes']}. Restore it, or export again."
+            f"{path}: damaged: has {size} bytes, the manifest says {expected['bytes']}. Restore it, or export again."
         )
     data = storage.read(TABLES_FILE, int(expected["bytes"]))
     digest = hashlib.sha256(data).hexdigest()
     try:
         members = {member.name: member.payload for member in read_members(data)}
         if digest != expected["sha256"]:
-            raise ValueError(f"sha256 {digest[:12]}…, the manifest wants {str(expected['sha256'])[:12]}…")
+            raise ValueError(f"sha256 {digest[:12]}…, the manifest says {str(expected['sha256'])[:12]}…")
         return RankTables.parse(members)
     except ValueError as error:
         raise UsageError(f"{path}: damaged: {error}. Restore it, or export the cache again.") from None
@@ -99,7 +99,7 @@ class ShardReader:
         tables = read_tables(folder, manifest.tables)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
-                f"{self.storage.url(TABLES_FILE)}: is of a vocabulary of {tables.vocab_size}, the manifest of "
+                f"{self.storage.url(TABLES_FILE)}: has a vocabulary of {tables.vocab_size}, the manifest one of "
                 f"{manifest.vocab_size}. Restore it, or export the cache again."
             )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
@@ -167,7 +167,7 @@ class ShardReader:
         except Exception as error:  # whatever webdataset raises means damage
             raise _damaged(path, index, str(error)) from None
         if (lengths := tuple(record.positions for record in records)) != block.lengths:
-            raise _damaged(path, index, f"holds records of {lengths} positions; the manifest wants {block.lengths}")
+            raise _damaged(path, index, f"holds records of {lengths} positions; the manifest says {block.lengths}")
         return records
 
     def _bytes(self, ref: BlockRef) -> bytes:
@@ -177,13 +177,13 @@ class ShardReader:
         size += len(END_OF_TAR) if index == len(shard.blocks) - 1 else 0
         stored = self.storage.size(shard.name)
         if stored is not None and stored != shard.bytes:
-            raise _damaged(path, index, f"the shard has {stored} bytes; the manifest wants {shard.bytes}")
+            raise _damaged(path, index, f"the shard has {stored} bytes; the manifest says {shard.bytes}")
         if ref[0] not in self.open_shards:
             self.open_shards[ref[0]] = self.storage.open(shard.name)
         data = self.open_shards[ref[0]].read(offset, size)
         if len(data) < size:
             end = offset + len(data)
-            raise _damaged(path, index, f"the shard ends after {end} bytes; the manifest wants {shard.bytes}")
+            raise _damaged(path, index, f"the shard ends after {end} bytes; the manifest says {shard.bytes}")
         return data
 
 

@@ -90,7 +90,7 @@ class Shards:
         if manifest.vocab_size < vocab_size and manifest.tokenizer != tokenizer:
             raise UsageError(
                 f"{self.path}: vocabulary of {manifest.vocab_size}, the student's is {vocab_size} "
-                f"({VOCABULARY_SETTING}). Take a student of the teacher's tokenizer."
+                f"({VOCABULARY_SETTING}). Use a student with the teacher's tokenizer."
             )
         if "tokenizer" in manifest.unknown:
             log.warning(
@@ -99,7 +99,7 @@ class Shards:
         elif manifest.tokenizer != tokenizer:
             raise UsageError(
                 f"{self.path}: written with tokenizer {manifest.tokenizer[:12]}…, the student's is {tokenizer[:12]}…. "
-                "Export the cache with the student's tokenizer, or take a student of the teacher's."
+                "Export the cache with the student's tokenizer, or use a student with the teacher's."
             )
         selection = manifest.selection
         if self.top_k is not None and self.top_k > selection.top_k:
@@ -140,8 +140,8 @@ class Shards:
         except ValueError as error:
             raise UsageError(
                 f"{self.path}: record {record.name} of {record.document}: {error}; the cache has a vocabulary of "
-                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({VOCABULARY_SETTING}). Take a student of "
-                "the teacher's tokenizer, or export the cache again."
+                f"{self.manifest.vocab_size}, the student's is {vocab_size} ({VOCABULARY_SETTING}). Use a student "
+                "with the teacher's tokenizer, or export the cache again."
             ) from None
 
     def cut(self, record: Record, vocab_size: int | None = None) -> Record:
@@ -225,7 +225,9 @@ class Mixture:
         for name, part in zip(sorted(self.caches), self.parts, strict=True):
             scored = part.manifest.statistics.get("scored", 1.0)
             if not scored > 0 or not part.manifest.records:
-                raise UsageError(f"{part.path}: no position of the cache is scored; it can have no share of a mixture.")
+                raise UsageError(
+                    f"{part.path}: no position of the cache is scored, so it cannot have a share of a mixture."
+                )
             costs.append(scored / self.weights[name])
         return interleave([part.order(row_length, seed) for part in self.parts], costs)
 

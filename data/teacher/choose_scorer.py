@@ -63,7 +63,7 @@ def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> 
         if find_spec("transformers") is None:
             raise UsageError(f"{reason} Scoring it with transformers {NO_EXTRA}") from None
         facts = _through_transformers(folder, tokens)
-        log.info("%s: scored with transformers, for our decoder does not cover it", reason)
+        log.info("%s: scored with transformers, because our decoder does not support it", reason)
         return facts
     if tokens is not None:
         arch = arch.with_tokens(tokens, str(folder))

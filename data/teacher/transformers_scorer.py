@@ -55,7 +55,7 @@ def _check_config(folder: Path) -> None:
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
-        raise UsageError(f"{folder}: holds adapter_config.json, whose base lies elsewhere. Wanted a merged model.")
+        raise UsageError(f"{folder}: holds adapter_config.json, whose base is elsewhere. Wanted a merged model.")
     with damage_as_usage_error(path, "a Hugging Face model configuration", "Fetch the folder again"):
         parts = _count_parts(read_json(path, "a Hugging Face model configuration"))
     if parts > MOST_PARTS:

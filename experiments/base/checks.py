@@ -54,7 +54,7 @@ def _check_folders(experiment: "Experiment") -> None:
         if not resolve_folder(folder, where).is_dir()
     ]
     if missing:
-        raise UsageError(f"no such folder: {'; '.join(missing)}. Make what is missing, or name what is there.")
+        raise UsageError(f"no such folder: {'; '.join(missing)}. Create what is missing, or name folders that exist.")
 
 
 def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
@@ -74,7 +74,7 @@ def _warn_of_training_data(experiment: "Experiment") -> None:
     trained = {shards.path: where for where, shards in experiment.training_caches().items()}
     for where, shards in experiment.held_out_caches().items():
         if shards.path in trained:
-            log.warning("%s.path is %s.path, %s: validation on what is trained on tells what is learnt by heart.",
+            log.warning("%s.path is %s.path, %s: validation on training data measures memorisation.",
                         where, trained[shards.path], shards.path)  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Itera
     user_names = [metric.__name__ for metric in metrics]
     taken = {name.removeprefix("val/") for shards in caches for name in metric_names(loss, cache_facts(shards))}
     if doubles := sorted({name for name in user_names if name in taken or user_names.count(name) > 1}):
-        raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: there is a number of this name. Rename it.")
+        raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: another metric has this name. Rename it.")
 
 
 def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
@@ -147,7 +147,7 @@ def check_layout(experiment: "Experiment", student: Student, ranks: int) -> dict
     parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
     optimizer = experiment.optimizer
     if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in SINGLE_RANK_ONLY:
-        raise UsageError(f"optimizer.cls: {optimizer.cls} runs on one rank alone; there are {ranks}. Take another.")
+        raise UsageError(f"optimizer.cls: {optimizer.cls} runs on one rank only; there are {ranks}. Take another.")
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple

@@ -241,8 +241,8 @@ class Experiment:
             log.info("export: of %s, the best %s", best.name, metric)
         else:
             log.warning(
-                "export: of the last step, for no checkpoint has a finite %s, by which checkpoint.export=best knows "
-                "the best. Look at %s in metrics.jsonl, or set checkpoint.best_metric.", metric, metric,
+                "export: of the last step, because no checkpoint has a finite %s, by which checkpoint.export=best "
+                "chooses. Look at %s in metrics.jsonl, or set checkpoint.best_metric.", metric, metric,
             )  # fmt: skip
 
     def run(self, folder: RunFolder, world: World, stopping: StopSignals) -> bool:

@@ -53,8 +53,8 @@ class Axis:
                 break
             if repeated == MOST_REPEATED:
                 raise UsageError(
-                    f"random({', '.join(map(repr, draw))}): got {len(self.choices)} draws, of which only "
-                    f"{len(draws)} differ; equal ones would be one point. Draw {len(draws)}, or from more values."
+                    f"random({', '.join(map(repr, draw))}): got {len(self.choices)} draws, of which only {len(draws)} "
+                    f"differ, and equal ones would be one point. Draw {len(draws)}, or from more values."
                 )
         return draws
 
@@ -183,7 +183,7 @@ def together(*axes: Axis) -> Axis:
     """
     lengths = [len(axis.choices) for axis in axes]
     if len(set(lengths)) != 1:
-        raise UsageError(f"zipped: got {lengths} values; wanted as many for each path.")
+        raise UsageError(f"zipped: got {lengths} values; wanted equally many for each path.")
     choices = tuple(map(_merge, zip(*(axis.choices for axis in axes), strict=True)))
     draws = [axis.draws for axis in axes if axis.draws is not None]
     if len(draws) < len(axes):

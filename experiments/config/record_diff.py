@@ -51,7 +51,7 @@ def _of_commits(then: str, now: str) -> Iterator[str]:
     """Yields lines on the commits, also on equal ones that may hide changes: uncommitted, or both unknown."""
     yield from _changes("code", {"commit": then}, {"commit": now})
     if then == now == UNKNOWN_COMMIT:
-        yield "code commit: not known, for neither ran in a git checkout; it may differ"
+        yield "code commit: not known, because neither ran in a git checkout; it may differ"
     if then == now and now.endswith("-dirty"):
         yield f"code commit: {now} both times, with changes that are not committed and may differ"
 
@@ -110,14 +110,14 @@ def report(resolved: Resolved, facts: dict[str, Any]) -> str:
     folder = resolved.repeats or Path()
     run = RunFolder(folder)
     if not (then := run.last_facts()):
-        raise UsageError(f"{folder}: no attempts/ there, so what it ran on is not known; use config_file: instead.")
+        raise UsageError(f"{folder}: has no attempts/, so it is not known what it ran on; use config_file: instead.")
     lines = differences(resolved, facts, then, run.settings_text())
     edited = _of_user_files(then, read_settings(run.settings_text()))
     if not lines:
         text = f"repeats {folder} with the same code, versions, layout, data and settings: the same bits are expected"
         return "\n".join([text, *edited])
     if any(line.startswith("code ") for line in lines) and (patch := run.attempts()[-1] / "changes.diff").exists():
-        lines.append(f"what it had beyond its commit: {patch}")
+        lines.append(f"its changes beyond that commit: {patch}")
     return "\n".join([f"differs from the run it repeats, {folder}:", *(f"  {line}" for line in lines), *edited])
 
 

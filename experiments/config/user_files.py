@@ -202,7 +202,7 @@ def parse_user_files(value: Any, place: str) -> list[UserFile]:
         for path, content in texts.items():
             check_text(content, path)
             if path != main and (not PLAIN_PATH.fullmatch(path) or path.partition("/")[0].removesuffix(".py") in OURS):
-                raise ValueError(f"{path!a:.80} is no file beside an experiment's")
+                raise ValueError(f"{path!a:.80} is not a file beside an experiment's")
         if check_text(main, "main") not in texts or "/" in main:
             raise ValueError(f"{main!a:.80} is no experiment's file")
         files.append(UserFile(main, texts, place))

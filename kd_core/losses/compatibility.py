@@ -21,12 +21,12 @@ ALLOWED_DIVERGENCES: dict[str, tuple[str, ...]] = {
 }
 # Why a tail allows no other divergence, for the error message.
 REASONS = {
-    "renormalized": "most of the tail that it weighs apart is not there",
-    "truncated": "it weighs events by the student, whose mass outside the entries this tail leaves out",
-    "unnormalized": "it weighs events by the student, whose mass outside the entries this tail leaves out",
-    "uniform_tail": "the guessed tail is known on average only, which forward KL alone can use",
-    "residual_to_label": "a teacher with all its tail on the label is a target for the forward forms alone",
-    "sampled": "importance weights estimate sums over the teacher, which the forward forms alone are",
+    "renormalized": "most of the tail that it weighs separately is missing",
+    "truncated": "it weighs events by the student, and this tail leaves out the student's mass outside the entries",
+    "unnormalized": "it weighs events by the student, and this tail leaves out the student's mass outside the entries",
+    "uniform_tail": "the guessed tail is known only on average, which only forward KL can use",
+    "residual_to_label": "a teacher with all its tail on the label is a target for the forward forms only",
+    "sampled": "importance weights estimate sums over the teacher, and only the forward forms are such sums",
 }
 # Tails that allow a teacher at τ ≠ 1. The others would need probabilities that the entries do not hold.
 TEMPERED_TAILS = ("tail_bucket", "renormalized", "truncated")

@@ -91,7 +91,8 @@ ROWS = (
         subject="text", brief=True, sums=GAP_NAMES,
     ),
     MetricRow(
-        "temperature", "temperature that would mend it", "", None, DISTRIBUTION, "temperature that would mend it",
+        "temperature", "temperature that would calibrate it", "", None, DISTRIBUTION, "temperature that would "
+        "calibrate it",
         computed="evaluation", subject="text", sums=TEMPERATURE_NLL_NAMES,
     ),
     MetricRow("tokens", "positions", "", None, SPEED, "scored tokens of a step", ("train",), subject="teacher"),

@@ -160,7 +160,7 @@ class Distillation(Term):
         if self.tail not in ("renormalized", "truncated") and not cache.tail_known:
             raise UsageError(
                 f"{where}.tail: {self.tail!r} on a cache whose source did not say what mass its entries have. Use "
-                "'renormalized', which compares nothing else, or export with a teacher of your own."
+                "'renormalized', which needs only the entries, or export with a teacher of your own."
             )
         # With K = V there is no tail to treat.
         if self.tail in ("tail_bucket", "uniform_tail", "residual_to_label") and cache.top_k >= cache.vocab_size:
@@ -172,7 +172,7 @@ class Distillation(Term):
         if self.tail == "tail_bucket" and self.temperature not in (1.0, *cache.tail_temperatures):
             raise UsageError(
                 f"{where}.temperature: got {self.temperature}, but the cache has the tail at "
-                f"{', '.join(map(str, cache.tail_temperatures))} only, and it cannot be had from the entries. "
+                f"{', '.join(map(str, cache.tail_temperatures))} only, and it cannot be computed from the entries. "
                 "Use tail='renormalized', temperature=1 with a student_temperature, or export that tail."
             )
 

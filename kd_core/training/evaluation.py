@@ -80,8 +80,8 @@ class _UserMetric(Term):
         if not isinstance(result, Tensor) or result.shape != (n,):  # pyright: ignore[reportUnnecessaryIsInstance]
             got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(
-                f"evaluation.metrics: {self.function.__name__} gave {got} of {n} positions; wanted a tensor of one "
-                "number each, before any sum."
+                f"evaluation.metrics: {self.function.__name__} gave {got} of {n} positions; wanted a tensor with one "
+                "number for each, before any sum."
             )
         return result.detach().to(view.teacher_tail.dtype)
 
@@ -191,7 +191,7 @@ def _sum_metrics(
         sums[name] = sums.pop(f"{ADDED_PREFIX}{name}_loss")
     totals = world.sum_floats(local_totals)
     if not (tokens := totals.pop("tokens")):
-        raise UsageError("evaluation: no position of the held-out cache is scored. Take another cache.")
+        raise UsageError("evaluation: no position of the held-out cache is scored. Use another cache.")
     if asked.token_bytes is None:
         totals.pop("bytes")
     return sums | totals, tokens

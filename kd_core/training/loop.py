@@ -90,7 +90,7 @@ class _Run:
             if self.progress.rows != (expected_rows := self.progress.step * self.settings.rows_per_step):
                 raise UsageError(
                     f"{newest / 'progress.json'}: {self.progress.rows} rows were read by step {self.progress.step}; "
-                    f"wanted {expected_rows}. Take another checkpoint."
+                    f"wanted {expected_rows}. Use another checkpoint."
                 )
             log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.settings.steps)
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
@@ -197,7 +197,7 @@ class _Run:
         if optimizer.on_non_finite == "stop" or self.progress.skipped > optimizer.max_skipped:
             skipped = f" Steps skipped: {self.progress.skipped}." if optimizer.on_non_finite == "skip" else ""
             raise NonFiniteError(
-                f"{message}.{skipped} Look at them, lower optimizer.lr, run with parallel.precision=float32, or skip "
+                f"{message}.{skipped} Inspect them, lower optimizer.lr, run with parallel.precision=float32, or skip "
                 "such steps (optimizer.on_non_finite=skip); the last checkpoint is kept."
             )
         log.warning("%s; the step is skipped", message)

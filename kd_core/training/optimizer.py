@@ -119,9 +119,11 @@ class TorchOptimizer:
             raise UsageError(f"optimizer.cls: got {self.cls!r}; wanted one of {', '.join(sorted(supported))}.")
         if duplicates := {"lr", "weight_decay"} & set(self.settings):
             name = min(duplicates)
-            raise UsageError(f"optimizer.settings: {name} stands beside them. Set optimizer.{name}.")
+            raise UsageError(f"optimizer.settings: {name} has a setting of its own. Set optimizer.{name}.")
         if bool(self.only) != bool(self.others):
-            raise UsageError("optimizer.only, .others: wanted both, or none: what is not its own must have another.")
+            raise UsageError(
+                "optimizer.only, .others: wanted both or neither, because every parameter needs an optimizer."
+            )
         self._refuse_others_of_the_step()
         # The optimiser checks its settings when it is built. Two small matrices do that before there is a student.
         self._make([nn.Parameter(torch.zeros(2, 2)) for _ in range(2)])

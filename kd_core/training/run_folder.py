@@ -163,7 +163,7 @@ class RunFolder:
         if refused or not (differences or recorded_text):
             raise UsageError(
                 f"{self.path}: holds a run of another experiment ({_listed(refused) or 'its config.json differs'}). "
-                "Name another --run_dir, or the same settings to resume."
+                "Choose another --run_dir, or the same settings to resume."
             )
         if "steps" in differences:
             self._check_steps(int(read_settings(config_text)["steps"][0]))
@@ -173,12 +173,12 @@ class RunFolder:
         newest = checkpoint.newest(self.checkpoints)
         if newest is None and self.is_finished:
             raise UsageError(
-                f"{self.path}: is finished, and its checkpoints are gone, so it cannot go on to {steps} steps. Begin "
+                f"{self.path}: is finished, and its checkpoints are gone, so it cannot go on to {steps} steps. Start "
                 f"another run from its student: student.folder={self.export}."
             )
         if newest is not None and steps < (done := checkpoint.read_progress(newest).step):
             raise UsageError(
-                f"steps: got {steps}; {self.path} has done {done}. Give more, or take an earlier student: "
+                f"steps: got {steps}; {self.path} has done {done}. Set more, or use an earlier student: "
                 f"launchers.export_student --student={self.path} --step={steps}, where that checkpoint is kept."
             )
 

@@ -23,5 +23,5 @@ def refuse_other_kinds(folder: Path, kind: str, flag: str) -> None:
         mark = next((name for name in marks if (folder / name).exists()), None)
         if other != kind and mark:
             raise UsageError(
-                f"--{flag}={folder}: holds {other} ({mark}), wanted {kind} or nothing. Name another folder."
+                f"--{flag}={folder}: holds {other} ({mark}), wanted {kind} or nothing. Choose another folder."
             )

@@ -112,7 +112,7 @@ def refuse_missing_caches(points: Sequence[Point]) -> None:
         )
         raise UsageError(
             f"no complete cache (no manifest.json) at\n  {missing}\nNo point was started. Make each with "
-            "launchers.export_teacher, or name what is there. --backend=check looks at all else."
+            "launchers.export_teacher, or name caches that exist. --backend=check looks at all else."
         )
 
 

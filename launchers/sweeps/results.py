@@ -157,7 +157,7 @@ def _warn_of_precisions(rows: Sequence[Row]) -> None:
     if len(counts) > 1:
         log.warning(
             "points were trained in several precisions (%s), as their machines do well: compare them with care, or "
-            "train anew with --config=parallel.precision=float32",
+            "train again with --config=parallel.precision=float32",
             ", ".join(f"{count} in {precision}" for precision, count in counts.items()),
         )
 

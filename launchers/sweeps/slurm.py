@@ -107,9 +107,9 @@ class PointJob:
             seconds = time.monotonic() - started
             if seconds >= WAIT_LOG_SECONDS * lines:
                 log.warning(
-                    "point %s: waits, for %.0f minutes so far: another process is working in %s, such as a training on "
-                    "a node that Slurm has lost. It begins once that has ended. End it where it runs, or scancel this "
-                    "job.", self.point_id, seconds / 60, path,
+                    "point %s: waits, for %.0f minutes so far: another process is working in %s, such as a training "
+                    "on a node that Slurm has lost. This job begins once that one has ended. Stop it where it runs, "
+                    "or cancel this job with scancel.", self.point_id, seconds / 60, path,
                 )  # fmt: skip
                 lines += 1
             time.sleep(1)
@@ -190,7 +190,7 @@ def _jobs_folder(folder: SweepFolder) -> Path:
         if not stat.S_ISDIR(info.st_mode) or (is_own and info.st_uid != os.getuid()) or others_write:
             raise UsageError(
                 f"{path}: belongs to user {info.st_uid} with mode {stat.filemode(info.st_mode)}; jobs are unpickled "
-                "from it on the nodes, so wanted a folder that is yours and that others cannot write. Name another "
+                "from it on the nodes, so wanted a folder that is yours and that others cannot write. Choose another "
                 "--out."
             )
     root.chmod(0o700)
@@ -274,7 +274,7 @@ def _submit_array(executor: Any, jobs: Sequence[PointJob]) -> list[str]:
             submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UsageError(
-            f"--backend=slurm: sbatch refused {len(jobs)} jobs: {error}. Where you have as many jobs as you may, run "
+            f"--backend=slurm: sbatch refused {len(jobs)} jobs: {error}. If you have reached your limit of jobs, run "
             "the same line again once some have ended."
         ) from None
     return [str(job.job_id) for job in submitted]

@@ -114,7 +114,7 @@ class SweepFolder:
         with damage_as_usage_error(record, description):
             content = read_json(record, description)
             if check_text(content["sweep"], "sweep") != name:
-                raise UsageError(f"{self.path}: holds the sweep {content['sweep']!a}, not {name}. Name another --out.")
+                raise UsageError(f"{self.path}: holds the sweep {content['sweep']!a}, not {name}. Choose another --out.")
             points = [check_object(point, "a point", ("id", "values")) for point in check_list(content["points"], "points")]
             for point in points:
                 if not POINT_ID.fullmatch(check_text(point["id"], "id")):

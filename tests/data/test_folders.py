@@ -36,7 +36,7 @@ def test_links_to_folders_are_followed_once_and_loops_cut(tmp_path: Path, caplog
     (corpus / "one.txt").symlink_to(tmp_path / "beside.txt")
     with caplog.at_level("INFO", logger="kd"):
         assert _names(corpus) == ["a.txt", "again/d.md", "deep/b.txt", "linked/c.txt", "one.txt", "z.txt"]
-    assert f"corpus {corpus}: 4 left out: 4 link to a folder that is read already" in caplog.text
+    assert f"corpus {corpus}: 4 left out: 4 link to a folder that is already read" in caplog.text
     caplog.clear()
     linked = tmp_path / "link"
     linked.symlink_to(corpus)

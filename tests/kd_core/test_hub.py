@@ -127,7 +127,7 @@ def test_what_the_hub_does_not_give_is_one_message(
     tmp_path: Path, hub: tuple[str, Counter[str]], name: str, offline: str
 ) -> None:
     said = _said(_start(tmp_path, name, HF_ENDPOINT=hub[0], HF_HUB_OFFLINE=offline))
-    assert said.startswith(f"student.folder {name}: not to be had from the hub (")
+    assert said.startswith(f"student.folder {name}: cannot be downloaded from the hub (")
     assert len(said.splitlines()) == 1
 
 

@@ -128,5 +128,5 @@ def held() -> fdl.Config[Experiment]:
     for item, message in refused.items():
         with pytest.raises(UsageError, match=re.escape(message)):
             built(item)
-    with pytest.raises(UsageError, match="optimizer.cls: Adafactor runs on one rank alone; there are 2"):
+    with pytest.raises(UsageError, match="optimizer.cls: Adafactor runs on one rank only; there are 2"):
         replace(built("schedule.decay_steps=1"), optimizer=TorchOptimizer("Adafactor", 1e-3)).check(2)

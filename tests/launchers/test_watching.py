@@ -96,7 +96,7 @@ def test_evaluate_prints_a_table_of_all(tiny: Tiny) -> None:
         "perplexity",
         "bits per byte",
         "expected calibration error",
-        "temperature that would mend it",
+        "temperature that would calibrate it",
     } <= rows.keys()
 
 
@@ -120,7 +120,7 @@ def test_evaluate_measures_on_several_caches_and_with_a_users_metric(tiny: Tiny,
         "surprize": "no function 'surprize' there. Did you mean 'surprise'?",
         "wrong": "evaluation.metrics: wrong gave float of",
         "typo": "evaluation.metrics: typo: mine.py:11: AttributeError: 'SparseView' object has no attribute",
-        "nll": "evaluation.metrics: nll: there is a number of this name. Rename it.",
+        "nll": "evaluation.metrics: nll: another metric has this name. Rename it.",
     }.items():
         done = run("launchers.evaluate", f"--student={tiny.teacher}", caches[0], f"--metric={file}:{metric}")
         assert said in done.stderr

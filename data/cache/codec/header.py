@@ -51,7 +51,7 @@ class Header:
         bytes_a_position = BYTES_A_POSITION + 4 * temperatures
         most = self.positions * (bytes_a_position + BYTES_A_CELL * max(self.entries, self.samples))
         if sum(sizes) > most:
-            raise ValueError(f"declares planes of {sum(sizes)} bytes; a block of its size has {most} at the most")
+            raise ValueError(f"declares planes of {sum(sizes)} bytes; a block of its size has at most {most}")
         return sizes
 
     @classmethod

@@ -63,7 +63,7 @@ def _decompress_empty(payload: bytes) -> bytes:
     frame = zstandard.ZstdDecompressor().decompressobj()
     raw = frame.decompress(payload[:MAX_EMPTY_FRAME_BYTES])
     if not frame.eof or frame.unused_data or len(payload) > MAX_EMPTY_FRAME_BYTES:
-        raise ValueError("a frame of nothing is followed by something, or cut off")
+        raise ValueError("an empty frame is followed by bytes, or cut off")
     return raw
 
 

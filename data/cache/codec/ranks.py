@@ -88,10 +88,10 @@ def _steps(planes: Sequence[Array], largest: int) -> Array:
     # Put the large gaps in the places that are marked by 255.
     marked = np.flatnonzero(planes[0] == ESCAPE)
     if len(marked) != len(large_gaps):
-        raise ValueError(f"{len(marked)} gaps are marked as written aside, {len(large_gaps)} are")
+        raise ValueError(f"{len(marked)} gaps are marked as stored separately, {len(large_gaps)} are")
     if len(large_gaps):
         if not 0 <= int(large_gaps.min()) <= int(large_gaps.max()) <= largest:
-            raise ValueError(f"holds a gap that leads beyond rank {largest}")
+            raise ValueError(f"holds a gap beyond rank {largest}")
         steps[marked] = large_gaps + 1
     return steps
 

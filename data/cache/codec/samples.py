@@ -33,7 +33,7 @@ def encode_weights(drawn: RankedEntries, tail: Array, selection: Selection) -> P
         times = np.rint(np.exp((drawn.logs - tail[:, None]).astype(np.float64)) * selection.draws)
     times = rows.flat(times)
     if times.size and not 1 <= times.min() <= times.max() <= selection.draws:
-        raise ValueError(f"a sample's weight is none of 1 to {selection.draws} draws of the tail's mass")
+        raise ValueError(f"a sample's weight is not 1 to {selection.draws} draws of the tail's mass")
     return split_planes(times.astype(np.uint32), bytes_for(selection.draws))
 
 

@@ -44,11 +44,11 @@ def read_coding(folder: Path, manifest: Manifest, report: Report) -> Coding | No
     if not _is_file(path, report):
         return None
     if (size := path.stat().st_size) != recorded["bytes"]:
-        report(TABLES_FILE, f"has {size} bytes; the manifest wants {recorded['bytes']}")
+        report(TABLES_FILE, f"has {size} bytes; the manifest says {recorded['bytes']}")
         return None
     data = path.read_bytes()
     if (sha256 := hashlib.sha256(data).hexdigest()) != recorded["sha256"]:
-        report(TABLES_FILE, f"sha256 {sha256[:12]}…; the manifest wants {recorded['sha256'][:12]}…")
+        report(TABLES_FILE, f"sha256 {sha256[:12]}…; the manifest says {recorded['sha256'][:12]}…")
     try:
         members = {member.name: member.payload for member in read_members(data)}
         tables = RankTables.parse(members)
@@ -78,10 +78,10 @@ def _is_file(path: Path, report: Report) -> bool:
     try:
         status = path.stat()
     except OSError as error:
-        report(path.name, f"cannot be read ({error.strerror}); the manifest wants it")
+        report(path.name, f"cannot be read ({error.strerror}); the manifest names it")
         return False
     if not stat.S_ISREG(status.st_mode):
-        report(path.name, "is no file; the manifest wants one")
+        report(path.name, "is not a file; the manifest names one")
         return False
     return True
 
@@ -90,7 +90,7 @@ def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: 
     if not _is_file(path, report):
         return
     if (size := path.stat().st_size) != shard.bytes:
-        report(shard.name, f"has {size} bytes; the manifest wants {shard.bytes}")
+        report(shard.name, f"has {size} bytes; the manifest says {shard.bytes}")
     shard_hash = hashlib.sha256()
     with path.open("rb") as file:
         for index, block in enumerate(shard.blocks):
@@ -105,7 +105,7 @@ def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: 
             )
         shard_hash.update(end)
         if size <= shard.bytes and shard_hash.hexdigest() != shard.sha256:
-            report(shard.name, f"sha256 {shard_hash.hexdigest()[:12]}…; the manifest wants {shard.sha256[:12]}…")
+            report(shard.name, f"sha256 {shard_hash.hexdigest()[:12]}…; the manifest says {shard.sha256[:12]}…")
 
 
 def _block(
@@ -122,7 +122,7 @@ def _block(
     if len(data) != block.bytes:
         report(where, f"is cut off: {len(data)} bytes of {block.bytes}")
     elif (sha256 := hashlib.sha256(data).hexdigest()) != block.sha256:
-        report(where, f"sha256 {sha256[:12]}…; the manifest wants {block.sha256[:12]}…")
+        report(where, f"sha256 {sha256[:12]}…; the manifest says {block.sha256[:12]}…")
     try:
         members = list(read_members(data))
         decoded = _decode(where, members, coding) if coding else None
@@ -130,7 +130,7 @@ def _block(
         report(where, str(error) or type(error).__name__)
         return None
     if decoded and (lengths := tuple(record.positions for record in decoded.records)) != block.lengths:
-        report(where, f"holds records of {lengths} positions; the manifest wants {block.lengths}")
+        report(where, f"holds records of {lengths} positions; the manifest says {block.lengths}")
         return None
     return decoded
 

@@ -184,9 +184,7 @@ def _check_folder(folder: Path, findings: Findings) -> None:
     cache_files = {"manifest.json", "plan.json", TABLES_FILE, *(shard.name for shard in findings.manifest.shards)}
     for path in sorted(folder.iterdir()):
         if path.name not in cache_files:
-            findings.report(
-                ascii(path.name).strip("'"), "does not belong to the cache; the manifest knows nothing of it"
-            )
+            findings.report(ascii(path.name).strip("'"), "does not belong to the cache; the manifest does not name it")
         elif path.is_file():
             findings.bytes += path.stat().st_size
     if (folder / "plan.json").exists():
@@ -196,7 +194,7 @@ def _check_folder(folder: Path, findings: Findings) -> None:
             findings.report("plan.json", str(error))
             return
         if _text(plan) not in map(_text, findings.manifest.plans):
-            findings.report("plan.json", "is none of the plans in the manifest")
+            findings.report("plan.json", "is not one of the plans in the manifest")
 
 
 def _text(plan: object) -> str:

@@ -80,7 +80,7 @@ class MarkedMessage(NamedTuple):
             return
         kind = "tool call" if calls else "turn"
         raise BadRowError(
-            f"{where}: the chat template writes nothing of this {kind}, and a student would learn to say nothing "
+            f"{where}: the chat template writes nothing of this {kind}, so a student would learn to say nothing "
             "there. Use a template that writes it, write it into 'content', or drop the row.",
             f"{kind} that the template does not write",
         )
@@ -175,7 +175,7 @@ class TurnFinder:
     def _locate(
         self, render: Render, messages: Sequence[Message], number: int, whole: str, marked: str, turn: MarkedMessage
     ) -> Span | None:
-        """Returns the characters of `whole` that a turn takes, or None where they cannot be told from the rest.
+        """Returns the characters of `whole` that a turn takes, or None where they cannot be told apart from the rest.
 
         Args:
             marked: the rendering with the turn marked.
@@ -201,7 +201,7 @@ class TurnFinder:
         """Returns the characters of `whole` that the turn `messages[number]` takes.
 
         Raises:
-            BadRowError: they cannot be told from the rest, or the template writes nothing of the turn.
+            BadRowError: they cannot be told apart from the rest, or the template writes nothing of the turn.
         """
         turn = MarkedMessage.from_message(messages[number], make_mark(whole))
         marked = render([*messages[:number], turn.message, *messages[number + 1 :]], False)
@@ -209,10 +209,11 @@ class TurnFinder:
         if span := self._locate(render, messages, number, whole, marked, turn):
             return span
         raise BadRowError(
-            f"{where}: what the assistant said cannot be told from the rest of the rendering. Put {{% generation %}} … "
+            f"{where}: what the assistant said cannot be told apart from the rest of the rendering. Put "
+            f"{{% generation %}} … "
             "{% endgeneration %} around the assistant's text in the template, or give the turn a row of its own "
             "(prompt and completion).",
-            "turn that cannot be told from the rest",
+            "turn that cannot be told apart from the rest",
         )
 
 

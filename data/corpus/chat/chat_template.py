@@ -84,7 +84,7 @@ class ChatTemplate:
         self.for_tools: ChatTemplate | None = None  # another template, for conversations with tools
         self.used_for_tools = False
         if not isinstance(source, str) or len(source) > MOST_SOURCE:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"{where}: the chat template is no text of at most {MOST_SOURCE} characters.")
+            raise UsageError(f"{where}: the chat template is not text of at most {MOST_SOURCE} characters.")
         try:
             with limited_resources(MAX_RENDER_SECONDS):  # the compiler evaluates constants
                 self.template, self.has_generation_blocks = compile_template(source)
@@ -150,7 +150,7 @@ class ChatTemplate:
                 )
         except Exception as error:  # a template is a program and may raise anything
             raise BadRowError(
-                f"{where}: the chat template refuses the conversation: {error!s:.300} ({self.where}). Mend the "
+                f"{where}: the chat template refuses the conversation: {error!s:.300} ({self.where}). Fix the "
                 "conversation, or the template.",
                 "refused by the chat template",
             ) from None
@@ -178,7 +178,7 @@ class ChatTemplate:
         """Renders a conversation. Returns the text, and the characters of the assistant's scored turns.
 
         Raises:
-            BadRowError: the template refuses it, or the assistant's turns cannot be told from the rest.
+            BadRowError: the template refuses it, or the assistant's turns cannot be told apart from the rest.
         """
         if conversation.tools and self.for_tools:
             self.used_for_tools = True
@@ -191,7 +191,7 @@ class ChatTemplate:
             raise BadRowError(f"{where}: nests too deeply. Drop the row.", "nesting too deep") from None
         if BLOCK_OPEN in written or BLOCK_CLOSE in written:
             raise BadRowError(
-                f"{where}: holds U+FDD0 or U+FDD1, which are no characters of any text. Drop them.", "no text"
+                f"{where}: holds U+FDD0 or U+FDD1, which are not characters of text. Drop them.", "no text"
             )
 
         def render_spans(history: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:

@@ -64,7 +64,7 @@ def _calls(value: Any, where: str) -> list[Message]:
     calls = cast(list[Any], value)
     if isinstance(value, list) and all(isinstance(call, dict) for call in calls):
         return calls
-    raise BadRowError(f"{where}: 'tool_calls' is no list of objects.", "tool calls that are no objects")
+    raise BadRowError(f"{where}: 'tool_calls' is not a list of objects.", "tool calls that are no objects")
 
 
 class PlainPrompt(Conversation):
@@ -132,7 +132,7 @@ def parse_tools(value: Any, where: str) -> list[Any] | None:
     else:
         value = _present(value, where)
     if not isinstance(value or [], list) or not all(isinstance(tool, dict) for tool in value or []):
-        raise BadRowError(f"{where}: 'tools' is no list of objects; wanted JSON schemas.", "tools are no objects")
+        raise BadRowError(f"{where}: 'tools' is not a list of objects; wanted JSON schemas.", "tools are no objects")
     return value or None
 
 

@@ -56,7 +56,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             TemplateError: the result would be too large.
         """
         if not _is_small(operator, left, right):
-            raise TemplateError(f"{operator} would make more than a chat template is let make")
+            raise TemplateError(f"{operator} would make more than a chat template may")
         return super().call_binop(context, operator, left, right)
 
 

@@ -16,8 +16,8 @@ def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageErr
     """Returns the error for a model whose embedding has fewer rows than tokens are used. `where` names the setting."""
     return UsageError(
         f"{where}: {folder} has an embedding of {rows} rows (vocab_size in config.json), and {tokens} tokens are used, "
-        f"so ids from {rows} on have no row. Tokenizer and model do not belong together, or tokens were added: widen "
-        "the model by resize_token_embeddings of transformers."
+        f"so ids from {rows} on have no row. Tokenizer and model do not belong together, or tokens were added. Widen "
+        "the model with resize_token_embeddings of transformers."
     )
 
 

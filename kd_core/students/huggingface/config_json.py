@@ -229,5 +229,5 @@ def config_fields(arch: Architecture, bos: int | None, eos: int | list[int] | No
         **rope_fields(arch.rope_theta, arch.rope_scaling),
         **family.write(arch),
     }
-    assert _is_described_by(arch, config), f"{arch.family} has no such settings: {arch}"
+    assert _is_described_by(arch, config), f"{arch.family} does not have these settings: {arch}"
     return config

@@ -48,7 +48,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: bias is {config['bias']!r}; only 'none' is supported.")
     if (init := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
         raise UsageError(
-            f"{path}: init_lora_weights is {init!r}, a beginning that also changes the base, by what is not in the "
+            f"{path}: init_lora_weights is {init!r}, which also changes the base, by values that are not in the "
             f"adapter; wanted one of {PLAIN_BEGINNINGS}. Save it as a plain one (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion), or merge it into its base and take that as the folder."
         )

@@ -105,7 +105,7 @@ def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], 
             save_file(state, folder / file.name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise UsageError(
-                f"{folder / file.name}: cannot be written ({error}). Free some space and run the same again."
+                f"{folder / file.name}: cannot be written ({error}). Free some space and run the same command again."
             ) from None
 
 

@@ -35,7 +35,7 @@ def _index_files(index: Path) -> list[str]:
     with damage_as_usage_error(index, "a safetensors index", REFETCH_HINT):
         names = sorted(set(check_object(read_json(index, "a safetensors index")["weight_map"], "weight_map").values()))
         if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise ValueError(f"names {foreign[0]!a}, which is no plain name of a .safetensors file")
+            raise ValueError(f"names {foreign[0]!a}, which is not a plain name of a .safetensors file")
     return names
 
 

@@ -37,7 +37,7 @@ class FrozenStart:
         for name in match_names(named, self.patterns, "student.patterns"):
             named[name].requires_grad_(False)
         if not any(parameter.requires_grad for parameter in named.values()):
-            raise UsageError(f"student.patterns: {self.patterns} fit every parameter; nothing is left to train.")
+            raise UsageError(f"student.patterns: {self.patterns} match every parameter, so nothing is left to train.")
         return model
 
     def fill(self, model: Student, seed: int) -> None:

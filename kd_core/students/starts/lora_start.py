@@ -88,7 +88,10 @@ class LoraStart:
             blocks = tuple(f"layers.{layer}.*" for layer in self.layers)
             names = [name for name in names if any(matches(name, block) for block in blocks)]
         if not names:
-            raise UsageError(f"student.targets: {self.targets} in layers {self.layers} is no layer; nothing to adapt.")
+            raise UsageError(
+                f"student.targets: {self.targets} in layers {self.layers} matches no layer, so there is nothing to "
+                "adapt."
+            )
         return names
 
     def build_on_meta(self) -> Student:

@@ -114,7 +114,7 @@ def write(root: Path, content: CheckpointContent, world: World, group: dist.Proc
         sync_folder(root)
 
     run_on_all_ranks(world, begin, group)
-    with _as_usage_error(partial, "written", "Free some space and run the same again"):
+    with _as_usage_error(partial, "written", "Free some space and run the same command again"):
         writer = TensorWriter(partial, world.rank)
         dcp_save(content.state, storage_writer=writer, process_group=group, no_dist=world.size == 1)
     by_rank = run_on_all_ranks(world, lambda: hash_files([tensor_file(partial, world.rank)]), group)
@@ -131,7 +131,9 @@ def newest_undamaged(root: Path, world: World, beat: Callable[[], None] = lambda
 
     def put_aside(folder: Path, faults: list[str]) -> None:
         aside = folder.with_name(folder.name + ".damaged")
-        log.error("%s is damaged: %s. It is now %s; the one before it is taken.", folder, "; ".join(faults), aside.name)
+        log.error(
+            "%s is damaged: %s. It is now %s, and the one before it is used.", folder, "; ".join(faults), aside.name
+        )
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 
@@ -149,7 +151,7 @@ def newest_undamaged(root: Path, world: World, beat: Callable[[], None] = lambda
         raise_on_all_ranks(
             world,
             f"{root}: {names}, and no whole checkpoint is left. Restore one (without .damaged in its name), or delete "
-            "the run's folder to begin anew.",
+            "the run's folder to start again.",
         )
     return None
 
@@ -235,7 +237,7 @@ def load(folder: Path, model: Student, optimizer: torch.optim.Optimizer | None =
         UsageError: the checkpoint cannot be read, or is of another student or another start.
     """
     progress, norms, reader = read_progress(folder), _read_norms(folder), TensorReader(folder)
-    with _as_usage_error(folder, "read", "It is of another student, or of another version of this code"):
+    with _as_usage_error(folder, "read", "It belongs to another student, or to another version of this code"):
         state = model_state(model)
         if missing := sorted(stored_names(reader.metadata) ^ state.keys()):
             raise UsageError(f"{folder}: is of another student; {missing[0]!a} is not in both.")
@@ -262,7 +264,7 @@ def load_model(folder: Path, model: Student, world: World | None = None) -> None
             dict.fromkeys(fault for rank_faults in all_gather_values(world, local_faults) for fault in rank_faults)
         )
         raise_on_all_ranks(
-            world, f"{folder}: damaged: {'; '.join(faults)}. Take another checkpoint." if faults else None
+            world, f"{folder}: damaged: {'; '.join(faults)}. Use another checkpoint." if faults else None
         )
         load(folder, model)
 

@@ -38,7 +38,7 @@ def find_damage(folder: Path, share: slice = slice(None), beat: Callable[[], Non
         elif file.stat().st_size != size:
             wrong.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
         elif sha256(file) != recorded_digest:
-            wrong.append(f"{name} has other bytes than were written (sha256)")
+            wrong.append(f"{name} has bytes that differ from those written (sha256)")
     return wrong
 
 
@@ -48,7 +48,7 @@ def _hashes(path: Path) -> dict[str, tuple[int, str]]:
         hashes: dict[str, tuple[int, str]] = {}
         for name, value in read_json(path, "the hashes of a checkpoint").items():
             if not FILE_NAME.fullmatch(name):
-                raise ValueError(f"{short_repr(name)} is no plain name of a file")
+                raise ValueError(f"{short_repr(name)} is not a plain file name")
             facts = check_object(value, name, ("bytes", "sha256"))
             hashes[name] = check_integer(facts["bytes"], "bytes", 0, LARGEST), check_digest(facts["sha256"], "sha256")
         if missing := sorted({*COMMON_FILES} - hashes.keys()):

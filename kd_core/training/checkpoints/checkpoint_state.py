@@ -76,7 +76,8 @@ def check_resumable(model: nn.Module, optimizer: torch.optim.Optimizer, settings
         if changed := sorted(name for name in after if str(after[name]) != str(before.get(name))):
             raise UsageError(
                 f"optimizer.cls: a step of {type(optimizer).__name__} changes {', '.join(changed)} of its groups, "
-                "which no checkpoint holds, so it could not be resumed. Take one that keeps a state by parameter alone."
+                "which no checkpoint holds, so it could not be resumed. Use one that keeps its state by parameter "
+                "alone."
             )
 
 
@@ -101,7 +102,7 @@ def check_frozen(stored_norms: Mapping[str, float], norms: Mapping[str, float]) 
         if old is None or new is None or abs(old - new) > CLOSE * max(abs(old), abs(new)):
             raise UsageError(
                 f"{name}, which is not trained, has norm {new} here, and had {old} when the checkpoint was written. "
-                "The student's folder has changed: restore it."
+                "The student's folder has changed. Restore it."
             )
 
 
@@ -117,7 +118,7 @@ def _empty_moment(parameter: Tensor, name: str, stored: TensorStorageMetadata) -
     if stored.size.numel() > max(1, parameter.numel()):
         raise UsageError(
             f"{name}: has shape {tuple(stored.size)} in the checkpoint; wanted no more numbers than the parameter's "
-            f"{tuple(parameter.shape)}. Take another checkpoint."
+            f"{tuple(parameter.shape)}. Use another checkpoint."
         )
     return replicated_empty(stored.size, dtype, parameter)
 
@@ -163,7 +164,7 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
 def _check_moments(name: str, stored_shapes: object, shapes: object) -> None:
     if stored_shapes != shapes:
         raise UsageError(
-            f"optimizer.{name}: the checkpoint holds {stored_shapes}; wanted {shapes}. Take another checkpoint."
+            f"optimizer.{name}: the checkpoint holds {stored_shapes}; wanted {shapes}. Use another checkpoint."
         )
 
 

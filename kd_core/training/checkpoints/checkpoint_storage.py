@@ -153,10 +153,10 @@ def read_metadata(folder: Path) -> Metadata:
     tensors: dict[str, Any] = {}
     for name, tensor_chunks in chunks.items():
         if len(dtypes[name]) > 1:
-            raise UsageError(f"{folder}: {name!a} has parts of several dtypes. Take another checkpoint.")
+            raise UsageError(f"{folder}: {name!a} has parts of several dtypes. Use another checkpoint.")
         size = _size_of_grid(tensor_chunks)
         if size is None:
-            raise UsageError(f"{folder}: the parts of {name!a} overlap, or leave a gap. Take another checkpoint.")
+            raise UsageError(f"{folder}: the parts of {name!a} overlap, or leave a gap. Use another checkpoint.")
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype=min(dtypes[name], key=str)), size, tensor_chunks)
     return Metadata(tensors, storage_data=files)
 
@@ -168,7 +168,7 @@ def _chunks(path: Path) -> Iterator[tuple[str, torch.dtype, ChunkStorageMetadata
         UsageError: the path is no plain file, or its header is damaged.
     """
     if not is_plain_file(path):
-        raise UsageError(f"{path}: is no file. Take another checkpoint.")
+        raise UsageError(f"{path}: is not a file. Use another checkpoint.")
     with (
         damage_as_usage_error(path, "the tensors of a checkpoint", "Take another checkpoint"),
         safe_open(path, "pt") as file,

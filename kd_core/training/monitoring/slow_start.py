@@ -82,12 +82,14 @@ class SlowStart:
     def _cause(self, seconds: float, waited: float) -> str:
         support, load = bfloat16_support(self.device), os.getloadavg()[0]
         if waited > seconds:
-            return f"{waited:.1f} s of it are a wait for data: bring the cache nearer, or onto a faster disk."
+            return f"{waited:.1f} s of it are spent waiting for data. Move the cache nearer, or onto a faster disk."
         if dtype_of(self.parallel.precision, self.device) == torch.bfloat16 and not support.is_fast:
             return (
-                f"It multiplies in bfloat16, and {support.reason}. Start anew in another --run_dir with "
+                f"It uses bfloat16, and {support.reason}. Start again in another --run_dir with "
                 "--config=parallel.precision=float32."
             )
         if self.device.type == "cpu" and load > 1.5 * (os.cpu_count() or 1):
-            return f"Other work keeps the cores busy (load {load:.1f} on {os.cpu_count()} cores): end it, or wait."
-        return "--profile=3 in another --run_dir shows where the time goes."
+            return (
+                f"Other processes keep the cores busy (load {load:.1f} on {os.cpu_count()} cores). Stop them, or wait."
+            )
+        return "--profile=3 in another --run_dir shows where the time is spent."

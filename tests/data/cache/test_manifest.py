@@ -130,7 +130,7 @@ def test_a_file_that_is_mostly_hole_is_not_read(tiny: Tiny, tmp_path: Path, name
     with (cache / name).open("r+b") as file:
         file.truncate(1 << 40)
     problems = verify(cache, lambda _: None).problems
-    assert f"{name}: has 1099511627776 bytes; the manifest wants " in "\n".join(problems)
+    assert f"{name}: has 1099511627776 bytes; the manifest says " in "\n".join(problems)
     if name != "tables.tar":
         reader = ShardReader(cache, read_manifest(cache))
         with pytest.raises(UsageError, match="the shard has 1099511627776 bytes"):

@@ -80,7 +80,7 @@ def test_ten_thousand_rows_with_forty_bad_ones_of_eight_kinds(
     first, following = str(refused.value).split("\n")
     assert f"{path}:8: not JSON" in first
     assert following.startswith("Of the rows that follow, 39 cannot be used either: 5 not UTF-8, ")
-    assert following.endswith("4 not JSON. Mend it, or skip such rows: corpus.on_bad_row=skip.")
+    assert following.endswith("4 not JSON. Fix it, or skip such rows: corpus.on_bad_row=skip.")
 
 
 def test_counting_ends_where_all_rows_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_a_data_set_of_the_hub_and_parts_of_it() -> None:
     with pytest.raises(UsageError, match=r"corpus hub:owner/set:code: .*has no .txt"):
         _texts("hub:owner/set:code")
     for wrong in ("hub:owner/other", "hub:owner/set@v9"):
-        with pytest.raises(UsageError, match=rf"corpus {wrong}: not to be had from the hub"):
+        with pytest.raises(UsageError, match=rf"corpus {wrong}: cannot be downloaded from the hub"):
             _texts(wrong)
     with pytest.raises(UsageError, match="wanted hub:OWNER/NAME"):
         _texts("hub:owner/set/data/train")
@@ -116,5 +116,5 @@ def test_without_the_hub_what_was_fetched_before_is_taken_if_it_is_whole(monkeyp
     part = _texts("hub:owner/set:data/train*")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert _texts("hub:owner/set:data/train*") == part
-    with pytest.raises(UsageError, match="corpus hub:owner/set: not to be had from the hub"):
+    with pytest.raises(UsageError, match="corpus hub:owner/set: cannot be downloaded from the hub"):
         _texts("hub:owner/set")

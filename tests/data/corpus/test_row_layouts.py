@@ -210,7 +210,7 @@ def test_earlier_turns_of_alpaca(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a.jsonl:1: 'system' is a list, wanted text"):
         _contents(tmp_path)
     _json_lines(tmp_path / "a.jsonl", [{**row, "history": [["Hear?"]]}])
-    with pytest.raises(UsageError, match=r"a.jsonl:1: 'history' is no list of pairs"):
+    with pytest.raises(UsageError, match=r"a.jsonl:1: 'history' is not a list of pairs"):
         _contents(tmp_path)
 
 

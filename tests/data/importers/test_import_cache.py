@@ -206,7 +206,7 @@ def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, cap
         (json.dumps({**LINE, "top_ids": [None, [3]]}).encode(), "position 0: its ids are None; wanted a list"),
         (json.dumps({**LINE, "top_log_probs": [[-0.1, -3.0], None]}).encode(), "position 1: its numbers are None"),
         (json.dumps({**LINE, "top_ids": [[2, None], [3]]}).encode(), "ids of position 0: wanted a list of token ids"),
-        (json.dumps({**LINE, "top_log_probs": [[None, -3.0], [-0.2]]}).encode(), "an entry is no finite number"),
+        (json.dumps({**LINE, "top_log_probs": [[None, -3.0], [-0.2]]}).encode(), "an entry is not a finite number"),
         (json.dumps({**LINE, "loss_mask": None}).encode(), "loss_mask: wanted 2 numbers"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_family_that_our_decoder_does_not_cover_makes_a_cache(
     folder = make(tiny, tmp_path / "teacher")
     with caplog.at_level(logging.INFO, logger="kd"):
         write_caches(tiny.export(teacher=str(folder), codec="lossless"), tmp_path / "out")
-    assert "scored with transformers, for our decoder does not cover it" in caplog.text
+    assert "scored with transformers, because our decoder does not support it" in caplog.text
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     manifest = read_manifest(tmp_path / "out" / "train")
     assert manifest.vocab_size == _vocab(tiny)
@@ -205,7 +205,9 @@ def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
     plans = [make_plans(each, tmp_path / "out")[0].plan for each in (export, tiny.export())]
     assert plans[0] == plans[1]
     assert steps.load_teacher(export, CPU).device == CPU
-    with pytest.raises(UsageError, match=r"teacher hub:no/model: not to be had from the hub \(no such repository\)"):
+    with pytest.raises(
+        UsageError, match=r"teacher hub:no/model: cannot be downloaded from the hub \(no such repository\)"
+    ):
         make_plans(tiny.export(teacher="hub:no/model"), tmp_path / "out")
 
 

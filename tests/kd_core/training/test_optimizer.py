@@ -185,7 +185,7 @@ def nothing(groups: Iterable[dict[str, Any]], lr: float) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "decay among its settings": (
         {"cls": "SGD", "settings": {"weight_decay": 0.1}},
-        r"optimizer.settings: weight_decay stands beside them. Set optimizer.weight_decay",
+        r"optimizer.settings: weight_decay has a setting of its own. Set optimizer.weight_decay",
     ),
     "no such class": ({"cls": "AdamWW"}, "optimizer.cls: got 'AdamWW'; wanted one of ASGD, .*Adafactor"),
     "one that calls the model again": ({"cls": "LBFGS"}, "optimizer.cls: got 'LBFGS'"),

@@ -159,7 +159,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     command = [sys.executable, "-m", "launchers.sweep", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
     assert done.returncode == 1
-    assert f"1 points are in Slurm's queue ({point.id}). Wait for them, or scancel their jobs." in done.stderr
+    assert f"1 points are in Slurm's queue ({point.id}). Wait for them, or cancel their jobs with scancel." in done.stderr
 
 
 def test_a_job_that_waits_for_another_process_says_so_once_a_minute(

@@ -128,20 +128,20 @@ def test_shards_in_another_order_and_another_selection_are_found(cache: Path) ->
 
 def test_a_plan_of_another_export_is_found(cache: Path) -> None:
     (cache / "plan.json").write_text("{}")
-    assert _verify(cache).problems == ["plan.json: is none of the plans in the manifest"]
+    assert _verify(cache).problems == ["plan.json: is not one of the plans in the manifest"]
 
 
 def test_a_plan_that_stands_twice_or_is_only_equal_to_python_is_found(cache: Path) -> None:
     _manifest(cache, lambda m: m["plans"].append(m["plans"][0]))
     assert "manifest.json: has a plan twice" in _verify(cache).problems
     _manifest(cache, lambda m: (m["plans"].pop(), m["plans"][0].update(seed=False)))
-    assert _verify(cache).problems == ["plan.json: is none of the plans in the manifest"]
+    assert _verify(cache).problems == ["plan.json: is not one of the plans in the manifest"]
 
 
 def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(cache: Path) -> None:
     (cache / "shard-000001.tar").unlink()
     os.mkfifo(cache / "shard-000001.tar")
-    assert "shard-000001.tar: is no file; the manifest wants one" in _verify(cache).problems
+    assert "shard-000001.tar: is not a file; the manifest names one" in _verify(cache).problems
 
 
 def tiny_top(folder: Path) -> np.ndarray:
