@@ -12,8 +12,7 @@ object instead, which for several caches holds one object per cache by its name.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags
@@ -36,57 +35,6 @@ PRECISION = flags.DEFINE_enum(
     "Precision of matmuls; auto: that of the run, else what suits this device. Name one to compare machines.",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-
-
-def _recorded_precision(path: Path) -> str | None:
-    """Returns the recorded precision of the run that a run, export or checkpoint folder belongs to, if any."""
-    from kd_core.training.run_folder import RunFolder
-
-    folder = path.absolute()
-    if folder.name == "export":
-        return RunFolder(folder.parent).precision()
-    return RunFolder(folder.parents[1] if folder.parent.name == "checkpoints" else folder).precision()
-
-
-def measure_model(
-    model: Any,
-    tokenizer_folder: Path,
-    caches: Sequence[str],
-    precision: "Precision",
-    world: Any,
-    metrics: Sequence[Any] = (),
-) -> dict[str, dict[str, float]]:
-    """Returns, by cache, the metrics of `metric_table` and the user's metrics by name, for a model in memory.
-
-    Raises:
-        UsageError: a cache cannot be read or has another vocabulary. This is checked before any is measured.
-    """
-    from data.stream.collate import Collate
-    from data.stream.source import Shards
-    from data.stream.stream import all_batches
-    from data.tokenizer import Tokenizer
-    from experiments.base.checks import cache_facts, refuse_taken_names
-    from kd_core.losses.metric_table import METRICS
-    from kd_core.losses.objective import CrossEntropy, Objective
-    from kd_core.parallel.config import Parallel
-    from kd_core.training.evaluation import EvaluationRequest, evaluate
-
-    opened, tokenizer = {cache: Shards(cache) for cache in caches}, Tokenizer(tokenizer_folder)
-    for shards in opened.values():
-        shards.check(model.arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
-    parallel, objective = Parallel(precision=precision), Objective({"sft": CrossEntropy()})
-    refuse_taken_names(metrics, objective, opened.values())
-    asked = EvaluationRequest(objective, metrics, tokenizer.byte_lengths())
-
-    def measured(shards: Shards) -> dict[str, float]:
-        collate = Collate(shards.manifest.row_length)
-        share = {"rank": world.rank, "ranks": world.size, "vocab_size": model.arch.vocab_size}
-        batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
-        all_metrics = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
-        names = [*(name for name in METRICS if name != "loss"), *(metric.__name__ for metric in metrics)]
-        return {name: all_metrics[f"val/{name}"] for name in names if f"val/{name}" in all_metrics}
-
-    return {cache: measured(shards) for cache, shards in opened.items()}
 
 
 def _user_metrics() -> list[Any]:
@@ -115,7 +63,8 @@ def format_table(metrics_by_cache: Mapping[str, Mapping[str, float]]) -> str:
 
 def main() -> None:
     """Measures the student on all caches, and prints the table or the JSON."""
-    from experiments.config.saved_students import find_student, load_student
+    from experiments.base.measure import measure_model
+    from experiments.config.saved_students import find_student, load_student, recorded_precision
     from kd_core.errors import UsageError
     from kd_core.hub import resolve_folder
     from kd_core.parallel.world import joined_world
@@ -128,7 +77,7 @@ def main() -> None:
         student = find_student(resolve_folder(STUDENT.value, "--student"), STEP.value)
         model, tokenizer_folder = load_student(student, world.device)
         precision = cast("Precision", PRECISION.value)
-        chosen = world.run_on_first(lambda: choose_precision(precision, world.device, _recorded_precision(student)))
+        chosen = world.run_on_first(lambda: choose_precision(precision, world.device, recorded_precision(student)))
         chosen.warn_if_slow("--precision")
         caches = list(dict.fromkeys(CACHE.value))
         metrics_by_cache = measure_model(model, tokenizer_folder, caches, chosen.precision, world, metrics)

@@ -24,9 +24,9 @@ import os
 import shutil
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -34,10 +34,8 @@ from launchers.cli import app
 
 if TYPE_CHECKING:
     from data.cache.inspection.readable import IdToText
-    from data.cache.inspection.survey import Survey
     from data.cache.manifest import Manifest
     from data.cache.record import Record
-    from data.tokenizer import Tokenizer
 
 VERIFY = flags.DEFINE_bool("verify", False, "Read and check every byte; nothing else is shown.")
 RECORDS = flags.DEFINE_integer("records", 1, "Records shown in the terminal.", lower_bound=0)
@@ -49,124 +47,10 @@ HEAD_LINES = 2  # of a record: its name and the titles of the columns
 ALTERNATIVES = flags.DEFINE_integer("alternatives", 5, "Alternatives shown of a position.", lower_bound=1)
 
 
-def describe_cache(manifest: "Manifest", survey: "Survey") -> list[tuple[str, str]]:
-    """Returns the titled lines that describe a cache."""
-    audit, selection, n = manifest.audit, manifest.selection, max(1, survey.positions)
-    teacher = manifest.teacher
-    shape = teacher["architecture"] if isinstance(teacher.get("architecture"), dict) else {}
-    layers = f"{shape.get('num_layers')} layers of {shape.get('hidden_size')}, " if "num_layers" in shape else ""
-    lines = [
-        ("teacher", f"{layers}{teacher.get('dtype', '')}, weights {str(teacher.get('weights'))[:12]}…"),
-        ("tokenizer", f"{manifest.tokenizer[:12]}…, vocabulary of {manifest.vocab_size:,}"),
-        *_beginnings(manifest),
-        ("kept", selection.words() + _further(selection)),
-        ("codec", f"{manifest.codec}; KL(original‖decoded) mean {audit.kl_mean:.1e}, worst {audit.kl_worst:.1e} nats"),
-        ("", f"mass of the entries off by {audit.mass_error:.1e} at the most"),
-        ("size", f"{survey.records:,} records, {survey.positions:,} positions ({survey.scored / n:.1%} scored)"),
-        ("", f"{len(manifest.shards)} shards, {sum(len(s.blocks) for s in manifest.shards)} blocks"),
-        ("entries", _spread(survey.entries) if selection.top_k else "none"),
-        ("samples", _spread(survey.samples) if selection.draws else "none"),
-        ("teacher NLL", f"{survey.nll / n:.4f} nats a position"),
-        ("label is kept", f"at {survey.inside / n:.1%} of positions"),
-    ]
-    return [*lines, *(("plan", _plan(plan)) for plan in manifest.plans)]
-
-
-def _beginnings(manifest: "Manifest") -> list[tuple[str, str]]:
-    """Returns the line of what texts begin with, or none if the cache may hold no texts or was converted."""
-    if ids := manifest.text_begins_with:
-        return [("texts begin with", " ".join(map(str, ids)))]
-    may_lack_texts = any(plan.get("chat_template", "unknown") is not None for plan in manifest.plans)
-    return [] if may_lack_texts else [("texts begin with", "nothing more")]
-
-
-def _further(selection: Any) -> str:
-    drawn = f", drawn at temperature {selection.proposal_temperature:g}" if selection.proposal_temperature != 1 else ""
-    tails = ", ".join(f"{t:g}" for t in selection.tail_temperatures)
-    return drawn + (f"; tail also at temperature {tails}" if tails else "")
-
-
-def _spread(spread: Any) -> str:
-    return f"{spread.mean:.2f} a position (from {spread.least} to {spread.most})"
-
-
-def _plan(plan: dict[str, Any]) -> str:
-    corpus = plan.get("corpus")
-    fingerprint = corpus.get("fingerprint", corpus) if isinstance(corpus, dict) else corpus
-    tokens = "all" if plan.get("tokens") is None else plan["tokens"]
-    skipped = _skipped(corpus.get("skipped")) if isinstance(corpus, dict) else ""
-    return f"{plan.get('split')} of corpus {str(fingerprint)[:12]}…, {tokens} tokens, seed {plan.get('seed')}{skipped}"
-
-
-def _skipped(counts: Any) -> str:
-    """Returns how many rows of the corpus were skipped, and why. Others may have written the counts."""
-    named = counts.items() if isinstance(counts, dict) else ()
-    numbers = {reason: count for reason, count in named if type(count) is int}
-    reasons = ", ".join(f"{count} {reason}" for reason, count in numbers.items())
-    return f"; {sum(numbers.values())} rows skipped: {reasons}" if numbers else ""
-
-
-def part_costs(survey: "Survey") -> list[tuple[str, int, float]]:
-    """Returns the parts with their bytes and bytes per position, the largest first and the sum last."""
-    n = max(1, survey.positions)
-    parts = sorted(survey.bytes.items(), key=lambda part: -part[1])
-    return [(name, size, size / n) for name, size in [*parts, ("all", survey.total_bytes)]]
-
-
-def find_tokenizer(folder: Path, manifest: "Manifest") -> "Tokenizer | None":
-    """Returns the tokenizer of --tokenizer, or of the teacher that made the cache, or None.
-
-    Raises:
-        UsageError: the cache was written with another tokenizer than that of --tokenizer.
-    """
-    from data.cache.inspection.readable import tokenizer_folders
-    from data.tokenizer import Tokenizer
-    from kd_core.errors import UsageError
-    from kd_core.hub import resolve_folder
-
-    fingerprint, teacher = manifest.tokenizer, manifest.made.get("teacher")
-    if TOKENIZER.value is not None:
-        tokenizer = Tokenizer(resolve_folder(TOKENIZER.value, "--tokenizer"))
-        if tokenizer.fingerprint_like(fingerprint) != fingerprint:
-            raise UsageError(
-                f"--tokenizer={TOKENIZER.value}: fingerprint {tokenizer.fingerprint()[:12]}…; the cache was "
-                f"written with {fingerprint[:12]}…. Name the teacher's folder."
-            )
-        return tokenizer
-    for tokenizer_folder in tokenizer_folders(folder, teacher if isinstance(teacher, str) else ""):
-        with suppress(UsageError, OSError):  # the cache names the teacher, and others may have written it
-            if (tokenizer := Tokenizer(tokenizer_folder)).fingerprint_like(fingerprint) == fingerprint:
-                return tokenizer
-    return None
-
-
 def _missing(manifest: "Manifest") -> str:
     teacher = manifest.made.get("teacher", "unknown")
     location = "beside the cache" if teacher == "unknown" else f"in {teacher}, the teacher's folder"
     return f"the tokenizer {manifest.tokenizer[:12]}… is not {location}"
-
-
-def _read_cache(folder: Path, count: int) -> "tuple[Manifest, Survey, list[Record]]":
-    """Reads the whole cache. Returns its manifest, its survey, and its first records."""
-    from tqdm import tqdm
-
-    from data.cache.inspection.scan import read_coding, scan_blocks
-    from data.cache.inspection.survey import Survey
-    from data.cache.manifest import read_manifest
-    from kd_core.errors import UsageError
-
-    def refuse(location: str, problem: str) -> NoReturn:
-        raise UsageError(f"{folder / location}: {problem}. See all that is wrong by --verify.")
-
-    manifest, survey, first_records = read_manifest(folder), Survey(), list["Record"]()
-    coding = read_coding(folder, manifest, refuse)
-    with tqdm(total=manifest.positions, unit="pos", unit_scale=True, delay=1, desc="reading", leave=False) as bar:
-        for visited in scan_blocks(folder, manifest, coding, refuse):
-            survey.add(visited)
-            first_records += visited.records[: count - len(first_records)]
-            bar.update(visited.header.positions)
-    survey.add_files(folder, manifest)
-    return manifest, survey, first_records
 
 
 def _print_records(records: "list[Record]", words: "IdToText") -> None:
@@ -183,13 +67,22 @@ def _print_records(records: "list[Record]", words: "IdToText") -> None:
 
 def show_cache(folder: Path) -> None:
     """Prints what is in the cache, and writes the page if --html names one."""
-    from data.cache.inspection.readable import escape_unprintable, id_to_text
+    from tqdm import tqdm
+
+    from data.cache.inspection.readable import escape_unprintable, find_tokenizer, id_to_text
+    from data.cache.inspection.survey import survey_cache
+    from data.cache.manifest import read_manifest
     from kd_core.files import write_text
+    from kd_core.hub import resolve_folder
     from launchers.reports import records_page
+    from launchers.reports.cache_description import describe_cache, part_costs
 
     count = max(RECORDS.value, HTML_RECORDS.value if HTML.value else 0)
-    manifest, survey, records = _read_cache(folder, count)
-    tokenizer = find_tokenizer(folder, manifest)
+    manifest = read_manifest(folder)
+    with tqdm(total=manifest.positions, unit="pos", unit_scale=True, delay=1, desc="reading", leave=False) as bar:
+        survey, records = survey_cache(folder, manifest, count, bar.update)
+    named = None if TOKENIZER.value is None else resolve_folder(TOKENIZER.value, "--tokenizer")
+    tokenizer = find_tokenizer(folder, manifest, named)
     words = id_to_text(tokenizer)
     print(f"{escape_unprintable(str(folder))}\n")
     for name, line in describe_cache(manifest, survey):

@@ -148,13 +148,13 @@ def _compare_models(teacher: str, cache: Path, run_dir: Path, text: str) -> dict
     """Measures three models on held-out text in float32, and lets each continue one prompt."""
     from data.cache.manifest import read_manifest
     from data.tokenizer import Tokenizer
+    from experiments.base.measure import measure_model
     from experiments.config.frozen_records import recorded_student
     from kd_core.hub import resolve_folder
     from kd_core.parallel.config import Parallel
     from kd_core.parallel.world import joined_world
     from kd_core.students.starts.start import Pretrained, build_student
     from kd_core.training.generation import continue_greedily
-    from launchers.evaluate import measure_model
 
     before = recorded_student(run_dir / "config.json")
     starts = {

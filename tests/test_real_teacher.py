@@ -11,10 +11,10 @@ import transformers
 
 from data.cache.manifest import read_manifest
 from data.stream.shards import ShardReader
+from experiments.base.measure import measure_model
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Pretrained, build_student
-from launchers.evaluate import measure_model
 
 TEACHER, EXPORT, CACHE = Path("quickstart/teacher"), Path("runs/quickstart/export"), Path("quickstart/cache/validation")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXPORT.exists(), reason="run `make quickstart` first")]

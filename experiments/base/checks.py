@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data.cache.storage import is_url
 from data.stream.source import CachePasses, Shards
 from data.tokenizer import Tokenizer
+from experiments.base.parts import ExperimentParts, cache_facts
 from experiments.base.provenance import student_folders
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
-from kd_core.losses.objective import CacheFacts, Objective
+from kd_core.losses.objective import Objective
 from kd_core.parallel.layout import StudentSizes, check_divisible
 from kd_core.parallel.parallelize import fullest_rank_holding
 from kd_core.students.decoder.architecture import too_many_tokens
@@ -19,28 +19,18 @@ from kd_core.students.student import Student
 from kd_core.training.evaluation import Metric, metric_direction, metric_names
 from kd_core.training.optimizer import SINGLE_RANK_ONLY, AdamW, TorchOptimizer
 
-if TYPE_CHECKING:
-    from experiments.base.experiment import Experiment
-
 log = logging.getLogger("kd")
 # Trained on labels, 4 epochs teach about as much as new text, and returns fall fast beyond 16 (arXiv 2305.16264).
 EPOCHS, MOST_EPOCHS = 4, 16
 
 
-def cache_facts(shards: Shards) -> CacheFacts:
-    """Returns the facts of a cache, as it is read, that the losses check."""
-    manifest = shards.manifest
-    temperatures, tail_known = (1.0, *manifest.selection.tail_temperatures), "tail" not in manifest.unknown
-    return CacheFacts(manifest.vocab_size, shards.entries, temperatures, shards.sampled, tail_known)
-
-
-def local_caches(experiment: "Experiment") -> dict[str, Path]:
+def local_caches(experiment: ExperimentParts) -> dict[str, Path]:
     """Returns the folders of all caches on this machine, by the settings that name them."""
     caches = {**experiment.training_caches(), **experiment.held_out_caches()}
     return {f"{where}.path": Path(shards.path) for where, shards in caches.items() if not is_url(shards.path)}
 
 
-def _check_folders(experiment: "Experiment") -> None:
+def _check_folders(experiment: ExperimentParts) -> None:
     """Raises one error for all missing folders, so that the user can make them all at once."""
     folders = {
         where: (folder, "an adapter in PEFT's format" if where.endswith(".adapter") else "a Hugging Face folder")
@@ -69,7 +59,7 @@ def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
             )
 
 
-def _warn_of_training_data(experiment: "Experiment") -> None:
+def _warn_of_training_data(experiment: ExperimentParts) -> None:
     """Warns where a validation cache is also a training cache, because its metrics measure memorisation."""
     trained = {shards.path: where for where, shards in experiment.training_caches().items()}
     for where, shards in experiment.held_out_caches().items():
@@ -90,7 +80,7 @@ def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Itera
         raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: another metric has this name. Rename it.")
 
 
-def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
+def _check_evaluation(experiment: ExperimentParts, tokenizer: Tokenizer) -> None:
     evaluation = experiment.evaluation
     for prompt, ids in zip(evaluation.prompts, tokenizer.encode(evaluation.prompts), strict=True):
         if not ids:
@@ -110,7 +100,7 @@ def _check_evaluation(experiment: "Experiment", tokenizer: Tokenizer) -> None:
         )
 
 
-def check(experiment: "Experiment") -> None:
+def check(experiment: ExperimentParts) -> None:
     """Checks the parts against each other and the files.
 
     Raises:
@@ -135,7 +125,7 @@ def check(experiment: "Experiment") -> None:
     _warn_of_training_data(experiment)
 
 
-def check_layout(experiment: "Experiment", student: Student, ranks: int) -> dict[str, str]:
+def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> dict[str, str]:
     """Checks the layout of `ranks` ranks for a student on the meta device.
 
     Returns:

@@ -9,7 +9,8 @@ import fiddle as fdl
 
 from data.stream.collate import Collate
 from data.stream.source import Shards
-from experiments.base.experiment import Evaluation, Experiment, Logger
+from experiments.base.experiment import Experiment
+from experiments.base.parts import Evaluation
 from experiments.tags import Interval, RowLength, TopK
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.parallel.config import Parallel
@@ -17,6 +18,7 @@ from kd_core.students.starts.start import Pretrained
 from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
 from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
+from kd_core.training.run_settings import Logger
 
 
 def cache_config(path: str) -> fdl.Config[Shards]:

@@ -3,14 +3,12 @@
 import hashlib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from experiments.base.parts import ExperimentParts
 from kd_core.files import open_plain, sha256
 from kd_core.hub import pin_commit, resolve_folder
 from kd_core.students.starts.start import StudentInit
-
-if TYPE_CHECKING:
-    from experiments.base.experiment import Experiment
 
 END_BYTES = 1 << 20  # bytes at each end of a weight file
 
@@ -45,7 +43,7 @@ def student_folders(start: StudentInit, where: str = "student") -> dict[str, str
     return folders or {f"{where}.folder": folder}
 
 
-def input_hashes(experiment: "Experiment") -> dict[str, dict[str, str]]:
+def input_hashes(experiment: ExperimentParts) -> dict[str, dict[str, str]]:
     """Returns path and sha256 of all that the experiment reads. The path of a hub id names the commit that was read.
 
     A cache's hash is that of its manifest, which holds the hashes of all its files.

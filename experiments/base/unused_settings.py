@@ -3,14 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.stream.source import Shards
+from experiments.base.parts import ExperimentParts
 from kd_core.losses.objective import Distillation
 from kd_core.losses.term_weights import WarmupStableDecay
-
-if TYPE_CHECKING:
-    from experiments.base.experiment import Experiment
 
 
 def _is_changed(part: Any, name: str) -> bool:
@@ -40,7 +38,7 @@ def _unused_in_held_out_shards(where: str, shards: Shards) -> Iterator[str]:
             yield f"{where}.{name}={value}: validation reads in stored order, not ahead, and skips nothing"
 
 
-def _unused_in_loss(experiment: "Experiment") -> Iterator[str]:
+def _unused_in_loss(experiment: ExperimentParts) -> Iterator[str]:
     for name, term in experiment.loss.terms.items():
         where = f"loss.terms.{name}"
         if isinstance(weight := term.weight, WarmupStableDecay):
@@ -56,7 +54,7 @@ def _unused_in_loss(experiment: "Experiment") -> Iterator[str]:
             yield f"{where}.keep: a share of 1 keeps every position"
 
 
-def _unused_elsewhere(experiment: "Experiment") -> Iterator[str]:
+def _unused_elsewhere(experiment: ExperimentParts) -> Iterator[str]:
     collate, saved, validated = experiment.collate, experiment.checkpoint, experiment.evaluation
     resets = (collate.reset_position_ids, collate.reset_attention_mask, collate.eod_mask_loss)
     if collate.eod_id is not None and not any(resets):
@@ -78,7 +76,7 @@ def _unused_elsewhere(experiment: "Experiment") -> Iterator[str]:
         )
 
 
-def unused_settings(experiment: "Experiment") -> list[str]:
+def unused_settings(experiment: ExperimentParts) -> list[str]:
     """Returns a sentence for each setting that changes nothing in this run."""
     sentences: list[str] = []
     for where, shards in experiment.training_caches().items():

@@ -61,6 +61,14 @@ def find_student(path: Path, step: str | None) -> Path:
     raise UsageError(f"--step={step}: {path} has no such checkpoint. {available}.{export_hint}")
 
 
+def recorded_precision(path: Path) -> str | None:
+    """Returns the recorded precision of the run that a run, export or checkpoint folder belongs to, if any."""
+    folder = path.absolute()
+    if folder.name == "export":
+        return RunFolder(folder.parent).precision()
+    return RunFolder(folder.parents[1] if folder.parent.name == "checkpoints" else folder).precision()
+
+
 def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
     """Builds the model of a Hugging Face folder or a checkpoint on one process. Returns it and its tokenizer's folder.
 

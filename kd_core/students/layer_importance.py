@@ -11,6 +11,7 @@ Three measures, from cheap to expensive:
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor
 from kd_core.students.student import Student
 
 CHUNK = 512  # positions whose logits exist at once
+
+Measure = Literal["greedy", "alone", "influence"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +119,28 @@ def drop_greedily(text: LayerwiseText, keep: int, report: Callable[[Drop], None]
 def top_layers(scores: Sequence[float], keep: int) -> tuple[int, ...]:
     """Returns the `keep` layers with the highest scores, in the order of the model."""
     return tuple(sorted(sorted(range(len(scores)), key=lambda layer: -scores[layer])[:keep]))
+
+
+def choose_layers(
+    text: LayerwiseText, measure: Measure, keep: int, report: Callable[[Drop], None]
+) -> tuple[list[float], tuple[int, ...]]:
+    """Returns a score per layer, higher where it matters more, and the layers to keep.
+
+    Args:
+        text: the model on a text.
+        measure: `influence` is one pass, `alone` one a layer, and `greedy` one a layer for each layer that goes.
+        keep: how many layers stay.
+        report: called with each layer that `greedy` drops.
+    """
+    layers = range(text.model.arch.num_layers)
+    if measure == "influence":
+        scores = block_influence(text)
+        return scores, top_layers(scores, keep)
+    if measure == "alone":
+        base = nll_with_layers(text, layers)
+        scores = [drop.nll - base for drop in nll_without_each(text, layers)]
+        return scores, top_layers(scores, keep)
+    # The score of a dropped layer is its place in the order. Those that stay share the highest.
+    order = [drop.layer for drop in drop_greedily(text, keep, report)]
+    scores = [float(order.index(layer) + 1) if layer in order else float(len(order) + 1) for layer in layers]
+    return scores, tuple(layer for layer in layers if layer not in order)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from experiments.base.measure import measure_model
 from experiments.config.config_items import describe, record_json, resolve_items
 from experiments.config.saved_students import load_student
 from kd_core.parallel.world import World
@@ -27,7 +28,6 @@ from kd_core.training import loop
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.stop_signals import StopSignals
-from launchers.evaluate import measure_model
 from tests.launchers.command import run
 from tests.tiny import Tiny
 

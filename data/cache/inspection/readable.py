@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.cache.manifest import Manifest
 from data.cache.record import UNUSED, Array, Record
 from data.tokenizer import Tokenizer
-from kd_core.errors import escape_unprintable
+from kd_core.errors import UsageError, escape_unprintable
 
 IdToText = Callable[[int], str]
 
@@ -80,6 +81,28 @@ def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
     elif teacher:
         yield from (start / teacher for start in (Path(), *above))
     yield from (parent / "teacher" for parent in above[:2])
+
+
+def find_tokenizer(folder: Path, manifest: Manifest, named: Path | None) -> Tokenizer | None:
+    """Returns the tokenizer of the folder that the user named, or of the teacher that made the cache, or None.
+
+    Raises:
+        UsageError: the cache was written with another tokenizer than that of `named`.
+    """
+    fingerprint, teacher = manifest.tokenizer, manifest.made.get("teacher")
+    if named is not None:
+        tokenizer = Tokenizer(named)
+        if tokenizer.fingerprint_like(fingerprint) != fingerprint:
+            raise UsageError(
+                f"--tokenizer={named}: fingerprint {tokenizer.fingerprint()[:12]}…; the cache was written with "
+                f"{fingerprint[:12]}…. Name the teacher's folder."
+            )
+        return tokenizer
+    for tokenizer_folder in tokenizer_folders(folder, teacher if isinstance(teacher, str) else ""):
+        with suppress(UsageError, OSError):  # the cache names the teacher, and others may have written it
+            if (tokenizer := Tokenizer(tokenizer_folder)).fingerprint_like(fingerprint) == fingerprint:
+                return tokenizer
+    return None
 
 
 def readable_positions(record: Record, words: IdToText, most: int) -> Iterator[ReadablePosition]:

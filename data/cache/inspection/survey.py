@@ -1,15 +1,18 @@
 """Sums over a cache's blocks: its bytes by part, and how much of the teacher's distribution it holds."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from data.cache.inspection.scan import DecodedBlock
+from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import TABLES_FILE, Manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.tar import END_OF_TAR
+from kd_core.errors import UsageError
 
 COVERAGE_K = (1, 8, 64)  # entries a position at which coverage is measured
 PARTS = {
@@ -106,3 +109,30 @@ class Survey:
     def total_bytes(self) -> int:
         """Returns the bytes of all files that belong to the cache."""
         return sum(self.bytes.values())
+
+
+def survey_cache(
+    folder: Path, manifest: Manifest, first: int, progress: Callable[[int], object]
+) -> tuple[Survey, list[Record]]:
+    """Reads a whole cache. Returns its survey, and its first so many records.
+
+    Args:
+        folder: the cache.
+        manifest: its manifest.
+        first: how many records to return at most.
+        progress: called with the positions of each block that was read.
+
+    Raises:
+        UsageError: the cache is damaged.
+    """
+
+    def refuse(location: str, problem: str) -> NoReturn:
+        raise UsageError(f"{folder / location}: {problem}. See all that is wrong by --verify.")
+
+    survey, records = Survey(), list[Record]()
+    for block in scan_blocks(folder, manifest, read_coding(folder, manifest, refuse), refuse):
+        survey.add(block)
+        records += block.records[: first - len(records)]
+        progress(block.header.positions)
+    survey.add_files(folder, manifest)
+    return survey, records

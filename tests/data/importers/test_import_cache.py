@@ -20,7 +20,7 @@ from data.importers.import_cache import UNKNOWN, ImportSettings, import_cache
 from data.importers.lines import read_records, source_files
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
-from experiments.base.checks import cache_facts
+from experiments.base.parts import cache_facts
 from kd_core.errors import UsageError
 from kd_core.losses.objective import Distillation, Objective
 from kd_core.students.starts.start import Pretrained, build_student
