@@ -123,7 +123,7 @@ def test_validation_on_what_is_trained_on_is_warned_of(tiny: Tiny, caplog: pytes
     _experiment(tiny).check()
     assert not caplog.records
     _experiment(tiny, f"evaluation.shards.path={tiny.train}").check()
-    assert f"evaluation.shards.path is shards.path, {tiny.train}: validation on what is trained on" in caplog.text
+    assert f"evaluation.shards.path is shards.path, {tiny.train}: validation on training data" in caplog.text
 
 
 @pytest.mark.parametrize(("rows", "ranks", "message"), [(3, 4, "1 of them are idle"), (5, 2, "some wait"), (4, 2, "")])
