@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test ordinary test-slow mutations check format golden tensorboard clean
+.PHONY: venv quickstart test ordinary test-slow mutations check format golden tensorboard clean
 
 # The package in its own virtual environment; again only when its settings change.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -16,6 +16,9 @@ $(VENV)/.core: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.core
 	@$(PIP) -e '.[gguf,hf,parquet,slurm,dev]'
 	@touch $@
+
+# The environment alone, for your own teacher and data.
+venv: $(VENV)/.core
 
 quickstart: $(VENV)/.core
 	@$(BIN)/python -m launchers.quickstart $(ARGS)

@@ -88,11 +88,11 @@ def choose_precision(
     """
     support = bfloat16_support(device)
     if setting != "auto":
-        precision, reason = setting, "as set"
+        precision, reason = setting, "as configured"
     elif recorded is not None:
         if recorded not in DTYPES:
             raise UsageError(f"the {whose} to continue has precision {recorded!r}; wanted {' or '.join(DTYPES)}.")
-        precision, reason = cast(Dtype, recorded), f"as the {whose} began"
+        precision, reason = cast(Dtype, recorded), f"as recorded in the {whose}"
     else:
         precision, reason = "bfloat16" if support.is_fast else "float32", f"auto: {support.reason}"
     return ChosenPrecision(precision, reason, "" if precision == "float32" or support.is_fast else support.reason)

@@ -1,7 +1,7 @@
 """Compare runs side by side: settings that differ, provenance, last and best numbers, curves.
 
     python -m launchers.compare runs/quickstart runs/faster
-    python -m launchers.compare runs/* --html=runs.html
+    python -m launchers.compare runs/* --html=runs/compare.html
     python -m launchers.compare runs/quickstart runs/again --all
 
 Runs may still be under way. Differences are to the first run, and only between numbers of the same quantity, so not

@@ -2,7 +2,7 @@
 
     python -m launchers.inspect quickstart/cache/train
     python -m launchers.inspect quickstart/cache/train --records=3 --positions=0
-    python -m launchers.inspect quickstart/cache/train --html=cache.html
+    python -m launchers.inspect quickstart/cache/train --html=runs/cache.html
     python -m launchers.inspect quickstart/cache/train --verify
 
 Shows the teacher and the corpus, what is kept of a position and how, the bytes of a position by part, and the mass on

@@ -188,10 +188,10 @@ def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
     repeat_command = f"{interpreter} -m launchers.train --config=run:{run_dir}"
     tensorboard = "make tensorboard" if Path("Makefile").exists() else f"tensorboard --logdir={run_dir.parent}"
     if CORPUS.value:
-        next_command = f"{interpreter} -m launchers.compare {run_dir} runs/renormalized --html=runs.html"
+        next_command = f"{interpreter} -m launchers.compare {run_dir} runs/renormalized --html=runs/compare.html"
     else:
         next_command = (
-            f"{interpreter} -m launchers.quickstart --corpus=FOLDER_OF_YOUR_TEXTS --folder=mine --run_dir=runs/mine"
+            f"{interpreter} -m launchers.quickstart --corpus=YOUR_TEXTS --folder=my/start --run_dir=runs/start"
         )
     _print(f"""
   Curves:  {tensorboard}   (TensorBoard looks at {run_dir.parent}/; the numbers are in {run_dir}/metrics.jsonl)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
 
+from data.corpus.layout_hints import config_flag
 from data.text_lines import BadRowError
 from kd_core.files import is_plain_file, write_text
 
@@ -106,7 +107,8 @@ class BadRows:
         remedy = "Fix it, or skip such rows: corpus.on_bad_row=skip."
         if self.on_bad_row == "skip":
             summary = f"{len(self.bad)} of {self.rows} rows cannot be used: {self._by_reason()}. "
-            remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Mend them, or allow more: {len(self.bad)}."
+            allowed = config_flag(most_bad_rows=len(self.bad))
+            remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Fix them, or allow more: {allowed}."
         raise BadRowError(f"{first.message}\n{summary}{remedy}", first.reason)
 
     def write(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ from kd_core.parallel.parallelize import fullest_rank_holding
 from kd_core.students.decoder.architecture import too_many_tokens
 from kd_core.students.student import Student
 from kd_core.training.evaluation import Metric, metric_direction, metric_names
+from kd_core.training.lr_schedule import Schedule
 from kd_core.training.optimizer import SINGLE_RANK_ONLY, AdamW, TorchOptimizer
 
 log = logging.getLogger("kd")
@@ -47,15 +48,16 @@ def _check_folders(experiment: ExperimentParts) -> None:
         raise UsageError(f"no such folder: {'; '.join(missing)}. Create what is missing, or name folders that exist.")
 
 
-def _check_rows(row_length: int, caches: dict[str, Shards]) -> None:
+def _check_rows(row_length: int, tokens_per_step: int, caches: dict[str, Shards]) -> None:
     """Raises where a record is longer than a row, because records are never cut."""
     for where, shards in caches.items():
         longest = max(length for shard in shards.manifest.shards for length in shard.lengths)
         if longest > row_length:
             raise UsageError(
                 f"collate.row_length: got {row_length}; {where}.path {shards.path} has a record of {longest} "
-                f"positions, and none is cut. Set tag:RowLength={longest} here (tokens_per_step is a multiple of it), "
-                f"or export with --config=tag:RowLength={row_length}."
+                f"positions, and records are never cut. Set tag:RowLength={longest} and tokens_per_step="
+                f"{max(1, round(tokens_per_step / longest)) * longest} here, or export with "
+                f"--config=tag:RowLength={row_length}."
             )
 
 
@@ -118,7 +120,7 @@ def check(experiment: ExperimentParts) -> None:
             shards.check(arch.vocab_size, tokenizer.fingerprint_like(shards.manifest.tokenizer))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
-    _check_rows(experiment.collate.row_length, caches)
+    _check_rows(experiment.collate.row_length, experiment.tokens_per_step, caches)
     for shards in experiment.training_caches().values():
         experiment.loss.check_cache(cache_facts(shards))
     _check_evaluation(experiment, tokenizer)
@@ -164,6 +166,16 @@ def warn_of_repeats(steps: int, cache_passes: Sequence[CachePasses]) -> None:
                 "these are too few), or export more text.", steps, cache.times, cache.shards.path, cache.rows,
                 MOST_EPOCHS, max(1, round(steps * EPOCHS / cache.times)), EPOCHS,
             )  # fmt: skip
+
+
+def warn_of_warmup(schedule: Schedule, steps: int) -> None:
+    """Warns where the learning rate rises for half of the run or longer."""
+    warmup_steps = getattr(schedule, "warmup_steps", 0)
+    if 2 * warmup_steps >= steps > 1:
+        log.warning(
+            "schedule.warmup_steps: the learning rate rises for %d of %d steps. Set schedule.warmup_steps=%d, or train "
+            "for longer.", warmup_steps, steps, steps // 10,
+        )  # fmt: skip
 
 
 def warn_of_layout(rows_per_step: int, ranks: int) -> None:

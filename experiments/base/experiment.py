@@ -56,6 +56,7 @@ class Experiment(ExperimentParts):
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}
         repeats = count_passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         checks.warn_of_repeats(self.steps, repeats)
+        checks.warn_of_warmup(self.schedule, self.steps)
         return {
             "student": f"{_format_millions(student)} parameters ({_format_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"

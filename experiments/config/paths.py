@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import fiddle as fdl
 from fiddle.experimental import serialization
+from fiddle.history import ChangeKind
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from experiments.config.catalog import FOLDER, did_you_mean
@@ -65,9 +66,11 @@ class Place(typing.NamedTuple):
         if not isinstance(self.node, fdl.Buildable):
             return "the experiment"
         history = self.node.__argument_history__[self.name]
-        if not history:
+        # A tag that was added later is part of the history too.
+        values = [entry for entry in history if entry.kind is ChangeKind.NEW_VALUE]
+        if not values:
             return "a record"
-        location = history[-1].location
+        location = values[-1].location
         return f"{short_path(location.filename)}:{location.line_number}"
 
 

@@ -52,7 +52,7 @@ def _disk(costs: Sequence[Cost]) -> str:
     total, students, saved = (tqdm.format_sizeof(size, "B") for size in (exports + checkpoints, exports, checkpoints))
     return (
         f"disk, in the end: up to {total} ({students} of students, {saved} of checkpoints, which --nokeep_checkpoints "
-        "deletes where a point is finished); a point that runs has one more"
+        "deletes where a point is finished); a running point has one checkpoint more"
     )
 
 

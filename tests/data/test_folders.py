@@ -70,7 +70,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
     _write(tmp_path, "a.txt")
     (tmp_path / "b").symlink_to(tmp_path / "gone")
-    with pytest.raises(UsageError, match=r"/b: a link to what is not there"):
+    with pytest.raises(UsageError, match=r"/b: a link to something that does not exist"):
         _names(tmp_path)
 
 

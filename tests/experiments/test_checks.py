@@ -54,8 +54,8 @@ def test_a_student_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -
 
 def test_a_folder_of_caches_in_place_of_one_of_a_mixture_names_what_to_take(tiny: Tiny) -> None:
     caches = tiny.train.parent
-    items = [f"cache_mix(first={str(tiny.train)!r}, second={str(caches)!r})", *tiny.train_items()[1:3]]
-    config = config_items.resolve_items([*items, f"evaluation.shards.path={tiny.validation}"], "Experiment").config
+    items = [f"cache_mix(first={str(caches)!r}, second={str(caches)!r})", *tiny.train_items()[1:3]]
+    config = config_items.resolve_items([*items, f"shards.caches.second.path={caches}"], "Experiment").config
     with pytest.raises(
         UsageError,
         match=rf"shards.caches.second: {caches}: no cache .* some in it. Name one: {tiny.train}, {tiny.validation}\.",

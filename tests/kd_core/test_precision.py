@@ -42,9 +42,9 @@ def test_auto_is_float32_where_torch_is_held_to_avx2() -> None:
 
 def test_what_is_set_or_was_begun_wins_over_the_device() -> None:
     assert choose_precision("float32", CPU, recorded="bfloat16").precision == "float32"
-    assert choose_precision("bfloat16", CPU, recorded="float32")[:2] == ("bfloat16", "as set")
+    assert choose_precision("bfloat16", CPU, recorded="float32")[:2] == ("bfloat16", "as configured")
     for begun in ("float32", "bfloat16"):
-        assert choose_precision("auto", CPU, recorded=begun)[:2] == (begun, "as the run began")
+        assert choose_precision("auto", CPU, recorded=begun)[:2] == (begun, "as recorded in the run")
     with pytest.raises(UsageError, match="the cache to continue has precision 'float16'; wanted float32 or bfloat16"):
         choose_precision("auto", CPU, recorded="float16", whose="cache")
 

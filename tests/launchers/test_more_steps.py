@@ -63,7 +63,7 @@ def test_ten_steps_raised_to_twenty_are_twenty_in_one_go(tiny: Tiny, ten: Path, 
     # Less than is done is no run to go on with, and changes nothing.
     done = run("launchers.train", *configs([f"run:{raised}", "steps=15"]), f"--run_dir={raised}")
     assert done.returncode == 1
-    assert f"steps: got 15; {raised} has done 20. Give more, or take an earlier student" in done.stderr
+    assert f"steps: got 15; {raised} has done 20. Set more, or use an earlier student" in done.stderr
     assert read_run_settings(RunFolder(raised))["steps"] == "20"
     assert len(list((raised / "attempts").iterdir())) == 3
 

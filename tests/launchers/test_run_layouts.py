@@ -95,7 +95,7 @@ def test_the_precision_of_the_first_start_is_recorded_and_kept(tiny: Tiny, tmp_p
         assert taken == "float32"
     second = run("launchers.train", *flags)
     assert second.returncode == 0, second.stderr
-    assert f"precision: {taken} (as the run began)" in second.stderr
+    assert f"precision: {taken} (as recorded in the run)" in second.stderr
     assert "already complete" in second.stderr
 
 

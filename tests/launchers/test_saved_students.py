@@ -114,7 +114,7 @@ def test_where_no_step_was_measured_as_finite_the_last_is_exported_with_a_warnin
     items = [*_items(tiny), "checkpoint.export=best"]
     with caplog.at_level(logging.WARNING, "kd"):
         found = train(tmp_path / "run", items)
-    assert "export: of the last step, for no checkpoint has a finite val/loss" in caplog.text
+    assert "export: of the last step, because no checkpoint has a finite val/loss" in caplog.text
     assert (_logits(found.export) - _our_logits(found.checkpoints / f"step_{STEPS:08d}")).abs().max() < 1e-5
     times = {path: path.stat().st_mtime_ns for path in found.path.rglob("*")}
     assert fdl.build(resolve_items(items, "Experiment").config).run(found, World(), StopSignals())

@@ -102,7 +102,8 @@ def test_the_limit_is_a_share_or_a_number(
     export = tiny.export(teacher=str(teacher), corpus=Corpus(str(path), on_bad_row="skip", most_bad_rows=most))
     if refused:
         with pytest.raises(
-            UsageError, match=rf"\n{bad} of 400 rows cannot be used: .*most_bad_rows={most:g} .* more: {bad}\."
+            UsageError,
+            match=rf"\n{bad} of 400 rows cannot be used: .*most_bad_rows={most:g} .* more: --config=corpus.most_bad_rows={bad}\.",
         ):
             make_plans(export, tmp_path)
         return

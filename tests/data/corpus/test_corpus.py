@@ -144,7 +144,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, message: str) -> None:
         ("a.csv", b'text,id\n"x,1\n', "a.csv: not CSV at line"),
         ("a.csv", b"text,text\nx,y\n", "a.csv: the header has 'text' twice"),
         ("a.json", b'{\n "data": []\n}', "a.json:1: not JSON .*many lines"),
-        ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', "a.json: goes on behind the 1 elements of its array .*jq"),
+        ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', "a.json: continues after the 1 elements of its array .*jq"),
         ("a.json", b'[\n{"text": "x"},\n', "a.json: not JSON after 1 elements of its array .*jq"),
         ("a.jsonl", b'[\n{"text": "x"}]\n', "a.jsonl:1: not JSON .*jq"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged gzip"),

@@ -117,7 +117,7 @@ def test_documents_are_known_by_their_content(tiny: Tiny, tmp_path: Path, caplog
     with caplog.at_level("INFO", logger="kd"):
         write_caches(export, out, extend=True)
     assert "4 of 14 documents are new" in caplog.text
-    assert "1 of the new documents have names of documents in the cache with another content" in caplog.text
+    assert "1 of the new documents have the names of documents in the cache whose content differs" in caplog.text
     found = _texts(tiny, out)
     assert sorted([*found["train"], *found["validation"]]) == sorted([*old, *new])
     for split in ("train", "validation"):

@@ -96,7 +96,7 @@ def test_tail_from_rounded_log_probs() -> None:
 
 def test_tail_at_another_temperature_derived_from_the_tail_at_1() -> None:
     objective = Objective({"kd": Distillation(temperature=2.0)})
-    with pytest.raises(UsageError, match="cannot be had from the entries"):
+    with pytest.raises(UsageError, match="cannot be computed from the entries"):
         objective.check_cache(CacheFacts(vocab_size=50, top_k=8))
 
 

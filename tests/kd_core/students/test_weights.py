@@ -246,7 +246,7 @@ def test_an_adapter_means_what_peft_means_by_it(
 
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', a beginning that also changes the base"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which also changes the base"),
     "fast pissa": ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights is 'pissa_niter_2'"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     "dora": ({"use_dora": True}, "use_dora is True, which is not supported"),

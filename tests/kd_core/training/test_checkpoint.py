@@ -145,7 +145,7 @@ def _flip(folder: Path) -> None:
 
 DAMAGE = {
     "has .* bytes instead of": _truncate,
-    "has other bytes than were written": _flip,
+    "has bytes that differ from those written": _flip,
     "tensors_00000.safetensors is missing": lambda folder: next(folder.glob("*.safetensors")).unlink(),
     "progress.json has": lambda folder: (folder / "progress.json").write_text("{}"),
     "files.json: no such file": lambda folder: (folder / "files.json").unlink(),

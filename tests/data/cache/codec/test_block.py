@@ -181,5 +181,5 @@ def test_a_label_that_disagrees_with_its_entry_is_refused() -> None:
 def test_samples_of_more_draws_than_were_made_are_refused() -> None:
     records, coding = make(Case(1, 50, (6,), Selection(top_k=0, draws=4), "standard", 1.0))
     heavy = dataclasses.replace(records[0], sampled_log_weights=records[0].sampled_log_weights + np.float32(2))
-    with pytest.raises(ValueError, match="none of 1 to 4 draws"):
+    with pytest.raises(ValueError, match="not 1 to 4 draws"):
         encode_block(0, [heavy], coding)
