@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DIVERGENCES = "forward_kl reverse_kl jsd skew_kl skew_reverse_kl mixed_kl adaptive_kl decoupled_kl tvd cross_entropy"
+DIVERGENCES = (
+    "forward_kl reverse_kl jsd skew_kl skew_reverse_kl mixed_kl adaptive_kl decoupled_kl total_variation cross_entropy"
+)
 TAILS = "tail_bucket renormalized truncated unnormalized uniform_tail residual_to_label"
 
 

@@ -26,7 +26,7 @@ class CacheReader:
         """Returns the records of a block, or None for a damaged block that is skipped.
 
         Raises:
-            DamagedError: the block is damaged, and damaged blocks are not skipped.
+            DamagedBlockError: the block is damaged, and damaged blocks are not skipped.
             UsageError: the block cannot be read, or more than `max_damaged_blocks` are damaged.
         """
         if ref in self.damaged:

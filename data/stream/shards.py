@@ -137,7 +137,7 @@ class ShardReader:
         """Returns the records of a block, and reads the block if it is not held.
 
         Raises:
-            DamagedError: the block is not what the manifest says, down to the last bit.
+            DamagedBlockError: the block is not what the manifest says, down to the last bit.
             UsageError: the block cannot be read.
         """
         if ref not in self.held:

@@ -66,11 +66,12 @@ def _parse_call(text: str, item: str) -> tuple[str, dict[str, Any]]:
 
 def _find_function(text: str, item: str, kind: str, takes: str = "") -> tuple[Entry, dict[str, Any]]:
     """Returns the function that an item names, of `experiments/` or of a user's file, and its arguments."""
-    file, colon, call = text.rpartition(".py:") if ".py:" in text.partition("(")[0] else (text, "", "")
-    if colon or text.endswith(".py"):
+    if in_file := re.fullmatch(r"(?P<file>[^(]*\.py)(:(?P<call>.*))?", text, re.DOTALL):
+        file, call = in_file["file"], in_file["call"]
         name, arguments = _parse_call(call, item) if call else ("", {})
         expected = "NAME of experiments/, or FILE.py:NAME"
-        return user_code.load_from_file(f"{file}{colon}{name}", f"--config={item}", expected, kind), arguments
+        path = file if call is None else f"{file}:{name}"
+        return user_code.load_from_file(path, f"--config={item}", expected, kind), arguments
     name, arguments = _parse_call(text, item)
     return find_entry(name, kind, takes), arguments
 
@@ -141,6 +142,11 @@ def _apply_fiddler(resolved: Resolved, item: str) -> None:
             resolved.set_by[path] = f"{place.set_at()}, --config={item}"
 
 
+def items_by_path(resolved: Resolved) -> dict[str, str]:
+    """Returns the items that set a value by its path or tag, by path. What a fiddler sets is not among them."""
+    return {path: text for path, text in resolved.set_by.items() if text.startswith("--config=")}
+
+
 def find_tagged(config: fdl.Config[Any], name: str, error_prefix: str) -> list[Place]:
     """Returns the places that carry a tag. `error_prefix` begins the message of an error.
 
@@ -177,7 +183,8 @@ def apply(resolved: Resolved, item: str) -> None:
     elif item.startswith("tag:"):
         _apply_tag(resolved, item)
     else:
-        resolved.set_by[set_path(resolved.config, item.removeprefix("set:"))] = f"--config={item}"
+        path = set_path(resolved.config, item.removeprefix("set:"))
+        resolved.set_by[path] = f"--config={item}"
 
 
 def resolve_items(items: Sequence[str], kind: str) -> Resolved:

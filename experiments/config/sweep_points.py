@@ -159,7 +159,7 @@ def _resolve(draft: Draft, items: Sequence[str], name: str) -> Point:
         config_items.apply(resolved, item)
     config = resolved.config
     # A fiddler makes another base, which the sweep may change. A value that an item sets by name must stay.
-    overrides = {path: item for path, item in resolved.set_by.items() if item.startswith("--config=")}
+    overrides = config_items.items_by_path(resolved)
     applied = {path: find_place(config, path, item).value for path, item in overrides.items()}
     for swept, value in draft.values.items():
         error_prefix = f"--sweep={name}: {swept}={table_text(value)}"

@@ -13,18 +13,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kd_core.losses.sparse_view import Events, log_softmax_over
+from kd_core.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, Range
 
 
 class Parameters(NamedTuple):
-    """Parameters of single divergences. Each is read only by those named beside it."""
+    """Parameters of single divergences. `DIVERGENCES` says which one reads which."""
 
-    beta: float = 0.5  # jsd
-    skew: float = 0.1  # skew_kl, skew_reverse_kl
-    reverse_share: float = 0.5  # mixed_kl
-    head_mass: float = 0.5  # adaptive_kl
-    head_size: int = 10  # decoupled_kl
-    head_weight: float = 1.0  # decoupled_kl
-    tail_weight: float = 1.0  # decoupled_kl
+    beta: float = 0.5
+    skew: float = 0.1
+    reverse_share: float = 0.5
+    head_mass: float = 0.5
+    head_size: int = 10
+    head_weight: float = 1.0
+    tail_weight: float = 1.0
+
+
+PARAMETER_RANGES: dict[str, Range] = {
+    "beta": SHARE,
+    "skew": SHARE,
+    "reverse_share": SHARE,
+    "head_mass": SHARE,
+    "head_size": AT_LEAST_1,
+    "head_weight": NOT_NEGATIVE,
+    "tail_weight": NOT_NEGATIVE,
+}
 
 
 def log_mixture(log_ratio: Tensor, share: float) -> Tensor:
@@ -155,15 +167,22 @@ def decoupled_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
     return (parameters.head_weight * (p * events.log_ratio() - within) + parameters.tail_weight * within).sum(dim=1)
 
 
-DIVERGENCES: dict[str, Callable[[Events, Parameters], Tensor]] = {
-    "forward_kl": forward_kl,
-    "cross_entropy": cross_entropy,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "mixed_kl": mixed_kl,
-    "adaptive_kl": adaptive_kl,
-    "total_variation": total_variation,
-    "decoupled_kl": decoupled_kl,
+class Divergence(NamedTuple):
+    """A divergence as an objective names it. `parameters` are the fields of `Parameters` that it reads."""
+
+    function: Callable[[Events, Parameters], Tensor]
+    parameters: tuple[str, ...] = ()
+
+
+DIVERGENCES = {
+    "forward_kl": Divergence(forward_kl),
+    "cross_entropy": Divergence(cross_entropy),
+    "reverse_kl": Divergence(reverse_kl),
+    "jsd": Divergence(jsd, ("beta",)),
+    "skew_kl": Divergence(skew_kl, ("skew",)),
+    "skew_reverse_kl": Divergence(skew_reverse_kl, ("skew",)),
+    "mixed_kl": Divergence(mixed_kl, ("reverse_share",)),
+    "adaptive_kl": Divergence(adaptive_kl, ("head_mass",)),
+    "total_variation": Divergence(total_variation),
+    "decoupled_kl": Divergence(decoupled_kl, ("head_size", "head_weight", "tail_weight")),
 }

@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES
 
-# Which pass computes a metric, from cheap to costly: `entries` reads the teacher's entries alone, `vocabulary` comes
-# with the softmax over the vocabulary, `evaluation` needs more passes and is left out in training, `elsewhere` is a
-# term of the objective, or comes from other sums or from the loop.
+# What computes a metric, from cheap to costly: `entries` is `teacher_metric_sums`, which reads the teacher's entries
+# alone, `vocabulary` is `metric_sums`, which comes with the softmax over the vocabulary, and `evaluation` is a function
+# of `EXTRA_METRICS`, which needs more passes and is left out in training. `elsewhere` is a term of the objective, or
+# comes from other sums or from the loop.
 Pass = Literal["entries", "vocabulary", "evaluation", "elsewhere"]
 Subject = Literal["text", "teacher", "both"]
 

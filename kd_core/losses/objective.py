@@ -122,18 +122,18 @@ class Distillation(Term):
 
     @property
     def view_temperature(self) -> float:
-        """Returns the student's temperature, but 1 for `renormalized`, which divides the support's logits itself."""
-        return 1.0 if self.tail == "renormalized" else self._temperatures.student
+        """Returns the student's temperature, but 1 for a tail that divides the support's logits itself."""
+        return 1.0 if TAILS[self.tail].support_only else self._temperatures.student
 
     @property
     def needs_tail_mean(self) -> bool:
-        return self.tail == "uniform_tail"
+        return TAILS[self.tail].needs_tail_mean
 
     @property
     def needs_vocabulary(self) -> bool:
-        """Returns false for `renormalized`, unless positions are selected by the student's entropy."""
+        """Returns false for a tail of the support alone, unless positions are selected by the student's entropy."""
         needs_entropy = self.keep is not None and self.keep.signal == "student_entropy"
-        return self.tail != "renormalized" or needs_entropy
+        return not TAILS[self.tail].support_only or needs_entropy
 
     @property
     def positions(self) -> KeepUncertain | None:
@@ -143,7 +143,8 @@ class Distillation(Term):
         """Computes the divergence at each position, in nats, times both temperatures if they are scaled."""
         temperatures = self._temperatures
         factor = temperatures.teacher * temperatures.student if self.temperature_scaling == "squared" else 1.0
-        return factor * DIVERGENCES[self.divergence](TAILS[self.tail](view, temperatures), self._parameters)
+        events = TAILS[self.tail].function(view, temperatures)
+        return factor * DIVERGENCES[self.divergence].function(events, self._parameters)
 
     def check_cache(self, where: str, cache: CacheFacts) -> None:
         """Checks the tail treatment against the entries of the cache.
@@ -151,25 +152,26 @@ class Distillation(Term):
         Raises:
             UsageError: the cache does not have the tail, or its entries are not of the kind that the treatment takes.
         """
-        # Sampled entries carry importance weights, which the `sampled` treatment alone reads.
-        if cache.sampled != (self.tail == "sampled"):
+        tail = TAILS[self.tail]
+        # Sampled entries carry importance weights, which only a treatment of samples reads.
+        if cache.sampled != tail.sampled:
             kind = "sampled entries" if cache.sampled else "the likeliest entries"
             instead = "sampled" if cache.sampled else "tail_bucket"
             raise UsageError(f"{where}.tail: {self.tail!r} on a cache of {kind}. Use {instead!r}, or another cache.")
         # Without the true mass of the entries, only treatments that renormalise the teacher are defined.
-        if self.tail not in ("renormalized", "truncated") and not cache.tail_known:
+        if tail.needs_mass and not cache.tail_known:
             raise UsageError(
                 f"{where}.tail: {self.tail!r} on a cache whose source did not say what mass its entries have. Use "
                 "'renormalized', which needs only the entries, or export with a teacher of your own."
             )
         # With K = V there is no tail to treat.
-        if self.tail in ("tail_bucket", "uniform_tail", "residual_to_label") and cache.top_k >= cache.vocab_size:
+        if tail.needs_tail and cache.top_k >= cache.vocab_size:
             raise UsageError(
                 f"{where}.tail: {self.tail!r} on a cache of all {cache.vocab_size} tokens, which has no tail. "
                 "Use 'unnormalized' for the forward forms and 'renormalized' for the others: with K = V both are exact."
             )
         # Σ p^(1/τ) over the tail must have been captured when the cache was written.
-        if self.tail == "tail_bucket" and self.temperature not in (1.0, *cache.tail_temperatures):
+        if tail.needs_tail and self.temperature not in (1.0, *cache.tail_temperatures):
             raise UsageError(
                 f"{where}.temperature: got {self.temperature}, but the cache has the tail at "
                 f"{', '.join(map(str, cache.tail_temperatures))} only, and it cannot be computed from the entries. "

@@ -68,7 +68,7 @@ class SparseView(NamedTuple):
         return _with_gradient_of(self.student_tail, self.student_tail_logit, self.tail_size > 0)
 
     def differentiable_fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Returns the fields that carry a gradient, in the order of `Gradients`."""
+        """Returns the fields that carry a gradient, in the order of `ViewGradients`."""
         return (
             self.student_log_probs,
             self.student_tail,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_core.losses.divergences import DIVERGENCES
 from kd_core.losses.sparse_view import Events, SparseView, log_softmax_over, make_events
 
 # Log mass of a tail that was recorded as exactly 0. It is too small to change a float32 sum near 1. With −inf instead,
@@ -137,12 +138,64 @@ def sampled(view: SparseView, temperatures: Temperatures) -> Events:
     return unnormalized(view, temperatures)
 
 
-TAILS: dict[str, Callable[[SparseView, Temperatures], Events]] = {
-    "tail_bucket": tail_bucket,
-    "renormalized": renormalized,
-    "truncated": truncated,
-    "unnormalized": unnormalized,
-    "uniform_tail": uniform_tail,
-    "residual_to_label": residual_to_label,
-    "sampled": sampled,
+class Tail(NamedTuple):
+    """A tail treatment as an objective names it, and what it goes with.
+
+    Args:
+        function: turns a view into events.
+        divergences: those that are defined on its events.
+        reason: why it allows no other divergence, for the error message.
+        tempered: true if it allows a teacher at τ ≠ 1. Others would need probabilities that the entries do not hold.
+        support_only: true if it reads the student's logits on the support alone, up to a constant per position.
+        needs_tail_mean: true if it reads the view's `student_tail_mean`, which costs a pass over the vocabulary.
+        needs_mass: true if it reads the teacher's true mass of the entries, which some sources of caches lack.
+        needs_tail: true if it treats a tail, so that there must be one.
+        sampled: true if it takes sampled entries, false if it takes the likeliest ones.
+    """
+
+    function: Callable[[SparseView, Temperatures], Events]
+    divergences: tuple[str, ...]
+    reason: str = ""
+    tempered: bool = False
+    support_only: bool = False
+    needs_tail_mean: bool = False
+    needs_mass: bool = True
+    needs_tail: bool = False
+    sampled: bool = False
+
+
+# Divergences whose terms are all weighted by p. They need nothing of events that a tail treatment leaves out.
+TEACHER_WEIGHTED = ("forward_kl", "cross_entropy", "skew_kl")
+BY_STUDENT = "it weighs events by the student, and this tail leaves out the student's mass outside the entries"
+TAILS = {
+    "tail_bucket": Tail(tail_bucket, tuple(DIVERGENCES), tempered=True, needs_tail=True),
+    "renormalized": Tail(
+        renormalized,
+        tuple(name for name in DIVERGENCES if name != "decoupled_kl"),
+        "most of the tail that it weighs separately is missing",
+        tempered=True,
+        support_only=True,
+        needs_mass=False,
+    ),
+    "truncated": Tail(truncated, TEACHER_WEIGHTED, BY_STUDENT, tempered=True, needs_mass=False),
+    "unnormalized": Tail(unnormalized, TEACHER_WEIGHTED, BY_STUDENT),
+    "uniform_tail": Tail(
+        uniform_tail,
+        ("forward_kl",),
+        "the guessed tail is known only on average, which only forward KL can use",
+        needs_tail_mean=True,
+        needs_tail=True,
+    ),
+    "residual_to_label": Tail(
+        residual_to_label,
+        ("forward_kl", "cross_entropy"),
+        "a teacher with all its tail on the label is a target for the forward forms only",
+        needs_tail=True,
+    ),
+    "sampled": Tail(
+        sampled,
+        ("forward_kl", "cross_entropy"),
+        "importance weights estimate sums over the teacher, and only the forward forms are such sums",
+        sampled=True,
+    ),
 }

@@ -20,6 +20,13 @@ def accumulate_gradients(
     """Runs forward and backward passes over the micro-batches of a step, and returns the loss of each.
 
     Gradients add up on the rank. They are summed over ranks in the backward pass of the last micro-batch alone.
+
+    Args:
+        model: the student, which `loss_of` runs.
+        batches: the micro-batches of this rank.
+        loss_of: the forward pass of a micro-batch, from tokens to the loss (`batch_loss` of a training step).
+        parallel: precision and sharding.
+        world: the ranks.
     """
     losses: list[LossSums] = []
     for batch in batches:

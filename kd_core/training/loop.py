@@ -143,7 +143,7 @@ class _Run:
         torch.manual_seed((settings.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
         factor = rate_factor(settings.schedule, step, settings.steps)
         set_rates(self.optimizer, factor)
-        done = replace(self.progress, step=step, rows=step * settings.rows_per_step, metric=None)
+        after_step = replace(self.progress, step=step, rows=step * settings.rows_per_step, metric=None)
         every = settings.logger.histograms_every
         is_recorded = every > 0 and self.is_due(step, every)
         recorder = histograms_of_step(self.model, self.optimizer, self.world) if is_recorded else nullcontext({})
@@ -159,9 +159,9 @@ class _Run:
                     world=self.world,
                 )
         except NonFiniteError as error:
-            self.progress = replace(done, skipped=done.skipped + 1)
+            self.progress = replace(after_step, skipped=after_step.skipped + 1)
             return self._handle_non_finite(error, step, batches)
-        self.progress = done
+        self.progress = after_step
         if self.group_settings is not None and result.moved:
             check_resumable(self.model, self.optimizer, self.group_settings)
             self.group_settings = None
@@ -174,7 +174,7 @@ class _Run:
         return {
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
-            "train/skipped_steps": float(done.skipped),
+            "train/skipped_steps": float(after_step.skipped),
             "train/lr": factor * settings.optimizer.lr,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,

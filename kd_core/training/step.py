@@ -6,6 +6,7 @@ The loss of the step is the mean over all scored tokens, of all micro-batches an
 divided by that count before its backward pass, so the gradients only need to be added up.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,12 +45,24 @@ def batch_loss(model: Student, batch: Batch, objective: Objective, scale: float)
 
     def loss_of_hidden(hidden: Tensor, weight: Tensor) -> LossSums:
         # This rank's rows of the lm_head, and the hidden states of whole rows.  [V / ranks, D], [B, T, D]
-        shard = local_lm_head(hidden, weight)
+        local = local_lm_head(hidden, weight)
         # The loss works on positions, whatever row they are of.  [N, D]
-        flat = rearrange(shard.hidden, "B T D -> (B T) D")
+        flat = rearrange(local.hidden, "B T D -> (B T) D")
+        teacher, labels, mask = batch.targets()
         # Fused with the lm_head, so that the logits [N, V] are never held as a whole.
-        return fused_loss(flat, shard.weight, *batch.targets(), objective, scale, model.lm_head_form, shard.vocab_shard)
+        return fused_loss(
+            flat,
+            local.weight,
+            teacher,
+            labels,
+            mask,
+            objective,
+            scale,
+            form=model.lm_head_form,
+            shard=local.vocab_shard,
+        )
 
+    # The loss runs inside the model's forward, as `Student.forward` explains.
     return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden)
 
 
@@ -95,7 +108,7 @@ def train_step(  # noqa: PLR0913 (a step is made of exactly these)
     # A clip norm of 0 stands for none: the norm is measured all the same.
     norm = clip_gradients_(model.parameters(), clip_norm or torch.inf)
     # Loss and norm are sums over all ranks, so every rank comes to the same decision.
-    if not (torch.isfinite(torch.tensor([norm, sums["loss"]])).all()):
+    if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
         optimizer.zero_grad()
         raise NonFiniteError(f"loss sum {sums['loss']}, gradient norm {norm}")
     moved = tokens > 0 and any(objective.weights().values())

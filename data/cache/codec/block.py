@@ -40,7 +40,7 @@ INPUTS, LABELS = slice(None, -1), slice(1, None)
 def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple[dict[str, bytes], dict[str, float]]:
     """Encodes records as the members of a block, and decodes them again to measure the codec's error.
 
-    Records are numbered from `first` on. Returns the members by suffix, and the audit of `columns.audit`.
+    Records are numbered from `first` on. Returns the members by suffix, and the audit of `measure_codec_error`.
 
     Raises:
         ValueError: a record holds values that no teacher can produce.

@@ -8,8 +8,8 @@ For each chunk, the pass over the vocabulary (`full_vocab.py`) calls in this ord
     add_gradients_      gradients by those numbers, to gradients by logits, to gradients by hidden states and weight
 
 Everything between these calls works on [n, K] and is the same on all devices. A backend for a new kind of device, or
-of fused kernels, implements this class. `torch_backend.py` does it with torch operations. On a GPU no method may wait
-for a result (`if tensor.any()`).
+of fused kernels, implements this class, and is named in `BACKENDS` of `full_vocab.py`. `torch_backend.py` does it with
+torch operations. On a GPU no method may wait for a result (`if tensor.any()`).
 """
 
 from abc import ABC, abstractmethod
@@ -42,11 +42,15 @@ class LossBackend(ABC):
     """An lm_head on a kind of device, with the memory that its chunks share.
 
     Fresh memory costs more than what is written to it, so buffers are allocated once for all chunks of a call.
+
+    Args:
+        head: the lm_head.
+        chunk_tokens: the largest number of positions in a chunk.
+        temperatures: those of the student that terms need. 1 comes first, since all others are made from it.
     """
 
-    head: LmHead
-    temperatures: Sequence[float]
-    """Those of the student that terms need, 1 first."""
+    def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
+        self.head, self.chunk_tokens, self.temperatures = head, chunk_tokens, temperatures
 
     @abstractmethod
     def logits_(self, hidden: Float[Tensor, "n D"]) -> None:
@@ -67,7 +71,10 @@ class LossBackend(ABC):
 
     @abstractmethod
     def tail_entropy(self) -> Float[Tensor, " n"]:
-        """Returns −Σ s log s in nats, s being the softmax over this shard's tail at temperature 1."""
+        """Returns −Σ s log s in nats, s being the softmax over this shard's tail at temperature 1.
+
+        Called after `tail_statistics_`, as is `tail_power_sums`.
+        """
 
     @abstractmethod
     def tail_power_sums(self) -> Float[Tensor, "n powers"]:
@@ -77,7 +84,7 @@ class LossBackend(ABC):
     def add_gradients_(
         self,
         gradients: LmHeadGradients,
-        rows: slice,
+        positions: slice,
         hidden: Float[Tensor, "n D"],
         by_temperature: Mapping[float, LogitGradients],
     ) -> None:
@@ -85,7 +92,7 @@ class LossBackend(ABC):
 
         Args:
             gradients: those of all chunks.
-            rows: the positions of the chunk.
+            positions: those of the chunk.
             hidden: their hidden states.
             by_temperature: the gradient by the logits for each temperature.
         """

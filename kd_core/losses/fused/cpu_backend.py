@@ -79,12 +79,12 @@ class CpuBackend(TorchBackend):
                 rows = self._scratch_tensor("rows", weight[block].shape, hidden).copy_(weight[block])
                 torch.mm(hidden, rows.t(), out=out[:, block])
 
-    def _add_products_(self, gradients: LmHeadGradients, rows: slice, hidden: Tensor, dproduct: Tensor) -> None:
+    def _add_products_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dproduct: Tensor) -> None:
         factor = self._cast_weight
         if self._in_bfloat16:
             dproduct = round_(dproduct, factor.dtype)
         # dhidden = dproduct @ weight.  [n, D]
-        gradients.hidden[rows] = torch.mm(dproduct, factor)
+        gradients.hidden[positions] = torch.mm(dproduct, factor)
         if gradients.weight is None:
             return
         # dweight += dproduct.T @ hidden. A bfloat16 product is made and added block by block.  [V, D]

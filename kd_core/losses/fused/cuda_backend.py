@@ -25,12 +25,12 @@ class CudaBackend(TorchBackend):
         factor = self._cast_weight
         torch.mm(hidden.to(factor.dtype), factor.t(), out_dtype=out.dtype, out=out)
 
-    def _add_products_(self, gradients: LmHeadGradients, rows: slice, hidden: Tensor, dproduct: Tensor) -> None:
+    def _add_products_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dproduct: Tensor) -> None:
         factor, options = self._cast_weight, self._mm_options
         if options:
             dproduct = self._rounded[: len(dproduct)].copy_(dproduct)
         # dhidden = dproduct @ weight.  [n, D]
-        gradients.hidden[rows] = torch.mm(dproduct, factor, **options)
+        gradients.hidden[positions] = torch.mm(dproduct, factor, **options)
         if gradients.weight is None:
             return
         # dweight += dproduct.T @ hidden.  [V, D]

@@ -63,8 +63,8 @@ class _FullVocabPass:
     def student_entropies(self) -> Tensor:
         """Computes the student's entropy at all positions [N], which costs the logits of all of them."""
         entropies: list[Tensor] = []
-        for rows in self.call.chunk_slices(self.call.objective.chunk_tokens):
-            reduced = self.reduce_(self.call.chunk(rows))
+        for positions in self.call.chunk_slices(self.call.objective.chunk_tokens):
+            reduced = self.reduce_(self.call.chunk(positions))
             entropies.append(student_entropy(self.backend, reduced[1.0]))
         return torch.cat(entropies)
 
@@ -73,13 +73,15 @@ def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
     full_pass, totals = _FullVocabPass.allocate(call, head), call.zero_sums()
     backend, factors = full_pass.backend, call.position_weights(full_pass.student_entropies)
-    for rows in call.chunk_slices(call.objective.chunk_tokens):
+    for positions in call.chunk_slices(call.objective.chunk_tokens):
         # Logits to views.  [n, V] → [n, K]
-        chunk = call.chunk(rows)
+        chunk = call.chunk(positions)
         reduced = full_pass.reduce_(chunk)
         views = {temperature: reduced_logits.view for temperature, reduced_logits in reduced.items()}
         # Loss and metrics, in float32 over the chunk and in float64 over chunks.
-        loss, sums = call.weighted_loss(views, chunk.mask, {name: factor[rows] for name, factor in factors.items()})
+        loss, sums = call.weighted_loss(
+            views, chunk.mask, {name: factor[positions] for name, factor in factors.items()}
+        )
         sums |= metric_sums(reduced[1.0], chunk.mask)
         sums |= extra_metric_sums(call.objective.observe, reduced[1.0], backend, chunk.mask)
         totals = {name: total + sums[name].double() for name, total in totals.items()}
@@ -91,5 +93,5 @@ def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients
             temperature: logit_gradients(reduced_logits, g)
             for (temperature, reduced_logits), g in zip(reduced.items(), by_view, strict=True)
         }
-        backend.add_gradients_(gradients, rows, chunk.hidden, by_temperature)
+        backend.add_gradients_(gradients, positions, chunk.hidden, by_temperature)
     return totals

@@ -1,8 +1,8 @@
 """The closed form of the softmax: logits to a sparse view, and a loss's derivatives by the view to dL/dlogits.
 
 q is the softmax of z / τ, S the support, and s_j = q_j / q(tail) the softmax over the tail alone. A loss of the view's
-five student fields has the derivatives g_k (entries), g_tail, g_label, g_Z (log Z) and g_mean. With
-G = Σ g_k + g_tail + g_label + g_mean − g_Z and n the size of the tail,
+five student fields has the derivatives g_k (entries), g_tail, g_label, g_Z (log Z) and g_mean. From
+τ ∂log q_i/∂z_j = δ_ij − q_j follows, with G = Σ g_k + g_tail + g_label + g_mean − g_Z and n the size of the tail,
 
     τ dL/dz_j = (g_tail − G q(tail)) · s_j + g_mean / n          for j outside S,
     τ dL/dz_j = Σ g_k over the entries k with id j − G q_j       for j in S,   and + g_label at the label.
@@ -62,7 +62,7 @@ class ViewGradients(NamedTuple):
 
 
 def reduce_logits_(backend: LossBackend, temperature: float, chunk: Positions, needs_tail_mean: bool) -> ReducedLogits:
-    """Builds the view of a chunk's logits / τ, which the backend may overwrite."""
+    """Reduces the logits / τ that the backend holds to a view. The backend may overwrite them."""
     # Columns of the K entries and of the label in this shard.  [n, K] and [n, 1]
     head, teacher, used = backend.head, chunk.teacher, chunk.teacher.log_probs > -torch.inf
     entries = head.shard.locate(teacher.ids, used, len(head.weight))
@@ -76,7 +76,7 @@ def reduce_logits_(backend: LossBackend, temperature: float, chunk: Positions, n
     support = torch.where(used, stats.entry_logits, -torch.inf)
     on_support = torch.where(stats.distinct, support, -torch.inf).logsumexp(dim=1)
     normaliser = torch.logaddexp(on_support, stats.tail_logsumexp)
-    # log q = z / τ − log Z. The fields that losses are differentiated by become leaves of autograd.
+    # log q = z / τ − log Z. Autograd is off here, so the fields that losses are differentiated by become its leaves.
     view = SparseView(
         teacher_log_probs=teacher.log_probs,
         teacher_tail=teacher.tail_log_prob,
@@ -120,7 +120,8 @@ def logit_gradients(reduced: ReducedLogits, g: ViewGradients) -> LogitGradients:
     # G = Σ g_k + g_tail + g_label + g_mean − g_Z.  [n]
     G = g.entries.sum(dim=1) + g.tail + g.label + g.tail_mean - g.log_normaliser
     # Support: g_k − G q_j. G q_j counts once per id, at its distinct entry.  [n, K]
-    entries = g.entries - torch.where(view.distinct, G[:, None] * view.student_log_probs.detach().exp(), 0.0)
+    on_support = torch.where(view.distinct, G[:, None] * view.student_log_probs.detach().exp(), 0.0)
+    entry_gradients = g.entries - on_support
     # Tail: (g_tail − G q(tail)) · s_j. The backend has s_j over this shard's tail, so its share makes it s_j of the
     # whole tail.  [n]
     tail_factor = torch.where(tail_exists, g.tail - G * view.student_tail.detach().exp(), 0.0)
@@ -130,5 +131,5 @@ def logit_gradients(reduced: ReducedLogits, g: ViewGradients) -> LogitGradients:
     tail_offset = None
     if reduced.has_tail_mean:
         tail_offset = g.tail_mean / view.tail_size.clamp(min=1)
-        entries = entries - torch.where(view.distinct, tail_offset[:, None], 0.0)
-    return LogitGradients(tail_factor, tail_offset, entries, g.label, reduced.entries, reduced.labels)
+        entry_gradients = entry_gradients - torch.where(view.distinct, tail_offset[:, None], 0.0)
+    return LogitGradients(tail_factor, tail_offset, entry_gradients, g.label, reduced.entries, reduced.labels)

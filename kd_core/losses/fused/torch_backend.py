@@ -27,16 +27,10 @@ BLOCK_ROWS = 32
 
 
 class TorchBackend(LossBackend):
-    """Everything but the matmuls.
-
-    Args:
-        head: the lm_head.
-        chunk_tokens: the largest number of positions in a chunk.
-        temperatures: those of the student that terms need. 1 comes first, since all others are made from it.
-    """
+    """Everything but the matmuls."""
 
     def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
-        self.head, self.temperatures = head, temperatures
+        super().__init__(head, chunk_tokens, temperatures)
         shape, dtype = (chunk_tokens, len(head.weight)), head.precision.accum_dtype
         self._buffers = {temperature: head.weight.new_empty(shape, dtype=dtype) for temperature in temperatures}
         # The chunk's views of these buffers, and the derivative of the soft cap [n, V] or None without a soft cap.
@@ -48,12 +42,12 @@ class TorchBackend(LossBackend):
         """Writes hidden @ weight.T to `out` [n, V]."""
 
     @abstractmethod
-    def _add_products_(self, gradients: LmHeadGradients, rows: slice, hidden: Tensor, dproduct: Tensor) -> None:
+    def _add_products_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dproduct: Tensor) -> None:
         """Adds to the gradients by hidden states and weight.
 
         Args:
             gradients: those of all chunks.
-            rows: the positions of the chunk.
+            positions: those of the chunk.
             hidden: their hidden states [n, D].
             dproduct: the gradient [n, V] by hidden @ weight.T. It may be overwritten.
         """
@@ -87,7 +81,11 @@ class TorchBackend(LossBackend):
         return calibration.power_sums(self._chunk[1.0])
 
     def add_gradients_(
-        self, gradients: LmHeadGradients, rows: slice, hidden: Tensor, by_temperature: Mapping[float, LogitGradients]
+        self,
+        gradients: LmHeadGradients,
+        positions: slice,
+        hidden: Tensor,
+        by_temperature: Mapping[float, LogitGradients],
     ) -> None:
         """Writes dL/dlogits over the softmaxes, takes it through the head's form, and multiplies."""
         dlogits = self._chunk[1.0]
@@ -105,7 +103,7 @@ class TorchBackend(LossBackend):
             gradients.bias[: len(self.head.weight)] += dlogits.sum(dim=0)
         if self.head.scale != 1:
             dlogits.mul_(self.head.scale)
-        self._add_products_(gradients, rows, hidden, dlogits)
+        self._add_products_(gradients, positions, hidden, dlogits)
 
 
 def _mark_support_(logits: Tensor, entries: ShardColumns) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,7 +103,7 @@ def test_the_limit_is_a_share_or_a_number(
     if refused:
         with pytest.raises(
             UsageError,
-            match=rf"\n{bad} of 400 rows cannot be used: .*most_bad_rows={most:g} .* more: --config=corpus.most_bad_rows={bad}\.",
+            match=rf"\n{bad} of 400 rows cannot be used: .*={most:g} .* more: --config=corpus.most_bad_rows={bad}\.",
         ):
             make_plans(export, tmp_path)
         return
