@@ -24,15 +24,14 @@ LABEL_TOLERANCE = 0.05  # nats between a label's log-probability and that of the
 class Columns:
     """The N positions of several records.
 
-    Shapes: `tokens`, `labels`, `tail` and `label_logs` [N], `heads` and `head_logs` [N, K] (ids and log-probabilities
-    of the entries), `samples` and `sample_logs` [N, S]. `tempered` has one tail [N] for each further temperature of the
-    selection.
+    Shapes: `tokens`, `labels`, `tail` and `label_logs` [N], `entry_ids` and `entry_logs` [N, K] (log-probabilities),
+    `samples` and `sample_logs` [N, S]. `tempered` has one tail [N] for each further temperature of the selection.
     """
 
     tokens: Array
     labels: Array
-    heads: Array
-    head_logs: Array
+    entry_ids: Array
+    entry_logs: Array
     tail: Array
     label_logs: Array
     tempered: tuple[Array, ...]
@@ -58,7 +57,7 @@ class Columns:
 
     def label_entries(self) -> Array:
         """Returns the log-probability of each label's entry, or −inf where the label is not an entry.  [N]"""
-        return np.where(self.heads == self.labels[:, None], self.head_logs, UNUSED).max(axis=1, initial=UNUSED)
+        return np.where(self.entry_ids == self.labels[:, None], self.entry_logs, UNUSED).max(axis=1, initial=UNUSED)
 
     def check(self, vocab_size: int, selection: Selection) -> None:
         """Checks that a teacher can have produced these values.
@@ -67,18 +66,18 @@ class Columns:
             ValueError: an id is outside the vocabulary, a log-probability is NaN or above 0, entries and tail do not
                 sum to 1, or a label's log-probability is not that of its entry. The message names the column.
         """
-        for name in ("tokens", "labels", "heads", "samples"):
+        for name in ("tokens", "labels", "entry_ids", "samples"):
             values = getattr(self, name)
             if values.size and not 0 <= int(values.min()) <= int(values.max()) < vocab_size:
                 raise ValueError(f"{name}: ids {values.min()} to {values.max()}; the vocabulary has {vocab_size}")
-        for name in ("head_logs", "tail", "label_logs"):
+        for name in ("entry_logs", "tail", "label_logs"):
             values = getattr(self, name)
             if np.isnan(values).any() or (values > MASS_ROUNDING).any():
                 raise ValueError(f"{name}: holds NaN or a log-probability above 0")
         if np.isnan(self.sample_logs).any() or any(np.isnan(tail).any() for tail in self.tempered):
             raise ValueError("samples or tails at further temperatures: hold NaN")
         # Σ e^entry + e^tail is 1 up to rounding.  [N]
-        mass = np.exp(self.head_logs.astype(np.float64)).sum(axis=1) + np.exp(self.tail.astype(np.float64))
+        mass = np.exp(self.entry_logs.astype(np.float64)).sum(axis=1) + np.exp(self.tail.astype(np.float64))
         if (np.abs(mass - 1) > MASS_ROUNDING).any():
             raise ValueError(f"entries and tail sum to {mass[np.abs(mass - 1).argmax()]:.6f}, wanted 1")
         # Where the label is an entry, both of its log-probabilities agree. −inf is left out of the difference.  [N]
@@ -122,12 +121,12 @@ def measure_codec_error(original: Columns, decoded: Columns) -> dict[str, float]
         ValueError: anything but log-probabilities changed.
     """
     # Sort both by id: the codec does not keep the order of entries.  [N, K], [N, S]
-    heads, logs = _by_id(original.heads, original.head_logs)
-    heads_after, logs_after = _by_id(decoded.heads, decoded.head_logs)
+    ids, logs = _by_id(original.entry_ids, original.entry_logs)
+    ids_after, logs_after = _by_id(decoded.entry_ids, decoded.entry_logs)
     samples, samples_after = (_by_id(side.samples, side.sample_logs)[0] for side in (original, decoded))
     same = {
         "tokens": np.array_equal(original.tokens, decoded.tokens) and np.array_equal(original.labels, decoded.labels),
-        "ids": np.array_equal(heads, heads_after),
+        "ids": np.array_equal(ids, ids_after),
         "samples": np.array_equal(samples, samples_after),
     }
     for name, unchanged in same.items():

@@ -63,8 +63,9 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     windows, rows = plan.shards[0].windows, plan.export.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
     # Take whole batches, at least one, of at most PILOT_POSITIONS positions: a batch's records are reused as they are.
-    most_windows = int(np.searchsorted(ends, PILOT_POSITIONS, side="right")) // rows * rows
-    pilot_windows = windows if most_windows >= len(windows) else windows[: max(rows, most_windows)]
+    fitting = int(np.searchsorted(ends, PILOT_POSITIONS, side="right"))
+    whole_batches = fitting // rows * rows
+    pilot_windows = windows if whole_batches >= len(windows) else windows[: max(rows, whole_batches)]
     total = sum(plan.windows[i].positions for i in pilot_windows)
     with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
         pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
@@ -97,12 +98,12 @@ def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record]
     done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
     bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
     with bar, scoring_threads(model.device) as executor:
-        # The pilot has already scored the first windows of the first shard.
+        # The pilot has already scored the first windows of the first shard. Ranks above 0 get an empty pilot.
         scored = pilot if missing and missing[0] == plan.shards[0] else []
-        runs = [shard.windows for shard in missing]
+        window_ranges = [shard.windows for shard in missing]
         if scored:
-            runs[0] = runs[0][len(scored) :]
-        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, runs)), bar)
+            window_ranges[0] = window_ranges[0][len(scored) :]
+        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, window_ranges)), bar)
         for shard in missing:
             write_shard(plan.folder / shard.name, _encode_blocks(shard, records, plan, coding))
 

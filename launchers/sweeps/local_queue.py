@@ -42,13 +42,13 @@ class _Running:
 
 @dataclass
 class Queue:
-    """Waiting and running points. `finished` is called after each point that ends well."""
+    """Waiting and running points. `on_finished` is called after each point that ends well."""
 
     folder: SweepFolder
     points: Sequence[Point]
     slots: Sequence[Slot]
     nproc: int
-    finished: Callable[[], object]
+    on_finished: Callable[[], object]
     running: list[_Running] = field(default_factory=list)
     interruptions: dict[str, int] = field(default_factory=dict)
     signal_number: int = 0
@@ -107,7 +107,7 @@ class Queue:
         self.folder.set_status(point.id, replace(status, state=state, exit_code=code, last_line=last_line))
         if state == FINISHED:
             self.live.say(f"{point.id} finished  {point_label(point, self.paths)}")
-            self.finished()
+            self.on_finished()
         elif state == FAILED:
             log = self.folder.log(point.id)
             self.live.say(f"{point.id} failed    {point_label(point, self.paths)} (exit code {code}): {last_line} ({log})")

@@ -49,10 +49,10 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple
     # Lay all records end to end, and check them: N = Σ T positions.
     columns = Columns.from_records(records, selection.tail_temperatures)
     columns.check(tables.vocab_size, selection)
-    check_size(len(columns.tokens), max(columns.heads.shape[1], columns.samples.shape[1]))
+    check_size(len(columns.tokens), max(columns.entry_ids.shape[1], columns.samples.shape[1]))
     # Turn ids into ranks, and sort each position's entries by them.  [N, K] and [N, S]
     order = coding.order_of(columns.tokens)
-    entries = RankedEntries(columns.tokens, columns.heads, columns.head_logs, tables)
+    entries = RankedEntries(columns.tokens, columns.entry_ids, columns.entry_logs, tables)
     drawn = RankedEntries(columns.tokens, columns.samples, columns.sample_logs, tables)
     # Input tokens as global ranks, T + 1 a record, and loss masks as bits.  [N + records], [⌈N / 8⌉]
     token_ranks = tables.rank_of.take(np.concatenate([record.token_ids for record in records]).astype(np.int64))

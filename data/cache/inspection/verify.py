@@ -96,7 +96,7 @@ def _problems(decoded: DecodedBlock, coding: Coding | None, manifest: Manifest) 
     except ValueError as error:
         yield str(error)
     for name, ids, logs in (
-        ("entries", columns.heads, columns.head_logs),
+        ("entries", columns.entry_ids, columns.entry_logs),
         ("samples", columns.samples, columns.sample_logs),
     ):
         if (row := _repeated(ids, logs)) is not None:

@@ -135,7 +135,7 @@ def _touched(name: str, at: tuple[int, ...] | int, value: float) -> Record:
 
 
 MISTAKES = [
-    (_touched("topk_log_probs", (2, 1), np.nan), "head_logs: holds NaN"),
+    (_touched("topk_log_probs", (2, 1), np.nan), "entry_logs: holds NaN"),
     (_touched("tail_log_prob", 3, np.nan), "tail: holds NaN"),
     (_touched("label_log_prob", 0, np.nan), "label_logs: holds NaN"),
     (_touched("topk_log_probs", (2, 1), 0.5), "log-probability above 0"),
