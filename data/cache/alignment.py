@@ -42,7 +42,8 @@ def label_scores(record: Record, shift: int, positions: Array) -> tuple[Array, A
     entries = record.topk_log_probs[positions]
     lowest = np.where(entries > UNUSED, entries, 0.0).min(axis=1, initial=0.0)
     # The label's log-probability equals its entry's; without an entry, it is at most that of the least likely one.  [n]
-    agrees = np.where(has_entry, np.abs(entry_logs - label_logs) <= TOLERANCE, label_logs <= lowest + TOLERANCE)
+    distance = np.abs(np.where(has_entry, entry_logs, 0.0) - label_logs)
+    agrees = np.where(has_entry, distance <= TOLERANCE, label_logs <= lowest + TOLERANCE)
     # log weight of the sample that is the label.  [n, S] → [n]
     is_drawn, sample_logs = np.zeros(len(positions), bool), entry_logs
     samples, weights = record.samples()
