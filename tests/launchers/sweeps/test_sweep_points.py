@@ -15,7 +15,7 @@ from kd_core.errors import UsageError
 from kd_core.losses.term_weights import Linear
 from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
-from launchers.sweeps.results import Row, group_by_seed
+from launchers.sweeps.point_results import Row, group_by_seed
 from tests.launchers.command import run
 from kd_core.training.lr_schedule import WarmupCosine
 from experiments.config import config_items
