@@ -22,5 +22,6 @@ def cache_mix(
     """
     config = quickstart()
     caches = {name: cache_config(path) for name, path in (("first", first), ("second", second))}
-    config.shards = fdl.Config(Mixture, caches=caches, weights={"first": share, "second": 1 - share})
+    rest = round(1 - share, 12)  # 0.3 for a share of 0.7, where 1 - 0.7 is 0.30000000000000004
+    config.shards = fdl.Config(Mixture, caches=caches, weights={"first": share, "second": rest})
     return config

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.config.record_diff import DEFAULT
 from kd_core.errors import UsageError, escape_unprintable
 from kd_core.losses.metric_table import METRICS
 from kd_core.training.evaluation import metric_direction
@@ -100,8 +101,18 @@ def _rows(columns: list[dict[str, str]], everything: bool) -> list[Row]:
 
 
 def settings_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Returns the settings that differ between runs, followed with `everything` by those that do not."""
-    return _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
+    """Returns the settings that differ between runs, followed with `everything` by those that do not.
+
+    Defaults of a part that some run lacks are left out without `everything`.
+    """
+    rows = _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
+    return [row for row in rows if everything or not _is_default_of_missing_part(row[0], runs)]
+
+
+def _is_default_of_missing_part(name: str, runs: list[Run]) -> bool:
+    """Checks whether some run lacks the setting, and all others leave it at its default."""
+    origins = [run.settings[name][1] for run in runs if name in run.settings]
+    return len(origins) < len(runs) and all(origin.startswith(DEFAULT) for origin in origins)
 
 
 def _provenance(run: Run) -> dict[str, str]:
