@@ -64,7 +64,7 @@ def test_a_slow_step_is_said_once_with_what_is_left(said: pytest.LogCaptureFixtu
 
 def test_waiting_for_data_is_named(said: pytest.LogCaptureFixture) -> None:
     _add_twice(_watch(), POSITIONS, seconds=1.0, waited=HOURS)
-    assert "a wait for data" in said.text
+    assert "spent waiting for data" in said.text
 
 
 def test_emulated_bfloat16_is_named_where_it_is_emulated(said: pytest.LogCaptureFixture) -> None:
