@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-LATE_RANK_SECONDS = 5.0  # ranks that fail alike do so within a few seconds of each other
+LATE_RANK_SECONDS = 10.0  # ranks that fail alike do so within a few seconds of each other
 
 
 def report_to_torchrun(message: str) -> None:
