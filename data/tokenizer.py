@@ -167,10 +167,13 @@ class Tokenizer:
 
     def describe(self, around: SurroundingIds) -> str:
         """Describes what texts get in front and behind."""
-        begins, ends = (
-            " ".join(f"{self.fast.id_to_token(i)} (id {i})" for i in ids) or "nothing more" for ids in around
-        )
-        return f"each text begins with {begins} and ends with {ends}"
+        tokens = (" ".join(f"{self.fast.id_to_token(i)} (id {i})" for i in ids) for ids in around)
+        roles = list(zip(("begins", "ends"), ("BOS", "EOS"), tokens, strict=True))
+        added = " and ".join(f"{verb} with {text}" for verb, _, text in roles if text)
+        missing = [role for _, role, text in roles if not text]
+        settings = ", ".join(f"corpus.{role.lower()}" for role in missing)
+        nothing = f"no {' or '.join(missing)} is added ({settings})" if missing else ""
+        return ", and ".join(filter(None, [f"each text {added}" if added else "", nothing]))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes each text, without special tokens added."""

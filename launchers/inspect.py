@@ -92,7 +92,7 @@ def show_cache(folder: Path) -> None:
         print(f"  {name:<26} {size:>12,} {per_position:>10.2f}")
     coverage = survey.coverage(manifest.selection.top_k)
     if coverage:
-        print("\n  teacher's mass on its likeliest")
+        print("\n  teacher's mass on its likeliest, over all positions")
     for name, mass in coverage:
         print(f"  {name:<14} {mass:.4f}")
     if tokenizer is None and records:

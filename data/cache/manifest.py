@@ -123,8 +123,8 @@ class Manifest:
         return (
             f"{folder}: {self.records} records, {self.positions} positions in {len(self.shards)} shards, "
             f"{self.bytes / self.positions:.1f} bytes a position; teacher NLL {self.statistics['teacher_nll']:.3f}, "
-            f"mass of {self.selection.words()} {self.statistics['teacher_mass']:.3f}, "
-            f"codec's KL {self.audit.kl_mean:.1e}"
+            f"mass of {self.selection.words()} {self.statistics['teacher_mass']:.3f} over scored "
+            f"positions, codec's KL {self.audit.kl_mean:.1e}"
         )
 
     def as_json(self) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, read_manifest
+from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest, read_manifest
 from data.export.extend import GROWING_FILE, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
@@ -21,6 +21,12 @@ def _setting_hint(name: str, before: Any, now: Any) -> str:
     """Returns which setting restores the tokens that were added around texts before, or an empty text."""
     setting = {PLAN_BEGINS: "bos", PLAN_ENDS: "eos"}.get(name)
     return f" It is as before with corpus.{setting}={'yes' if before else 'no'}." if setting and before != now else ""
+
+
+def _corpus_path(manifest: Manifest | None) -> str:
+    """Returns where the corpora of a complete cache were, or an empty text if that is not recorded."""
+    paths = manifest.made.get("corpora") if manifest else None
+    return ", ".join(map(str, paths)) if isinstance(paths, list) else ""
 
 
 def recorded_dtype(out: Path) -> str | None:
@@ -59,17 +65,25 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
     # Such a cache is reused only if it is complete.
     unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.plan) - set(stored)
-    names = sorted({*stored, *plan.plan} - unknown)
+    names = sorted({*stored, *plan.plan} - unknown, key=lambda name: (name != "corpus", name))
     differing = [name for name in names if stored.get(name) != plan.plan.get(name)]
-    if differing:
-        name = differing[0]
-        raise UsageError(
-            f"{plan.folder}: holds an export with another {name} ({stored.get(name)}; now {plan.plan.get(name)})."
-            f"{_setting_hint(name, stored.get(name), plan.plan.get(name))} "
-            "Choose another --out, delete the folder, or add documents that are new to it with --extend."
-        )
     has_manifest = (plan.folder / "manifest.json").exists()
     manifest = read_manifest(plan.folder) if has_manifest else None
+    if differing:
+        name = differing[0]
+        before, now = stored.get(name), plan.plan.get(name)
+        if name == "corpus" and (path := _corpus_path(manifest)) not in ("", plan.export.corpus.path):
+            before, now = path, plan.export.corpus.path
+        may_grow = set(differing) <= set(MAY_GROW)
+        choices = (
+            "delete the folder, or add documents that are new to it with --extend"
+            if may_grow
+            else "or delete the folder"
+        )
+        raise UsageError(
+            f"{plan.folder}: holds an export with another {name} ({before}; now {now})."
+            f"{_setting_hint(name, before, now)} Choose another --out, {choices}."
+        )
     missing = [shard.name for shard in manifest.shards if not (plan.folder / shard.name).exists()] if manifest else []
     if unknown and (missing or not manifest):
         raise UsageError(

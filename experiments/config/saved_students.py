@@ -57,8 +57,9 @@ def find_student(path: Path, step: str | None) -> Path:
         return run.export
     if folder := _checkpoint(run, step):
         return folder
-    export_hint = " Its export/ is whole: leave --step out." if run.is_finished else ""
-    raise UsageError(f"--step={step}: {path} has no such checkpoint. {available}.{export_hint}")
+    choices = ["name one of them"] * bool(steps) + ["leave --step out for its export/"] * run.is_finished
+    next_step = f": {', or '.join(choices)}" if choices else " yet"
+    raise UsageError(f"--step={step}: {path} has no such checkpoint. {available}{next_step}.")
 
 
 def recorded_precision(path: Path) -> str | None:

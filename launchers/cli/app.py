@@ -17,6 +17,7 @@ from absl import app, flags
 
 from experiments.config import catalog
 from kd_core.errors import NonFiniteError, RankError, UsageError, escape_unprintable
+from launchers.cli.torchrun_report import report_to_torchrun
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("kd")
@@ -115,8 +116,12 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
-def _print_error(prog: str, message: str) -> None:
-    print(f"{prog}: error: {_visible_lines(_short(rewrite_commands(message)))}", file=sys.stderr, flush=True)
+def _report_error(prog: str, message: str, prints: bool) -> None:
+    """Prints the message on a rank that prints, and leaves it to torchrun's report on every rank."""
+    line = f"{prog}: error: {_visible_lines(_short(rewrite_commands(message)))}"
+    if prints:
+        print(line, file=sys.stderr, flush=True)
+    report_to_torchrun(line)
 
 
 @contextlib.contextmanager
@@ -129,15 +134,13 @@ def guard(prog: str) -> Generator[None]:
         if message is None:
             raise
         log.debug("%s", traceback.format_exc())  # only into the attempt's log
-        if _is_first() or isinstance(error, RankError):
-            _print_error(prog, message)
+        _report_error(prog, message, _is_first() or isinstance(error, RankError))
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
 
 
 def exit_with_usage_error(prog: str, message: str) -> NoReturn:
     """Exits with one message about a mistake in the command line."""
-    if _is_first():
-        _print_error(prog, message)
+    _report_error(prog, message, _is_first())
     raise SystemExit(2)
 
 

@@ -12,6 +12,7 @@ def describe_cache(manifest: Manifest, survey: Survey) -> list[tuple[str, str]]:
     teacher = manifest.teacher
     shape = teacher["architecture"] if isinstance(teacher.get("architecture"), dict) else {}
     layers = f"{shape.get('num_layers')} layers of {shape.get('hidden_size')}, " if "num_layers" in shape else ""
+    scored_nll = manifest.statistics["teacher_nll"]
     lines = [
         ("teacher", f"{layers}{teacher.get('dtype', '')}, weights {str(teacher.get('weights'))[:12]}…"),
         ("tokenizer", f"{manifest.tokenizer[:12]}…, vocabulary of {manifest.vocab_size:,}"),
@@ -23,8 +24,8 @@ def describe_cache(manifest: Manifest, survey: Survey) -> list[tuple[str, str]]:
         ("", f"{len(manifest.shards)} shards, {sum(len(s.blocks) for s in manifest.shards)} blocks"),
         ("entries", _spread(survey.entries) if selection.top_k else "none"),
         ("samples", _spread(survey.samples) if selection.draws else "none"),
-        ("teacher NLL", f"{survey.nll / n:.4f} nats a position"),
-        ("label is kept", f"at {survey.inside / n:.1%} of positions"),
+        ("teacher NLL", f"{survey.nll / n:.4f} nats over all positions, {scored_nll:.4f} over scored positions"),
+        ("label is kept", f"at {survey.inside / n:.1%} of all positions"),
     ]
     return [*lines, *(("plan", _plan(plan)) for plan in manifest.plans)]
 
@@ -34,7 +35,7 @@ def _beginnings(manifest: Manifest) -> list[tuple[str, str]]:
     if ids := manifest.text_begins_with:
         return [("texts begin with", " ".join(map(str, ids)))]
     may_lack_texts = any(plan.get("chat_template", "unknown") is not None for plan in manifest.plans)
-    return [] if may_lack_texts else [("texts begin with", "nothing more")]
+    return [] if may_lack_texts else [("texts begin with", "no BOS")]
 
 
 def _further(selection: Any) -> str:

@@ -132,7 +132,10 @@ def html_page(tables: PageTables, records: Sequence[Record], words: IdToText, mo
             ["bytes", "all", "a position"],
             [(name, f"{size:,}", f"{per_position:.2f}") for name, size, per_position in tables.costs],
         ),
-        _table(["likeliest", "teacher's mass"], [(name, f"{mass:.4f}") for name, mass in tables.coverage])
+        _table(
+            ["likeliest", "teacher's mass over all positions"],
+            [(name, f"{mass:.4f}") for name, mass in tables.coverage],
+        )
         if tables.coverage
         else "",
         "<p>A token is the redder the less the teacher expected it. Point at one for what was expected in its place; "

@@ -1,10 +1,13 @@
 """Runs read from their folders, finished or not, and tables of the settings, provenance and metrics that differ."""
 
+import functools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.config.record_diff import DEFAULT
 from kd_core.errors import UsageError, escape_unprintable
 from kd_core.losses.metric_table import METRICS
 from kd_core.training.evaluation import metric_direction
@@ -38,6 +41,10 @@ class Run:
     @property
     def steps(self) -> int:
         return int(self.settings["steps"][0])
+
+    @functools.cached_property
+    def deciding(self) -> dict[str, str]:
+        return deciding_settings({path: value for path, (value, _) in self.settings.items()}, self.facts)
 
     def curve(self, metric: str, by_tokens: bool = False) -> list[tuple[float, float]]:
         """Returns the points of a metric: step (or positions read so far) and value."""
@@ -94,8 +101,18 @@ def _rows(columns: list[dict[str, str]], everything: bool) -> list[Row]:
 
 
 def settings_rows(runs: list[Run], everything: bool) -> list[Row]:
-    """Returns the settings that differ between runs, followed with `everything` by those that do not."""
-    return _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
+    """Returns the settings that differ between runs, followed with `everything` by those that do not.
+
+    Defaults of a part that some run lacks are left out without `everything`.
+    """
+    rows = _rows([{name: value for name, (value, _) in run.settings.items()} for run in runs], everything)
+    return [row for row in rows if everything or not _is_default_of_missing_part(row[0], runs)]
+
+
+def _is_default_of_missing_part(name: str, runs: list[Run]) -> bool:
+    """Checks whether some run lacks the setting, and all others leave it at its default."""
+    origins = [run.settings[name][1] for run in runs if name in run.settings]
+    return len(origins) < len(runs) and all(origin.startswith(DEFAULT) for origin in origins)
 
 
 def _provenance(run: Run) -> dict[str, str]:
@@ -158,21 +175,20 @@ def _decides(name: str, setting: str) -> bool:
     return (held_out and not of_text) or setting == f"metric {metric}"
 
 
-def _deciding(run: Run) -> dict[str, str]:
+def deciding_settings(values: dict[str, str], facts: dict[str, Any]) -> dict[str, str]:
     """Returns a run's settings, the hashes of its inputs, and the functions of the user's metrics."""
-    functions = re.findall(r"[\w.]+", run.settings.get("evaluation.metrics", ("", ""))[0])
+    functions = re.findall(r"[\w.]+", values.get("evaluation.metrics", ""))
     return {
-        **{path: value for path, (value, _) in run.settings.items()},
-        **{f"{path}{CONTENTS}": item["sha256"] for path, item in run.facts.get("inputs", {}).items()},
+        **values,
+        **{f"{path}{CONTENTS}": item["sha256"] for path, item in facts.get("inputs", {}).items()},
         **{f"metric {function.rpartition('.')[2]}": function for function in functions},
     }
 
 
-def incomparable(name: str, first: Run, other: Run) -> list[str]:
-    """Returns the settings whose difference makes two runs' numbers of that name different quantities."""
-    one, two = _deciding(first), _deciding(other)
-    paths = (path for path in dict.fromkeys([*one, *two]) if one.get(path) != two.get(path))
-    return [path for path in paths if _decides(name, path)]
+def incomparable(name: str, runs: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns the settings that make numbers of that name different quantities in runs of these `deciding_settings`."""
+    paths = dict.fromkeys(path for settings in runs for path in settings)
+    return [path for path in paths if _decides(name, path) and len({settings.get(path) for settings in runs}) > 1]
 
 
 def _with_difference(name: str, runs: list[Run]) -> list[str]:
@@ -183,7 +199,7 @@ def _with_difference(name: str, runs: list[Run]) -> list[str]:
         value = run.final(name)
         difference = (
             OTHER
-            if incomparable(name, runs[0], run)
+            if incomparable(name, [runs[0].deciding, run.deciding])
             else ""
             if value is None or first is None
             else f"{value - first:+.4f}"
@@ -195,7 +211,10 @@ def _with_difference(name: str, runs: list[Run]) -> list[str]:
 def other_quantities(runs: list[Run]) -> str:
     """Returns a note about the sign that replaces a difference, or an empty text if there is no such sign."""
     settings = {
-        path: None for name in metric_names(runs) for run in runs[1:] for path in incomparable(name, runs[0], run)
+        path: None
+        for name in metric_names(runs)
+        for run in runs[1:]
+        for path in incomparable(name, [runs[0].deciding, run.deciding])
     }
     return f"{OTHER}: another quantity than in A, by {', '.join(settings)}." if settings else ""
 

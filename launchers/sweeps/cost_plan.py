@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 from data.cache.manifest import list_caches
 from experiments.base.checks import local_caches
+from experiments.config.sweep_points import Point, point_label, short_names, swept_paths, table_text
 from kd_core.errors import UsageError
 from launchers.reports import text_tables
 from launchers.sweeps.point_cost import Cost, cost_of, measured_rate
 from launchers.sweeps.sweep_folder import SweepFolder
-from experiments.config.sweep_points import Point, point_label, short_names, table_text, swept_paths
 
 NAMED = 8  # points of one missing cache
 
@@ -37,7 +37,9 @@ def plan(folder: SweepFolder, points: Sequence[Point], tokens_per_second: float 
         values = [table_text(point.values[path]) if path in point.values else "" for path in paths]
         rows.append([point.id, *values, f"{point.tokens:,}", _number(flops, ".2e"), _number(hours, ".2f"),
                      folder.status(point.id).state])  # fmt: skip
-    table = text_tables.format_aligned(["id", *(names[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows)
+    table = text_tables.format_aligned(
+        ["id", *(names[path] for path in paths), "tokens", "FLOP", "hours", "state"], rows
+    )
     source = "given" if tokens_per_second else "as the finished points ran" if rate else ""
     hours = f", {total_hours:.2f} hours one after another ({source})" if source else "; for hours: --tokens_per_second"
     total = f"{table}\n{len(points)} points, {total_tokens:,} tokens"

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from experiments.config.sweep_points import Point, point_label, swept_paths
 from launchers.sweeps import point_process
+from launchers.sweeps.live_table import LiveTable
 from launchers.sweeps.point_process import SAVING, Slot
 from launchers.sweeps.sweep_folder import FAILED, FINISHED, RUNNING, STOPPED, Status, SweepFolder
-from launchers.sweeps.live_table import LiveTable
-from experiments.config.sweep_points import Point, point_label, swept_paths
 
 MOST_INTERRUPTIONS = 3
 PAUSE, REDRAW = 0.05, 1.0
@@ -110,7 +110,9 @@ class Queue:
             self.on_finished()
         elif state == FAILED:
             log = self.folder.log(point.id)
-            self.live.say(f"{point.id} failed    {point_label(point, self.paths)} (exit code {code}): {last_line} ({log})")
+            self.live.say(
+                f"{point.id} failed    {point_label(point, self.paths)} (exit code {code}): {last_line} ({log})"
+            )
         else:
             self.live.say(f"{point.id} stopped   {point_label(point, self.paths)}: goes on from its checkpoint")
             self.waiting.append(point)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from experiments.config.sweep_points import Point
 from kd_core.training.monitoring.slow_start import flops_per_token
 from launchers.sweeps.sweep_folder import FINISHED, SweepFolder
-from experiments.config.sweep_points import Point
 
 # Bytes per parameter. A checkpoint holds each trained parameter with its two moments, an export float32 values.
 SAVED, EXPORTED = 12, 4

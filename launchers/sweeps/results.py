@@ -17,41 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd_core.errors import UsageError, escape_unprintable
+from experiments.config.sweep_points import Point, point_label, short_names, swept_paths, table_text
 from kd_core.files import new_folder, read_json, write_json, write_text
 from kd_core.losses.metric_table import BRIEF
 from kd_core.training.monitoring.tensorboard import HParam, write_columns, write_session
 from launchers.reports import text_tables
+from launchers.reports.runs import OTHER
+from launchers.sweeps.point_results import Group, Row, group_by_seed, metric_names, other_quantities, read_row
+from launchers.sweeps.seed_statistics import CONFIDENCE, Mean
 from launchers.sweeps.sweep_folder import FINISHED, SweepFolder
-from experiments.config.sweep_points import Point, point_label, short_names, table_text, swept_paths
-from launchers.sweeps.seed_statistics import CONFIDENCE, Mean, mean_of
 
 SEED = "seed"
 PAUSES = 9  # the tables are next written after this many times the seconds that writing them took
-Line = dict[str, float]
 log = logging.getLogger("kd")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A point with its state. A finished one has its last metrics, all validations, and what precision `auto` chose."""
-
-    point: Point
-    state: str
-    final: Line
-    curve: Sequence[Line] = ()
-    precision: str | None = None
-
-
-def _row(folder: SweepFolder, point: Point) -> Row:
-    state = folder.status(point.id).state
-    if state != FINISHED:
-        return Row(point, state, {})
-    lines = folder.metrics(point.id)
-    curve = [{name: line[name] for name in line if name == "step" or name.startswith("val/")} for line in lines]
-    final = {escape_unprintable(name): value for name, value in (curve or [{}])[-1].items() if name != "step"}
-    precision = folder.run_folder(point.id).precision() if point.config.parallel.precision == "auto" else None
-    return Row(point, state, final, [line for line in curve if len(line) > 1], precision)
 
 
 @dataclass
@@ -71,7 +49,7 @@ class Results:
         return [self.finished.get(point.id) or self._read(point) for point in self.points]
 
     def _read(self, point: Point) -> Row:
-        row = _row(self.folder, point)
+        row = read_row(self.folder, point)
         if row.state == FINISHED:
             self.finished[point.id] = row
             if not self.keep_checkpoints:
@@ -105,50 +83,6 @@ def write_results(folder: SweepFolder, points: Sequence[Point], gone: int = 0, *
     text = results.write()
     _warn_of_precisions(list(results.finished.values()))
     return text
-
-
-def metric_names(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
-    """Returns the names of the validation metrics, known before any point runs. Those that logs show come first.
-
-    Metrics that were measured stay, even where a cache has gone and its metrics can no longer be predicted.
-    """
-    names = {name for row in rows for name in row.final}
-    for point in points:
-        try:
-            names |= point.validation_metrics
-        except UsageError:
-            continue  # a point that cannot be built has no metrics, and `check` reports why
-    shown_first = [f"val/{name}" for name in BRIEF]
-    return [name for name in shown_first if name in names] + sorted(names - set(shown_first))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Finished points that differ in their seed alone."""
-
-    point: Point
-    means: dict[str, Mean]
-    n: int
-
-
-def group_by_seed(rows: Sequence[Row], names: Sequence[str]) -> list[Group]:
-    """Groups finished points that differ only in their seed, in the order of their first points."""
-    rows_by_hash: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.final:
-            rows_by_hash.setdefault(row.point.hash_without_seed, []).append(row)
-    return [
-        Group(
-            members[0].point,
-            {
-                name: mean_of([row.final[name] for row in members])
-                for name in names
-                if all(name in row.final for row in members)
-            },
-            len(members),
-        )
-        for members in rows_by_hash.values()
-    ]
 
 
 def _warn_of_precisions(rows: Sequence[Row]) -> None:
@@ -220,7 +154,11 @@ def _with_interval(mean: Mean | None) -> str:
 def _markdown(
     rows: Sequence[Row], groups: Sequence[Group], paths: Sequence[str], names: Sequence[str], gone: int
 ) -> str:
-    main = [name for name in names if name.removeprefix("val/") in BRIEF]
+    shown = [name for name in names if name.removeprefix("val/") in BRIEF]
+    others = other_quantities(rows, shown)
+    # Numbers of different quantities come last. Nothing is then better to compare by than the KL.
+    main = sorted(shown, key=lambda name: (name in others, bool(others) and name != "val/kl"))
+    titles = [f"{name} ({OTHER})" if name in others else name for name in main]
     axes = [path for path in paths if path != SEED]
     short = short_names(paths)
     by_group = [
@@ -232,6 +170,8 @@ def _markdown(
         + [f"{row.final[name]:.4f}" if name in row.final else "" for name in main]
         for row in rows
     ]
+    settings = ", ".join(dict.fromkeys(path for paths in others.values() for path in paths))
+    notes = [f"{OTHER}: another quantity at some points than at others, by {settings}."] if others else []
     done = sum(row.state == FINISHED for row in rows)
     parts = [
         f"{done} of {len(rows)} points are finished."
@@ -243,9 +183,11 @@ def _markdown(
         "## Over seeds",
         f"Mean ± half of the {CONFIDENCE:.0%} confidence interval (Student's t) over n seeds, after the last step, per "
         "scored token in nats; of one seed there is no interval.",
-        text_tables.format_markdown([*(short[path] for path in axes), "n", *main], by_group),
+        text_tables.format_markdown([*(short[path] for path in axes), "n", *titles], by_group),
+        *notes,
         "## Points",
-        text_tables.format_markdown(["id", *(short[path] for path in paths), "state", *main], by_point),
+        text_tables.format_markdown(["id", *(short[path] for path in paths), "state", *titles], by_point),
+        *notes,
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -24,12 +24,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.config.sweep_points import Point
 from kd_core.errors import UsageError
 from kd_core.files import is_owned
 from launchers.sweeps import point_process, slurm_commands
 from launchers.sweeps.point_process import SAVING, Slot
 from launchers.sweeps.sweep_folder import FINISHED, RUNNING, STOPPED, SUBMITTED, Status, SweepFolder
-from experiments.config.sweep_points import Point
 
 WARNING = 120  # seconds between Slurm's warning and its kill, more than saving takes
 # How often a job may reach its time limit. Jobs make progress each time, so this ends only those that make none.

@@ -5,9 +5,9 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 
+from experiments.config.sweep_points import Point
 from kd_core.errors import UsageError
 from launchers.sweeps.sweep_folder import FINISHED, SweepFolder
-from experiments.config.sweep_points import Point
 
 MOST_IN_ARRAY = 1001  # Slurm's own default of MaxArraySize
 log = logging.getLogger("kd")

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.base.sweep_definition import Values
+from experiments.config.sweep_points import ID_LENGTH, Point, swept_paths, table_text
 from kd_core.errors import UsageError, escape_unprintable
 from kd_core.files import damage_as_usage_error, is_owned, is_plain_file, read_json, read_text, write_json, write_text
-from kd_core.json_fields import LARGEST, check_object, check_integer, check_list, check_text
+from kd_core.json_fields import LARGEST, check_integer, check_list, check_object, check_text
 from kd_core.json_fields import short_repr as shown_field
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
-from experiments.config.sweep_points import ID_LENGTH, Point, table_text, swept_paths
 
 POINT_ID, JOB = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}"), re.compile(r"[A-Za-z0-9_.+-]{0,100}")
 NEW, RUNNING, STOPPED, FAILED, FINISHED, SUBMITTED = "new", "running", "stopped", "failed", "finished", "submitted"
@@ -114,8 +114,12 @@ class SweepFolder:
         with damage_as_usage_error(record, description):
             content = read_json(record, description)
             if check_text(content["sweep"], "sweep") != name:
-                raise UsageError(f"{self.path}: holds the sweep {content['sweep']!a}, not {name}. Choose another --out.")
-            points = [check_object(point, "a point", ("id", "values")) for point in check_list(content["points"], "points")]
+                raise UsageError(
+                    f"{self.path}: holds the sweep {content['sweep']!a}, not {name}. Choose another --out."
+                )
+            points = [
+                check_object(point, "a point", ("id", "values")) for point in check_list(content["points"], "points")
+            ]
             for point in points:
                 if not POINT_ID.fullmatch(check_text(point["id"], "id")):
                     raise ValueError(f"{shown_field(point['id'])} is no point's id")

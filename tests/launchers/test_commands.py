@@ -317,8 +317,8 @@ def test_a_dry_run_says_what_texts_begin_and_end_with(tiny: Tiny, tmp_path: Path
     items = ["quickstart_export", f"teacher={tmp_path / 'teacher'}", f"corpus.path={tiny.corpus}", "selection.top_k=8",
              f"tag:RowLength={ROW_LENGTH}"]  # fmt: skip
     for change, words in (
-        ("corpus.eos=yes", "texts: each text begins with nothing more and ends with <end> (id 0)\n"),
-        ("corpus.eos=no", "texts: each text begins with nothing more and ends with nothing more\n"),
+        ("corpus.eos=yes", "texts: each text ends with <end> (id 0), and no BOS is added (corpus.bos)\n"),
+        ("corpus.eos=no", "texts: no BOS or EOS is added (corpus.bos, corpus.eos)\n"),
     ):
         done = run("launchers.export_teacher", *configs([*items, change]), f"--out={tmp_path / 'out'}", "--dry_run")
         assert words in done.stdout, done.stderr

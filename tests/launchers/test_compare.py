@@ -128,6 +128,18 @@ def test_provenance_names_code_ranks_and_data_that_differ(two: list[Path], tmp_p
     assert settings_rows(runs, everything=False) == []
 
 
+def test_defaults_of_a_part_that_a_run_lacks_are_left_out() -> None:
+    shared = {"seed": ("0", "default of Experiment"), "steps": ("4", "half_depth.py:9")}
+    mixed = {
+        "shards.caches.a.path": ("'a'", "mine.py:3"),
+        "shards.caches.a.prefetch": ("2", "default of Shards, tag:X"),
+    }
+    runs = [Run(Path(name), settings, {}, 1, []) for name, settings in (("one", shared), ("mix", shared | mixed))]
+    runs[1].settings["seed"] = ("1", "--config=seed=1")
+    assert settings_rows(runs, everything=False) == [("seed", ["0", "1"]), ("shards.caches.a.path", ["–", "'a'"])]
+    assert ("shards.caches.a.prefetch", ["–", "2"]) in settings_rows(runs, everything=True)
+
+
 def test_what_is_no_run_is_named(two: list[Path], tmp_path: Path) -> None:
     for arguments, message in (((str(two[0]), str(tmp_path)), "no run there"), ((), "no RUN given")):
         done = run("launchers.compare", *arguments)

@@ -33,7 +33,7 @@ def test_it_shows_what_is_there_with_words_of_the_tokenizer_beside_the_cache(tin
     done = run("launchers.inspect", str(tiny.train), "--records=2", f"--html={page}")
     assert done.returncode == 0, done.stderr
     for wanted in (
-        "texts begin with nothing more",
+        "texts begin with no BOS",
         "top 8",
         "KL(original‖decoded)",
         "teacher NLL",
@@ -56,9 +56,11 @@ def test_of_conversations_it_does_not_say_what_texts_begin_with_and_skipped_rows
     (plan,) = manifest["plans"]
     plan["chat_template"] = "0" * 64
     plan["corpus"]["skipped"] = {"not JSON": 2, "no field that is known": 1, "by others": "x"}
+    manifest["statistics"]["teacher_nll"] = 1.25
     (cache / "manifest.json").write_text(json.dumps(manifest))
     shown = run("launchers.inspect", str(cache), "--records=0").stdout
     assert "texts begin with" not in shown
+    assert re.search(r"^  teacher NLL +\d\.\d+ nats over all positions, 1\.2500 over scored positions$", shown, re.M)
     assert re.search(r"^  plan +train of .* seed 0; 3 rows skipped: 2 not JSON, 1 no field that is known$", shown, re.M)
 
 

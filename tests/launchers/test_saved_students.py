@@ -136,7 +136,8 @@ def test_what_is_not_there_is_one_message(whole: RunFolder, tmp_path: Path) -> N
         (
             whole.path,
             "3",
-            "--step=3: .* has no such checkpoint. It has checkpoints of the steps 2, 4, 6, 8. Its export/",
+            "--step=3: .* has no such checkpoint. It has checkpoints of the steps 2, 4, 6, 8: name one of them, or "
+            "leave --step out for its export/.",
         ),
         (whole.path, "newest", "--step=newest: wanted best, last or a number"),
         (whole.export, "best", "is no run, so it has no steps"),

@@ -73,10 +73,11 @@ class SlowStart:
         if seconds + waited < SLOW_FACTOR * expected:
             return
         left = (seconds + waited) * (self.steps - self.watched)
+        duration = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
         log.warning(
             "slow: a step takes %.1f s, %.0f times the %.2g s that its matmuls would in float32 at this machine's "
-            "%.0f GFLOP/s; the steps that are left take %.0f min. %s", seconds + waited,
-            (seconds + waited) / expected, expected, rate / 1e9, left / 60, self._cause(seconds, waited),
+            "%.0f GFLOP/s; the steps that are left take %s. %s", seconds + waited,
+            (seconds + waited) / expected, expected, rate / 1e9, duration, self._cause(seconds, waited),
         )  # fmt: skip
 
     def _cause(self, seconds: float, waited: float) -> str:

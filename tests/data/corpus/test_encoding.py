@@ -204,7 +204,7 @@ def test_plan_and_manifest_say_so_and_prompts_begin_alike(tiny: Tiny, tmp_path: 
     assert "text_ends_with" not in manifest.plans[0]
     assert all(record.token_ids[0] == 0 for record in tiny.records(tmp_path / "cache" / "train") if not record.start)
     plan, _ = make_plans(export, tmp_path / "cache")
-    assert plan.texts == "each text begins with <end> (id 0) and ends with nothing more"
+    assert plan.texts == "each text begins with <end> (id 0), and no EOS is added (corpus.eos)"
     assert record_or_check_plan(plan), "complete"
     before = read_manifest(tiny.train)
     assert not {"text_begins_with", "text_ends_with"} & before.plans[0].keys()

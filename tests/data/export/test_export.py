@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,19 @@ def test_a_lost_shard_is_made_again_the_same(tiny: Tiny, tmp_path: Path) -> None
 def test_another_export_in_the_same_folder_is_refused(tiny: Tiny) -> None:
     plan = make_plans(tiny.export(selection=Selection(top_k=4)), tiny.root / "cache")[0]
     with pytest.raises(UsageError, match=r"another selection"):
+        record_or_check_plan(plan)
+
+
+def test_another_corpus_is_the_first_difference_and_is_named_by_its_path(tiny: Tiny, tmp_path: Path) -> None:
+    lines = (json.dumps({"text": f"A hen of {years} years."}) for years in range(40))
+    (path := tmp_path / "other.jsonl").write_text("\n".join(lines))
+    other = tiny.export(corpus=Corpus(str(path)))
+    plan = make_plans(other, tiny.root / "cache")[0]
+    found = rf"another corpus \({re.escape(str(tiny.corpus))}; now {re.escape(str(path))}\)\. .* with --extend\.$"
+    with pytest.raises(UsageError, match=found):
+        record_or_check_plan(plan)
+    plan = make_plans(replace(other, row_length=8), tiny.root / "cache")[0]
+    with pytest.raises(UsageError, match=r"another corpus .*\. Choose another --out, or delete the folder\.$"):
         record_or_check_plan(plan)
 
 

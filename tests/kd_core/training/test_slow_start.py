@@ -57,12 +57,14 @@ def test_a_slow_step_is_said_once_with_what_is_left(said: pytest.LogCaptureFixtu
     for _ in range(5):
         watch.add(POSITIONS, seconds=60.0, waited=0.0)
     assert said.text.count("slow: a step takes 60.0 s") == 1
-    assert "the steps that are left take 1 min" in said.text
+    assert "the steps that are left take 60 s." in said.text
+    _add_twice(_watch(), POSITIONS, seconds=300.0, waited=0.0)
+    assert "the steps that are left take 5 min." in said.text
 
 
 def test_waiting_for_data_is_named(said: pytest.LogCaptureFixture) -> None:
     _add_twice(_watch(), POSITIONS, seconds=1.0, waited=HOURS)
-    assert "a wait for data" in said.text
+    assert "spent waiting for data" in said.text
 
 
 def test_emulated_bfloat16_is_named_where_it_is_emulated(said: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.base.sweep_definition import Sweep, seeds
+from experiments.base.sweep_definition import Sweep, grid, seeds
 from experiments.config.sweep_points import Point, resolve_points
 from experiments.half_depth import quickstart
 from launchers.sweeps import results
@@ -72,3 +72,22 @@ def test_time_for_tables_grows_with_the_points(
     assert write_results(folder, points).startswith(f"{n} of {n} points are finished.")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == tables
     assert [row["val/nll"] for row in table(tmp_path / "results.csv")] == [repr(3.0 + i / 1000) for i in range(n)]
+
+
+def test_a_loss_that_differs_between_points_is_marked_and_comes_last(tiny: Tiny, tmp_path: Path) -> None:
+    swept = Sweep(quickstart) * grid("loss.terms.kd.temperature", [1.0, 2.0]) * seeds(2)
+    folder, points = SweepFolder(tmp_path), resolve_points(swept, tiny.train_items()[1:], "study")
+    for point in points:
+        _finish(folder, point, tiny)
+        run = folder.run_folder(point.id).path
+        values = {"val/loss": 1.0, "val/nll": 3.0, "val/kl": 2.0}
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 2, **values}) + "\n")
+        (run / "config.txt").write_text("".join(f"{path} = {value}  # swept\n" for path, value in point.values.items()))
+    different = write_results(folder, points)
+    titles = [line for line in different.splitlines() if "val/" in line]
+    assert [line.count("| val/kl | val/nll |") for line in titles] == [1, 1]
+    assert all(line.endswith("| val/loss (≠) |") for line in titles)
+    assert different.count("\n\n≠: another quantity at some points than at others, by loss.terms.kd.temperature.") == 2
+    same = write_results(folder, points[:2])
+    assert same.count("| val/loss | val/nll | ") == 2
+    assert "≠" not in same

@@ -18,13 +18,10 @@ from experiments.base.sweep_definition import Sweep, seeds
 from experiments.config.sweep_points import resolve_points
 from experiments.half_depth import quickstart
 from kd_core.errors import UsageError
-from launchers.sweeps import slurm, slurm_commands
-from launchers.sweeps.sweep_folder import SUBMITTED, SweepFolder
-from tests.launchers.sweeps.real_slurm import REQUEST, STEPS, Cluster, needs_slurm, sweep_of
 from kd_core.files import own_folder
 from launchers.sweeps import slurm, slurm_commands
 from launchers.sweeps.sweep_folder import FINISHED, SUBMITTED, Status, SweepFolder
-from experiments.config.sweep_points import resolve_points
+from tests.launchers.sweeps.real_slurm import REQUEST, STEPS, Cluster, needs_slurm, sweep_of
 from tests.tiny import Tiny
 
 pytest.importorskip("submitit")
@@ -51,7 +48,9 @@ def test_a_sweep_is_cut_into_arrays_that_the_cluster_takes_and_asks_for_its_queu
     assert list(slurm_commands.states_by_point(folder, points)) == [each.id for each in points]
     assert asked.read_text().count("\n") == 1
     at.call("scancel", jobs[7], str(first + 2))
-    assert list(slurm_commands.states_by_point(folder, points)) == [each.id for i, each in enumerate(points[:34]) if i != 7]
+    assert list(slurm_commands.states_by_point(folder, points)) == [
+        each.id for i, each in enumerate(points[:34]) if i != 7
+    ]
 
 
 @needs_slurm
@@ -159,7 +158,9 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     command = [sys.executable, "-m", "launchers.sweep", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
     assert done.returncode == 1
-    assert f"1 points are in Slurm's queue ({point.id}). Wait for them, or cancel their jobs with scancel." in done.stderr
+    assert (
+        f"1 points are in Slurm's queue ({point.id}). Wait for them, or cancel their jobs with scancel." in done.stderr
+    )
 
 
 def test_a_job_that_waits_for_another_process_says_so_once_a_minute(

@@ -15,13 +15,8 @@ from kd_core.errors import UsageError
 from kd_core.losses.term_weights import Linear
 from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
-from launchers.sweeps.results import Row, group_by_seed
-from tests.launchers.command import run
-from kd_core.training.lr_schedule import WarmupCosine
-from experiments.config import config_items
-from experiments.config import find_sweep
+from launchers.sweeps.point_results import Row, group_by_seed
 from launchers.sweeps.sweep_folder import Status, SweepFolder
-from experiments.config.sweep_points import Point, point_label, resolve_points, short_names, swept_paths
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
@@ -94,7 +89,9 @@ def test_a_value_may_be_a_part_or_a_function() -> None:
     points = _points(Sweep(quickstart) * grid("schedule", schedules) * fiddled(None, _shorter))
     assert [point.config.schedule.warmup_steps for point in points] == [2, 2, 7, 7]
     assert [point.steps for point in points] == [60, 30, 60, 30]
-    assert point_label(points[3], swept_paths(points)) == "schedule=WarmupCosine(warmup_steps=7) fiddler:change=_shorter"
+    assert (
+        point_label(points[3], swept_paths(points)) == "schedule=WarmupCosine(warmup_steps=7) fiddler:change=_shorter"
+    )
     points[0].config.schedule.warmup_steps = 3
     assert schedules[0].warmup_steps == points[1].config.schedule.warmup_steps == 2
 
@@ -226,7 +223,8 @@ def test_points_whose_caches_are_missing_are_refused_before_any_starts(
     (begun / "plan.json").touch()
     study = tmp_path / "study.py"
     study.write_text(
-        "from experiments.half_depth import quickstart\nfrom experiments.base.sweep_definition import Sweep, grid, seeds\n\n"
+        "from experiments.half_depth import quickstart\n"
+        "from experiments.base.sweep_definition import Sweep, grid, seeds\n\n"
         f"def study():\n    paths = {[str(tiny.train), str(moved), str(begun)]}\n"
         "    return Sweep(quickstart) * grid('shards.path', paths) * seeds(2)\n"
     )
