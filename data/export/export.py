@@ -42,7 +42,7 @@ def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
 
 def _progress_bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
     return tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=1,
-                desc=f"{words} {plan.plan['split']}", disable=hidden)  # fmt: skip
+                desc=f"{words} {plan.identity['split']}", disable=hidden)  # fmt: skip
 
 
 def _count_positions(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterator[Record]:
@@ -138,15 +138,15 @@ def write_manifest(plan: CachePlan) -> Manifest:
         shards.append(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)))
     manifest = Manifest(
         vocab_size=plan.teacher.vocab_size,
-        tokenizer=plan.plan["tokenizer"],
-        teacher={**plan.plan["teacher"], "architecture": plan.teacher.architecture, "dtype": plan.export.dtype},
+        tokenizer=plan.identity["tokenizer"],
+        teacher={**plan.identity["teacher"], "architecture": plan.teacher.architecture, "dtype": plan.export.dtype},
         selection=plan.export.selection,
         row_length=plan.export.row_length,
         codec=plan.export.codec,
         audit=totals.audit(),
         statistics=totals.statistics(),
         tables=file_size_and_hash(plan.folder / TABLES_FILE),
-        plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.plan),
+        plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.identity),
         shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
         made=made,
     )

@@ -104,13 +104,13 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The plan of one cache: its windows, its teacher, and the JSON plan that goes into its folder and manifest."""
+    """The plan of one cache. `identity` decides its bytes. It is the JSON of plan.json, and of a plan in the manifest."""
 
     folder: Path
     export: TeacherExport
     teacher: TeacherFacts
     windows: list[Window]
-    plan: dict[str, Any]
+    identity: dict[str, Any]
     grown_from: Manifest | None = None
     texts: str = ""  # where there are texts, a description of what is added before and after each
     drawn_from: int = 0  # positions that the split has in all

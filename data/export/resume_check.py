@@ -59,19 +59,19 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     for half_written in plan.folder.glob("*.partial"):
         half_written.unlink()
     if not path.exists():
-        write_json(path, plan.plan)
+        write_json(path, plan.identity)
     stored = read_json(path, "the plan of an export")
     # Plans of earlier versions lack some fields. Without `windows`, documents were split by their names. Without
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
     # Such a cache is reused only if it is complete.
-    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.plan) - set(stored)
-    names = sorted({*stored, *plan.plan} - unknown, key=lambda name: (name != "corpus", name))
-    differing = [name for name in names if stored.get(name) != plan.plan.get(name)]
+    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.identity) - set(stored)
+    names = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
+    differing = [name for name in names if stored.get(name) != plan.identity.get(name)]
     has_manifest = (plan.folder / "manifest.json").exists()
     manifest = read_manifest(plan.folder) if has_manifest else None
     if differing:
         name = differing[0]
-        before, now = stored.get(name), plan.plan.get(name)
+        before, now = stored.get(name), plan.identity.get(name)
         if name == "corpus" and (path := _corpus_path(manifest)) not in ("", plan.export.corpus.path):
             before, now = path, plan.export.corpus.path
         may_grow = set(differing) <= set(MAY_GROW)
@@ -114,17 +114,17 @@ def record_or_check_growth(plan: CachePlan) -> bool:
     before, now = plan.grown_from.plans[-1], read_manifest(plan.folder)
     for half_written in plan.folder.glob("*.partial"):
         half_written.unlink()
-    for name in sorted({*before, *plan.plan} - set(MAY_GROW)):
-        if before.get(name) != plan.plan.get(name):
+    for name in sorted({*before, *plan.identity} - set(MAY_GROW)):
+        if before.get(name) != plan.identity.get(name):
             raise UsageError(
-                f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.plan.get(name)})."
-                f"{_setting_hint(name, before.get(name), plan.plan.get(name))} "
+                f"{plan.folder}: was exported with another {name} ({before.get(name)}; now {plan.identity.get(name)})."
+                f"{_setting_hint(name, before.get(name), plan.identity.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
     path = plan.folder / GROWING_FILE
     if not path.exists():
-        write_json(path, plan.plan)
-    if read_json(path, "the plan of a growth") != plan.plan:
+        write_json(path, plan.identity)
+    if read_json(path, "the plan of a growth") != plan.identity:
         raise UsageError(
             f"{plan.folder}: is already growing, by another corpus or other settings. Finish that export first, with "
             f"its own command, or abandon it: delete {path}, the shards that the manifest does not name, and "

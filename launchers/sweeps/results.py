@@ -46,15 +46,14 @@ class Results:
 
     def rows(self) -> list[Row]:
         """Returns the rows of all points in the sweep's order."""
-        return [self.finished.get(point.id) or self._read(point) for point in self.points]
+        return [self.finished.get(point.id) or read_row(self.folder, point) for point in self.points]
 
-    def _read(self, point: Point) -> Row:
-        row = read_row(self.folder, point)
-        if row.state == FINISHED:
-            self.finished[point.id] = row
-            if not self.keep_checkpoints:
-                self.folder.drop_checkpoints([point.id])
-        return row
+    def settle(self, rows: Sequence[Row]) -> None:
+        """Keeps the rows of points that have finished since, and drops their checkpoints unless these are kept."""
+        new = {row.point.id: row for row in rows if row.state == FINISHED and row.point.id not in self.finished}
+        self.finished |= new
+        if not self.keep_checkpoints:
+            self.folder.drop_checkpoints(list(new))
 
     def write_if_due(self) -> None:
         """Writes the tables, unless they were written so recently that this would take too much of the time."""
@@ -65,6 +64,7 @@ class Results:
         """Writes all tables, and returns the Markdown."""
         started = time.monotonic()
         rows, paths = self.rows(), swept_paths(self.points)
+        self.settle(rows)
         names = metric_names(self.points, rows)
         groups, folder = group_by_seed(rows, names), self.folder.path
         write_text(folder / "results.csv", _points_csv(rows, paths, names))

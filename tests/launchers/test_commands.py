@@ -199,7 +199,7 @@ def test_nothing_is_laid_over_another_kind_of_folder(tiny: Tiny, whole_run: Path
     assert f"--out={whole_run}: holds a run (attempts), wanted teacher caches or nothing." in done.stderr
     assert sorted(whole_run.rglob("*")) == before
     for folder, kind in ((tiny.teacher, A_RUN), (tiny.teacher, CACHES), (whole_run, A_SWEEP)):
-        with pytest.raises(UsageError, match="Name another folder"):
+        with pytest.raises(UsageError, match="Choose another folder"):
             refuse_other_kinds(folder, kind, "out")
     for folder, kind in ((whole_run, A_RUN), (caches, CACHES), (tiny.train, CACHES), (tmp_path / "new", A_SWEEP)):
         refuse_other_kinds(folder, kind, "out")

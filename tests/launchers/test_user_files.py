@@ -125,7 +125,7 @@ def test_a_sweep_of_a_file_has_points_with_its_code(file: Path) -> None:
 
 @pytest.mark.parametrize("path", ["../shares.py", "/etc/shares.py", "data.py", "launchers/cli/app.py", "a b.py"])
 def test_a_record_names_no_file_that_would_be_in_the_way_of_another(path: str) -> None:
-    with pytest.raises(ValueError, match="no file beside"):
+    with pytest.raises(ValueError, match="not a file beside"):
         user_files.parse_user_files([{"main": "mine.py", "texts": {"mine.py": "", path: ""}}], "config.json")
 
 

@@ -65,7 +65,7 @@ def test_ten_thousand_rows_with_forty_bad_ones_of_eight_kinds(
     with caplog.at_level("INFO", logger="kd"):
         plans = make_plans(tiny.export(teacher=str(teacher), corpus=corpus), tmp_path / "out", bad_rows=bad)
     wanted = dict.fromkeys(EIGHT, 5)
-    assert bad.counts() == wanted == plans[0].plan["corpus"]["skipped"]
+    assert bad.counts() == wanted == plans[0].identity["corpus"]["skipped"]
     assert "40 of 10000 rows skipped: 5 " in caplog.text
     assert sum(len({window.document for window in plan.windows}) for plan in plans) == 9_960
     bad.write(tmp_path)
@@ -107,7 +107,7 @@ def test_the_limit_is_a_share_or_a_number(
         ):
             make_plans(export, tmp_path)
         return
-    plan = make_plans(export, tmp_path)[0].plan["corpus"]
+    plan = make_plans(export, tmp_path)[0].identity["corpus"]
     assert sum(plan.get("skipped", {}).values()) == bad
     assert ("skipped" in plan) == (bad > 0)
 
@@ -116,7 +116,7 @@ def test_plans_without_bad_rows_are_as_before(tiny: Tiny, tmp_path: Path) -> Non
     wanted = json.loads((tiny.train / "plan.json").read_text())
     assert set(wanted["corpus"]) == {"fingerprint", "text_field", "content"}
     skipping = Corpus(str(tiny.corpus), on_bad_row="skip", most_bad_rows=7)
-    assert make_plans(tiny.export(corpus=skipping), tmp_path)[0].plan == wanted
+    assert make_plans(tiny.export(corpus=skipping), tmp_path)[0].identity == wanted
 
 
 def test_what_the_tokenizer_fails_on_is_skipped_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

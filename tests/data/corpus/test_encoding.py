@@ -191,7 +191,7 @@ def test_conversations_get_what_their_template_writes_alone(tiny: Tiny, tmp_path
     plans = make_plans(tiny.export(teacher=str(folder), corpus=Corpus(str(corpus))), tmp_path / "cache")
     for plan in plans:
         assert not plan.texts
-        assert not {"text_begins_with", "text_ends_with"} & plan.plan.keys()
+        assert not {"text_begins_with", "text_ends_with"} & plan.identity.keys()
         assert [window.token_ids.tolist().count(0) for window in plan.windows] == [1] * len(plan.windows)
 
 

@@ -55,7 +55,7 @@ def test_an_overlap_that_leaves_nothing_is_refused(tiny: Tiny, overlap: int) -> 
 
 def test_another_overlap_is_another_plan(tiny: Tiny) -> None:
     plain, lapped = (make_plans(tiny.export(overlap=overlap), tiny.root / "unused")[0] for overlap in (0, 8))
-    assert plain.plan != lapped.plan
+    assert plain.identity != lapped.identity
     assert sum(int(w.loss_mask.sum()) for w in plain.windows) == sum(int(w.loss_mask.sum()) for w in lapped.windows)
     assert len(lapped.windows) > len(plain.windows)
 
@@ -63,6 +63,6 @@ def test_another_overlap_is_another_plan(tiny: Tiny) -> None:
 @pytest.mark.parametrize("change", [{"text_field": "body"}, {"content": "text"}])
 def test_another_way_to_read_the_corpus_is_another_plan(tiny: Tiny, change: dict[str, str]) -> None:
     changed = Corpus(str(tiny.corpus), **change)
-    plans = [make_plans(tiny.export(corpus=corpus), tiny.root / "unused")[0].plan for corpus in
+    plans = [make_plans(tiny.export(corpus=corpus), tiny.root / "unused")[0].identity for corpus in
              (Corpus(str(tiny.corpus)), changed)]  # fmt: skip
     assert plans[0]["corpus"] != plans[1]["corpus"]

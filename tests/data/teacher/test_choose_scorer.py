@@ -161,7 +161,7 @@ def test_columns_beyond_the_vocabulary_take_no_probability(tiny: Tiny) -> None:
 
 def test_another_scorer_is_another_plan_and_auto_is_what_it_stands_for(tiny: Tiny) -> None:
     plans = {
-        scorer: make_plans(tiny.export(scorer=scorer), tiny.root / "unused")[0].plan
+        scorer: make_plans(tiny.export(scorer=scorer), tiny.root / "unused")[0].identity
         for scorer in ("auto", "decoder", "transformers")
     }
     assert plans["auto"] == plans["decoder"] != plans["transformers"]
@@ -202,7 +202,7 @@ def test_a_teacher_that_is_no_folder_is_named_and_a_hub_id_is_fetched(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
     export: TeacherExport = tiny.export(teacher="hub:some/model")
-    plans = [make_plans(each, tmp_path / "out")[0].plan for each in (export, tiny.export())]
+    plans = [make_plans(each, tmp_path / "out")[0].identity for each in (export, tiny.export())]
     assert plans[0] == plans[1]
     assert steps.load_teacher(export, CPU).device == CPU
     with pytest.raises(

@@ -140,8 +140,8 @@ MISTAKES = [
     (_touched("label_log_prob", 0, np.nan), "label_logs: holds NaN"),
     (_touched("topk_log_probs", (2, 1), 0.5), "log-probability above 0"),
     (_touched("tail_log_prob", 3, -0.001), "entries and tail sum to"),
-    (_touched("topk_token_ids", (0, 0), 50), "heads: ids"),
-    (_touched("topk_token_ids", (0, 0), -1), "heads: ids"),
+    (_touched("topk_token_ids", (0, 0), 50), "entry_ids: ids"),
+    (_touched("topk_token_ids", (0, 0), -1), "entry_ids: ids"),
     (_touched("token_ids", 0, 50), "tokens: ids"),
     (_touched("token_ids", 6, 1 << 30), "labels: ids"),
 ]

@@ -194,9 +194,9 @@ def test_an_export_of_conversations_masks_and_overlaps(tiny: Tiny, tmp_path: Pat
 def test_another_template_is_another_plan(tiny: Tiny, tmp_path: Path) -> None:
     corpus = _corpus(tmp_path / "a.jsonl", [{"messages": CHATS[0]}, {"messages": [*CHATS[0], *CHATS[0]]}])
     teachers = [_teacher(tiny, tmp_path / f"teacher{i}", CHATML + "{# another #}" * i) for i in range(2)]
-    plans = [make_plans(tiny.export(teacher=t, corpus=corpus, row_length=128), tmp_path)[0].plan for t in teachers]
+    plans = [make_plans(tiny.export(teacher=t, corpus=corpus, row_length=128), tmp_path)[0].identity for t in teachers]
     assert [name for name in plans[0] if plans[0][name] != plans[1][name]] == ["chat_template"]
-    plain = [make_plans(tiny.export(teacher=teacher), tmp_path)[0].plan for teacher in teachers]
+    plain = [make_plans(tiny.export(teacher=teacher), tmp_path)[0].identity for teacher in teachers]
     assert plain[0] == plain[1]  # of a text corpus the template is no part
 
 
