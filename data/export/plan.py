@@ -104,7 +104,7 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The plan of one cache. `identity` decides its bytes. It is the JSON of plan.json, and of a plan in the manifest."""
+    """The plan of one cache. `identity` decides its bytes: the JSON of plan.json, and of a plan in the manifest."""
 
     folder: Path
     export: TeacherExport

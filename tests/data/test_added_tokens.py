@@ -111,7 +111,7 @@ def test_another_id_than_in_the_tokenizer_is_refused_and_one_that_is_not_the_nex
             Tokenizer(folder)
     with caplog.at_level(logging.WARNING, "kd"):
         Tokenizer(_folder(tiny, tmp_path / "model", {"added_tokens_decoder": {400: _token()}}))
-    assert f"'<|eot|>' has id 400, and gets id {SIZE}" in caplog.text
+    assert f"'<|eot|>' has id 400 there, and gets id {SIZE}" in caplog.text
 
 
 @pytest.mark.parametrize(
