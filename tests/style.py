@@ -121,7 +121,7 @@ BARS = {
 
 
 def main() -> None:
-    """Prints each figure beside its bar, and ends with status 1 if one misses it."""
+    """Prints the figures that miss their bar (all, if places are listed), and ends with status 1 if one does."""
     arguments = [each for each in sys.argv[1:] if each != "--list"]
     every = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     files = [Path(argument).resolve() for argument in arguments] or every
@@ -131,9 +131,10 @@ def main() -> None:
         figure = len(places) * (scale / total if scale and total else 1)
         is_missed = figure > bar if bar >= 0 else figure < -bar
         missed |= is_missed
-        if (arguments or "--list" in sys.argv) and bar >= 0:
+        lists = bool(arguments) or "--list" in sys.argv
+        if lists and bar >= 0:
             print("\n".join(f"{name}: {place}" for place in places))
-        if is_missed or arguments:
+        if is_missed or lists:
             print(f"{name}: {figure:.1f} {words}; wanted at {f'most {bar:g}' if bar >= 0 else f'least {-bar:g}'}")
     sys.exit(int(missed and not arguments))
 
