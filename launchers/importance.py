@@ -48,7 +48,7 @@ def _print_tables(
     scores: Sequence[float], kept_layers: tuple[int, ...], tokens: int, nll_by_layers: Mapping[str, float]
 ) -> None:
     score_titles = {
-        "greedy": "dropped as number (more: kept)",
+        "greedy": "order of dropping (highest: kept)",
         "alone": "rise of NLL without it",
         "influence": "influence",
     }

@@ -175,10 +175,14 @@ def _compare_models(teacher: str, cache: Path, run_dir: Path, text: str) -> dict
 
 
 def _show(report: dict[str, Any], run_dir: Path, cache: Path) -> None:
+    from data.cache.manifest import read_manifest
+
     _print("")
     _print(f"  {'held-out text, nats per token':<31}{'NLL':>8}{'KL to teacher':>16}{'top-1 agreement':>18}")
     for model in report["models"]:
         _print(f"  {model['name']:<31}{model['nll']:>8.3f}{model['kl']:>16.3f}{model['top1_agreement']:>18.3f}")
+    if (dtype := read_manifest(cache).teacher.get("dtype")) != "float32":
+        _print(f"  (The teacher wrote the cache in {dtype}, and this table is computed in float32.)")
     _print("")
     for model in report["models"]:
         continuation = model["continuation"].replace("\n", " ")

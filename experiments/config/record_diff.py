@@ -115,7 +115,7 @@ def report(resolved: Resolved, facts: dict[str, Any]) -> str:
     edited = _of_user_files(then, read_settings(run.settings_text()))
     if not lines:
         text = f"repeats {folder} with the same code, versions, layout, data and settings: the same bits are expected"
-        return "\n".join([text, *edited])
+        return "\n".join([*edited, text])
     if any(line.startswith("code ") for line in lines) and (patch := run.attempts()[-1] / "changes.diff").exists():
         lines.append(f"its changes beyond that commit: {patch}")
     return "\n".join([f"differs from the run it repeats, {folder}:", *(f"  {line}" for line in lines), *edited])
