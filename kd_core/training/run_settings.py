@@ -32,7 +32,7 @@ class Logger:
 
 
 class ValidationSettings(Protocol):
-    """How often the student is evaluated, and on which metrics of the user."""
+    """Frequency of evaluations, and the metrics of the user."""
 
     @property
     def every(self) -> int: ...

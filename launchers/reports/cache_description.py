@@ -1,4 +1,4 @@
-"""What is in a cache, in words and figures."""
+"""Description of a cache in words and figures."""
 
 from typing import Any
 

@@ -37,7 +37,7 @@ class ReducedLogits(NamedTuple):
     tail_share: Tensor | None
     """Share of the tail's mass in this vocab shard. None if the shard is the whole vocabulary."""
     has_tail_mean: bool
-    """Whether a term reads the view's `student_tail_mean`."""
+    """True if a term reads the view's `student_tail_mean`."""
 
 
 class ViewGradients(NamedTuple):
