@@ -8,7 +8,7 @@ For each chunk, the pass over the vocabulary (`full_vocab.py`) calls in this ord
     add_gradients_      gradients by those numbers, to gradients by logits, to gradients by hidden states and weight
 
 Everything between these calls works on [n, K] and is the same on all devices. A backend for a new kind of device, or
-of fused kernels, implements this class, and is named in `BACKENDS` of `full_vocab.py`. `torch_backend.py` does it with
+of fused kernels, implements this class, and is named in `choose_backend.py`. `torch_backend.py` does it with
 torch operations. On a GPU no method may wait for a result (`if tensor.any()`).
 """
 

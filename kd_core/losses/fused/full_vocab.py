@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from kd_core.losses.fused.backend import LossBackend
+from kd_core.losses.fused.choose_backend import make_backend
 from kd_core.losses.fused.chunks import LossCall, Positions
-from kd_core.losses.fused.cpu_backend import CpuBackend
-from kd_core.losses.fused.cuda_backend import CudaBackend
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.loss_metrics import extra_metric_sums, metric_sums
 from kd_core.losses.fused.softmax import (
@@ -29,9 +28,6 @@ from kd_core.losses.fused.softmax import (
     reduce_logits_,
     student_entropy,
 )
-
-# The backend of each kind of device. A new one is a line here.
-BACKENDS = {"cpu": CpuBackend, "cuda": CudaBackend}
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class _FullVocabPass:
         chunk_tokens = min(len(call.positions.hidden), call.objective.chunk_tokens)
         terms = call.objective.terms.values()
         temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
-        return cls(call, BACKENDS[head.weight.device.type](head, chunk_tokens, temperatures))
+        return cls(call, make_backend(head, chunk_tokens, temperatures))
 
     def reduce_(self, chunk: Positions) -> dict[float, ReducedLogits]:
         """Computes the logits of a chunk, and reduces them for each temperature of the student."""
