@@ -229,7 +229,7 @@ def _as_before(export: TeacherExport, out: Path, rows: int) -> None:
     model = DecoderScorer(build_student(Pretrained(export.teacher), CPU, seed=0))
     for plan in make_plans(export, out):
         older = {name: value for name, value in plan.identity.items() if name != "vocab_size"}
-        plan = replace(plan, teacher=plan.teacher._replace(vocab_size=rows), plan=older)  # noqa: PLW2901
+        plan = replace(plan, teacher=plan.teacher._replace(vocab_size=rows), identity=older)  # noqa: PLW2901
         record_or_check_plan(plan)
         steps.write_missing_shards(plan, model, steps.make_tables(plan, model), 0, 1)
         steps.write_manifest(plan)
