@@ -71,12 +71,16 @@ def attend(
     """Returns causal attention inside each document. No position attends to another document."""
     if segments is None:
         return attend_document(q, k, v, scale, window)
-    # One call for each document [1, H, end − start, d], then join documents to rows, and rows to the batch.
-    rows: list[list[Tensor]] = [[] for _ in range(len(q))]
-    for row, start, end in segments:
-        q_doc, k_doc, v_doc = (x[row : row + 1, :, start:end] for x in (q, k, v))
-        rows[row].append(attend_document(q_doc, k_doc, v_doc, scale, window))
-    return torch.cat([torch.cat(row, dim=2) for row in rows])
+    # Documents stand end to end, so one split gives the positions of each. Its backward pass is one concatenation.
+    # Slices would each write a gradient as large as the whole tensor.  [B, H, T, d] → [L, H, d] each
+    lengths = [end - start for _, start, end in segments]
+    parts = [rearrange(x, "B H T d -> (B T) H d").split(lengths) for x in (q, k, v)]
+    # One call for each document, as [1, H, L, d].
+    outputs: list[Tensor] = []
+    for document in zip(*parts, strict=True):
+        q_doc, k_doc, v_doc = (rearrange(x, "L H d -> 1 H L d") for x in document)
+        outputs.append(rearrange(attend_document(q_doc, k_doc, v_doc, scale, window), "1 H L d -> L H d"))
+    return rearrange(torch.cat(outputs), "(B T) H d -> B H T d", B=len(q))
 
 
 class Attention(nn.Module):
