@@ -54,7 +54,7 @@ def test_emulated_bfloat16_is_warned_of(caplog: pytest.LogCaptureFixture) -> Non
         choose_precision("float32", CPU).warn_if_slow("dtype")
         assert not caplog.text
         choose_precision("bfloat16", CPU).warn_if_slow("dtype")
-    assert ("start anew with dtype=float32" in caplog.text) != bfloat16_support(CPU).is_fast
+    assert ("start again with dtype=float32" in caplog.text) != bfloat16_support(CPU).is_fast
 
 
 def test_a_library_user_gets_the_same_choice() -> None:
