@@ -8,6 +8,7 @@ ways give the same bits, which is checked. Prints medians in turn, and the ratio
 
 import argparse
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -28,7 +29,7 @@ def attend_by_slices(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment]) -
 
 
 def seconds(
-    way: object, inputs: list[Tensor], segments: list[Segment], device: str
+    way: Callable[..., Tensor], inputs: list[Tensor], segments: list[Segment], device: str
 ) -> tuple[float, float, list[Tensor]]:
     """Seconds of forward and of backward, and the output with all gradients."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -37,7 +38,7 @@ def seconds(
     q, k, v = (x.view(ROWS, LENGTH, -1, WIDTH).transpose(1, 2) for x in inputs)
     wait()
     started = time.perf_counter()
-    out: Tensor = way(q, k, v, segments)  # type: ignore[operator]
+    out = way(q, k, v, segments)
     wait()
     between = time.perf_counter()
     out.backward(torch.ones_like(out) / 7)

@@ -74,6 +74,7 @@ def main(*folders: str) -> None:
     shown = [name for name in metric_names(runs) if name in run_tables.MAIN_CURVES]
     _table("Curves", names, [(name, [sparkline(run.curve(name)) for run in runs]) for name in shown], "none yet.")
     if HTML.value:
+        Path(HTML.value).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(HTML.value), html_page(runs, ALL.value, X.value == "tokens"))
         print(f"\n{HTML.value}: written")
 

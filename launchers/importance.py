@@ -89,11 +89,8 @@ def main() -> None:
     chosen = choose_precision(cast(Precision, DTYPE.value), device)
     app.log.info("dtype: %s", chosen)
     chosen.warn_if_slow("--dtype")
-    model = (
-        build_student(Pretrained(str(teacher)), device, 0, Tokenizer(teacher).vocab_size)
-        .to(DTYPES[chosen.precision])
-        .eval()
-    )
+    vocab_size = Tokenizer(teacher).vocab_size
+    model = build_student(Pretrained(str(teacher)), device, 0, vocab_size).to(DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:

@@ -101,6 +101,7 @@ def show_cache(folder: Path) -> None:
     if HTML.value:
         tables = records_page.PageTables(str(folder), describe_cache(manifest, survey), part_costs(survey), coverage)
         page = records_page.html_page(tables, records[: HTML_RECORDS.value], words, ALTERNATIVES.value)
+        Path(HTML.value).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(HTML.value), page)
         print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")
 

@@ -19,10 +19,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DIVERGENCES = (
-    "forward_kl reverse_kl jsd skew_kl skew_reverse_kl mixed_kl adaptive_kl decoupled_kl total_variation cross_entropy"
-)
-TAILS = "tail_bucket renormalized truncated unnormalized uniform_tail residual_to_label"
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -33,8 +29,10 @@ def loss_hashes() -> dict[str, str]:
     """Hashes sums and gradients of every divergence and tail, with the modules that this process imports."""
     try:
         from kd_core.errors import UsageError  # noqa: PLC0415 (of the tree that is asked, not of this one)
+        from kd_core.losses.divergences import DIVERGENCES  # noqa: PLC0415
         from kd_core.losses.fused.loss import fused_loss  # noqa: PLC0415
         from kd_core.losses.objective import CrossEntropy, Distillation, Objective  # noqa: PLC0415
+        from kd_core.losses.tails import TAILS  # noqa: PLC0415
         from kd_core.types import LmHeadForm, TeacherTopK  # noqa: PLC0415
     except ImportError:
         return {}  # the names of the public surface are of 0.2
@@ -48,8 +46,8 @@ def loss_hashes() -> dict[str, str]:
     hidden, weight = torch.randn(N, D, generator=random), 0.3 * torch.randn(V + 5, D, generator=random)
     forms = {"plain": LmHeadForm(vocab_size=V), "capped": LmHeadForm(0.1 * weight[:, 0], V, scale=0.5, soft_cap=4.0)}
     hashes: dict[str, str] = {}
-    for divergence in DIVERGENCES.split():
-        for tail in TAILS.split():
+    for divergence in DIVERGENCES:
+        for tail in TAILS:
             for dtype in (torch.float32, torch.bfloat16):
                 for name, form in forms.items():
                     try:

@@ -143,8 +143,7 @@ def _refuse_rest(text: Iterable[str], number: int, path: Path) -> None:
     if rest := next(filter(None, map(str.strip, text)), ""):
         raise UsageError(
             f"{printable(path)}: continues after the {number} elements of its array ({rest!a:.40}). Write one array, "
-            "or "
-            "an object a line: jq -c '.[]'."
+            "or an object a line: jq -c '.[]'."
         )
 
 

@@ -57,5 +57,5 @@ def plain_rows(documents: Iterable[list[int]], lengths: Sequence[int], tokens: i
             break
     length = max(rows, key=lambda length: (min(tokens, len(rows[length]) * length), length))
     if not rows[length]:
-        raise UsageError(f"--row_length={length}: no document of the text is that long. Lower it.")
+        raise UsageError(f"no document of the text has {length} tokens. Lower the length of the rows (--row_length).")
     return torch.tensor(rows[length][: max(1, tokens // length)])

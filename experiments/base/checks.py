@@ -169,9 +169,9 @@ def warn_of_repeats(steps: int, cache_passes: Sequence[CachePasses]) -> None:
 
 
 def warn_of_warmup(schedule: Schedule, steps: int) -> None:
-    """Warns where the learning rate rises for half of the run or longer."""
+    """Warns where the learning rate rises for more than half of the run."""
     warmup_steps = getattr(schedule, "warmup_steps", 0)
-    if 2 * warmup_steps >= steps > 1:
+    if 2 * warmup_steps > steps:
         log.warning(
             "schedule.warmup_steps: the learning rate rises for %d of %d steps. Set schedule.warmup_steps=%d, or train "
             "for longer.", warmup_steps, steps, steps // 10,

@@ -85,7 +85,7 @@ def cache_facts(shards: Shards) -> CacheFacts:
 
 @dataclass(frozen=True)
 class ExperimentParts:
-    """Every part of a distillation run is named here once, and nothing else influences what is trained."""
+    """Parts of a distillation run. Each is named here once, and nothing else influences what is trained."""
 
     student: StudentInit
     shards: Shards | Mixture

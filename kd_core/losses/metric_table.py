@@ -39,62 +39,62 @@ class MetricRow(NamedTuple):
 
 BOTH = ("train", "val")
 LOSSES, DISTRIBUTION, OPTIMISATION, SPEED = "Losses", "Distribution", "Optimisation", "Speed and data"
-NLL, DIVERGENCES, ENTROPIES = "NLL, held out", "KL and reverse KL, held out", "entropies"
-MASSES, AGREEMENT = "masses on the teacher's entries", "agreement"
+NLL_CHART, KL_CHART, ENTROPY_CHART = "NLL, held out", "KL and reverse KL, held out", "entropies"
+MASS_CHART, AGREEMENT_CHART = "masses on the teacher's entries", "agreement"
+BEST_TEMPERATURE = "temperature that would calibrate it"
 ROWS = (
     MetricRow("loss", "objective", "nats per token", "min", LOSSES, "objective", BOTH, brief=True),
-    MetricRow("nll", "NLL", "nats per token", "min", LOSSES, NLL, subject="text", brief=True),
+    MetricRow("nll", "NLL", "nats per token", "min", LOSSES, NLL_CHART, subject="text", brief=True),
     MetricRow("perplexity", "perplexity", "", "min", LOSSES, "perplexity", subject="text"),
     MetricRow("bits_per_byte", "bits per byte", "", "min", LOSSES, "bits per byte", subject="text"),
-    MetricRow("teacher_nll", "teacher's NLL", "nats per token", None, LOSSES, NLL, subject="teacher"),
-    MetricRow("kl", "KL(teacher‖student)", "nats per token", "min", LOSSES, DIVERGENCES, brief=True),
-    MetricRow("reverse_kl", "KL(student‖teacher)", "nats per token", "min", LOSSES, DIVERGENCES),
+    MetricRow("teacher_nll", "teacher's NLL", "nats per token", None, LOSSES, NLL_CHART, subject="teacher"),
+    MetricRow("kl", "KL(teacher‖student)", "nats per token", "min", LOSSES, KL_CHART, brief=True),
+    MetricRow("reverse_kl", "KL(student‖teacher)", "nats per token", "min", LOSSES, KL_CHART),
     MetricRow(
-        "renormalized_kl", "KL on the teacher's entries alone", "nats per token", "min", LOSSES, DIVERGENCES, brief=True
+        "renormalized_kl", "KL on the teacher's entries alone", "nats per token", "min", LOSSES, KL_CHART, brief=True
     ),
     MetricRow(
-        "teacher_cross_entropy", "cross-entropy to the teacher's samples", "nats per token", "min", LOSSES, DIVERGENCES,
+        "teacher_cross_entropy", "cross-entropy to the teacher's samples", "nats per token", "min", LOSSES, KL_CHART,
         brief=True,
     ),
     MetricRow(
-        "top1_agreement", "likeliest token is the teacher's", "", "max", DISTRIBUTION, AGREEMENT, BOTH, "vocabulary",
-        brief=True,
+        "top1_agreement", "likeliest token is the teacher's", "", "max", DISTRIBUTION, AGREEMENT_CHART, BOTH,
+        "vocabulary", brief=True,
     ),
     MetricRow(
-        "top5_agreement", "likeliest token is among the teacher's five", "", "max", DISTRIBUTION, AGREEMENT,
+        "top5_agreement", "likeliest token is among the teacher's five", "", "max", DISTRIBUTION, AGREEMENT_CHART,
         computed="evaluation",
     ),
     MetricRow(
-        "topk_agreement", "likeliest token is among the teacher's entries", "", None, DISTRIBUTION, AGREEMENT, BOTH,
-        "vocabulary",
+        "topk_agreement", "likeliest token is among the teacher's entries", "", None, DISTRIBUTION, AGREEMENT_CHART,
+        BOTH, "vocabulary",
     ),
     MetricRow(
         "acceptance", "Σ min(p, q) on the entries (accepted, at least)", "", "max", DISTRIBUTION, "acceptance", BOTH,
         "vocabulary",
     ),
     MetricRow(
-        "student_entropy", "student's entropy", "nats", None, DISTRIBUTION, ENTROPIES, computed="evaluation",
+        "student_entropy", "student's entropy", "nats", None, DISTRIBUTION, ENTROPY_CHART, computed="evaluation",
         subject="text",
     ),
     MetricRow(
-        "teacher_entropy", "teacher's entropy (at least)", "nats", None, DISTRIBUTION, ENTROPIES, BOTH, "entries",
+        "teacher_entropy", "teacher's entropy (at least)", "nats", None, DISTRIBUTION, ENTROPY_CHART, BOTH, "entries",
         "teacher",
     ),
     MetricRow(
-        "student_mass", "student mass on the teacher's entries", "", None, DISTRIBUTION, MASSES, BOTH, "vocabulary"
+        "student_mass", "student mass on the teacher's entries", "", None, DISTRIBUTION, MASS_CHART, BOTH, "vocabulary"
     ),
-    MetricRow("teacher_mass", "teacher mass on them", "", None, DISTRIBUTION, MASSES, BOTH, "entries", "teacher"),
+    MetricRow("teacher_mass", "teacher mass on them", "", None, DISTRIBUTION, MASS_CHART, BOTH, "entries", "teacher"),
     MetricRow(
-        "label_in_support", "label is one of them", "", None, DISTRIBUTION, MASSES, BOTH, "entries", "teacher"
+        "label_in_support", "label is one of them", "", None, DISTRIBUTION, MASS_CHART, BOTH, "entries", "teacher"
     ),
     MetricRow(
         "ece", "expected calibration error", "", "min", DISTRIBUTION, "calibration error", computed="evaluation",
         subject="text", brief=True, sums=GAP_NAMES,
     ),
     MetricRow(
-        "temperature", "temperature that would calibrate it", "", None, DISTRIBUTION, "temperature that would "
-        "calibrate it",
-        computed="evaluation", subject="text", sums=TEMPERATURE_NLL_NAMES,
+        "temperature", BEST_TEMPERATURE, "", None, DISTRIBUTION, BEST_TEMPERATURE, computed="evaluation",
+        subject="text", sums=TEMPERATURE_NLL_NAMES,
     ),
     MetricRow("tokens", "positions", "", None, SPEED, "scored tokens of a step", ("train",), subject="teacher"),
     MetricRow("lr", "learning rate", "", None, OPTIMISATION, "learning rate", ("train",)),

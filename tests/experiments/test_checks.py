@@ -126,6 +126,33 @@ def test_validation_on_what_is_trained_on_is_warned_of(tiny: Tiny, caplog: pytes
     assert f"evaluation.shards.path is shards.path, {tiny.train}: validation on training data" in caplog.text
 
 
+@pytest.mark.parametrize(("warmup", "is_warned_of"), [(3, False), (4, True)])
+def test_a_warm_up_of_more_than_half_the_run_is_warned_of(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, warmup: int, is_warned_of: bool
+) -> None:
+    _experiment(tiny, f"schedule.warmup_steps={warmup}").check()
+    assert (f"the learning rate rises for {warmup} of 6 steps" in caplog.text) == is_warned_of
+
+
+def test_a_record_longer_than_a_row_names_both_settings_that_go_together(tiny: Tiny) -> None:
+    short = _experiment(tiny, "collate.row_length=16", "tokens_per_step=64")
+    longest = max(length for shard in short.shards.manifest.shards for length in shard.lengths)
+    with pytest.raises(UsageError, match=rf"Set tag:RowLength={longest} and tokens_per_step={2 * longest} here"):
+        short.check()
+    assert _experiment(tiny, f"tag:RowLength={longest}", f"tokens_per_step={2 * longest}").check()
+
+
+def test_a_mix_is_validated_on_the_held_out_text_of_both(tiny: Tiny) -> None:
+    caches = tiny.train.parent
+    items = [f"cache_mix(first={str(caches)!r}, second={str(caches)!r}, share=0.7)", *tiny.train_items()[1:3]]
+    experiment = fdl.build(config_items.resolve_items(items, "Experiment").config)
+    assert {name: shards.path for name, shards in experiment.evaluation.caches.items()} == {
+        "first": str(tiny.validation),
+        "second": str(tiny.validation),
+    }
+    assert experiment.shards.weights == {"first": 0.7, "second": 0.3}
+
+
 @pytest.mark.parametrize(("rows", "ranks", "message"), [(3, 4, "1 of them are idle"), (5, 2, "some wait"), (4, 2, "")])
 def test_ranks_without_rows_are_warned_of(
     rows: int, ranks: int, message: str, caplog: pytest.LogCaptureFixture

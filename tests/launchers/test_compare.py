@@ -64,9 +64,9 @@ def test_the_terminal_shows_what_differs_and_the_numbers(two: list[Path]) -> Non
 
 
 def test_the_page_stands_alone_and_draws_every_curve(two: list[Path], tmp_path: Path) -> None:
-    done = run("launchers.compare", *map(str, two), f"--html={tmp_path / 'runs.html'}", "--x=tokens")
+    done = run("launchers.compare", *map(str, two), f"--html={tmp_path / 'new' / 'runs.html'}", "--x=tokens")
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "runs.html").read_text()
+    text = (tmp_path / "new" / "runs.html").read_text()
     page = _Page(text)
     assert page.open == []
     assert page.loads == []

@@ -210,9 +210,8 @@ class TurnFinder:
             return span
         raise BadRowError(
             f"{where}: what the assistant said cannot be told apart from the rest of the rendering. Put "
-            f"{{% generation %}} … "
-            "{% endgeneration %} around the assistant's text in the template, or give the turn a row of its own "
-            "(prompt and completion).",
+            "{% generation %} … {% endgeneration %} around the assistant's text in the template, or give the turn a "
+            "row of its own (prompt and completion).",
             "turn that cannot be told apart from the rest",
         )
 

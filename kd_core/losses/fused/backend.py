@@ -45,12 +45,11 @@ class LossBackend(ABC):
 
     Args:
         head: the lm_head.
-        chunk_tokens: the largest number of positions in a chunk.
         temperatures: those of the student that terms need. 1 comes first, since all others are made from it.
     """
 
-    def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
-        self.head, self.chunk_tokens, self.temperatures = head, chunk_tokens, temperatures
+    def __init__(self, head: LmHead, temperatures: Sequence[float]) -> None:
+        self.head, self.temperatures = head, temperatures
 
     @abstractmethod
     def logits_(self, hidden: Float[Tensor, "n D"]) -> None:

@@ -27,10 +27,10 @@ BLOCK_ROWS = 32
 
 
 class TorchBackend(LossBackend):
-    """Everything but the matmuls."""
+    """Everything but the matmuls. `chunk_tokens` is the largest number of positions in a chunk."""
 
     def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
-        super().__init__(head, chunk_tokens, temperatures)
+        super().__init__(head, temperatures)
         shape, dtype = (chunk_tokens, len(head.weight)), head.precision.accum_dtype
         self._buffers = {temperature: head.weight.new_empty(shape, dtype=dtype) for temperature in temperatures}
         # The chunk's views of these buffers, and the derivative of the soft cap [n, V] or None without a soft cap.
