@@ -14,6 +14,7 @@ from data.stream.source import Shards
 from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
 from tests.data.stream.server import serving
+from tests.forks import child_processes
 from tests.tiny import ROW_LENGTH, Tiny
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http with curl")
@@ -118,13 +119,9 @@ def test_tables_and_manifest_of_another_size_are_not_read_to_the_end(tiny: Tiny)
         storage_at(url).read("tables.tar", 10)
 
 
-def _children() -> set[str]:
-    return {child for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()}
-
-
 @needs_curl
 def test_leaving_in_the_middle_ends_the_transfer(tiny: Tiny) -> None:
-    before = _children()
+    before = child_processes()
     with serving(tiny.root) as (url, _):
         batches = all_batches(Shards(f"{url}/cache/train"), Collate(ROW_LENGTH), micro_batch=2, rank=0, ranks=1)
         list(islice(batches, 2))
@@ -135,7 +132,7 @@ def test_leaving_in_the_middle_ends_the_transfer(tiny: Tiny) -> None:
         )  # fmt: skip
         list(islice(ahead, 2))
         ahead.close()
-        assert _children() <= before
+        assert child_processes() <= before
 
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

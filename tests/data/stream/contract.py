@@ -5,12 +5,12 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from kd_core.types import Batch
+from tests.forks import child_processes
 
 T = TypeVar("T")
 
@@ -18,8 +18,7 @@ T = TypeVar("T")
 def _open_now() -> tuple[set[str], int, set[str]]:
     """Names of threads, number of open files, children."""
     threads = {thread.name for thread in threading.enumerate()}
-    children = {task.read_text() for task in Path("/proc/self/task").glob("*/children")}
-    return threads, len(os.listdir("/proc/self/fd")), set("".join(children).split())  # noqa: PTH208 (counts itself too)
+    return threads, len(os.listdir("/proc/self/fd")), child_processes()  # noqa: PTH208 (counts itself too)
 
 
 def check_stage(start: Callable[[int], Generator[T]], same: Callable[[T, T], bool], items: int) -> None:
