@@ -35,6 +35,7 @@ def cast_once(x: Tensor, *readers: nn.Module) -> tuple[Tensor, ...]:
     Layers that do more with their input than a matmul, such as adapters with dropout, get its own dtype.
     """
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or any(type(reader) is not nn.Linear for reader in readers):
+    is_casting = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not is_casting or any(type(reader) is not nn.Linear for reader in readers):
         return (x,) * len(readers)
     return _SharedCast.apply(x, torch.get_autocast_dtype(device), len(readers))

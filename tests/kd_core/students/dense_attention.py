@@ -9,6 +9,16 @@ from torch import Tensor
 from kd_core.students.decoder import attention
 
 
+def _scores(q: Tensor, k: Tensor, documents: Tensor, scale: float | None, left: int) -> Tensor:
+    """Masked products of queries and repeated keys, float64 [H, N, N]."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    seen = (distance >= 0) & (documents[:, None] == documents)
+    if left >= 0:
+        seen &= distance <= left
+    return scores.masked_fill(~seen, -torch.inf)
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float | None, left: int
 ) -> tuple[Tensor, Tensor]:
@@ -17,14 +27,25 @@ def dense_attention(
     `left` positions before its own are seen by a position, all of its document where it is negative.
     """
     groups = q.shape[1] // k.shape[1]
-    q, k, v = (x.double() for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
-    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-    seen = (distance >= 0) & (documents[:, None] == documents)
-    if left >= 0:
-        seen &= distance <= left
-    scores = scores.masked_fill(~seen, -torch.inf)
+    q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
+    scores = _scores(q, k, documents, scale, left)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def dense_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float | None, left: int
+) -> tuple[Tensor, ...]:
+    """Gradients of `dense_attention` by hand, because an operator's kernel runs below autograd."""
+    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    grad, q, k, v = (x.double() for x in (grad, q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+    p = _scores(q, k, documents, scale, left).softmax(-1)
+    # dP = dO Vᵀ, dS = P ⊙ (dP − Σ P ⊙ dP).  [H, N, N]
+    dp = torch.einsum("qhd,khd->hqk", grad, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * (q.shape[2] ** -0.5 if scale is None else scale)
+    dq, dk = torch.einsum("hqk,khd->qhd", ds, k), torch.einsum("hqk,qhd->khd", ds, q)
+    dv = torch.einsum("hqk,qhd->khd", p, grad)
+    # A key head's gradient is the sum over its group of queries' heads.
+    return dq, *(x.unflatten(1, (heads, groups)).sum(2) for x in (dk, dv))
 
 
 def _documents(cu_seqlens: Tensor) -> Tensor:
@@ -57,17 +78,14 @@ class Kernel:
         self._check(q, cu_q, max_q, window, is_causal)
         self.calls.append((max_q, window))
         out, logsumexp = dense_attention(q, k, v, _documents(cu_q), scale, window[0])
-        return out.to(q.dtype), logsumexp.float(), torch.zeros(2, dtype=torch.uint64)
+        return torch.empty_like(q).copy_(out), logsumexp.float(), torch.zeros(2, dtype=torch.uint64)
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
         _, _, cu_q, cu_k, max_q, _, is_causal, _, scale, window = more
         assert torch.equal(cu_q, cu_k)
         self._check(q, cu_q, max_q, window, is_causal)
-        with torch.enable_grad():
-            leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-            out, _ = dense_attention(*leaves, _documents(cu_q), scale, window[0])
-        gradients = torch.autograd.grad(out, leaves, grad.double())
-        return tuple(g.to(q.dtype) for g in gradients)
+        found = dense_gradients(grad, q, k, v, _documents(cu_q), scale, window[0])
+        return tuple(torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
 
 
 def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
@@ -79,7 +97,7 @@ def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
     kernel = Kernel()
     # Only the innermost function of each operator is replaced: what would launch Flash Attention.
-    varlen._varlen_attn.register_kernel("cpu", kernel.forward)  # noqa: SLF001
-    varlen._varlen_attn_backward.register_kernel("cpu", kernel.backward)  # noqa: SLF001
+    varlen._varlen_attn.register_kernel("cpu", kernel.forward)
+    varlen._varlen_attn_backward.register_kernel("cpu", kernel.backward)
     monkeypatch.setattr(attention, "KERNEL_DEVICES", ("cpu",))
     return kernel
