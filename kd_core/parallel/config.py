@@ -12,8 +12,8 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
-    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "cuda_graphs",
-    "timeout",
+    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
+    "cuda_graphs", "timeout",
 )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def _compile_blocks(student: Student, cuda_graphs: bool, world: World) -> None:
         raise UsageError(f"parallel.cuda_graphs: got {world.size} processes; wanted one. Set it false.")
     # Graphs differ by gradients, row length, windows and rows of one document, and each has two variants: for the
     # first sizes, and for all others. Beyond the limit, which is 8 otherwise, torch runs blocks uncompiled.
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # pyright: ignore[reportPrivateUsage]
     for block in student.layers:
         run = torch.compile(cast(Block, block).run, mode="reduce-overhead" if cuda_graphs else None)
         cast(Block, block).run = run
