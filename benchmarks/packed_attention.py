@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.students.decoder.attention import attend, attend_document
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH, ROUNDS = 2, 2048, 9, 3, 64, 7

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.cache.record import UNUSED, Array, Record
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.types import Batch

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture

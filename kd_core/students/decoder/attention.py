@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd_core.compiling import outside_compiled_graphs
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotate

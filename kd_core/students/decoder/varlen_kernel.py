@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 
 # Torch 2.11 takes fewer key heads than heads of queries without being asked, later versions with this argument.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.files import write_json
 from kd_core.parallel.config import Parallel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_core.documents import Documents
+from kd_core.document_lengths import Documents
 from kd_core.students.decoder import attention
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import attend
