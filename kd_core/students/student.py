@@ -71,9 +71,9 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def packed_context(
-        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None, documents: Documents | None
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
     ) -> Any:
-        """Returns `context`, for a family that reads `documents` without the ids, which may be on a device."""
+        """Returns `context`. A family that needs lengths alone overrides it, because reading ids waits for a GPU."""
         del documents
         return self.context(position_ids, document_ids)
 
@@ -110,8 +110,7 @@ class Student(nn.Module):
         states include the architecture's scale of the logits already.
 
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
-        inside the root module's forward. `documents` are those of `document_ids`, where the caller knows them: reading
-        them from the ids waits for a device.
+        inside the root module's forward. `documents` are the lengths in `document_ids`, if the caller knows them.
         """
         context = self.packed_context(position_ids, document_ids, documents)
         x = self.embed(tokens)

@@ -38,7 +38,7 @@ def packed(T: int, number: int) -> Tensor:
 def test_attention_inside_documents(
     heads: tuple[int, int], width: int, number: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    """Error relative to the largest value, or to 1, forward and backward, for what the kernel takes and for what it does not."""
+    """What the kernel takes and what it does not. Errors are relative to the largest value, or to 1."""
     random.seed(0)
     torch.manual_seed(0)
     ids = packed(300, number)

@@ -124,18 +124,17 @@ class Decoder(Student):
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
 
-    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None) -> Context:
-        return self.packed_context(position_ids, document_ids, None)
-
-    def packed_context(
-        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None, documents: Documents | None
-    ) -> Context:
+    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
         # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
-        if documents is None:
-            no_ids = document_ids is None
-            documents = Documents.one_a_row(position_ids) if no_ids else Documents.from_ids(document_ids)
-        return Context(cos, sin, documents)
+        if document_ids is None:
+            return Context(cos, sin, Documents.one_a_row(position_ids))
+        return Context(cos, sin, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
+
+    def packed_context(
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+    ) -> Context:
+        return self.context(position_ids, document_ids if documents is None else documents)
 
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
         return self.layers[layer](x, *context)

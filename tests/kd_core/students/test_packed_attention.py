@@ -1,18 +1,24 @@
 """Attention over packed documents by the variable-length kernel, whose operator is computed densely in float64 here."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from data.cache.record import Record
+from data.stream.collate import Collate
 from kd_core.document_lengths import Documents
+from kd_core.losses.objective import CrossEntropy, Objective
 from kd_core.students.decoder import attention
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import attend
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
-from kd_core.students.student import allocate
+from kd_core.students.student import Student, allocate
+from kd_core.training.step import batch_loss
 from tests.kd_core.students.dense_attention import Kernel, dense_attention, dense_kernel
 
 WIDTH = 16
@@ -138,3 +144,57 @@ def test_a_batch_with_lengths_needs_no_value_from_the_device(monkeypatch: pytest
     hidden.sum().backward()
     with pytest.raises(NotImplementedError, match="no data"):
         model(tokens, tokens, tokens)
+
+
+def test_a_batch_brings_its_lengths_through_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the collate to attention. The loop over documents has the same bits as without them."""
+    sizes = ((7, 30, 3), (39,))
+    random = torch.Generator().manual_seed(0)
+
+    def record(positions: int) -> Record:
+        ids = torch.randint(51, (positions + 1,), generator=random).numpy()
+        return Record(
+            name="", document="", start=0, token_ids=ids, loss_mask=np.ones(positions, bool),
+            topk_token_ids=ids[1:, None].astype(np.int32), topk_log_probs=np.full((positions, 1), -0.5, np.float32),
+            tail_log_prob=np.full(positions, math.log1p(-math.exp(-0.5)), np.float32),
+            label_log_prob=np.full(positions, -0.5, np.float32),
+        )  # fmt: skip
+
+    batch = Collate(row_length=40)([[record(size) for size in row] for row in sizes])
+    assert batch.documents is not None
+    assert batch.documents.lengths == (7, 30, 3, 39, 1)
+    moved = batch.to(torch.device("meta"))
+    assert moved.documents is not None
+    assert moved.documents.cu_seqlens.device.type == "meta"
+    model = student()
+    by_ids = batch_loss(model, replace(batch, documents=None), Objective({"ce": CrossEntropy()}), 1.0)
+    monkeypatch.setattr(Documents, "from_ids", None)
+    by_lengths = batch_loss(model, batch, Objective({"ce": CrossEntropy()}), 1.0)
+    assert torch.equal(by_ids.total, by_lengths.total)
+
+
+class OtherFamily(Student):
+    """A family that knows nothing of lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arch, self.layers, self.lm_head = ARCH, torch.nn.ModuleList(), torch.nn.Linear(51, 51, bias=False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(tokens, 51).float()
+
+    def context(self, position_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+        assert document_ids is not None
+        self.seen = document_ids
+        return position_ids
+
+    def last_hidden(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_family_that_reads_ids_gets_them() -> None:
+    ids = torch.tensor(PACKINGS["packed"])
+    model = OtherFamily()
+    hidden = model(ids % 51, ids, ids, lambda hidden, _: hidden, Documents.from_ids(ids))
+    assert hidden.shape == (2, 40, 51)
+    assert model.seen is ids
