@@ -12,7 +12,8 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
-    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
+    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
+    "cuda_graphs", "timeout",
 )  # fmt: skip
 
 
@@ -32,7 +33,9 @@ class Parallel:
             block, and again in the backward pass.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
-        compile: compile each block, around its attention.
+        compile: compile each block. A loop over documents stays outside.
+        cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
+            longer than running them. For one GPU, without recomputation.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
     """
 
@@ -44,6 +47,7 @@ class Parallel:
     replicas: int = 1
     recompute: str = "none"
     compile: bool = False
+    cuda_graphs: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -51,7 +55,12 @@ class Parallel:
         check_settings(self, "parallel.", **counts, timeout=SECONDS)
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
-        self.recomputed_every()
+        if self.recomputed_every() is not None and self.cuda_graphs:
+            raise UsageError(
+                f"parallel.cuda_graphs: got recompute={self.recompute}; wanted none. Leave one of them out."
+            )
+        if self.cuda_graphs and not self.compile:
+            raise UsageError("parallel.cuda_graphs: graphs are made of compiled blocks. Set parallel.compile=true too.")
 
     def layout(self, size: int) -> Layout:
         """Returns the layout of `size` ranks, or raises the errors of `make_layout`."""
