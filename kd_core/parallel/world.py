@@ -95,9 +95,12 @@ class World:
         return tensor
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds up one number for each name over ranks, in float64, as `sum_` does. All ranks need the same names."""
+        """Adds up one number for each name over ranks, in float64, as `sum_` does. All ranks need the same names.
+
+        The numbers are on the host and stay there, so that no rank waits for its device.
+        """
         names = sorted(values)
-        total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device))
+        total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64))
         return dict(zip(names, total.tolist(), strict=True))
 
     def barrier(self) -> None:
