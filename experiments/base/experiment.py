@@ -93,7 +93,7 @@ class Experiment(ExperimentParts):
         def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
                 self.shards, self.collate, seed=self.seed, start_row=row, rows_per_step=self.rows_per_step,
-                micro_batch=self.parallel.micro_batch_rows, **share,
+                micro_batch=self.parallel.micro_batch_rows, pin_memory=world.device.type == "cuda", **share,
             )  # fmt: skip
 
         tokenizer = Tokenizer(resolve_folder(self.student.folder))
