@@ -28,8 +28,8 @@ class Parallel:
             on one machine.
         sequence_parallel: divide norms and residuals of those ranks by position, instead of repeating them.
         shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
-            moments, where weights are gathered once a pass. full: the same, where weights are gathered for each
-            block, and again in the backward pass.
+            moments, where weights are gathered once a step, and gradients are reduced in its last pass. full: the
+            same, where each pass gathers the weights of each block, again in the backward pass, and reduces gradients.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block, around its attention.
