@@ -1,9 +1,11 @@
 """Settings of how a run is spread over ranks and memory, with their checks. `parallelize.py` applies them."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.utils.deterministic
 
 from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, make_layout
@@ -12,7 +14,8 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
-    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
+    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
+    "deterministic", "timeout",
 )  # fmt: skip
 
 
@@ -33,6 +36,8 @@ class Parallel:
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block, around its attention.
+        deterministic: take kernels that add in a fixed order, where torch has them. A GPU then repeats a run bit by
+            bit, at some cost. A CPU does so anyway.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
     """
 
@@ -44,6 +49,7 @@ class Parallel:
     replicas: int = 1
     recompute: str = "none"
     compile: bool = False
+    deterministic: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -69,6 +75,13 @@ class Parallel:
         if kind != "every" or not every.isdecimal() or int(every) < 1:
             raise UsageError(f"parallel.recompute: got {self.recompute!r}; wanted none, full, or every:N with N ≥ 1.")
         return int(every)
+
+    def choose_kernels(self) -> None:
+        """Sets which kernels torch takes in this process. torch warns of operations that have no deterministic one."""
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first matmul
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # what is not written is not read here
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context in which forward passes run."""

@@ -4,7 +4,7 @@
 
 On a GPU the numbers of a step are read behind the next one, unless a validation or a checkpoint needs them before.
 Everything that varies with the step (learning rate, random state, rows read) is a function of it. A run that was
-killed and resumed therefore computes the same as one that was not.
+killed and resumed therefore computes the same as one that was not (on a GPU up to rounding: docs/training.md).
 """
 
 import logging
