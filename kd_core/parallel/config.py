@@ -81,7 +81,8 @@ class Parallel:
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first matmul
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # what is not written is not read here
+        # What is not written is not read here.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context in which forward passes run."""
