@@ -109,17 +109,18 @@ class Student(nn.Module):
         return self.lm_head(hidden)[..., : form.vocab_size]
 
 
-def allocate(model: Student, device: torch.device) -> Student:
-    """Allocates the student's parameters on `device`, in float32, without filling them.
+def allocate(model: Student, device: torch.device, dtype: torch.dtype = torch.float32) -> Student:
+    """Allocates the student's parameters on `device`, in `dtype`, without filling them.
 
     Raises:
         UsageError: the machine has less memory than the parameters need.
     """
-    # 4 bytes for each number of this process's parts of the parameters.
-    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * 4
+    # Bytes of this process's parts of the parameters.
+    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * dtype.itemsize
     if device.type == "cpu" and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
-    # `to_empty` gives tied parameters separate memory, so they are tied again.
-    model = model.to_empty(device=device)
+    # Cast the shapes first, so that no other dtype takes memory. `to_empty` gives tied parameters separate memory, so
+    # they are tied again.
+    model = (model if dtype == torch.float32 else model.to(dtype)).to_empty(device=device)
     model.tie()
     return model

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_core.logit_products import multiply_
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.torch_backend import TorchBackend
 
@@ -22,8 +23,7 @@ class CudaBackend(TorchBackend):
         self._rounded = self._cast_weight.new_empty(self._buffers[1.0].shape if self._mm_options else (0,))
 
     def _multiply_(self, hidden: Tensor, out: Tensor) -> None:
-        factor = self._cast_weight
-        torch.mm(hidden.to(factor.dtype), factor.t(), out_dtype=out.dtype, out=out)
+        multiply_(hidden, self._cast_weight, out, self._cast_weight.dtype)
 
     def _add_products_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dproduct: Tensor) -> None:
         factor, options = self._cast_weight, self._mm_options
