@@ -76,7 +76,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             plans = make_plans(export, Path(folder))
             started = time.perf_counter()
-            bare_forward(scorer.model, plans, export.batch_rows)
+            bare_forward(scorer.model, plans, plans[0].batch_rows)
             between = time.perf_counter()
             export_once(plans, scorer)
             times["bare"].append(between - started)

@@ -50,14 +50,20 @@ EXTEND = flags.DEFINE_bool(
 )
 
 
-def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
-    """Returns the teacher's dtype: that of the caches in `out`, else what suits the device. Warns if it is slow."""
-    from data.export.resume_check import recorded_dtype
+def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision"]:
+    """Returns the export with the dtype and `batch_rows` of the caches in `out`, else those that suit the device.
+
+    Warns if the dtype is slow.
+    """
+    from data.export.plan import choose_batch_rows
+    from data.export.resume_check import recorded_choices
     from kd_core.precision import choose_precision
 
-    chosen = choose_precision(export.dtype, device, recorded_dtype(out), "cache")
+    recorded_dtype, recorded_rows = recorded_choices(out)
+    chosen = choose_precision(export.dtype, device, recorded_dtype, "cache")
     chosen.warn_if_slow("dtype")
-    return chosen
+    rows = choose_batch_rows(export, device, recorded_rows)
+    return replace(export, dtype=chosen.precision, batch_rows=rows), chosen
 
 
 def _export(export: Any, out: Path) -> None:
@@ -74,9 +80,8 @@ def _export(export: Any, out: Path) -> None:
     local_folder(export.teacher)  # fetched before any rank waits for another
     with joined_world() as world, ExitStack() as stack:
         world.run_on_first(lambda: stack.enter_context(own_folder(out)))
-        chosen = world.run_on_first(lambda: _choose_dtype(export, out, world.device))
+        export, chosen = world.run_on_first(lambda: _resolve(export, out, world.device))
         app.log.info("dtype: %s", chosen)
-        export = replace(export, dtype=chosen.precision)
         bad_rows = export.corpus.bad_rows()
         grow = (lambda: load_growth(out, begin=True)) if EXTEND.value else lambda: None
         plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows))
@@ -121,10 +126,10 @@ def main() -> None:
         from data.export.plan import make_plans
 
         out = Path(OUT.value)
-        chosen = _choose_dtype(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(f"dtype: {chosen}")
         growth = load_growth(out, begin=False) if EXTEND.value else None
-        plans = make_plans(replace(export, dtype=chosen.precision), out, growth)
+        plans = make_plans(export, out, growth)
         if plans and plans[0].texts:
             print(f"texts: {plans[0].texts}")
         for plan in plans:

@@ -60,7 +60,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     path = plan.folder / TABLES_FILE
     if path.exists():
         return []
-    windows, rows = plan.shards[0].windows, plan.export.batch_rows
+    windows, rows = plan.shards[0].windows, plan.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
     # Take whole batches, at least one, of at most PILOT_POSITIONS positions: a batch's records are reused as they are.
     fitting = int(np.searchsorted(ends, PILOT_POSITIONS, side="right"))

@@ -6,10 +6,12 @@ documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw �
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from data.cache.codec.levels import Codec
 from data.cache.contents import mask_digest, window_digest, windows_digest
@@ -32,6 +34,7 @@ from kd_core.students.huggingface.weights import weight_files
 log = logging.getLogger("kd")
 # Below, p^(1/t) of a wide vocabulary is 0 in float32 and all draws are one token. Above, it hardly depends on p.
 PROPOSAL_TEMPERATURE = Range("0.25 to 4", 0.25, 4)
+CPU_BATCH_ROWS, GPU_BATCH_POSITIONS = 2, 8192
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class TeacherExport:
         scorer: `auto`, `decoder` or `transformers`.
         block_positions: about the number of positions that are coded together, the unit of reading and shuffling.
         shard_bytes: about the size of a shard, the unit of a rank's work and of what an interruption loses.
-        batch_rows: windows that the teacher scores together.
+        batch_rows: windows that the teacher scores together. None: 2 on a CPU, and on a GPU as many as have about
+            8,192 positions. The plan records which.
     """
 
     corpus: Corpus
@@ -74,7 +78,7 @@ class TeacherExport:
     scorer: ScorerName = "auto"
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
-    batch_rows: int = 2
+    batch_rows: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
@@ -89,6 +93,13 @@ class TeacherExport:
                 f"overlap: got {self.overlap}; wanted 0 to {self.row_length - 1}, less than row_length: this many "
                 "positions of a window repeat the end of the one before, as context."
             )
+
+
+def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int | None = None) -> int:
+    """Returns how many windows are scored together: as set, as `recorded` in the cache, or as suits the device."""
+    if rows := export.batch_rows or recorded:
+        return rows
+    return CPU_BATCH_ROWS if device.type == "cpu" else max(1, GPU_BATCH_POSITIONS // export.row_length)
 
 
 class PlannedShard(NamedTuple):
@@ -115,6 +126,11 @@ class CachePlan:
     texts: str = ""  # where there are texts, a description of what is added before and after each
     drawn_from: int = 0  # positions that the split has in all
     chat: dict[str, Any] | None = None  # the format of conversations, stored in the manifest only
+
+    @property
+    def batch_rows(self) -> int:
+        """Returns how many windows are scored together."""
+        return self.identity["batch_rows"]
 
     @property
     def first_record(self) -> int:
@@ -255,11 +271,13 @@ def make_plans(
 ) -> list[CachePlan]:
     """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
 
-    With `growth`, plans hold new documents only, and a cache without any has no plan. `bad_rows` collects skipped rows.
+    `batch_rows` that is not set becomes that of a CPU. With `growth`, plans hold new documents only, and a cache
+    without any has no plan. `bad_rows` collects skipped rows.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or no window is left.
     """
+    export = replace(export, batch_rows=choose_batch_rows(export, torch.device("cpu")))
     folder = local_folder(export.teacher)
     encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
     teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)

@@ -105,7 +105,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
 
 def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
-    rows = plan.export.batch_rows
+    rows = plan.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))
     for records in _map_in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
         yield from records
