@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from kd_core.precision import ChosenPrecision
 
 KIND = "TeacherExport"
+# Seconds that ranks wait for the one that scores the pilot, or is the last to score. torchrun ends them if it dies.
+LONGEST_WAIT = 7 * 86_400.0
 app.define_config_flags(KIND)
 OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
 SHARD_BYTES = flags.DEFINE_integer(
@@ -73,12 +75,13 @@ def _export(export: Any, out: Path) -> None:
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
+    from kd_core.parallel.collectives import run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
     refuse_other_kinds(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before any rank waits for another
-    with joined_world() as world, ExitStack() as stack:
+    with joined_world(timeout=LONGEST_WAIT) as world, ExitStack() as stack:
         world.run_on_first(lambda: stack.enter_context(own_folder(out)))
         export, chosen = world.run_on_first(lambda: _resolve(export, out, world.device))
         app.log.info("dtype: %s", chosen)
@@ -100,10 +103,9 @@ def _export(export: Any, out: Path) -> None:
             pilot: list[Any] = []
             world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
             export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
-            world.barrier()
-            app.log.info(
-                "%s", world.run_on_first(lambda plan=plan: export_steps.write_manifest(plan)).summary(plan.folder)
-            )
+            by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
+            manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
+            app.log.info("%s", manifest.summary(plan.folder))
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 

@@ -5,11 +5,11 @@ documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw �
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from data.corpus.corpus import Corpus, split_documents
 from data.corpus.encoding import Encoded, Encoder
 from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export.extend import SPLITS, Growth
+from data.export.planned_shards import PlannedShard, bytes_per_position, plan_shards
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
@@ -102,17 +103,6 @@ def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int
     return CPU_BATCH_ROWS if device.type == "cpu" else max(1, GPU_BATCH_POSITIONS // export.row_length)
 
 
-class PlannedShard(NamedTuple):
-    """A shard to write: the windows of each of its blocks."""
-
-    name: str
-    blocks: tuple[range, ...]
-
-    @property
-    def windows(self) -> range:
-        return range(self.blocks[0].start, self.blocks[-1].stop)
-
-
 @dataclass(frozen=True)
 class CachePlan:
     """The plan of one cache. `identity` decides its bytes: the JSON of plan.json, and of a plan in the manifest."""
@@ -142,34 +132,12 @@ class CachePlan:
         """Returns all shards. Blocks hold up to `block_positions`, and shards up to about `shard_bytes`."""
         settings = self.export
         most = max(1, int(settings.shard_bytes / bytes_per_position(settings.selection, settings.codec)))
-        blocks = _runs([window.positions for window in self.windows], settings.block_positions)
-        sizes = [sum(self.windows[i].positions for i in block) for block in blocks]
-        return [
-            PlannedShard(f"shard-{number:06d}.tar", tuple(blocks[i] for i in shard))
-            for number, shard in enumerate(_runs(sizes, most), len(self.grown_from.shards) if self.grown_from else 0)
-        ]
+        first = len(self.grown_from.shards) if self.grown_from else 0
+        return plan_shards([window.positions for window in self.windows], settings.block_positions, most, first)
 
     def missing(self) -> list[PlannedShard]:
         """Returns the shards that are not on disk."""
         return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
-
-
-def bytes_per_position(selection: Selection, codec: str) -> float:
-    """Returns an estimate of the bytes of a position, by which shards are planned before their content exists."""
-    bytes_an_entry = {"standard": 1.5, "compact": 1.4, "lossless": 3.9}[codec]
-    return 4 + bytes_an_entry * selection.top_k + 1.5 * selection.draws**0.8
-
-
-def _runs(sizes: Sequence[int], most: int) -> list[range]:
-    """Splits neighbours into runs of at least one element whose sizes add up to at most `most`."""
-    runs: list[range] = []
-    start, total = 0, 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > most:
-            runs.append(range(start, index))
-            start, total = index, 0
-        total += size
-    return [*runs, range(start, len(sizes))]
 
 
 def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> list[Encoded]:
