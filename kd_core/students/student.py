@@ -69,6 +69,14 @@ class Student(nn.Module):
         """Returns what every block of a pass needs beside its input. Without documents, a row is one document."""
         raise NotImplementedError
 
+    def new_cache(self, slots: int) -> Any | None:
+        """Returns an empty cache of keys and values for rows of up to `slots` positions, or None without such."""
+        del slots
+
+    def cached_context(self, position_ids: Int[Tensor, "B T"], cache: Any) -> Any:
+        """Returns `context` of a pass over new tokens of rows of one document, whose earlier ones are in the cache."""
+        raise NotImplementedError
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
         """Returns the output of a block for the input `x`."""
         raise NotImplementedError
@@ -81,7 +89,12 @@ class Student(nn.Module):
     def forward(self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor: ...
     @overload
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor, head: Callable[[Tensor, Tensor], R]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        head: Callable[[Tensor, Tensor], R],
+        cache: Any = None,
     ) -> R: ...
     def forward(
         self,
@@ -89,16 +102,20 @@ class Student(nn.Module):
         position_ids: Int[Tensor, "B T"],
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
+        cache: Any = None,
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
         `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
         states include the architecture's scale of the logits already.
 
+        With a `cache` (`new_cache`), rows are one document each, and go on behind the tokens of earlier passes.
+
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
         inside the root module's forward.
         """
-        context = self.context(position_ids, document_ids)
+        is_cached = cache is not None
+        context = self.cached_context(position_ids, cache) if is_cached else self.context(position_ids, document_ids)
         x = self.embed(tokens)
         for layer in range(len(self.layers)):
             x = self.run_block(layer, x, context)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotate
 
@@ -64,11 +65,16 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: list[Segment] | None,
+    segments: list[Segment] | LayerCache | None,
     scale: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "B H T d"]:
-    """Returns causal attention inside each document. No position attends to another document."""
+    """Returns causal attention inside each document. No position attends to another document.
+
+    With a cache, a row is one document, and its earlier positions are in the cache.
+    """
+    if isinstance(segments, LayerCache):
+        return segments.attend(q, k, v, scale, window)
     if segments is None:
         return attend_document(q, k, v, scale, window)
     # Documents stand end to end, so one split gives the positions of each. Its backward pass is one concatenation.
@@ -98,7 +104,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | LayerCache | None) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         # Project, and split channels into attention heads of d.  [B, H, T, d], and H_kv heads of keys and values
         q, k, v = (

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import Attention, Segment, document_segments
+from kd_core.students.decoder.kv_cache import KeyValueCache, LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotary_angles
 from kd_core.students.student import ShardingRule, Student
@@ -56,14 +57,14 @@ class TransformerBlock(nn.Module):
         self.residual_scale = arch.residual_scale
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | LayerCache | None) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
             # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
             return checkpoint(self.run, x, cos, sin, segments, use_reentrant=False)
         return self.run(x, cos, sin, segments)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | LayerCache | None) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
         x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
@@ -71,11 +72,11 @@ class TransformerBlock(nn.Module):
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows (None: a row is one document)."""
+    """Angles of the positions, and the documents of packed rows (None: a row is one document), or a cache of them."""
 
     cos: Tensor
     sin: Tensor
-    segments: list[Segment] | None
+    segments: list[Segment] | KeyValueCache | None
 
 
 class Decoder(Student):
@@ -126,8 +127,17 @@ class Decoder(Student):
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
         return Context(cos, sin, None if document_ids is None else document_segments(document_ids))
 
+    def new_cache(self, slots: int) -> KeyValueCache:
+        return KeyValueCache(self.arch.num_layers, slots)
+
+    def cached_context(self, position_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Context:
+        cache.begin_pass(position_ids)
+        return self.context(position_ids, None)._replace(segments=cache)
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        return self.layers[layer](x, *context)
+        cos, sin, segments = context
+        layer_cache = segments.by_layer[layer] if isinstance(segments, KeyValueCache) else segments
+        return self.layers[layer](x, cos, sin, layer_cache)
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.
