@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_core.logit_products import multiply_
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.torch_backend import TorchBackend
 
@@ -20,7 +21,7 @@ class CudaMatmuls:
 
     def multiply_(self, hidden: Tensor, out: Tensor) -> None:
         """Writes hidden @ weight.T to `out` [n, V]."""
-        torch.mm(hidden.to(self._weight.dtype), self._weight.t(), **self.options, out=out)
+        multiply_(hidden, self._weight, out, self._weight.dtype)
 
     def add_products_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dproduct: Tensor) -> None:
         """Adds to the gradients by hidden states and weight, from the gradient [n, V] by hidden @ weight.T."""

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_core.logit_products import chunk_positions
 from kd_core.losses.fused.backend import LossBackend
-from kd_core.losses.fused.choose_backend import backend_of, default_chunk_tokens
+from kd_core.losses.fused.choose_backend import backend_of
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.loss_metrics import extra_metric_sums, metric_sums
@@ -41,7 +42,8 @@ class _FullVocabPass:
     @classmethod
     def allocate(cls, call: LossCall, head: LmHead) -> "_FullVocabPass":
         """Allocates the backend's memory for the longest chunk."""
-        chunk_tokens = min(len(call.positions.hidden), call.objective.chunk_tokens or default_chunk_tokens(head))
+        positions, V = len(call.positions.hidden), len(head.weight)
+        chunk_tokens = min(positions, call.objective.chunk_tokens or chunk_positions(V, head.weight.device))
         terms = call.objective.terms.values()
         temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
         backend = backend_of(head.weight)(head, chunk_tokens, temperatures)
