@@ -15,7 +15,7 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
     "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
-    "deterministic", "timeout",
+    "cuda_graphs", "deterministic", "timeout",
 )  # fmt: skip
 
 
@@ -35,7 +35,9 @@ class Parallel:
             same, where each pass gathers the weights of each block, again in the backward pass, and reduces gradients.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
-        compile: compile each block, around its attention.
+        compile: compile each block. A loop over documents stays outside.
+        cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
+            longer than running them. For one GPU, without recomputation.
         deterministic: take kernels that add in a fixed order, where torch has them. A GPU then repeats a run bit by
             bit, at some cost. A CPU does so anyway.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
@@ -49,6 +51,7 @@ class Parallel:
     replicas: int = 1
     recompute: str = "none"
     compile: bool = False
+    cuda_graphs: bool = False
     deterministic: bool = False
     timeout: float = 600.0
 
@@ -57,7 +60,12 @@ class Parallel:
         check_settings(self, "parallel.", **counts, timeout=SECONDS)
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
-        self.recomputed_every()
+        if self.recomputed_every() is not None and self.cuda_graphs:
+            raise UsageError(
+                f"parallel.cuda_graphs: got recompute={self.recompute}; wanted none. Leave one of them out."
+            )
+        if self.cuda_graphs and not self.compile:
+            raise UsageError("parallel.cuda_graphs: graphs are made of compiled blocks. Set parallel.compile=true too.")
 
     def layout(self, size: int) -> Layout:
         """Returns the layout of `size` ranks, or raises the errors of `make_layout`."""

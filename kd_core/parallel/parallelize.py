@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
+from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.layout import Layout, ParameterFacts, RankHolding, holding_of_fullest_rank
 from kd_core.parallel.tensor_parallel import TensorParallelStyle
@@ -29,6 +30,7 @@ WHOLE = Replicate()
 COLUMNS: Mapping[str, Placement] = {"weight": Shard(0), "bias": Shard(0), "lora_A": WHOLE, "lora_B": Shard(0)}
 ROWS: Mapping[str, Placement] = {"weight": Shard(1), "bias": WHOLE, "lora_A": Shard(1), "lora_B": WHOLE}
 REPEATED: Mapping[str, Placement] = dict.fromkeys(COLUMNS, WHOLE)
+RECOMPILE_LIMIT = 64
 
 
 def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dict[str, TensorParallelStyle]:
@@ -137,6 +139,27 @@ def _apply_sharding(student: Student, parallel: Parallel, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def _compile_blocks(student: Student, cuda_graphs: bool, world: World) -> None:
+    """Compiles each block for itself, so that equal blocks share their graphs.
+
+    Raises:
+        UsageError: CUDA graphs are wanted where they cannot be.
+    """
+    if cuda_graphs and world.device.type != "cuda":
+        raise UsageError(
+            f"parallel.cuda_graphs: got a student on {world.device.type}; wanted one on a GPU. Set it false."
+        )
+    if cuda_graphs and world.mesh is not None:
+        # A graph replays fixed addresses, and gathered weights lie at others in each pass.
+        raise UsageError(f"parallel.cuda_graphs: got {world.size} processes; wanted one. Set it false.")
+    # Graphs differ by gradients, row length, windows and rows of one document, and each has two variants: for the
+    # first sizes, and for all others. Beyond the limit, which is 8 otherwise, torch runs blocks uncompiled.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # pyright: ignore[reportPrivateUsage]
+    for block in student.layers:
+        run = torch.compile(cast(Block, block).run, mode="reduce-overhead" if cuda_graphs else None)
+        cast(Block, block).run = run
+
+
 def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
     """Parallelises a student on the meta device, then allocates its memory without filling it.
 
@@ -149,8 +172,8 @@ def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
     for i, module in enumerate(student.layers):
         block = cast(Block, module)
         block.recompute = every is not None and i % every == 0
-        if parallel.compile:
-            block.run = torch.compile(block.run)
+    if parallel.compile:
+        _compile_blocks(student, parallel.cuda_graphs, world)
     if world.mesh is not None:
         _apply_sharding(student, parallel, world)
     return allocate(student, world.device)

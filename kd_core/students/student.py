@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
@@ -69,6 +70,13 @@ class Student(nn.Module):
         """Returns what every block of a pass needs beside its input. Without documents, a row is one document."""
         raise NotImplementedError
 
+    def packed_context(
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+    ) -> Any:
+        """Returns `context`. A family that needs lengths alone overrides it, because reading ids waits for a GPU."""
+        del documents
+        return self.context(position_ids, document_ids)
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
         """Returns the output of a block for the input `x`."""
         raise NotImplementedError
@@ -81,7 +89,12 @@ class Student(nn.Module):
     def forward(self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor: ...
     @overload
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor, head: Callable[[Tensor, Tensor], R]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        head: Callable[[Tensor, Tensor], R],
+        documents: Documents | None = None,
     ) -> R: ...
     def forward(
         self,
@@ -89,6 +102,7 @@ class Student(nn.Module):
         position_ids: Int[Tensor, "B T"],
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
@@ -96,9 +110,9 @@ class Student(nn.Module):
         states include the architecture's scale of the logits already.
 
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
-        inside the root module's forward.
+        inside the root module's forward. `documents` are the lengths in `document_ids`, if the caller knows them.
         """
-        context = self.context(position_ids, document_ids)
+        context = self.packed_context(position_ids, document_ids, documents)
         x = self.embed(tokens)
         for layer in range(len(self.layers)):
             x = self.run_block(layer, x, context)

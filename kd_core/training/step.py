@@ -98,7 +98,7 @@ def batch_loss(model: Student, batch: Batch, objective: Objective, scale: float)
         )
 
     # The loss runs inside the model's forward, as `Student.forward` explains.
-    return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden)
+    return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden, batch.documents)
 
 
 def count_tokens_and_damage(batches: Sequence[Batch], world: World) -> tuple[int, int]:

@@ -62,6 +62,12 @@ class CpuBackend(TorchBackend):
         self._cast_weight = head.weight.to(torch.bfloat16 if self._in_bfloat16 else head.precision.accum_dtype)
         self._scratch: dict[str, Tensor] = {}
 
+    @staticmethod
+    def scale_(values: Tensor, factor: Tensor) -> None:
+        """Multiplies in place, and skips the usual factor of 1."""
+        if factor != 1:
+            values.mul_(factor)
+
     def _scratch_tensor(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
         """Returns a tensor that all chunks share. The first use fixes how many rows there are at most."""
         if name not in self._scratch:
