@@ -52,7 +52,7 @@ OF_FOUR = {
     "dp 2 × tp 2, by position, recomputed": replace(
         PLAIN, tensor_parallel=2, sequence_parallel=True, recompute="every:2", micro_batch_rows=1
     ),
-    "hybrid": replace(PLAIN, replicas=2, shard="full"),
+    "hybrid": replace(PLAIN, replicas=2, shard="full", micro_batch_rows=1),
     "copies of tp 2": replace(PLAIN, tensor_parallel=2, shard="none", recompute="full"),
     "tp 4, kv heads repeated": replace(PLAIN, tensor_parallel=4),
     "tp 4, by position": replace(PLAIN, tensor_parallel=4, sequence_parallel=True),

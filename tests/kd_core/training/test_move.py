@@ -172,6 +172,32 @@ def test_histograms_show_gradients_after_clipping() -> None:
     assert gradients == pytest.approx(1e-6, rel=1e-2)
 
 
+def run(tiny: Tiny, folder: Path, items: list[str], stopping: StopSignals) -> list[dict[str, Any]]:
+    """A run of six steps, and its numbers without its times."""
+    config = config_items.resolve_items([*tiny.train_items(6), *items], "Experiment").config
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    fdl.build(config).run(RunFolder(folder), World(), stopping)
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+
+
+def test_a_stopped_run_is_saved_with_all_its_numbers_and_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
+    class AfterFour(StopSignals):
+        steps = 0
+
+        def agree_on_stop(self, world: World) -> str | None:  # noqa: ARG002
+            self.steps += 1
+            return "told to" if self.steps == 4 else None
+
+    items = ["evaluation.every=100", "checkpoint.every=100"]
+    with decided_on_device():
+        wanted = run(tiny, tmp_path / "whole", items, StopSignals())
+        stopped = run(tiny, tmp_path / "stopped", items, AfterFour())
+        assert [line["step"] for line in stopped] == [0, 1, 2, 3, 4]
+        assert run(tiny, tmp_path / "stopped", items, StopSignals()) == wanted
+
+
 def test_a_run_reads_numbers_behind_the_next_step_and_logs_the_same(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +206,9 @@ def test_a_run_reads_numbers_behind_the_next_step_and_logs_the_same(
     def noted(name: str) -> None:
         real = getattr(loop._Run, name)
 
-        def call(run: Any, *args: Any) -> Any:
+        def call(state: Any, *args: Any) -> Any:
             order.append(name[0] if name == "save" else f"{name[0]}{getattr(args[0], 'step', args[0])}")
-            return real(run, *args)
+            return real(state, *args)
 
         monkeypatch.setattr(loop._Run, name, call)
 
@@ -192,15 +218,10 @@ def test_a_run_reads_numbers_behind_the_next_step_and_logs_the_same(
     lines = []
     for decided in (False, True):
         order.clear()
-        folder = tmp_path / str(decided)
         with decided_on_device() if decided else nullcontext():
-            config = config_items.resolve_items([*tiny.train_items(6), *items], "Experiment").config
-            folder.mkdir()
-            (folder / "config.json").write_text("{}")
-            fdl.build(config).run(RunFolder(folder), World(), StopSignals())
-        found = read_metrics(folder / "metrics.jsonl")
-        lines.append([{k: v for k, v in line.items() if not k.startswith("speed/")} for line in found])
-        assert [line["speed/step_seconds"] > 0 for line in found[1:]] == [True] * 6
+            lines.append(run(tiny, tmp_path / str(decided), items, StopSignals()))
+        times = [line["speed/step_seconds"] for line in read_metrics(tmp_path / str(decided) / "metrics.jsonl")[1:]]
+        assert min(times) > 0
     assert [list(line) for line in lines[1]] == [list(line) for line in lines[0]]
     for mine, wanted in zip(*lines, strict=True):
         assert mine == pytest.approx(wanted, rel=1e-5)
