@@ -86,7 +86,8 @@ def append_tokens(model: Student, ids: Tensor, lengths: Tensor, longest: int, to
         positions = begin[:, None] + torch.arange(T, device=ids.device)
         inputs = ids.gather(1, positions)
         head = functools.partial(_next_ids, form, lengths - 1 - begin)
-        ids = ids.scatter(1, lengths[:, None], model(inputs, positions, torch.zeros_like(inputs), head, cache)[:, None])
+        next_ids = model(inputs, positions, torch.zeros_like(inputs), head, cache=cache)
+        ids = ids.scatter(1, lengths[:, None], next_ids[:, None])
         lengths = lengths + 1
     return ids
 
