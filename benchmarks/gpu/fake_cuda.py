@@ -1,0 +1,137 @@
+"""Fake CUDA tensors on a build of torch without CUDA: shapes, dtypes and devices as on a GPU, and no numbers.
+
+`load` must run before torch is imported, so whoever uses it is a process of its own (`counts.py`). It builds
+`fake_cuda.cpp`, which takes g++ and two seconds, and keeps the library in a cache folder. These are internals of torch:
+`TESTED` is the version for which they are known to work.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTED = "2.13"
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def why_unavailable() -> str | None:
+    """Returns why this machine has no fake CUDA tensors, or None if it has them."""
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    installed = importlib.metadata.version("torch")
+    if not installed.startswith(f"{TESTED}."):
+        return f"torch {installed} is not {TESTED}, for which fake CUDA tensors are tested"
+    return None
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (no error without a home)
+    folder = Path(home) / "kd-workspace"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="kd-workspace-"))
+    return folder
+
+
+def build() -> Path:
+    """Compiles the shim for the installed torch, unless the cache folder has it, and returns the library."""
+    assert (spec := importlib.util.find_spec("torch")) is not None
+    assert spec.origin is not None
+    torch_folder = Path(spec.origin).parent
+    # One library for each source and each torch.
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch_folder} {importlib.metadata.version('torch')}".encode())
+    library = _cache_folder() / f"fake_cuda_{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    # Several processes may build at once: each writes a file of its own, and the last rename wins.
+    partial = library.with_suffix(f".{os.getpid()}.partial")
+    lib = torch_folder / "lib"
+    command = ["g++", "-O0", "-std=c++20", "-fPIC", "-shared", f"-I{torch_folder / 'include'}", str(SOURCE), f"-L{lib}",
+               "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}", "-o", str(partial)]  # fmt: skip
+    subprocess.run(command, check=True)
+    partial.replace(library)
+    return library
+
+
+def load() -> None:
+    """Loads the shim. torch must not have been imported yet."""
+    assert "torch" not in sys.modules, "the shim registers with torch when torch is loaded, so it comes first"
+    ctypes.CDLL(str(build())).set_cuda_guard()
+
+
+def patch(on_synchronize: Callable[[str], None]) -> None:
+    """Replaces functions of torch that ask a real GPU. `on_synchronize` is called where one would be waited for."""
+    import torch  # noqa: PLC0415 (after `load`)
+
+    class Event:
+        """An event of a stream: all work is done at once, but whoever waits for it on the host is counted."""
+
+        def __init__(self, **_: object) -> None: ...
+        def record(self, *_: object) -> None: ...
+        def wait(self, *_: object) -> None: ...
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            on_synchronize("synchronize")
+
+    class Stream(Event):
+        def wait_stream(self, *_: object) -> None: ...
+        def wait_event(self, *_: object) -> None: ...
+        def record_event(self, event: Event | None = None) -> Event:
+            return event or Event()
+
+    cuda: Any = torch.cuda
+    for name, value in {
+        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "_lazy_init": lambda: None, "set_device": lambda *_: None, "get_device_capability": lambda *_: (9, 0),
+        "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: on_synchronize("synchronize"),
+        "Stream": Stream, "Event": Event, "stream": lambda *_: contextlib.nullcontext(),
+        "current_stream": lambda *_: Stream(), "default_stream": lambda *_: Stream(),
+    }.items():  # fmt: skip
+        setattr(cuda, name, value)
+    cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast turns itself off
+    _choose_gpu_kernels()
+
+
+def _choose_gpu_kernels() -> None:
+    """Makes functions that torch decomposes on fake tensors call the one kernel that they are on a GPU."""
+    import torch  # noqa: PLC0415
+    import torch.nn.functional as F  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: PLC0415
+    from torch.utils import _foreach_utils  # noqa: PLC0415
+
+    from benchmarks.gpu import fake_kernels  # noqa: PLC0415
+
+    # There is a device as far as anyone can see, but no memory on it.
+    FakeTensorMode.avoid_device_init = property(lambda _: True)
+    # Clipping and optimisers take their kernels over lists of tensors.
+    _foreach_utils._foreach_supported_types.append(FakeTensor)
+    attention, rms_norm, silu, tolist = F.scaled_dot_product_attention, F.rms_norm, F.silu, FakeTensor.tolist
+
+    def flash(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        is_flash = options.get("attn_mask") is None and q.dtype in (torch.bfloat16, torch.float16)
+        if q.device.type != "cuda" or not is_flash:
+            return attention(q, k, v, **options)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(q, k, v, 0.0, options.get("is_causal", False), scale=options.get("scale"))[0]
+
+    def fused_rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        if x.device.type != "cuda":
+            return rms_norm(x, shape, weight, eps)
+        return fake_kernels.rms_norm(x, weight)[0]
+
+    F.scaled_dot_product_attention, F.rms_norm = flash, fused_rms_norm
+    F.silu = lambda x, inplace=False: fake_kernels.silu(x) if x.device.type == "cuda" else silu(x, inplace)
+    # A list is one copy to the host. Of fake tensors, torch reads number after number.
+    FakeTensor.tolist = lambda x: tolist(x.cpu())
