@@ -7,6 +7,7 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 TESTED = "2.13"
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -45,7 +46,8 @@ def _cache_folder() -> Path:
 
 def build() -> Path:
     """Compiles the shim for the installed torch, unless the cache folder has it, and returns the library."""
-    assert (spec := importlib.util.find_spec("torch")) is not None
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
     assert spec.origin is not None
     torch_folder = Path(spec.origin).parent
     # One library for each source and each torch.
@@ -69,41 +71,47 @@ def load() -> None:
     ctypes.CDLL(str(build())).set_cuda_guard()
 
 
+class _Event:
+    """An event of a stream. All work is done at once, but whoever waits for it on the host is counted."""
+
+    on_synchronize: ClassVar[Callable[[str], None]]
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+    def record(self, *_: object) -> None: ...
+    def wait(self, *_: object) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self, *_: object) -> None:
+        _Event.on_synchronize("synchronize")
+
+
+class _Stream(_Event):
+    def wait_stream(self, *_: object) -> None: ...
+    def wait_event(self, *_: object) -> None: ...
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
 def patch(on_synchronize: Callable[[str], None]) -> None:
     """Replaces functions of torch that ask a real GPU. `on_synchronize` is called where one would be waited for."""
     import torch  # noqa: PLC0415 (after `load`)
 
-    class Event:
-        """An event of a stream: all work is done at once, but whoever waits for it on the host is counted."""
-
-        def __init__(self, **_: object) -> None: ...
-        def record(self, *_: object) -> None: ...
-        def wait(self, *_: object) -> None: ...
-        def query(self) -> bool:
-            return True
-
-        def synchronize(self) -> None:
-            on_synchronize("synchronize")
-
-    class Stream(Event):
-        def wait_stream(self, *_: object) -> None: ...
-        def wait_event(self, *_: object) -> None: ...
-        def record_event(self, event: Event | None = None) -> Event:
-            return event or Event()
-
+    _Event.on_synchronize = staticmethod(on_synchronize)
     cuda: Any = torch.cuda
     for name, value in {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "_lazy_init": lambda: None, "set_device": lambda *_: None, "get_device_capability": lambda *_: (9, 0),
-        "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: on_synchronize("synchronize"),
-        "Stream": Stream, "Event": Event, "stream": lambda *_: contextlib.nullcontext(),
-        "current_stream": lambda *_: Stream(), "default_stream": lambda *_: Stream(),
+        "is_bf16_supported": lambda *_, **__: True, "synchronize": _Event().synchronize,
+        "Stream": _Stream, "Event": _Event, "stream": lambda *_: contextlib.nullcontext(),
+        "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
     }.items():  # fmt: skip
         setattr(cuda, name, value)
     cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast turns itself off
     _choose_gpu_kernels()
 
 
+@functools.cache
 def _choose_gpu_kernels() -> None:
     """Makes functions that torch decomposes on fake tensors call the one kernel that they are on a GPU."""
     import torch  # noqa: PLC0415

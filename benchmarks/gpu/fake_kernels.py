@@ -1,7 +1,7 @@
 """Operators of shapes alone, one for each kernel that a GPU has and a CPU build of torch decomposes on fake tensors.
 
-    rms_norm    one kernel forward, one backward by the input, and one more by the weight
-    silu        one kernel forward, one backward
+rms_norm    one kernel forward, one backward by the input, and one more by the weight
+silu        one kernel forward, one backward
 """
 
 from typing import Any
@@ -27,11 +27,11 @@ silu_by_input = _operator("silu_by_input", "(Tensor grad, Tensor x) -> Tensor")
 
 
 # Shapes of the results.
-rms_norm.register_fake(lambda x, weight: (torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)))
-rms_norm_by_input.register_fake(lambda grad, x, weight, rstd: torch.empty_like(x))
-rms_norm_by_weight.register_fake(lambda grad, x, weight, rstd: torch.empty_like(weight))
+rms_norm.register_fake(lambda x, _: (torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)))
+rms_norm_by_input.register_fake(lambda *inputs: torch.empty_like(inputs[1]))
+rms_norm_by_weight.register_fake(lambda *inputs: torch.empty_like(inputs[2]))
 silu.register_fake(torch.empty_like)
-silu_by_input.register_fake(lambda grad, x: torch.empty_like(x))
+silu_by_input.register_fake(lambda *inputs: torch.empty_like(inputs[1]))
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -48,5 +48,5 @@ def _norm_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | 
 rms_norm.register_autograd(_norm_backward, setup_context=_save_norm)
 silu.register_autograd(
     lambda ctx, grad: silu_by_input(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    setup_context=lambda ctx, inputs, **_: ctx.save_for_backward(*inputs),
 )

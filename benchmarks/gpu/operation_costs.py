@@ -76,6 +76,8 @@ BYTES: dict[str, Callable[[list[Tensor], list[Tensor]], int]] = {
     "gather": _gathered, "index_select": _gathered, "embedding": _gathered, "index": _gathered,
     "scatter": _scattered, "scatter_": _scattered, "scatter_add_": _add_in_place, "index_add_": _add_in_place,
     "index_put_": _add_in_place,
+    # Reads parameter, gradient and two moments, and writes all but the gradient.
+    "_fused_adamw_": lambda inputs, _: sum(map(nbytes, inputs)) * 7 // 4,
 }  # fmt: skip
 
 
@@ -102,22 +104,25 @@ def _list_launches(arguments: tuple[Any, ...]) -> int:
     return max(1, math.ceil(len(tensors) / LISTED_TENSORS), math.ceil(by_elements))
 
 
+def _written(operation: Operation, arguments: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """Returns the results of an operation, and the arguments that it writes according to its schema."""
+    declared = zip(operation._schema.arguments, arguments, strict=False)
+    in_place = tensors_of([value for which, value in declared if which.alias_info and which.alias_info.is_write])
+    return list({id(tensor): tensor for tensor in [*tensors_of(result), *in_place]}.values())
+
+
 def cost_of(operation: Operation, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> Cost:
     """Returns the cost of an operation that had these arguments, keyword arguments and result."""
     name = short_name(operation)
-    outputs = [tensor for tensor in tensors_of(result) if tensor.device.type == "cuda"]
     # `out` is written and not read.
-    options = {key: value for key, value in options.items() if key != "out"}
-    read = arguments[1:] if name in WRITES_ONLY else arguments
-    inputs = [tensor for tensor in tensors_of((read, options)) if tensor.device.type == "cuda"]
+    read = arguments[1:] if name in WRITES_ONLY else arguments, {k: v for k, v in options.items() if k != "out"}
+    inputs = [tensor for tensor in tensors_of(read) if tensor.device.type == "cuda"]
+    outputs = [tensor for tensor in _written(operation, arguments, result) if tensor.device.type == "cuda"]
     if name in FREE or not (inputs or outputs) or name.startswith("profiler::"):
         return Cost()
-    is_listed = name.startswith(("_foreach_", "_fused_adam", "_amp_foreach"))
-    launches = _list_launches(arguments) if is_listed else 1
-    # Operations in place on lists return nothing, and write what their first argument holds.
-    outputs = tensors_of(arguments[0]) if is_listed and not outputs else outputs
+    launches = _list_launches(arguments) if name.startswith(("_foreach_", "_fused_adam", "_amp_foreach")) else 1
     if name in MATMULS:
         return Cost(launches, _matmul_flops(name, inputs, outputs), _in_one_pass(inputs, outputs))
     if is_attention(name):
         return Cost(launches, 0.0, _in_one_pass(inputs, outputs))
-    return Cost(launches, bytes=BYTES.get(name.partition(".")[0], _in_one_pass)(inputs, outputs))
+    return Cost(launches, bytes=BYTES.get(name, _in_one_pass)(inputs, outputs))

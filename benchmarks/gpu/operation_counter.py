@@ -54,7 +54,11 @@ def project_line() -> str:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "benchmarks" / "gpu") and ".venv" not in path.parts:
+        if (
+            path.is_relative_to(ROOT)
+            and not path.is_relative_to(ROOT / "benchmarks" / "gpu")
+            and ".venv" not in path.parts
+        ):
             entry = traceback.FrameSummary(str(path), frame.f_lineno, frame.f_code.co_name)
             return f"{path.relative_to(ROOT)}:{frame.f_lineno} {entry.line}"
         frame = frame.f_back
@@ -130,7 +134,9 @@ class OperationCounter(TorchDispatchMode):
         device = "cuda" if on_device else "cpu"
         if twins.result is None:
             raise RuntimeError(f"{name} needs numbers that no twin has, at {project_line()}")
-        return tree_map_only(Tensor, lambda twin: torch.empty(twin.shape, dtype=twin.dtype, device=device), twins.result)
+        return tree_map_only(
+            Tensor, lambda twin: torch.empty(twin.shape, dtype=twin.dtype, device=device), twins.result
+        )
 
     def _note_copy(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if name not in ("_to_copy", "copy_") or not outputs:

@@ -1,7 +1,7 @@
 """Hooks that tell a counter which part of a step runs, without a change to the step.
 
-    before the forward → forward → layer forward … → forward → loss → backward → layer backward … → after the backward
-    → optimizer → after the optimizer
+before the forward → forward → layer forward … → forward → loss → backward → layer backward … → after the backward
+→ optimizer → after the optimizer
 """
 
 from collections.abc import Callable

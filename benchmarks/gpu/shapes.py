@@ -1,6 +1,7 @@
 """Shapes of training steps that counts, estimates and the device script share, and inputs for them."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -40,6 +41,29 @@ def objectives(chunk_tokens: int) -> dict[str, Objective]:
 
 
 @dataclass(frozen=True)
+class LossShape:
+    """Sizes of a loss alone, forward and backward. With `autocast`, hidden states and weight are float32 under it."""
+
+    positions: int = 8192
+    vocab: int = 151936
+    width: int = 4096
+    top_k: int = 64
+    objective: str = "KD + CE"
+    chunk: int = 2048
+    precision: Literal["bfloat16", "autocast"] = "bfloat16"
+
+    @property
+    def chunks(self) -> int:
+        """Counts the chunks of the loss."""
+        return -(-self.positions // self.chunk)
+
+    @property
+    def flops(self) -> float:
+        """Returns the FLOPs of the three matmuls that no exact loss can do without."""
+        return 6.0 * self.positions * self.vocab * self.width
+
+
+@dataclass(frozen=True)
 class StepShape:
     """Shape of a training step: `rows` packed rows of `length` positions, each of `documents` unequal documents."""
 
@@ -61,12 +85,12 @@ class StepShape:
         return self.rows * self.length
 
     @property
-    def chunks(self) -> int:
-        """Counts the chunks of the loss."""
-        return -(-self.positions // self.chunk)
-
-    def make_objective(self) -> Objective:
-        return objectives(self.chunk)[self.objective]
+    def loss(self) -> LossShape:
+        """Returns the sizes of the step's loss."""
+        arch = self.architecture
+        return LossShape(
+            self.positions, arch.vocab_size, arch.hidden_size, self.top_k, self.objective, self.chunk, "autocast"
+        )
 
     def document_lengths(self, seed: int = 0) -> list[list[int]]:
         """Returns the lengths of the documents of each row. They add up to the row's length."""

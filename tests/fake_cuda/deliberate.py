@@ -1,0 +1,83 @@
+"""Puts mistakes into a student's forward pass, and prints what the counter of a step sees of them.
+
+A process of its own, because fake CUDA tensors must be there before torch.
+"""
+
+from benchmarks.gpu import fake_cuda
+
+if __name__ == "__main__":
+    fake_cuda.load()
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.counts import run_step
+from benchmarks.gpu.shapes import StepShape
+from kd_core.students.student import Student
+
+
+def read_a_number(x: Tensor) -> None:
+    x.sum().item()  # a number
+
+
+def copy_to_host(x: Tensor) -> None:
+    x[0, 0].cpu()  # a copy
+
+
+def copy_without_waiting(x: Tensor) -> None:
+    x[0, 0].to("cpu", non_blocking=True)
+
+
+def branch(x: Tensor) -> None:
+    if (x > 0).any():  # a branch
+        x.abs()
+
+
+def read_a_shape(x: Tensor) -> None:
+    torch.arange(4, device=x.device).nonzero()  # a shape
+
+
+def synchronize(x: Tensor) -> None:
+    del x
+    torch.cuda.synchronize()  # all
+
+
+def copy_from_pageable(x: Tensor) -> None:
+    torch.zeros(3).to(x.device, non_blocking=True)  # pageable
+
+
+def copy_from_pinned(x: Tensor) -> None:
+    torch.zeros(3).pin_memory().to(x.device, non_blocking=True)
+
+
+def launch_20(x: Tensor) -> None:
+    y = x[0, 0].detach()
+    for _ in range(20):
+        y = y + 1
+
+
+WAITS = (read_a_number, copy_to_host, branch, read_a_shape, synchronize, copy_from_pageable)
+NO_WAITS = (copy_without_waiting, copy_from_pinned)
+
+
+def counts_with(*mistakes: Callable[[Tensor], None]) -> dict[str, Any]:
+    """Returns waits and launches of a step whose second block makes the mistakes before its forward pass."""
+
+    def put_into(model: Student) -> None:
+        for mistake in mistakes:
+            model.layers[1].register_forward_pre_hook(lambda _, args, mistake=mistake: mistake(args[0]))
+
+    counter = run_step(StepShape(student="small", rows=1, length=32, chunk=32, top_k=4), put_into)
+    launches = sum(counts.total.launches for counts in counter.phases.values())
+    return {"waits": [wait._asdict() for wait in counter.waits], "launches": launches, "peak": counter.peak}
+
+
+if __name__ == "__main__":
+    print(json.dumps({
+        "nothing": counts_with(), "waits": counts_with(*WAITS), "no waits": counts_with(*NO_WAITS),
+        "launches": counts_with(launch_20),
+    }))  # fmt: skip
