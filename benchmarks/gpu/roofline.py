@@ -85,7 +85,9 @@ def count() -> dict[str, Any]:
     return dict(zip([*LOSSES, *STEPS], [*counts["losses"], *counts["steps"]], strict=True))
 
 
-HEADER = "| what | device | matmul ms | memory ms | launches | launch ms | estimate ms | MFU at most | GiB | measured ms |"
+HEADER = (
+    "| what | device | matmul ms | memory ms | launches | launch ms | estimate ms | MFU at most | GiB | measured ms |"
+)
 
 
 def table(counts: Mapping[str, Any]) -> str:

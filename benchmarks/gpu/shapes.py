@@ -12,11 +12,14 @@ from kd_core.losses.objective import CrossEntropy, Distillation, Objective
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.types import Batch
 
-# The shape of Llama 3.2 1B, and one so small that only the number of its operations means anything.
+# The shapes of Llama 3.2 1B and Llama 3.1 8B, and one so small that only the number of its operations means anything.
 LLAMA_1B = replace(
     QUICK_START, vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32,
     num_kv_heads=8, rope_theta=500000.0,
 )  # fmt: skip
+LLAMA_8B = replace(
+    LLAMA_1B, hidden_size=4096, intermediate_size=14336, num_layers=32, head_dim=128, tie_embeddings=False
+)
 SMALL = replace(
     QUICK_START, vocab_size=512, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=16,
