@@ -6,7 +6,7 @@
     python -m benchmarks.gpu.device --out gpu --device cpu --tiny  # the same code on small sizes
 
 Each part appends to OUT/numbers.jsonl as it goes. What fails is recorded there, and the rest goes on. What finds no
-time left is recorded as skipped. At the end OUT/results.md has the tables, to be kept as benchmarks/results/DATE-gpu.md.
+time left is recorded as skipped. At the end OUT/results.md has the tables. Keep it as benchmarks/results/DATE-gpu.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Rates of the device itself: copies, the matmuls of the loss, and attention kernels with what new lengths cost them."""
+"""Rates of the device itself: copies, the matmuls of the loss, and attention, also of lengths that are new to it."""
 
 import importlib
 import inspect

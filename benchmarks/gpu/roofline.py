@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,13 @@ STEPS = {
     "quick start's step": StepShape(),
 }
 ROWS: dict[str, LossShape | StepShape] = {**LOSSES, **STEPS}
+
+
+NOTE = """`python -m benchmarks.gpu.roofline`. **These are estimates from counts on fake CUDA tensors, and no
+measurements.** The peaks are {3:.0f} TFLOP/s in bfloat16, and {0.bandwidth:.3g} B/s (H100 SXM) or {1.bandwidth:.3g} B/s
+(H200), by NVIDIA's pages of both, and {2:.0f} µs a launch. No kernel reaches them, so each time is the least. The loss
+has N = 8,192, V = 151,936, D = 4,096, K = 64, bfloat16, forward and backward, chunks of 2,048. Steps are KD + CE with
+AdamW. GiB are the peak of a step with weights and moments, and of a loss over its inputs."""
 
 
 class Estimate(NamedTuple):
@@ -106,11 +114,11 @@ def table(counts: Mapping[str, Any]) -> str:
 
 
 def fill(estimates: str, gpu: str, measured: Mapping[str, float]) -> str:
-    """Writes measured milliseconds into the last column of a table, in the rows of a GPU whose name has the device's."""
+    """Writes measured milliseconds into the last column of a table, in the rows of the device that a GPU's name has."""
 
     def filled(line: str) -> str:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        is_row = len(cells) == HEADER.count("|") - 1 and cells[1] in gpu and cells[0] in measured
+        is_row = len(cells) == HEADER.count("|") - 1 and cells[0] in measured and cells[1] in gpu.split()
         return re.sub(r"\|[^|]*\|$", f"| {measured[cells[0]]:.1f} |", line) if is_row else line
 
     return "\n".join(map(filled, estimates.split("\n")))
@@ -124,16 +132,8 @@ def main() -> None:
     if out is None:
         print(text)
         return
-    out.write_text(f"""# Roofline of losses and steps, {out.name[:10]}
-
-`python -m benchmarks.gpu.roofline`. **These are estimates from counts on fake CUDA tensors, and no measurements.** The
-peaks are 989 TFLOP/s in bfloat16 and {DEVICES[0].bandwidth / 1e12} TB/s (H100 SXM), {DEVICES[1].bandwidth / 1e12} TB/s
-(H200), by NVIDIA's pages of both, and {LAUNCH_SECONDS * 1e6:.0f} µs a launch. No kernel reaches them, so each time is
-the least. The loss has N = 8,192, V = 151,936, D = 4,096, K = 64, bfloat16, forward and backward, chunks of 2,048. Steps
-are KD + CE with AdamW. GiB are the peak of a step with weights and moments, and of a loss over its inputs.
-
-{text}
-""")
+    paragraph = textwrap.fill(NOTE.format(*DEVICES, LAUNCH_SECONDS * 1e6, DEVICES[0].flops / 1e12), 120)
+    out.write_text(f"# Roofline of losses and steps, {out.name[:10]}\n\n{paragraph}\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Session:
         """Returns the result of `work`, or records its error and returns None, so that the rest goes on."""
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 (whatever it is, the other figures count)
+        except Exception as error:
             self.record(part, what, failed=f"{type(error).__name__}: {error}"[:300])
             return None
         finally:

@@ -21,6 +21,7 @@ from benchmarks.gpu.shapes import StepShape, make_batch, objectives
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
+from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import meta_decoder
 from kd_core.students.student import Student
@@ -72,7 +73,7 @@ def random_student(arch: Architecture, parallel: Parallel, world: World) -> Stud
     model = parallelize(meta_decoder(arch), parallel, world)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in map(local_values, model.parameters()):
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, 0.02)
     return model
 
