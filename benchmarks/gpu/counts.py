@@ -68,6 +68,8 @@ def run_step(shape: StepShape, extra: Callable[[Student], None] | None = None) -
     objective = objectives(shape.chunk)[shape.objective]
     with fake_gpu() as (mode, counter):
         batch, model = to_fake(batch, mode), allocate(decoder, CUDA)
+        # A reading thread that pins batches hands them on so.
+        batch = batch.map(Tensor.pin_memory) if hasattr(batch, "map") else batch
         optimizer = AdamW(lr=1e-4).build(model)
 
         def step() -> None:

@@ -72,18 +72,24 @@ def load() -> None:
 
 
 class _Event:
-    """An event of a stream. All work is done at once, but whoever waits for it on the host is counted."""
+    """An event of a stream. All work is done at once, but whoever waits for it on the host is counted, once."""
 
     on_synchronize: ClassVar[Callable[[str], None]]
 
-    def __init__(self, *_: object, **__: object) -> None: ...
-    def record(self, *_: object) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None:
+        self.is_awaited = False
+
+    def record(self, *_: object) -> None:
+        self.is_awaited = False
+
     def wait(self, *_: object) -> None: ...
     def query(self) -> bool:
         return True
 
     def synchronize(self, *_: object) -> None:
-        _Event.on_synchronize("synchronize")
+        if not self.is_awaited:
+            self.is_awaited = True
+            _Event.on_synchronize("synchronize")
 
 
 class _Stream(_Event):
@@ -102,11 +108,12 @@ def patch(on_synchronize: Callable[[str], None]) -> None:
     for name, value in {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "_lazy_init": lambda: None, "set_device": lambda *_: None, "get_device_capability": lambda *_: (9, 0),
-        "is_bf16_supported": lambda *_, **__: True, "synchronize": _Event().synchronize,
+        "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: _Event().synchronize(),
         "Stream": _Stream, "Event": _Event, "stream": lambda *_: contextlib.nullcontext(),
         "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
     }.items():  # fmt: skip
         setattr(cuda, name, value)
+    torch.Tensor.record_stream = lambda *_: None
     cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast turns itself off
     _choose_gpu_kernels()
 

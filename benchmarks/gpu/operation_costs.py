@@ -54,11 +54,16 @@ def _gathered(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return sum(map(nbytes, inputs[1:])) + 2 * sum(map(nbytes, outputs))
 
 
-def _scattered(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+def _scattered(inputs: list[Tensor], _: list[Tensor], passes: int = 1) -> int:
     """Reads indices and values, and writes as many elements of the first input."""
-    del outputs
-    index = max(inputs[1:], key=lambda tensor: tensor.numel(), default=inputs[0])
-    return sum(map(nbytes, inputs[1:])) + index.numel() * inputs[0].element_size()
+    target, *others = inputs
+    index = max(others, key=Tensor.numel)
+    return sum(map(nbytes, others)) + passes * index.numel() * target.element_size()
+
+
+def _added(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Reads indices and values, and reads and writes as many elements of the first input."""
+    return _scattered(inputs, outputs, passes=2)
 
 
 def _in_one_pass(inputs: list[Tensor], outputs: list[Tensor]) -> int:
@@ -66,16 +71,12 @@ def _in_one_pass(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return sum(map(nbytes, inputs)) + sum(map(nbytes, outputs))
 
 
-def _add_in_place(inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return 2 * _scattered(inputs, outputs)
-
-
-# Bytes of operations that touch a part of their inputs, and of the project's own kernels, by name. A kernel of the
-# loss reads the logits [n, V] it is given and writes as many gradients. Others are in one pass, which is the default.
+# Bytes of operations that touch a part of their inputs, by name. By default inputs are read once, and results and what
+# is changed in place are written once. A kernel of the project's own, `kd::name`, that moves other bytes belongs here.
 BYTES: dict[str, Callable[[list[Tensor], list[Tensor]], int]] = {
     "gather": _gathered, "index_select": _gathered, "embedding": _gathered, "index": _gathered,
-    "scatter": _scattered, "scatter_": _scattered, "scatter_add_": _add_in_place, "index_add_": _add_in_place,
-    "index_put_": _add_in_place,
+    "scatter": _scattered, "scatter_": _scattered, "scatter_add_": _added, "index_add_": _added,
+    "index_put_": _added,
     # Reads parameter, gradient and two moments, and writes all but the gradient.
     "_fused_adamw_": lambda inputs, _: sum(map(nbytes, inputs)) * 7 // 4,
 }  # fmt: skip

@@ -10,12 +10,13 @@ if __name__ == "__main__":
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.counts import run_step
+from benchmarks.gpu.counts import CUDA, fake_gpu, run_step
 from benchmarks.gpu.shapes import StepShape
 from kd_core.students.student import Student
 
@@ -60,6 +61,41 @@ def launch_20(x: Tensor) -> None:
         y = y + 1
 
 
+@torch.library.custom_op("kd::kernel_of_a_test_", mutates_args=["logits"])
+def kernel(logits: Tensor, factors: Tensor) -> None:
+    """Stands for a kernel of the project's own, which changes [n, V] in place by numbers [n]."""
+    raise NotImplementedError
+
+
+kernel.register_fake(lambda *_: None)
+
+
+def costs() -> dict[str, list[float]]:
+    """Returns launches, FLOPs, bytes of matmuls and bytes of others of single operations on known shapes."""
+    with fake_gpu() as (_, counter):
+        made = partial(torch.empty, device=CUDA)
+        left, right, total, ids = made(8, 16), made(16, 32), made(8, 32), made(8, 4, dtype=torch.int64)
+        many = [made(8, 32) for _ in range(40)]
+        works: dict[str, Callable[[], object]] = {
+            "mm": lambda: left @ right,
+            "addmm in place": lambda: torch.addmm(total, left, right, out=total),
+            "add": lambda: total + total,
+            "add an expanded row": lambda: total + total[:1].expand(8, 32),
+            "mul in place": lambda: total.mul_(2.0),
+            "copy": lambda: total.copy_(total.bfloat16()),
+            "zero": total.zero_,
+            "view": lambda: total.t()[1:],
+            "gather": lambda: total.gather(1, ids),
+            "scatter_add": lambda: total.scatter_add_(1, ids, total[:, :4]),
+            "lists": lambda: torch._foreach_mul_(many, 2.0),
+            "own kernel": lambda: kernel(total, total[:, 0]),
+        }
+        for name, work in works.items():
+            counter.phase = name
+            work()
+    return {name: list(counter.phases[name].total) for name in works}
+
+
 WAITS = (read_a_number, copy_to_host, branch, read_a_shape, synchronize, copy_from_pageable)
 NO_WAITS = (copy_without_waiting, copy_from_pinned)
 
@@ -79,5 +115,5 @@ def counts_with(*mistakes: Callable[[Tensor], None]) -> dict[str, Any]:
 if __name__ == "__main__":
     print(json.dumps({
         "nothing": counts_with(), "waits": counts_with(*WAITS), "no waits": counts_with(*NO_WAITS),
-        "launches": counts_with(launch_20),
+        "launches": counts_with(launch_20), "costs": costs(),
     }))  # fmt: skip

@@ -53,6 +53,32 @@ def test_twenty_more_launches_are_seen(seen: dict[str, Any]) -> None:
     assert seen["launches"]["launches"] == seen["nothing"]["launches"] + 20
 
 
+# Launches, FLOPs, bytes of matmuls and bytes of others: [8, 16] @ [16, 32], and [8, 32] of 1,024 bytes, by hand.
+COSTS = {
+    "mm": [1, 2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 8 * 32), 0],
+    "addmm in place": [1, 2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 2 * 8 * 32), 0],
+    "add": [1, 0, 0, 3 * 1024],
+    "add an expanded row": [1, 0, 0, 2 * 1024 + 4 * 32],
+    "mul in place": [1, 0, 0, 2 * 1024],
+    # A cast, 1,024 bytes read and half of that written, and a copy, the other way round.
+    "copy": [2, 0, 0, 2 * (1024 + 512)],
+    "zero": [1, 0, 0, 1024],
+    "view": [0, 0, 0, 0],
+    # 32 ids of 8 bytes, and as many numbers of 4 bytes read and written.
+    "gather": [1, 0, 0, 32 * 8 + 32 * 4 * 2],
+    # 32 ids, 32 values, and 32 numbers read and written.
+    "scatter_add": [1, 0, 0, 32 * 8 + 32 * 4 + 2 * 32 * 4],
+    "lists": [2, 0, 0, 40 * 2 * 1024],
+    # A kernel of the project's own is one launch, whatever it is made of.
+    "own kernel": [1, 0, 0, 2 * 1024 + 4 * 8],
+}
+
+
+@pytest.mark.parametrize("operation", COSTS)
+def test_costs_of_single_operations(seen: dict[str, Any], operation: str) -> None:
+    assert seen["costs"][operation] == COSTS[operation]
+
+
 def test_memory_holds_weights_moments_and_gradients(seen: dict[str, Any]) -> None:
     arch = SMALL
     width, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
