@@ -111,14 +111,14 @@ def launches_of_a_chunk(shape: LossShape) -> float:
     """Returns the launches that one chunk more takes, from the losses of one chunk and of several."""
     several = shape if shape.chunks > 1 else replace(shape, chunk=shape.positions // 2)
     one = replace(shape, chunk=shape.positions)
-    loss = [run_loss(each).phases["loss"].total.launches for each in (several, one)]
+    loss = [run_loss(sizes).phases["loss"].total.launches for sizes in (several, one)]
     return (loss[0] - loss[1]) / (several.chunks - 1)
 
 
 def report(shape: StepShape | LossShape, counter: OperationCounter) -> dict[str, Any]:
     """Returns the counts as plain values."""
     phases = {name: counts.total for name, counts in counter.phases.items()}
-    waits = Counter((wait.phase, wait.what, wait.line) for wait in counter.waits)
+    waits = Counter((wait.phase, wait.reason, wait.line) for wait in counter.waits)
     launches = {"all": sum(total.launches for total in phases.values())}
     launches["a chunk"] = launches_of_a_chunk(shape.loss if isinstance(shape, StepShape) else shape)
     if isinstance(shape, StepShape):
@@ -130,7 +130,9 @@ def report(shape: StepShape | LossShape, counter: OperationCounter) -> dict[str,
         "shape": asdict(shape),
         "waits": len(counter.waits),
         "waits_inside": sum(wait.phase in INSIDE for wait in counter.waits),
-        "waits_by_line": [dict(zip(("phase", "what", "line"), key, strict=True), times=n) for key, n in waits.items()],
+        "waits_by_line": [
+            dict(zip(("phase", "reason", "line"), key, strict=True), times=n) for key, n in waits.items()
+        ],
         "copies": [{"kind": kind, "line": line, "times": n} for (kind, line), n in counter.copies.items()],
         "launches": launches,
         "phases": {name: total._asdict() for name, total in phases.items()},
@@ -141,16 +143,16 @@ def report(shape: StepShape | LossShape, counter: OperationCounter) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for each in fields(StepShape):
-        parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default), default=each.default)
+    for field in fields(StepShape):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     parser.add_argument("--each", type=json.loads, default=[{}], help="several steps: a JSON list of changes to these")
     parser.add_argument(
         "--losses", type=json.loads, default=[], help="losses alone: a JSON list of changes to the target"
     )
     parser.add_argument("--out", type=Path, help="a file, in place of the standard output")
     args = vars(parser.parse_args())
-    each, losses, out = (args.pop(name) for name in ("each", "losses", "out"))
-    steps = [StepShape(**{**args, **changes}) for changes in each]
+    changes_of_steps, losses, out = (args.pop(name) for name in ("each", "losses", "out"))
+    steps = [StepShape(**{**args, **changes}) for changes in changes_of_steps]
     counts = {
         "steps": [report(shape, run_step(shape)) for shape in steps],
         "losses": [report(shape, run_loss(shape)) for shape in (LossShape(**changes) for changes in losses)],

@@ -43,27 +43,27 @@ def _installed(module: str, name: str) -> Callable[..., torch.Tensor] | None:
 
 def peers() -> dict[str, Step]:
     """Returns the cross-entropies fused with an lm_head of other projects that can be imported."""
-    found: dict[str, Step] = {}
+    peer_losses: dict[str, Step] = {}
     # Liger-Kernel 0.8: (weight, hidden, labels). QuACK: (hidden, weight, labels).
     liger = _installed("liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
     if liger is not None:
         loss = liger()
-        found["CE, Liger"] = lambda given: loss(given.weight, given.hidden, given.labels)
+        peer_losses["CE, Liger"] = lambda inputs: loss(inputs.weight, inputs.hidden, inputs.labels)
     quack = _installed("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     if quack is not None:
-        found["CE, QuACK"] = lambda given: quack(given.hidden, given.weight, given.labels)
-    return found
+        peer_losses["CE, QuACK"] = lambda inputs: quack(inputs.hidden, inputs.weight, inputs.labels)
+    return peer_losses
 
 
 def ours(objective: str, chunk: int) -> Step:
     """Returns this project's loss, a mean over positions."""
     terms = objectives(chunk)[objective]
-    return lambda given: fused_loss(*given, terms, 1.0 / len(given.hidden)).total
+    return lambda inputs: fused_loss(*inputs, terms, 1.0 / len(inputs.hidden)).total
 
 
-def three_matmuls(given: Inputs, chunk: int) -> None:
+def three_matmuls(inputs: Inputs, chunk: int) -> None:
     """Multiplies what no exact loss can do without, in chunks, with the weight's gradient in float32."""
-    hidden, weight = given.hidden.detach().bfloat16(), given.weight.detach().bfloat16()
+    hidden, weight = inputs.hidden.detach().bfloat16(), inputs.weight.detach().bfloat16()
     total = torch.zeros(weight.shape, device=weight.device)
     for rows in hidden.split(chunk):
         logits = rows @ weight.t()
@@ -77,28 +77,28 @@ def three_matmuls(given: Inputs, chunk: int) -> None:
 def run(session: Session) -> None:
     shape = LossShape(32, 500, 16, 8, chunk=16) if session.tiny else LossShape()
     chunk, chunks = shape.chunk, (8, 16) if session.tiny else CHUNKS
-    others = [name for name in objectives(chunk) if name not in ("CE", "KD + CE")]
+    other_objectives = [name for name in objectives(chunk) if name not in ("CE", "KD + CE")]
     for precision in ("bfloat16", "autocast"):
-        given = make_inputs(session, LossShape(*list(vars(shape).values())[:-1], precision))
-        measured = _Losses(session, given, precision, shape)
+        inputs = make_inputs(session, LossShape(*list(vars(shape).values())[:-1], precision))
+        measured = _Losses(session, inputs, precision, shape)
         measured.add(MATMULS, None)
-        measured.add(AS_WRITTEN, lambda given: F.cross_entropy(given.hidden @ given.weight.t(), given.labels))
+        measured.add(AS_WRITTEN, lambda inputs: F.cross_entropy(inputs.hidden @ inputs.weight.t(), inputs.labels))
         for name, step in peers().items():
             measured.add(name, step)
         measured.add("loss, KD + CE", ours("KD + CE", chunk))
         measured.add("loss, CE", ours("CE", chunk))
         for size in chunks:
             measured.add(f"loss, KD + CE, chunk {size}", ours("KD + CE", size))
-        for name in others if precision == "bfloat16" else ():
+        for name in other_objectives if precision == "bfloat16" else ():
             measured.add(f"loss, {name}", ours(name, chunk))
-        del given, measured
+        del inputs, measured
 
 
 class _Losses:
     """Losses on the same inputs."""
 
-    def __init__(self, session: Session, given: Inputs, precision: str, shape: LossShape) -> None:
-        self.session, self.given, self.precision, self.shape = session, given, precision, shape
+    def __init__(self, session: Session, inputs: Inputs, precision: str, shape: LossShape) -> None:
+        self.session, self.inputs, self.precision, self.shape = session, inputs, precision, shape
 
     def add(self, name: str, step: Step | None) -> None:
         """Measures one loss, forward and backward, where time is left. None stands for the bare matmuls."""
@@ -108,19 +108,19 @@ class _Losses:
             self.session.attempt(PART, name, partial(self._measure, name, step))
 
     def _measure(self, name: str, step: Step | None) -> None:
-        session, given = self.session, self.given
+        session, inputs = self.session, self.inputs
 
         def work() -> None:
-            given.hidden.grad = given.weight.grad = None
+            inputs.hidden.grad = inputs.weight.grad = None
             if step is None:
-                three_matmuls(given, self.shape.chunk)
+                three_matmuls(inputs, self.shape.chunk)
                 return
             with torch.autocast(session.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
-                loss = step(given)
+                loss = step(inputs)
             loss.backward()
 
         ms = session.milliseconds(work, 3, 2)
-        given.hidden.grad = given.weight.grad = None
+        inputs.hidden.grad = inputs.weight.grad = None
         with session.peak_gib() as peak:
             work()
         rate = self.shape.flops / ms / 1e9

@@ -56,9 +56,9 @@ def _gathered(inputs: list[Tensor], outputs: list[Tensor]) -> int:
 
 def _scattered(inputs: list[Tensor], _: list[Tensor], passes: int = 1) -> int:
     """Reads indices and values, and writes as many elements of the first input."""
-    target, *others = inputs
-    index = max(others, key=Tensor.numel)
-    return sum(map(nbytes, others)) + passes * index.numel() * target.element_size()
+    target, *indices_and_values = inputs
+    index = max(indices_and_values, key=Tensor.numel)
+    return sum(map(nbytes, indices_and_values)) + passes * index.numel() * target.element_size()
 
 
 def _added(inputs: list[Tensor], outputs: list[Tensor]) -> int:

@@ -1,7 +1,7 @@
 """A dispatch mode that counts the operations of a step on fake CUDA tensors, and finds where the host waits.
 
 Fake tensors have no numbers. Small ones that follow from the batch's own numbers have a real twin on the CPU, on which
-every operation is repeated, so that a step that reads them takes the path that it would take. A number without a twin,
+every operation is repeated. A step that reads them so takes the path that it would take. A number without a twin,
 such as a gradient norm, reads as 1.
 """
 
@@ -30,9 +30,9 @@ READS_SHAPE = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_con
 
 
 class Wait(NamedTuple):
-    """A place at which the host waits for the device: what for, in which phase, and the line."""
+    """A place at which the host waits for the device: the reason, in which phase, and the line."""
 
-    what: str
+    reason: str
     phase: str
     line: str
 
@@ -81,9 +81,9 @@ class OperationCounter(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.copies: Counter[tuple[str, str]] = Counter()
 
-    def wait(self, what: str) -> None:
+    def wait(self, reason: str) -> None:
         """Notes that the host waits here."""
-        self.waits.append(Wait(what, self.phase, project_line()))
+        self.waits.append(Wait(reason, self.phase, project_line()))
 
     def __torch_dispatch__(self, func: Operation, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types

@@ -47,20 +47,20 @@ def _matmuls(session: Session, n: int) -> None:
             "dweight, added": lambda: total.add_(torch.mm(dlogits.t(), hidden, **wide)),
             "dweight, in place": lambda: torch.addmm(total, dlogits.t(), hidden, **wide, out=total),
         }
-    for what, work in works.items():
+    for name, work in works.items():
         ms = session.milliseconds(work, 3, 1)
-        rate = 0.0 if "softmax" in what else 2 * n * V * D / ms / 1e9
-        session.record(PART, f"{what}, {n} positions", ms=ms, tflops=rate)
+        rate = 0.0 if "softmax" in name else 2 * n * V * D / ms / 1e9
+        session.record(PART, f"{name}, {n} positions", ms=ms, tflops=rate)
 
 
 def _check_in_place(session: Session) -> None:
     """Checks three assumptions: `addmm` adds in place, strided factors are not copied, softmax works in place."""
     hidden, dlogits = (torch.randn(512, 4096, device=session.device).bfloat16() for _ in range(2))
     base = torch.randn(4096, 4096, device=session.device)
-    wanted = base.double() + dlogits.t().double() @ hidden.double()
+    expected = base.double() + dlogits.t().double() @ hidden.double()
     result = base.clone()
     torch.addmm(result, dlogits.t(), hidden, out_dtype=torch.float32, out=result)
-    session.record(PART, "addmm in place", error=float((result - wanted).abs().max() / wanted.abs().max()))
+    session.record(PART, "addmm in place", error=float((result - expected).abs().max() / expected.abs().max()))
     # bfloat16 gradients in the first half of float32 memory have rows twice as far apart.
     strided = torch.zeros(512, 8192, device=session.device, dtype=torch.bfloat16)[:, :4096].copy_(dlogits)
     weight = torch.randn(4096, 4096, device=session.device).bfloat16()
@@ -68,8 +68,8 @@ def _check_in_place(session: Session) -> None:
         product = torch.mm(strided, weight, out_dtype=torch.float32)
     session.record(PART, "strided factor", peak_gib=peak[0], result_gib=product.nbytes / 2**30)
     logits = torch.randn(512, 50257, device=session.device) * 5
-    wanted = logits.double().softmax(1)
-    error = float((torch.softmax(logits, 1, out=logits) - wanted).abs().max())
+    expected = logits.double().softmax(1)
+    error = float((torch.softmax(logits, 1, out=logits) - expected).abs().max())
     session.record(PART, "softmax in place", error=error)
 
 

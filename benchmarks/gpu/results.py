@@ -1,9 +1,9 @@
-"""Numbers of a session on a device as a page of tables, and what they say of the bars."""
+"""The page of a session on a device: bars, estimates beside measured times, and all numbers."""
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu.roofline import fill
 
@@ -13,6 +13,7 @@ TITLES = {
     "export": "A teacher's export", "trace": "Traces",
 }  # fmt: skip
 LOSS, CE, STEP, STEP_CE = "loss, KD + CE", "loss, CE", "1B step, 4 rows of 4,096, 8 documents each", ", CE alone"
+TEACHER = "8B teacher, bfloat16, 16 rows"
 
 
 def read_numbers(path: Path) -> list[Line]:
@@ -21,35 +22,51 @@ def read_numbers(path: Path) -> list[Line]:
 
 def _milliseconds(lines: Iterable[Line]) -> dict[str, float]:
     """Returns times by name. A loss counts with bfloat16 weights."""
-    return {line["what"]: line["ms"] for line in lines if "ms" in line and line.get("precision") != "autocast"}
+    return {line["name"]: line["ms"] for line in lines if "ms" in line and line.get("precision") != "autocast"}
 
 
-def bars(lines: list[Line]) -> list[tuple[str, str, float | None, bool | None]]:
-    """Returns each bar with what is wanted, what was measured (None: not measured), and whether it is reached."""
-    ms = _milliseconds(lines)
-    values = {line["what"]: line for line in lines if "ms" in line and line.get("precision") != "autocast"}
+class Bar(NamedTuple):
+    """A bar of a ratio or share. `value` is None where something was not measured."""
+
+    name: str
+    value: float | None
+    limit: float
+    at_most: bool = True
+
+    def __str__(self) -> str:
+        """Returns a row of the page's first table."""
+        sign = "≤" if self.at_most else "≥"
+        if self.value is None:
+            return f"| {self.name} | {sign} {self.limit} |  | not measured |"
+        is_reached = self.value <= self.limit if self.at_most else self.value >= self.limit
+        return (
+            f"| {self.name} | {sign} {self.limit} | {self.value:.3f} | {'reached' if is_reached else 'not reached'} |"
+        )
+
+
+def bars(lines: list[Line]) -> list[Bar]:
+    """Returns every bar. Ratios are within the run, and losses those with bfloat16 weights."""
+    ms, numbers = _milliseconds(lines), {line["name"]: line for line in lines if line.get("precision") != "autocast"}
 
     def ratio(over: str, under: float | None) -> float | None:
         return ms[over] / under if over in ms and under else None
 
+    def number(name: str, key: str) -> float | None:
+        return numbers.get(name, {}).get(key)
+
     peers = [time for name, time in ms.items() if name in ("CE, Liger", "CE, QuACK")]
-    others = {name: time for name, time in ms.items() if name.startswith("loss, ") and "chunk" not in name}
-    others = {name: time for name, time in others.items() if name not in (LOSS, CE)}
-    slowest = max(others, key=lambda name: others[name], default="")
-    exported = values.get("8B teacher, bfloat16, 16 rows", {})
-    found: list[tuple[str, str, float | None, float, bool]] = [
-        ("KD + CE / the three matmuls", "≤ 1.15", ratio(LOSS, ms.get("the three matmuls")), 1.15, True),
-        ("KD + CE / the fastest peer's CE", "≤ 1.05", ratio(LOSS, min(peers, default=None)), 1.05, True),
-        ("KD + CE, GiB over inputs", "≤ 4", values.get(LOSS, {}).get("gib") or None, 4.0, True),
-        (f"slowest other objective ({slowest}) / KD + CE", "≤ 1.05", ratio(slowest, ms.get(LOSS)), 1.05, True),
-        ("1B step, packed: MFU", "≥ 0.45", values.get(STEP, {}).get("mfu"), 0.45, False),
-        ("1B step, KD + CE / CE alone", "≤ 1.02", ratio(STEP, ms.get(STEP + STEP_CE)), 1.02, True),
-        ("export of an 8B teacher: share of the peak", "≥ 0.50", exported.get("mfu"), 0.50, False),
-        ("export / bare forward", "≤ 1.08", exported.get("ratio"), 1.08, True),
-    ]
+    objectives = [name for name in ms if name.startswith("loss, ") and "chunk" not in name and name not in (LOSS, CE)]
+    slowest = max(objectives, key=lambda name: ms[name], default="")
     return [
-        (what, wanted, value, None if value is None else (value <= bar if at_most else value >= bar))
-        for what, wanted, value, bar, at_most in found
+        Bar("KD + CE / the three matmuls", ratio(LOSS, ms.get("the three matmuls")), 1.15),
+        Bar("KD + CE / the fastest peer's CE", ratio(LOSS, min(peers, default=None)), 1.05),
+        Bar("KD + CE, GiB over inputs", number(LOSS, "gib") or None, 4.0),
+        Bar(f"slowest other objective ({slowest}) / KD + CE", ratio(slowest, ms.get(LOSS)), 1.05),
+        Bar("1B step, packed: MFU", number(STEP, "mfu"), 0.45, at_most=False),
+        Bar("1B step, KD + CE / CE alone", ratio(STEP, ms.get(STEP + STEP_CE)), 1.02),
+        Bar("1B step, packed: waits of the host", number(STEP, "waits"), 1),
+        Bar("export of an 8B teacher: share of the peak", number(TEACHER, "mfu"), 0.50, at_most=False),
+        Bar("export / bare forward", number(TEACHER, "ratio"), 1.08),
     ]
 
 
@@ -65,11 +82,6 @@ def _table(lines: list[Line]) -> str:
 
 def page(lines: list[Line], estimates: str, device: str, date: str, is_trial: bool) -> str:
     """Returns the page: bars, estimates beside measured times, then every number by part."""
-    verdicts = {None: "not measured", True: "reached", False: "not reached"}
-    rows = [
-        f"| {what} | {wanted} | {'' if value is None else f'{value:.3f}'} | {verdicts[is_reached]} |"
-        for what, wanted, value, is_reached in bars(lines)
-    ]
     parts = [
         f"## {title}\n\n{_table([line for line in lines if line['part'] == part])}"
         for part, title in TITLES.items()
@@ -81,7 +93,7 @@ def page(lines: list[Line], estimates: str, device: str, date: str, is_trial: bo
         "**A trial of the script on small sizes: none of this measures anything.**"
         if is_trial
         else "`make gpu`. Times are medians of one run, so ratios mean more than milliseconds.",
-        "| bar | wanted | measured | |\n|---|---|---|---|\n" + "\n".join(rows),
+        "\n".join(["| bar | wanted | measured | |", "|---|---|---|---|", *map(str, bars(lines))]),
         "## Estimates and measurements\n\nAll columns but the last are estimates of the least (`roofline.py`).",
         fill(table, device, _milliseconds(lines)),
         *parts,

@@ -101,14 +101,14 @@ HEADER = (
 def table(counts: Mapping[str, Any]) -> str:
     """Returns the estimates as a Markdown table with an empty column for what a device measures."""
     lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
-    for name, found in counts.items():
+    for name, row_counts in counts.items():
         for device in DEVICES:
-            seconds = estimate(ROWS[name], found["phases"], device)
+            seconds = estimate(ROWS[name], row_counts["phases"], device)
             mfu = seconds.model_flops / seconds.total / device.flops
             lines.append(
                 f"| {name} | {device.name} | {1e3 * seconds.matmul:.1f} | {1e3 * seconds.memory:.1f} "
-                f"| {found['launches']['all']:,} | {1e3 * seconds.launch:.1f} | {1e3 * seconds.total:.1f} "
-                f"| {mfu:.0%} | {found['peak_bytes'] / 2**30:.1f} |  |"
+                f"| {row_counts['launches']['all']:,} | {1e3 * seconds.launch:.1f} | {1e3 * seconds.total:.1f} "
+                f"| {mfu:.0%} | {row_counts['peak_bytes'] / 2**30:.1f} |  |"
             )
     return "\n".join(lines)
 

@@ -24,9 +24,9 @@ def run(session: Session) -> None:
     for name, arch in teachers.items():
         model = random_student(arch, Parallel(), World(device=session.device)).eval()
         for dtype, rows in ((torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 16)):
-            what = f"{name} teacher, {str(dtype).removeprefix('torch.')}, {rows} rows"
+            label = f"{name} teacher, {str(dtype).removeprefix('torch.')}, {rows} rows"
             scorer = DecoderScorer(model.to(dtype))
-            session.attempt(PART, what, partial(_measure, session, what, scorer, (rows, length), top_k))
+            session.attempt(PART, label, partial(_measure, session, label, scorer, (rows, length), top_k))
         del model, scorer
     logits = torch.randn(16 if session.tiny else 256, teachers["1B"].vocab_size, device=session.device)
     labels, draws = torch.zeros(len(logits), dtype=torch.int64, device=session.device), logits.new_zeros(len(logits), 0)
@@ -38,7 +38,7 @@ def run(session: Session) -> None:
     )  # fmt: skip
 
 
-def _measure(session: Session, what: str, scorer: DecoderScorer, shape: tuple[int, int], top_k: int) -> None:
+def _measure(session: Session, label: str, scorer: DecoderScorer, shape: tuple[int, int], top_k: int) -> None:
     """Records scoring, with results copied to the host, beside the forward pass and the logits alone."""
     (rows, length), arch = shape, scorer.model.arch
     tokens = torch.randint(arch.vocab_size, (rows, length + 1), device=session.device)
@@ -60,6 +60,6 @@ def _measure(session: Session, what: str, scorer: DecoderScorer, shape: tuple[in
     block = arch.hidden_size * (2 * width + 2 * kv + 3 * arch.intermediate_size)
     flops = 2.0 * rows * length * (arch.num_layers * block + arch.vocab_size * arch.hidden_size)
     session.record(
-        PART, what, ms=ms, forward_ms=bare, ratio=ms / bare,
+        PART, label, ms=ms, forward_ms=bare, ratio=ms / bare,
         tokens_s=rows * length / ms * 1e3, mfu=flops / ms * 1e3 / PEAK_FLOPS,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import contextlib
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +39,9 @@ class Session:
         """Returns the seconds that are left."""
         return self.seconds - (time.monotonic() - self.began)
 
-    def record(self, part: str, what: str, **values: Any) -> None:
+    def record(self, part: str, name: str, **values: Any) -> None:
         """Appends a line to `numbers.jsonl`, at once, and prints it."""
-        line = {"part": part, "what": what, "at": round(time.monotonic() - self.began, 1), **values}
+        line = {"part": part, "name": name, "at": round(time.monotonic() - self.began, 1), **values}
         with (self.out / "numbers.jsonl").open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()), flush=True)
@@ -76,20 +77,35 @@ class Session:
         peak.append((torch.cuda.max_memory_allocated(self.device) - before) / 2**30 if self.on_gpu else 0.0)
 
     def launches(self, work: Callable[[], object]) -> int:
-        """Counts the kernels that `work` launches (0 on a CPU)."""
+        """Counts the kernels that `work` launches, copies and fills by the driver left out (0 on a CPU)."""
         if not self.on_gpu:
             return 0
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             self.wait()
-        return sum(event.count for event in profile.key_averages() if "mem" not in event.key.lower()[:3])
+        events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(event.count for event in events if not event.key.startswith(("Memcpy", "Memset")))
 
-    def attempt(self, part: str, what: str, work: Callable[[], R]) -> R | None:
+    def waits(self, work: Callable[[], object]) -> list[str]:
+        """Returns the lines at which torch makes the host wait for the device (none on a CPU)."""
+        if not self.on_gpu:
+            work()
+            return []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                work()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+
+    def attempt(self, part: str, name: str, work: Callable[[], R]) -> R | None:
         """Returns the result of `work`, or records its error and returns None, so that the rest goes on."""
         try:
             return work()
         except Exception as error:
-            self.record(part, what, failed=f"{type(error).__name__}: {error}"[:300])
+            self.record(part, name, failed=f"{type(error).__name__}: {error}"[:300])
             return None
         finally:
             if self.on_gpu:

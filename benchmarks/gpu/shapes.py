@@ -40,7 +40,7 @@ def objectives(chunk_tokens: int) -> dict[str, Objective]:
         "uniform tail + CE": {"kd": replace(kd, tail="uniform_tail"), "sft": ce},
         "renormalized": {"kd": Distillation(tail="renormalized")},
     }
-    return {name: Objective(each, chunk_tokens=chunk_tokens) for name, each in terms.items()}
+    return {name: Objective(named_terms, chunk_tokens=chunk_tokens) for name, named_terms in terms.items()}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def steps(session: Session) -> dict[str, MeasuredStep]:
     """Returns the steps by name. Those of `roofline.py` come first, under their names there."""
     packed, quick = STEPS[PACKED], STEPS[QUICK_START]
     alone = replace(packed, documents=1)
-    found = {
+    named = {
         QUICK_START: MeasuredStep(quick),
         PACKED: MeasuredStep(packed),
         f"{PACKED}, CE alone": MeasuredStep(replace(packed, objective="CE")),
@@ -59,7 +59,7 @@ def steps(session: Session) -> dict[str, MeasuredStep]:
         "1B step, compiled": MeasuredStep(packed, replace(BF16, compile=True), 60.0),
         "quick start's step, compiled": MeasuredStep(quick, replace(BF16, compile=True), 45.0),
     }
-    return {name: smaller(step) for name, step in found.items()} if session.tiny else found
+    return {name: smaller(step) for name, step in named.items()} if session.tiny else named
 
 
 def smaller(step: MeasuredStep) -> MeasuredStep:
@@ -104,7 +104,7 @@ class Trainer:
         )  # fmt: skip
 
 
-def measure(session: Session, part: str, what: str, step: MeasuredStep, world: World, rounds: int = 5) -> None:
+def measure(session: Session, part: str, name: str, step: MeasuredStep, world: World, rounds: int = 5) -> None:
     """Records time, MFU, memory and loss of a step, the median of some rounds after two."""
     # The lengths of the documents change with the step.
     batches, seconds, result = [make_batch(step.shape, seed) for seed in range(rounds + 2)], list[float](), None
@@ -120,10 +120,12 @@ def measure(session: Session, part: str, what: str, step: MeasuredStep, world: W
     ms = 1e3 * median(seconds[2:])
     graphs = {"graphs": counters["stats"]["unique_graphs"]} if step.parallel.compile else {}
     counters.clear()
+    lines = session.waits(lambda: trainer.take(batches[0]))
     session.record(
-        part, what, ms=ms, mfu=model_flops(step.shape) / ms * 1e3 / PEAK_FLOPS, gib=peak[0],
+        part, name, ms=ms, mfu=model_flops(step.shape) / ms * 1e3 / PEAK_FLOPS, gib=peak[0],
         tokens_s=step.shape.positions / ms * 1e3, loss=result.sums["loss"] / result.tokens,
-        first_ms=1e3 * seconds[0], second_ms=1e3 * seconds[1], **graphs,
+        first_ms=1e3 * seconds[0], second_ms=1e3 * seconds[1],
+        waits=len(lines), waits_at=", ".join(sorted(set(lines))), **graphs,
     )  # fmt: skip
 
 

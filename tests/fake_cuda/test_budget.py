@@ -51,26 +51,26 @@ def counts() -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu.counts", *sizes, "--each", json.dumps([*CHANGES.values()])]
     done = subprocess.run([*command, "--losses", "[{}]"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    return {**dict(zip(CHANGES, found["steps"], strict=True)), "loss": found["losses"][0]}
+    counted = json.loads(done.stdout)
+    return {**dict(zip(CHANGES, counted["steps"], strict=True)), "loss": counted["losses"][0]}
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_host_waits(counts: dict[str, Any], name: str) -> None:
     step, budget = counts[name], BUDGETS[name]
-    lines = "\n".join(f"{wait['times']} × {wait['what']}, {wait['line']}" for wait in step["waits_by_line"])
+    lines = "\n".join(f"{wait['times']} × {wait['reason']}, {wait['line']}" for wait in step["waits_by_line"])
     assert step["waits_inside"] == budget.inside, f"waits of the host between the first forward and optimiser:\n{lines}"
     assert step["waits"] == budget.waits, f"waits of the host:\n{lines}"
 
 
-@pytest.mark.parametrize("what", ["a chunk", "a layer, forward", "a layer, backward", "optimizer"])
+@pytest.mark.parametrize("part", ["a chunk", "a layer, forward", "a layer, backward", "optimizer"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_launches(counts: dict[str, Any], name: str, what: str) -> None:
-    field = {"a chunk": "chunk", "optimizer": "optimizer"}.get(what) or what.removeprefix("a layer, ")
-    launches, most = counts[name]["launches"][what], getattr(BUDGETS[name], field)
-    assert launches <= most, f"more launches ({what}): {counts[name]['operations']}"
+def test_launches(counts: dict[str, Any], name: str, part: str) -> None:
+    field = {"a chunk": "chunk", "optimizer": "optimizer"}.get(part) or part.removeprefix("a layer, ")
+    launches, most = counts[name]["launches"][part], getattr(BUDGETS[name], field)
+    assert launches <= most, f"more launches ({part}): {counts[name]['operations']}"
     assert launches > most - ROOM, (
-        f"fewer launches ({what}): lower the budget, so that it notices the next that is added"
+        f"fewer launches ({part}): lower the budget, so that it notices the next that is added"
     )
 
 

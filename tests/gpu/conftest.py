@@ -14,7 +14,7 @@ def need_gpu() -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device, so that a CPU shows that the test itself is right."""
+    """Returns each device, so that a CPU shows that the test itself is right."""
     if request.param == "cuda":
         need_gpu()
     return torch.device("cuda" if torch.cuda.is_available() and request.param == "cuda" else "cpu")

@@ -35,15 +35,15 @@ def losses_on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     def moved(value: Any) -> Any:
         return value.to(DEVICE) if isinstance(value, Tensor) else value
 
-    def on_device(hidden: Tensor, weight: Tensor, teacher: Any, *others: Any, **options: Any) -> LossSums:
+    def on_device(hidden: Tensor, weight: Tensor, teacher: Any, *targets: Any, **options: Any) -> LossSums:
         form = options.get("form")
         if form is not None and form.bias is not None:
             options["form"] = replace(form, bias=form.bias.to(DEVICE))
-        found = fused_loss(
-            moved(hidden), moved(weight), teacher.map(moved), *map(moved, others),
+        sums = fused_loss(
+            moved(hidden), moved(weight), teacher.map(moved), *map(moved, targets),
             **{name: moved(value) for name, value in options.items()},
         )  # fmt: skip
-        return LossSums(found.total.cpu(), {name: value.cpu() for name, value in found.sums.items()})
+        return LossSums(sums.total.cpu(), {name: value.cpu() for name, value in sums.sums.items()})
 
     for module in (cases, request.module):
         if getattr(module, "fused_loss", None) is not None:

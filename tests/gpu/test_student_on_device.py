@@ -80,9 +80,11 @@ def gradients_of_oracle(arch: Architecture, weights: dict[str, Tensor], batch: B
     return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def worst_error(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def worst_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Returns the largest error over parameters, relative to the norm of each gradient."""
-    errors = [(gradients[name].double().cpu() - value.double()).norm() / value.norm() for name, value in wanted.items()]
+    errors = [
+        (gradients[name].double().cpu() - value.double()).norm() / value.norm() for name, value in expected.items()
+    ]
     return float(max(errors))
 
 
@@ -93,7 +95,7 @@ def test_packed_rows_against_a_dense_oracle(device: torch.device, name: str, doc
     batch, objective = make_batch(shape), Objective({"sft": CrossEntropy()})
     model = random_student(arch, Parallel(), World(device=device))
     weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    wanted, by_oracle = gradients_of_oracle(arch, weights, batch, torch.float64)
+    expected, by_oracle = gradients_of_oracle(arch, weights, batch, torch.float64)
     errors: dict[str, float] = {}
     for precision in ("float32", "bfloat16"):
         model.zero_grad()
@@ -102,7 +104,7 @@ def test_packed_rows_against_a_dense_oracle(device: torch.device, name: str, doc
         result.total.backward()
         errors[precision] = worst_error({name: p.grad for name, p in model.named_parameters()}, by_oracle)
         assert float(result.total.detach()) == pytest.approx(
-            float(wanted), rel=1e-4 if precision == "float32" else 2e-2
+            float(expected), rel=1e-4 if precision == "float32" else 2e-2
         )
     assert errors["float32"] < 1e-4
     # The naive code with all of it in bfloat16 is the budget of autocast.
