@@ -36,7 +36,7 @@ test-slow: $(VENV)/.dev
 
 # On a machine with an NVIDIA GPU, with its own torch: tests on the GPU, then all figures, in six minutes.
 gpu:
-	@PYTHON=$(PYTHON) WHEELS=$(WHEELS) OUT=$(OUT) benchmarks/gpu/run.sh
+	@PYTHON=$(PYTHON) WHEELS=$(WHEELS) OUT=$(OUT) benchmarks/gpu/run.sh $(ARGS)
 
 # Do the tests of the losses notice? Breaks the code in one place after another; ten minutes.
 mutations: $(VENV)/.dev

@@ -64,7 +64,7 @@ def bars(lines: list[Line]) -> list[Bar]:
         Bar(f"slowest other objective ({slowest}) / KD + CE", ratio(slowest, ms.get(LOSS)), 1.05),
         Bar("1B step, packed: MFU", number(STEP, "mfu"), 0.45, at_most=False),
         Bar("1B step, KD + CE / CE alone", ratio(STEP, ms.get(STEP + STEP_CE)), 1.02),
-        Bar("1B step, packed: waits of the host", number(STEP, "waits"), 1),
+        Bar("1B step, packed: waits of the host", number(STEP, "waits"), 0),
         Bar("export of an 8B teacher: share of the peak", number(TEACHER, "mfu"), 0.50, at_most=False),
         Bar("export / bare forward", number(TEACHER, "ratio"), 1.08),
     ]
