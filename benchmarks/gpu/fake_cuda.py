@@ -18,9 +18,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 TESTED = "2.13"
+# Properties that code may ask for to choose sizes.
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3 (fake)", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
+    shared_memory_per_block_optin=232448,
+)  # fmt: skip
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -111,6 +117,8 @@ def patch(on_synchronize: Callable[[str], None]) -> None:
         "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: _Event().synchronize(),
         "Stream": _Stream, "Event": _Event, "stream": lambda *_: contextlib.nullcontext(),
         "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
+        "get_device_name": lambda *_: H100.name, "get_device_properties": lambda *_: H100,
+        "mem_get_info": lambda *_: (H100.total_memory, H100.total_memory), "memory_allocated": lambda *_: 0,
     }.items():  # fmt: skip
         setattr(cuda, name, value)
     torch.Tensor.record_stream = lambda *_: None
