@@ -72,6 +72,7 @@ class OperationCounter(TorchDispatchMode):
         super().__init__()
         self.held = 0
         self._storages: set[int] = set()
+        self._pinned: set[int] = set()
         self.begin()
 
     def begin(self) -> None:
@@ -90,15 +91,11 @@ class OperationCounter(TorchDispatchMode):
         kwargs, name = kwargs or {}, short_name(func)
         if name.startswith("prim::"):
             return func(*args, **kwargs)
-        inputs = tensors_of((args, kwargs))
-        if name == "_pin_memory":
-            args[0]._is_pinned = True
-            return args[0]
-        if name == "is_pinned":
-            return getattr(args[0], "_is_pinned", False)
-        if name == "record_stream":
-            return None
-        twins = _Twins(func, args, kwargs)
+        if name in ("_pin_memory", "is_pinned"):
+            return self._pin(args[0]) if name == "_pin_memory" else self._is_pinned(args[0])
+        is_pinned = kwargs.get("pin_memory") or False
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        inputs, twins = tensors_of((args, kwargs)), _Twins(func, args, kwargs)
         if name == "_local_scalar_dense":
             return self._read(args[0], twins)
         result = self._read_shape(name, func, args, kwargs, twins)
@@ -110,6 +107,8 @@ class OperationCounter(TorchDispatchMode):
         self.phases[self.phase].add(name, cost_of(func, args, kwargs, result))
         for tensor in outputs:
             self._hold(tensor)
+            if is_pinned:
+                self._pin(tensor)
         return result
 
     def _read(self, tensor: Tensor, twins: "_Twins") -> Any:
@@ -142,18 +141,26 @@ class OperationCounter(TorchDispatchMode):
         if name not in ("_to_copy", "copy_") or not outputs:
             return
         source, target = inputs[-1], outputs[0]
-        where = source.device.type, target.device.type
-        if where[0] == where[1]:
+        if source.device.type == target.device.type:
             return
-        kind = "device to host" if where[0] == "cuda" else "host to device"
-        self.copies[kind, project_line()] += 1
+        to_host = target.device.type == "cpu"
+        self.copies["device to host" if to_host else "host to device", project_line()] += 1
         is_asked = bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        if where[1] == "cpu":
-            target._is_pinned = is_asked  # a copy to the host that does not wait is to pinned memory
-        elif not (is_asked and getattr(source, "_is_pinned", False)):
-            self.wait("a copy from memory that is not pinned")
-        if where[1] == "cpu" and not is_asked:
-            self.wait("a copy to the host")
+        # A copy of its own to the host is to page-locked memory, where it need not wait.
+        if to_host and is_asked and name == "_to_copy":
+            self._pin(target)
+        if not (is_asked and self._is_pinned(target if to_host else source)):
+            self.wait("a copy to the host" if to_host else "a copy from memory that is not pinned")
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        """Notes that a tensor's memory on the host is page-locked."""
+        storage = tensor.untyped_storage()
+        self._pinned.add(storage._cdata)
+        weakref.finalize(storage, self._pinned.discard, storage._cdata)
+        return tensor
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
 
     def _hold(self, tensor: Tensor) -> None:
         """Counts the memory of a new tensor on the device until it is freed."""

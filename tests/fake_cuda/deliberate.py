@@ -55,6 +55,14 @@ def copy_from_pinned(x: Tensor) -> None:
     torch.zeros(3).pin_memory().to(x.device, non_blocking=True)
 
 
+def copy_into_pageable(x: Tensor) -> None:
+    torch.empty(4).copy_(x[0, 0, :4].detach(), non_blocking=True)  # into pageable
+
+
+def copy_into_pinned(x: Tensor) -> None:
+    torch.empty(8, pin_memory=True)[2:6].copy_(x[0, 0, :4].detach(), non_blocking=True)
+
+
 def launch_20(x: Tensor) -> None:
     y = x[0, 0].detach()
     for _ in range(20):
@@ -96,8 +104,8 @@ def costs() -> dict[str, list[float]]:
     return {name: list(counter.phases[name].total) for name in works}
 
 
-WAITS = (read_a_number, copy_to_host, branch, read_a_shape, synchronize, copy_from_pageable)
-NO_WAITS = (copy_without_waiting, copy_from_pinned)
+WAITS = (read_a_number, copy_to_host, branch, read_a_shape, synchronize, copy_from_pageable, copy_into_pageable)
+NO_WAITS = (copy_without_waiting, copy_from_pinned, copy_into_pinned)
 
 
 def counts_with(*mistakes: Callable[[Tensor], None]) -> dict[str, Any]:

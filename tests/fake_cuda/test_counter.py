@@ -28,6 +28,7 @@ def seen() -> dict[str, Any]:
 WAITS = (
     "x.sum().item()  # a number", "x[0, 0].cpu()  # a copy", "if (x > 0).any():  # a branch", ".nonzero()  # a shape",
     "torch.cuda.synchronize()  # all", "non_blocking=True)  # pageable",
+    "non_blocking=True)  # into pageable",
 )  # fmt: skip
 
 
