@@ -31,9 +31,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.gpu import fake_device
 from benchmarks.gpu.operation_counter import OperationCounter, with_twin
 from benchmarks.gpu.phases import INSIDE, follow_phases
-from benchmarks.gpu.shapes import LossShape, StepShape, make_batch, objectives
+from benchmarks.gpu.shapes import LossShape, StepShape, make_batch, objectives, pin
 from kd_core.losses.fused.loss import fused_loss
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
@@ -57,7 +58,7 @@ def to_fake(value: Any, mode: FakeTensorMode) -> Any:
 def fake_gpu() -> Iterator[tuple[FakeTensorMode, OperationCounter]]:
     """Runs its block with fake tensors and a counter."""
     counter = OperationCounter()
-    fake_cuda.patch(counter.wait)
+    fake_device.patch(counter.wait)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, counter:
         yield mode, counter
 
@@ -67,9 +68,7 @@ def run_step(shape: StepShape, extra: Callable[[Student], None] | None = None) -
     batch, decoder = make_batch(shape), meta_decoder(shape.architecture)
     objective = objectives(shape.chunk)[shape.objective]
     with fake_gpu() as (mode, counter):
-        batch, model = to_fake(batch, mode), allocate(decoder, CUDA)
-        # A reading thread that pins batches hands them on so.
-        batch = batch.map(Tensor.pin_memory) if hasattr(batch, "map") else batch
+        batch, model = pin(to_fake(batch, mode)), allocate(decoder, CUDA)
         optimizer = AdamW(lr=1e-4).build(model)
 
         def step() -> None:

@@ -28,11 +28,10 @@ def follow_phases(counter: Phased, model: Student, optimizer: torch.optim.Optimi
     def set_phase(name: str) -> None:
         counter.phase = name
 
-    def on_forward(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def on_forward(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         set_phase("forward")
-        # The loss is the function among the model's inputs.
-        wrapped = tuple(_with_phase(value, set_phase) if callable(value) and not isinstance(value, Tensor) else value for value in args)  # fmt: skip  # noqa: E501
-        return wrapped, options
+        # The loss is the function among the model's inputs. Tensors cannot be called.
+        return tuple(_with_phase(value, set_phase) if callable(value) else value for value in args)
 
     def on_layer_end(_: Any, __: Any, output: Tensor) -> None:
         set_phase("forward")
@@ -47,7 +46,7 @@ def follow_phases(counter: Phased, model: Student, optimizer: torch.optim.Optimi
             args[0].register_hook(lambda _: set_phase("backward"))
 
     first = model.layers[0]
-    model.register_forward_pre_hook(on_forward, with_kwargs=True)
+    model.register_forward_pre_hook(on_forward)
     for layer in model.layers:
         layer.register_forward_pre_hook(on_first_layer if layer is first else lambda *_: set_phase("layer forward"))
         layer.register_forward_hook(on_layer_end)

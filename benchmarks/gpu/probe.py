@@ -38,7 +38,10 @@ def _matmuls(session: Session, n: int) -> None:
         torch.randn(shape, device=session.device).bfloat16() for shape in ((n, D), (V, D), (n, V))
     )  # fmt: skip
     logits, total = torch.empty(n, V, device=session.device), torch.zeros(V, D, device=session.device)
-    works = {"logits, bfloat16": lambda: hidden @ weight.t(), "softmax in place": lambda: torch.softmax(logits, 1, out=logits)}  # fmt: skip  # noqa: E501
+    works = {
+        "logits, bfloat16": lambda: hidden @ weight.t(),
+        "softmax in place": lambda: torch.softmax(logits, 1, out=logits),
+    }
     if session.on_gpu:
         wide = {"out_dtype": torch.float32}
         works |= {

@@ -74,7 +74,10 @@ def attention_flops(shape: StepShape) -> tuple[float, float]:
 def estimate(shape: StepShape | LossShape, phases: Mapping[str, Mapping[str, float]], device: Device) -> Estimate:
     """Returns the least that the counted phases take on a device."""
     model_attention, attention = attention_flops(shape) if isinstance(shape, StepShape) else (0.0, 0.0)
-    matmul = {name: max(phase["flops"] / device.flops, phase["matmul_bytes"] / device.bandwidth) for name, phase in phases.items()}  # fmt: skip  # noqa: E501
+    matmul = {
+        name: max(phase["flops"] / device.flops, phase["matmul_bytes"] / device.bandwidth)
+        for name, phase in phases.items()
+    }
     memory = {name: phase["bytes"] / device.bandwidth for name, phase in phases.items()}
     launch = {name: phase["launches"] * LAUNCH_SECONDS for name, phase in phases.items()}
     # A phase waits for its launches where they take longer than its work.

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.session import PEAK_FLOPS, Session
-from benchmarks.gpu.shapes import LLAMA_1B, LLAMA_8B, SMALL
+from benchmarks.gpu.shapes import LLAMA_1B, LLAMA_8B, SMALL, matmul_weights
 from benchmarks.gpu.training import random_student
 from data.cache.selection import Selection
 from data.teacher.scorer import DecoderScorer, score_rows
@@ -56,9 +56,7 @@ def _measure(session: Session, label: str, scorer: DecoderScorer, shape: tuple[i
             pass
 
     ms, bare = session.milliseconds(score, 3, 1), session.milliseconds(forward, 3, 1)
-    width, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    block = arch.hidden_size * (2 * width + 2 * kv + 3 * arch.intermediate_size)
-    flops = 2.0 * rows * length * (arch.num_layers * block + arch.vocab_size * arch.hidden_size)
+    flops = 2.0 * rows * length * matmul_weights(arch)
     session.record(
         PART, label, ms=ms, forward_ms=bare, ratio=ms / bare,
         tokens_s=rows * length / ms * 1e3, mfu=flops / ms * 1e3 / PEAK_FLOPS,

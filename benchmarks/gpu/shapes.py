@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks.step import STUDENT as QUICK_START
 from data.cache.record import Record
@@ -25,6 +26,13 @@ SMALL = replace(
     head_dim=16,
 )  # fmt: skip
 STUDENTS = {"quick start": QUICK_START, "1B": LLAMA_1B, "small": SMALL}
+
+
+def matmul_weights(arch: Architecture) -> int:
+    """Counts the weights that multiply each position: all but norms and the embedding's look-up."""
+    width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    block = arch.hidden_size * (2 * width + 2 * kv_width + 3 * arch.intermediate_size)
+    return arch.num_layers * block + arch.vocab_size * arch.hidden_size
 
 
 def objectives(chunk_tokens: int) -> dict[str, Objective]:
@@ -119,6 +127,11 @@ def _record(random: np.random.Generator, positions: int, top_k: int, vocab: int)
         ids.astype(np.int32), log_probs, np.full(positions, np.log(0.1), np.float32),
         np.full(positions, -3.0, np.float32),
     )  # fmt: skip
+
+
+def pin(batch: Batch) -> Batch:
+    """Returns a batch in page-locked memory, as a reading thread hands it on where it does so."""
+    return batch.map(Tensor.pin_memory) if hasattr(batch, "map") else batch
 
 
 def make_batch(shape: StepShape, seed: int = 0) -> Batch:

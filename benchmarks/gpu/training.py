@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.roofline import STEPS, attention_flops
 from benchmarks.gpu.session import PEAK_FLOPS, Session
-from benchmarks.gpu.shapes import StepShape, make_batch, objectives
+from benchmarks.gpu.shapes import StepShape, make_batch, matmul_weights, objectives, pin
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
@@ -80,11 +80,7 @@ def random_student(arch: Architecture, parallel: Parallel, world: World) -> Stud
 
 def model_flops(shape: StepShape) -> float:
     """Returns the FLOPs of a step: 6 per weight of a matmul and position, and attention inside documents."""
-    arch = shape.architecture
-    width, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    block = arch.hidden_size * (2 * width + 2 * kv + 3 * arch.intermediate_size)
-    weights = arch.num_layers * block + arch.vocab_size * arch.hidden_size
-    return 6.0 * shape.positions * weights + attention_flops(shape)[0]
+    return 6.0 * shape.positions * matmul_weights(shape.architecture) + attention_flops(shape)[0]
 
 
 class Trainer:
@@ -108,6 +104,7 @@ def measure(session: Session, part: str, name: str, step: MeasuredStep, world: W
     """Records time, MFU, memory and loss of a step, the median of some rounds after two."""
     # The lengths of the documents change with the step.
     batches, seconds, result = [make_batch(step.shape, seed) for seed in range(rounds + 2)], list[float](), None
+    batches = list(map(pin, batches)) if session.on_gpu else batches
     with session.peak_gib() as peak:
         trainer = Trainer(step, world)
         for batch in batches:

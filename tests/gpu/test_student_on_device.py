@@ -4,6 +4,7 @@ The oracle attends with a mask [T, T] over the whole row, and makes the logits o
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.shapes import SMALL, StepShape, make_batch
-from benchmarks.gpu.training import random_student
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.shapes import SMALL, StepShape, make_batch, pin
+from benchmarks.gpu.training import MeasuredStep, Trainer, random_student
 from kd_core.losses.objective import CrossEntropy, Objective
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
@@ -86,6 +88,17 @@ def worst_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
         (gradients[name].double().cpu() - value.double()).norm() / value.norm() for name, value in expected.items()
     ]
     return float(max(errors))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("documents", [1, 3])
+def test_the_host_waits_for_nothing_before_the_numbers_of_a_step(tmp_path: Path, documents: int) -> None:
+    session = Session(torch.device("cuda"), tmp_path, 60.0)
+    shape = StepShape("small", rows=2, length=64, top_k=8, documents=documents, chunk=64)
+    trainer, batch = Trainer(MeasuredStep(shape), World(device=session.device)), pin(make_batch(shape))
+    trainer.take(batch)
+    assert session.waits(lambda: trainer.take(batch)) == []
 
 
 @pytest.mark.parametrize("documents", [1, 5])
