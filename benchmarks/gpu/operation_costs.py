@@ -71,12 +71,27 @@ def _in_one_pass(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return sum(map(nbytes, inputs)) + sum(map(nbytes, outputs))
 
 
+def _marked(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Reads and writes the logits [n, V] at the columns [n, K + 1] alone."""
+    logits, columns, *_ = inputs
+    results = [tensor for tensor in outputs if tensor is not logits]
+    return sum(map(nbytes, [*inputs[1:], *results])) + 2 * columns.numel() * logits.element_size()
+
+
+def _written_in_half(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Reads the logits in float32 and writes the gradient in bfloat16, in their memory."""
+    return _in_one_pass(inputs, outputs) - nbytes(inputs[0]) // 2
+
+
 # Bytes of operations that touch a part of their inputs, by name. By default inputs are read once, and results and what
 # is changed in place are written once. A kernel of the project's own, `kd::name`, that moves other bytes belongs here.
 BYTES: dict[str, Callable[[list[Tensor], list[Tensor]], int]] = {
     "gather": _gathered, "index_select": _gathered, "embedding": _gathered, "index": _gathered,
     "scatter": _scattered, "scatter_": _scattered, "scatter_add_": _added, "index_add_": _added,
     "index_put_": _added,
+    "kd::mark_support": _marked, "kd::write_dlogits": _written_in_half,
+    # Looks at the factor, which is 1 in training.
+    "kd::scale_unless_one": lambda inputs, _: nbytes(inputs[1]),
     # Reads parameter, gradient and two moments, and writes all but the gradient.
     "_fused_adamw_": lambda inputs, _: sum(map(nbytes, inputs)) * 7 // 4,
 }  # fmt: skip

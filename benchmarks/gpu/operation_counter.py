@@ -190,7 +190,8 @@ class _Twins:
         is_constant = short_name(func) in ("ones_like", "zeros_like", "full_like")
         if not (has_numbers or is_constant) or torch.Tag.nondeterministic_seeded in func.tags:
             return
-        if short_name(func).startswith(("empty", "new_empty", "profiler::")):
+        # Memory that is not written yet has no numbers, and kernels of other libraries may want a GPU.
+        if func.namespace != "aten" or short_name(func).startswith(("empty", "new_empty")):
             return
         if is_constant and inputs[0].numel() > TWIN_ELEMENTS:
             return
