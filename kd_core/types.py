@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 
 
@@ -77,6 +78,7 @@ class LmHeadForm:
 class Batch:
     """Packed rows of documents with the teacher's entries. `document_ids` is −1 on padding.
 
+    `documents` are the runs of equal `document_ids`. Without them, a student reads the ids, which waits for a device.
     `damaged_blocks` counts cache blocks whose records were left out while these rows were packed.
     """
 
@@ -90,15 +92,23 @@ class Batch:
     tail_log_prob: Float[Tensor, "B T"]
     label_log_prob: Float[Tensor, "B T"]
     tempered_tails: tuple[tuple[float, Float[Tensor, "B T"]], ...] = ()
+    documents: Documents | None = None
     record_names: tuple[str, ...] = ()
     damaged_blocks: int = 0
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Applies a function to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        tails = tuple((temperature, function(tail)) for temperature, tail in self.tempered_tails)
+        documents = None
+        if self.documents is not None:
+            documents = replace(self.documents, cu_seqlens=function(self.documents.cu_seqlens))
+        return replace(self, **mapped, tempered_tails=tails, documents=documents)
+
     def to(self, device: torch.device) -> Self:
         """Returns the same batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        tails = tuple((temperature, tail.to(device)) for temperature, tail in self.tempered_tails)
-        return replace(self, **moved, tempered_tails=tails)
+        return self.map(lambda tensor: tensor.to(device))
 
     def unscored(self) -> Self:
         """Returns a batch of the same shape without scored positions, for a rank that has no rows left for a pass."""

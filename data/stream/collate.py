@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data.cache.record import UNUSED, Array, Record
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.types import Batch
@@ -73,17 +74,19 @@ class Collate:
             ends = (tokens == self.eod_id) & ~padding
             starts[:, 1:] |= ends[:, :-1]
             loss_mask &= ~(ends & self.eod_mask_loss)
+        document_ids = torch.from_numpy(_document_ids(starts & self.reset_attention_mask, padding))
         return Batch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
             loss_mask=torch.from_numpy(loss_mask),
             position_ids=torch.from_numpy(_position_ids(starts & self.reset_position_ids, padding)),
-            document_ids=torch.from_numpy(_document_ids(starts & self.reset_attention_mask, padding)),
+            document_ids=document_ids,
             topk_token_ids=torch.from_numpy(ids),
             topk_log_probs=torch.from_numpy(log_probs),
             tail_log_prob=torch.from_numpy(tail),
             label_log_prob=torch.from_numpy(label_log_probs),
             tempered_tails=_tempered_tails(rows, T),
+            documents=Documents.from_ids(document_ids),
             record_names=tuple(record.name for row in rows for record in row),
         )
 

@@ -1,9 +1,11 @@
 """Settings of how a run is spread over ranks and memory, with their checks. `parallelize.py` applies them."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.utils.deterministic
 
 from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, make_layout
@@ -12,7 +14,8 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
-    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile", "timeout"
+    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
+    "cuda_graphs", "deterministic", "timeout",
 )  # fmt: skip
 
 
@@ -28,11 +31,15 @@ class Parallel:
             on one machine.
         sequence_parallel: divide norms and residuals of those ranks by position, instead of repeating them.
         shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
-            moments, where weights are gathered once a pass. full: the same, where weights are gathered for each
-            block, and again in the backward pass.
+            moments, where weights are gathered once a step, and gradients are reduced in its last pass. full: the
+            same, where each pass gathers the weights of each block, again in the backward pass, and reduces gradients.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
-        compile: compile each block, around its attention.
+        compile: compile each block. A loop over documents stays outside.
+        cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
+            longer than running them. For one GPU, without recomputation.
+        deterministic: take kernels that add in a fixed order, where torch has them. A GPU then repeats a run bit by
+            bit, at some cost. A CPU does so anyway.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
     """
 
@@ -44,6 +51,8 @@ class Parallel:
     replicas: int = 1
     recompute: str = "none"
     compile: bool = False
+    cuda_graphs: bool = False
+    deterministic: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -51,7 +60,12 @@ class Parallel:
         check_settings(self, "parallel.", **counts, timeout=SECONDS)
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
-        self.recomputed_every()
+        if self.recomputed_every() is not None and self.cuda_graphs:
+            raise UsageError(
+                f"parallel.cuda_graphs: got recompute={self.recompute}; wanted none. Leave one of them out."
+            )
+        if self.cuda_graphs and not self.compile:
+            raise UsageError("parallel.cuda_graphs: graphs are made of compiled blocks. Set parallel.compile=true too.")
 
     def layout(self, size: int) -> Layout:
         """Returns the layout of `size` ranks, or raises the errors of `make_layout`."""
@@ -69,6 +83,14 @@ class Parallel:
         if kind != "every" or not every.isdecimal() or int(every) < 1:
             raise UsageError(f"parallel.recompute: got {self.recompute!r}; wanted none, full, or every:N with N ≥ 1.")
         return int(every)
+
+    def choose_kernels(self) -> None:
+        """Sets which kernels torch takes in this process. torch warns of operations that have no deterministic one."""
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first matmul
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        # What is not written is not read here.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context in which forward passes run."""

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
@@ -69,6 +70,21 @@ class Student(nn.Module):
         """Returns what every block of a pass needs beside its input. Without documents, a row is one document."""
         raise NotImplementedError
 
+    def packed_context(
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+    ) -> Any:
+        """Returns `context`. A family that needs lengths alone overrides it, because reading ids waits for a GPU."""
+        del documents
+        return self.context(position_ids, document_ids)
+
+    def new_cache(self, slots: int) -> Any | None:
+        """Returns an empty cache of keys and values for rows of up to `slots` positions, or None without such."""
+        del slots
+
+    def cached_context(self, position_ids: Int[Tensor, "B T"], cache: Any) -> Any:
+        """Returns `context` of a pass over new tokens of rows of one document, whose earlier ones are in the cache."""
+        raise NotImplementedError
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
         """Returns the output of a block for the input `x`."""
         raise NotImplementedError
@@ -81,7 +97,13 @@ class Student(nn.Module):
     def forward(self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor: ...
     @overload
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor, head: Callable[[Tensor, Tensor], R]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        head: Callable[[Tensor, Tensor], R],
+        documents: Documents | None = None,
+        cache: Any = None,
     ) -> R: ...
     def forward(
         self,
@@ -89,16 +111,23 @@ class Student(nn.Module):
         position_ids: Int[Tensor, "B T"],
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
+        documents: Documents | None = None,
+        cache: Any = None,
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
         `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
         states include the architecture's scale of the logits already.
 
+        With a `cache` (`new_cache`), rows are one document each, and go on behind the tokens of earlier passes.
+
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
-        inside the root module's forward.
+        inside the root module's forward. `documents` are the lengths in `document_ids`, if the caller knows them.
         """
-        context = self.context(position_ids, document_ids)
+        if cache is None:
+            context = self.packed_context(position_ids, document_ids, documents)
+        else:
+            context = self.cached_context(position_ids, cache)
         x = self.embed(tokens)
         for layer in range(len(self.layers)):
             x = self.run_block(layer, x, context)
@@ -109,17 +138,18 @@ class Student(nn.Module):
         return self.lm_head(hidden)[..., : form.vocab_size]
 
 
-def allocate(model: Student, device: torch.device) -> Student:
-    """Allocates the student's parameters on `device`, in float32, without filling them.
+def allocate(model: Student, device: torch.device, dtype: torch.dtype = torch.float32) -> Student:
+    """Allocates the student's parameters on `device`, in `dtype`, without filling them.
 
     Raises:
         UsageError: the machine has less memory than the parameters need.
     """
-    # 4 bytes for each number of this process's parts of the parameters.
-    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * 4
+    # Bytes of this process's parts of the parameters.
+    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * dtype.itemsize
     if device.type == "cpu" and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
-    # `to_empty` gives tied parameters separate memory, so they are tied again.
-    model = model.to_empty(device=device)
+    # Cast the shapes first, so that no other dtype takes memory. `to_empty` gives tied parameters separate memory, so
+    # they are tied again.
+    model = (model if dtype == torch.float32 else model.to(dtype)).to_empty(device=device)
     model.tie()
     return model

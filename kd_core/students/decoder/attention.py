@@ -1,32 +1,30 @@
-"""Causal attention inside documents, over all earlier positions or a window of them, without a T × T mask."""
+"""Causal attention inside documents, over all earlier positions or a window of them, without a T × T mask.
+
+    packed rows, or a window, on a GPU   → one variable-length kernel over all documents (`varlen_kernel.py`)
+    rows of one document                 → `scaled_dot_product_attention`, whose kernels are the fastest for them
+    packed rows elsewhere                → `scaled_dot_product_attention` of each document
+
+The kernel takes bfloat16 and float16. Float32 and float64 have no such kernel in torch, so they go by document.
+"""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kd_core.compiling import outside_compiled_graphs
+from kd_core.document_lengths import Documents
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotate
+from kd_core.students.decoder.shared_cast import cast_once
 
-Segment = tuple[int, int, int]
 # Queries of one chunk share a band mask [QUERIES, QUERIES + window]. A window costs as if it were this much wider.
 QUERIES = 512
-
-
-def document_segments(document_ids: Int[Tensor, "B T"]) -> list[Segment] | None:
-    """Returns the runs of equal document id as (row, start, end), or None if every row is one document."""
-    # A document starts at position 0 of every row, and wherever the id differs from the one before.  [B, T] bool
-    starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    if int(starts.sum()) == len(document_ids):
-        return None
-    T = document_ids.shape[1]
-    begins: list[list[int]] = starts.nonzero().tolist()  # (row, start), in order
-    # A document ends where the next one of its row starts, or at T. (−1, 0) follows the last document.
-    ends = [after[1] if after[0] == row else T for (row, _), after in zip(begins, [*begins[1:], [-1, 0]], strict=True)]
-    return [(row, start, end) for (row, start), end in zip(begins, ends, strict=True)]
+# The variable-length kernel takes these, and attention heads of a multiple of 8 channels, up to 256.
+KERNEL_DEVICES, KERNEL_DTYPES, KERNEL_WIDTHS = ("cuda",), (torch.bfloat16, torch.float16), range(8, 257, 8)
 
 
 def _attend_in_windows(
@@ -60,27 +58,44 @@ def attend_document(
 
 
 @outside_compiled_graphs
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: list[Segment] | None,
-    scale: float | None = None,
-    window: int | None = None,
+def _attend_by_document(
+    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None
 ) -> Float[Tensor, "B H T d"]:
-    """Returns causal attention inside each document. No position attends to another document."""
-    if segments is None:
+    if documents.whole_rows:
         return attend_document(q, k, v, scale, window)
     # Documents stand end to end, so one split gives the positions of each. Its backward pass is one concatenation.
     # Slices would each write a gradient as large as the whole tensor.  [B, H, T, d] → [L, H, d] each
-    lengths = [end - start for _, start, end in segments]
-    parts = [rearrange(x, "B H T d -> (B T) H d").split(lengths) for x in (q, k, v)]
+    parts = [rearrange(x, "B H T d -> (B T) H d").split(list(documents.lengths)) for x in (q, k, v)]
     # One call for each document, as [1, H, L, d].
     outputs: list[Tensor] = []
     for document in zip(*parts, strict=True):
         q_doc, k_doc, v_doc = (rearrange(x, "L H d -> 1 H L d") for x in document)
         outputs.append(rearrange(attend_document(q_doc, k_doc, v_doc, scale, window), "1 H L d -> L H d"))
     return rearrange(torch.cat(outputs), "(B T) H d -> B H T d", B=len(q))
+
+
+def attend(
+    q: Float[Tensor, "B H T d"],
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | LayerCache,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Float[Tensor, "B H T d"]:
+    """Returns causal attention inside each document. No position attends to another document.
+
+    With a cache, a row is one document, and its earlier positions are in the cache.
+    """
+    if isinstance(documents, LayerCache):
+        return documents.attend(q, k, v, scale, window)
+    # Only what a graph may depend on is read here: a loop over documents stays outside of compiled graphs.
+    if q.device.type in KERNEL_DEVICES and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_WIDTHS:
+        if documents.whole_rows and (window is None or window >= q.shape[2]):
+            return attend_document(q, k, v, scale, None)
+        from kd_core.students.decoder.varlen_kernel import attend_by_kernel  # noqa: PLC0415 (imports the compiler)
+
+        return attend_by_kernel(q, k, v, documents, scale, window)
+    return _attend_by_document(q, k, v, documents, scale, window)
 
 
 class Attention(nn.Module):
@@ -98,12 +113,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         # Project, and split channels into attention heads of d.  [B, H, T, d], and H_kv heads of keys and values
+        projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (
-            rearrange(proj(x), "B T (H d) -> B H T d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(same_x), "B T (H d) -> B H T d", d=self.head_dim)
+            for proj, same_x in zip(projections, cast_once(x, *projections), strict=True)
         )
         # Every rank has computed all key and value heads: select this rank's.
         if self.kv_head_slice is not None:
@@ -112,5 +128,5 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         # Rotate by position, then softmax(q kᵀ · scale) v inside documents.  [B, H, T, d]
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, self.scale, self.window)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, documents, self.scale, self.window)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))

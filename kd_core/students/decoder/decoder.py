@@ -13,11 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.attention import Attention, Segment, document_segments
+from kd_core.students.decoder.attention import Attention
+from kd_core.students.decoder.kv_cache import KeyValueCache, LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotary_angles
+from kd_core.students.decoder.shared_cast import cast_once
 from kd_core.students.student import ShardingRule, Student
 
 
@@ -38,7 +41,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         # The hidden width of the feed-forward is `intermediate_size`.  [B, T, intermediate]
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate_x, up_x = cast_once(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(self.gate_proj(gate_x)) * self.up_proj(up_x))
 
 
 class TransformerBlock(nn.Module):
@@ -56,26 +60,26 @@ class TransformerBlock(nn.Module):
         self.residual_scale = arch.residual_scale
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
             # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
-            return checkpoint(self.run, x, cos, sin, segments, use_reentrant=False)
-        return self.run(x, cos, sin, segments)
+            return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
+        return self.run(x, cos, sin, documents)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[Segment] | None) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
-        x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, segments), self.residual_scale)
+        x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, documents), self.residual_scale)
         return x + scale(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows (None: a row is one document)."""
+    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions."""
 
     cos: Tensor
     sin: Tensor
-    segments: list[Segment] | None
+    documents: Documents | KeyValueCache
 
 
 class Decoder(Student):
@@ -121,13 +125,29 @@ class Decoder(Student):
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
 
-    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None) -> Context:
+    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
         # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
-        return Context(cos, sin, None if document_ids is None else document_segments(document_ids))
+        if document_ids is None:
+            return Context(cos, sin, Documents.one_a_row(position_ids))
+        return Context(cos, sin, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
+
+    def packed_context(
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+    ) -> Context:
+        return self.context(position_ids, document_ids if documents is None else documents)
+
+    def new_cache(self, slots: int) -> KeyValueCache:
+        return KeyValueCache(self.arch.num_layers, slots)
+
+    def cached_context(self, position_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Context:
+        cache.begin_pass(position_ids)
+        return self.context(position_ids, None)._replace(documents=cache)
 
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        return self.layers[layer](x, *context)
+        cos, sin, documents = context
+        of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
+        return self.layers[layer](x, cos, sin, of_layer)
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.

@@ -96,20 +96,24 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 def rotary_angles(
     position_ids: Int[Tensor, "B T"], head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Tensor, "B 1 T d"], Float[Tensor, "B 1 T d"]]:
-    """Returns cosine and sine of the angles, in float32, in Hugging Face's half-split layout."""
+    """Returns cosine and sine of the angles, in float32, in Hugging Face's half-split layout.
+
+    The sine of each pair's first channel is negative, as `rotate` needs it.
+    """
     # Radians per position, with scaling.  [d/2]
     per_position = frequencies(head_dim, theta, position_ids.device)
     if scaling is not None:
         per_position = scaling.scaled(per_position, theta)
-    # Channels i and i + d/2 are a pair, so both halves have the same angles.  [B, 1, T, d]
-    angles = position_ids[:, None, :, None].float() * per_position
-    angles = torch.cat([angles, angles], dim=-1)
     amplitude = 1.0 if scaling is None else scaling.amplitude
-    return angles.cos() * amplitude, angles.sin() * amplitude
+    # Channels i and i + d/2 are a pair, so both halves have the same angles.  [B, 1, T, d/2] → [B, 1, T, d]
+    angles = position_ids[:, None, :, None].float() * per_position
+    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Float[Tensor, "B H T d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T d"]:
     """Rotates the channel pairs (i, i + d/2) by the angles of their position."""
-    # (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin), in float32.  [B, H, T, d]
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    # (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin). `sin` is (−sin, sin), so that no channel is negated here, and
+    # float32 makes products float32.  [B, H, T, d]
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([second, first], dim=-1) * sin).to(x.dtype)

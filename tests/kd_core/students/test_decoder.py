@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
+from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.files import write_json
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
-from kd_core.students.decoder.attention import document_segments
 from kd_core.students.huggingface.config_json import config_fields
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Pretrained, Random, build_student
@@ -113,9 +113,23 @@ def test_a_position_depends_on_no_later_token_and_on_no_other_document(tiny: Tin
     assert reached.tolist() == [False] * 4 + [True] * 3 + [False] * 3
 
 
-def test_rows_of_one_document_need_no_segments() -> None:
-    assert document_segments(torch.zeros(3, 5, dtype=torch.int64)) is None
-    assert document_segments(torch.tensor([[0, 0, 1], [0, 0, -1]])) == [(0, 0, 2), (0, 2, 3), (1, 0, 2), (1, 2, 3)]
+def test_documents_are_the_runs_of_equal_ids() -> None:
+    whole = Documents.from_ids(torch.zeros(3, 5, dtype=torch.int64))
+    assert whole.whole_rows
+    assert whole.lengths == (5, 5, 5)
+    assert Documents.one_a_row(torch.empty(3, 5, dtype=torch.int64)).lengths == whole.lengths
+    packed = Documents.from_ids(torch.tensor([[0, 0, 1], [1, 1, -1], [0, 1, 2]]))
+    assert not packed.whole_rows
+    assert packed.lengths == (2, 1, 2, 1, 1, 1, 1)
+    assert packed.cu_seqlens.tolist() == [0, 2, 3, 5, 6, 7, 8, 9, 9]  # empty documents up to a power of two
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.longest == 3
+
+
+@pytest.mark.parametrize(("longest", "bound"), [(1, 128), (128, 128), (129, 256), (600, 1000), (1000, 1000)])
+def test_the_bound_of_lengths_takes_few_values(longest: int, bound: int) -> None:
+    ids = (torch.arange(1000) // longest)[None]
+    assert Documents.from_ids(ids).longest == bound
 
 
 def test_random_weights_depend_on_seed_and_name_alone(tiny: Tiny) -> None:
