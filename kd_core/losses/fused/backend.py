@@ -49,6 +49,14 @@ class LossBackend(ABC):
         temperatures: those of the student that terms need. 1 comes first, since all others are made from it.
     """
 
+    gathered_rows: int
+    """Rows of the lm_head that `topk_only.py` gathers at a time."""
+
+    @staticmethod
+    @abstractmethod
+    def support_is_cheaper(entries: int, vocab_size: int) -> bool:
+        """Returns true if the pass over so many entries a position costs less than the one over the vocabulary."""
+
     def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
         self.head, self.chunk_tokens, self.temperatures = head, chunk_tokens, temperatures
 

@@ -3,8 +3,8 @@
     hidden states [N, D], lm_head weight [V, D], teacher's entries [N, K]  ──►  sums, and gradients by the first two
 
 Two passes over chunks of positions share this signature. One goes over the whole vocabulary (`full_vocab.py`). The
-other goes over the teacher's K entries alone, where no term of the objective needs more (`topk_only.py`). Sums are
-float32 over a chunk and float64 over chunks. With float64 inputs everything is float64.
+other goes over the teacher's K entries alone (`topk_only.py`), where no term needs more and the device is faster so.
+Sums are float32 over a chunk and float64 over chunks. With float64 inputs everything is float64.
 """
 
 from dataclasses import replace
@@ -75,8 +75,9 @@ class _FusedHead(torch.autograd.Function):
             call = LossCall(
                 Positions(hidden, inputs.teacher, inputs.labels, inputs.mask), inputs.objective, inputs.scale
             )
-            sum_positions = sum_over_vocabulary if inputs.objective.needs_vocabulary else sum_over_support
-            sums |= sum_positions(call, head, gradients)
+            K, V = inputs.teacher.ids.shape[1], head.vocab_size
+            takes_support = not inputs.objective.needs_vocabulary and backend_of(weight).support_is_cheaper(K, V)
+            sums |= (sum_over_support if takes_support else sum_over_vocabulary)(call, head, gradients)
         ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return (sums["loss"] * inputs.scale).to(device=device, dtype=precision.accum_dtype)
 

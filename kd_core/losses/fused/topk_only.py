@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_core.logit_products import chunk_positions
+from kd_core.losses.fused.choose_backend import backend_of
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.loss_metrics import teacher_metric_sums
@@ -21,9 +23,6 @@ from kd_core.losses.fused.softmax import ViewGradients
 from kd_core.losses.fused.vocab_shard import ShardColumns
 from kd_core.losses.sparse_view import SparseView
 from kd_core.types import TeacherTopK
-
-# Rows of the lm_head that are gathered at a time: enough to keep the machine busy, few enough to stay in its cache.
-GATHERED_ROWS = 8192
 
 
 def _distinct(ids: Tensor, used: Tensor) -> Tensor:
@@ -119,7 +118,9 @@ def sum_over_support(call: LossCall, head: LmHead, gradients: LmHeadGradients | 
     K, accum_dtype = call.positions.teacher.ids.shape[1], head.precision.accum_dtype
     chunk_sums: list[dict[str, Tensor]] = []
     factors = call.position_weights(_no_student_entropy)
-    for positions in call.chunk_slices(max(1, min(call.objective.chunk_tokens or GATHERED_ROWS, GATHERED_ROWS // K))):
+    chunk_tokens = call.objective.chunk_tokens or chunk_positions(len(head.weight), head.weight.device)
+    gathered_rows = backend_of(head.weight).gathered_rows
+    for positions in call.chunk_slices(max(1, min(chunk_tokens, gathered_rows // K))):
         # Rows of the lm_head and their logits to a view.  [n, K, D] → [n, K]
         chunk = call.chunk(positions)
         hidden = chunk.hidden.to(accum_dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kd_core.kernels import logit_operators as kernels
 from kd_core.losses import calibration
 from kd_core.losses.fused.backend import LogitGradients, LossBackend
-from kd_core.losses.fused.cuda_backend import CudaMatmuls
+from kd_core.losses.fused.cuda_backend import GATHERED_ROWS, CudaMatmuls, support_is_cheaper
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.vocab_shard import ShardColumns, VocabStats, empty_stats
 
@@ -26,6 +26,9 @@ ALIGNED = 16
 
 class TritonBackend(LossBackend):
     """Kernels between the matmuls of a GPU."""
+
+    gathered_rows = GATHERED_ROWS
+    support_is_cheaper = staticmethod(support_is_cheaper)
 
     def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
         super().__init__(head, chunk_tokens, temperatures)

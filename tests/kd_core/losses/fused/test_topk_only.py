@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
-from kd_core.losses.fused import topk_only
+from kd_core.losses.fused import cuda_backend, topk_only
+from kd_core.losses.fused.cpu_backend import CpuBackend
 from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
 from kd_core.losses.token_selection import KeepUncertain
@@ -87,6 +88,20 @@ def test_heads_with_scale_bias_cap_and_padding(head: LmHeadForm) -> None:
     assert (results[0]["weight"][11:] == 0).all()
 
 
+def test_a_device_may_take_the_vocabulary_instead_and_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, term = make("odd sizes").to(torch.float64), Distillation(tail="renormalized")
+    wanted, wanted_sums = fused(case, term)
+    monkeypatch.setattr(CpuBackend, "support_is_cheaper", lambda *_: False)
+    monkeypatch.setattr(topk_only, "_view", None)  # not called
+    found, sums = fused(case, term)
+    assert error(found, wanted) < 1e-12
+    assert list(sums.sums) == list(wanted_sums.sums)
+    assert all(torch.allclose(sums.sums[name], value) for name, value in wanted_sums.sums.items())
+    # A GPU takes the support for few entries of a large vocabulary.
+    assert cuda_backend.support_is_cheaper(32, 151_936)
+    assert not cuda_backend.support_is_cheaper(64, 49_152)
+
+
 def test_chunks_and_repeated_ids_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids that repeat in a row, in a chunk and over chunks; a chunk may hold a single position."""
     torch.manual_seed(1)
@@ -95,7 +110,7 @@ def test_chunks_and_repeated_ids_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     term = Distillation(tail="renormalized", divergence="reverse_kl")
     wanted = over_vocabulary(case, term)
     for rows in (1, 8, 1000):
-        monkeypatch.setattr(topk_only, "GATHERED_ROWS", rows)
+        monkeypatch.setattr(CpuBackend, "gathered_rows", rows)
         assert error(fused(case, term, chunk_tokens=5)[0], wanted) < 1e-12
     distinct = topk_only._distinct(case.teacher.ids, case.teacher.log_probs > -torch.inf)
     for ids, marks in zip(case.teacher.ids, distinct, strict=True):
