@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.tar import padded_size, read_members
-from data.cache.writer import encode_block_members, write_shard, write_tables
+from data.cache.writer import write_shard, write_tables
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import CachePlan, TeacherExport, make_plans

@@ -1,6 +1,6 @@
 """What does a teacher's cache cost beside the teacher's bare forward pass with the head?
 
-Command:  python -m benchmarks.export quickstart/teacher quickstart/corpus [repeats]
+Command:  python -m benchmarks.export quickstart/teacher quickstart/corpus [repeats [tokens [encoder processes]]]
 Prints the median over interleaved repeats of (export of 8,192 + 512 tokens: scoring, encoding, writing, reading back)
 against (forward pass and head matmul over the same tokens, all cores, nothing kept), and their ratio.
 """
@@ -46,12 +46,12 @@ def bare_forward(model: Decoder, plans: list[CachePlan], rows: int) -> None:
             model(tokens, positions, torch.zeros_like(tokens), head)
 
 
-def export_once(plans: list[CachePlan], model: Scorer) -> None:
+def export_once(plans: list[CachePlan], model: Scorer, encoders: int) -> None:
     """All that the command does once plans and teacher are there."""
     for plan in plans:
         record_or_check_plan(plan)
         pilot = steps.make_tables(plan, model)
-        steps.write_missing_shards(plan, model, pilot, rank=0, ranks=1)
+        steps.write_missing_shards(plan, model, pilot, rank=0, ranks=1, encoders=encoders)
         steps.write_manifest(plan)
 
 
@@ -59,6 +59,7 @@ def main() -> None:
     teacher, corpus = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
     tokens = int(sys.argv[4]) if len(sys.argv) > 4 else TOKENS
+    encoders = int(sys.argv[5]) if len(sys.argv) > 5 else 0
     export = TeacherExport(
         Corpus(corpus),
         teacher,
@@ -76,9 +77,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             plans = make_plans(export, Path(folder))
             started = time.perf_counter()
-            bare_forward(scorer.model, plans, export.batch_rows)
+            bare_forward(scorer.model, plans, plans[0].batch_rows)
             between = time.perf_counter()
-            export_once(plans, scorer)
+            export_once(plans, scorer, encoders)
             times["bare"].append(between - started)
             times["export"].append(time.perf_counter() - between)
     scored = sum(len(window.token_ids) - 1 for plan in plans for window in plan.windows)

@@ -4,7 +4,7 @@
     python -m benchmarks.overheads --quickstart quickstart --steps 12   # the 81M student of `make quickstart`
 
 A real run of the experiment, by its own loop, in a folder that is thrown away. The parts are timed where the loop
-calls them; "rest" is everything of the loop that is no part. A step's own time is that of `train_step`: forward,
+calls them; "rest" is everything of the loop that is no part. A step's own time is that of `begin_step`: forward,
 backward, sums over ranks, optimiser. Validation is left out. Bar: 2% for the student of the quick start, without
 the copy of a checkpoint, which stands beside: it is paid once in `checkpoint.every` steps.
 """
@@ -34,7 +34,7 @@ from tests.tiny import make_tiny
 
 BAR = 0.02
 STEP, DATA, LINES, AGREE, SAVE, COPY = (
-    "train_step",
+    "begin_step",
     "data",
     "metrics, TensorBoard",
     "told to stop?",
@@ -43,7 +43,7 @@ STEP, DATA, LINES, AGREE, SAVE, COPY = (
 )
 VALIDATION = "validation"
 PARTS = {
-    STEP: (loop, "train_step"),
+    STEP: (loop, "begin_step"),
     LINES: (MetricLog, "add"),
     AGREE: (StopSignals, "agree_on_stop"),
     SAVE: (Saver, "save"),

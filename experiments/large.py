@@ -18,7 +18,6 @@ def gpus8() -> fdl.Config[Experiment]:
     config = distill(model="models/student-1b", cache="caches/teacher-8b")
     config.collate.row_length = 4096
     config.tokens_per_step = 4096 * 128
-    config.loss.chunk_tokens = 4096
     config.optimizer.lr = 2e-4
     config.optimizer.weight_decay = 0.1
     config.schedule.warmup_steps = 500

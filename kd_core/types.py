@@ -96,13 +96,19 @@ class Batch:
     record_names: tuple[str, ...] = ()
     damaged_blocks: int = 0
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Applies a function to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        tails = tuple((temperature, function(tail)) for temperature, tail in self.tempered_tails)
+        documents = None
+        if self.documents is not None:
+            documents = replace(self.documents, cu_seqlens=function(self.documents.cu_seqlens))
+        return replace(self, **mapped, tempered_tails=tails, documents=documents)
+
     def to(self, device: torch.device) -> Self:
         """Returns the same batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        tails = tuple((temperature, tail.to(device)) for temperature, tail in self.tempered_tails)
-        documents = None if self.documents is None else self.documents.to(device)
-        return replace(self, **moved, tempered_tails=tails, documents=documents)
+        return self.map(lambda tensor: tensor.to(device))
 
     def unscored(self) -> Self:
         """Returns a batch of the same shape without scored positions, for a rank that has no rows left for a pass."""

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from kd_core.precision import ChosenPrecision
 
 KIND = "TeacherExport"
+# Seconds that ranks wait for the one that scores the pilot, or is the last to score. torchrun ends them if it dies.
+LONGEST_WAIT = 7 * 86_400.0
 app.define_config_flags(KIND)
 OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
 SHARD_BYTES = flags.DEFINE_integer(
@@ -50,14 +52,20 @@ EXTEND = flags.DEFINE_bool(
 )
 
 
-def _choose_dtype(export: Any, out: Path, device: Any) -> "ChosenPrecision":
-    """Returns the teacher's dtype: that of the caches in `out`, else what suits the device. Warns if it is slow."""
-    from data.export.resume_check import recorded_dtype
+def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision"]:
+    """Returns the export with the dtype and `batch_rows` of the caches in `out`, else those that suit the device.
+
+    Warns if the dtype is slow.
+    """
+    from data.export.plan import choose_batch_rows
+    from data.export.resume_check import recorded_choices
     from kd_core.precision import choose_precision
 
-    chosen = choose_precision(export.dtype, device, recorded_dtype(out), "cache")
+    recorded_dtype, recorded_rows = recorded_choices(out)
+    chosen = choose_precision(export.dtype, device, recorded_dtype, "cache")
     chosen.warn_if_slow("dtype")
-    return chosen
+    rows = choose_batch_rows(export, device, recorded_rows)
+    return replace(export, dtype=chosen.precision, batch_rows=rows), chosen
 
 
 def _export(export: Any, out: Path) -> None:
@@ -67,16 +75,16 @@ def _export(export: Any, out: Path) -> None:
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
+    from kd_core.parallel.collectives import run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
     refuse_other_kinds(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before any rank waits for another
-    with joined_world() as world, ExitStack() as stack:
+    with joined_world(timeout=LONGEST_WAIT) as world, ExitStack() as stack:
         world.run_on_first(lambda: stack.enter_context(own_folder(out)))
-        chosen = world.run_on_first(lambda: _choose_dtype(export, out, world.device))
+        export, chosen = world.run_on_first(lambda: _resolve(export, out, world.device))
         app.log.info("dtype: %s", chosen)
-        export = replace(export, dtype=chosen.precision)
         bad_rows = export.corpus.bad_rows()
         grow = (lambda: load_growth(out, begin=True)) if EXTEND.value else lambda: None
         plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows))
@@ -95,10 +103,9 @@ def _export(export: Any, out: Path) -> None:
             pilot: list[Any] = []
             world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
             export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
-            world.barrier()
-            app.log.info(
-                "%s", world.run_on_first(lambda plan=plan: export_steps.write_manifest(plan)).summary(plan.folder)
-            )
+            by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
+            manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
+            app.log.info("%s", manifest.summary(plan.folder))
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 
@@ -121,10 +128,10 @@ def main() -> None:
         from data.export.plan import make_plans
 
         out = Path(OUT.value)
-        chosen = _choose_dtype(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(f"dtype: {chosen}")
         growth = load_growth(out, begin=False) if EXTEND.value else None
-        plans = make_plans(replace(export, dtype=chosen.precision), out, growth)
+        plans = make_plans(export, out, growth)
         if plans and plans[0].texts:
             print(f"texts: {plans[0].texts}")
         for plan in plans:

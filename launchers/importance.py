@@ -90,7 +90,7 @@ def main() -> None:
     app.log.info("dtype: %s", chosen)
     chosen.warn_if_slow("--dtype")
     vocab_size = Tokenizer(teacher).vocab_size
-    model = build_student(Pretrained(str(teacher)), device, 0, vocab_size).to(DTYPES[chosen.precision]).eval()
+    model = build_student(Pretrained(str(teacher)), device, 0, vocab_size, DTYPES[chosen.precision]).eval()
     count = model.arch.num_layers
     keep = KEEP.value or count // 2
     if not 0 < keep < count:

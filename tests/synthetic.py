@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import TABLES_FILE, Audit, Block, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.cache.tar import END_OF_TAR
-from data.cache.writer import encode_block_members, write_shard, write_tables
+from data.cache.writer import write_shard, write_tables
 
 VOCAB = 32_000
 

@@ -1,6 +1,7 @@
 """Sums over the blocks of a cache, for the manifest: the codec's error, and statistics of the teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,28 @@ from data.cache.manifest import Audit, Manifest
 from data.cache.record import UNUSED, Record
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-12  # tolerances of a comparison, since the order of a sum may differ
+
+
+class BlockSums(NamedTuple):
+    """Sums over the positions of one block. `records` has the NLL and the mass of each record's scored positions."""
+
+    records: list[tuple[float, float]]
+    entries: int
+    scored: int
+    positions: int
+    audit: Mapping[str, float]
+
+    @classmethod
+    def from_block(cls, header: Header, records: Sequence[Record]) -> "BlockSums":
+        """Adds up the positions of a decoded block."""
+        sums, entries, scored = list[tuple[float, float]](), 0, 0
+        for record in records:
+            mask = record.loss_mask.astype(bool)
+            nll = -float(record.label_log_prob[mask].astype(np.float64).sum())
+            sums.append((nll, float(np.exp(record.topk_log_probs[mask].astype(np.float64)).sum())))
+            entries += sum(int((logs > UNUSED).sum()) for logs in (record.topk_log_probs, record.samples()[1]))
+            scored += int(mask.sum())
+        return cls(sums, entries, scored, header.positions, header.audit)
 
 
 class Totals:
@@ -31,18 +54,17 @@ class Totals:
             totals.mass_error = manifest.audit.mass_error
         return totals
 
-    def add(self, header: Header, records: Sequence[Record]) -> None:
-        """Adds a block."""
-        for record in records:
-            mask = record.loss_mask.astype(bool)
-            self.nll -= float(record.label_log_prob[mask].astype(np.float64).sum())
-            self.mass += float(np.exp(record.topk_log_probs[mask].astype(np.float64)).sum())
-            self.entries += sum(int((logs > UNUSED).sum()) for logs in (record.topk_log_probs, record.samples()[1]))
-            self.scored += int(mask.sum())
-        self.positions += header.positions
-        self.kl_sum += header.positions * header.audit["kl_mean"]
-        self.kl_worst = max(self.kl_worst, header.audit["kl_worst"])
-        self.mass_error = max(self.mass_error, header.audit["mass_error"])
+    def add(self, block: BlockSums) -> None:
+        """Adds a block. Records are added one by one, so that the sums do not depend on who has read which block."""
+        for nll, mass in block.records:
+            self.nll += nll
+            self.mass += mass
+        self.entries += block.entries
+        self.scored += block.scored
+        self.positions += block.positions
+        self.kl_sum += block.positions * block.audit["kl_mean"]
+        self.kl_worst = max(self.kl_worst, block.audit["kl_worst"])
+        self.mass_error = max(self.mass_error, block.audit["mass_error"])
 
     def statistics(self) -> dict[str, float]:
         """Returns the manifest's `statistics`.

@@ -1,15 +1,15 @@
 """Export of a teacher's planned windows as a cache:
 
     pilot: the first windows ─► tables
-    windows (plan.py) ─ teacher (scoring.py) ─► records ─► blocks ─► tars ─► manifest
+    windows (plan.py) ─ teacher (scoring.py) ─► records ─► blocks (block_encoders.py) ─► tars ─ read back ─► manifest
 
-A shard is the unit of work: rank r of n writes shards r, r + n, …. A shard that is on disk is not made again. The plan
-and the tables fix what a shard holds, so neither ranks nor interruptions change its bytes.
+A shard is the unit of work: rank r of n writes shards r, r + n, …, and reads them back. A shard that is on disk is not
+made again. The plan and the tables fix what a shard holds, so neither ranks nor interruptions change its bytes.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from tqdm import tqdm
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
+from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, made_now
 from data.cache.record import Record
-from data.cache.totals import Totals
-from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
-from data.export.plan import CachePlan, PlannedShard, TeacherExport
+from data.cache.totals import BlockSums, Totals
+from data.cache.writer import file_size_and_hash, write_shard, write_tables
+from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
+from data.export.plan import CachePlan, TeacherExport
+from data.export.planned_shards import PlannedShard
 from data.export.scoring import score_windows, scoring_threads
 from data.stream.shards import read_tables, read_written_blocks
 from data.teacher.choose_scorer import load_scorer
@@ -33,6 +35,7 @@ from kd_core.hub import local_folder, pin_commit
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
+MOST_ENCODERS = 4  # processes, of about 50,000 positions a second each
 
 
 def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
@@ -60,7 +63,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     path = plan.folder / TABLES_FILE
     if path.exists():
         return []
-    windows, rows = plan.shards[0].windows, plan.export.batch_rows
+    windows, rows = plan.shards[0].windows, plan.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
     # Take whole batches, at least one, of at most PILOT_POSITIONS positions: a batch's records are reused as they are.
     fitting = int(np.searchsorted(ends, PILOT_POSITIONS, side="right"))
@@ -80,41 +83,90 @@ def _read_coding(plan: CachePlan) -> Coding:
     return Coding(tables, plan.export.selection, plan.export.codec)
 
 
-def _encode_blocks(shard: PlannedShard, records: Iterator[Record], plan: CachePlan, coding: Coding) -> Iterator[bytes]:
-    for block in shard.blocks:
-        block_records = [next(records) for _ in block]
-        try:
-            yield encode_block_members(plan.first_record + block.start, block_records, coding, plan.export.max_codec_kl)
-        except ValueError as error:
-            raise UsageError(f"{plan.folder / shard.name}: {error}") from None
+def _encoder_processes(device: torch.device) -> int:
+    """Returns how many processes encode blocks. On a CPU there are none, because the teacher keeps its cores busy."""
+    return 0 if device.type == "cpu" else min(MOST_ENCODERS, torch.get_num_threads() - 1)
 
 
-def write_missing_shards(plan: CachePlan, model: Scorer, pilot: Sequence[Record], rank: int, ranks: int) -> None:
-    """Scores and writes this rank's share of the missing shards. The teacher goes on scoring while one is written."""
+def write_missing_shards(
+    plan: CachePlan, model: Scorer, pilot: Sequence[Record], rank: int, ranks: int, encoders: int | None = None
+) -> None:
+    """Scores and writes this rank's share of the missing shards. The teacher goes on scoring while one is written.
+
+    Args:
+        plan: the plan of the cache.
+        model: the teacher.
+        pilot: the records of `make_tables`.
+        rank: this rank, of so many `ranks`.
+        encoders: how many processes encode blocks, by default as many as suit the device. 0 encodes in this one.
+    """
     rank_shards = plan.shards[rank::ranks]
     missing = [shard for shard in rank_shards if not (plan.folder / shard.name).exists()]
-    coding = _read_coding(plan)
+    settings = EncoderSettings(_read_coding(plan), plan.export.max_codec_kl)
     sizes = {shard.name: sum(plan.windows[i].positions for i in shard.windows) for shard in rank_shards}
     done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
     bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
-    with bar, scoring_threads(model.device) as executor:
+    processes = _encoder_processes(model.device) if encoders is None else encoders
+    with (
+        bar,
+        scoring_threads(model.device) as executor,
+        block_encoders(settings, processes if missing else 0) as encode,
+    ):
         # The pilot has already scored the first windows of the first shard. Ranks above 0 get an empty pilot.
         scored = pilot if missing and missing[0] == plan.shards[0] else []
         window_ranges = [shard.windows for shard in missing]
         if scored:
             window_ranges[0] = window_ranges[0][len(scored) :]
         records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, window_ranges)), bar)
+        # One stream of blocks for all shards, so that the next shard is encoded while one is written.
+        encoded = encode(
+            BlockJob(str(plan.folder / shard.name), plan.first_record + block.start, [next(records) for _ in block])
+            for shard in missing
+            for block in shard.blocks
+        )
         for shard in missing:
-            write_shard(plan.folder / shard.name, _encode_blocks(shard, records, plan, coding))
+            write_shard(plan.folder / shard.name, itertools.islice(encoded, len(shard.blocks)))
 
 
-def write_manifest(plan: CachePlan) -> Manifest:
-    """Reads every shard back strictly, and writes and returns the manifest of what was read.
+class ReadShard(NamedTuple):
+    """A shard as it was read back: its entry in the manifest, and the sums of its blocks."""
+
+    shard: Shard
+    sums: list[BlockSums]
+
+
+def _read_shard(plan: CachePlan, planned: PlannedShard, coding: Coding) -> ReadShard:
+    path, blocks, sums = plan.folder / planned.name, list[Block](), list[BlockSums]()
+    for written, windows in zip(read_written_blocks(path, coding), planned.blocks, strict=True):
+        planned_lengths = tuple(plan.windows[i].positions for i in windows)
+        if written.block.lengths != planned_lengths:
+            raise UsageError(
+                f"{path}: holds records of {written.block.lengths} positions, wanted {planned_lengths}. "
+                "Delete it and run again."
+            )
+        check_alignment(written.records, str(path))
+        sums.append(BlockSums.from_block(written.header, written.records))
+        blocks.append(written.block)
+    return ReadShard(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)), sums)
+
+
+def read_back(plan: CachePlan, rank: int, ranks: int) -> list[ReadShard]:
+    """Reads this rank's share of all shards back strictly.
 
     Raises:
         UsageError: a shard is damaged, does not hold the planned windows, or its labels and entries are shifted.
     """
-    shards: list[Shard] = []
+    coding = _read_coding(plan)
+    return [_read_shard(plan, planned, coding) for planned in plan.shards[rank::ranks]]
+
+
+def write_manifest(plan: CachePlan, by_rank: Sequence[Sequence[ReadShard]] | None = None) -> Manifest:
+    """Writes and returns the manifest of what was read back, by default by this process alone.
+
+    `by_rank` has the results of `read_back` on all ranks. Their number does not change a byte.
+    """
+    by_rank = by_rank or [read_back(plan, 0, 1)]
+    read = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(plan.shards))]
     before = plan.grown_from.made if plan.grown_from else {}
     made = {
         **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
@@ -122,20 +174,9 @@ def write_manifest(plan: CachePlan) -> Manifest:
     }
     if chat := plan.chat or before.get("chat"):
         made["chat"] = chat
-    totals, coding = Totals.from_manifest(plan.grown_from), _read_coding(plan)
-    for planned in plan.shards:
-        path, blocks = plan.folder / planned.name, []
-        for written, windows in zip(read_written_blocks(path, coding), planned.blocks, strict=True):
-            planned_lengths = tuple(plan.windows[i].positions for i in windows)
-            if written.block.lengths != planned_lengths:
-                raise UsageError(
-                    f"{path}: holds records of {written.block.lengths} positions, wanted {planned_lengths}. "
-                    "Delete it and run again."
-                )
-            check_alignment(written.records, str(path))
-            totals.add(written.header, written.records)
-            blocks.append(written.block)
-        shards.append(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)))
+    totals = Totals.from_manifest(plan.grown_from)
+    for block in itertools.chain.from_iterable(shard.sums for shard in read):
+        totals.add(block)
     manifest = Manifest(
         vocab_size=plan.teacher.vocab_size,
         tokenizer=plan.identity["tokenizer"],
@@ -147,7 +188,7 @@ def write_manifest(plan: CachePlan) -> Manifest:
         statistics=totals.statistics(),
         tables=file_size_and_hash(plan.folder / TABLES_FILE),
         plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.identity),
-        shards=(*(plan.grown_from.shards if plan.grown_from else ()), *shards),
+        shards=(*(plan.grown_from.shards if plan.grown_from else ()), *(shard.shard for shard in read)),
         made=made,
     )
     manifest.write(plan.folder)

@@ -5,11 +5,13 @@ documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw �
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
 
 from data.cache.codec.levels import Codec
 from data.cache.contents import mask_digest, window_digest, windows_digest
@@ -20,6 +22,7 @@ from data.corpus.corpus import Corpus, split_documents
 from data.corpus.encoding import Encoded, Encoder
 from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export.extend import SPLITS, Growth
+from data.export.planned_shards import PlannedShard, bytes_per_position, plan_shards
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, sha256
@@ -32,6 +35,7 @@ from kd_core.students.huggingface.weights import weight_files
 log = logging.getLogger("kd")
 # Below, p^(1/t) of a wide vocabulary is 0 in float32 and all draws are one token. Above, it hardly depends on p.
 PROPOSAL_TEMPERATURE = Range("0.25 to 4", 0.25, 4)
+CPU_BATCH_ROWS, GPU_BATCH_POSITIONS = 2, 8192
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class TeacherExport:
         scorer: `auto`, `decoder` or `transformers`.
         block_positions: about the number of positions that are coded together, the unit of reading and shuffling.
         shard_bytes: about the size of a shard, the unit of a rank's work and of what an interruption loses.
-        batch_rows: windows that the teacher scores together.
+        batch_rows: windows that the teacher scores together. None: 2 on a CPU, and on a GPU as many as have about
+            8,192 positions. The plan records which.
     """
 
     corpus: Corpus
@@ -74,7 +79,7 @@ class TeacherExport:
     scorer: ScorerName = "auto"
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
-    batch_rows: int = 2
+    batch_rows: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
@@ -91,15 +96,11 @@ class TeacherExport:
             )
 
 
-class PlannedShard(NamedTuple):
-    """A shard to write: the windows of each of its blocks."""
-
-    name: str
-    blocks: tuple[range, ...]
-
-    @property
-    def windows(self) -> range:
-        return range(self.blocks[0].start, self.blocks[-1].stop)
+def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int | None = None) -> int:
+    """Returns how many windows are scored together: as set, as `recorded` in the cache, or as suits the device."""
+    if rows := export.batch_rows or recorded:
+        return rows
+    return CPU_BATCH_ROWS if device.type == "cpu" else max(1, GPU_BATCH_POSITIONS // export.row_length)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ class CachePlan:
     chat: dict[str, Any] | None = None  # the format of conversations, stored in the manifest only
 
     @property
+    def batch_rows(self) -> int:
+        """Returns how many windows are scored together."""
+        return self.identity["batch_rows"]
+
+    @property
     def first_record(self) -> int:
         """Returns the number of the first new record. It follows those of the cache that is extended."""
         return self.grown_from.records if self.grown_from else 0
@@ -126,34 +132,12 @@ class CachePlan:
         """Returns all shards. Blocks hold up to `block_positions`, and shards up to about `shard_bytes`."""
         settings = self.export
         most = max(1, int(settings.shard_bytes / bytes_per_position(settings.selection, settings.codec)))
-        blocks = _runs([window.positions for window in self.windows], settings.block_positions)
-        sizes = [sum(self.windows[i].positions for i in block) for block in blocks]
-        return [
-            PlannedShard(f"shard-{number:06d}.tar", tuple(blocks[i] for i in shard))
-            for number, shard in enumerate(_runs(sizes, most), len(self.grown_from.shards) if self.grown_from else 0)
-        ]
+        first = len(self.grown_from.shards) if self.grown_from else 0
+        return plan_shards([window.positions for window in self.windows], settings.block_positions, most, first)
 
     def missing(self) -> list[PlannedShard]:
         """Returns the shards that are not on disk."""
         return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
-
-
-def bytes_per_position(selection: Selection, codec: str) -> float:
-    """Returns an estimate of the bytes of a position, by which shards are planned before their content exists."""
-    bytes_an_entry = {"standard": 1.5, "compact": 1.4, "lossless": 3.9}[codec]
-    return 4 + bytes_an_entry * selection.top_k + 1.5 * selection.draws**0.8
-
-
-def _runs(sizes: Sequence[int], most: int) -> list[range]:
-    """Splits neighbours into runs of at least one element whose sizes add up to at most `most`."""
-    runs: list[range] = []
-    start, total = 0, 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > most:
-            runs.append(range(start, index))
-            start, total = index, 0
-        total += size
-    return [*runs, range(start, len(sizes))]
 
 
 def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> list[Encoded]:
@@ -255,11 +239,13 @@ def make_plans(
 ) -> list[CachePlan]:
     """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
 
-    With `growth`, plans hold new documents only, and a cache without any has no plan. `bad_rows` collects skipped rows.
+    `batch_rows` that is not set becomes that of a CPU. With `growth`, plans hold new documents only, and a cache
+    without any has no plan. `bad_rows` collects skipped rows.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or no window is left.
     """
+    export = replace(export, batch_rows=choose_batch_rows(export, torch.device("cpu")))
     folder = local_folder(export.teacher)
     encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
     teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)

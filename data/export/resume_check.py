@@ -8,7 +8,7 @@ from data.export.extend import GROWING_FILE, SPLITS
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, read_json, write_json
-from kd_core.json_fields import check_text
+from kd_core.json_fields import check_integer, check_text
 
 # Fields of the plan that may differ between the exports that extend one cache. All others decide what its records hold.
 MAY_GROW = (
@@ -29,17 +29,18 @@ def _corpus_path(manifest: Manifest | None) -> str:
     return ", ".join(map(str, paths)) if isinstance(paths, list) else ""
 
 
-def recorded_dtype(out: Path) -> str | None:
-    """Returns the teacher's dtype of the caches that were begun in `out`, or None where there are none.
+def recorded_choices(out: Path) -> tuple[str | None, int | None]:
+    """Returns the teacher's dtype and `batch_rows` of the caches that were begun in `out`, or None without any.
 
     Raises:
         UsageError: the plan in their folder is damaged.
     """
     path = out / SPLITS[0] / "plan.json"
     if not path.exists():
-        return None
+        return None, None
     with damage_as_usage_error(path, "the plan of an export"):
-        return check_text(read_json(path, "the plan of an export")["dtype"], "dtype")
+        plan = read_json(path, "the plan of an export")
+        return check_text(plan["dtype"], "dtype"), check_integer(plan["batch_rows"], "batch_rows", 1, 1 << 31)
 
 
 def record_or_check_plan(plan: CachePlan) -> bool:

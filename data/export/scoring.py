@@ -4,23 +4,20 @@ The plan fixes how windows are batched, and one thread computes each batch. Neit
 change a bit of the result.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
 
 from data.cache.record import Array, Record
+from data.export.block_encoders import map_in_order
 from data.export.plan import CachePlan
 from data.teacher.scorer import Scorer, score_rows
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @contextmanager
@@ -37,17 +34,6 @@ def scoring_threads(device: torch.device) -> Generator[Executor]:
             yield executor
     finally:
         torch.set_num_threads(threads)
-
-
-def _map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Yields results of `work` in the order of `items`, with at most `ahead` items begun beyond the one yielded."""
-    begun: deque[Future[R]] = deque()
-    for item in items:
-        begun.append(executor.submit(work, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
 
 
 def window_uniforms(plan: CachePlan, number: int) -> Array:
@@ -105,7 +91,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
 
 def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
-    rows = plan.export.batch_rows
+    rows = plan.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))
-    for records in _map_in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
+    for records in map_in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
         yield from records

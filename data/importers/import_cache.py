@@ -14,14 +14,15 @@ from typing import Any
 from tqdm import tqdm
 
 from data.cache.alignment import check_alignment
+from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.selection import Selection
-from data.cache.totals import Totals
-from data.cache.writer import encode_block_members, file_size_and_hash, write_shard, write_tables
+from data.cache.totals import BlockSums, Totals
+from data.cache.writer import file_size_and_hash, write_shard, write_tables
 from data.importers.lines import PARSERS, Line, read_records, source_files
 from data.stream.shards import read_tables, read_written_blocks
 from kd_core.errors import UsageError
@@ -138,7 +139,7 @@ def import_cache(job: ImportSettings, out: Path) -> Manifest:
             written_blocks = list(read_written_blocks(path, coding))
             for written in written_blocks:
                 check_alignment(written.records, f"{job.source}, {path.name}")
-                totals.add(written.header, written.records)
+                totals.add(BlockSums.from_block(written.header, written.records))
             shard_blocks = tuple(written.block for written in written_blocks)
             shards.append(Shard(path.name, path.stat().st_size, sha256(path), shard_blocks))
         manifest = _make_manifest(job, counted, totals, tables_facts, tuple(shards))

@@ -13,6 +13,8 @@ from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
+from torch import Tensor
+
 from data.stream.collate import Collate
 from data.stream.order import Row
 from data.stream.prefetch import prefetch
@@ -47,28 +49,30 @@ def _micro_batches(
 
 
 def _steps(
-    readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, Share]
+    readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, Share], pin_memory: bool
 ) -> Generator[list[Batch]]:
     rows_per_step, micro_batch, share = shape
     with closing(readers):
         while True:
             step = list(itertools.islice(order, rows_per_step))
             readers.hold(step)
-            yield list(_micro_batches(readers, step, collate, micro_batch, share))
+            batches = _micro_batches(readers, step, collate, micro_batch, share)
+            yield [batch.map(Tensor.pin_memory) if pin_memory else batch for batch in batches]
 
 
 def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the rank's share of it)
     source: Source, collate: Collate, *, rows_per_step: int, micro_batch: int, seed: int = 0, start_row: int = 0,
-    rank: int = 0, ranks: int = 1, vocab_size: int | None = None,
+    rank: int = 0, ranks: int = 1, vocab_size: int | None = None, pin_memory: bool = False,
 ) -> Generator[list[Batch]]:  # fmt: skip
     """Yields, for each step and without end, this rank's micro-batches of at most `micro_batch` rows.
 
     Entries are cut to the first `vocab_size` tokens (None: to each manifest's vocabulary). With `source.prefetch`, a
-    thread makes so many steps ahead. The batches stay the same.
+    thread makes so many steps ahead. The batches stay the same. With `pin_memory`, they are in page-locked memory,
+    from which a GPU copies while it computes.
     """
     readers = Readers(source.parts, vocab_size=vocab_size)
     order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
-    steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)))
+    steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)), pin_memory)
     if source.prefetch:
         steps = prefetch(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):

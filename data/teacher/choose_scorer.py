@@ -75,4 +75,4 @@ def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.dev
     tokens = Tokenizer(folder).vocab_size
     if read_teacher_facts(folder, scorer, tokens).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens)
-    return DecoderScorer(build_student(Pretrained(str(folder)), device, 0, tokens).to(dtype).eval())
+    return DecoderScorer(build_student(Pretrained(str(folder)), device, 0, tokens, dtype).eval())

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from data.cache.selection import Selection
 from data.teacher.select import TeacherScores, select_entries
+from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.students.student import Student
-
-CHUNK_TOKENS = 256  # positions whose logits exist at a time
 
 
 @runtime_checkable
@@ -49,12 +48,8 @@ class DecoderScorer:
 
     @cached_property
     def _lm_head(self) -> Float[Tensor, "V D"]:
-        """Returns the rows of the real vocabulary, without padding.
-
-        On a CPU they are float32, because a matmul of bfloat16 there can only return bfloat16.
-        """
-        weight = self.model.plain_lm_head.detach()
-        return weight.float() if weight.device.type == "cpu" else weight
+        """Returns the rows of the real vocabulary, without padding."""
+        return product_weight(self.model.plain_lm_head.detach())
 
     def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -63,14 +58,13 @@ class DecoderScorer:
             return rearrange(hidden, "B T D -> (B T) D")
 
         # Hidden states of all positions [N, D]; the head follows chunk by chunk, so that [N, V] never exists.
-        weight = self._lm_head
-        hidden = self.model(tokens, positions, document_ids, flatten_positions).to(weight.dtype)
-        # On a GPU a matmul of bfloat16 can return float32.
-        matmul_dtype = {} if weight.device.type == "cpu" else {"out_dtype": torch.float32}
-        buffer = torch.empty(min(len(hidden), CHUNK_TOKENS), len(weight), device=hidden.device)
-        for chunk in hidden.split(CHUNK_TOKENS):
-            # A logit of 20 rounded to bfloat16 is off by up to 0.06, far more than the codec's error.
-            yield torch.mm(chunk, weight.t(), **matmul_dtype, out=buffer[: len(chunk)])
+        weight, hidden = self._lm_head, self.model(tokens, positions, document_ids, flatten_positions)
+        chunk_size = chunk_positions(len(weight), hidden.device)
+        buffer = torch.empty(min(len(hidden), chunk_size), len(weight), device=hidden.device)
+        for chunk in hidden.split(chunk_size):
+            logits = buffer[: len(chunk)]
+            multiply_(chunk, weight, logits, hidden.dtype)
+            yield logits
 
 
 @torch.no_grad()

@@ -8,10 +8,13 @@ At each position, from the logits z over the real vocabulary:
     tail at τ   = log Σ_v∉entries e^(z_v/τ) − (log Z)/τ = log Σ_v∉entries p_v^(1/τ)
     samples     = draws from the tail's distribution, with the logarithms of their importance weights
 
-The tail is summed over the tokens outside the entries, never computed as 1 − Σp. One softmax in place gives its
-log-sum-exp as (largest logit − largest log-probability). On a CPU this is many times faster than `torch.logsumexp`,
-which meets denormal numbers on peaked rows. It also leaves the distribution within the tail in the place of the
-logits, and samples are drawn from that.
+The tail is summed over the tokens outside the entries, never computed as 1 − Σp, so it keeps its digits where the
+entries hold nearly everything. One softmax in place gives its log-sum-exp as (largest logit − largest
+log-probability). On a CPU this is many times faster than `torch.logsumexp`, which meets denormal numbers on peaked
+rows. It also leaves the distribution within the tail in the place of the logits, and samples are drawn from that.
+
+The largest logit of the tail is the one behind the entries in falling order. So two passes read the whole vocabulary:
+one for the largest logits, and the softmax.
 """
 
 from typing import NamedTuple
@@ -23,6 +26,7 @@ from torch import Tensor
 from data.cache.selection import Selection
 
 UNUSED = -torch.inf
+BLOCK = 32  # adjacent ids whose largest logit is found first
 RUN = 256  # adjacent ids that a draw first chooses between as one
 LOWEST_EXPONENT = -80.0  # e^−80 vanishes beside 1, and exponentials of smaller numbers are slow (denormal)
 
@@ -47,15 +51,16 @@ def select_entries(
     Args:
         uniforms: numbers in [0, 1) that decide the draws.
     """
-    # Take the top entries and the label's logit out; −inf takes the entries out of all sums of the tail.
-    values, ids = logits.topk(selection.top_k)  # [n, K]
-    label = logits.gather(1, labels[:, None]).squeeze(1)  # [n]
+    # The top entries [n, K], the largest logit of the tail, which follows them, and the label's logit [n].
+    values, ids = largest_logits(logits, selection.top_k + 1)
+    (values, largest), (ids, largest_id) = _split_last(values), _split_last(ids)
+    label = logits.gather(1, labels[:, None]).squeeze(1)
+    # −inf takes the entries out of all sums of the tail.
     logits.scatter_(1, ids, -torch.inf)
     # Tails at further temperatures need the logits, which the softmax is about to overwrite.  [n] each
-    largest = logits.amax(dim=1)
     tempered = [_log_sum_exp(logits, largest, temperature) for temperature in selection.tail_temperatures]
     # log Σ_tail e^z = max z − log max softmax(z). From here on `logits` holds probabilities within the tail.  [n]
-    tail = largest - torch.softmax(logits, dim=1, out=logits).amax(dim=1).log()
+    tail = largest - torch.softmax(logits, dim=1, out=logits).gather(1, largest_id[:, None]).squeeze(1).log()
     # log Z over the whole vocabulary turns everything into log-probabilities: Σ p^(1/τ) = Σ e^(z/τ) / Z^(1/τ).
     normaliser = torch.logaddexp(values.logsumexp(dim=1), tail)  # [n]
     log_probs, tail = values - normaliser[:, None], tail - normaliser
@@ -86,6 +91,31 @@ def select_entries(
         samples,
         weights + tail[:, None],
     )
+
+
+def largest_logits(logits: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Returns the k largest logits in falling order, and their ids, as `topk` does.
+
+    Of equal logits on the border, either may be taken. One pass over the vocabulary replaces the several of `topk`.
+    """
+    n, V = logits.shape
+    blocks = V // BLOCK
+    if blocks < 2 * k:
+        return logits.topk(k)
+    # The k blocks of the largest maxima hold the k largest logits: the block of each has a maximum as large as it.
+    whole = logits[:, : blocks * BLOCK].view(n, blocks, BLOCK)
+    largest_blocks = whole.amax(dim=2).topk(k, sorted=False).indices  # [n, k]
+    # Take the k largest of these blocks, and of the ids behind the last whole block.  [n, k · BLOCK + rest]
+    in_blocks = largest_blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)
+    rest = torch.arange(blocks * BLOCK, V, device=logits.device).expand(n, -1)
+    candidates = torch.cat([in_blocks.flatten(1), rest], dim=1)
+    values, places = logits.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, places)
+
+
+def _split_last(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns all columns but the last, and the last.  [n, K + 1] → [n, K], [n]"""
+    return columns[:, :-1].contiguous(), columns[:, -1]
 
 
 def _log_sum_exp(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Teachers through transformers (extra `hf`): any causal language model that it supports."""
 
+import copy
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,10 @@ from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
-from data.teacher.scorer import CHUNK_TOKENS
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, read_json
 from kd_core.hub import NO_EXTRA
+from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.memory import bounded_memory
 from kd_core.students.decoder.architecture import UPPER_BOUNDS
 from kd_core.students.huggingface.weights import weight_files
@@ -21,6 +23,7 @@ from kd_core.students.huggingface.weights import weight_files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+log = logging.getLogger("kd")
 LAYERS, EXPERTS = re.compile("^(?!max_window_).*layers?$|blocks?$|stages?$"), re.compile("experts?$")
 MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
 
@@ -105,25 +108,86 @@ def _check_room(config: "PretrainedConfig", folder: Path) -> None:
         )
 
 
-def _widen_lm_head(model: "PreTrainedModel") -> None:
-    """Makes the lm_head compute float32 logits, and leaves a tied embedding in the model's dtype."""
+class _WideLmHead(torch.nn.Module):
+    """An lm_head with float32 logits over the real vocabulary, whatever the dtype of its factors."""
+
+    def __init__(self, lm_head: torch.nn.Linear, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = product_weight(lm_head.weight.detach()[:vocab_size])
+        has_bias = lm_head.bias is not None  # pyright: ignore[reportUnnecessaryComparison] (None without one)
+        self.bias = lm_head.bias.detach()[:vocab_size].float() if has_bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Maps [..., D] to [..., V]."""
+        rows = hidden.flatten(0, -2)
+        logits = torch.empty(len(rows), len(self.weight), device=rows.device)
+        # Not bfloat16 on a CPU: it would hold for float32 matmuls of other threads, such as those of RoPE angles.
+        multiply_(rows, self.weight, logits, self.weight.dtype)
+        if self.bias is not None:
+            logits += self.bias
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+class _HeadInput(NamedTuple):
+    """Output of a base model as its head reads it. Everything but the hidden states is None."""
+
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _PassThrough(torch.nn.Module):
+    """A base model that returns its input embeddings as the last hidden states."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **settings: Any) -> _HeadInput:
+        del args, settings
+        return _HeadInput(inputs_embeds)
+
+
+def _head_alone(model: "PreTrainedModel") -> "PreTrainedModel | None":
+    """Returns the model without its body: what it makes of hidden states, with its scales and soft caps.
+
+    The weights are shared. Returns None where body and head together do not give the model's own logits.
+    """
+    try:
+        body = model.base_model
+        # Copy the module without its weights, and put another body into the copy.
+        head = copy.copy(model)
+        head.__dict__["_modules"] = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
+        with torch.no_grad():
+            tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
+            whole = model(input_ids=tokens, use_cache=False).logits
+            hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
+            divided = head(inputs_embeds=hidden, use_cache=False).logits
+    except Exception:  # families differ in what their heads read
+        return None
+    return head if body is not model and torch.equal(whole, divided) else None
+
+
+def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path) -> "PreTrainedModel | None":
+    """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had."""
     lm_head: Any = model.get_output_embeddings()
-    if not isinstance(lm_head, torch.nn.Linear) or lm_head.weight.dtype == torch.float32:
-        return
-    for name, parameter in list(lm_head.named_parameters(recurse=False)):
-        setattr(lm_head, name, torch.nn.Parameter(parameter.detach().float(), requires_grad=False))
-    lm_head.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
+    if isinstance(lm_head, torch.nn.Linear):
+        model.set_output_embeddings(_WideLmHead(lm_head, vocab_size))
+    elif model.dtype != torch.float32:
+        log.warning("%s: its lm_head is of another kind, so its logits are rounded to %s", folder, model.dtype)
+    head = _head_alone(model)
+    if head is None:
+        log.info("%s: body and head are computed together, so the logits of a whole batch exist at once", folder)
+    return head
 
 
 class HuggingFaceScorer(NamedTuple):
-    """Any causal language model of transformers. The logits of a whole batch exist at once.
+    """Any causal language model of transformers.
 
     `vocab_size` is the real vocabulary, the tokenizer's. An lm_head may be padded beyond it, and the padding takes no
-    probability.
+    probability. `head` is the model without its body. Where it is None, the logits of a whole batch exist at once.
     """
 
     model: "PreTrainedModel"
     vocab_size: int
+    head: "PreTrainedModel | None" = None
 
     @classmethod
     def load(
@@ -138,9 +202,9 @@ class HuggingFaceScorer(NamedTuple):
             UsageError: transformers has no such causal language model, or weights are missing.
         """
         config = read_config(folder)
-        from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415 (an extra)
+        from transformers import AutoModelForCausalLM, utils  # noqa: PLC0415 (an extra)
 
-        logging.disable_progress_bar()  # each rank would draw one
+        utils.logging.disable_progress_bar()  # each rank would draw one
         try:
             _check_room(config, folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -161,9 +225,8 @@ class HuggingFaceScorer(NamedTuple):
                 f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}. "
                 "Fetch the folder again."
             )
-        model = model.to(device).eval()
-        _widen_lm_head(model)
-        return cls(model, int(config.vocab_size) if tokens is None else tokens)
+        model, vocab_size = model.to(device).eval(), int(config.vocab_size) if tokens is None else tokens
+        return cls(model, vocab_size, _divide(model, vocab_size, folder))
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +235,16 @@ class HuggingFaceScorer(NamedTuple):
     def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:
         # Padding is on the right, where causal attention never looks, so no mask is needed.
         del document_ids
-        out = self.model(input_ids=tokens, use_cache=False).logits
-        for chunk in rearrange(out, "B T V -> (B T) V").split(CHUNK_TOKENS):
-            yield chunk[:, : self.vocab_size].float().contiguous()
+        if self.head is None:
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            for chunk in rearrange(logits, "B T V -> (B T) V").split(self._chunk_size):
+                yield chunk[:, : self.vocab_size].float().contiguous()
+            return
+        # Hidden states of all positions [N, D]. The head follows chunk by chunk, so that [N, V] never exists.
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        for chunk in rearrange(hidden, "B T D -> (B T) D").split(self._chunk_size):
+            yield self.head(inputs_embeds=chunk[None], use_cache=False).logits[0]
+
+    @property
+    def _chunk_size(self) -> int:
+        return chunk_positions(self.vocab_size, self.device)

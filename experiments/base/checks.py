@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from data.cache.storage import is_url
 from data.stream.source import CachePasses, Shards
 from data.tokenizer import Tokenizer
@@ -13,7 +15,8 @@ from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
 from kd_core.losses.objective import Objective
 from kd_core.parallel.layout import StudentSizes, check_divisible
-from kd_core.parallel.parallelize import fullest_rank_holding
+from kd_core.parallel.parallelize import bytes_of_a_step, fullest_rank_holding
+from kd_core.precision import dtype_of
 from kd_core.students.decoder.architecture import too_many_tokens
 from kd_core.students.student import Student
 from kd_core.training.evaluation import Metric, metric_direction, metric_names
@@ -149,10 +152,13 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)
     passes = -(-rows // parallel.micro_batch_rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gradients, copies = bytes_of_a_step(holding, layout, parallel, passes, dtype_of(parallel.precision, device))
     return {
         "layout": f"{ranks} ranks: {layout}",
         "a rank": f"at most {rows} rows a step in {passes} passes; holds {holding.parameters / 1e6:.2f}M parameters "
-        f"({4 * holding.parameters / 1e9:.3f} GB in float32){moments}",
+        f"({4 * holding.parameters / 1e9:.3f} GB in float32){moments}. A step adds {gradients / 1e9:.3f} GB of "
+        f"gradients and {copies / 1e9:.3f} GB of weights for matmuls, without activations",
     }
 
 

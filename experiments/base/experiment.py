@@ -93,7 +93,7 @@ class Experiment(ExperimentParts):
         def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
                 self.shards, self.collate, seed=self.seed, start_row=row, rows_per_step=self.rows_per_step,
-                micro_batch=self.parallel.micro_batch_rows, **share,
+                micro_batch=self.parallel.micro_batch_rows, pin_memory=world.device.type == "cuda", **share,
             )  # fmt: skip
 
         tokenizer = Tokenizer(resolve_folder(self.student.folder))
@@ -142,6 +142,7 @@ class Experiment(ExperimentParts):
         world.run_on_first(lambda: new_folder_target(folder.export))  # raises before the training, not after it
         world = world.with_layout(self.parallel.layout(world.size))
         checks.warn_of_layout(self.rows_per_step, world.dp_size)
+        self.parallel.choose_kernels()
         model = parallelize(self.build_on_meta(), self.parallel, world)
         self.student.fill(model, self.seed)
         if not run(model, self._data(world, model.arch.vocab_size), self, folder, world, stopping=stopping):

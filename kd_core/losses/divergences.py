@@ -161,7 +161,7 @@ def decoupled_kl(events: Events, parameters: Parameters) -> Float[Tensor, " n"]:
     rank = p[:, :-1].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     in_tail = torch.nn.functional.pad(rank >= parameters.head_size, (0, 1), value=True) & events.used
     # log p/r and log q/s of the events in the tail, and 0 in the head.  [n, K + 1]
-    tail_p, tail_q = (log_softmax_over(log_probs, in_tail) for log_probs in (events.teacher, events.student_relative))
+    tail_p, tail_q = (log_softmax_over(log_probs, in_tail) for log_probs in (events.teacher, events.student_relative()))
     # r KL(p/r ‖ q/s) by event. The rest of forward KL is the head's term: Σ_head p log p/q + r log r/s.  [n, K + 1]
     within = p * (tail_p - tail_q)
     return (parameters.head_weight * (p * events.log_ratio() - within) + parameters.tail_weight * within).sum(dim=1)

@@ -217,14 +217,14 @@ class Objective:
 
     Args:
         terms: the terms by the names under which their sums are logged.
-        chunk_tokens: positions whose logits over the vocabulary are held at a time. On a CPU, 256 take a quarter less
-            memory than 512 and 1 to 3% more time. A GPU needs more positions to be busy.
+        chunk_tokens: positions whose logits over the vocabulary are held at a time. None takes 256 on a CPU, and on a
+            GPU as many as have 1.25 GiB of logits.
         observe: names in `EXTRA_METRIC_SUMS` of metrics that cost more passes over the vocabulary. Evaluation sets
             them.
     """
 
     terms: Mapping[str, Term]
-    chunk_tokens: int = 256
+    chunk_tokens: int | None = None
     observe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ SparseView    log-probabilities of both sides, made by the fused passes (`fused/
 Events        what a tail treatment makes of a view (`tails.py`), and what a divergence compares (`divergences.py`)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -84,8 +85,8 @@ class Events(NamedTuple):
     teacher: Float[Tensor, "n E"]
     student: Float[Tensor, "n E"]
     used: Bool[Tensor, "n E"]
-    student_relative: Float[Tensor, "n E"] | None = None
-    """As in `SparseView`, where the events are the entries as they are and the tail."""
+    student_relative: Callable[[], Tensor] | None = None
+    """Computes `SparseView.student_relative` [n, E], where the events are the entries as they are and the tail."""
 
     def teacher_probs(self) -> Float[Tensor, "n E"]:
         """Returns p of each event, and 0 where it is not used."""
@@ -100,7 +101,7 @@ class Events(NamedTuple):
         return self.teacher - self.student
 
 
-def make_events(teacher: Tensor, student: Tensor, used: Tensor, relative: Tensor | None = None) -> Events:
+def make_events(teacher: Tensor, student: Tensor, used: Tensor, relative: Callable[[], Tensor] | None = None) -> Events:
     """Builds events whose unused ones are 0 in value and in gradient."""
     # `where` also stops the gradient of an unused event: −inf − −inf would make it NaN.  [n, E]
     return Events(torch.where(used, teacher, 0.0), torch.where(used, student, 0.0), used, relative)

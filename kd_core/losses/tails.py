@@ -57,7 +57,7 @@ def tail_bucket(view: SparseView, temperatures: Temperatures) -> Events:
         torch.cat([entries, tail[:, None]], dim=1),
         torch.cat([view.student_log_probs, view.student_tail[:, None]], dim=1),
         torch.cat([view.used(), exists], dim=1),
-        torch.cat([view.student_relative(), view.tail_relative()[:, None]], dim=1),
+        lambda: torch.cat([view.student_relative(), view.tail_relative()[:, None]], dim=1),
     )
 
 

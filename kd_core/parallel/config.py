@@ -1,9 +1,11 @@
 """Settings of how a run is spread over ranks and memory, with their checks. `parallelize.py` applies them."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.utils.deterministic
 
 from kd_core.errors import UsageError
 from kd_core.parallel.layout import Layout, make_layout
@@ -13,7 +15,7 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
     "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
-    "cuda_graphs", "timeout",
+    "cuda_graphs", "deterministic", "timeout",
 )  # fmt: skip
 
 
@@ -29,13 +31,15 @@ class Parallel:
             on one machine.
         sequence_parallel: divide norms and residuals of those ranks by position, instead of repeating them.
         shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
-            moments, where weights are gathered once a pass. full: the same, where weights are gathered for each
-            block, and again in the backward pass.
+            moments, where weights are gathered once a step, and gradients are reduced in its last pass. full: the
+            same, where each pass gathers the weights of each block, again in the backward pass, and reduces gradients.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block. A loop over documents stays outside.
         cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
             longer than running them. For one GPU, without recomputation.
+        deterministic: take kernels that add in a fixed order, where torch has them. A GPU then repeats a run bit by
+            bit, at some cost. A CPU does so anyway.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
     """
 
@@ -48,6 +52,7 @@ class Parallel:
     recompute: str = "none"
     compile: bool = False
     cuda_graphs: bool = False
+    deterministic: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -78,6 +83,14 @@ class Parallel:
         if kind != "every" or not every.isdecimal() or int(every) < 1:
             raise UsageError(f"parallel.recompute: got {self.recompute!r}; wanted none, full, or every:N with N ≥ 1.")
         return int(every)
+
+    def choose_kernels(self) -> None:
+        """Sets which kernels torch takes in this process. torch warns of operations that have no deterministic one."""
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first matmul
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        # What is not written is not read here.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context in which forward passes run."""

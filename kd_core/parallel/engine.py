@@ -4,13 +4,14 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kd_core.losses.fused.loss import LossSums
 from kd_core.parallel.config import Parallel
+from kd_core.parallel.transfers import device_batches
 from kd_core.parallel.world import World
-from kd_core.sharded_values import full_value
+from kd_core.sharded_values import full_tensor
 from kd_core.types import Batch
 
 
@@ -19,7 +20,8 @@ def accumulate_gradients(
 ) -> list[LossSums]:
     """Runs forward and backward passes over the micro-batches of a step, and returns the loss of each.
 
-    Gradients add up on the rank. They are summed over ranks in the backward pass of the last micro-batch alone.
+    Gradients add up on the rank. They are summed over ranks in the backward pass of the last micro-batch alone, except
+    under full sharding, where no rank could hold the gradients of all parameters.
 
     Args:
         model: the student, which `loss_of` runs.
@@ -29,14 +31,26 @@ def accumulate_gradients(
         world: the ranks.
     """
     losses: list[LossSums] = []
-    for batch in batches:
+    for number, batch in enumerate(device_batches(batches, world.device), 1):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(batch is batches[-1])
+            _set_sync(model, parallel, is_last=number == len(batches))
         with parallel.autocast(world.device):
-            loss = loss_of(batch.to(world.device))
+            loss = loss_of(batch)
         loss.total.backward()
         losses.append(loss)
     return losses
+
+
+def _set_sync(model: FSDPModule, parallel: Parallel, is_last: bool) -> None:
+    """Sets what the next backward pass does with gradients and gathered weights."""
+    if parallel.shard == "full":
+        # Each pass leaves this rank's shard of the gradients. Copies of the student are added up in the last pass.
+        model.set_requires_all_reduce(is_last)
+        model.set_reshard_after_backward(is_last, recurse=False)
+    else:
+        model.set_requires_gradient_sync(is_last)
+        # Weights stay gathered until no pass of this step needs them.
+        model.set_reshard_after_backward(is_last)
 
 
 @contextlib.contextmanager
@@ -50,10 +64,6 @@ def evaluation(model: nn.Module, parallel: Parallel, world: World) -> Generator[
             module.reshard()
 
 
-def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients in place so that their global L2 norm is at most `max_norm`.
-
-    Returns the norm before clipping, over all parameters and ranks.
-    """
-    # g ← g · min(1, max_norm / ‖g‖), with ‖g‖ over all parameters.
-    return full_value(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Returns the global L2 norm of all gradients [], over all parameters and ranks, on their device."""
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

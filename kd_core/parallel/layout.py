@@ -5,8 +5,10 @@ a model's tensors, so they should be on one machine.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kd_core.errors import UsageError
 
@@ -105,10 +107,19 @@ def _divisors(number: int) -> str:
 
 @dataclass(frozen=True)
 class RankHolding:
-    """Counts of numbers that the fullest rank holds between steps: its parameters, and how many of them are trained."""
+    """Counts of numbers that the fullest rank holds between steps, and that it gathers in a pass.
+
+    `parameters` are those between steps, of which `trained` are trained. Gathered from the ranks that share them, all
+    transformer blocks have `block_numbers`, the largest of them `largest_block`, and everything outside of blocks
+    `root_numbers`. Of all these, `gathered_trained` are trained.
+    """
 
     parameters: int
     trained: int
+    block_numbers: int
+    largest_block: int
+    root_numbers: int
+    gathered_trained: int
 
     @property
     def optimizer_bytes(self) -> int:
@@ -116,19 +127,27 @@ class RankHolding:
         return 8 * self.trained
 
 
-def holding_of_fullest_rank(
-    layout: Layout, parameters: Iterable[tuple[tuple[int, ...], int | None, bool]]
-) -> RankHolding:
-    """Returns what the fullest rank of a layout holds.
+class ParameterFacts(NamedTuple):
+    """A parameter's shape, the dimension that tensor parallelism divides, its transformer block, and if it trains."""
 
-    `parameters` are (shape, dimension that tensor parallelism divides or None, trained). Sharding divides dimension 0.
-    """
-    total = trained = 0
-    for shape, divided_dimension, is_trained in parameters:
+    shape: tuple[int, ...]
+    divided_dimension: int | None
+    block: int | None
+    is_trained: bool
+
+
+def holding_of_fullest_rank(layout: Layout, parameters: Iterable[ParameterFacts]) -> RankHolding:
+    """Returns what the fullest rank of a layout holds. Sharding divides dimension 0."""
+    total = trained = gathered_trained = 0
+    gathered = Counter[int | None]()
+    for shape, divided_dimension, block, is_trained in parameters:
         sizes = list(shape)
         if divided_dimension is not None:
             sizes[divided_dimension] = math.ceil(sizes[divided_dimension] / layout.tensor)
+        gathered[block] += math.prod(sizes)
+        gathered_trained += math.prod(sizes) * is_trained
         sizes[0] = math.ceil(sizes[0] / layout.shards)
         total += math.prod(sizes)
-        trained += math.prod(sizes) if is_trained else 0
-    return RankHolding(total, trained)
+        trained += math.prod(sizes) * is_trained
+    root = gathered.pop(None, 0)
+    return RankHolding(total, trained, gathered.total(), max(gathered.values(), default=0), root, gathered_trained)

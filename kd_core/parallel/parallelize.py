@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.layout import Layout, RankHolding, holding_of_fullest_rank
+from kd_core.parallel.layout import Layout, ParameterFacts, RankHolding, holding_of_fullest_rank
 from kd_core.parallel.tensor_parallel import TensorParallelStyle
 from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
@@ -79,10 +79,32 @@ def fullest_rank_holding(student: Student, layout: Layout, sequence_parallel: bo
         placement = styles[module].parameters[parameter]
         return placement.dim if isinstance(placement, Shard) else None
 
-    named = student.named_parameters()
-    return holding_of_fullest_rank(
-        layout, [(tuple(p.shape), divided_dimension(name), p.requires_grad) for name, p in named]
+    def block(name: str) -> int | None:
+        prefix, _, rest = name.partition("layers.")
+        return None if prefix or not rest else int(rest.partition(".")[0])
+
+    facts = [
+        ParameterFacts(tuple(parameter.shape), divided_dimension(name), block(name), parameter.requires_grad)
+        for name, parameter in student.named_parameters()
+    ]
+    return holding_of_fullest_rank(layout, facts)
+
+
+def bytes_of_a_step(
+    holding: RankHolding, layout: Layout, parallel: Parallel, passes: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Returns the bytes of gradients, and of weights gathered or rounded to `dtype` for matmuls, in a rank's step."""
+    # More than one pass leaves whole gradients on a rank, unless each pass reduces them (`accumulate_gradients`).
+    are_whole = passes > 1 and parallel.shard != "full"
+    gradients = 4 * (holding.gathered_trained if are_whole else holding.trained)
+    if layout.size == 1:
+        # Autocast rounds copies.
+        return gradients, 0 if dtype == torch.float32 else dtype.itemsize * holding.parameters
+    # Under full sharding one block computes while the next one is gathered.
+    blocks = (
+        min(2 * holding.largest_block, holding.block_numbers) if parallel.shard == "full" else holding.block_numbers
     )
+    return gradients, dtype.itemsize * blocks + 4 * holding.root_numbers
 
 
 def _apply_tensor_parallel(student: Student, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -101,7 +123,7 @@ def _apply_sharding(student: Student, parallel: Parallel, world: World) -> None:
     assert world.mesh is not None
     # Hybrid sharding (arXiv 2304.11277) takes a mesh of two dimensions: copies, and shards of one copy.
     mesh = world.mesh["dp_replicate", "dp_shard"] if world.layout.replicas > 1 else world.mesh["dp_shard"]
-    # Embedding, last norm and lm_head are gathered in float32. That is once a pass, and the loss's gradient
+    # Embedding, last norm and lm_head are gathered in float32. That is once a step, and the loss's gradient
     # needs the precision. Blocks are gathered in the precision of matmuls. All gradients are reduced in float32.
     float32_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     block_policy = MixedPrecisionPolicy(

@@ -95,9 +95,12 @@ class World:
         return tensor
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds up one number for each name over ranks, in float64, as `sum_` does. All ranks need the same names."""
+        """Adds up one number for each name over ranks, in float64, as `sum_` does. All ranks need the same names.
+
+        The numbers are on the host and stay there, so that no rank waits for its device.
+        """
         names = sorted(values)
-        total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device))
+        total = self.sum_(torch.tensor([values[name] for name in names], dtype=torch.float64))
         return dict(zip(names, total.tolist(), strict=True))
 
     def barrier(self) -> None:
@@ -184,6 +187,29 @@ def _read_number(name: str, default: int) -> int:
     return int(text)
 
 
+def _device_of(local_rank: int) -> torch.device:
+    """Returns the GPU of a rank of this machine, or the CPU if it has no GPU.
+
+    Raises:
+        UsageError: the machine has fewer GPUs than ranks. NCCL refuses two ranks on one.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UsageError(
+            f"LOCAL_RANK: got {local_rank}; this machine has {gpus} GPU{'s' if gpus > 1 else ''}, and every rank needs "
+            f"one of its own. Start torchrun with --nproc-per-node={gpus}."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def use_device(device: torch.device) -> None:
+    """Makes a GPU the one that this thread works on. Threads begin with GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 @contextlib.contextmanager
 def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
     """Joins the processes that torchrun started, if it did, and divides this machine's cores among them.
@@ -192,24 +218,24 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         timeout: seconds after which a collective fails that some rank does not reach.
 
     Raises:
-        UsageError: a variable of torchrun is no number in range.
+        UsageError: a variable of torchrun is no number in range, or this rank has no GPU where others have one.
         RankError: this rank, not the first, ended with a `UsageError` that no other rank reports.
     """
     _die_with_launcher()
     size, rank = _read_number("WORLD_SIZE", 1), _read_number("RANK", 0)
     local_size, local_rank = _read_number("LOCAL_WORLD_SIZE", 1), _read_number("LOCAL_RANK", 0)
     torch.set_num_threads(max(1, len(usable_cores()) // local_size))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = _device_of(local_rank)
+    use_device(device)
     if size == 1:
         yield World(device=device)
         return
-    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    # With its device, NCCL connects at once, and makes the groups of a mesh by splitting this one.
+    backend, device_id = ("cuda:nccl,cpu:gloo", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(
-        backend, store=_rendezvous_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
-    )
+        backend, store=_rendezvous_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout),
+        device_id=device_id,
+    )  # fmt: skip
     try:
         yield World(rank, size, device)
     except UsageError as error:

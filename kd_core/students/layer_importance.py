@@ -19,9 +19,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.students.student import Student
-
-CHUNK = 512  # positions whose logits exist at once
 
 Measure = Literal["greedy", "alone", "influence"]
 
@@ -56,11 +55,18 @@ class LayerwiseText:
     def nll(self, x: Float[Tensor, "B T D"]) -> float:
         """Returns the mean NLL in nats per token, from the output of the last layer."""
         hidden = rearrange(self.model.last_hidden(x), "B T D -> (B T) D")
-        weight, total = self.model.plain_lm_head, 0.0
-        # Chunks bound the logits to [CHUNK, V]. Sums are divided once.
-        for rows, labels in zip(hidden.split(CHUNK), self.labels.split(CHUNK), strict=True):
-            total += float(F.cross_entropy((rows @ weight.t()).float(), labels, reduction="sum"))
-        return total / len(self.labels)
+        weight, total = (
+            product_weight(self.model.plain_lm_head.detach()),
+            torch.zeros((), dtype=torch.float64, device=hidden.device),
+        )
+        # Chunks bound the logits to [chunk, V], which are float32. Sums are divided once.
+        chunk = chunk_positions(len(weight), hidden.device)
+        buffer = torch.empty(min(len(hidden), chunk), len(weight), device=hidden.device)
+        for rows, labels in zip(hidden.split(chunk), self.labels.split(chunk), strict=True):
+            logits = buffer[: len(rows)]
+            multiply_(rows, weight, logits, hidden.dtype)
+            total += F.cross_entropy(logits, labels, reduction="sum")
+        return float(total) / len(self.labels)
 
     def activations(self, layers: Sequence[int]) -> list[Tensor]:
         """Runs these layers one after the other and returns the input of each, then the output of the last."""

@@ -77,6 +77,14 @@ class Student(nn.Module):
         del documents
         return self.context(position_ids, document_ids)
 
+    def new_cache(self, slots: int) -> Any | None:
+        """Returns an empty cache of keys and values for rows of up to `slots` positions, or None without such."""
+        del slots
+
+    def cached_context(self, position_ids: Int[Tensor, "B T"], cache: Any) -> Any:
+        """Returns `context` of a pass over new tokens of rows of one document, whose earlier ones are in the cache."""
+        raise NotImplementedError
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
         """Returns the output of a block for the input `x`."""
         raise NotImplementedError
@@ -95,6 +103,7 @@ class Student(nn.Module):
         document_ids: Tensor,
         head: Callable[[Tensor, Tensor], R],
         documents: Documents | None = None,
+        cache: Any = None,
     ) -> R: ...
     def forward(
         self,
@@ -103,16 +112,22 @@ class Student(nn.Module):
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
         documents: Documents | None = None,
+        cache: Any = None,
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
         `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
         states include the architecture's scale of the logits already.
 
+        With a `cache` (`new_cache`), rows are one document each, and go on behind the tokens of earlier passes.
+
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
         inside the root module's forward. `documents` are the lengths in `document_ids`, if the caller knows them.
         """
-        context = self.packed_context(position_ids, document_ids, documents)
+        if cache is None:
+            context = self.packed_context(position_ids, document_ids, documents)
+        else:
+            context = self.cached_context(position_ids, cache)
         x = self.embed(tokens)
         for layer in range(len(self.layers)):
             x = self.run_block(layer, x, context)
@@ -123,17 +138,18 @@ class Student(nn.Module):
         return self.lm_head(hidden)[..., : form.vocab_size]
 
 
-def allocate(model: Student, device: torch.device) -> Student:
-    """Allocates the student's parameters on `device`, in float32, without filling them.
+def allocate(model: Student, device: torch.device, dtype: torch.dtype = torch.float32) -> Student:
+    """Allocates the student's parameters on `device`, in `dtype`, without filling them.
 
     Raises:
         UsageError: the machine has less memory than the parameters need.
     """
-    # 4 bytes for each number of this process's parts of the parameters.
-    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * 4
+    # Bytes of this process's parts of the parameters.
+    needed = sum(local_values(parameter).numel() for parameter in model.parameters()) * dtype.itemsize
     if device.type == "cpu" and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
-    # `to_empty` gives tied parameters separate memory, so they are tied again.
-    model = model.to_empty(device=device)
+    # Cast the shapes first, so that no other dtype takes memory. `to_empty` gives tied parameters separate memory, so
+    # they are tied again.
+    model = (model if dtype == torch.float32 else model.to(dtype)).to_empty(device=device)
     model.tie()
     return model

@@ -1,8 +1,10 @@
 """Greedy continuations of a few short prompts, to look at samples of a model.
 
-Nothing is cached between tokens: every token costs a whole forward pass over all rows.
+prompts [B, T] ─ one pass ─► a token of each row ─ one pass over it, with keys and values cached ─► the next …
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kd_core.logit_products import multiply_
+from kd_core.losses.fused.lm_head import LmHead, MatmulPrecision
 from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.vocab_parallel import local_lm_head
 from kd_core.parallel.world import World
 from kd_core.students.student import Student
+from kd_core.types import LmHeadForm
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,46 @@ def _likeliest(logits: Tensor, part: VocabShard) -> Tensor:
     return ids
 
 
+def _next_ids(form: LmHeadForm, last: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns the likeliest token [B] behind position `last` [B] of each row, of a pass's hidden states [B, T, D]."""
+    local = local_lm_head(hidden, weight)
+    rows = torch.arange(len(last), device=last.device)
+    # Logits are float32: rounded ones would have ties. Rows that pad the vocabulary are cut.  [B, V of the shard]
+    head = LmHead.from_weight(local.weight, form, local.vocab_shard, MatmulPrecision(weight.dtype, torch.float32))
+    logits = torch.empty(len(last), len(head.weight), device=last.device)
+    with torch.autocast(last.device.type, enabled=False):
+        multiply_(local.hidden[rows, last], head.weight, logits, head.precision.matmul_dtype)
+        head.to_logits_(logits, head.bias)
+    return _likeliest(logits.fill_(-torch.inf) if head.shard.padding else logits, local.vocab_shard)
+
+
+def append_tokens(model: Student, ids: Tensor, lengths: Tensor, longest: int, tokens: int, multiple: int = 1) -> Tensor:
+    """Appends so many tokens to each row, and returns all ids. Nothing waits for a device.
+
+    Args:
+        model: the student.
+        ids: rows of prompts with room for the tokens, and for the padding of a pass.  [B, slots]
+        lengths: how many tokens of each row are known.  [B]
+        longest: the largest of them.
+        tokens: how many are appended.
+        multiple: the length of a pass is a multiple of it.
+    """
+    cache, form = model.new_cache(ids.shape[1]), model.lm_head_form
+    for step in range(tokens):
+        # A pass takes the prompts, and then the last token of each row. Without a cache, it takes all tokens so far.
+        is_whole = step == 0 or cache is None
+        begin = torch.zeros_like(lengths) if is_whole else lengths - 1
+        # Attention is causal, so padding right of a row's last token changes nothing before it.  [B, T]
+        T = -(-(longest + step if is_whole else 1) // multiple) * multiple
+        positions = begin[:, None] + torch.arange(T, device=ids.device)
+        inputs = ids.gather(1, positions)
+        head = functools.partial(_next_ids, form, lengths - 1 - begin)
+        next_ids = model(inputs, positions, torch.zeros_like(inputs), head, cache=cache)
+        ids = ids.scatter(1, lengths[:, None], next_ids[:, None])
+        lengths = lengths + 1
+    return ids
+
+
 def continue_greedily(
     model: Student, prompts: Sequence[list[int]], tokens: int, parallel: Parallel, world: World
 ) -> list[list[int]]:
@@ -54,37 +99,16 @@ def continue_greedily(
 
     All ranks call it with the same prompts, and all get the same result.
     """
-    # How many tokens of each row are known so far.  [B]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=world.device)
-    rows = torch.arange(len(prompts), device=world.device)
-    longest = max(map(len, prompts), default=0) + tokens
-
-    def next_ids(hidden: Tensor, weight: Tensor) -> Tensor:
-        shard = local_lm_head(hidden, weight)
-        # Hidden state of each row's last known token, [B, D], and how many rows of the shard are real tokens.
-        last, real_rows = (
-            shard.hidden[rows, lengths - 1],
-            shard.vocab_shard.rows(len(shard.weight), model.arch.vocab_size),
-        )
-        with torch.autocast(world.device.type, enabled=False):  # in float32: rounded logits would have ties
-            logits = last.float() @ shard.weight.float().t()  # [B, rows of the shard]
-        # Rows that only pad the vocabulary are never chosen.
-        is_padding = torch.arange(logits.shape[1], device=world.device) >= real_rows
-        return _likeliest(logits.masked_fill(is_padding, -torch.inf), shard.vocab_shard)
-
-    # Room for all tokens to come.  [B, longest]
+    # Sequence parallelism divides the length of a pass among the tensor-parallel ranks.
+    longest, multiple = max(map(len, prompts), default=0), world.layout.tensor
+    # Room for all tokens to come, and for the padding of a pass.  [B, slots]
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(world.device)
-    ids = torch.nn.functional.pad(ids, (0, longest - ids.shape[1]))
-    with engine.evaluation(model, parallel, world):
-        for _ in range(tokens):
-            # Attention is causal, so padding right of a row's last token changes nothing before it. The length is
-            # rounded up to a multiple of the tensor-parallel ranks, among which sequence parallelism divides it.
-            T = -(-int(lengths.max()) // world.layout.tensor) * world.layout.tensor
-            padded = torch.nn.functional.pad(ids[:, :T], (0, max(0, T - ids.shape[1])))  # [B, T]
-            positions = torch.arange(T, device=world.device).expand_as(padded)
-            ids[rows, lengths] = model(padded, positions, torch.zeros_like(padded), next_ids)
-            lengths += 1
-    return [row[len(prompt) : len(prompt) + tokens].tolist() for prompt, row in zip(prompts, ids, strict=True)]
+    ids = torch.nn.functional.pad(ids, (0, tokens + multiple))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=world.device)
+    eager = torch.compiler.set_stance("force_eager") if parallel.compile else contextlib.nullcontext()
+    with engine.evaluation(model, parallel, world), eager:
+        rows = append_tokens(model, ids, lengths, longest, tokens, multiple).tolist()
+    return [row[len(prompt) : len(prompt) + tokens] for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def continuations(model: Student, prompts: Prompts, parallel: Parallel, world: World) -> dict[str, str]:

@@ -1,14 +1,16 @@
 """The training loop, from the newest undamaged checkpoint or the start, to the last step.
 
-    batches of a step → train_step → (validation, continuations) → metrics → (checkpoint) → (told to stop?)
+    batches of a step → begin_step → numbers → (validation, continuations) → metrics → (checkpoint) → (told to stop?)
 
+On a GPU the numbers of a step are read behind the next one, unless a validation or a checkpoint needs them before.
 Everything that varies with the step (learning rate, random state, rows read) is a function of it. A run that was
-killed and resumed therefore computes the same as one that was not.
+killed and resumed therefore computes the same as one that was not (on a GPU up to rounding: docs/training.md).
 """
 
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -37,7 +39,7 @@ from kd_core.training.monitoring.slow_start import SlowStart
 from kd_core.training.optimizer import set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.run_settings import RunSettings
-from kd_core.training.step import count_tokens_and_damage, train_step
+from kd_core.training.step import BegunStep, begin_step, count_tokens_and_damage
 from kd_core.training.stop_signals import StopSignals
 from kd_core.types import Batch
 
@@ -58,6 +60,19 @@ class Data:
     prompts: Prompts
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A step that has begun: its batches, histograms and rate, when it began, and the seconds it waited for data."""
+
+    step: int
+    batches: Sequence[Batch]
+    result: BegunStep
+    histograms: dict[str, dict[str, Any]]
+    rate: float
+    started: float
+    waited: float
+
+
 @dataclass
 class _Run:
     """The state of a run under way. `progress` counts the steps and rows that are done."""
@@ -72,10 +87,12 @@ class _Run:
     progress: Progress = field(default_factory=Progress)
     metrics: MetricLog | None = None
     group_settings: list[dict[str, Any]] | None = None  # as built, until the first step has left them unchanged
+    begun: deque[_Begun] = field(default_factory=deque[_Begun])  # steps whose numbers are not read yet
+    last_ended: float = 0.0
 
-    def is_due(self, step: int, every: int) -> bool:
-        """Returns True for every multiple of `every`, and for the last step."""
-        return step == self.settings.steps or step % every == 0
+    def is_due(self, step: int, *every: int) -> bool:
+        """Returns True for multiples of any of `every`, and for the last step."""
+        return step == self.settings.steps or any(step % steps == 0 for steps in every)
 
     def restore(self) -> bool:
         """Loads the newest undamaged checkpoint. Returns False if there is none.
@@ -130,37 +147,38 @@ class _Run:
                 self.metrics.add_continuations(step, texts)
         return metrics
 
-    def take_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """Takes one optimiser step and returns its metrics.
-
-        Raises:
-            NonFiniteError: as in `_handle_non_finite`.
-            UsageError: the first step changed optimiser settings that no checkpoint holds.
-        """
+    def begin_step(self, step: int, batches: Sequence[Batch], waited: float) -> _Begun:
+        """Begins one optimiser step, whose numbers `end_step` reads."""
         settings, started = self.settings, time.perf_counter()
         self.pulse.enter(f"in forward and backward of step {step}")
         # A seed of each step and data-parallel rank, so that checkpoints need no random state.
         torch.manual_seed((settings.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
         factor = rate_factor(settings.schedule, step, settings.steps)
         set_rates(self.optimizer, factor)
-        after_step = replace(self.progress, step=step, rows=step * settings.rows_per_step, metric=None)
-        every = settings.logger.histograms_every
-        is_recorded = every > 0 and self.is_due(step, every)
-        recorder = histograms_of_step(self.model, self.optimizer, self.world) if is_recorded else nullcontext({})
+        every, recorder = settings.logger.histograms_every, nullcontext[dict[str, dict[str, Any]]]({})
+        if every > 0 and self.is_due(step, every):
+            recorder = histograms_of_step(self.model, self.optimizer, self.world)
+        with recorder as histograms:
+            result = begin_step(
+                self.model, self.optimizer, batches, objective=settings.loss.at(step, settings.steps),
+                clip_norm=settings.optimizer.clip_norm, parallel=settings.parallel, world=self.world,
+            )  # fmt: skip
+        return _Begun(step, batches, result, histograms, factor * settings.optimizer.lr, started, waited)
+
+    def end_step(self, begun: _Begun) -> dict[str, float]:
+        """Reads the numbers of a step, and returns its metrics.
+
+        Raises:
+            NonFiniteError: as in `_handle_non_finite`.
+            UsageError: the first step changed optimiser settings that no checkpoint holds.
+        """
+        step = begun.step
+        after_step = replace(self.progress, step=step, rows=step * self.settings.rows_per_step, metric=None)
         try:
-            with recorder as histograms:
-                result = train_step(
-                    self.model,
-                    self.optimizer,
-                    batches,
-                    objective=settings.loss.at(step, settings.steps),
-                    clip_norm=settings.optimizer.clip_norm,
-                    parallel=settings.parallel,
-                    world=self.world,
-                )
+            result = begun.result.read()
         except NonFiniteError as error:
             self.progress = replace(after_step, skipped=after_step.skipped + 1)
-            return self._handle_non_finite(error, step, batches)
+            return self._handle_non_finite(error, step, begun.batches)
         self.progress = after_step
         if self.group_settings is not None and result.moved:
             check_resumable(self.model, self.optimizer, self.group_settings)
@@ -168,14 +186,16 @@ class _Run:
         if not result.moved:
             reason = "every weight of the objective is 0" if result.tokens else "no position of it is scored"
             log.warning("step %d: %s, so nothing has moved (no decay, no momentum)", step, reason)
-        seconds = time.perf_counter() - started
-        if histograms and self.metrics:
-            self.metrics.add_histograms(step, histograms)
+        # The device began a step behind the one before it.
+        ended = time.perf_counter()
+        seconds, self.last_ended = ended - max(begun.started, self.last_ended), ended
+        if begun.histograms and self.metrics:
+            self.metrics.add_histograms(step, begun.histograms)
         return {
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
             "train/skipped_steps": float(after_step.skipped),
-            "train/lr": factor * settings.optimizer.lr,
+            "train/lr": begun.rate,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
             "speed/step_seconds": seconds,
@@ -203,6 +223,20 @@ class _Run:
         log.warning("%s; the step is skipped", message)
         _, damaged_blocks = count_tokens_and_damage(batches, self.world)
         return {"data/damaged_blocks": float(damaged_blocks), "train/skipped_steps": float(self.progress.skipped)}
+
+    def report_steps(self, live: ProgressLine, slow_start: SlowStart, *, all_of_them: bool) -> dict[str, float]:
+        """Reports the steps begun, and returns the held-out metrics of the latest. May leave the last one for later."""
+        held_out: dict[str, float] = {}
+        while self.begun and (all_of_them or len(self.begun) > 1 or not self.begun[0].result.is_late):
+            begun = self.begun.popleft()
+            step, values = begun.step, self.end_step(begun)
+            seconds = values.get("speed/step_seconds", time.perf_counter() - begun.started)
+            values |= live.speed(step, seconds, begun.waited)
+            slow_start.add(self.settings.tokens_per_step, values.get("speed/step_seconds", 0.0), begun.waited)
+            held_out = self.validate(step) if self.is_due(step, self.settings.evaluation.every) else {}
+            self.log_metrics(step, values, held_out)
+            live.show(step, values)
+        return held_out
 
     def log_metrics(self, step: int, values: dict[str, float], held_out: dict[str, float]) -> None:
         """Writes the metrics of a step if they are due.
@@ -247,16 +281,14 @@ def run(
         slow_start = SlowStart(model, settings.parallel, world, settings.steps - state.progress.step)
         live = stack.enter_context(ProgressLine(settings.steps, state.progress.step, settings.logger.line_every, world))
         for step, batches, waited in stack.enter_context(closing(state.steps())):
-            started = time.perf_counter()
-            values = state.take_step(step, batches)
-            values |= live.speed(step, time.perf_counter() - started, waited)
-            slow_start.add(settings.tokens_per_step, values.get("speed/step_seconds", 0.0), waited)
-            held_out = state.validate(step) if state.is_due(step, settings.evaluation.every) else {}
-            state.log_metrics(step, values, held_out)
+            state.begun.append(state.begin_step(step, batches, waited))
+            # A validation or a checkpoint needs the numbers of this step at once.
+            is_needed = state.is_due(step, settings.evaluation.every, settings.checkpoint.every)
+            held_out = state.report_steps(live, slow_start, all_of_them=is_needed)
             stop_reason = stopping.agree_on_stop(world)
             if stop_reason or state.is_due(step, settings.checkpoint.every):
+                state.report_steps(live, slow_start, all_of_them=True)
                 state.save(saver, held_out)
-            live.show(step, values)
             if stop_reason and step < settings.steps:
                 saver.wait()
                 log.info("stopped after step %d of %d, %s; it is saved. Run the same command again to go on.",

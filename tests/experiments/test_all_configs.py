@@ -105,7 +105,7 @@ def test_a_dry_run_of_a_large_recipe_tells_what_a_rank_holds(
     experiment: Experiment = fdl.build(config_items.resolve_items([name, *items], "Experiment").config)
     told = experiment.check(ranks)
     assert told["layout"] == layout
-    assert "holds 121.72M parameters (0.487 GB in float32) and 0.974 GB of moments" in told["a rank"]
+    assert "holds 121.72M parameters (0.487 GB in float32) and 0.974 GB of moments. A step adds" in told["a rank"]
 
 
 def test_every_golden_text_has_its_config() -> None:

@@ -64,14 +64,14 @@ def test_adapters_interrupted_and_resumed_have_the_same_numbers(
     tiny: Tiny, adapted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropout too: its mask follows from the step. (Kills are in test_commands.py.)"""
-    steps, real = itertools.count(1), loop.train_step
+    steps, real = itertools.count(1), loop.begin_step
 
     def interrupted(*args: Any, **settings: Any) -> Any:
         if next(steps) == 6:
             raise KeyboardInterrupt
         return real(*args, **settings)
 
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    monkeypatch.setattr(loop, "begin_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _train(tiny, tmp_path)
     assert not (tmp_path / "export").exists()

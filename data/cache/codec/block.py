@@ -30,6 +30,7 @@ from data.cache.codec.ranks import Ragged
 from data.cache.codec.samples import decode_weights, encode_weights, weight_plane_count
 from data.cache.columns import Columns, measure_codec_error
 from data.cache.record import Record
+from data.cache.tar import encode_member
 from kd_core.json_fields import check_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -75,6 +76,23 @@ def encode_block(first: int, records: Sequence[Record], coding: Coding) -> tuple
     decoded = decode_block({"json": json.dumps(header).encode(), **members}, coding)
     header["audit"] = measure_codec_error(columns, Columns.from_records(decoded, selection.tail_temperatures))
     return {"json": json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), **members}, header["audit"]
+
+
+def encode_block_members(first: int, records: Sequence[Record], coding: Coding, max_kl: float) -> bytes:
+    """Encodes records as one block and returns its members as bytes of a tar.
+
+    Raises:
+        ValueError: a record holds values that no teacher can produce, or the codec's mean error on the block is above
+            `max_kl` nats a position.
+    """
+    members, audit = encode_block(first, records, coding)
+    if audit["kl_mean"] > max_kl:
+        raise ValueError(
+            f"codec {coding.codec!r} changes the teacher by {audit['kl_mean']:.1e} nats a position on the block of "
+            f"record {first} (worst {audit['kl_worst']:.1e}); the bound is {max_kl:.1e} (max_codec_kl). "
+            "Take codec=lossless, or raise the bound."
+        )
+    return b"".join(encode_member(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
 
 
 def decode_block(members: dict[str, bytes], coding: Coding) -> list[Record]:

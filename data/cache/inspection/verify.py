@@ -21,7 +21,7 @@ from data.cache.contents import CachedDocuments, mask_digest, window_digest, win
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
-from data.cache.totals import Totals
+from data.cache.totals import BlockSums, Totals
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.json_fields import check_integer, check_object, short_repr
@@ -62,7 +62,7 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         for problem in _problems(decoded, coding, manifest):
             findings.report(decoded.where, problem)
         if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
-            totals.add(decoded.header, decoded.records)
+            totals.add(BlockSums.from_block(decoded.header, decoded.records))
         else:
             findings.report(decoded.where, "json: has no audit of the codec")
         findings.records += len(decoded.records)

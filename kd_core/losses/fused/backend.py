@@ -3,17 +3,17 @@
 For each chunk, the pass over the vocabulary (`full_vocab.py`) calls in this order:
 
     logits_             hidden states [n, D] to logits, which the backend keeps
-    tail_statistics_    per temperature of the student: numbers per position and entry that the losses need
+    tail_statistics_    numbers per position and entry that the losses need, for each temperature of the student
     tail_entropy, …     where a term or a metric asks for them
     add_gradients_      gradients by those numbers, to gradients by logits, to gradients by hidden states and weight
 
 Everything between these calls works on [n, K] and is the same on all devices. A backend for a new kind of device, or
 of fused kernels, implements this class, and is named in `choose_backend.py`. `torch_backend.py` does it with
-torch operations. On a GPU no method may wait for a result (`if tensor.any()`).
+torch operations, `triton_backend.py` with kernels. On a GPU no method may wait for a result (`if tensor.any()`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -45,11 +45,17 @@ class LossBackend(ABC):
 
     Args:
         head: the lm_head.
+        chunk_tokens: the largest number of positions in a chunk.
         temperatures: those of the student that terms need. 1 comes first, since all others are made from it.
     """
 
-    def __init__(self, head: LmHead, temperatures: Sequence[float]) -> None:
-        self.head, self.temperatures = head, temperatures
+    def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
+        self.head, self.chunk_tokens, self.temperatures = head, chunk_tokens, temperatures
+
+    @staticmethod
+    @abstractmethod
+    def scale_(values: Tensor, factor: Float[Tensor, ""]) -> None:
+        """Multiplies a gradient by a number, which is 1 in training."""
 
     @abstractmethod
     def logits_(self, hidden: Float[Tensor, "n D"]) -> None:
@@ -57,15 +63,17 @@ class LossBackend(ABC):
 
     @abstractmethod
     def tail_statistics_(
-        self, temperature: float, entries: ShardColumns, labels: ShardColumns, needs_tail_sum: bool
-    ) -> VocabStats:
+        self, entries: ShardColumns, labels: ShardColumns, sum_temperatures: Collection[float]
+    ) -> dict[float, VocabStats]:
         """Computes one shard's statistics of logits / temperature. It may overwrite the logits with other numbers.
 
         Args:
-            temperature: one of `temperatures`. Each is asked for once per chunk.
             entries: columns of the teacher's entries [n, K].
             labels: columns of the labels [n, 1].
-            needs_tail_sum: false if `tail_sum` may be 0, which saves a pass.
+            sum_temperatures: temperatures at which `tail_sum` is read. It may be 0 at others, which saves a pass.
+
+        Returns:
+            The statistics for each of `temperatures`.
         """
 
     @abstractmethod

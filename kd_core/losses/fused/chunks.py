@@ -81,6 +81,11 @@ class LossCall(NamedTuple):
                 loss = loss + weights[name] * value
         return loss, {"loss": loss.detach(), **sums}
 
-    def zero_sums(self) -> dict[str, Tensor]:
-        """Returns a float64 zero for each sum of the objective."""
-        return dict.fromkeys(self.objective.sum_names(), torch.zeros((), dtype=torch.float64))
+    def add_sums(self, chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Adds up the sums of the objective over chunks, in float64."""
+        names = self.objective.sum_names()
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.positions.hidden.device)
+        for sums in chunks:
+            # All sums at once: each operation is a launch on a GPU.  [names]
+            totals += torch.stack([sums[name] for name in names])
+        return dict(zip(names, totals.unbind(), strict=True))

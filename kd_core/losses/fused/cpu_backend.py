@@ -5,13 +5,12 @@ has to be float32 is cast in blocks of the vocabulary, so that the copies stay i
 products are added to the float32 gradient in such blocks too. dlogits is rounded in its own memory.
 """
 
-import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from kd_core.logit_products import multiply_
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.torch_backend import TorchBackend
 
@@ -23,18 +22,6 @@ ROUNDED_ROWS = 8
 
 def _blocks(rows: int) -> Iterator[slice]:
     return (slice(start, min(rows, start + BLOCK_ROWS)) for start in range(0, rows, BLOCK_ROWS))
-
-
-@contextlib.contextmanager
-def _float32_in_bfloat16() -> Generator[None]:
-    """Multiplies float32 matmuls in bfloat16 and adds up in float32."""
-    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    previous = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = previous
 
 
 def round_(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,6 +49,12 @@ class CpuBackend(TorchBackend):
         self._cast_weight = head.weight.to(torch.bfloat16 if self._in_bfloat16 else head.precision.accum_dtype)
         self._scratch: dict[str, Tensor] = {}
 
+    @staticmethod
+    def scale_(values: Tensor, factor: Tensor) -> None:
+        """Multiplies in place, and skips the usual factor of 1."""
+        if factor != 1:
+            values.mul_(factor)
+
     def _scratch_tensor(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
         """Returns a tensor that all chunks share. The first use fixes how many rows there are at most."""
         if name not in self._scratch:
@@ -69,15 +62,14 @@ class CpuBackend(TorchBackend):
         return self._scratch[name][: shape[0]]
 
     def _multiply_(self, hidden: Tensor, out: Tensor) -> None:
-        weight, hidden = self.head.weight, hidden.to(out.dtype)
-        with _float32_in_bfloat16() if self._in_bfloat16 else contextlib.nullcontext():
-            if weight.dtype == out.dtype:
-                torch.mm(hidden, weight.t(), out=out)
-                return
-            # Cast the weight block by block.
-            for block in _blocks(len(weight)):
-                rows = self._scratch_tensor("rows", weight[block].shape, hidden).copy_(weight[block])
-                torch.mm(hidden, rows.t(), out=out[:, block])
+        weight, hidden, matmul_dtype = self.head.weight, hidden.to(out.dtype), self.head.precision.matmul_dtype
+        if weight.dtype == out.dtype:
+            multiply_(hidden, weight, out, matmul_dtype)
+            return
+        # Cast the weight block by block.
+        for block in _blocks(len(weight)):
+            rows = self._scratch_tensor("rows", weight[block].shape, hidden).copy_(weight[block])
+            multiply_(hidden, rows, out[:, block], matmul_dtype)
 
     def _add_products_(self, gradients: LmHeadGradients, positions: slice, hidden: Tensor, dproduct: Tensor) -> None:
         factor = self._cast_weight

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_core.logit_products import chunk_positions
 from kd_core.losses.fused.backend import LossBackend
-from kd_core.losses.fused.choose_backend import make_backend
+from kd_core.losses.fused.choose_backend import backend_of
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
 from kd_core.losses.fused.loss_metrics import extra_metric_sums, metric_sums
@@ -32,34 +33,32 @@ from kd_core.losses.fused.softmax import (
 
 @dataclass(frozen=True)
 class _FullVocabPass:
-    """One call of the loss, and the backend that holds the logits of its current chunk."""
+    """One call of the loss, the backend that holds the logits of its current chunk, and the slices of all chunks."""
 
     call: LossCall
     backend: LossBackend
+    slices: list[slice]
 
     @classmethod
     def allocate(cls, call: LossCall, head: LmHead) -> "_FullVocabPass":
         """Allocates the backend's memory for the longest chunk."""
-        chunk_tokens = min(len(call.positions.hidden), call.objective.chunk_tokens)
+        positions, V = len(call.positions.hidden), len(head.weight)
+        chunk_tokens = min(positions, call.objective.chunk_tokens or chunk_positions(V, head.weight.device))
         terms = call.objective.terms.values()
         temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
-        return cls(call, make_backend(head, chunk_tokens, temperatures))
+        backend = backend_of(head.weight)(head, chunk_tokens, temperatures)
+        return cls(call, backend, list(call.chunk_slices(max(1, chunk_tokens))))
 
     def reduce_(self, chunk: Positions) -> dict[float, ReducedLogits]:
         """Computes the logits of a chunk, and reduces them for each temperature of the student."""
         self.backend.logits_(chunk.hidden)
         terms = self.call.objective.terms.values()
-        # The tail's mean costs a pass over V, so it is computed only for the views whose terms read it.
-        mean_temperatures = {term.view_temperature for term in terms if term.needs_tail_mean}
-        return {
-            temperature: reduce_logits_(self.backend, temperature, chunk, temperature in mean_temperatures)
-            for temperature in self.backend.temperatures
-        }
+        return reduce_logits_(self.backend, chunk, {term.view_temperature for term in terms if term.needs_tail_mean})
 
     def student_entropies(self) -> Tensor:
         """Computes the student's entropy at all positions [N], which costs the logits of all of them."""
         entropies: list[Tensor] = []
-        for positions in self.call.chunk_slices(self.call.objective.chunk_tokens):
+        for positions in self.slices:
             reduced = self.reduce_(self.call.chunk(positions))
             entropies.append(student_entropy(self.backend, reduced[1.0]))
         return torch.cat(entropies)
@@ -67,9 +66,10 @@ class _FullVocabPass:
 
 def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients | None) -> dict[str, Tensor]:
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
-    full_pass, totals = _FullVocabPass.allocate(call, head), call.zero_sums()
+    full_pass = _FullVocabPass.allocate(call, head)
+    chunk_sums: list[dict[str, Tensor]] = []
     backend, factors = full_pass.backend, call.position_weights(full_pass.student_entropies)
-    for positions in call.chunk_slices(call.objective.chunk_tokens):
+    for positions in full_pass.slices:
         # Logits to views.  [n, V] → [n, K]
         chunk = call.chunk(positions)
         reduced = full_pass.reduce_(chunk)
@@ -80,7 +80,7 @@ def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients
         )
         sums |= metric_sums(reduced[1.0], chunk.mask)
         sums |= extra_metric_sums(call.objective.observe, reduced[1.0], backend, chunk.mask)
-        totals = {name: total + sums[name].double() for name, total in totals.items()}
+        chunk_sums.append(sums)
         if gradients is None:
             continue
         # Derivatives by the views to dL/dlogits, and on into the gradients.  [n, K] → [n, V]
@@ -90,4 +90,4 @@ def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients
             for (temperature, reduced_logits), g in zip(reduced.items(), by_view, strict=True)
         }
         backend.add_gradients_(gradients, positions, chunk.hidden, by_temperature)
-    return totals
+    return call.add_sums(chunk_sums)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kd_core.compiling import outside_compiled_graphs
+from kd_core.losses.fused.choose_backend import backend_of
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.full_vocab import sum_over_vocabulary
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients, MatmulPrecision
@@ -84,12 +85,9 @@ class _FusedHead(torch.autograd.Function):
         """Returns the gradients of the forward pass times the gradient by the loss."""
         gradients: LmHeadGradients = ctx.gradients
         del ctx.gradients
-        factor = grad_outputs[0]
-        # In place, and skipped for the usual factor of 1.
-        if factor != 1:
-            for gradient in (gradients.hidden, gradients.weight, gradients.bias):
-                if gradient is not None:
-                    gradient.mul_(factor)
+        for gradient in (gradients.hidden, gradients.weight, gradients.bias):
+            if gradient is not None:
+                backend_of(gradient).scale_(gradient, grad_outputs[0])
         # Each in the dtype of its input. The last two inputs of `forward` have none.
         with_dtypes = zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
         return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in with_dtypes), None, None

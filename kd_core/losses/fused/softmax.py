@@ -13,6 +13,7 @@ share the vocabulary (`vocab_shard.py`), each rank does this on its own columns,
 same on all ranks.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from kd_core.losses.fused.backend import LogitGradients, LossBackend
 from kd_core.losses.fused.chunks import Positions
-from kd_core.losses.fused.vocab_shard import ShardColumns
+from kd_core.losses.fused.vocab_shard import ShardColumns, VocabStats
 from kd_core.losses.sparse_view import SparseView
 
 
@@ -61,23 +62,46 @@ class ViewGradients(NamedTuple):
         return [cls(*gradients[start : start + 5]) for start in range(0, len(gradients), 5)]
 
 
-def reduce_logits_(backend: LossBackend, temperature: float, chunk: Positions, needs_tail_mean: bool) -> ReducedLogits:
-    """Reduces the logits / τ that the backend holds to a view. The backend may overwrite them."""
+def reduce_logits_(
+    backend: LossBackend, chunk: Positions, mean_temperatures: Collection[float]
+) -> dict[float, ReducedLogits]:
+    """Reduces the logits / τ that the backend holds to a view for each temperature. The backend may overwrite them.
+
+    Args:
+        backend: the logits of the chunk.
+        chunk: its targets.
+        mean_temperatures: those at which a term reads `student_tail_mean`, which costs a pass over the vocabulary.
+    """
     # Columns of the K entries and of the label in this shard.  [n, K] and [n, 1]
     head, teacher, used = backend.head, chunk.teacher, chunk.teacher.log_probs > -torch.inf
     entries = head.shard.locate(teacher.ids, used, len(head.weight))
     labels = head.shard.locate(chunk.labels[:, None], torch.ones_like(chunk.mask)[:, None], len(head.weight))
-    # Statistics of the whole vocabulary, the same on all ranks.
-    shard_stats = backend.tail_statistics_(temperature, entries, labels, needs_tail_mean)
-    stats, tail_share = head.shard.all_reduce(shard_stats)
-    tail_exists = stats.tail_size > 0
-    tail_mean = stats.tail_sum / stats.tail_size.clamp(min=1)
+    by_temperature = backend.tail_statistics_(entries, labels, mean_temperatures)
+    reduced: dict[float, ReducedLogits] = {}
+    for temperature, shard_stats in by_temperature.items():
+        # Statistics of the whole vocabulary, the same on all ranks.
+        stats, tail_share = head.shard.all_reduce(shard_stats)
+        has_mean = temperature in mean_temperatures
+        view = _make_view(chunk, stats, has_mean)
+        reduced[temperature] = ReducedLogits(view, stats.tail_max, entries, labels, tail_share, has_mean)
+    return reduced
+
+
+def _tail_mean(stats: VocabStats, normaliser: Tensor, has_tail_mean: bool) -> Tensor:
+    if not has_tail_mean:
+        return torch.zeros_like(normaliser)
+    mean = stats.tail_sum / stats.tail_size.clamp(min=1)
+    return torch.where(stats.tail_size > 0, mean - normaliser, 0.0)
+
+
+def _make_view(chunk: Positions, stats: VocabStats, has_tail_mean: bool) -> SparseView:
+    teacher, used = chunk.teacher, chunk.teacher.log_probs > -torch.inf
     # log Z = logaddexp(logsumexp over the distinct entries, logsumexp over the tail).  [n]
     support = torch.where(used, stats.entry_logits, -torch.inf)
     on_support = torch.where(stats.distinct, support, -torch.inf).logsumexp(dim=1)
     normaliser = torch.logaddexp(on_support, stats.tail_logsumexp)
     # log q = z / τ − log Z. Autograd is off here, so the fields that losses are differentiated by become its leaves.
-    view = SparseView(
+    return SparseView(
         teacher_log_probs=teacher.log_probs,
         teacher_tail=teacher.tail_log_prob,
         tempered_tails=teacher.tempered_tails,
@@ -87,14 +111,11 @@ def reduce_logits_(backend: LossBackend, temperature: float, chunk: Positions, n
         student_tail_logit=stats.tail_logsumexp,
         student_label=(stats.label_logit - normaliser).requires_grad_(),
         student_log_normaliser=normaliser.requires_grad_(),
-        student_tail_mean=torch.where(
-            tail_exists & needs_tail_mean, tail_mean - normaliser.detach(), 0.0
-        ).requires_grad_(),
+        student_tail_mean=_tail_mean(stats, normaliser.detach(), has_tail_mean).requires_grad_(),
         distinct=stats.distinct,
         is_label=stats.distinct & (teacher.ids == chunk.labels[:, None]),
         tail_size=stats.tail_size,
     )
-    return ReducedLogits(view, stats.tail_max, entries, labels, tail_share, needs_tail_mean)
 
 
 def student_entropy(backend: LossBackend, reduced: ReducedLogits) -> Float[Tensor, " n"]:

@@ -116,9 +116,10 @@ def _no_student_entropy() -> Tensor:
 
 def sum_over_support(call: LossCall, head: LmHead, gradients: LmHeadGradients | None) -> dict[str, Tensor]:
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
-    K, accum_dtype, totals = call.positions.teacher.ids.shape[1], head.precision.accum_dtype, call.zero_sums()
+    K, accum_dtype = call.positions.teacher.ids.shape[1], head.precision.accum_dtype
+    chunk_sums: list[dict[str, Tensor]] = []
     factors = call.position_weights(_no_student_entropy)
-    for positions in call.chunk_slices(max(1, min(call.objective.chunk_tokens, GATHERED_ROWS // K))):
+    for positions in call.chunk_slices(max(1, min(call.objective.chunk_tokens or GATHERED_ROWS, GATHERED_ROWS // K))):
         # Rows of the lm_head and their logits to a view.  [n, K, D] → [n, K]
         chunk = call.chunk(positions)
         hidden = chunk.hidden.to(accum_dtype)
@@ -130,11 +131,11 @@ def sum_over_support(call: LossCall, head: LmHead, gradients: LmHeadGradients | 
             {1.0: view}, chunk.mask, {name: factor[positions] for name, factor in factors.items()}
         )
         sums |= teacher_metric_sums(view, chunk.mask)
-        totals = {name: total + sums[name].double() for name, total in totals.items()}
+        chunk_sums.append(sums)
         if gradients is not None:
             # The gradient by log q is also that by the logits, since a constant added to a row changes no term here.
             dlogits = ViewGradients.from_loss(loss, call.scale, [view])[0].entries
             if slope is not None:
                 dlogits = dlogits * slope
             rows.add_gradients_(gradients, positions, hidden, dlogits)
-    return totals
+    return call.add_sums(chunk_sums)

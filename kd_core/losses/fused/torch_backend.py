@@ -12,7 +12,7 @@ What is left to the kind of device are three matmuls:
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ BLOCK_ROWS = 32
 
 
 class TorchBackend(LossBackend):
-    """Everything but the matmuls. `chunk_tokens` is the largest number of positions in a chunk."""
+    """Everything but the matmuls."""
 
     def __init__(self, head: LmHead, chunk_tokens: int, temperatures: Sequence[float]) -> None:
-        super().__init__(head, temperatures)
+        super().__init__(head, chunk_tokens, temperatures)
         shape, dtype = (chunk_tokens, len(head.weight)), head.precision.accum_dtype
         self._buffers = {temperature: head.weight.new_empty(shape, dtype=dtype) for temperature in temperatures}
         # The chunk's views of these buffers, and the derivative of the soft cap [n, V] or None without a soft cap.
@@ -63,14 +63,17 @@ class TorchBackend(LossBackend):
                 torch.div(logits, temperature, out=buffer)
 
     def tail_statistics_(
-        self, temperature: float, entries: ShardColumns, labels: ShardColumns, needs_tail_sum: bool
-    ) -> VocabStats:
-        """Overwrites the logits of one temperature with the softmax over this shard's tail."""
-        logits = self._chunk[temperature]
+        self, entries: ShardColumns, labels: ShardColumns, sum_temperatures: Collection[float]
+    ) -> dict[float, VocabStats]:
+        """Overwrites the logits of each temperature with the softmax over this shard's tail."""
         if self.head.shard.padding:
             # The one row is no real token. Neutral statistics take part in the sums over shards.
-            return empty_stats(logits.zero_(), entries.columns.shape[1])
-        return _tail_statistics_(logits, entries, labels, needs_tail_sum)
+            K = entries.columns.shape[1]
+            return {temperature: empty_stats(logits.zero_(), K) for temperature, logits in self._chunk.items()}
+        return {
+            temperature: _tail_statistics_(logits, entries, labels, temperature in sum_temperatures)
+            for temperature, logits in self._chunk.items()
+        }
 
     def tail_entropy(self) -> Tensor:
         """Computes the entropy in blocks of rows, since `entr` copies them."""

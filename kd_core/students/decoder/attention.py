@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotate
 from kd_core.students.decoder.shared_cast import cast_once
@@ -77,11 +78,16 @@ def attend(
     q: Float[Tensor, "B H T d"],
     k: Tensor,
     v: Tensor,
-    documents: Documents,
+    documents: Documents | LayerCache,
     scale: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "B H T d"]:
-    """Returns causal attention inside each document. No position attends to another document."""
+    """Returns causal attention inside each document. No position attends to another document.
+
+    With a cache, a row is one document, and its earlier positions are in the cache.
+    """
+    if isinstance(documents, LayerCache):
+        return documents.attend(q, k, v, scale, window)
     # Only what a graph may depend on is read here: a loop over documents stays outside of compiled graphs.
     if q.device.type in KERNEL_DEVICES and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_WIDTHS:
         if documents.whole_rows and (window is None or window >= q.shape[2]):
@@ -107,7 +113,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         # Project, and split channels into attention heads of d.  [B, H, T, d], and H_kv heads of keys and values
         projections = self.q_proj, self.k_proj, self.v_proj

@@ -17,6 +17,7 @@ from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import Attention
+from kd_core.students.decoder.kv_cache import KeyValueCache, LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotary_angles
 from kd_core.students.decoder.shared_cast import cast_once
@@ -59,14 +60,14 @@ class TransformerBlock(nn.Module):
         self.residual_scale = arch.residual_scale
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
             # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
             return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
         return self.run(x, cos, sin, documents)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
         x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, documents), self.residual_scale)
@@ -74,11 +75,11 @@ class TransformerBlock(nn.Module):
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows."""
+    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions."""
 
     cos: Tensor
     sin: Tensor
-    documents: Documents
+    documents: Documents | KeyValueCache
 
 
 class Decoder(Student):
@@ -136,8 +137,17 @@ class Decoder(Student):
     ) -> Context:
         return self.context(position_ids, document_ids if documents is None else documents)
 
+    def new_cache(self, slots: int) -> KeyValueCache:
+        return KeyValueCache(self.arch.num_layers, slots)
+
+    def cached_context(self, position_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Context:
+        cache.begin_pass(position_ids)
+        return self.context(position_ids, None)._replace(documents=cache)
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        return self.layers[layer](x, *context)
+        cos, sin, documents = context
+        of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
+        return self.layers[layer](x, cos, sin, of_layer)
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.

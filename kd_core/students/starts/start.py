@@ -55,9 +55,15 @@ def meta_student(start: StudentInit, tokens: int | None) -> Student:
     return model
 
 
-def build_student(start: StudentInit, device: torch.device, seed: int, tokens: int | None = None) -> Student:
-    """Returns the student of `meta_student` with its first weights, in float32, whole on `device` in one process."""
-    model = allocate(meta_student(start, tokens), device)
+def build_student(
+    start: StudentInit,
+    device: torch.device,
+    seed: int,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Student:
+    """Returns the student of `meta_student` with its first weights, in `dtype`, whole on `device` in one process."""
+    model = allocate(meta_student(start, tokens), device, dtype)
     start.fill(model, seed)
     return model
 

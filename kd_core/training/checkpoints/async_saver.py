@@ -12,11 +12,12 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from kd_core.parallel.world import World
+from kd_core.parallel.world import World, use_device
 from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress, delete_superseded, write
 from kd_core.training.checkpoints.checkpoint_settings import Checkpoint
-from kd_core.training.checkpoints.checkpoint_state import State, copy_to_cpu, frozen_norms, run_state
+from kd_core.training.checkpoints.checkpoint_state import frozen_norms, run_state
+from kd_core.training.checkpoints.host_buffers import HostBuffers, copy_to_cpu
 from kd_core.training.monitoring.hang_watchdog import Pulse
 
 PROGRESS_SECONDS = 1.0  # between two looks at the bytes written
@@ -35,9 +36,10 @@ class Saver:
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup)
             self.group = group
-        self.thread = ThreadPoolExecutor(1, "saving")
+        # DCP asks for a stream of the thread's GPU, which is GPU 0 in a new thread.
+        self.thread = ThreadPoolExecutor(1, "saving", initializer=use_device, initargs=(world.device,))
         self.pending: Future[None] | None = None
-        self.buffers: State = {}
+        self.buffers = HostBuffers()
         self.frozen: dict[str, float] | None = None
         self.last_step: int | None = None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from kd_core.errors import UsageError
-from kd_core.sharded_values import full_value, local_values, replicated_empty, with_layout_of
+from kd_core.sharded_values import full_value, replicated_empty
 from kd_core.training.checkpoints.checkpoint_storage import DTYPE_NAMES
 
 State = dict[str, Tensor]
@@ -166,18 +166,3 @@ def _check_moments(name: str, stored_shapes: object, shapes: object) -> None:
         raise UsageError(
             f"optimizer.{name}: the checkpoint holds {stored_shapes}; wanted {shapes}. Use another checkpoint."
         )
-
-
-def copy_to_cpu(state: State, buffers: State) -> State:
-    """Copies the state into CPU memory. The copies are held in `buffers`, which the next call overwrites."""
-    copies: State = {}
-    for name, tensor in state.items():
-        local = local_values(tensor)
-        if name not in buffers:
-            pinned = local.device.type == "cuda"
-            buffers[name] = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=pinned)
-        buffers[name].copy_(local, non_blocking=True)
-        copies[name] = with_layout_of(tensor, buffers[name])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copies

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kd_core.parallel.world import World
 from kd_core.sharded_values import distinct_local
+from kd_core.training.move import clip_now
 
 # Upper limits of the buckets: ±2^(h/2) for h = -80 … 20. Values below 2^-40 in size share one bucket around 0, those
 # above 2^10 fall into the last one.
@@ -83,6 +84,7 @@ def histograms_of_step(
     step_histograms: dict[str, dict[str, Any]] = {}
 
     def record(*_: object) -> None:
+        clip_now(optimizer)
         trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
         gradients = {f"gradients/{name}": p.grad for name, p in trained.items() if p.grad is not None}
         step_histograms.update(histograms({f"parameters/{name}": p for name, p in trained.items()} | gradients, world))

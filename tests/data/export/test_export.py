@@ -21,8 +21,8 @@ from data.corpus.encoding import Encoded, Encoder
 from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export import export as steps
 from data.export.extend import SPLITS
-from data.export.plan import make_plans
-from data.export.resume_check import record_or_check_plan
+from data.export.plan import choose_batch_rows, make_plans
+from data.export.resume_check import record_or_check_plan, recorded_choices
 from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.files import write_json
@@ -242,3 +242,17 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tiny: Tiny, tmp_path: Path
     config.write_text(config.read_text().replace(f'"vocab_size": {size}', '"vocab_size": 260'))
     with pytest.raises(UsageError, match="do not belong together"):
         make_plans(tiny.export(teacher=str(teacher)), tmp_path / "out")
+
+
+def test_rows_are_batched_by_device_and_as_the_cache_began(tiny: Tiny, tmp_path: Path) -> None:
+    export, cpu, gpu = tiny.export(batch_rows=None, row_length=512), torch.device("cpu"), torch.device("cuda")
+    assert [choose_batch_rows(export, device) for device in (cpu, gpu)] == [2, 16]
+    assert choose_batch_rows(replace(export, row_length=16_384), gpu) == 1
+    assert choose_batch_rows(replace(export, batch_rows=5), gpu, 3) == 5
+    # A plan that a CPU has made holds what an explicit 2 gives, and it is the recorded value that continues.
+    plans = [make_plans(tiny.export(batch_rows=rows), tmp_path / "out")[0] for rows in (None, 2)]
+    assert plans[0].identity == plans[1].identity
+    assert recorded_choices(tmp_path / "out") == (None, None)
+    record_or_check_plan(plans[0])
+    assert recorded_choices(tmp_path / "out") == ("float32", 2)
+    assert choose_batch_rows(export, gpu, 2) == 2

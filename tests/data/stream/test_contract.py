@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.stream.collate import Collate
 from data.stream.shards import DamagedBlockError
@@ -93,6 +94,28 @@ def test_reading_ahead_changes_nothing(tiny: Tiny, damaged: Path) -> None:
     one, other = (_steps(_source(kind, tiny, damaged), 0) for kind in ("shards", "read ahead"))
     with closing(one), closing(other):
         assert all(same_step(next(one), next(other)) for _ in range(STEPS))
+
+
+def test_the_reading_thread_pins_every_tensor_where_it_is_asked_to(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU build of torch has no page-locked memory, so the call is noted in its place."""
+    pinned = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert threading.current_thread().name == "reading ahead"
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    asked = {"rows_per_step": ROWS, "micro_batch": 2}
+    with closing(training_steps(Shards(str(tiny.train)), Collate(ROW_LENGTH), **asked, pin_memory=True)) as steps:
+        batches = next(steps)
+    values = [value for batch in batches for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(values) >= 9 * len(batches) > 0
+    assert all(any(value is tensor for tensor in pinned) for value in values)
+    pinned.clear()
+    with closing(training_steps(Shards(str(tiny.train)), Collate(ROW_LENGTH), **asked)) as steps:
+        next(steps)
+    assert not pinned
 
 
 def test_what_is_damaged_is_left_out_and_counted_once_an_epoch(tiny: Tiny, damaged: Path) -> None:

@@ -13,10 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -109,6 +116,50 @@ def test_a_bfloat16_teacher_has_float32_logits(tiny: Tiny, scorer: str) -> None:
     assert (logits - truth).abs().max() < 1e-5 < (truth.bfloat16() - truth).abs().median()
 
 
+def _small(kind: type[PreTrainedConfig], **settings: object) -> PreTrainedModel:
+    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "ffn_dim": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**size, **heads, max_position_embeddings=512, **settings)).eval()
+
+
+# The operations of each head on the product of float64, and whether it can run without its body.
+HEADS = {
+    "plain": (lambda: _small(LlamaConfig), lambda z: z, True),
+    "soft cap": (lambda: _small(Gemma2Config, final_logit_softcapping=4.0), lambda z: 4 * torch.tanh(z / 4), True),
+    "factor": (lambda: _small(CohereConfig, logit_scale=0.25), lambda z: z * 0.25, True),
+    "divisor": (lambda: _small(GraniteConfig, logits_scaling=3.0), lambda z: z / 3, True),
+    "experts": (lambda: _small(MixtralConfig, num_local_experts=4), lambda z: z, True),
+    "bias": (lambda: _small(PhiConfig), lambda z: z + torch.linspace(-1, 1, 300, dtype=torch.float64), True),
+    "within the body": (lambda: _small(OPTConfig, word_embed_proj_dim=32), lambda z: z, False),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_any_form_have_float32_logits_in_chunks(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hidden states of transformers' own bfloat16 model through the head in float64, 250 of 300 tokens real."""
+    make, finish, divides = HEADS[name]
+    model = make()
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+        bias.data = torch.linspace(-1, 1, 300)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tokens, documents = torch.randint(300, (3, 100)), torch.zeros(3, 100, dtype=torch.int64)
+    with caplog.at_level(logging.INFO, logger="kd"), torch.no_grad():
+        scorer = HuggingFaceScorer.load(tmp_path, torch.bfloat16, CPU, tokens=250)
+        logits = torch.cat([chunk.clone() for chunk in scorer.logits(tokens, documents)])
+        hidden = model.get_decoder()(tokens).last_hidden_state.flatten(0, 1).double()
+        truth = finish(hidden @ model.get_output_embeddings().weight.double().t())[:, :250]
+    assert (scorer.head is not None) == divides
+    assert ("body and head are computed together" in caplog.text) != divides
+    # The bias is bfloat16, so its own rounding is allowed for.
+    assert logits.dtype == torch.float32
+    tolerance = 4e-3 if bias is not None else 2e-5
+    assert (logits - truth).abs().max() < tolerance < (truth.bfloat16() - truth).abs().max()
+
+
 @pytest.mark.parametrize("make", [_gpt2, _gemma])
 def test_a_family_that_our_decoder_does_not_cover_makes_a_cache(
     tiny: Tiny, tmp_path: Path, make: object, caplog: pytest.LogCaptureFixture
@@ -146,12 +197,12 @@ def test_ranks_and_threads_do_not_change_a_byte_of_transformers_cache(tiny: Tiny
 
 
 def test_columns_beyond_the_vocabulary_take_no_probability(tiny: Tiny) -> None:
-    whole = load_scorer(tiny.teacher, "transformers", torch.float32, CPU)
-    assert isinstance(whole, HuggingFaceScorer)
+    cut = HuggingFaceScorer.load(tiny.teacher, torch.float32, CPU, tokens=200)
     tokens, documents = torch.randint(200, (1, 20)), torch.zeros(1, 19, dtype=torch.int64)
-    found = score_rows(whole._replace(vocab_size=200), tokens, documents, Selection(8), torch.zeros(19, 0))
+    found = score_rows(cut, tokens, documents, Selection(8), torch.zeros(19, 0))
+    whole = AutoModelForCausalLM.from_pretrained(tiny.teacher, dtype=torch.float32)
     with torch.no_grad():
-        truth = torch.log_softmax(whole.model(tokens[:, :-1]).logits[0, :, :200], dim=-1)
+        truth = torch.log_softmax(whole(tokens[:, :-1]).logits[0, :, :200], dim=-1)
     assert found.ids.max() < 200
     torch.testing.assert_close(found.log_probs, truth.topk(8).values, atol=1e-5, rtol=0)
     torch.testing.assert_close(

@@ -1,12 +1,15 @@
 """What a selection keeps of a distribution, against plain float64 over the whole vocabulary."""
 
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.cache.selection import Selection
-from data.teacher.select import TeacherScores, select_entries
+from data.teacher.select import BLOCK, TeacherScores, largest_logits, select_entries
 
 V = 700  # two whole runs of neighbours and a rest
 
@@ -108,3 +111,35 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_have_weight() -> None:
     ends = torch.tensor([[0.0, np.nextafter(1.0, 0.0)]] * 2, dtype=torch.float64)
     found = select_entries(logits.clone(), torch.tensor([10, 255]), Selection(0, draws=2), ends)
     assert found.sampled_ids.tolist() == [[10, 20], [255, 699]]
+
+
+@pytest.mark.parametrize("V", [700, 2 * 9 * BLOCK - 1, 2 * 9 * BLOCK, 5003, 1])
+@pytest.mark.parametrize("levels", [None, 40, 1])  # how many different logits there are: many equal ones, all equal
+def test_the_largest_logits_are_those_of_a_whole_sort(V: int, levels: int | None) -> None:
+    torch.manual_seed(V)
+    logits = torch.randn(50, V) if levels is None else torch.randint(levels, (50, V)).float()
+    logits[0, V // 2 :] = -torch.inf
+    k = min(9, V)
+    values, ids = largest_logits(logits, k)
+    assert torch.equal(values, logits.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(values, logits.gather(1, ids))
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_two_passes_read_the_vocabulary() -> None:
+    class Passes(TorchDispatchMode):
+        """Operations on all logits, but for those that touch some of their columns, or only change their shape."""
+
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            is_whole = isinstance(args[0], Tensor) and args[0].numel() == logits.numel()
+            if is_whole and name not in {"gather", "scatter_", "slice", "view", "alias", "new_zeros"}:
+                self.names.append(name)
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(4, 1600 * BLOCK)
+    with Passes() as passes:
+        select_entries(logits, torch.zeros(4, dtype=torch.int64), Selection(8), torch.zeros(4, 0))
+    assert passes.names == ["amax", "softmax"]

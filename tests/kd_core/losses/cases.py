@@ -140,13 +140,13 @@ def leaves(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def fused(
-    case: Case, term: Term | Objective, chunk_tokens: int = 3, head: LmHeadForm | None = None
+    case: Case, term: Term | Objective, chunk_tokens: int = 3, head: LmHeadForm | None = None, factor: float = 1.0
 ) -> tuple[Result, LossSums]:
-    """Through the library, with an odd chunk."""
+    """Through the library, with an odd chunk. The gradients are those of factor · loss."""
     objective = Objective({"kd": term}, chunk_tokens) if isinstance(term, Term) else term
     hidden, weight = leaves(case)
     found = fused_loss(hidden, weight, case.teacher, case.labels, case.mask, objective, form=head)
-    found.total.backward()
+    (factor * found.total).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     return Result(loss=found.total.detach(), hidden=hidden.grad, weight=weight.grad), found

@@ -1,5 +1,6 @@
 """One experiment, any layout: the losses of many steps and the gradient of the first are those of one process."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ OF_FOUR = {
     "dp 2 × tp 2, by position, recomputed": replace(
         PLAIN, tensor_parallel=2, sequence_parallel=True, recompute="every:2", micro_batch_rows=1
     ),
-    "hybrid": replace(PLAIN, replicas=2, shard="full"),
+    "hybrid": replace(PLAIN, replicas=2, shard="full", micro_batch_rows=1),
     "copies of tp 2": replace(PLAIN, tensor_parallel=2, shard="none", recompute="full"),
     "tp 4, kv heads repeated": replace(PLAIN, tensor_parallel=4),
     "tp 4, by position": replace(PLAIN, tensor_parallel=4, sequence_parallel=True),
@@ -270,3 +271,20 @@ def test_a_gradient_of_the_loss_alone_needs_no_ranks() -> None:
     batch_loss(model, batch, OBJECTIVE, 1 / float(batch.loss_mask.sum())).total.backward()
     for name, parameter in model.named_parameters():
         assert (found[name] - whole(parameter.grad)).norm() < 1e-5 * whole(parameter.grad).norm()
+
+
+def test_deterministic_kernels_are_a_choice_and_change_no_bit_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    alone, found = World(), []
+    try:
+        for chosen in (False, True):
+            parallel = replace(PLAIN, deterministic=chosen)
+            parallel.choose_kernels()
+            assert torch.are_deterministic_algorithms_enabled() == chosen
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == chosen
+            found.append(trajectory(student(tied, parallel, alone)[0], parallel, alone))
+    finally:
+        PLAIN.choose_kernels()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert found[0] == found[1]

@@ -4,19 +4,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.lora_start import LoraStart
-from kd_core.students.starts.start import Pretrained, build_student
+from kd_core.students.starts.start import Pretrained, build_student, meta_student
+from kd_core.students.student import allocate
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -306,3 +309,26 @@ def test_what_peft_has_converted_is_plain(tiny: Tiny, tmp_path: Path, begun: str
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     found = _ours(tiny, tmp_path / "plain", rank=config["r"], alpha=float(config["lora_alpha"]))
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_is_allocated_in_its_own_dtype_with_the_values_of_a_cast(tiny: Tiny) -> None:
+    class Allocated(TorchDispatchMode):
+        """Dtypes of all tensors that operations make outside of the meta device."""
+
+        dtypes: ClassVar[set[torch.dtype]] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.dtypes.update(t.dtype for t in [out] if isinstance(t, torch.Tensor) and t.device.type != "meta")
+            return out
+
+    start, cpu = Pretrained(str(tiny.teacher)), torch.device("cpu")
+    model = meta_student(start, 200)
+    with Allocated() as allocated:
+        allocate(model, cpu, torch.bfloat16)
+    assert allocated.dtypes == {torch.bfloat16}
+    wanted, got = build_student(start, cpu, 0).bfloat16(), build_student(start, cpu, 0, dtype=torch.bfloat16)
+    assert (got.lm_head.weight is got.embed_tokens.weight) == (wanted.lm_head.weight is wanted.embed_tokens.weight)
+    for (name, value), (other, cast) in zip(got.state_dict().items(), wanted.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(value, cast), name

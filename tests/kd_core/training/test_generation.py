@@ -2,14 +2,19 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.decoder.rope import YarnScaling
 from kd_core.students.starts.start import Pretrained, build_student
-from kd_core.training.generation import continue_greedily
+from kd_core.training.generation import append_tokens, continue_greedily
+from kd_core.types import LmHeadForm
 from tests.ranks import run_ranks
 from tests.tiny import Tiny
 
@@ -33,6 +38,86 @@ def test_prompts_of_any_length_together_are_continued_as_each_alone(tiny: Tiny) 
     wanted = [plainly(model, prompt) for prompt in PROMPTS]
     assert len({tuple(ids) for ids in wanted}) > 1
     assert continue_greedily(model, PROMPTS, TOKENS, FLOAT32, World()) == wanted
+
+
+# Arithmetic that a cached pass must agree in, beside that of the tiny teacher.
+BASE = Architecture(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    rope_theta=1e4, norm_eps=1e-6, tie_embeddings=False, max_positions=64,
+)  # fmt: skip
+ARCHITECTURES = {
+    "windows": replace(BASE, windows=(3, None, 5)),
+    "one kv head, norms and biases": replace(BASE, num_kv_heads=1, qk_norm=True, qkv_bias=True),
+    "scales and yarn": replace(
+        BASE, attention_scale=0.5, logit_scale=0.3, residual_scale=0.7, embedding_scale=2.0,
+        rope_scaling=YarnScaling(4.0, 16, 1.1),
+    ),
+    "padded vocabulary": replace(BASE, vocab_size=200, padded_vocab_size=300),
+}  # fmt: skip
+
+
+def _random(kind: type[Decoder], arch: Architecture, seed: int = 0) -> Decoder:
+    model, generator = kind(arch), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_cache_changes_no_token_of_random_models(name: str) -> None:
+    prompts = [*PROMPTS, [199] * 12]
+    for seed in range(4):
+        model = _random(Decoder, ARCHITECTURES[name], seed)
+        wanted = [plainly(model, prompt) for prompt in prompts]
+        assert len({token for ids in wanted for token in ids}) > 5
+        assert continue_greedily(model, prompts, TOKENS, FLOAT32, World()) == wanted
+
+
+class Headed(Decoder):
+    """A decoder whose logits have a bias, a factor and a soft cap, and that has no cache."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch)
+        self.bias = torch.nn.Parameter(torch.empty(arch.vocab_rows))
+
+    @property
+    def lm_head_form(self) -> LmHeadForm:
+        return LmHeadForm(self.bias, self.arch.vocab_size, scale=-0.5, soft_cap=3.0)
+
+    def new_cache(self, slots: int) -> None:
+        del slots
+
+
+def test_the_whole_form_of_the_head_decides_with_a_cache_and_without() -> None:
+    arch = ARCHITECTURES["padded vocabulary"]
+    without, cached = _random(Headed, arch), _random(type("Cached", (Headed,), {"new_cache": Decoder.new_cache}), arch)
+
+    def greedy(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        for _ in range(TOKENS):
+            hidden = without(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids), lambda hidden, _: hidden)
+            product = hidden[0, -1].double() @ without.lm_head.weight[:200].double().t()
+            logits = 3 * torch.tanh((-0.5 * product + without.bias[:200].double()) / 3)
+            ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+        return ids[0, len(prompt) :].tolist()
+
+    wanted = [greedy(prompt) for prompt in PROMPTS]
+    for model in (without, cached):
+        assert continue_greedily(model, PROMPTS, TOKENS, FLOAT32, World()) == wanted
+
+
+def test_a_cached_pass_takes_one_token_a_row_and_waits_for_none() -> None:
+    """Fake tensors have no values, so that a number that is read from one is an error."""
+    widths: list[int] = []
+    with FakeTensorMode(), torch.no_grad():
+        model = Decoder(ARCHITECTURES["windows"])
+        model.embed_tokens.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+        ids, lengths = torch.zeros(3, 20, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+        assert append_tokens(model, ids, lengths, longest=7, tokens=4).shape == (3, 20)
+    assert widths == [7, 1, 1, 1]
 
 
 def on_ranks(world: World, folder: str, wanted: list[list[int]]) -> None:

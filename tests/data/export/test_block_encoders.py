@@ -1,0 +1,115 @@
+"""Encoders in processes: the same bytes and errors as in this one, and no process that outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.cache.codec.coding import Coding
+from data.cache.manifest import read_manifest
+from data.export import export as steps
+from data.export.block_encoders import BlockJob, EncoderSettings, _EncoderProcess, block_encoders
+from data.export.plan import make_plans
+from data.export.resume_check import record_or_check_plan
+from data.stream.shards import read_tables
+from kd_core.errors import UsageError
+from tests.tiny import Tiny, bytes_of
+
+PARENT = """
+import sys, time
+from data.export.block_encoders import EncoderSettings, _EncoderProcess
+print([_EncoderProcess(None)._process.pid for _ in range(2)], flush=True)
+time.sleep(600)
+"""
+
+
+def _settings(tiny: Tiny, max_kl: float = 1.0) -> EncoderSettings:
+    manifest = read_manifest(tiny.train)
+    return EncoderSettings(Coding(read_tables(tiny.train, manifest.tables), manifest.selection, manifest.codec), max_kl)
+
+
+def _jobs(tiny: Tiny, count: int = 7) -> list[BlockJob]:
+    records = tiny.records(tiny.train)
+    return [BlockJob(f"shard {i}", 2 * i, records[2 * i : 2 * i + 2]) for i in range(count)]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_processes_and_ranks_that_read_back_do_not_change_a_byte(tiny: Tiny, tmp_path: Path) -> None:
+    export = tiny.export()
+    model = steps.load_teacher(export, steps.torch.device("cpu"))
+    for plan in make_plans(export, tmp_path):
+        record_or_check_plan(plan)
+        pilot = steps.make_tables(plan, model)
+        for rank in (1, 0):
+            steps.write_missing_shards(plan, model, pilot, rank, 2, encoders=2)
+        steps.write_manifest(plan, [steps.read_back(plan, rank, 3) for rank in range(3)])
+        assert bytes_of(plan.folder) == bytes_of(tiny.root / "cache" / plan.identity["split"])
+
+
+def test_blocks_come_in_order_and_few_are_ahead(tiny: Tiny) -> None:
+    jobs, settings, taken = _jobs(tiny), _settings(tiny), []
+
+    def taking() -> object:
+        for job in jobs:
+            taken.append(job)
+            yield job
+
+    with block_encoders(settings, 1) as encode:
+        encoded = encode(taking())  # type: ignore[arg-type]
+        assert next(encoded) == settings.encode(jobs[0])
+        assert len(taken) == 3
+        assert list(encoded) == [settings.encode(job) for job in jobs[1:]]
+
+
+def test_an_error_of_a_block_is_that_of_encoding_here(tiny: Tiny) -> None:
+    settings, messages = _settings(tiny, max_kl=0.0), []
+    for processes in (0, 2):
+        with pytest.raises(UsageError) as raised, block_encoders(settings, processes) as encode:
+            list(encode(_jobs(tiny)))
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("shard 0: codec 'standard' changes the teacher by")
+
+
+def test_a_process_that_ends_is_named(tiny: Tiny) -> None:
+    encoder = _EncoderProcess(_settings(tiny))
+    encoder.encode(_jobs(tiny)[0])
+    encoder.kill()
+    with pytest.raises(UsageError, match="shard 1: the process that encoded its blocks ended with status -9"):
+        encoder.encode(_jobs(tiny)[1])
+    encoder.end()
+
+
+def test_processes_end_with_the_block_that_uses_them_and_with_a_killed_parent(tiny: Tiny) -> None:
+    class StopError(Exception):
+        pass
+
+    def children() -> set[int]:
+        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+    before = children()
+    with pytest.raises(StopError), block_encoders(_settings(tiny), 2) as encode:
+        next(encode(_jobs(tiny)))
+        assert len(children() - before) == 2
+        raise StopError
+    assert children() <= before
+
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pids = [int(pid) for pid in parent.stdout.readline().strip("[]\n").split(",")]
+        assert all(map(_is_running, pids))
+        parent.send_signal(signal.SIGKILL)
+    ended = time.monotonic() + 60
+    while any(map(_is_running, pids)) and time.monotonic() < ended:
+        time.sleep(0.05)
+    assert not any(map(_is_running, pids))
