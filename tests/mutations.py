@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant("soft cap without its slope", "fused/torch_backend", "dlogits.mul_(self._slope)", "pass"),
     Mutant("scale not in the gradient", "fused/torch_backend", "dlogits.mul_(self.head.scale)", "pass"),
     Mutant("only the last chunk's gradient", "fused/cpu_backend", "total.addmm_(dproduct.t(), hidden)", "total.addmm_(dproduct.t(), hidden, beta=0)"),
-    Mutant("bfloat16 logits", "fused/cpu_backend", "torch.mm(hidden, rows.t(), out=out[:, block])", "out[:, block] = torch.mm(hidden, rows.t()).bfloat16()"),
+    Mutant("bfloat16 logits", "fused/cpu_backend", "multiply_(hidden, rows, out[:, block], matmul_dtype)", "out[:, block] = torch.mm(hidden, rows.t()).bfloat16()"),
     Mutant("smoothing over the support alone", "objective", "mean / (size + on_support)", "mean / on_support"),
     Mutant("tail's mean on the support too", "fused/softmax", "entry_gradients = entry_gradients - torch.where(view.distinct, tail_offset[:, None], 0.0)", "pass"),
     Mutant("loss of selected positions not scaled", "token_selection", "scored / max(1, selected)", "1.0"),

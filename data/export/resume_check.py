@@ -40,7 +40,8 @@ def recorded_choices(out: Path) -> tuple[str | None, int | None]:
         return None, None
     with damage_as_usage_error(path, "the plan of an export"):
         plan = read_json(path, "the plan of an export")
-        return check_text(plan["dtype"], "dtype"), check_integer(plan["batch_rows"], "batch_rows", 1, 1 << 31)
+        rows = check_integer(plan["batch_rows"], "batch_rows", 1, 1 << 31) if "batch_rows" in plan else None
+        return check_text(plan["dtype"], "dtype"), rows
 
 
 def record_or_check_plan(plan: CachePlan) -> bool:
