@@ -130,8 +130,8 @@ def _record(random: np.random.Generator, positions: int, top_k: int, vocab: int)
 
 
 def pin(batch: Batch) -> Batch:
-    """Returns a batch in page-locked memory, as a reading thread hands it on where it does so."""
-    return batch.map(Tensor.pin_memory) if hasattr(batch, "map") else batch
+    """Returns a batch in page-locked memory, as the reading thread hands it on."""
+    return batch.map(Tensor.pin_memory)
 
 
 def make_batch(shape: StepShape, seed: int = 0) -> Batch:

@@ -4,6 +4,7 @@ A change that adds a wait, or 20 launches, fails here. One that saves launches f
 because a budget with room to spare notices nothing. `python -m benchmarks.gpu.counts` shows what a step does where.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from benchmarks.gpu import fake_cuda
 from benchmarks.gpu.shapes import SMALL, StepShape
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = pytest.mark.skipif(fake_cuda.why_unavailable() is not None, reason=str(fake_cuda.why_unavailable()))
+REASON = fake_cuda.why_unavailable() or (None if importlib.util.find_spec("triton") else "Triton is not installed")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 BASE = StepShape(student="small", rows=2, length=64, top_k=8, chunk=32)
 CHANGES: dict[str, dict[str, Any]] = {"one document": {}, "packed": {"documents": 3}}
@@ -25,7 +27,10 @@ ROOM = 20
 
 
 class Budget(NamedTuple):
-    """The most of everything. Waits `inside` are between the first forward and the optimiser, and are to become 0."""
+    """The most of everything.
+
+    Waits `inside` are between the first forward and the optimiser. The one that is left reads the step's numbers.
+    """
 
     inside: int
     waits: int
@@ -37,12 +42,12 @@ class Budget(NamedTuple):
 
 # Launches do not depend on the sizes, but for attention and the optimiser. These are the numbers of today.
 BUDGETS = {
-    "one document": Budget(inside=15, waits=26, chunk=224, forward=44, backward=61, optimizer=4),
-    "packed": Budget(inside=17, waits=28, chunk=224, forward=50, backward=69, optimizer=4),
+    "one document": Budget(inside=0, waits=1, chunk=147, forward=33, backward=52, optimizer=6),
+    "packed": Budget(inside=0, waits=1, chunk=147, forward=33, backward=54, optimizer=6),
 }
 # Bytes of all other operations of the loss over those of its matmuls, and GiB over inputs, for N = 8,192, V = 151,936,
 # D = 4,096, K = 64 and bfloat16. Three matmuls read and write 30 GB in chunks of 2,048.
-LOSS_BYTES, LOSS_GIB = 2.38, 6.53
+LOSS_BYTES, LOSS_GIB = 0.51, 3.67
 
 
 @pytest.fixture(scope="module")
