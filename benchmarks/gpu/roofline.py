@@ -38,6 +38,10 @@ LOSSES = {
     "loss, KD + CE": LossShape(),
     "loss, CE": LossShape(objective="CE"),
     "loss, KD + CE, chunk 256": LossShape(chunk=256),
+    **{
+        f"loss, {name}": LossShape(objective=name)
+        for name in ("reverse KL + CE", "JSD + CE", "KD at temperature 2 + CE", "uniform tail + CE")
+    },
 }
 STEPS = {
     "1B step, 4 rows of 4,096, 8 documents each": StepShape("1B", 4, 4096, documents=8, chunk=4096),

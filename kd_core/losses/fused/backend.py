@@ -95,6 +95,10 @@ class LossBackend(ABC):
     def tail_power_sums(self) -> Float[Tensor, "n powers"]:
         """Returns Σ s^(e/8) over this shard's tail at temperature 1, for each e of `calibration.EIGHTHS`."""
 
+    def begin_gradients_(self, gradients: LmHeadGradients) -> None:
+        """Sets the gradient of the weight to 0, in as far as the first chunk does not overwrite it."""
+        gradients.zero_weight_()
+
     @abstractmethod
     def add_gradients_(
         self,

@@ -31,6 +31,10 @@ class CudaMatmuls:
         self._weight = head.weight.to(self.dtype)
         self.options: dict[str, Any] = {} if self.dtype == accum_dtype else {"out_dtype": accum_dtype}
 
+    def begin_gradients_(self, gradients: LmHeadGradients, chunk_tokens: int) -> None:
+        """Sets the rows to 0 that no chunk of some positions writes: padding, or all where there is no position."""
+        gradients.zero_weight_(len(self._weight) if chunk_tokens else 0)
+
     def multiply_(self, hidden: Tensor, out: Tensor) -> None:
         """Writes hidden @ weight.T to `out` [n, V]."""
         multiply_(hidden, self._weight, out, self._weight.dtype)
@@ -39,10 +43,14 @@ class CudaMatmuls:
         """Adds to the gradients by hidden states and weight, from the gradient [n, V] by hidden @ weight.T."""
         # dhidden = dproduct @ weight.  [n, D]
         torch.mm(dproduct, self._weight, **self.options, out=gradients.hidden[positions])
-        if gradients.weight is not None:
-            # dweight += dproduct.T @ hidden, added up where it stands.  [V, D]
-            total = gradients.weight[: len(self._weight)]
-            torch.addmm(total, dproduct.t(), hidden.to(self._weight.dtype), **self.options, out=total)
+        if gradients.weight is None:
+            return
+        # dweight += dproduct.T @ hidden, added up where it stands. The first chunk writes it.  [V, D]
+        total, factors = gradients.weight[: len(self._weight)], (dproduct.t(), hidden.to(self._weight.dtype))
+        if positions.start == 0:
+            torch.mm(*factors, **self.options, out=total)
+        else:
+            torch.addmm(total, *factors, **self.options, out=total)
 
 
 class CudaBackend(TorchBackend):
@@ -62,6 +70,10 @@ class CudaBackend(TorchBackend):
     def scale_(values: Tensor, factor: Tensor) -> None:
         """Multiplies in place, since to look at the factor would wait for the device."""
         values.mul_(factor)
+
+    def begin_gradients_(self, gradients: LmHeadGradients) -> None:
+        """Leaves rows as they are that the first chunk overwrites."""
+        self._matmuls.begin_gradients_(gradients, self.chunk_tokens)
 
     def _multiply_(self, hidden: Tensor, out: Tensor) -> None:
         self._matmuls.multiply_(hidden, out)

@@ -68,6 +68,8 @@ def sum_over_vocabulary(call: LossCall, head: LmHead, gradients: LmHeadGradients
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
     full_pass = _FullVocabPass.allocate(call, head)
     chunk_sums: list[dict[str, Tensor]] = []
+    if gradients is not None:
+        full_pass.backend.begin_gradients_(gradients)
     backend, factors = full_pass.backend, call.position_weights(full_pass.student_entropies)
     for positions in full_pass.slices:
         # Logits to views.  [n, V] → [n, K]

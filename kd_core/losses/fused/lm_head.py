@@ -86,7 +86,8 @@ class LmHead(NamedTuple):
 class LmHeadGradients(NamedTuple):
     """Gradients by hidden states, weight and bias in `accum_dtype`, or None for what is frozen.
 
-    Those of weight and bias are added up over chunks. Rows of the hidden states' gradient are written chunk by chunk.
+    Those of weight and bias are added up over chunks, on 0 in the beginning. Rows of the hidden states' gradient are
+    written chunk by chunk.
     """
 
     hidden: Tensor
@@ -94,12 +95,15 @@ class LmHeadGradients(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def zeros(
+    def allocate(
         cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, accum_dtype: torch.dtype
     ) -> "LmHeadGradients":
-        """Allocates the gradients: 0 for weight and bias, uninitialised for the hidden states."""
-        dweight, dbias = (
-            None if parameter is None else torch.zeros_like(parameter, dtype=accum_dtype)
-            for parameter in (weight, bias)
-        )
+        """Allocates the gradients: 0 for the bias, uninitialised for weight and hidden states."""
+        dweight = None if weight is None else torch.empty_like(weight, dtype=accum_dtype)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=accum_dtype)
         return cls(torch.empty_like(hidden, dtype=accum_dtype), dweight, dbias)
+
+    def zero_weight_(self, first_row: int = 0) -> None:
+        """Sets the gradient of the weight to 0, from a row on."""
+        if self.weight is not None:
+            self.weight[first_row:].zero_()

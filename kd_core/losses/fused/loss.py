@@ -68,7 +68,7 @@ class _FusedHead(torch.autograd.Function):
             trained_weight, trained_bias = (parameter if needed else None for parameter, needed in zip(
                 (weight, bias), ctx.needs_input_grad[1:3], strict=True
             ))  # fmt: skip
-            gradients = LmHeadGradients.zeros(hidden, trained_weight, trained_bias, precision.accum_dtype)
+            gradients = LmHeadGradients.allocate(hidden, trained_weight, trained_bias, precision.accum_dtype)
         # The passes choose the dtype of each matmul themselves.
         with torch.autocast(device.type, enabled=False):
             head = LmHead.from_weight(weight, replace(inputs.form, bias=bias), inputs.shard, precision)

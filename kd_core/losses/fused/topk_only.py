@@ -115,6 +115,8 @@ def _no_student_entropy() -> Tensor:
 
 def sum_over_support(call: LossCall, head: LmHead, gradients: LmHeadGradients | None) -> dict[str, Tensor]:
     """Computes the objective's sums over all positions, and adds to the gradients unless they are None."""
+    if gradients is not None:
+        gradients.zero_weight_()
     K, accum_dtype = call.positions.teacher.ids.shape[1], head.precision.accum_dtype
     chunk_sums: list[dict[str, Tensor]] = []
     factors = call.position_weights(_no_student_entropy)

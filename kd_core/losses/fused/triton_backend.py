@@ -95,6 +95,10 @@ class TritonBackend(LossBackend):
         at_one = mass[calibration.EIGHTHS.index(8)]
         return (mass / at_one ** inverse[:, None]).t()
 
+    def begin_gradients_(self, gradients: LmHeadGradients) -> None:
+        """Leaves rows as they are that the first chunk overwrites."""
+        self._matmuls.begin_gradients_(gradients, self.chunk_tokens)
+
     def add_gradients_(
         self,
         gradients: LmHeadGradients,
