@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of the loss's kernels, compiled for sm_90 (H100, H200) without a GPU.
+"""Registers, spills and shared memory of the kernels over rows of logits, for sm_90 (H100, H200) without a GPU.
 
 Command:  python -m benchmarks.gpu.kernel_resources
 """
@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from kd_core.kernels import logit_kernels
-from kd_core.kernels.logit_operators import BLOCK, WARPS
+from kd_core.kernels.logit_operators import BLOCK, WARPS, reduced_block
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -34,7 +34,7 @@ def resources(name: str, form: str, T: int, statistics: dict[str, bool]) -> dict
     """Compiles a kernel, and returns what one program of it takes."""
     kernel, lanes = getattr(logit_kernels, f"{name}_kernel"), triton.next_power_of_2(T)
     sizes = {"V": V, "T": T, "TEMPERATURES": lanes, "SPECIAL": K + 1, "WIDTH": triton.next_power_of_2(K + 1)}
-    block = BLOCK // lanes if name == "reduce_tail" else BLOCK
+    block = reduced_block(T, statistics["SPREAD"]) if name == "reduce_tail" else BLOCK
     every = {**sizes, "BLOCK": block, **FORMS[form], **statistics}
     constants = {argument: value for argument, value in every.items() if argument in kernel.arg_names}
     signature = {a: "constexpr" if a in constants else TYPES.get(a, "*fp32") for a in kernel.arg_names}
@@ -59,13 +59,15 @@ def resources(name: str, form: str, T: int, statistics: dict[str, bool]) -> dict
         # Registers that do not fit are spilled to the stack.
         "spilled_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
+        # What keeps a store behind the loads of other warps from the same memory.
+        "barriers": len(re.findall(r"\b(?:gpu|ttg)\.barrier", compiled.asm["ttgir"])),
     }
 
 
 def main() -> None:
     """Prints a line of JSON for each kernel in each of its uses: training, evaluation, and calibration at 15 τ."""
     for form in FORMS:
-        uses = [(name, T, {}) for name in ("mark_support", "write_dlogits") for T in (1, 2)]
+        uses = [("mark_support", 1, {}), ("write_dlogits", 1, {}), ("write_dlogits", 2, {})]
         uses += [("reduce_tail", T, {"SUM": mean, "SPREAD": False}) for T in (1, 2, 3, 15) for mean in (False, True)]
         uses += [("reduce_tail", 1, {"SUM": False, "SPREAD": True})]
         for name, T, statistics in uses:

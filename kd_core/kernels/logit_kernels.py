@@ -69,7 +69,7 @@ def mark_support_kernel(
     tl.store(x_ptr + columns, tl.full([WIDTH], float("-inf"), x_ptr.dtype.element_ty), mask=is_entry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # the last chunk has any number of rows
 def reduce_tail_kernel(
     x_ptr, row_stride, V: tl.constexpr, n, bias_ptr, form_ptr, inverse_ptr, top_ptr,
     mass_ptr, sum_ptr, spread_ptr, T: tl.constexpr, TEMPERATURES: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,7 +138,7 @@ def _through_form(gradient, z, form_ptr, CAP: tl.constexpr):
     return gradient * tl.load(form_ptr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # the last chunk has any number of rows
 def write_dlogits_kernel(
     x_ptr, row_stride, out_ptr, out_stride, V: tl.constexpr, n, bias_ptr, form_ptr,
     inverse_ptr, top_ptr, factor_ptr, offset_ptr, columns_ptr, slots_ptr,

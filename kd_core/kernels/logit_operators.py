@@ -23,6 +23,12 @@ def _special_sizes(columns: Tensor) -> dict[str, Any]:
     return {"SPECIAL": columns.shape[1], "WIDTH": triton.next_power_of_2(columns.shape[1])}
 
 
+def reduced_block(temperatures: int, with_spread: bool) -> int:
+    """Returns the columns that a program reduces at a time, so that its running sums stay in registers."""
+    lanes = int(triton.next_power_of_2(temperatures))
+    return max(1, BLOCK // lanes // (2 if with_spread else 1))
+
+
 @torch.library.custom_op("kd::mark_support", mutates_args=("product",))
 def mark_support(
     product: Tensor, columns: Tensor, in_shard: Tensor, form: Tensor, bias: Tensor | None, capped: bool
@@ -42,11 +48,13 @@ def mark_support(
         the id, K for a label outside the support, K + 1 for what another shard holds.
     """
     logits, slots = product.new_empty(columns.shape), torch.empty_like(columns)
+    sizes = _special_sizes(columns)
     if len(product):
-        kernels.mark_support_kernel[(len(product),)](
-            product, product.stride(0), columns, in_shard, bias, form, logits, slots, **_special_sizes(columns),
-            BIAS=bias is not None, CAP=capped,
-        )  # fmt: skip
+        with torch.cuda.device_of(product):
+            kernels.mark_support_kernel[(len(product),)](
+                product, product.stride(0), columns, in_shard, bias, form, logits, slots, **sizes,
+                BIAS=bias is not None, CAP=capped, num_warps=min(16, max(4, sizes["WIDTH"] // 256)),
+            )  # fmt: skip
     return logits, slots
 
 
@@ -73,11 +81,12 @@ def reduce_tail(
     top, total, spread = (product.new_empty(n) for _ in range(3))
     mass = product.new_empty(T, n)
     if n:
-        kernels.reduce_tail_kernel[(n,)](
-            product, product.stride(0), product.shape[1], n, bias, form, inverse, top, mass, total, spread, T=T,
-            TEMPERATURES=lanes, BLOCK=max(1, BLOCK // lanes), SUM=with_sum, SPREAD=with_spread,
-            BIAS=bias is not None, CAP=capped, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(product):
+            kernels.reduce_tail_kernel[(n,)](
+                product, product.stride(0), product.shape[1], n, bias, form, inverse, top, mass, total, spread, T=T,
+                TEMPERATURES=lanes, BLOCK=reduced_block(T, with_spread), SUM=with_sum, SPREAD=with_spread,
+                BIAS=bias is not None, CAP=capped, num_warps=WARPS,
+            )  # fmt: skip
     return top, mass, total, spread
 
 
@@ -119,18 +128,20 @@ def write_dlogits(
     n, V = product.shape
     if n:
         out = product.view(dtype)
-        kernels.write_dlogits_kernel[(n,)](
-            product, product.stride(0), out, out.stride(0), V, n, bias, form, inverse, top, factors, offset, columns,
-            slots, logits, values, T=len(inverse), **_special_sizes(columns), BLOCK=BLOCK, BIAS=bias is not None,
-            CAP=capped, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(product):
+            kernels.write_dlogits_kernel[(n,)](
+                product, product.stride(0), out, out.stride(0), V, n, bias, form, inverse, top, factors, offset,
+                columns, slots, logits, values, T=len(inverse), **_special_sizes(columns), BLOCK=BLOCK,
+                BIAS=bias is not None, CAP=capped, num_warps=WARPS,
+            )  # fmt: skip
 
 
 @torch.library.custom_op("kd::scale_unless_one", mutates_args=("values",))
 def scale_unless_one(values: Tensor, factor: Tensor) -> None:
     """Multiplies contiguous values by a factor on their device. A factor of 1 costs no pass over them."""
     if values.numel():
-        kernels.scale_kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK)
+        with torch.cuda.device_of(values):
+            kernels.scale_kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK)
 
 
 @mark_support.register_fake

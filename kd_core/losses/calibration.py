@@ -33,7 +33,7 @@ def gap_sums(log_confidence: Float[Tensor, " n"], right: Tensor, mask: Tensor) -
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     # Positions that are not scored add 0 to their bin.  [n] → [15]
     position_gaps = torch.where(mask, right.to(confidence.dtype) - confidence, 0.0)
-    return dict(zip(GAP_NAMES, torch.zeros(BINS).to(position_gaps).scatter_add_(0, bins, position_gaps), strict=True))
+    return dict(zip(GAP_NAMES, position_gaps.new_zeros(BINS).scatter_add_(0, bins, position_gaps), strict=True))
 
 
 def power_sums(softmax: Float[Tensor, "n V"]) -> Float[Tensor, "n powers"]:

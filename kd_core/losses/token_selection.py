@@ -1,6 +1,5 @@
 """Selection of the positions that a term scores: the most uncertain share of them (SE-KD, arXiv 2602.01395)."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,14 +32,14 @@ class KeepUncertain:
 
     def weights(self, uncertainty: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Returns the factor of each position: 0, or scored / selected. Of equal positions the first is selected."""
-        scored = int(mask.sum())
-        selected = math.ceil(self.share * scored)
+        # Counted on the device, since reading a number would wait for it.  []
+        scored = mask.sum().double()
+        selected = (self.share * scored).ceil()
         # Sort by falling uncertainty, positions that are not scored last. Of equal ones the first stays first.  [N]
         order = torch.where(mask, uncertainty, -torch.inf).argsort(descending=True, stable=True)
         # Weight the first ones, and leave the others at 0.  [N]
-        weights = torch.zeros_like(uncertainty)
-        weights[order[:selected]] = scored / max(1, selected)
-        return weights
+        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return torch.where(ranks < selected, scored / selected.clamp(min=1), 0.0).to(uncertainty.dtype)
 
 
 def teacher_entropy(teacher: TeacherTopK) -> Float[Tensor, " N"]:

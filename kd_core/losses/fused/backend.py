@@ -78,7 +78,7 @@ class LossBackend(ABC):
         Args:
             entries: columns of the teacher's entries [n, K].
             labels: columns of the labels [n, 1].
-            sum_temperatures: temperatures at which `tail_sum` is read. It may be 0 at others, which saves a pass.
+            sum_temperatures: temperatures at which `tail_sum` is read. It may be 0 at others.
 
         Returns:
             The statistics for each of `temperatures`.

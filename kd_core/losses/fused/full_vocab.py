@@ -8,7 +8,7 @@
         dL/dlogits from these derivatives                             softmax.py
         gradients by hidden states and by weight                      backend.py
 
-A term at a student temperature other than 1 costs one more buffer and softmax.
+A term at a student temperature other than 1 costs one more buffer and softmax, where torch operations are the backend.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_core.logit_products import chunk_positions
 from kd_core.losses.fused.backend import LossBackend
 from kd_core.losses.fused.choose_backend import backend_of
 from kd_core.losses.fused.chunks import LossCall, Positions
@@ -42,8 +41,7 @@ class _FullVocabPass:
     @classmethod
     def allocate(cls, call: LossCall, head: LmHead) -> "_FullVocabPass":
         """Allocates the backend's memory for the longest chunk."""
-        positions, V = len(call.positions.hidden), len(head.weight)
-        chunk_tokens = min(positions, call.objective.chunk_tokens or chunk_positions(V, head.weight.device))
+        chunk_tokens = min(len(call.positions.hidden), call.objective.chunk_tokens or head.chunk_positions())
         terms = call.objective.terms.values()
         temperatures = [1.0, *sorted({term.view_temperature for term in terms} - {1.0})]
         backend = backend_of(head.weight)(head, chunk_tokens, temperatures)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import UsageError
+from kd_core.logit_products import chunk_positions
 from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.types import LmHeadForm
 
@@ -46,6 +47,11 @@ class LmHead(NamedTuple):
     precision: MatmulPrecision
     shard: VocabShard
     vocab_size: int
+
+    def chunk_positions(self) -> int:
+        """Returns the positions of a chunk where the objective sets none. Ranks that share the vocabulary agree."""
+        ranks = 1 if self.shard.group is None else self.shard.group.size()
+        return chunk_positions(-(-self.vocab_size // ranks), self.weight.device)
 
     @classmethod
     def from_weight(cls, weight: Tensor, form: LmHeadForm, shard: VocabShard, precision: MatmulPrecision) -> "LmHead":
@@ -86,8 +92,7 @@ class LmHead(NamedTuple):
 class LmHeadGradients(NamedTuple):
     """Gradients by hidden states, weight and bias in `accum_dtype`, or None for what is frozen.
 
-    Those of weight and bias are added up over chunks, on 0 in the beginning. Rows of the hidden states' gradient are
-    written chunk by chunk.
+    Those of weight and bias are added up over chunks. Rows of the hidden states' gradient are written chunk by chunk.
     """
 
     hidden: Tensor

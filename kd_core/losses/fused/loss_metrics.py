@@ -99,7 +99,8 @@ def _calibration(chunk: ReducedChunk) -> dict[str, Tensor]:
 
 def _temperature(chunk: ReducedChunk) -> dict[str, Tensor]:
     view, tail_share = chunk.reduced.view, chunk.reduced.tail_share
-    inverse = torch.tensor(calibration.EIGHTHS, device=chunk.mask.device) / 8
+    first, *_, last = calibration.EIGHTHS
+    inverse = torch.arange(first, last + 1, device=chunk.mask.device) / 8
     # Σ s^(1/τ) over the tail, s the softmax over it. A shard has s / share, so s^(1/τ) takes share^(1/τ), and shards
     # add up.  [n, temperatures]
     power_sums = chunk.backend.tail_power_sums()

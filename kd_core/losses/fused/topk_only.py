@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_core.logit_products import chunk_positions
 from kd_core.losses.fused.choose_backend import backend_of
 from kd_core.losses.fused.chunks import LossCall, Positions
 from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients
@@ -120,7 +119,7 @@ def sum_over_support(call: LossCall, head: LmHead, gradients: LmHeadGradients | 
     K, accum_dtype = call.positions.teacher.ids.shape[1], head.precision.accum_dtype
     chunk_sums: list[dict[str, Tensor]] = []
     factors = call.position_weights(_no_student_entropy)
-    chunk_tokens = call.objective.chunk_tokens or chunk_positions(len(head.weight), head.weight.device)
+    chunk_tokens = call.objective.chunk_tokens or head.chunk_positions()
     gathered_rows = backend_of(head.weight).gathered_rows
     for positions in call.chunk_slices(max(1, min(chunk_tokens, gathered_rows // K))):
         # Rows of the lm_head and their logits to a view.  [n, K, D] → [n, K]

@@ -1,4 +1,4 @@
-"""The torch operations of a GPU without Triton, on the CPU, against the float64 oracle."""
+"""The torch operations of a GPU without Triton against the float64 oracle, on the CPU if there is no GPU."""
 
 from dataclasses import replace
 
@@ -14,8 +14,10 @@ from tests.kd_core.losses.fused.on_triton import CpuMatmuls
 
 @pytest.fixture(autouse=True)
 def _on_cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(choose_backend.BACKENDS, "cpu", lambda: cuda_backend.CudaBackend)
-    monkeypatch.setattr(cuda_backend, "CudaMatmuls", CpuMatmuls)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(choose_backend.BACKENDS, device, lambda: cuda_backend.CudaBackend)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda_backend, "CudaMatmuls", CpuMatmuls)
 
 
 @pytest.mark.parametrize("name", ["varying entries", "odd sizes", "all padding"])
