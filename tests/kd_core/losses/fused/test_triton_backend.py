@@ -123,3 +123,25 @@ def test_kernels_compiled_for_sm_90_fit_into_registers() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == {"mark_support", "reduce_tail", "write_dlogits"}
     assert [row for row in rows if row["spilled_bytes"]] == []
+    # The interpreter runs one program after another, so only these say that a store waits for the loads before it.
+    barriers = {(row["kernel"], row["barriers"]) for row in rows}
+    assert barriers == {("mark_support", 3), ("write_dlogits", 2), ("reduce_tail", 0)}
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_operators_are_what_they_say_to_torch(n: int) -> None:
+    """Their fake results, mutated arguments and aliases, as compiled graphs and fake tensors rely on them."""
+    torch.manual_seed(n)
+    product, bias, form = torch.randn(n, 16)[:, :11], torch.randn(11), torch.tensor([0.5, 3.0])
+    columns, in_shard = torch.randint(11, (n, 4)), torch.rand(n, 4) > 0.3
+    logits, slots = logit_operators.mark_support(product.clone(), columns, in_shard, form, bias, True)
+    inverse, offset = torch.ones(1), torch.randn(n)
+    top, mass, *_ = logit_operators.reduce_tail(product, inverse, form, bias, True, True, True)
+    gradient = (inverse, form, bias, True, top, mass, offset, columns, slots, logits, logits, torch.float16)
+    for operator, arguments in (
+        (logit_operators.mark_support, (product.clone(), columns, in_shard, form, bias, True)),
+        (logit_operators.reduce_tail, (product, inverse, form, bias, True, True, True)),
+        (logit_operators.write_dlogits, (torch.zeros(n, 16)[:, :11], *gradient)),
+        (logit_operators.scale_unless_one, (torch.randn(n, 3), torch.tensor(2.0))),
+    ):
+        torch.library.opcheck(operator, arguments)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from kd_core.losses.compatibility import ALLOWED_DIVERGENCES
+from kd_core.losses.fused import lm_head
 from kd_core.losses.fused.loss import fused_loss
 from kd_core.losses.fused.vocab_shard import VocabShard
 from kd_core.losses.objective import CrossEntropy, Distillation, Objective
@@ -152,8 +153,18 @@ def says_little(world: World) -> None:
     assert sum(forward) * 100 < N * V
 
 
+def uneven_shards_take_equal_chunks(world: World) -> None:
+    """Where the objective sets no chunk: it depends on rows, of which ranks have unequal numbers."""
+    case, terms = make("odd sizes").to(torch.float64), {"kd": Distillation(), "sft": CE}
+    assert len(case.weight) % world.size
+    with mock.patch.object(lm_head, "chunk_positions", lambda rows, _: 1 + rows % 3):
+        found, _ = parted(case, Objective(terms), world, LmHeadForm())
+    assert error(found, fused(case, Objective(terms))[0]) < 1e-10
+
+
 def both(world: World) -> None:
     torch.manual_seed(world.rank)
+    uneven_shards_take_equal_chunks(world)
     other_objectives(world)
     says_little(world)
     all_cases(world)
