@@ -113,6 +113,9 @@ def test_only_a_gpu_and_a_fused_kernel_decide() -> None:
     assert decides_on_device(fused, torch.device("cuda", 0))
     assert not decides_on_device(fused, torch.device("cpu"))
     assert not decides_on_device(plain, torch.device("cuda", 0))
+    # Its first step allocates momentum without filling it, also where the kernel then does nothing.
+    sgd = torch.optim.SGD(parameters, lr=1.0, momentum=0.9, fused=True)
+    assert not decides_on_device(sgd, torch.device("cuda", 0))
 
 
 def trained(parallel: Parallel, world: World, decided: bool) -> list[float]:
