@@ -211,7 +211,7 @@ class _Run:
         path = write_failed_batch(self.folder.path, step, self.world.rank, names, str(error))
         all_gather_values(self.world, None)  # every rank has written before any of them stops
         shown = f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-        message = f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
+        message = f"step {step}: {error}. This step has not moved the optimiser. Records of the step on rank {self.world.rank}: "
         message += f"{shown} (all in {path})"
         optimizer = self.settings.optimizer
         if optimizer.on_non_finite == "stop" or self.progress.skipped > optimizer.max_skipped:
