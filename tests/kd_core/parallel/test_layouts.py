@@ -276,7 +276,7 @@ def test_a_gradient_of_the_loss_alone_needs_no_ranks() -> None:
 def test_deterministic_kernels_are_a_choice_and_change_no_bit_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    alone, found = World(), []
+    alone, found, seen, only_warns = World(), [], [], torch.is_deterministic_algorithms_warn_only_enabled
     try:
         for chosen in (False, True):
             parallel = replace(PLAIN, deterministic=chosen)
@@ -285,13 +285,11 @@ def test_deterministic_kernels_are_a_choice_and_change_no_bit_on_the_cpu(monkeyp
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == chosen
             assert torch.backends.cuda.cudnn_sdp_enabled() != chosen
             # Attention's kernels add in a fixed order only where torch would raise, not warn.
-            model, only_warns = student(tied, parallel, alone)[0], set[bool]()
-            is_warn_only = torch.is_deterministic_algorithms_warn_only_enabled
-            model.norm.weight.register_hook(lambda _, seen=only_warns: seen.add(is_warn_only()))  # pyright: ignore[reportUnknownLambdaType]
+            model = student(tied, parallel, alone)[0]
+            model.norm.weight.register_hook(lambda _: seen.append(only_warns()))
             found.append(trajectory(model, parallel, alone))
-            assert only_warns == {not chosen}
-            assert torch.are_deterministic_algorithms_enabled() == chosen
-            assert is_warn_only()
+            assert set(seen[-2:]) == {not chosen}
+            assert only_warns()
     finally:
         PLAIN.choose_kernels()
     assert not torch.are_deterministic_algorithms_enabled()
