@@ -39,7 +39,7 @@ class Parallel:
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block. A loop over documents stays outside.
         cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
-            longer than running them. For one GPU, without recomputation.
+            longer than running them. For one GPU and one pass a step, without recomputation.
         deterministic: take kernels that add in a fixed order, where torch has them. A GPU should then repeat a run
             bit by bit, at some cost. This has not been run on one. A CPU does so anyway.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
