@@ -152,6 +152,12 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)
     passes = -(-rows // parallel.micro_batch_rows)
+    if parallel.cuda_graphs and passes > 1:
+        # A pass writes its gradients to the memory of the graphs, where the next pass cannot add to them.
+        raise UsageError(
+            f"parallel.cuda_graphs: got {passes} passes a step of {rows} rows; wanted one. Set "
+            f"parallel.micro_batch_rows={rows}, or set it false."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gradients, copies = bytes_of_a_step(holding, layout, parallel, passes, dtype_of(parallel.precision, device))
     return {

@@ -1,6 +1,8 @@
 """Settings of how a run is spread over ranks and memory, with their checks. `parallelize.py` applies them."""
 
+import contextlib
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +39,9 @@ class Parallel:
         recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
         compile: compile each block. A loop over documents stays outside.
         cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
-            longer than running them. For one GPU, without recomputation.
-        deterministic: take kernels that add in a fixed order, where torch has them. A GPU then repeats a run bit by
-            bit, at some cost. A CPU does so anyway.
+            longer than running them. For one GPU and one pass a step, without recomputation.
+        deterministic: take kernels that add in a fixed order, where torch has them. A GPU should then repeat a run
+            bit by bit, at some cost. This has not been run on one. A CPU does so anyway.
         timeout: seconds without progress on a rank after which the run ends, with that rank's number.
     """
 
@@ -89,8 +91,27 @@ class Parallel:
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first matmul
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        # cuDNN's attention has no deterministic backward pass.
+        torch.backends.cuda.enable_cudnn_sdp(not self.deterministic)
         # What is not written is not read here.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextlib.contextmanager
+    def backward_kernels(self) -> Generator[None]:
+        """Makes torch raise, instead of warn, of operations in its block without a deterministic kernel, if wanted.
+
+        Backward passes of attention add in a fixed order only then. Under `warn_only` they warn and do not.
+        """
+        if not self.deterministic:
+            yield
+            return
+        enabled = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=False)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context in which forward passes run."""

@@ -36,7 +36,8 @@ def accumulate_gradients(
             _set_sync(model, parallel, is_last=number == len(batches))
         with parallel.autocast(world.device):
             loss = loss_of(batch)
-        loss.total.backward()
+        with parallel.backward_kernels():
+            loss.total.backward()
         losses.append(loss)
     return losses
 

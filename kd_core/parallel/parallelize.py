@@ -139,6 +139,14 @@ def _apply_sharding(student: Student, parallel: Parallel, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def _begin_generation(*_: object) -> None:
+    """Makes a pass through all blocks one generation of their CUDA graphs' memory, as a forward hook.
+
+    Otherwise each block's call without gradients would begin another one, and take the memory of its own input.
+    """
+    torch.compiler.cudagraph_mark_step_begin()
+
+
 def _compile_blocks(student: Student, cuda_graphs: bool, world: World) -> None:
     """Compiles each block for itself, so that equal blocks share their graphs.
 
@@ -158,6 +166,8 @@ def _compile_blocks(student: Student, cuda_graphs: bool, world: World) -> None:
     for block in student.layers:
         run = torch.compile(cast(Block, block).run, mode="reduce-overhead" if cuda_graphs else None)
         cast(Block, block).run = run
+    if cuda_graphs:
+        student.register_forward_pre_hook(_begin_generation)
 
 
 def parallelize(student: Student, parallel: Parallel, world: World) -> Student:

@@ -1,5 +1,6 @@
-"""Copies between host and device that the host does not wait for. On the CPU nothing is copied."""
+"""Copies between host and device that the host does not wait for, and times of it. On the CPU nothing is copied."""
 
+import time
 from collections.abc import Generator, Iterable
 from functools import lru_cache
 
@@ -24,6 +25,31 @@ class HostCopy:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.tolist()
+
+
+class Stopwatch:
+    """A time from its start to its stop: by the host on the CPU, and on a GPU between two points of its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.started = self.stopped = time.perf_counter()
+        is_gpu = device.type == "cuda"
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if is_gpu else []
+        if self.events:
+            self.events[0].record()
+
+    def stop(self) -> None:
+        """Stops it behind the work that is enqueued, without waiting for it."""
+        self.stopped = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Returns the seconds from start to stop. Waits for a GPU to get there."""
+        if not self.events:
+            return self.stopped - self.started
+        start, stop = self.events
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
 
 
 @lru_cache(1)

@@ -190,12 +190,17 @@ def _read_number(name: str, default: int) -> int:
 def _device_of(local_rank: int) -> torch.device:
     """Returns the GPU of a rank of this machine, or the CPU if it has no GPU.
 
+    Some launchers show each rank one GPU, by CUDA_VISIBLE_DEVICES. It is number 0 for each of them.
+
     Raises:
         UsageError: the machine has fewer GPUs than ranks. NCCL refuses two ranks on one.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if gpus == 1 and visible and "," not in visible:
+        return torch.device("cuda", 0)
     if local_rank >= gpus:
         raise UsageError(
             f"LOCAL_RANK: got {local_rank}; this machine has {gpus} GPU{'s' if gpus > 1 else ''}, and every rank needs "
@@ -230,7 +235,8 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
     if size == 1:
         yield World(device=device)
         return
-    # With its device, NCCL connects at once, and makes the groups of a mesh by splitting this one.
+    # With its device, NCCL connects at once, and makes the groups of a mesh by splitting this one. gloo's groups are
+    # then split too.
     backend, device_id = ("cuda:nccl,cpu:gloo", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(
         backend, store=_rendezvous_store(), rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout),

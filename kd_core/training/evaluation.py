@@ -6,7 +6,7 @@ batches ─► one fused pass ─► sums over positions, batches and ranks ─�
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Obj
 from kd_core.losses.sparse_view import SparseView
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
+from kd_core.parallel.transfers import device_batches
 from kd_core.parallel.world import World
 from kd_core.students.student import Student
 from kd_core.training.monitoring.metric_log import per_token
@@ -175,16 +176,22 @@ def _sum_metrics(
     local_totals = {"tokens": 0.0, "teacher_nll": 0.0, "bytes": 0.0}
     is_hidden = None if world.is_first else True  # None: tqdm hides the bar if stderr is no terminal
     bar = tqdm(batches, desc="evaluate", unit="batch", leave=False, mininterval=1, disable=is_hidden)
-    with engine.evaluation(model, parallel, world):
+
+    def counted() -> Generator[Batch]:
+        """Counts on the host what needs no pass through the student, so that nobody waits for the device."""
         for batch in bar:
-            losses.append(batch_loss(model, batch.to(world.device), measured, 1.0))
-            # What needs no pass through the student: scored positions, and −Σ log p of the teacher at their labels.
+            # Scored positions, and −Σ log p of the teacher at their labels.
             local_totals["tokens"] += float(batch.loss_mask.sum())
             local_totals["teacher_nll"] -= float(batch.label_log_prob[batch.loss_mask].double().sum())
             if asked.token_bytes is not None:
                 # Bytes of the scored labels. Ids beyond the tokenizer's table stand for none.
                 labels = batch.labels[batch.loss_mask].long()
                 local_totals["bytes"] += float(asked.token_bytes[labels[labels < len(asked.token_bytes)]].sum())
+            yield batch
+
+    with engine.evaluation(model, parallel, world):
+        for batch in device_batches(counted(), world.device):
+            losses.append(batch_loss(model, batch, measured, 1.0))
     sums = sum_losses(losses, measured.sum_names(), world)
     # Added terms are reported under their plain names: "+kl_loss" becomes "kl".
     for name in added_names:

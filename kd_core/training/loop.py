@@ -22,6 +22,7 @@ from torch import Tensor
 from kd_core.errors import NonFiniteError, UsageError
 from kd_core.losses.metric_table import BRIEF
 from kd_core.parallel.collectives import all_gather_values, assert_ranks_agree
+from kd_core.parallel.transfers import Stopwatch
 from kd_core.parallel.world import World
 from kd_core.students.student import Student
 from kd_core.training.checkpoints import checkpoint
@@ -62,14 +63,14 @@ class Data:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step that has begun: its batches, histograms and rate, when it began, and the seconds it waited for data."""
+    """A step that has begun: its batches, histograms and rate, its time, and the seconds it waited for data."""
 
     step: int
     batches: Sequence[Batch]
     result: BegunStep
     histograms: dict[str, dict[str, Any]]
     rate: float
-    started: float
+    stopwatch: Stopwatch
     waited: float
 
 
@@ -88,7 +89,6 @@ class _Run:
     metrics: MetricLog | None = None
     group_settings: list[dict[str, Any]] | None = None  # as built, until the first step has left them unchanged
     begun: deque[_Begun] = field(default_factory=deque[_Begun])  # steps whose numbers are not read yet
-    last_ended: float = 0.0
 
     def is_due(self, step: int, *every: int) -> bool:
         """Returns True for multiples of any of `every`, and for the last step."""
@@ -149,7 +149,7 @@ class _Run:
 
     def begin_step(self, step: int, batches: Sequence[Batch], waited: float) -> _Begun:
         """Begins one optimiser step, whose numbers `end_step` reads."""
-        settings, started = self.settings, time.perf_counter()
+        settings, stopwatch = self.settings, Stopwatch(self.world.device)
         self.pulse.enter(f"in forward and backward of step {step}")
         # A seed of each step and data-parallel rank, so that checkpoints need no random state.
         torch.manual_seed((settings.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
@@ -163,7 +163,8 @@ class _Run:
                 self.model, self.optimizer, batches, objective=settings.loss.at(step, settings.steps),
                 clip_norm=settings.optimizer.clip_norm, parallel=settings.parallel, world=self.world,
             )  # fmt: skip
-        return _Begun(step, batches, result, histograms, factor * settings.optimizer.lr, started, waited)
+        stopwatch.stop()
+        return _Begun(step, batches, result, histograms, factor * settings.optimizer.lr, stopwatch, waited)
 
     def end_step(self, begun: _Begun) -> dict[str, float]:
         """Reads the numbers of a step, and returns its metrics.
@@ -173,6 +174,7 @@ class _Run:
             UsageError: the first step changed optimiser settings that no checkpoint holds.
         """
         step = begun.step
+        self.pulse.enter(f"reading numbers of step {step}")
         after_step = replace(self.progress, step=step, rows=step * self.settings.rows_per_step, metric=None)
         try:
             result = begun.result.read()
@@ -186,9 +188,7 @@ class _Run:
         if not result.moved:
             reason = "every weight of the objective is 0" if result.tokens else "no position of it is scored"
             log.warning("step %d: %s, so nothing has moved (no decay, no momentum)", step, reason)
-        # The device began a step behind the one before it.
-        ended = time.perf_counter()
-        seconds, self.last_ended = ended - max(begun.started, self.last_ended), ended
+        seconds = begun.stopwatch.seconds()
         if begun.histograms and self.metrics:
             self.metrics.add_histograms(step, begun.histograms)
         return {
@@ -211,8 +211,8 @@ class _Run:
         path = write_failed_batch(self.folder.path, step, self.world.rank, names, str(error))
         all_gather_values(self.world, None)  # every rank has written before any of them stops
         shown = f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-        message = f"step {step}: {error}. The optimiser has not moved. Records of the step on rank {self.world.rank}: "
-        message += f"{shown} (all in {path})"
+        message = f"step {step}: {error}. This step has not moved the optimiser. Records of the step on rank "
+        message += f"{self.world.rank}: {shown} (all in {path})"
         optimizer = self.settings.optimizer
         if optimizer.on_non_finite == "stop" or self.progress.skipped > optimizer.max_skipped:
             skipped = f" Steps skipped: {self.progress.skipped}." if optimizer.on_non_finite == "skip" else ""
@@ -230,8 +230,7 @@ class _Run:
         while self.begun and (all_of_them or len(self.begun) > 1 or not self.begun[0].result.is_late):
             begun = self.begun.popleft()
             step, values = begun.step, self.end_step(begun)
-            seconds = values.get("speed/step_seconds", time.perf_counter() - begun.started)
-            values |= live.speed(step, seconds, begun.waited)
+            values |= live.speed(step, begun.stopwatch.seconds(), begun.waited)
             slow_start.add(self.settings.tokens_per_step, values.get("speed/step_seconds", 0.0), begun.waited)
             held_out = self.validate(step) if self.is_due(step, self.settings.evaluation.every) else {}
             self.log_metrics(step, values, held_out)

@@ -9,8 +9,13 @@ EPSILON = 1e-6  # of torch's clipping: g ← g · min(1, max_norm / (‖g‖ + �
 
 
 def decides_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Checks that the optimiser's kernel can scale gradients and leave out a step, on a device that runs behind."""
-    return device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+    """Checks that the optimiser's kernel can scale gradients and leave out a step, on a device that runs behind.
+
+    Only Adam's and AdamW's are taken. Fused SGD allocates momentum without filling it, and a first step that is left
+    out would leave it so.
+    """
+    has_kernel = isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return device.type == "cuda" and has_kernel
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor, clip_norm: float) -> None:

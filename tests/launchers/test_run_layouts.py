@@ -117,3 +117,15 @@ def test_layouts_that_do_not_fit(tiny: Tiny, change: str, ranks: int, said: str)
     config = config_items.resolve_items([*tiny.train_items(6), *FOUR, change], "Experiment").config
     with pytest.raises(UsageError, match=said):
         fdl.build(config).check(ranks)
+
+
+def test_cuda_graphs_take_one_pass_a_step(tiny: Tiny) -> None:
+    items = [*tiny.train_items(6), "parallel.compile=true", "parallel.cuda_graphs=true"]
+    rows = fdl.build(config_items.resolve_items(items, "Experiment").config).rows_per_step
+    few, enough = (
+        fdl.build(config_items.resolve_items([*items, f"parallel.micro_batch_rows={n}"], "Experiment").config)
+        for n in (rows - 1, rows)
+    )
+    with pytest.raises(UsageError, match=rf"got 2 passes a step .*parallel\.micro_batch_rows={rows}, or"):
+        few.check(1)
+    enough.check(1)

@@ -22,10 +22,13 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from kd_core.parallel import transfers
 from kd_core.parallel.world import World, connect_store
 
 ROOT = Path(__file__).parents[3]
 COLLECTIVES = str(Path("torch") / "distributed")
+# A GPU's collectives run behind the host, which waits for them where it reads numbers.
+READS = transfers.__file__
 STATUS = 1
 LAST_WAIT = 60.0  # seconds in which the watch thread must return from a call to the store
 
@@ -73,11 +76,14 @@ UNSEEN = RankReport(0, "before its first report", -1, "", waits=False, host="an 
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """Returns `FILE:LINE` of the innermost frame in this project, and whether the thread is inside of a collective."""
+    """Returns `FILE:LINE` of the innermost frame in this project, and whether the thread is inside of a collective.
+
+    A thread that reads numbers from a GPU counts as one that is.
+    """
     waits = False
     while frame is not None:
         name = frame.f_code.co_filename
-        waits = waits or COLLECTIVES in name
+        waits = waits or COLLECTIVES in name or name == READS
         if name.startswith(str(ROOT)) and "site-packages" not in name.removeprefix(str(ROOT)):
             return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}", waits
         frame = frame.f_back

@@ -16,7 +16,7 @@ from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import parallelize
+from kd_core.parallel.parallelize import _compile_blocks, parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
@@ -120,3 +120,16 @@ def test_cuda_graphs_are_refused_where_they_cannot_be() -> None:
         Parallel(cuda_graphs=True, compile=True, recompute="full")
     with pytest.raises(UsageError, match=r"parallel\.cuda_graphs: got a student on cpu"):
         parallelize(meta_decoder(ARCH), replace(COMPILED, cuda_graphs=True), World())
+
+
+def test_a_pass_is_one_generation_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = list[bool]()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(True))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = student()
+    run(model, packed(24, 2), is_training=False)
+    assert not marks
+    _compile_blocks(model, cuda_graphs=True, world=World(device=torch.device("cuda", 0)))
+    for number, is_training in enumerate((True, False, False), 1):
+        run(model, packed(24, 2), is_training)
+        assert len(marks) == number

@@ -276,14 +276,20 @@ def test_a_gradient_of_the_loss_alone_needs_no_ranks() -> None:
 def test_deterministic_kernels_are_a_choice_and_change_no_bit_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    alone, found = World(), []
+    alone, found, seen, only_warns = World(), [], [], torch.is_deterministic_algorithms_warn_only_enabled
     try:
         for chosen in (False, True):
             parallel = replace(PLAIN, deterministic=chosen)
             parallel.choose_kernels()
             assert torch.are_deterministic_algorithms_enabled() == chosen
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == chosen
-            found.append(trajectory(student(tied, parallel, alone)[0], parallel, alone))
+            assert torch.backends.cuda.cudnn_sdp_enabled() != chosen
+            # Attention's kernels add in a fixed order only where torch would raise, not warn.
+            model = student(tied, parallel, alone)[0]
+            model.norm.weight.register_hook(lambda _: seen.append(only_warns()))
+            found.append(trajectory(model, parallel, alone))
+            assert set(seen[-2:]) == {not chosen}
+            assert only_warns()
     finally:
         PLAIN.choose_kernels()
     assert not torch.are_deterministic_algorithms_enabled()

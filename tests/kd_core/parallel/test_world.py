@@ -36,6 +36,19 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(
     assert not two_gpus
 
 
+def test_a_rank_that_sees_one_gpu_takes_it(two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with joined_world() as joined:
+        assert joined.device == torch.device("cuda", 0)
+    assert two_gpus == [torch.device("cuda", 0)]
+    # Without the launcher's choice, ranks share the GPU of the machine, which NCCL refuses.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UsageError, match="LOCAL_RANK: got 3; this machine has 1 GPU, "), joined_world():
+        pass
+
+
 def test_a_rank_binds_its_group_to_its_gpu(two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "RANK": 1}.items():
         monkeypatch.setenv(name, str(value))

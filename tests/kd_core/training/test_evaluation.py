@@ -19,6 +19,7 @@ from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.starts.start import Pretrained, build_student
+from kd_core.training import evaluation
 from kd_core.training.evaluation import EvaluationRequest, HeldOutCache, evaluate, evaluate_all, metric_names
 from kd_core.types import Batch
 from tests.ranks import run_ranks
@@ -224,3 +225,24 @@ def test_a_label_beyond_the_tokenizer_stands_for_no_bytes(tiny: Tiny) -> None:
     assert numbers["val/bits_per_byte"] == pytest.approx(
         numbers["val/nll"] * len(labels) / math.log(2) / size, rel=1e-5
     )
+
+
+def test_batches_are_copied_ahead_and_counted_on_the_host(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Batch] = []
+
+    def noted(found: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
+        assert device == World().device
+        for batch in found:
+            copied.append(batch)
+            # Nothing is counted from a copy: a GPU would make the host wait.
+            yield replace(batch, label_log_prob=batch.label_log_prob * torch.nan)
+
+    monkeypatch.setattr(evaluation, "device_batches", noted)
+    model, found = build_student(start(str(tiny.teacher)), torch.device("cpu"), seed=0), batches(tiny.records()[:4], 2)
+    asked = EvaluationRequest(OBJECTIVE, (), Tokenizer(tiny.teacher).byte_lengths())
+    facts = CacheFacts(model.arch.vocab_size, 8)
+    numbers = evaluate(model, found, facts, asked=asked, parallel=FLOAT32, world=World())
+    assert [id(batch) for batch in copied] == [id(batch) for batch in found]
+    teacher_nll = -sum(float(batch.label_log_prob[batch.loss_mask].double().sum()) for batch in found)
+    scored = sum(int(batch.loss_mask.sum()) for batch in found)
+    assert numbers["val/teacher_nll"] == pytest.approx(teacher_nll / scored)

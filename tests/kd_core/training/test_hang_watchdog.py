@@ -1,6 +1,10 @@
+import sys
 from dataclasses import replace
 
-from kd_core.training.monitoring.hang_watchdog import RankReport, hang_message, ranks_behind
+import torch
+
+from kd_core.parallel.transfers import HostCopy
+from kd_core.training.monitoring.hang_watchdog import RankReport, _place, hang_message, ranks_behind
 
 WAITS = RankReport(9, "in forward and backward of step 5", 12, "kd_core/parallel/world.py:48", waits=True, host="a")
 
@@ -25,3 +29,19 @@ def test_who_is_in_no_collective() -> None:
 def test_where_nothing_tells_them_apart_nobody_is_blamed() -> None:
     assert ranks_behind([WAITS, WAITS]) == []
     assert "no rank has moved for 3 s" in hang_message([WAITS, WAITS], 3.0)
+
+
+def test_who_reads_numbers_of_a_gpu_waits() -> None:
+    places: list[tuple[str, bool]] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            places.append(_place(sys._getframe(1)))
+
+    copy = HostCopy(torch.zeros(1))
+    copy.arrived = Event()  # pyright: ignore[reportAttributeAccessIssue]
+    copy.read()
+    [(place, waits)] = places
+    assert place.startswith("kd_core/parallel/transfers.py:")
+    assert waits
+    assert not _place(sys._getframe())[1]

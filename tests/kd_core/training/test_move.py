@@ -3,6 +3,7 @@
 A CPU has the same kernel. Whole steps and runs use it here by a patch of `decides_on_device`.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -113,6 +114,9 @@ def test_only_a_gpu_and_a_fused_kernel_decide() -> None:
     assert decides_on_device(fused, torch.device("cuda", 0))
     assert not decides_on_device(fused, torch.device("cpu"))
     assert not decides_on_device(plain, torch.device("cuda", 0))
+    # Its first step allocates momentum without filling it, also where the kernel then does nothing.
+    sgd = torch.optim.SGD(parameters, lr=1.0, momentum=0.9, fused=True)
+    assert not decides_on_device(sgd, torch.device("cuda", 0))
 
 
 def trained(parallel: Parallel, world: World, decided: bool) -> list[float]:
@@ -212,8 +216,14 @@ def test_a_run_reads_numbers_behind_the_next_step_and_logs_the_same(
 
         monkeypatch.setattr(loop._Run, name, call)
 
+    def slow(*args: Any, **settings: Any) -> Any:
+        time.sleep(0.02)
+        return step_module.begin_step(*args, **settings)
+
     for name in ("begin_step", "end_step", "validate", "save"):
         noted(name)
+    # A step that is read right behind the one before it has its own time.
+    monkeypatch.setattr(loop, "begin_step", slow)
     items = ["evaluation.every=4", "checkpoint.every=3", "logger.histograms_every=2"]
     lines = []
     for decided in (False, True):
@@ -221,7 +231,7 @@ def test_a_run_reads_numbers_behind_the_next_step_and_logs_the_same(
         with decided_on_device() if decided else nullcontext():
             lines.append(run(tiny, tmp_path / str(decided), items, StopSignals()))
         times = [line["speed/step_seconds"] for line in read_metrics(tmp_path / str(decided) / "metrics.jsonl")[1:]]
-        assert min(times) > 0
+        assert min(times) > 0.02
     assert [list(line) for line in lines[1]] == [list(line) for line in lines[0]]
     for mine, wanted in zip(*lines, strict=True):
         assert mine == pytest.approx(wanted, rel=1e-5)
