@@ -20,6 +20,7 @@ import torch
 from benchmarks.gpu import loss, probe, scoring, training
 from benchmarks.gpu.results import page, read_numbers
 from benchmarks.gpu.session import Session
+from kd_core.parallel.world import use_device
 
 RESULTS = Path(__file__).parent.parent / "results"
 PARTS: dict[str, Callable[[Session], None]] = {
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--device cuda: this torch sees no GPU; try --device cpu --tiny")
     args.out.mkdir(parents=True, exist_ok=True)
     session = Session(torch.device(args.device), args.out, args.seconds, args.tiny)
+    if session.on_gpu:
+        use_device(torch.device("cuda", session.device.index or 0))
     try:
         for part in args.parts.split(","):
             if session.left() < 10:
