@@ -34,9 +34,11 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600 $(ARGS)
 
-# On a machine with an NVIDIA GPU, with its own torch: tests on the GPU, then all figures, in six minutes.
+# On a machine with an NVIDIA GPU: tests on the GPU, then all figures, in six minutes. PYTHON=… names the Python that has
+# torch. Without it, that of $(VENV) is taken where it exists, else the system's.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
 gpu:
-	@PYTHON=$(PYTHON) WHEELS=$(WHEELS) OUT=$(OUT) benchmarks/gpu/run.sh $(ARGS)
+	@PYTHON=$(GPU_PYTHON) WHEELS=$(WHEELS) OUT=$(OUT) benchmarks/gpu/run.sh $(ARGS)
 
 # Do the tests of the losses notice? Breaks the code in one place after another; ten minutes.
 mutations: $(VENV)/.dev

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
 
 Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. After an interruption, the same command goes
-on with the first missing shard. The bytes are the same, whatever the interruptions and the number of ranks.
+on with the first missing shard. The bytes are the same, whatever the interruptions and the number of ranks. Finish an
+export with the version of this project that began it.
 
 With --extend, complete caches grow by the documents that they lack. Documents are compared by content, not by name. No
 old shard is touched.

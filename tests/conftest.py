@@ -18,7 +18,7 @@ from tests.patience import patience  # noqa: E402
 from tests.tiny import Tiny, make_tiny  # noqa: E402
 
 # Few tests that take long: handed out last, they would leave all workers but one idle.
-STARTS_PROCESSES = ("tests/kd_core/parallel", "tests/launchers", "tests/kd_core/losses")
+STARTS_PROCESSES = ("tests/gpu", "tests/kd_core/parallel", "tests/launchers", "tests/kd_core/losses")
 # Seconds of the longest test on an ordinary idle machine, and more.
 LONGEST = 100
 

@@ -20,11 +20,12 @@ import torch
 from benchmarks.gpu import loss, probe, scoring, training
 from benchmarks.gpu.results import page, read_numbers
 from benchmarks.gpu.session import Session
+from kd_core.parallel.world import use_device
 
 RESULTS = Path(__file__).parent.parent / "results"
 PARTS: dict[str, Callable[[Session], None]] = {
-    "probe": probe.run, "loss": loss.run, "step": training.run, "fsdp": training.run_fsdp, "export": scoring.run,
-    "trace": training.run_trace,
+    "probe": probe.run, "loss": loss.run, "step": training.run, "export": scoring.run, "fsdp": training.run_fsdp,
+    "trace": training.run_trace, "compiled": training.run_compiled,
 }  # fmt: skip
 
 
@@ -42,16 +43,26 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--device cuda: this torch sees no GPU; try --device cpu --tiny")
     args.out.mkdir(parents=True, exist_ok=True)
     session = Session(torch.device(args.device), args.out, args.seconds, args.tiny)
-    for part in args.parts.split(","):
-        if session.left() < 10:
-            session.record(part, "the whole part", skipped="no time is left")
-        else:
-            session.attempt(part, "the whole part", partial(PARTS[part], session))
+    if session.on_gpu:
+        use_device(torch.device("cuda", session.device.index or 0))
+    try:
+        for part in args.parts.split(","):
+            if session.left() < 10:
+                session.record(part, "the whole part", skipped="no time is left")
+            else:
+                session.attempt(part, "the whole part", partial(PARTS[part], session))
+    finally:
+        write_page(session)
+
+
+def write_page(session: Session) -> None:
+    """Writes the page of all numbers in the session's folder."""
     estimates = max(RESULTS.glob("*-roofline.md")).read_text()
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    numbers = read_numbers(args.out / "numbers.jsonl")
-    (args.out / "results.md").write_text(page(numbers, estimates, session.device_name, today, args.tiny))
-    print(f"wrote {args.out / 'results.md'} after {args.seconds - session.left():.0f} s")
+    numbers = read_numbers(session.out / "numbers.jsonl")
+    path = session.out / "results.md"
+    path.write_text(page(numbers, estimates, session.device_name, today, session.tiny))
+    print(f"wrote {path} after {session.seconds - session.left():.0f} s")
 
 
 if __name__ == "__main__":

@@ -42,16 +42,21 @@ def _installed(module: str, name: str) -> Callable[..., torch.Tensor] | None:
 
 
 def peers() -> dict[str, Step]:
-    """Returns the cross-entropies fused with an lm_head of other projects that can be imported."""
+    """Returns the cross-entropies fused with an lm_head of other projects that can be imported.
+
+    Liger-Kernel has several implementations. The environment variable LIGER_KERNEL_IMPL chooses one.
+    """
     peer_losses: dict[str, Step] = {}
     # Liger-Kernel 0.8: (weight, hidden, labels). QuACK: (hidden, weight, labels).
     liger = _installed("liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
     if liger is not None:
         loss = liger()
-        peer_losses["CE, Liger"] = lambda inputs: loss(inputs.weight, inputs.hidden, inputs.labels)
+        function = _installed("liger_kernel.ops", "LigerFusedLinearCrossEntropyFunction")
+        language = "CuTe" if ".cute" in getattr(function, "__module__", "") else "Triton"
+        peer_losses[f"CE, Liger ({language})"] = lambda inputs: loss(inputs.weight, inputs.hidden, inputs.labels)
     quack = _installed("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     if quack is not None:
-        peer_losses["CE, QuACK"] = lambda inputs: quack(inputs.hidden, inputs.weight, inputs.labels)
+        peer_losses["CE, QuACK (CuTe)"] = lambda inputs: quack(inputs.hidden, inputs.weight, inputs.labels)
     return peer_losses
 
 
@@ -64,14 +69,18 @@ def ours(objective: str, chunk: int) -> Step:
 def three_matmuls(inputs: Inputs, chunk: int) -> None:
     """Multiplies what no exact loss can do without, in chunks, with the weight's gradient in float32."""
     hidden, weight = inputs.hidden.detach().bfloat16(), inputs.weight.detach().bfloat16()
-    total = torch.zeros(weight.shape, device=weight.device)
-    for rows in hidden.split(chunk):
+    total = torch.empty(weight.shape, device=weight.device)
+    for index, rows in enumerate(hidden.split(chunk)):
         logits = rows @ weight.t()
         logits @ weight
-        if total.device.type == "cuda":
+        # The first chunk writes the gradient, so that nothing is filled with zeros or read first.
+        if total.device.type != "cuda":
+            product = (logits.t() @ rows).float()
+            total.add_(product) if index else total.copy_(product)
+        elif index:
             torch.addmm(total, logits.t(), rows, out_dtype=torch.float32, out=total)
         else:
-            total += (logits.t() @ rows).float()
+            torch.mm(logits.t(), rows, out_dtype=torch.float32, out=total)
 
 
 def run(session: Session) -> None:
@@ -105,7 +114,7 @@ class _Losses:
         if self.session.left() < 10:
             self.session.record(PART, name, precision=self.precision, skipped="no time is left")
         else:
-            self.session.attempt(PART, name, partial(self._measure, name, step))
+            self.session.attempt(PART, name, partial(self._measure, name, step), precision=self.precision)
 
     def _measure(self, name: str, step: Step | None) -> None:
         session, inputs = self.session, self.inputs

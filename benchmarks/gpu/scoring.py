@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.session import PEAK_FLOPS, Session
+from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import LLAMA_1B, LLAMA_8B, SMALL, matmul_weights
 from benchmarks.gpu.training import random_student
 from data.cache.selection import Selection
@@ -59,5 +59,5 @@ def _measure(session: Session, label: str, scorer: DecoderScorer, shape: tuple[i
     flops = 2.0 * rows * length * matmul_weights(arch)
     session.record(
         PART, label, ms=ms, forward_ms=bare, ratio=ms / bare,
-        tokens_s=rows * length / ms * 1e3, mfu=flops / ms * 1e3 / PEAK_FLOPS,
+        tokens_s=rows * length / ms * 1e3, **session.mfu(flops, ms),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """A session on a device: time that is left, timing, peak memory, and a file of numbers."""
 
 import contextlib
+import functools
 import json
 import statistics
 import time
@@ -13,8 +14,13 @@ from typing import Any, TypeVar
 import torch
 
 R = TypeVar("R")
-# Peak of an H100 and an H200 in bfloat16, of which MFU is a share.
-PEAK_FLOPS = 989e12
+# Peaks in bfloat16, of which MFU is a share, by a word of the GPU's name.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Returns the peak of a GPU in bfloat16, or None where it is not listed."""
+    return next((PEAK_FLOPS[word] for word in device_name.split() if word in PEAK_FLOPS), None)
 
 
 @dataclass
@@ -31,9 +37,14 @@ class Session:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    @property
+    @functools.cached_property
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu"
+
+    def mfu(self, flops: float, ms: float) -> dict[str, float]:
+        """Returns the share of the peak at which `flops` take `ms`, or nothing where the peak is not known."""
+        peak = peak_flops(self.device_name)
+        return {"mfu": flops / ms * 1e3 / peak} if peak else {}
 
     def left(self) -> float:
         """Returns the seconds that are left."""
@@ -100,13 +111,15 @@ class Session:
                 torch.cuda.set_sync_debug_mode("default")
         return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
-    def attempt(self, part: str, name: str, work: Callable[[], R]) -> R | None:
-        """Returns the result of `work`, or records its error and returns None, so that the rest goes on."""
+    def attempt(self, part: str, name: str, work: Callable[[], R], **values: Any) -> R | None:
+        """Returns the result of `work`, or records its error beside `values` and returns None: the rest goes on."""
         try:
             return work()
         except Exception as error:
-            self.record(part, name, failed=f"{type(error).__name__}: {error}"[:300])
+            self.record(part, name, **values, failed=f"{type(error).__name__}: {error}"[:300])
             return None
         finally:
-            if self.on_gpu:
-                torch.cuda.empty_cache()
+            # After an error of a kernel, every later call of CUDA raises it again.
+            with contextlib.suppress(RuntimeError):
+                if self.on_gpu:
+                    torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.roofline import STEPS, attention_flops
-from benchmarks.gpu.session import PEAK_FLOPS, Session
+from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import StepShape, make_batch, matmul_weights, objectives, pin
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
@@ -29,7 +29,7 @@ from kd_core.training.optimizer import AdamW
 from kd_core.training.step import StepSums, train_step
 from kd_core.types import Batch
 
-PART = "step"
+PART, COMPILED = "step", "compiled"
 PACKED, QUICK_START = STEPS
 BF16 = Parallel(precision="bfloat16")
 
@@ -119,7 +119,7 @@ def measure(session: Session, part: str, name: str, step: MeasuredStep, world: W
     counters.clear()
     lines = session.waits(lambda: trainer.take(batches[0]))
     session.record(
-        part, name, ms=ms, mfu=model_flops(step.shape) / ms * 1e3 / PEAK_FLOPS, gib=peak[0],
+        part, name, ms=ms, **session.mfu(model_flops(step.shape), ms), gib=peak[0],
         tokens_s=step.shape.positions / ms * 1e3, loss=result.sums["loss"] / result.tokens,
         first_ms=1e3 * seconds[0], second_ms=1e3 * seconds[1],
         waits=len(lines), waits_at=", ".join(sorted(set(lines))), **graphs,
@@ -127,11 +127,21 @@ def measure(session: Session, part: str, name: str, step: MeasuredStep, world: W
 
 
 def run(session: Session) -> None:
-    for name, step in steps(session).items():
+    """Measures the steps that are not compiled."""
+    _run(session, PART, {name: step for name, step in steps(session).items() if "compiled" not in name})
+
+
+def run_compiled(session: Session) -> None:
+    """Measures the compiled steps. They come last, because compilation takes minutes."""
+    _run(session, COMPILED, {name: step for name, step in steps(session).items() if "compiled" in name})
+
+
+def _run(session: Session, part: str, named: dict[str, MeasuredStep]) -> None:
+    for name, step in named.items():
         if session.left() < step.seconds:
-            session.record(PART, name, skipped="no time is left")
+            session.record(part, name, skipped="no time is left")
         else:
-            session.attempt(PART, name, partial(measure, session, PART, name, step, World(device=session.device)))
+            session.attempt(part, name, partial(measure, session, part, name, step, World(device=session.device)))
 
 
 @contextmanager

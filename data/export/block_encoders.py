@@ -25,6 +25,8 @@ from kd_core.errors import UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
+# Seconds in which a process must end after its results have.
+PATIENCE = 10.0
 
 
 class BlockJob(NamedTuple):
@@ -73,9 +75,16 @@ class _EncoderProcess:
 
     def __init__(self, settings: EncoderSettings) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        # Results have a pipe of their own. What anything prints in the process goes to standard error.
+        reading, writing = os.pipe()
+        self._results = os.fdopen(reading, "rb")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(writing)], stdin=subprocess.PIPE, stdout=2, env=environment,
+                pass_fds=[writing],
+            )  # fmt: skip
+        finally:
+            os.close(writing)
         self._settings = settings
         self._is_begun = False
 
@@ -87,7 +96,6 @@ class _EncoderProcess:
         """
         process = self._process
         assert process.stdin
-        assert process.stdout
         try:
             # Settings go first. They are sent by the first job, so that starting a process waits for nothing.
             if not self._is_begun:
@@ -95,15 +103,26 @@ class _EncoderProcess:
                 self._is_begun = True
             pickle.dump(tuple(job), process.stdin, protocol=5)
             process.stdin.flush()
-            encoded, error = pickle.load(process.stdout)  # noqa: S301 (a pipe to our own process)
+            encoded, error = pickle.load(self._results)  # noqa: S301 (a pipe to our own process)
         except (OSError, EOFError, pickle.UnpicklingError):
             raise UsageError(
-                f"{job.shard}: the process that encoded its blocks ended with status {process.wait()}, as where memory "
-                "runs out. Run the same command again; it goes on with this shard."
+                f"{job.shard}: the process that encoded its blocks ended with {self._status()}. "
+                "Run the same command again; it goes on with this shard."
             ) from None
         if error is not None:
             raise UsageError(error)
         return encoded
+
+    def _status(self) -> str:
+        """Returns how the process ended, and kills it where it still runs a while after its results broke off."""
+        try:
+            status = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return f"results that cannot be read, and was killed with status {self._process.wait()}"
+        if status == -signal.SIGKILL:
+            return f"status {status}: it was killed, as where memory runs out"
+        return f"status {status}. Its own message is above"
 
     def kill(self) -> None:
         """Ends the process in the middle of a block."""
@@ -115,8 +134,7 @@ class _EncoderProcess:
             assert self._process.stdin
             self._process.stdin.close()
         self._process.wait()
-        assert self._process.stdout
-        self._process.stdout.close()
+        self._results.close()
 
 
 @contextlib.contextmanager
@@ -177,5 +195,5 @@ def _serve(jobs: IO[bytes], results: IO[bytes]) -> None:
 if __name__ == "__main__":
     # Ctrl-C reaches every process of the terminal. This one ends with its input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(BrokenPipeError):
-        _serve(sys.stdin.buffer, sys.stdout.buffer)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(int(sys.argv[1]), "wb") as results:
+        _serve(sys.stdin.buffer, results)

@@ -115,7 +115,9 @@ class _WideLmHead(torch.nn.Module):
         super().__init__()
         self.weight = product_weight(lm_head.weight.detach()[:vocab_size])
         has_bias = lm_head.bias is not None  # pyright: ignore[reportUnnecessaryComparison] (None without one)
-        self.bias = lm_head.bias.detach()[:vocab_size].float() if has_bias else None
+        # A parameter, because some families make the bias of a new lm_head that of their head too.
+        bias = lm_head.bias.detach()[:vocab_size].float() if has_bias else None
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Maps [..., D] to [..., V]."""
@@ -145,10 +147,11 @@ class _PassThrough(torch.nn.Module):
         return _HeadInput(inputs_embeds)
 
 
-def _head_alone(model: "PreTrainedModel") -> "PreTrainedModel | None":
+def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "PreTrainedModel | None":
     """Returns the model without its body: what it makes of hidden states, with its scales and soft caps.
 
-    The weights are shared. Returns None where body and head together do not give the model's own logits.
+    The weights are shared. Returns None where body and head together do not give `whole`, the model's own logits of
+    `tokens`.
     """
     try:
         body = model.base_model
@@ -156,8 +159,6 @@ def _head_alone(model: "PreTrainedModel") -> "PreTrainedModel | None":
         head = copy.copy(model)
         head.__dict__["_modules"] = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
         with torch.no_grad():
-            tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
-            whole = model(input_ids=tokens, use_cache=False).logits
             hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
             divided = head(inputs_embeds=hidden, use_cache=False).logits
     except Exception:  # families differ in what their heads read
@@ -170,9 +171,14 @@ def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path) -> "PreTrai
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
         model.set_output_embeddings(_WideLmHead(lm_head, vocab_size))
-    elif model.dtype != torch.float32:
-        log.warning("%s: its lm_head is of another kind, so its logits are rounded to %s", folder, model.dtype)
-    head = _head_alone(model)
+    tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits
+    # Some families multiply by the weight of an lm_head without calling it.
+    dtype = whole.dtype if isinstance(lm_head, torch.nn.Linear) else model.dtype
+    if dtype != torch.float32:
+        log.warning("%s: its lm_head is of another kind, so its logits are rounded to %s", folder, dtype)
+    head = _head_alone(model, tokens, whole)
     if head is None:
         log.info("%s: body and head are computed together, so the logits of a whole batch exist at once", folder)
     return head

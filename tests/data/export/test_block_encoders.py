@@ -11,6 +11,7 @@ import pytest
 
 from data.cache.codec.coding import Coding
 from data.cache.manifest import read_manifest
+from data.export import block_encoders as module
 from data.export import export as steps
 from data.export.block_encoders import BlockJob, EncoderSettings, _EncoderProcess, block_encoders
 from data.export.plan import make_plans
@@ -24,6 +25,15 @@ import sys, time
 from data.export.block_encoders import EncoderSettings, _EncoderProcess
 print([_EncoderProcess(None)._process.pid for _ in range(2)], flush=True)
 time.sleep(600)
+"""
+PRINTS = """
+import pickle
+print("begins", flush=True)
+dump = pickle.dump
+def loud(*args, **settings):
+    print("dumps", flush=True)
+    dump(*args, **settings)
+pickle.dump = loud
 """
 
 
@@ -87,6 +97,38 @@ def test_a_process_that_ends_is_named(tiny: Tiny) -> None:
     encoder.kill()
     with pytest.raises(UsageError, match="shard 1: the process that encoded its blocks ended with status -9"):
         encoder.encode(_jobs(tiny)[1])
+    encoder.end()
+
+
+@pytest.mark.timeout(60)
+def test_what_a_process_prints_is_no_result(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Python imports this module when it starts.
+    (tmp_path / "sitecustomize.py").write_text(PRINTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings, jobs = _settings(tiny), _jobs(tiny)
+    with block_encoders(settings, 1) as encode:
+        assert list(encode(jobs)) == [settings.encode(job) for job in jobs]
+
+
+@pytest.mark.timeout(60)
+def test_a_process_with_damaged_results_is_killed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    encoder = _EncoderProcess(_settings(tiny))
+    with subprocess.Popen(["echo", "no pickle"], stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        results, encoder._results = encoder._results, other.stdout
+        with pytest.raises(UsageError, match="results that cannot be read, and was killed with status -9"):
+            encoder.encode(_jobs(tiny)[0])
+        encoder._results = results
+    encoder.end()
+
+
+def test_a_process_that_a_bug_ends_is_not_blamed_on_memory(tiny: Tiny) -> None:
+    encoder = _EncoderProcess(_settings(tiny))
+    job = BlockJob("shard 0", 0, [None])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"ended with status 1\. Its own message is above\. Run") as raised:
+        encoder.encode(job)
+    assert "memory" not in str(raised.value)
     encoder.end()
 
 

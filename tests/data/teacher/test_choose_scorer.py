@@ -10,9 +10,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -20,12 +22,15 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    RoFormerConfig,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
@@ -34,7 +39,7 @@ from data.export.plan import TeacherExport, make_plans
 from data.teacher import choose_scorer
 from data.teacher.choose_scorer import load_scorer, read_teacher_facts
 from data.teacher.scorer import TeacherScores, score_rows
-from data.teacher.transformers_scorer import HuggingFaceScorer
+from data.teacher.transformers_scorer import HuggingFaceScorer, _divide
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from tests.tiny import Tiny, bytes_of, write_caches
@@ -158,6 +163,39 @@ def test_heads_of_any_form_have_float32_logits_in_chunks(
     assert logits.dtype == torch.float32
     tolerance = 4e-3 if bias is not None else 2e-5
     assert (logits - truth).abs().max() < tolerance < (truth.bfloat16() - truth).abs().max()
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RoFormerConfig])
+def test_a_head_that_shares_the_bias_of_its_lm_head_has_float32_logits(
+    tmp_path: Path, kind: type[PreTrainedConfig]
+) -> None:
+    model = _small(kind, is_decoder=True)
+    model.get_output_embeddings().bias.data = torch.linspace(-1, 1, 300)
+    model.save_pretrained(tmp_path)
+    tokens, documents = torch.randint(300, (2, 9)), torch.zeros(2, 9, dtype=torch.int64)
+    with torch.no_grad():
+        truth = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits.flatten(0, 1)[:, :250]
+        scorer = HuggingFaceScorer.load(tmp_path, torch.float32, CPU, tokens=250)
+        torch.testing.assert_close(torch.cat([*scorer.logits(tokens, documents)]), truth, atol=1e-4, rtol=0)
+        wide = HuggingFaceScorer.load(tmp_path, torch.bfloat16, CPU, tokens=250)
+        assert {chunk.dtype for chunk in wide.logits(tokens, documents)} == {torch.float32}
+
+
+class _Direct(LlamaForCausalLM):
+    """A model that multiplies by the weight of its lm_head without calling it."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
+        hidden = self.model(input_ids, use_cache=use_cache).last_hidden_state
+        return CausalLMOutput(logits=F.linear(hidden, self.model.embed_tokens.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_that_are_rounded_are_logged(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model = _Direct(_small(LlamaConfig).config).to(dtype).eval()
+    with caplog.at_level(logging.INFO, logger="kd"):
+        assert _divide(model, 250, Path("teacher")) is None
+    warned = "teacher: its lm_head is of another kind, so its logits are rounded to torch.bfloat16" in caplog.text
+    assert warned == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("make", [_gpt2, _gemma])

@@ -16,12 +16,13 @@ from kd_core.parallel.world import joined_world
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
     """The devices that are chosen on a machine of two GPUs."""
     chosen: list[torch.device] = []
-    threads = torch.get_num_threads()
+    threads, is_cudnn_used = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     yield chosen
     torch.set_num_threads(threads)
+    torch.backends.cuda.enable_cudnn_sdp(is_cudnn_used)
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_refused(
@@ -60,6 +61,7 @@ def test_a_rank_binds_its_group_to_its_gpu(two_gpus: list[torch.device], monkeyp
         assert joined.device == seen["device_id"] == torch.device("cuda", 1)
     assert seen["backend"] == "cuda:nccl,cpu:gloo"
     assert two_gpus == [torch.device("cuda", 1)]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_one_process_takes_the_first_gpu(two_gpus: list[torch.device]) -> None:
