@@ -91,8 +91,6 @@ class Parallel:
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first matmul
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
-        # cuDNN's attention has no deterministic backward pass.
-        torch.backends.cuda.enable_cudnn_sdp(not self.deterministic)
         # What is not written is not read here.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 

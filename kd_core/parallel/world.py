@@ -213,7 +213,8 @@ def use_device(device: torch.device) -> None:
     """Makes a GPU the one that this thread works on. Threads begin with GPU 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # cuDNN's attention makes a plan for each new length of a document, which takes longer than a step.
+        # cuDNN's attention makes a plan for each new length of a document, which takes longer than a step. Its backward
+        # pass is not deterministic either.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
