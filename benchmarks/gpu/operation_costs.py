@@ -23,8 +23,11 @@ FREE = {
     "new_empty_strided", "set_", "resize_", "record_stream", "is_pinned", "_pin_memory", "_local_scalar_dense",
 }  # fmt: skip
 MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
-# Operations that overwrite their first argument without reading it.
-WRITES_ONLY = {"copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_"}
+# Operations that overwrite their first argument without reading it, or take its dtype and device alone.
+WRITES_ONLY = {
+    "copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_", "new_full", "new_zeros", "new_ones", "zeros_like",
+    "ones_like", "full_like",
+}  # fmt: skip
 # A kernel over lists takes at most so many tensors, or so many blocks of elements, a launch.
 LISTED_TENSORS, LISTED_ELEMENTS = 36, 320 * 65536
 
