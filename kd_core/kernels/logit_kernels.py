@@ -46,12 +46,12 @@ def mark_support_kernel(
     # Entries 0 … K − 1, and the label at K.
     K: tl.constexpr = SPECIAL - 1
     inside = lane < SPECIAL
-    at = row * SPECIAL + lane
-    columns = tl.load(columns_ptr + at, mask=inside, other=0)
-    in_shard = tl.load(in_shard_ptr + at, mask=inside, other=0) != 0
+    places = row * SPECIAL + lane
+    columns = tl.load(columns_ptr + places, mask=inside, other=0)
+    in_shard = tl.load(in_shard_ptr + places, mask=inside, other=0) != 0
     x = tl.load(x_ptr + columns, mask=in_shard, other=0.0)
     z = _logit(x, bias_ptr, columns, in_shard, form_ptr, BIAS, CAP)
-    tl.store(logits_ptr + at, tl.where(in_shard, z, 0.0), mask=inside)
+    tl.store(logits_ptr + places, tl.where(in_shard, z, 0.0), mask=inside)
     # Every entry writes its number at its column. The number that is read back stands for all entries of the id.
     is_entry = in_shard & (lane < K)
     tl.debug_barrier()
@@ -64,7 +64,7 @@ def mark_support_kernel(
     of_label = tl.where(of_label < 0, K, of_label)
     slot = tl.where(lane == K, of_label, slot)
     # Slot K + 1 collects what another shard holds.
-    tl.store(slots_ptr + at, tl.where(in_shard, slot, SPECIAL).to(tl.int64), mask=inside)
+    tl.store(slots_ptr + places, tl.where(in_shard, slot, SPECIAL).to(tl.int64), mask=inside)
     tl.debug_barrier()
     tl.store(x_ptr + columns, tl.full([WIDTH], float("-inf"), x_ptr.dtype.element_ty), mask=is_entry)
 
@@ -167,13 +167,13 @@ def write_dlogits_kernel(
     # Set the columns of the entries and of the label. A label outside the support is part of the tail.
     special = tl.arange(0, WIDTH)
     inside = special < SPECIAL
-    at = row * SPECIAL + special
-    slot = tl.load(slots_ptr + at, mask=inside, other=SPECIAL)
-    z = tl.load(logits_ptr + at, mask=inside, other=0.0)
+    places = row * SPECIAL + special
+    slot = tl.load(slots_ptr + places, mask=inside, other=SPECIAL)
+    z = tl.load(logits_ptr + places, mask=inside, other=0.0)
     gradient = tl.where(slot == SPECIAL - 1, _tail_gradient(z, row, n, inverse_ptr, top, factor_ptr, T), 0.0)
-    gradient += tl.load(values_ptr + at, mask=inside, other=0.0) + offset
+    gradient += tl.load(values_ptr + places, mask=inside, other=0.0) + offset
     gradient = _through_form(gradient, z, form_ptr, CAP)
-    columns = tl.load(columns_ptr + at, mask=inside, other=0)
+    columns = tl.load(columns_ptr + places, mask=inside, other=0)
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside & (slot < SPECIAL))
 
 
@@ -182,5 +182,5 @@ def scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     # A factor of 1 reads and writes nothing.
     if factor != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(x_ptr + at, tl.load(x_ptr + at, mask=at < size) * factor, mask=at < size)
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(x_ptr + places, tl.load(x_ptr + places, mask=places < size) * factor, mask=places < size)
