@@ -60,8 +60,8 @@ class LmHeadForm:
         bias: added to each logit, and trained where it requires a gradient.
         vocab_size: the real vocabulary. Rows of `weight` beyond it are padding and enter no softmax.
         scale: factor on the product (Cohere, Granite).
-        soft_cap: bound c of the logits, which become c · tanh(logits / c) (Gemma 2: 30). Costs one more buffer of
-            logits.
+        soft_cap: bound c of the logits, which become c · tanh(logits / c) (Gemma 2: 30). On a CPU it costs one more
+            buffer of logits.
     """
 
     bias: Float[Tensor, " V"] | None = None
