@@ -1,6 +1,7 @@
 """A run whose storage fails: it stops with a message and a checkpoint, and goes on as if nothing had been."""
 
-import json
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import fiddle as fdl
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from data.cache import object_storage
+from data.stream.shards import block_offset
+from data.stream.source import Shards
 from experiments.config import config_items
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
@@ -18,7 +21,7 @@ from kd_core.training.run_folder import RunFolder
 from kd_core.training.stop_signals import StopSignals
 from tests.data.stream.server import serving
 from tests.launchers.command import configs, run
-from tests.tiny import Tiny
+from tests.tiny import ROW_LENGTH, Tiny
 
 STEPS = 8
 
@@ -71,12 +74,27 @@ def test_a_run_that_loses_its_storage_is_saved_and_goes_on_bit_equal(
     assert all(map(torch.equal, _weights(tiny, tmp_path / "cut"), _weights(tiny, tmp_path / "whole")))
 
 
-@pytest.mark.slow
 def test_all_ranks_stop_where_one_lacks_data(tiny: Tiny, tmp_path: Path) -> None:
-    # Rank 1 alone reads a damaged copy of the cache, whose second half is broken.
-    items = [*tiny.train_items(STEPS), "shards.shuffle_shards=1", "checkpoint.every=100", "logger.every=1"]
-    with serving(tiny.train) as (url, behaviour):
-        behaviour.status, behaviour.fails_from = 503, 30
-        flags = [*configs([*items, f"shards.path={url}", "shards.retry_seconds=1", "shards.block_cache=None"])]
-        ended = run("launchers.train", *flags, f"--run_dir={tmp_path / 'run'}", nproc=2, check=False)
-    assert "is saved, and the same command goes on from there" in json.dumps(str(ended))
+    cache = Path(shutil.copytree(tiny.train, tmp_path / "cache"))
+    items = [
+        *tiny.train_items(STEPS), "shards.shuffle_shards=1", "checkpoint.every=100", "logger.every=1", "seed=0",
+        f"shards.path={cache}",
+    ]  # fmt: skip
+    # The block that is needed last is damaged: rank r reads rows r, r + 2, … of each step of four.
+    shards, first_needed = Shards(str(cache), shuffle_shards=1), dict[tuple[int, int], tuple[int, int]]()
+    for number, row in enumerate(islice(shards.order(ROW_LENGTH, 0), 4 * STEPS)):
+        for record in row.records:
+            first_needed.setdefault(record[:2], (1 + number // 4, number % 2))
+    (shard, block), (step, rank) = max(first_needed.items(), key=lambda item: item[1])
+    path = cache / shards.manifest.shards[shard].name
+    data = bytearray(path.read_bytes())
+    data[block_offset(shards.manifest.shards[shard], block) + 600] ^= 1
+    path.write_bytes(data)
+    ended = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'run'}", nproc=2)
+    assert ended.returncode != 0
+    assert step > 2
+    place = f"rank {rank}: {path}" if rank else str(path)
+    assert f"{place}: damaged: block {block}" in ended.stderr, ended.stderr
+    assert f"Step {step - 1} is saved, and the same command goes on from there." in ended.stderr
+    assert ended.stderr.count("is saved, and the same command") == 1, "one rank reports"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step - 1:08d}").is_dir()
