@@ -44,7 +44,7 @@ class DamagedBlockError(UsageError):
     """Error of a block that differs from what the manifest says of it."""
 
 
-def load_manifest(path: str) -> Manifest:
+def load_manifest(path: str, retry_seconds: float = RETRY_SECONDS) -> Manifest:
     """Reads the manifest of a cache in a folder or behind a URL.
 
     Raises:
@@ -52,7 +52,7 @@ def load_manifest(path: str) -> Manifest:
     """
     if not is_url(path):
         return read_manifest(Path(path))
-    storage = storage_at(path)
+    storage = storage_at(path, retry_seconds)
     url = storage.url("manifest.json")
     try:
         return parse_manifest(json.loads(storage.read("manifest.json", MAX_MANIFEST_BYTES)), url)
@@ -62,17 +62,18 @@ def load_manifest(path: str) -> Manifest:
         raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
 
 
-def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
+def read_tables(folder: Path | str, expected: dict[str, Any], retry_seconds: float = RETRY_SECONDS) -> RankTables:
     """Reads the rank tables of a cache.
 
     Args:
         folder: the cache's folder or URL.
         expected: `bytes` and `sha256` of the tables, as the manifest states them.
+        retry_seconds: seconds in which a failed read from a URL is tried again.
 
     Raises:
         UsageError: the tables are missing, or differ from what the manifest states.
     """
-    storage = storage_at(folder)
+    storage = storage_at(folder, retry_seconds)
     path = storage.url(TABLES_FILE)
     data = storage.read(TABLES_FILE, int(expected["bytes"]))
     digest = hashlib.sha256(data).hexdigest()
@@ -97,7 +98,7 @@ class ShardReader:
         block_cache: BlockCache | None = None,
     ) -> None:  # fmt: skip
         self.storage, self.manifest = storage_at(folder, retry_seconds), manifest
-        tables = read_tables(folder, manifest.tables)
+        tables = read_tables(folder, manifest.tables, retry_seconds)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
                 f"{self.storage.url(TABLES_FILE)}: has a vocabulary of {tables.vocab_size}, the manifest one of "

@@ -80,7 +80,7 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        return load_manifest(self.path)
+        return load_manifest(self.path, self.retry_seconds)
 
     def reader(self) -> ShardReader:
         block_cache = BlockCache.from_setting(self.block_cache, self.block_cache_bytes)
