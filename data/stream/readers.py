@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from data.cache.record import Record
+from data.stream.block_reader import DamagedBlockError
 from data.stream.order import BlockRef, Row
-from data.stream.shards import DamagedBlockError
 from data.stream.source import Shards
 from kd_core.errors import UsageError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.cache import object_storage
-from data.stream.shards import block_offset
+from data.stream.block_reader import block_offset
 from data.stream.source import Shards
 from experiments.config import config_items
 from kd_core.errors import UsageError

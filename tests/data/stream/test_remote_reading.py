@@ -16,8 +16,9 @@ import pytest
 
 from data.cache import object_storage
 from data.stream.block_cache import BlockCache
+from data.stream.block_reader import DamagedBlockError
 from data.stream.collate import Collate
-from data.stream.shards import DamagedBlockError, ShardReader
+from data.stream.shards import ShardReader
 from data.stream.source import Shards
 from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
