@@ -73,10 +73,10 @@ def _export(export: Any, out: Path) -> None:
     from data.export import export as export_steps
     from data.export.extend import end_growth, load_growth
     from data.export.plan import make_plans
+    from data.export.receipts import write_manifest
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
-    from kd_core.parallel.collectives import run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
@@ -104,9 +104,9 @@ def _export(export: Any, out: Path) -> None:
             pilot: list[Any] = []
             world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
             export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
-            by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
-            manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
-            app.log.info("%s", manifest.summary(plan.folder))
+            world.barrier()
+            summary = world.run_on_first(lambda plan=plan: write_manifest(plan).summary(plan.folder))
+            app.log.info("%s", summary)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 

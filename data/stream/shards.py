@@ -7,25 +7,20 @@ only to describe the damage.
 """
 
 import hashlib
-import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
-from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
-from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, parse_manifest, read_manifest
+from data.cache.manifest import TABLES_FILE, Block, Manifest
 from data.cache.record import Record
-from data.cache.storage import RangeReader, is_url, storage_at
+from data.cache.storage import RangeReader, storage_at
 from data.cache.tar import END_OF_TAR, read_members
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
-
-MAX_MANIFEST_BYTES = 1 << 28
 
 
 def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
@@ -40,24 +35,6 @@ def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
 
 class DamagedBlockError(UsageError):
     """Error of a block that differs from what the manifest says of it."""
-
-
-def load_manifest(path: str) -> Manifest:
-    """Reads the manifest of a cache in a folder or behind a URL.
-
-    Raises:
-        UsageError: it cannot be read, or has another format or version.
-    """
-    if not is_url(path):
-        return read_manifest(Path(path))
-    storage = storage_at(path)
-    url = storage.url("manifest.json")
-    try:
-        return parse_manifest(json.loads(storage.read("manifest.json", MAX_MANIFEST_BYTES)), url)
-    except (ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
 
 
 def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
@@ -148,19 +125,19 @@ class ShardReader:
         """Yields every record in stored order, with one block in memory at a time."""
         with self:
             for index, shard in enumerate(self.manifest.shards):
-                for block in range(len(shard.blocks)):
+                for block in range(shard.blocks):
                     yield from self.block((index, block))
                     self.keep_only({(index, block)})
 
     def _read(self, ref: BlockRef) -> list[Record]:
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        block, path = shard.blocks[index], self.storage.url(shard.name)
+        block, path = self.manifest.block(*ref), self.storage.url(shard.name)
         self.current_block = f"{path}: block {index}"
-        data = self._bytes(ref)
+        data = self._bytes(ref, block)
         data, end = data[: block.bytes], data[block.bytes :]
         if hashlib.sha256(data).hexdigest() != block.sha256:
             raise _damaged(path, index, _damage_cause(data, self.coding, path))
-        if index == len(shard.blocks) - 1 and end != END_OF_TAR:
+        if index == shard.blocks - 1 and end != END_OF_TAR:
             raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         try:
             records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
@@ -170,59 +147,24 @@ class ShardReader:
             raise _damaged(path, index, f"holds records of {lengths} positions; the manifest says {block.lengths}")
         return records
 
-    def _bytes(self, ref: BlockRef) -> bytes:
+    def _bytes(self, ref: BlockRef, block: Block) -> bytes:
         """Returns the bytes of a block. The last block's are followed by those that end the tar."""
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        path, offset, size = self.storage.url(shard.name), block_offset(shard, index), shard.blocks[index].bytes
-        size += len(END_OF_TAR) if index == len(shard.blocks) - 1 else 0
+        path, size = self.storage.url(shard.name), block.bytes
+        size += len(END_OF_TAR) if index == shard.blocks - 1 else 0
         stored = self.storage.size(shard.name)
         if stored is not None and stored != shard.bytes:
             raise _damaged(path, index, f"the shard has {stored} bytes; the manifest says {shard.bytes}")
         if ref[0] not in self.open_shards:
             self.open_shards[ref[0]] = self.storage.open(shard.name)
-        data = self.open_shards[ref[0]].read(offset, size)
+        data = self.open_shards[ref[0]].read(block.offset, size)
         if len(data) < size:
-            end = offset + len(data)
+            end = block.offset + len(data)
             raise _damaged(path, index, f"the shard ends after {end} bytes; the manifest says {shard.bytes}")
         return data
-
-
-def block_offset(shard: Shard, block: int) -> int:
-    """Returns the byte at which a block begins in its shard."""
-    return sum(earlier.bytes for earlier in shard.blocks[:block])
 
 
 def _damaged(path: Path | str, block: int, cause: str) -> DamagedBlockError:
     return DamagedBlockError(
         f"{path}: damaged: block {block}: {cause}. Delete the shard and manifest.json and run the same export again."
     )
-
-
-class WrittenBlock(NamedTuple):
-    """A block of a shard that is not yet in a manifest."""
-
-    block: Block
-    header: Header
-    records: list[Record]
-
-
-def read_written_blocks(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
-    """Yields the blocks of a shard that was just written, each with its manifest entry, header and records.
-
-    Raises:
-        UsageError: the shard is damaged.
-    """
-    data, index = path.read_bytes(), 0
-    try:
-        # Members of a block share a name up to the first dot. Of each block, the offset of its first member remains.
-        starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
-        edges = [*sorted(starts.values()), len(data) - len(END_OF_TAR)]
-        for start, end in itertools.pairwise(edges):
-            members = webdataset_io.read_block_members(data[start:end], str(path))
-            records = decode_block(members, coding)
-            lengths = tuple(record.positions for record in records)
-            digest = hashlib.sha256(data[start:end]).hexdigest()
-            yield WrittenBlock(Block(end - start, digest, lengths), Header.parse(members["json"]), records)
-            index += 1
-    except ValueError as error:
-        raise _damaged(path, index, str(error)) from None

@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from data.cache.alignment import check_alignment
-from data.cache.manifest import Manifest
+from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
-from data.stream.shards import DamagedBlockError, ShardReader, load_manifest
+from data.stream.shards import DamagedBlockError, ShardReader
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
@@ -71,7 +71,7 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        return load_manifest(self.path)
+        return read_manifest(self.path)
 
     def reader(self) -> ShardReader:
         return ShardReader(self.path, self.manifest)
@@ -118,7 +118,7 @@ class Shards:
 
     def _first_block(self, reader: ShardReader) -> list[Record]:
         """Returns the records of the first block. Where damaged blocks are skipped, it is the first undamaged one."""
-        blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.blocks))]
+        blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(shard.blocks)]
         allowed = self.max_damaged_blocks if self.on_damage == "skip" else 0
         for ref in blocks[:allowed]:
             try:
@@ -164,7 +164,7 @@ class Shards:
     @property
     def lengths(self) -> list[list[tuple[int, ...]]]:
         """Returns positions by shard, block and record."""
-        return [[block.lengths for block in shard.blocks] for shard in self.manifest.shards]
+        return [[block.lengths for block in self.manifest.index(i).blocks] for i in range(len(self.manifest.shards))]
 
     def rows(self, row_length: int, seed: int | None, epoch: int) -> Iterator[Row]:
         """Returns all rows of an epoch in the global order."""

@@ -17,9 +17,11 @@ from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
-from data.cache.manifest import MAX_BLOCK_BYTES, TABLES_FILE, Block, Manifest, Shard
+from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard
 from data.cache.record import Record
+from data.cache.shard_index import MAX_BLOCK_BYTES, ShardIndex
 from data.cache.tar import END_OF_TAR, Member, read_members
+from kd_core.errors import UsageError
 
 CHUNK = 1 << 20
 Report = Callable[[str, str], None]  # takes the place and the problem
@@ -69,8 +71,13 @@ def scan_blocks(folder: Path, manifest: Manifest, coding: Coding | None, report:
     """
     first = 0
     for shard in manifest.shards:
-        yield from _shard(folder / shard.name, shard, first, coding, report)
-        first += len(shard.lengths)
+        try:
+            index = manifest.indexes.of(shard)
+        except UsageError as error:
+            report(shard.index_name, str(error))
+        else:
+            yield from _shard(folder / shard.name, shard, index, first, coding, report)
+        first += shard.records
 
 
 def _is_file(path: Path, report: Report) -> bool:
@@ -86,15 +93,17 @@ def _is_file(path: Path, report: Report) -> bool:
     return True
 
 
-def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
+def _shard(
+    path: Path, shard: Shard, index: ShardIndex, first: int, coding: Coding | None, report: Report
+) -> Iterator[DecodedBlock]:  # fmt: skip
     if not _is_file(path, report):
         return
     if (size := path.stat().st_size) != shard.bytes:
         report(shard.name, f"has {size} bytes; the manifest says {shard.bytes}")
     shard_hash = hashlib.sha256()
     with path.open("rb") as file:
-        for index, block in enumerate(shard.blocks):
-            decoded = _block(file, f"{shard.name}, block {index}", block, coding, report, shard_hash.update)
+        for number, block in enumerate(index.blocks):
+            decoded = _block(file, f"{shard.name}, block {number}", block, coding, report, shard_hash.update)
             if decoded is not None:
                 yield decoded._replace(first=first)
             first += len(block.lengths)

@@ -76,6 +76,7 @@ class Survey:
         """Adds the bytes outside the blocks: ends of tars, tables, manifest and plan."""
         self._part(FRAMING, len(END_OF_TAR) * len(manifest.shards))
         self._part(TABLES_FILE, int(manifest.tables["bytes"]))
+        self._part("indexes", sum(shard.index["bytes"] for shard in manifest.shards if shard.index))
         for name in ("manifest.json", "plan.json"):
             if (folder / name).exists():
                 self._part(name, (folder / name).stat().st_size)

@@ -8,7 +8,7 @@ All problems are collected, not only the first.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from data.cache.contents import CachedDocuments, mask_digest, window_digest, win
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
-from data.cache.totals import BlockSums, Totals
+from data.cache.totals import Totals
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.json_fields import check_integer, check_object, short_repr
@@ -62,7 +62,7 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         for problem in _problems(decoded, coding, manifest):
             findings.report(decoded.where, problem)
         if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
-            totals.add(BlockSums.from_block(decoded.header, decoded.records))
+            totals += Totals.from_block(decoded.header, decoded.records)
         else:
             findings.report(decoded.where, "json: has no audit of the codec")
         findings.records += len(decoded.records)
@@ -115,7 +115,7 @@ def _repeated(ids: Array, logs: Array) -> int | None:
 def _check_figures(findings: Findings, totals: Totals, manifest: Manifest) -> None:
     """Compares the manifest's statistics, audit and counts with those of the blocks."""
     if findings.positions == manifest.positions and totals.positions:
-        for difference in totals.differing(manifest):
+        for difference in totals.differing(manifest.statistics, manifest.audit):
             findings.report("manifest.json", difference)
     elif findings.positions != manifest.positions:
         read = f"{findings.records} records of {findings.positions} positions could be read"
@@ -126,9 +126,11 @@ def _check_figures(findings: Findings, totals: Totals, manifest: Manifest) -> No
 
 def _check_plans(findings: Findings, manifest: Manifest) -> None:
     """Compares the fields that plans share with the manifest, and reports a plan that is recorded twice."""
-    stated = json.loads(json.dumps(asdict(replace(manifest, shards=(), plans=()))))
-    stated = {name: stated[name] for name in ("tokenizer", "selection", "row_length", "codec")}
-    stated["dtype"] = manifest.teacher.get("dtype")
+    stated = {
+        **{name: getattr(manifest, name) for name in ("tokenizer", "row_length", "codec")},
+        "selection": json.loads(json.dumps(asdict(manifest.selection))),
+        "dtype": manifest.teacher.get("dtype"),
+    }
     if len(set(map(_text, manifest.plans))) < len(manifest.plans):
         findings.report("manifest.json", "has a plan twice")
     for plan in manifest.plans:
@@ -181,7 +183,8 @@ def _held_out(folder: Path) -> CachedDocuments | None:
 
 def _check_folder(folder: Path, findings: Findings) -> None:
     """Reports files that do not belong to the cache, and a `plan.json` that is not one of the manifest's plans."""
-    cache_files = {"manifest.json", "plan.json", TABLES_FILE, *(shard.name for shard in findings.manifest.shards)}
+    shard_files = (name for shard in findings.manifest.shards for name in shard.files)
+    cache_files = {"manifest.json", "plan.json", TABLES_FILE, *shard_files}
     for path in sorted(folder.iterdir()):
         if path.name not in cache_files:
             findings.report(ascii(path.name).strip("'"), "does not belong to the cache; the manifest does not name it")
