@@ -140,18 +140,16 @@ class ShardIndex:
         # 12 planes: the 4 bytes of block bytes [B], records of blocks [B], and positions of records [R].
         counts = (blocks, blocks, records)
         planes = decompress(data[ends:], [count for count in counts for _ in range(PLANES)])
-        columns = [join_planes(planes[start : start + PLANES]) for start in range(0, len(planes), PLANES)]
-        index = cls(size, digest.hex(), Totals(*sums), digests, *columns)
-        index._check(sums)
-        return index
-
-    def _check(self, sums: Sequence[float]) -> None:
-        """Checks that the columns are in bounds and fit the head."""
-        _check_column("a block's bytes", self.block_bytes, MAX_BLOCK_BYTES, self.shard_bytes - len(END_OF_TAR))
-        _check_column("a block's records", self.block_records, MAX_POSITIONS, len(self.lengths))
-        _check_column("a record's positions", self.lengths, MAX_POSITIONS, int(sums[0]))
+        sizes, numbers, lengths = (join_planes(planes[start : start + PLANES]) for start in (0, PLANES, 2 * PLANES))
+        _check_column("a block's bytes", sizes, MAX_BLOCK_BYTES, size - len(END_OF_TAR))
+        _check_column("a block's records", numbers, MAX_POSITIONS, records)
+        _check_column("a record's positions", lengths, MAX_POSITIONS, sums[0])
         for name, value in zip(("nll", "mass", "kl_sum", "kl_worst", "mass_error"), sums[3:], strict=True):
             check_number(value, name)
+        return cls(
+            size, digest.hex(), Totals(*sums), digests, sizes.astype(np.int64), numbers.astype(np.int64),
+            lengths.astype(np.int32),
+        )  # fmt: skip
 
 
 def check_shape(size: int, blocks: int, records: int) -> None:

@@ -88,7 +88,7 @@ def test_a_shard_lost_from_a_grown_cache_does_not_cost_what_was_added(
     folder, export, more = grown
     write_caches(more, folder, extend=True)
     (folder / "train" / "shard-000000.tar").unlink()
-    with pytest.raises(UsageError, match="shard-000000.tar: no such shard, in a cache that has grown"):
+    with pytest.raises(UsageError, match="shard-000000.tar: no such file, in a cache that has grown"):
         write_caches(export, folder)
     assert len(read_manifest(folder / "train").plans) == 2
 
