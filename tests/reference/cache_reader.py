@@ -221,7 +221,9 @@ def read_cache(folder: Path) -> Iterator[dict[str, Any]]:
         data, at = check_hash((folder / shard["name"]).read_bytes(), shard["sha256"]), 0
         index = check_hash((folder / shard["name"].replace(".tar", ".index")).read_bytes(), shard["index"]["sha256"])
         for size, digest, lengths in read_index(index, shard):
-            records = list(read_block(tar_members(check_hash(data[at:][:size], digest) + bytes(1024)), manifest, tables))
+            records = list(
+                read_block(tar_members(check_hash(data[at:][:size], digest) + bytes(1024)), manifest, tables)
+            )
             assert [len(record["token_ids"]) - 1 for record in records] == lengths
             yield from records
             at += size

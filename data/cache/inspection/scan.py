@@ -74,7 +74,7 @@ def scan_blocks(folder: Path, manifest: Manifest, coding: Coding | None, report:
         try:
             index = manifest.indexes.of(shard)
         except UsageError as error:
-            report(shard.index_name, str(error))
+            report(shard.index_name, str(error).removeprefix(f"{folder / shard.index_name}: "))
         else:
             yield from _shard(folder / shard.name, shard, index, first, coding, report)
         first += shard.records

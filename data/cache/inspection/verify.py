@@ -55,14 +55,15 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         UsageError: there is no manifest, or it cannot be read.
     """
     manifest = read_manifest(folder)
-    findings, totals, windows, masks = Findings(manifest), Totals(), list[bytes](), list[bytes]()
+    findings, totals, windows, masks = Findings(manifest), dict[str, Totals](), list[bytes](), list[bytes]()
     documents = _held_out(folder)
     coding = read_coding(folder, manifest, findings.report)
     for decoded in scan_blocks(folder, manifest, coding, findings.report):
         for problem in _problems(decoded, coding, manifest):
             findings.report(decoded.where, problem)
         if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
-            totals += Totals.from_block(decoded.header, decoded.records)
+            block_totals, shard = Totals.from_block(decoded.header, decoded.records), decoded.where.partition(",")[0]
+            totals[shard] = totals.get(shard, Totals()) + block_totals
         else:
             findings.report(decoded.where, "json: has no audit of the codec")
         findings.records += len(decoded.records)
@@ -70,7 +71,8 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         progress(decoded.header.positions)
         windows.extend(window_digest(record.start, record.token_ids) for record in decoded.records)
         masks.extend(mask_digest(record.loss_mask) for record in decoded.records)
-    _check_figures(findings, totals, manifest)
+    _check_figures(findings, sum(totals.values(), Totals()), manifest)
+    _check_indexes(findings, totals, manifest)
     _check_windows(findings, windows, masks)
     if documents and (leaked := documents.among(windows)):
         findings.report("../validation", f"{len(leaked)} of its documents are in train, too: {short_repr(leaked[0])}")
@@ -122,6 +124,20 @@ def _check_figures(findings: Findings, totals: Totals, manifest: Manifest) -> No
         findings.report("manifest.json", f"says {manifest.records} records of {manifest.positions} positions; {read}")
     if not manifest.shards:
         findings.report("manifest.json", "has no shards")
+
+
+def _check_indexes(findings: Findings, totals: dict[str, Totals], manifest: Manifest) -> None:
+    """Compares the sums that each index states with those of the shard's blocks, where all could be read."""
+    for shard in manifest.shards:
+        found = totals.get(shard.name)
+        if found and found.positions == shard.positions and (stated := manifest.indexes.of(shard).totals):
+            if stated.positions != found.positions:
+                findings.report(
+                    shard.index_name, f"sums over {stated.positions} positions; the blocks have {found.positions}"
+                )
+                continue
+            for difference in found.differing(stated.statistics(), stated.audit()):
+                findings.report(shard.index_name, difference)
 
 
 def _check_plans(findings: Findings, manifest: Manifest) -> None:

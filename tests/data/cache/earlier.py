@@ -8,7 +8,7 @@ from tests.reference.cache_reader import read_index
 
 
 def make_earlier(folder: Path, version: int, **changes: Any) -> bytes:
-    """Turns a cache of version 4 into one of version 2 or 3 with `changes` of its manifest, and returns the manifest."""
+    """Turns a cache of version 4 into an earlier one with `changes` of its manifest, and returns its text."""
     path = folder / "manifest.json"
     value = {**json.loads(path.read_text()), "version": version, **changes}
     if version == 2:
