@@ -18,6 +18,7 @@ from kd_core.files import open_no_follow
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 PLAIN_URL = re.compile(r"[a-z0-9]+://[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._~%+,=:@-]*)*")
+PARTIAL = ".partial"  # ends the name of a file that is being written
 RETRY_SECONDS = 30.0  # seconds in which a failed request is tried again, unless a caller states others
 
 
@@ -83,6 +84,10 @@ class Storage(Protocol):
         Raises:
             UsageError: this kind of storage cannot be written, does not answer, or refuses.
         """
+        ...
+
+    def clean(self) -> None:
+        """Deletes what interrupted writes left behind."""
         ...
 
 
@@ -152,7 +157,8 @@ class LocalStorage:
         return path.stat().st_size if path.is_file() else None
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if path.is_file()) if self.folder.is_dir() else []
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path.name for path in paths if path.suffix != PARTIAL and path.is_file())
 
     def read(self, name: str, most: int) -> bytes:
         size = self.size(name)
@@ -179,13 +185,17 @@ class LocalStorage:
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{name}.partial"
+        partial = self.folder / f"{name}{PARTIAL}"
         with open(partial, "wb", opener=open_no_follow) as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(self.folder / name)
+
+    def clean(self) -> None:
+        for partial in self.folder.glob(f"*{PARTIAL}"):
+            partial.unlink()
 
     def delete(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)

@@ -58,7 +58,8 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     Raises:
         UsageError: the folder holds an export of another plan, or one that cannot be continued.
     """
-    names = _clean_names(plan)
+    plan.storage.clean()
+    names = set(plan.storage.names())
     if PLAN_FILE not in names:
         write_object(plan.storage, PLAN_FILE, plan.identity)
     stored = read_object(plan.storage, PLAN_FILE, "the plan of an export")
@@ -101,14 +102,6 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     return manifest is not None and not missing
 
 
-def _clean_names(plan: CachePlan) -> set[str]:
-    """Returns the names of the cache's files, after half-written ones are removed."""
-    names = set(plan.storage.names())
-    for half_written in (partial := {name for name in names if name.endswith(".partial")}):
-        plan.storage.delete(half_written)
-    return names - partial
-
-
 def record_or_check_growth(plan: CachePlan) -> bool:
     """Checks that a cache can be extended by a plan, and records the plan in its folder.
 
@@ -120,7 +113,8 @@ def record_or_check_growth(plan: CachePlan) -> bool:
     """
     assert plan.grown_from
     before, now = plan.grown_from.plans[-1], read_manifest(plan.folder)
-    names = _clean_names(plan)
+    plan.storage.clean()
+    names = set(plan.storage.names())
     for name in sorted({*before, *plan.identity} - set(MAY_GROW)):
         if before.get(name) != plan.identity.get(name):
             raise UsageError(

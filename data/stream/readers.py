@@ -84,6 +84,17 @@ class Readers:
         for part, blocks in zip(self.parts, held, strict=True):
             part.reader.keep_only(blocks or set(part.window))
 
+    @property
+    def has_room(self) -> bool:
+        """Returns True if blocks of further rows may be read ahead."""
+        return any(part.reader.has_room for part in self.parts)
+
+    def expect(self, rows: Sequence[Row]) -> None:
+        """States rows that will be read, behind those that were expected before. Their blocks are read ahead."""
+        for index, part in enumerate(self.parts):
+            refs = (record[:2] for row in rows if row.part == index for record in row.records)
+            part.reader.expect(ref for ref in refs if ref not in part.damaged)
+
     def read(self, row: Row) -> tuple[list[Record], int]:
         """Returns the undamaged records of a row, cut to what the settings read, and the number of damaged blocks.
 

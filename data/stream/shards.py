@@ -7,7 +7,7 @@ only to describe the damage.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Self
@@ -16,10 +16,11 @@ from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import RankTables
-from data.cache.manifest import TABLES_FILE, Manifest
+from data.cache.manifest import TABLES_FILE, Block, Manifest
 from data.cache.record import Record
 from data.cache.storage import RETRY_SECONDS, storage_at
 from data.cache.tar import END_OF_TAR, read_members
+from data.stream.block_cache import BlockCache
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
@@ -64,10 +65,14 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
 class ShardReader:
     """A reader of one cache's blocks. It verifies each block, and holds the decoded records of those in use.
 
-    Blocks that `expect` names are read ahead of their use where the storage is far away. `close` ends reads under way.
+    Where the storage is far away, blocks that `expect` names are read ahead of their use, and `block_cache` keeps
+    verified blocks on this machine. `close` ends reads under way.
     """
 
-    def __init__(self, folder: Path | str, manifest: Manifest, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(
+        self, folder: Path | str, manifest: Manifest, retry_seconds: float = RETRY_SECONDS,
+        block_cache: BlockCache | None = None,
+    ) -> None:  # fmt: skip
         self.storage, self.manifest = storage_at(folder, retry_seconds), manifest
         tables = read_tables(folder, manifest.tables)
         if tables.vocab_size != manifest.vocab_size:
@@ -77,7 +82,8 @@ class ShardReader:
             )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
-        self.expected: Sequence[BlockRef] = ()
+        self.block_cache = block_cache if self.storage.read_ahead else None
+        self.expected: dict[BlockRef, int] = {}  # bytes to read, in the order in which they will be needed
         self.reads: dict[BlockRef, Future[bytes]] = {}  # under way, or done and not yet used
         self.stopped = False
         self.current_block = "nothing was asked for"  # shown in errors of the thread that waits
@@ -90,8 +96,11 @@ class ShardReader:
 
     def close(self) -> None:
         """Ends all reads and drops all records. Only the reading thread may call it."""
-        self.expect(())
-        self.keep_only(set())
+        for read in self.reads.values():
+            read.cancel()
+        self.reads.clear()
+        self.expected.clear()
+        self.held.clear()
 
     def stop(self) -> None:
         """Ends all reads. Any thread may call it, and the reading thread gets an error."""
@@ -104,27 +113,34 @@ class ShardReader:
         for ref in set(self.held) - blocks:
             del self.held[ref]
 
-    def expect(self, blocks: Sequence[BlockRef]) -> None:
-        """States which blocks will be needed, in that order. They are read ahead, up to `read_ahead` bytes of them."""
-        self.expected = blocks if self.storage.read_ahead else ()
-        for ref in set(self.reads) - set(self.expected):
-            self.reads.pop(ref).cancel()
+    @property
+    def has_room(self) -> bool:
+        """Returns True if further blocks may be expected."""
+        return sum(self.expected.values()) < self.storage.read_ahead
+
+    def expect(self, blocks: Iterable[BlockRef]) -> None:
+        """States further blocks that will be needed, in that order. They are read ahead, up to `read_ahead` bytes."""
+        for ref in blocks:
+            if self.storage.read_ahead and ref not in self.held and ref not in self.expected:
+                self.expected[ref] = self._size(ref)
         self._read_ahead()
 
     def _read_ahead(self) -> None:
         room = self.storage.read_ahead
-        for ref in self.expected:
-            if ref not in self.held:
-                room -= self._size(ref)
-                if room < 0 or self.stopped:
-                    return
+        for ref, size in self.expected.items():
+            room -= size
+            if room < 0 or self.stopped:
+                return
+            if ref not in self.reads and not (self.block_cache and self.block_cache.has(self._block(ref).sha256)):
                 self._start_read(ref)
+
+    def _block(self, ref: BlockRef) -> Block:
+        return self.manifest.block(*ref)
 
     def _start_read(self, ref: BlockRef) -> "Future[bytes]":
         if ref not in self.reads:
             shard = self.manifest.shards[ref[0]]
-            offset = int(self.manifest.index(ref[0]).offsets[ref[1]])
-            self.reads[ref] = self.storage.start_read(shard.name, offset, self._size(ref))
+            self.reads[ref] = self.storage.start_read(shard.name, self._block(ref).offset, self._size(ref))
         return self.reads[ref]
 
     def _size(self, ref: BlockRef) -> int:
@@ -157,14 +173,9 @@ class ShardReader:
 
     def _read(self, ref: BlockRef) -> list[Record]:
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        block, path = self.manifest.block(*ref), self.storage.url(shard.name)
+        block, path = self._block(ref), self.storage.url(shard.name)
         self.current_block = f"{path}: block {index}"
-        data = self._bytes(ref)
-        data, end = data[: block.bytes], data[block.bytes :]
-        if hashlib.sha256(data).hexdigest() != block.sha256:
-            raise _damaged(path, index, _damage_cause(data, self.coding, path))
-        if index == shard.blocks - 1 and end != END_OF_TAR:
-            raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
+        data = self._verified_bytes(ref, path)
         try:
             records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
         except Exception as error:  # whatever webdataset raises means damage
@@ -173,13 +184,43 @@ class ShardReader:
             raise _damaged(path, index, f"holds records of {lengths} positions; the manifest says {block.lengths}")
         return records
 
+    def _verified_bytes(self, ref: BlockRef, path: str) -> bytes:
+        """Returns the bytes of a block, from this machine if they are kept there, else from the storage.
+
+        Raises:
+            DamagedBlockError: the storage holds other bytes than the manifest says.
+        """
+        block, kept = self._block(ref), self.block_cache
+        if kept and ref not in self.reads and (data := kept.get(block.sha256, block.bytes)) is not None:
+            if hashlib.sha256(data).hexdigest() == block.sha256:
+                self._used(ref)
+                return data
+            kept.drop(block.sha256)
+        data = self._bytes(ref)
+        data, end = data[: block.bytes], data[block.bytes :]
+        if hashlib.sha256(data).hexdigest() != block.sha256:
+            raise _damaged(path, ref[1], _damage_cause(data, self.coding, path))
+        if end and end != END_OF_TAR:
+            raise _damaged(path, ref[1], f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
+        if kept:
+            kept.put(block.sha256, data)
+        return data
+
+    def _used(self, ref: BlockRef) -> None:
+        """Forgets a block that was expected, which makes room for reading others ahead."""
+        self.expected.pop(ref, None)
+        self._read_ahead()
+
     def _bytes(self, ref: BlockRef) -> bytes:
         """Returns the bytes of a block. The last block's are followed by those that end the tar.
 
         Raises:
+            DamagedBlockError: the shard has another size than the manifest says.
             UsageError: they cannot be read, or the reader was stopped.
         """
         read = self._start_read(ref)
+        if self.stopped:
+            read.cancel()
         try:
             data = read.result()
         except CancelledError:
@@ -187,7 +228,7 @@ class ShardReader:
         finally:
             read.cancel()  # after an interrupt
             self.reads.pop(ref, None)
-        self._read_ahead()
+        self._used(ref)
         shard = self.manifest.shards[ref[0]]
         if len(data) != self._size(ref) - (ref[1] == shard.blocks - 1):
             stored = self.storage.size(shard.name)

@@ -8,6 +8,7 @@ are data-parallel ranks: all ranks of a tensor-parallel group pass the same rank
 """
 
 import itertools
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -22,12 +23,18 @@ from data.stream.readers import Readers
 from data.stream.source import Shards, Source
 from kd_core.types import Batch
 
+MOST_STEPS_AHEAD = 256  # steps whose rows are looked at before they are read
+
 
 class Share(NamedTuple):
     """A rank's share of the rows of a step: rows `rank`, `rank` + `ranks`, …."""
 
     rank: int
     ranks: int
+
+    def of(self, rows: list[Row]) -> list[Row]:
+        """Returns this rank's rows of a step."""
+        return rows[self.rank :: self.ranks]
 
 
 def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
@@ -42,19 +49,30 @@ def _micro_batches(
 
     A rank without rows left takes an unscored batch of the first row in place of a missing one.
     """
-    rank_rows, most_rows = rows[share.rank :: share.ranks], -(-len(rows) // share.ranks)
+    rank_rows, most_rows = share.of(rows), -(-len(rows) // share.ranks)
     for start in range(0, most_rows, micro_batch):
         taken = rank_rows[start : start + micro_batch]
         yield _batch(readers, taken, collate) if taken else _batch(readers, rows[:1], collate).unscored()
+
+
+def _expected_steps(readers: Readers, steps: Iterator[list[Row]], share: Share) -> Iterator[list[Row]]:
+    """Yields the steps. The readers hear of this rank's rows of as many further steps as they read ahead."""
+    upcoming = deque[list[Row]]()
+    for step in steps:
+        upcoming.append(step)
+        readers.expect(share.of(step))
+        if len(upcoming) >= MOST_STEPS_AHEAD or not readers.has_room:
+            yield upcoming.popleft()
+    yield from upcoming
 
 
 def _steps(
     readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, Share], pin_memory: bool
 ) -> Generator[list[Batch]]:
     rows_per_step, micro_batch, share = shape
+    steps = (list(itertools.islice(order, rows_per_step)) for _ in itertools.count())
     with closing(readers):
-        while True:
-            step = list(itertools.islice(order, rows_per_step))
+        for step in _expected_steps(readers, steps, share):
             readers.hold(step)
             batches = _micro_batches(readers, step, collate, micro_batch, share)
             yield [batch.map(Tensor.pin_memory) if pin_memory else batch for batch in batches]
@@ -85,6 +103,8 @@ def all_batches(
     """Yields this rank's share of every record, once and in stored order, for evaluation. Damaged blocks are errors."""
     order = shards.rows(collate.row_length, None, 0)
     with closing(Readers([shards], False, vocab_size)) as readers:
-        while rows := list(itertools.islice(order, micro_batch * ranks)):
+        share, size = Share(rank, ranks), micro_batch * ranks
+        passes = iter(lambda: list(itertools.islice(order, size)), [])
+        for rows in _expected_steps(readers, passes, share):
             readers.hold(rows)
-            yield from _micro_batches(readers, rows, collate, micro_batch, Share(rank, ranks))
+            yield from _micro_batches(readers, rows, collate, micro_batch, share)
