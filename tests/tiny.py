@@ -186,7 +186,7 @@ def make_chat_folder(tiny: Tiny, folder: Path, **settings: object) -> Path:
     return folder
 
 
-def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool = False) -> None:
+def write_caches(export: TeacherExport, out: Path | str, ranks: int = 1, extend: bool = False) -> None:
     """Both caches, as the command writes them."""
     plans = make_plans(export, out, load_growth(out, begin=True) if extend else None)
     for plan in plans:
