@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from data.cache.alignment import check_alignment
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
@@ -82,6 +84,10 @@ class Shards:
     def manifest(self) -> Manifest:
         return read_manifest(self.path)
 
+    def use_manifest(self, manifest: Manifest) -> None:
+        """Takes the manifest that another rank has read, with the lengths of its records."""
+        self.__dict__["manifest"] = manifest
+
     def reader(self) -> ShardReader:
         block_cache = BlockCache.from_setting(self.block_cache, self.block_cache_bytes)
         return ShardReader(self.path, self.manifest, self.retry_seconds, block_cache)
@@ -128,14 +134,15 @@ class Shards:
 
     def _first_block(self, reader: ShardReader) -> list[Record]:
         """Returns the records of the first block. Where damaged blocks are skipped, it is the first undamaged one."""
-        blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(shard.blocks)]
+        blocks = ((s, b) for s, shard in enumerate(self.manifest.shards) for b in range(shard.blocks))
         allowed = self.max_damaged_blocks if self.on_damage == "skip" else 0
-        for ref in blocks[:allowed]:
+        *earlier, last = itertools.islice(blocks, allowed + 1)
+        for ref in earlier:
             try:
                 return reader.block(ref)
             except DamagedBlockError:
                 continue
-        return reader.block(blocks[min(allowed, len(blocks) - 1)])
+        return reader.block(last)
 
     def within(self, record: Record, vocab_size: int | None) -> Record:
         """Returns the record over the first `vocab_size` tokens, or as it is if that is None.
@@ -174,7 +181,9 @@ class Shards:
     @property
     def lengths(self) -> list[list[tuple[int, ...]]]:
         """Returns positions by shard, block and record."""
-        return [[block.lengths for block in self.manifest.index(i).blocks] for i in range(len(self.manifest.shards))]
+        lengths = self.manifest.lengths
+        blocks = [tuple(block.tolist()) for block in np.split(lengths.records, lengths.block_starts[1:-1])]
+        return [blocks[first:end] for first, end in itertools.pairwise(lengths.shard_starts.tolist())]
 
     def rows(self, row_length: int, seed: int | None, epoch: int) -> Iterator[Row]:
         """Returns all rows of an epoch in the global order."""
