@@ -13,7 +13,7 @@ import numpy as np
 from data.cache.lengths import CacheLengths
 from data.cache.manifest_fields import Shard
 from data.cache.shard_index import ShardIndex
-from data.cache.storage import Storage, storage_at
+from data.cache.storage import RETRY_SECONDS, Storage, storage_at
 from kd_core.errors import UsageError
 
 T = TypeVar("T")
@@ -62,17 +62,23 @@ class IndexFiles:
 
     Args:
         path: the cache's folder or URL, None where all indexes are given.
+        retry_seconds: seconds in which a failed request is tried again.
         given: indexes by the names of their shards, as the manifests of earlier versions hold them.
     """
 
-    def __init__(self, path: Path | str | None = None, given: Mapping[str, ShardIndex] | None = None) -> None:
-        self.path, self.given = path, given or {}
-        self._storage = None if path is None else storage_at(path)
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        retry_seconds: float = RETRY_SECONDS,
+        given: Mapping[str, ShardIndex] | None = None,
+    ) -> None:
+        self.path, self.retry_seconds, self.given = path, retry_seconds, given or {}
+        self._storage = None if path is None else storage_at(path, retry_seconds)
         self._held: OrderedDict[str, ShardIndex] = OrderedDict()
         self._lock, self._bytes = threading.Lock(), 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return IndexFiles, (self.path, self.given)
+        return IndexFiles, (self.path, self.retry_seconds, self.given)
 
     def of(self, shard: Shard) -> ShardIndex:
         """Returns the index of a shard, and reads it if it is not held."""

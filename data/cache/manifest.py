@@ -36,7 +36,7 @@ from data.cache.manifest_fields import (
 )
 from data.cache.selection import Selection
 from data.cache.shard_index import Block, ShardIndex
-from data.cache.storage import Storage, storage_at
+from data.cache.storage import RETRY_SECONDS, Storage, storage_at
 from data.cache.totals import Audit
 from kd_core.errors import UsageError
 from kd_core.files import json_text, parse_json
@@ -171,22 +171,22 @@ def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _parse_shards(value: Any, version: int, folder: Path | str | None) -> tuple[tuple[Shard, ...], IndexFiles]:
+def _parse_shards(value: Any, version: int, files: IndexFiles) -> tuple[tuple[Shard, ...], IndexFiles]:
     values = check_list(value, "shards")
     if version == VERSION:
-        shards, indexes = tuple(map(parse_shard, values)), IndexFiles(folder)
+        shards, indexes = tuple(map(parse_shard, values)), files
     else:
         listed = [parse_listed_shard(shard) for shard in values]
         shards = tuple(shard for shard, _ in listed)
-        indexes = IndexFiles(folder, {shard.name: index for shard, index in listed})
+        indexes = IndexFiles(given={shard.name: index for shard, index in listed})
     check_names(shards)
     check_integer(sum(shard.records for shard in shards), "records of all shards", 0, MAX_CACHE_RECORDS)
     return shards, indexes
 
 
-def _manifest(value: dict[str, Any], version: int, folder: Path | str | None) -> Manifest:
+def _manifest(value: dict[str, Any], version: int, files: IndexFiles) -> Manifest:
     manifest = check_object(value, "it", set(JSON_FIELDS) - ({"made"} if version == 2 else set()))
-    shards, indexes = _parse_shards(manifest["shards"], version, folder)
+    shards, indexes = _parse_shards(manifest["shards"], version, files)
     return Manifest(
         vocab_size=check_integer(manifest["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
         tokenizer=check_text(manifest["tokenizer"], "tokenizer"),
@@ -207,13 +207,13 @@ def _manifest(value: dict[str, Any], version: int, folder: Path | str | None) ->
     )
 
 
-def parse_manifest(value: Any, path: str, folder: Path | str | None = None) -> Manifest:
+def parse_manifest(value: Any, path: str, files: IndexFiles | None = None) -> Manifest:
     """Builds a manifest from its JSON. Every field must have its exact type and be in bounds.
 
     Args:
         value: the JSON.
         path: where it was read, for messages.
-        folder: folder or URL of the cache, where the index files are.
+        files: the index files of its shards.
 
     Raises:
         UsageError: the format or version is another one, or a field is missing, unknown or out of bounds.
@@ -226,7 +226,7 @@ def parse_manifest(value: Any, path: str, folder: Path | str | None = None) -> M
             f"and 2, 3 or {VERSION}. Export the cache again."
         )
     try:
-        return _manifest(rest, version, folder)
+        return _manifest(rest, version, files or IndexFiles())
     except ValueError as error:
         raise UsageError(f"{path}: {error}. Restore it, or export the cache again.") from None
 
@@ -236,14 +236,19 @@ def list_caches(folder: Path) -> str:
     return ", ".join(str(path.parent) for path in sorted(folder.glob("*/manifest.json"))[:4])
 
 
-def read_manifest(path: Path | str) -> Manifest:
+def read_manifest(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Manifest:
     """Reads the manifest of a cache in a folder or behind a URL.
+
+    Failed requests are tried again for `retry_seconds`.
 
     Raises:
         UsageError: there is none (the export has not ended, or the folder holds caches), or it is invalid (see
             `parse_manifest`).
     """
-    storage, role = storage_at(path), "the manifest of a teacher cache (made by launchers.export_teacher)"
+    storage, role = (
+        storage_at(path, retry_seconds),
+        "the manifest of a teacher cache (made by launchers.export_teacher)",
+    )
     url = storage.url(MANIFEST_FILE)
     if storage.size(MANIFEST_FILE) is None:
         if inside := list_caches(Path(path)):
@@ -255,4 +260,5 @@ def read_manifest(path: Path | str) -> Manifest:
                 f"{path}: the export has not ended (no manifest.json). Run the same export again to finish it."
             )
         raise UsageError(f"{url}: no such file, wanted {role}. Check the path.")
-    return parse_manifest(parse_json(storage.read(MANIFEST_FILE, MAX_MANIFEST_BYTES), url, role), url, path)
+    value = parse_json(storage.read(MANIFEST_FILE, MAX_MANIFEST_BYTES), url, role)
+    return parse_manifest(value, url, IndexFiles(path, retry_seconds))

@@ -39,17 +39,18 @@ class DamagedBlockError(UsageError):
     """Error of a block that differs from what the manifest says of it."""
 
 
-def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
+def read_tables(folder: Path | str, expected: dict[str, Any], retry_seconds: float = RETRY_SECONDS) -> RankTables:
     """Reads the rank tables of a cache.
 
     Args:
         folder: the cache's folder or URL.
         expected: `bytes` and `sha256` of the tables, as the manifest states them.
+        retry_seconds: seconds in which a failed read from a URL is tried again.
 
     Raises:
         UsageError: the tables are missing, or differ from what the manifest states.
     """
-    storage = storage_at(folder)
+    storage = storage_at(folder, retry_seconds)
     path = storage.url(TABLES_FILE)
     data = storage.read(TABLES_FILE, int(expected["bytes"]))
     digest = hashlib.sha256(data).hexdigest()
@@ -74,7 +75,7 @@ class ShardReader:
         block_cache: BlockCache | None = None,
     ) -> None:  # fmt: skip
         self.storage, self.manifest = storage_at(folder, retry_seconds), manifest
-        tables = read_tables(folder, manifest.tables)
+        tables = read_tables(folder, manifest.tables, retry_seconds)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
                 f"{self.storage.url(TABLES_FILE)}: has a vocabulary of {tables.vocab_size}, the manifest one of "

@@ -82,7 +82,7 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        return read_manifest(self.path)
+        return read_manifest(self.path, self.retry_seconds)
 
     def use_manifest(self, manifest: Manifest) -> None:
         """Takes the manifest that another rank has read, with the lengths of its records."""
