@@ -110,8 +110,9 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Returns the bytes of shards and tables."""
-        return int(self.tables["bytes"]) + sum(shard.bytes for shard in self.shards)
+        """Returns the bytes of shards, indexes and tables."""
+        indexes = sum(shard.index["bytes"] for shard in self.shards if shard.index)
+        return int(self.tables["bytes"]) + sum(shard.bytes for shard in self.shards) + indexes
 
     def summary(self, folder: Path | str) -> str:
         """Describes the cache in one line."""

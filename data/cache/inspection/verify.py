@@ -19,13 +19,15 @@ from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
 from data.cache.contents import CachedDocuments, mask_digest, window_digest, windows_digest
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
-from data.cache.manifest import TABLES_FILE, Manifest, read_manifest
+from data.cache.manifest import MANIFEST_FILE, TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
+from data.cache.storage import is_url, storage_at
 from data.cache.totals import Totals
 from kd_core.errors import UsageError
-from kd_core.files import read_json
+from kd_core.files import MAX_TEXT_BYTES, parse_json
 from kd_core.json_fields import check_integer, check_object, short_repr
 
+PLAN_FILE = "plan.json"
 MOST_SHOWN = 1000  # problems that are stored; all others are counted
 
 
@@ -48,7 +50,7 @@ class Findings:
             self.more += 1
 
 
-def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
+def verify(folder: Path | str, progress: Callable[[int], object]) -> Findings:
     """Reads a whole cache and returns all problems. Calls `progress` with the positions of each block.
 
     Raises:
@@ -181,10 +183,11 @@ def _ignore(where: str, problem: str) -> None:
     del where, problem
 
 
-def _held_out(folder: Path) -> CachedDocuments | None:
+def _held_out(folder: Path | str) -> CachedDocuments | None:
     """Returns the documents of the validation cache beside a training cache, or None where none can be read."""
-    validation = folder.parent / "validation"
-    if folder.resolve().name != "train" or not (validation / "manifest.json").exists():
+    above, _, name = str(folder if is_url(str(folder)) else Path(folder).resolve()).rpartition("/")
+    validation = f"{above}/validation"
+    if name != "train" or storage_at(validation).size(MANIFEST_FILE) is None:
         return None
     documents = CachedDocuments()
     try:
@@ -197,23 +200,28 @@ def _held_out(folder: Path) -> CachedDocuments | None:
     return documents
 
 
-def _check_folder(folder: Path, findings: Findings) -> None:
+def _check_folder(folder: Path | str, findings: Findings) -> None:
     """Reports files that do not belong to the cache, and a `plan.json` that is not one of the manifest's plans."""
-    shard_files = (name for shard in findings.manifest.shards for name in shard.files)
-    cache_files = {"manifest.json", "plan.json", TABLES_FILE, *shard_files}
-    for path in sorted(folder.iterdir()):
-        if path.name not in cache_files:
-            findings.report(ascii(path.name).strip("'"), "does not belong to the cache; the manifest does not name it")
-        elif path.is_file():
-            findings.bytes += path.stat().st_size
-    if (folder / "plan.json").exists():
+    storage, manifest = storage_at(folder), findings.manifest
+    shard_files = (name for shard in manifest.shards for name in shard.files)
+    cache_files = {MANIFEST_FILE, PLAN_FILE, TABLES_FILE, *shard_files}
+    try:
+        names = storage.names()
+    except UsageError:  # a web server does not list its files
+        names = []
+    for name in names:
+        if name not in cache_files:
+            findings.report(ascii(name).strip("'"), "does not belong to the cache; the manifest does not name it")
+    findings.bytes = manifest.bytes + sum(storage.size(name) or 0 for name in (MANIFEST_FILE, PLAN_FILE))
+    if storage.size(PLAN_FILE) is not None:
         try:
-            plan = read_json(folder / "plan.json", "the plan of an export")
+            text = storage.read(PLAN_FILE, MAX_TEXT_BYTES)
+            plan = parse_json(text, storage.url(PLAN_FILE), "the plan of an export")
         except UsageError as error:
-            findings.report("plan.json", str(error))
+            findings.report(PLAN_FILE, str(error))
             return
         if _text(plan) not in map(_text, findings.manifest.plans):
-            findings.report("plan.json", "is not one of the plans in the manifest")
+            findings.report(PLAN_FILE, "is not one of the plans in the manifest")
 
 
 def _text(plan: object) -> str:
