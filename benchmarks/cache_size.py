@@ -30,6 +30,7 @@ from data.cache.writer import write_shard, write_tables
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import CachePlan, TeacherExport, make_plans
+from data.export.receipts import verify_shard, write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.export.scoring import score_batch
 from data.teacher.scorer import Scorer
@@ -92,15 +93,16 @@ def write(plan: CachePlan, records: list[Record]) -> Manifest:
             break
         pilot.append(record)
     tables = fit_tables(pilot, plan.teacher.vocab_size, sum(window.positions for window in plan.windows))
-    write_tables(plan.folder / "tables.tar", tables)
+    write_tables(plan.storage, tables)
     coding = Coding(tables, plan.export.selection, plan.export.codec)
     for shard in plan.shards:
         blocks = [
             encode_block_members(b.start, [records[i] for i in b], coding, plan.export.max_codec_kl)
             for b in shard.blocks
         ]
-        write_shard(plan.folder / shard.name, blocks)
-    return steps.write_manifest(plan)
+        write_shard(plan.storage, shard.name, blocks)
+        verify_shard(plan, shard.name, coding)
+    return write_manifest(plan)
 
 
 def parts(folder: Path, manifest: Manifest) -> dict[str, float]:
@@ -112,7 +114,8 @@ def parts(folder: Path, manifest: Manifest) -> dict[str, float]:
             sizes["tar"] += 512 + padded_size(len(member.payload)) - len(member.payload)
         sizes["tar"] += 1024
     sizes["tables"] = manifest.tables["bytes"]
-    sizes["manifest"] = (folder / "manifest.json").stat().st_size + (folder / "plan.json").stat().st_size
+    sizes["manifest"] = sum((folder / name).stat().st_size for name in ("manifest.json", "plan.json"))
+    sizes["indexes"] = sum((folder / shard.index_name).stat().st_size for shard in manifest.shards)
     return {name: size / manifest.positions for name, size in sizes.items()}
 
 

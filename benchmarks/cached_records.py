@@ -4,7 +4,6 @@ Made-up ones: tokens by Zipf's law, entries likelier the commoner (as after a re
 that is sometimes sure and mostly not.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,12 @@ import numpy as np
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES_FILE, Audit, Block, Manifest, Shard, read_manifest
+from data.cache.manifest import Audit, Manifest, Shard, read_manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.selection import Selection
-from data.cache.writer import write_shard, write_tables
+from data.cache.storage import storage_at
+from data.cache.writer import read_back, write_index, write_shard, write_tables
 from data.stream.stream import Shards
-from kd_core.files import sha256
 
 BLOCK_POSITIONS, SHARD_POSITIONS, PILOT_POSITIONS = 8192, 40_960, 65_536
 ROW_LENGTH = 512
@@ -122,21 +121,19 @@ def write_cache(folder: Path, records: Sequence[Record], vocab_size: int, select
     """A cache of records, by the real codec and writer."""
     folder.mkdir(parents=True)
     tables = fit_tables(_runs(records, PILOT_POSITIONS)[0], vocab_size, sum(record.positions for record in records))
-    write_tables(folder / TABLES_FILE, tables)
+    storage = storage_at(folder)
+    facts = write_tables(storage, tables)
     coding, first, shards = Coding(tables, selection, codec), 0, list[Shard]()
     for number, own in enumerate(shards_of(records)):
-        path, written, blocks = folder / f"shard-{number:06d}.tar", list[bytes](), list[Block]()
+        name, written = f"shard-{number:06d}.tar", list[bytes]()
         for run in _runs(own, BLOCK_POSITIONS):
             written.append(encode_block_members(first, run, coding, max_kl=1.0))
-            lengths = tuple(record.positions for record in run)
-            blocks.append(Block(len(written[-1]), hashlib.sha256(written[-1]).hexdigest(), lengths))
             first += len(run)
-        write_shard(path, written)
-        shards.append(Shard(path.name, path.stat().st_size, sha256(path), tuple(blocks)))
-    facts = {"bytes": (folder / TABLES_FILE).stat().st_size, "sha256": sha256(folder / TABLES_FILE)}
+        write_shard(storage, name, written)
+        shards.append(write_index(storage, name, read_back(storage, name, coding)))
     longest = max(record.positions for record in records)
     unmeasured = dict.fromkeys(("teacher_nll", "teacher_mass", "entries"), 0.0)
     Manifest(
         vocab_size, "none", {}, selection, longest, codec, Audit(0, 0, 0), {**unmeasured, "scored": 1.0}, facts, ({},),
         tuple(shards),
-    ).write(folder)  # fmt: skip
+    ).write(storage)  # fmt: skip

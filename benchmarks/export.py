@@ -18,6 +18,7 @@ from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import CachePlan, TeacherExport, make_plans
+from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.teacher.scorer import DecoderScorer, Scorer
 from kd_core.students.decoder.decoder import Decoder
@@ -52,7 +53,7 @@ def export_once(plans: list[CachePlan], model: Scorer, encoders: int) -> None:
         record_or_check_plan(plan)
         pilot = steps.make_tables(plan, model)
         steps.write_missing_shards(plan, model, pilot, rank=0, ranks=1, encoders=encoders)
-        steps.write_manifest(plan)
+        write_manifest(plan)
 
 
 def main() -> None:

@@ -3,14 +3,16 @@
 import hashlib
 import itertools
 import json
+import struct
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import zstandard
 
+from data.cache.shard_index import ShardIndex, index_name
 from data.cache.tar import END_OF_TAR, Member, encode_member, padded_size, read_members
 
 Files = dict[str, bytes]
@@ -36,9 +38,11 @@ class Cache:
         self.shards = [shard["name"] for shard in self.manifest["shards"]]
 
     def blocks(self, shard: str) -> list[bytes]:
-        sizes = next(s for s in self.manifest["shards"] if s["name"] == shard)["blocks"]
-        edges = np.cumsum([0, *(block["bytes"] for block in sizes)]).tolist()
+        edges = self.index(shard).offsets.tolist()
         return [self.files[shard][a:b] for a, b in itertools.pairwise(edges)]
+
+    def index(self, shard: str) -> ShardIndex:
+        return ShardIndex.parse(self.files[index_name(shard)])
 
 
 def _one(rng: Rng, of: Any) -> Any:
@@ -80,6 +84,12 @@ def flip(where: str) -> Kind:
 def flip_tables(rng: Rng, cache: Cache) -> Changed:
     data = cache.files["tables.tar"]
     return {"tables.tar": _flipped(rng, data, 0, len(data))}
+
+
+def flip_index(rng: Rng, cache: Cache) -> Changed:
+    name = index_name(_one(rng, cache.shards))
+    data = cache.files[name]
+    return {name: data[: int(rng.integers(len(data)))] if rng.random() < 0.3 else _flipped(rng, data, 0, len(data))}
 
 
 def truncate(where: str) -> Kind:
@@ -207,9 +217,34 @@ def rehashed(cache: Cache, name: str, parts: list[bytes]) -> Changed:
     data, value = b"".join(parts) + END_OF_TAR, json.loads(cache.files["manifest.json"])
     shard = next(each for each in value["shards"] if each["name"] == name)
     shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    for block, part in zip(shard["blocks"], parts, strict=True):
-        block.update(bytes=len(part), sha256=hashlib.sha256(part).hexdigest())
-    return {name: data, "manifest.json": json.dumps(value).encode()}
+    digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+    index = replace(
+        cache.index(name), shard_bytes=len(data), shard_sha256=shard["sha256"],
+        digests=np.frombuffer(digests, np.uint8).reshape(-1, 32), block_bytes=np.array([len(part) for part in parts]),
+    ).to_bytes()  # fmt: skip
+    shard["index"] = {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
+    return {name: data, index_name(name): index, "manifest.json": json.dumps(value).encode()}
+
+
+def hostile_index(rng: Rng, cache: Cache) -> Changed:
+    """An index made to harm, under hashes that are right: a number of its head, a bit, or a bomb as its frame."""
+    name, value = _one(rng, cache.shards), json.loads(cache.files["manifest.json"])
+    data = bytearray(cache.files[index_name(name)])
+    how = int(rng.integers(4))
+    if how == 0:
+        at = 8 * int(rng.integers(1, 16))
+        data[at : at + 8] = _one(rng, [rng.bytes(8), bytes(8), b"\xff" * 8, b"\0\0\0\x10\0\0\0\0"])
+    elif how == 1:
+        data = bytearray(_flipped(rng, bytes(data), 0, len(data)))
+    elif how == 2:
+        data = data[: int(rng.integers(len(data)))]
+    else:
+        data[128 + 32 * len(cache.index(name)) :] = BOMB
+    shard = next(each for each in value["shards"] if each["name"] == name)
+    shard["index"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if how == 0 and rng.random() < 0.7:  # the manifest agrees with a head that lies
+        shard["blocks"], shard["records"], shard["positions"] = struct.unpack_from("<QQQ", data, 48)
+    return {index_name(name): bytes(data), "manifest.json": json.dumps(value).encode()}
 
 
 def _raw(own: str, payload: bytes, changes: dict[str, Any]) -> bytes:
@@ -281,6 +316,7 @@ FLIPS = ["header", "padding", "end", "json", "tokens.zst", "entries.zst", "log_p
 ACCIDENTS: dict[str, Kind] = {
     **{f"bit flipped: {'payload of ' * (i > 2)}{where}": flip(where) for i, where in enumerate(FLIPS)},
     "bit flipped: tables": flip_tables,
+    "bit flipped or cut off: an index": flip_index,
     "truncated anywhere": truncate("random"),
     "truncated at a member's border": truncate("border"),
     "bytes appended": append,
@@ -294,4 +330,5 @@ ACCIDENTS: dict[str, Kind] = {
 ATTACKS: dict[str, Kind] = {
     **{f"hostile {how}, hashes right": hostile(how) for how in ("json", "payload", "bomb", "tar")},
     "hostile tables, hashes right": hostile_tables,
+    "hostile index, hashes right": hostile_index,
 }

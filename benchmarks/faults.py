@@ -158,7 +158,11 @@ class Harness:
         return None if any(name in message for name in names) else f"unnamed: {message[:200]}"
 
 
-ALSO = (".tar", "plan.json")  # a manifest that lies is found where it differs from a shard, the tables or the plan
+ALSO = (
+    ".tar",
+    ".index",
+    "plan.json",
+)  # a manifest that lies is found where it differs from a shard, the tables or the plan
 COLUMNS = ("tried", "by reading", "by verify", "undetected", "unnamed", "crashed", "slow", "code", "no change")
 
 

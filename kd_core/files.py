@@ -128,7 +128,10 @@ def read_text(path: Path, expected: str, most: int = MAX_TEXT_BYTES) -> str:
     with open_plain(path, expected) as file:
         if (size := path.stat().st_size) > most:
             raise UsageError(f"{path}: has {size} bytes; at most {most} are read. Wanted {expected}. Restore it.")
-        payload = file.read(most)
+        return _decode(file.read(most), path, expected)
+
+
+def _decode(payload: bytes, path: object, expected: str) -> str:
     try:
         return payload.decode()
     except UnicodeDecodeError as error:
@@ -141,10 +144,21 @@ def read_json(path: Path, expected: str, most: int = MAX_TEXT_BYTES) -> dict[str
     Raises:
         UsageError: as for `read_text`, or the text is not JSON, or not an object.
     """
+    return _parse_object(read_text(path, expected, most), path, expected)
+
+
+def parse_json(payload: bytes, path: object, expected: str) -> dict[str, Any]:
+    """Parses the bytes of an untrusted JSON object. `path` and `expected` describe them in errors.
+
+    Raises:
+        UsageError: they are not UTF-8, not JSON, or not an object.
+    """
+    return _parse_object(_decode(payload, path, expected), path, expected)
+
+
+def _parse_object(text: str, path: object, expected: str) -> dict[str, Any]:
     try:
-        value = json.loads(read_text(path, expected, most))
-    except UsageError:
-        raise
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists nested too deep
         raise UsageError(f"{path}: not valid JSON ({error}), wanted {expected}. Restore or remake it.") from None
     if not isinstance(value, dict):

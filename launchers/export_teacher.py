@@ -4,10 +4,12 @@
     python -m launchers.export_teacher --config=quickstart_export --config=corpus.path=my/texts --out=my/cache
     python -m launchers.export_teacher --config=chat_export --config=corpus.path=my/chats.jsonl --out=my/cache
     torchrun --nproc-per-node 2 -m launchers.export_teacher --config=quickstart_export --out=quickstart/cache
+    python -m launchers.export_teacher --config=quickstart_export --out=s3://bucket/caches
 
-Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. After an interruption, the same command goes
-on with the first missing shard. The bytes are the same, whatever the interruptions and the number of ranks. Finish an
-export with the version of this project that began it.
+Writes OUT/train and OUT/validation: tar shards, an index beside each and, last, manifest.json. OUT is a folder, or a
+bucket that can be written. Ranks of several machines need a folder that all of them see, or a bucket. After an
+interruption, the same command goes on with the first missing shard. The bytes are the same, whatever the interruptions
+and the number of ranks. Finish an export with the version of this project that began it.
 
 With --extend, complete caches grow by the documents that they lack. Documents are compared by content, not by name. No
 old shard is touched.
@@ -28,7 +30,7 @@ overlap=128, and
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
 """
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +46,7 @@ KIND = "TeacherExport"
 # Seconds that ranks wait for the one that scores the pilot, or is the last to score. torchrun ends them if it dies.
 LONGEST_WAIT = 7 * 86_400.0
 app.define_config_flags(KIND)
-OUT = flags.DEFINE_string("out", None, "Folder for the caches; required.")
+OUT = flags.DEFINE_string("out", None, "Folder or bucket (s3://…) for the caches; required.")
 SHARD_BYTES = flags.DEFINE_integer(
     "shard_bytes", None, "About the size of a shard; the same as --config=shard_bytes=…."
 )
@@ -53,7 +55,7 @@ EXTEND = flags.DEFINE_bool(
 )
 
 
-def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision"]:
+def _resolve(export: Any, out: str, device: Any) -> tuple[Any, "ChosenPrecision"]:
     """Returns the export with the dtype and `batch_rows` of the caches in `out`, else those that suit the device.
 
     Warns if the dtype is slow.
@@ -69,21 +71,31 @@ def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision
     return replace(export, dtype=chosen.precision, batch_rows=rows), chosen
 
 
-def _export(export: Any, out: Path) -> None:
+def _claim(out: str) -> AbstractContextManager[None]:
+    """Returns a lock on the folder. Buckets have none: there, exports of one plan write the same bytes."""
+    from data.cache.storage import is_url
+    from kd_core.files import own_folder
+    from launchers.cli.folder_guard import CACHES, refuse_other_kinds
+
+    if is_url(out):
+        return nullcontext()
+    refuse_other_kinds(Path(out), CACHES, "out")
+    return own_folder(Path(out))
+
+
+def _export(export: Any, out: str) -> None:
+    from data.cache.storage import storage_at
     from data.export import export as export_steps
     from data.export.extend import end_growth, load_growth
     from data.export.plan import make_plans
+    from data.export.receipts import write_manifest
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
-    from kd_core.files import own_folder
     from kd_core.hub import local_folder
-    from kd_core.parallel.collectives import run_on_all_ranks
     from kd_core.parallel.world import joined_world
-    from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
-    refuse_other_kinds(out, CACHES, "out")
     local_folder(export.teacher)  # fetched before any rank waits for another
     with joined_world(timeout=LONGEST_WAIT) as world, ExitStack() as stack:
-        world.run_on_first(lambda: stack.enter_context(own_folder(out)))
+        world.run_on_first(lambda: stack.enter_context(_claim(out)))
         export, chosen = world.run_on_first(lambda: _resolve(export, out, world.device))
         app.log.info("dtype: %s", chosen)
         bad_rows = export.corpus.bad_rows()
@@ -93,7 +105,7 @@ def _export(export: Any, out: Path) -> None:
             app.log.info("texts: %s", plans[0].texts)
         take = record_or_check_growth if EXTEND.value else record_or_check_plan
         missing_plans = [plan for plan in plans if not world.run_on_first(lambda plan=plan: take(plan))]
-        world.run_on_first(lambda: bad_rows.write(out))
+        world.run_on_first(lambda: bad_rows.write(storage_at(out)))
         if EXTEND.value and not plans:
             app.log.info("%s: every document of the corpus is there already", out)
         for plan in plans:
@@ -104,9 +116,9 @@ def _export(export: Any, out: Path) -> None:
             pilot: list[Any] = []
             world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
             export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
-            by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
-            manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
-            app.log.info("%s", manifest.summary(plan.folder))
+            world.barrier()
+            summary = world.run_on_first(lambda plan=plan: write_manifest(plan).summary(plan.folder))
+            app.log.info("%s", summary)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 
@@ -120,7 +132,7 @@ def main() -> None:
     from kd_core.errors import UsageError
 
     if OUT.value is None:
-        raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
+        raise UsageError("no --out given. Name the folder or bucket for the caches: --out=DIR.")
     export = resolved.build()
     if app.FLAGS.dry_run:
         import torch
@@ -128,7 +140,7 @@ def main() -> None:
         from data.export.extend import load_growth
         from data.export.plan import make_plans
 
-        out = Path(OUT.value)
+        out = OUT.value
         export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(f"dtype: {chosen}")
         growth = load_growth(out, begin=False) if EXTEND.value else None
@@ -143,7 +155,7 @@ def main() -> None:
                 f"{len(plan.shards)} shards"
             )
         return
-    _export(export, Path(OUT.value))
+    _export(export, OUT.value)
 
 
 if __name__ == "__main__":

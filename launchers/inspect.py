@@ -65,7 +65,7 @@ def _print_records(records: "list[Record]", words: "IdToText") -> None:
             print(f"    … {record.positions - most} more positions: --positions=0, or --html=FILE")
 
 
-def show_cache(folder: Path) -> None:
+def show_cache(folder: Path | str) -> None:
     """Prints what is in the cache, and writes the page if --html names one."""
     from tqdm import tqdm
 
@@ -106,7 +106,7 @@ def show_cache(folder: Path) -> None:
         print(f"\nwrote {HTML.value} ({len(records[: HTML_RECORDS.value])} records)")
 
 
-def verify_cache(folder: Path) -> None:
+def verify_cache(folder: Path | str) -> None:
     """Verifies the cache, prints all errors, and exits with status 1 if there is any."""
     from tqdm import tqdm
 
@@ -138,7 +138,9 @@ def verify_cache(folder: Path) -> None:
 
 def main(cache: str) -> None:
     """Shows the cache, or verifies it with --verify."""
-    folder = Path(cache)
+    from data.cache.storage import is_url
+
+    folder = cache if is_url(cache) else Path(cache)
     try:
         (verify_cache if VERIFY.value else show_cache)(folder)
         sys.stdout.flush()

@@ -130,6 +130,7 @@ def _train(experiment: Any, folder: Path, resolved: Any, max_seconds: float | No
                 app.log.warning("unused: %s.", setting)
 
         check_lines = world.run_on_first(check)
+        experiment.share_manifests(world)
         assert_ranks_agree(
             world, run_on_all_ranks(world, lambda: rank_facts.collect_facts(text, experiment))[world.rank]
         )

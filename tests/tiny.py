@@ -15,6 +15,7 @@ from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.extend import end_growth, load_growth
 from data.export.plan import TeacherExport, make_plans
+from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_growth, record_or_check_plan
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
@@ -185,7 +186,7 @@ def make_chat_folder(tiny: Tiny, folder: Path, **settings: object) -> Path:
     return folder
 
 
-def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool = False) -> None:
+def write_caches(export: TeacherExport, out: Path | str, ranks: int = 1, extend: bool = False) -> None:
     """Both caches, as the command writes them."""
     plans = make_plans(export, out, load_growth(out, begin=True) if extend else None)
     for plan in plans:
@@ -195,7 +196,7 @@ def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool 
         pilot = steps.make_tables(plan, model)
         for rank in range(ranks):
             steps.write_missing_shards(plan, model, pilot, rank, ranks)
-        steps.write_manifest(plan)
+        write_manifest(plan)
     if extend:
         end_growth(out)
 

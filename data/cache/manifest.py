@@ -1,77 +1,52 @@
 """`manifest.json`: teacher, vocabulary, selection, codec, statistics, shards and hashes of a cache.
 
-It is written last, so a cache with a manifest is complete. Every field is checked when it is read.
+It is written last, so a cache with a manifest is complete. Blocks and lengths of records stand in the index files of
+the shards, which are read when they are needed. Every field is checked when it is read.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import MAX_VOCABULARY
-from data.cache.selection import Selection
-from data.cache.tar import END_OF_TAR
-from kd_core.errors import UsageError
-from kd_core.files import json_text, read_json, write_text
-from kd_core.json_fields import (
-    check_digest,
-    check_integer,
-    check_list,
-    check_number,
-    check_object,
-    check_text,
-    short_repr,
+from data.cache.index_files import IndexFiles
+from data.cache.lengths import CacheLengths
+from data.cache.manifest_fields import (
+    PLAN_BEGINS,
+    PLAN_ENDS,
+    TABLES_FILE,
+    Shard,
+    check_names,
+    parse_audit,
+    parse_codec,
+    parse_listed_shard,
+    parse_plan,
+    parse_selection,
+    parse_shard,
+    parse_statistics,
+    parse_tables,
 )
+from data.cache.selection import Selection
+from data.cache.shard_index import Block, ShardIndex
+from data.cache.storage import RETRY_SECONDS, Storage, storage_at
+from data.cache.totals import Audit
+from kd_core.errors import UsageError
+from kd_core.files import json_text, parse_json
+from kd_core.json_fields import check_integer, check_list, check_object, check_text, short_repr
 
+__all__ = ["PLAN_BEGINS", "PLAN_ENDS", "TABLES_FILE", "Audit", "Block", "Manifest", "Shard"]
 FORMAT = "kd-workspace teacher cache"
-VERSION = 3  # version 2 has no `made`
-MAX_MANIFEST_BYTES, MAX_TABLES_BYTES, MAX_BLOCK_BYTES, MAX_SHARD_BYTES = 1 << 28, 1 << 26, 1 << 29, 1 << 50
-TABLES_FILE = "tables.tar"
-PLAN_BEGINS, PLAN_ENDS = "text_begins_with", "text_ends_with"  # fields of a plan, present where the lists are not empty
-SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive bytes of a shard that are read and verified as one.
-
-    `lengths` are the positions of its records, in order.
-    """
-
-    bytes: int
-    sha256: str
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of the cache: its blocks one after the other, and the 1,024 zero bytes that end a tar."""
-
-    name: str
-    bytes: int
-    sha256: str
-    blocks: tuple[Block, ...]
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Returns the number of positions of each record."""
-        return tuple(length for block in self.blocks for length in block.lengths)
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The codec's error over all positions: KL(original‖decoded) in nats, and the worst error of the entries' mass."""
-
-    kl_mean: float
-    kl_worst: float
-    mass_error: float
+VERSION = 4  # versions 2 and 3 list blocks and lengths in the manifest, and version 2 has no `made`
+MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES, MAX_CACHE_RECORDS = 1 << 28, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -82,6 +57,7 @@ class Manifest:
     `made` has the teacher and the corpora as they were named, the time and our version. It is not part of the identity.
     `unknown` lists what a converted cache lacks, since its source did not record it: `tail`, `tokenizer`, or
     `label_log_prob` (of labels that are no entry: an upper bound is stored).
+    `indexes` gives the shards' index files, and `earlier_identity` is the identity that an earlier version wrote.
     """
 
     vocab_size: int
@@ -97,16 +73,35 @@ class Manifest:
     shards: tuple[Shard, ...]
     unknown: tuple[str, ...] = ()
     made: dict[str, Any] = field(default_factory=dict[str, Any])
+    indexes: IndexFiles = field(default_factory=IndexFiles, compare=False, repr=False)
+    earlier_identity: str = field(default="", compare=False)
 
     @property
     def records(self) -> int:
         """Returns the number of records."""
-        return sum(len(block.lengths) for shard in self.shards for block in shard.blocks)
+        return sum(shard.records for shard in self.shards)
 
     @property
     def positions(self) -> int:
         """Returns the number of positions."""
-        return sum(sum(block.lengths) for shard in self.shards for block in shard.blocks)
+        return sum(shard.positions for shard in self.shards)
+
+    def index(self, shard: int) -> ShardIndex:
+        """Returns the index of a shard by its number, with its blocks.
+
+        Raises:
+            UsageError: the index file is missing or damaged.
+        """
+        return self.indexes.of(self.shards[shard])
+
+    def block(self, shard: int, block: int) -> Block:
+        """Returns a block by the number of its shard and its own number there."""
+        return self.index(shard).block(block)
+
+    @cached_property
+    def lengths(self) -> CacheLengths:
+        """Returns the lengths of all records. The indexes of all shards are read for it."""
+        return self.indexes.lengths(self.shards)
 
     @property
     def text_begins_with(self) -> list[int]:
@@ -115,10 +110,11 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Returns the bytes of shards and tables."""
-        return int(self.tables["bytes"]) + sum(shard.bytes for shard in self.shards)
+        """Returns the bytes of shards, indexes and tables."""
+        indexes = sum(shard.index["bytes"] for shard in self.shards if shard.index)
+        return int(self.tables["bytes"]) + sum(shard.bytes for shard in self.shards) + indexes
 
-    def summary(self, folder: Path) -> str:
+    def summary(self, folder: Path | str) -> str:
         """Describes the cache in one line."""
         return (
             f"{folder}: {self.records} records, {self.positions} positions in {len(self.shards)} shards, "
@@ -127,23 +123,39 @@ class Manifest:
             f"positions, codec's KL {self.audit.kl_mean:.1e}"
         )
 
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields of `manifest.json` but format and version."""
+        return {
+            **{name: getattr(self, name) for name in JSON_FIELDS},
+            "selection": asdict(self.selection),
+            "audit": asdict(self.audit),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
     def as_json(self) -> str:
         """Returns the text of `manifest.json`."""
-        return json_text({"format": FORMAT, "version": VERSION, **asdict(self)})
+        return json_text({"format": FORMAT, "version": VERSION, **self.fields()})
 
     def identity(self) -> str:
         """Returns the sha256 of all fields but `made`.
 
-        It identifies the whole cache, because the manifest has the hashes of all its files. It is computed on the text
-        that version 2 wrote, so a cache of that version keeps its identity.
+        It identifies the whole cache, because the manifest has the hashes of all its files. A cache that an earlier
+        version wrote keeps the identity that it had there.
         """
-        fixed = {"format": FORMAT, "version": 2, **asdict(self)}
-        del fixed["made"]
-        return hashlib.sha256(json_text(fixed).encode()).hexdigest()
+        return self.earlier_identity or _identity(VERSION, self.fields())
 
-    def write(self, folder: Path) -> None:
+    def write(self, storage: Storage) -> None:
         """Writes `manifest.json`."""
-        write_text(folder / "manifest.json", self.as_json())
+        storage.write(MANIFEST_FILE, [self.as_json().encode()])
+
+
+JSON_FIELDS = tuple(f.name for f in dataclass_fields(Manifest) if f.name not in ("indexes", "earlier_identity"))
+
+
+def _identity(version: int, fields: dict[str, Any]) -> str:
+    fixed = {"format": FORMAT, "version": version, **fields}
+    fixed.pop("made", None)
+    return hashlib.sha256(json_text(fixed).encode()).hexdigest()
 
 
 def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
@@ -160,119 +172,62 @@ def made_now(teacher: str, corpora: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _shard(value: Any) -> Shard:
-    shard = check_object(value, "a shard", ("blocks", "bytes", "name", "sha256"))
-    name = check_text(shard["name"], "a shard's name")
-    if not SHARD_NAME.fullmatch(name) or name == TABLES_FILE:
-        raise ValueError(f"a shard's name is {short_repr(name)}; wanted a plain one, as shard-000000.tar")
-    blocks = tuple(_block(block, name) for block in check_list(shard["blocks"], f"{name}: blocks"))
-    size = check_integer(shard["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
-    if size != (expected := sum(block.bytes for block in blocks) + len(END_OF_TAR)):
-        raise ValueError(f"{name}: has {size} bytes; its blocks and the tar's end have {expected}")
-    return Shard(name, size, check_digest(shard["sha256"], f"{name}: sha256"), blocks)
+def _parse_shards(value: Any, version: int, files: IndexFiles) -> tuple[tuple[Shard, ...], IndexFiles]:
+    values = check_list(value, "shards")
+    if version == VERSION:
+        shards, indexes = tuple(map(parse_shard, values)), files
+    else:
+        listed = [parse_listed_shard(shard) for shard in values]
+        shards = tuple(shard for shard, _ in listed)
+        indexes = IndexFiles(given={shard.name: index for shard, index in listed})
+    check_names(shards)
+    check_integer(sum(shard.records for shard in shards), "records of all shards", 0, MAX_CACHE_RECORDS)
+    return shards, indexes
 
 
-def _block(value: Any, name: str) -> Block:
-    block = check_object(value, f"{name}: a block", ("bytes", "lengths", "sha256"))
-    lengths = check_list(block["lengths"], f"{name}: lengths")
-    if not lengths:
-        raise ValueError(f"{name}: a block has no records")
-    return Block(
-        check_integer(block["bytes"], f"{name}: a block's bytes", 1, MAX_BLOCK_BYTES),
-        check_digest(block["sha256"], f"{name}: a block's sha256"),
-        tuple(check_integer(length, f"{name}: a record's positions", 1, MAX_POSITIONS) for length in lengths),
-    )
-
-
-def _selection(value: Any) -> Selection:
-    limits = check_object(value, "selection", (f.name for f in dataclass_fields(Selection)))
-    return Selection(
-        top_k=check_integer(limits["top_k"], "selection.top_k", 0, 65535),
-        min_prob=check_number(limits["min_prob"], "selection.min_prob"),
-        mass=check_number(limits["mass"], "selection.mass"),
-        draws=check_integer(limits["draws"], "selection.draws", 0, 65535),
-        proposal_temperature=check_number(limits["proposal_temperature"], "selection.proposal_temperature"),
-        tail_temperatures=tuple(
-            check_number(temperature, "selection.tail_temperatures")
-            for temperature in check_list(limits["tail_temperatures"], "selection.tail_temperatures")
-        ),
-    )
-
-
-def _audit(value: Any) -> Audit:
-    errors = check_object(value, "audit", (f.name for f in dataclass_fields(Audit)))
-    return Audit(**{name: check_number(error, f"audit.{name}") for name, error in errors.items()})
-
-
-def _tables(value: Any) -> dict[str, Any]:
-    tables = check_object(value, "tables", ("bytes", "sha256"))
-    check_integer(tables["bytes"], "tables.bytes", 1, MAX_TABLES_BYTES)
-    check_digest(tables["sha256"], "tables.sha256")
-    return tables
-
-
-def _statistics(value: Any) -> dict[str, float]:
-    statistics = {
-        name: check_number(mean, f"statistics.{name}") for name, mean in check_object(value, "statistics").items()
-    }
-    if missing := {"teacher_nll", "teacher_mass", "entries", "scored"} - set(statistics):
-        raise ValueError(f"statistics: {min(missing)} is missing")
-    return statistics
-
-
-def _plan(value: Any) -> dict[str, Any]:
-    plan = check_object(value, "a plan")
-    for name in (PLAN_BEGINS, PLAN_ENDS):
-        for token_id in check_list(plan.get(name, []), name):
-            check_integer(token_id, name, 0, MAX_VOCABULARY - 1)
-    return plan
-
-
-def _codec(value: Any) -> Codec:
-    if check_text(value, "codec") not in get_args(Codec):
-        raise ValueError(f"codec: {short_repr(value)}; wanted one of {', '.join(get_args(Codec))}")
-    return value
-
-
-def _manifest(value: dict[str, Any], version: int) -> Manifest:
-    added_since = {"made"} if version == 2 else set[str]()
-    manifest = check_object(value, "it", {f.name for f in dataclass_fields(Manifest)} - added_since)
-    shards = tuple(_shard(shard) for shard in check_list(manifest["shards"], "shards"))
-    names = [shard.name for shard in shards]
-    if len(set(names)) != len(names):
-        raise ValueError(f"shards: {max(names, key=names.count)} stands twice")
+def _manifest(value: dict[str, Any], version: int, files: IndexFiles) -> Manifest:
+    manifest = check_object(value, "it", set(JSON_FIELDS) - ({"made"} if version == 2 else set()))
+    shards, indexes = _parse_shards(manifest["shards"], version, files)
     return Manifest(
         vocab_size=check_integer(manifest["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
         tokenizer=check_text(manifest["tokenizer"], "tokenizer"),
         teacher=check_object(manifest["teacher"], "teacher"),
-        selection=_selection(manifest["selection"]),
+        selection=parse_selection(manifest["selection"]),
         row_length=check_integer(manifest["row_length"], "row_length", 1, MAX_POSITIONS),
-        codec=_codec(manifest["codec"]),
-        audit=_audit(manifest["audit"]),
-        statistics=_statistics(manifest["statistics"]),
-        tables=_tables(manifest["tables"]),
-        plans=tuple(_plan(plan) for plan in check_list(manifest["plans"], "plans")),
+        codec=parse_codec(manifest["codec"]),
+        audit=parse_audit(manifest["audit"]),
+        statistics=parse_statistics(manifest["statistics"]),
+        tables=parse_tables(manifest["tables"]),
+        plans=tuple(parse_plan(plan) for plan in check_list(manifest["plans"], "plans")),
         shards=shards,
         unknown=tuple(check_text(name, "unknown") for name in check_list(manifest["unknown"], "unknown")),
         made=check_object(manifest.get("made", {}), "made"),
+        indexes=indexes,
+        # The identity of versions 2 and 3 is computed on the text that version 2 wrote.
+        earlier_identity="" if version == VERSION else _identity(2, manifest),
     )
 
 
-def parse_manifest(value: Any, path: str) -> Manifest:
+def parse_manifest(value: Any, path: str, files: IndexFiles | None = None) -> Manifest:
     """Builds a manifest from its JSON. Every field must have its exact type and be in bounds.
+
+    Args:
+        value: the JSON.
+        path: where it was read, for messages.
+        files: the index files of its shards.
 
     Raises:
         UsageError: the format or version is another one, or a field is missing, unknown or out of bounds.
     """
     rest = dict(cast(dict[str, Any], value)) if isinstance(value, dict) else {}
     kind, version = rest.pop("format", None), rest.pop("version", None)
-    if kind != FORMAT or type(version) is not int or version not in (2, VERSION):
+    if kind != FORMAT or type(version) is not int or version not in (2, 3, VERSION):
         raise UsageError(
             f"{path}: format and version are {short_repr(kind)} and {short_repr(version)}; wanted {FORMAT!r} "
-            f"and 2 or {VERSION}. Export the cache again."
+            f"and 2, 3 or {VERSION}. Export the cache again."
         )
     try:
-        return _manifest(rest, version)
+        return _manifest(rest, version, files or IndexFiles())
     except ValueError as error:
         raise UsageError(f"{path}: {error}. Restore it, or export the cache again.") from None
 
@@ -282,18 +237,29 @@ def list_caches(folder: Path) -> str:
     return ", ".join(str(path.parent) for path in sorted(folder.glob("*/manifest.json"))[:4])
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a cache.
+def read_manifest(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Manifest:
+    """Reads the manifest of a cache in a folder or behind a URL.
+
+    Failed requests are tried again for `retry_seconds`.
 
     Raises:
         UsageError: there is none (the export has not ended, or the folder holds caches), or it is invalid (see
             `parse_manifest`).
     """
-    path, role = folder / "manifest.json", "the manifest of a teacher cache (made by launchers.export_teacher)"
-    if not path.exists() and (inside := list_caches(folder)):
-        raise UsageError(f"{folder}: no cache (it has no manifest.json), but there are some in it. Name one: {inside}.")
-    if not path.exists() and (folder / "plan.json").exists():
-        raise UsageError(
-            f"{folder}: the export has not ended (no manifest.json). Run the same export again to finish it."
-        )
-    return parse_manifest(read_json(path, role, MAX_MANIFEST_BYTES), str(path))
+    storage, role = (
+        storage_at(path, retry_seconds),
+        "the manifest of a teacher cache (made by launchers.export_teacher)",
+    )
+    url = storage.url(MANIFEST_FILE)
+    if storage.size(MANIFEST_FILE) is None:
+        if inside := list_caches(Path(path)):
+            raise UsageError(
+                f"{path}: no cache (it has no manifest.json), but there are some in it. Name one: {inside}."
+            )
+        if storage.size("plan.json") is not None:
+            raise UsageError(
+                f"{path}: the export has not ended (no manifest.json). Run the same export again to finish it."
+            )
+        raise UsageError(f"{url}: no such file, wanted {role}. Check the path.")
+    value = parse_json(storage.read(MANIFEST_FILE, MAX_MANIFEST_BYTES), url, role)
+    return parse_manifest(value, url, IndexFiles(path, retry_seconds))

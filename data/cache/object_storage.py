@@ -175,6 +175,9 @@ class ObjectStorage:
     def delete(self, name: str) -> None:
         self.write(name, ())
 
+    def clean(self) -> None:
+        pass
+
     def _result(self, name: str, future: "Future[T]") -> T:
         try:
             return future.result()

@@ -86,9 +86,18 @@ class Storage(Protocol):
         """
         ...
 
+    def clean(self) -> None:
+        """Deletes what interrupted writes left behind."""
+        ...
+
 
 def is_url(path: str) -> bool:
     return SCHEME.match(path) is not None
+
+
+def child(path: Path | str, name: str) -> Path | str:
+    """Returns the path or URL of a folder inside another one."""
+    return f"{str(path).rstrip('/')}/{name}" if is_url(str(path)) else Path(path) / name
 
 
 def storage_at(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Storage:
@@ -175,6 +184,7 @@ class LocalStorage:
         return future
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{name}{PARTIAL}"
         with open(partial, "wb", opener=open_no_follow) as file:
             for chunk in chunks:
@@ -182,6 +192,10 @@ class LocalStorage:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(self.folder / name)
+
+    def clean(self) -> None:
+        for partial in self.folder.glob(f"*{PARTIAL}"):
+            partial.unlink()
 
     def delete(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)

@@ -1,70 +1,61 @@
-"""Sums over the blocks of a cache, for the manifest: the codec's error, and statistics of the teacher."""
+"""Sums over the positions of blocks, shards and caches: the codec's error, and statistics of the teacher."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from data.cache.codec.header import Header
-from data.cache.manifest import Audit, Manifest
 from data.cache.record import UNUSED, Record
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-12  # tolerances of a comparison, since the order of a sum may differ
 
 
-class BlockSums(NamedTuple):
-    """Sums over the positions of one block. `records` has the NLL and the mass of each record's scored positions."""
+@dataclass(frozen=True)
+class Audit:
+    """The codec's error over all positions: KL(original‖decoded) in nats, and the worst error of the entries' mass."""
 
-    records: list[tuple[float, float]]
-    entries: int
-    scored: int
-    positions: int
-    audit: Mapping[str, float]
+    kl_mean: float
+    kl_worst: float
+    mass_error: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some positions, in nats and in mass. `nll` and `mass` are over the scored ones."""
+
+    positions: int = 0
+    entries: int = 0
+    scored: int = 0
+    nll: float = 0.0
+    mass: float = 0.0
+    kl_sum: float = 0.0
+    kl_worst: float = 0.0
+    mass_error: float = 0.0
 
     @classmethod
-    def from_block(cls, header: Header, records: Sequence[Record]) -> "BlockSums":
+    def from_block(cls, header: Header, records: Sequence[Record]) -> "Totals":
         """Adds up the positions of a decoded block."""
-        sums, entries, scored = list[tuple[float, float]](), 0, 0
+        nll, mass, entries, scored = 0.0, 0.0, 0, 0
         for record in records:
             mask = record.loss_mask.astype(bool)
-            nll = -float(record.label_log_prob[mask].astype(np.float64).sum())
-            sums.append((nll, float(np.exp(record.topk_log_probs[mask].astype(np.float64)).sum())))
+            nll -= float(record.label_log_prob[mask].astype(np.float64).sum())
+            mass += float(np.exp(record.topk_log_probs[mask].astype(np.float64)).sum())
             entries += sum(int((logs > UNUSED).sum()) for logs in (record.topk_log_probs, record.samples()[1]))
             scored += int(mask.sum())
-        return cls(sums, entries, scored, header.positions, header.audit)
+        positions, audit = header.positions, header.audit
+        return cls(
+            positions, entries, scored, nll, mass,
+            positions * audit["kl_mean"], audit["kl_worst"], audit["mass_error"],
+        )  # fmt: skip
 
-
-class Totals:
-    """Sums over the positions of a cache, in nats and in mass."""
-
-    def __init__(self) -> None:
-        self.positions = self.entries = self.scored = 0
-        self.nll, self.mass = 0.0, 0.0
-        self.kl_sum, self.kl_worst, self.mass_error = 0.0, 0.0, 0.0
-
-    @classmethod
-    def from_manifest(cls, manifest: Manifest | None) -> "Totals":
-        """Recovers the sums behind a manifest's means, for a cache that grows. Without a manifest, all are 0."""
-        totals = cls()
-        if manifest:
-            means, n = manifest.statistics, manifest.positions
-            totals.positions, totals.scored, totals.entries = n, round(means["scored"] * n), round(means["entries"] * n)
-            totals.nll, totals.mass = means["teacher_nll"] * totals.scored, means["teacher_mass"] * totals.scored
-            totals.kl_sum, totals.kl_worst = manifest.audit.kl_mean * n, manifest.audit.kl_worst
-            totals.mass_error = manifest.audit.mass_error
-        return totals
-
-    def add(self, block: BlockSums) -> None:
-        """Adds a block. Records are added one by one, so that the sums do not depend on who has read which block."""
-        for nll, mass in block.records:
-            self.nll += nll
-            self.mass += mass
-        self.entries += block.entries
-        self.scored += block.scored
-        self.positions += block.positions
-        self.kl_sum += block.positions * block.audit["kl_mean"]
-        self.kl_worst = max(self.kl_worst, block.audit["kl_worst"])
-        self.mass_error = max(self.mass_error, block.audit["mass_error"])
+    def __add__(self, other: "Totals") -> "Totals":
+        """Returns the sums over the positions of both. The codec's worst errors are those of either."""
+        return Totals(
+            self.positions + other.positions, self.entries + other.entries, self.scored + other.scored,
+            self.nll + other.nll, self.mass + other.mass,
+            self.kl_sum + other.kl_sum, max(self.kl_worst, other.kl_worst), max(self.mass_error, other.mass_error),
+        )  # fmt: skip
 
     def statistics(self) -> dict[str, float]:
         """Returns the manifest's `statistics`.
@@ -83,21 +74,15 @@ class Totals:
         """Returns the codec's error over all positions."""
         return Audit(self.kl_sum / self.positions, self.kl_worst, self.mass_error)
 
-    def differing(self, manifest: Manifest) -> list[str]:
-        """Describes each figure of the manifest that does not match these sums."""
-        audit = self.audit()
-        computed = {
-            **{f"statistics.{name}": value for name, value in self.statistics().items()},
-            "audit.kl_mean": audit.kl_mean,
-            "audit.kl_worst": audit.kl_worst,
-            "audit.mass_error": audit.mass_error,
-        }
-        recorded = {
-            **{f"statistics.{name}": value for name, value in manifest.statistics.items()},
-            "audit.kl_mean": manifest.audit.kl_mean,
-            "audit.kl_worst": manifest.audit.kl_worst,
-            "audit.mass_error": manifest.audit.mass_error,
-        }
+    def differing(self, statistics: Mapping[str, float], audit: Audit) -> list[str]:
+        """Describes each figure of a manifest that does not match these sums."""
+        computed, recorded = (
+            {
+                **{f"statistics.{name}": value for name, value in means.items()},
+                **{f"audit.{name}": value for name, value in asdict(errors).items()},
+            }
+            for means, errors in ((self.statistics(), self.audit()), (statistics, audit))
+        )
         missing = [
             f"{name} is missing; the blocks give {value:.9g}"
             for name, value in computed.items()

@@ -5,18 +5,18 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
 
+from data.cache.storage import Storage
 from data.corpus.layout_hints import config_flag
 from data.text_lines import BadRowError
-from kd_core.files import is_plain_file, write_text
 
 log = logging.getLogger("kd")
 T = TypeVar("T")
 P = ParamSpec("P")
 OnBadRow = Literal["stop", "skip"]
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
+MAX_SKIPPED_BYTES = 1 << 30
 ROWS_READ_AFTER_LIMIT = 20_000  # rows read after the limit was passed, to count further bad ones
 
 
@@ -111,11 +111,12 @@ class BadRows:
             remedy = f"corpus.most_bad_rows={self.most:g} allows fewer. Fix them, or allow more: {allowed}."
         raise BadRowError(f"{first.message}\n{summary}{remedy}", first.reason)
 
-    def write(self, folder: Path) -> None:
-        """Writes the skipped rows to `FILE` beside the caches, behind those of earlier exports to the folder."""
+    def write(self, storage: Storage) -> None:
+        """Writes the skipped rows to a file beside the caches, behind those of earlier exports."""
         if not self.bad:
             return
-        path = folder / SKIPPED_ROWS_FILE
-        before = path.read_bytes().decode(errors="replace").splitlines() if is_plain_file(path) else []
-        lines = dict.fromkeys([*before, *(json.dumps(row._asdict(), ensure_ascii=False) for row in self.bad)])
-        write_text(path, "".join(line + "\n" for line in lines))
+        name = SKIPPED_ROWS_FILE
+        before = b"" if storage.size(name) is None else storage.read(name, MAX_SKIPPED_BYTES)
+        rows = (json.dumps(row._asdict(), ensure_ascii=False) for row in self.bad)
+        lines = dict.fromkeys([*before.decode(errors="replace").splitlines(), *rows])
+        storage.write(name, ["".join(line + "\n" for line in lines).encode()])

@@ -1,15 +1,17 @@
 """Export of a teacher's planned windows as a cache:
 
     pilot: the first windows ─► tables
-    windows (plan.py) ─ teacher (scoring.py) ─► records ─► blocks (block_encoders.py) ─► tars ─ read back ─► manifest
+    windows (plan.py) ─ teacher (scoring.py) ─► records ─► blocks (block_encoders.py) ─► tars
+                                                               tars ─ read back ─► indexes ─► manifest (receipts.py)
 
-A shard is the unit of work: rank r of n writes shards r, r + n, …, and reads them back. A shard that is on disk is not
-made again. The plan and the tables fix what a shard holds, so neither ranks nor interruptions change its bytes.
+A shard is the unit of work: rank r of n writes shards r, r + n, …, reads each back, and writes its index. A shard that
+is on the storage is not made again. Ranks share nothing but the storage. The plan and the tables fix what a shard
+holds, so neither ranks nor interruptions change its bytes.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -18,20 +20,17 @@ from tqdm import tqdm
 from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, made_now
+from data.cache.manifest_fields import MAX_TABLES_BYTES, TABLES_FILE
 from data.cache.record import Record
-from data.cache.totals import BlockSums, Totals
-from data.cache.writer import file_size_and_hash, write_shard, write_tables
+from data.cache.writer import file_facts, write_shard, write_tables
 from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
 from data.export.plan import CachePlan, TeacherExport
-from data.export.planned_shards import PlannedShard
+from data.export.receipts import list_work, verify_shard
 from data.export.scoring import score_windows, scoring_threads
-from data.stream.shards import read_tables, read_written_blocks
+from data.stream.shards import read_tables
 from data.teacher.choose_scorer import load_scorer
 from data.teacher.scorer import Scorer
-from kd_core.errors import UsageError
-from kd_core.files import sha256
-from kd_core.hub import local_folder, pin_commit
+from kd_core.hub import local_folder
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
@@ -57,11 +56,10 @@ def _count_positions(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterat
 def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     """Scores the first windows, writes the cache's tables from them, and returns their records.
 
-    Returns nothing and scores nothing where the tables are already on disk. The pilot ends at the end of a batch of the
+    Returns nothing and scores nothing where the tables are already there. The pilot ends at the end of a batch of the
     first shard, so its records are the same as those that the shard will hold.
     """
-    path = plan.folder / TABLES_FILE
-    if path.exists():
+    if plan.storage.size(TABLES_FILE) is not None:
         return []
     windows, rows = plan.shards[0].windows, plan.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
@@ -73,13 +71,12 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
         pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
     check_alignment(pilot, str(plan.folder))
-    write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
+    write_tables(plan.storage, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
     return pilot
 
 
 def _read_coding(plan: CachePlan) -> Coding:
-    path = plan.folder / TABLES_FILE
-    tables = read_tables(plan.folder, file_size_and_hash(path))
+    tables = read_tables(plan.folder, file_facts(plan.storage.read(TABLES_FILE, MAX_TABLES_BYTES)))
     return Coding(tables, plan.export.selection, plan.export.codec)
 
 
@@ -91,7 +88,9 @@ def _encoder_processes(device: torch.device) -> int:
 def write_missing_shards(
     plan: CachePlan, model: Scorer, pilot: Sequence[Record], rank: int, ranks: int, encoders: int | None = None
 ) -> None:
-    """Scores and writes this rank's share of the missing shards. The teacher goes on scoring while one is written.
+    """Makes this rank's share of the missing shards, and the indexes of its shards that have none.
+
+    The teacher goes on scoring while a shard is written and read back.
 
     Args:
         plan: the plan of the cache.
@@ -99,13 +98,19 @@ def write_missing_shards(
         pilot: the records of `make_tables`.
         rank: this rank, of so many `ranks`.
         encoders: how many processes encode blocks, by default as many as suit the device. 0 encodes in this one.
+
+    Raises:
+        UsageError: a shard is damaged, or does not hold the planned windows.
     """
-    rank_shards = plan.shards[rank::ranks]
-    missing = [shard for shard in rank_shards if not (plan.folder / shard.name).exists()]
-    settings = EncoderSettings(_read_coding(plan), plan.export.max_codec_kl)
-    sizes = {shard.name: sum(plan.windows[i].positions for i in shard.windows) for shard in rank_shards}
-    done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
-    bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
+    coding, (missing, unread) = _read_coding(plan), list_work(plan, rank, ranks)
+    for name in unread:
+        verify_shard(plan, name, coding)
+    settings = EncoderSettings(coding, plan.export.max_codec_kl)
+    total, left = (
+        sum(plan.windows[i].positions for shard in shards for i in shard.windows)
+        for shards in (plan.shards[rank::ranks], missing)
+    )
+    bar = _progress_bar(plan, "teacher on", total, total - left, rank != 0)
     processes = _encoder_processes(model.device) if encoders is None else encoders
     with (
         bar,
@@ -120,76 +125,10 @@ def write_missing_shards(
         records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, window_ranges)), bar)
         # One stream of blocks for all shards, so that the next shard is encoded while one is written.
         encoded = encode(
-            BlockJob(str(plan.folder / shard.name), plan.first_record + block.start, [next(records) for _ in block])
+            BlockJob(plan.storage.url(shard.name), plan.first_record + block.start, [next(records) for _ in block])
             for shard in missing
             for block in shard.blocks
         )
         for shard in missing:
-            write_shard(plan.folder / shard.name, itertools.islice(encoded, len(shard.blocks)))
-
-
-class ReadShard(NamedTuple):
-    """A shard as it was read back: its entry in the manifest, and the sums of its blocks."""
-
-    shard: Shard
-    sums: list[BlockSums]
-
-
-def _read_shard(plan: CachePlan, planned: PlannedShard, coding: Coding) -> ReadShard:
-    path, blocks, sums = plan.folder / planned.name, list[Block](), list[BlockSums]()
-    for written, windows in zip(read_written_blocks(path, coding), planned.blocks, strict=True):
-        planned_lengths = tuple(plan.windows[i].positions for i in windows)
-        if written.block.lengths != planned_lengths:
-            raise UsageError(
-                f"{path}: holds records of {written.block.lengths} positions, wanted {planned_lengths}. "
-                "Delete it and run again."
-            )
-        check_alignment(written.records, str(path))
-        sums.append(BlockSums.from_block(written.header, written.records))
-        blocks.append(written.block)
-    return ReadShard(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)), sums)
-
-
-def read_back(plan: CachePlan, rank: int, ranks: int) -> list[ReadShard]:
-    """Reads this rank's share of all shards back strictly.
-
-    Raises:
-        UsageError: a shard is damaged, does not hold the planned windows, or its labels and entries are shifted.
-    """
-    coding = _read_coding(plan)
-    return [_read_shard(plan, planned, coding) for planned in plan.shards[rank::ranks]]
-
-
-def write_manifest(plan: CachePlan, by_rank: Sequence[Sequence[ReadShard]] | None = None) -> Manifest:
-    """Writes and returns the manifest of what was read back, by default by this process alone.
-
-    `by_rank` has the results of `read_back` on all ranks. Their number does not change a byte.
-    """
-    by_rank = by_rank or [read_back(plan, 0, 1)]
-    read = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(plan.shards))]
-    before = plan.grown_from.made if plan.grown_from else {}
-    made = {
-        **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
-        "drawn_from": plan.drawn_from,
-    }
-    if chat := plan.chat or before.get("chat"):
-        made["chat"] = chat
-    totals = Totals.from_manifest(plan.grown_from)
-    for block in itertools.chain.from_iterable(shard.sums for shard in read):
-        totals.add(block)
-    manifest = Manifest(
-        vocab_size=plan.teacher.vocab_size,
-        tokenizer=plan.identity["tokenizer"],
-        teacher={**plan.identity["teacher"], "architecture": plan.teacher.architecture, "dtype": plan.export.dtype},
-        selection=plan.export.selection,
-        row_length=plan.export.row_length,
-        codec=plan.export.codec,
-        audit=totals.audit(),
-        statistics=totals.statistics(),
-        tables=file_size_and_hash(plan.folder / TABLES_FILE),
-        plans=(*(plan.grown_from.plans if plan.grown_from else ()), plan.identity),
-        shards=(*(plan.grown_from.shards if plan.grown_from else ()), *(shard.shard for shard in read)),
-        made=made,
-    )
-    manifest.write(plan.folder)
-    return manifest
+            write_shard(plan.storage, shard.name, itertools.islice(encoded, len(shard.blocks)))
+            verify_shard(plan, shard.name, coding)

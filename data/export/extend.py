@@ -10,13 +10,15 @@ interrupted extension is therefore continued as the same one. The old manifests 
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from data.cache.contents import CachedDocuments
 from data.cache.manifest import Manifest, read_manifest
+from data.cache.storage import Storage, child, storage_at
 from data.stream.shards import ShardReader
-from kd_core.files import damage_as_usage_error, read_json, write_json
+from kd_core.files import MAX_TEXT_BYTES, damage_as_usage_error, json_text, parse_json
 
 SPLITS = ("train", "validation")
 GROWTH_FILE = "growth.json"
@@ -31,35 +33,47 @@ class Growth:
     documents: CachedDocuments
 
 
-def load_growth(out: Path, *, begin: bool) -> Growth:
+def read_object(storage: Storage, name: str, expected: str) -> dict[str, Any]:
+    """Reads a JSON object of an export, which somebody else may have written.
+
+    Raises:
+        UsageError: it is missing, or no JSON object.
+    """
+    return parse_json(storage.read(name, MAX_TEXT_BYTES), storage.url(name), expected)
+
+
+def write_object(storage: Storage, name: str, value: dict[str, Any]) -> None:
+    """Writes a JSON object."""
+    storage.write(name, [json_text(value).encode()])
+
+
+def load_growth(out: Path | str, *, begin: bool) -> Growth:
     """Returns the extension that is under way, or a new one. With `begin` a new one is recorded in `growth.json`.
 
     Raises:
         UsageError: there are no complete caches to extend.
     """
-    now = {split: read_manifest(out / split) for split in SPLITS}
-    path, counts = (
-        out / GROWTH_FILE,
-        {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()},
-    )
-    if path.exists():
-        counts = read_json(path, "the state of a growing cache")
+    now, storage = {split: read_manifest(child(out, split)) for split in SPLITS}, storage_at(out)
+    counts = {split: {"plans": len(m.plans), "shards": len(m.shards)} for split, m in now.items()}
+    if storage.size(GROWTH_FILE) is not None:
+        counts = read_object(storage, GROWTH_FILE, "the state of a growing cache")
     elif begin:
-        write_json(path, counts)
+        write_object(storage, GROWTH_FILE, counts)
     # Cut the manifests back to what they were. One of two may already be the extended one, after an interruption.
-    with damage_as_usage_error(path, "the state of a growing cache"):
+    with damage_as_usage_error(storage.url(GROWTH_FILE), "the state of a growing cache"):
         before = {
             split: replace(m, plans=m.plans[: counts[split]["plans"]], shards=m.shards[: counts[split]["shards"]])
             for split, m in now.items()
         }
     documents = CachedDocuments()
     for split, manifest in before.items():
-        records = ShardReader(out / split, manifest).records()
+        records = ShardReader(child(out, split), manifest).records()
         documents.add(tqdm(records, f"read {split}", manifest.records, mininterval=1, delay=2, leave=False), split)
     return Growth(before, documents)
 
 
-def end_growth(out: Path) -> None:
+def end_growth(out: Path | str) -> None:
     """Removes the state of an extension, after both caches are complete."""
-    for path in (out / GROWTH_FILE, *(out / split / GROWING_FILE for split in SPLITS)):
-        path.unlink(missing_ok=True)
+    storage_at(out).delete(GROWTH_FILE)
+    for split in SPLITS:
+        storage_at(child(out, split)).delete(GROWING_FILE)

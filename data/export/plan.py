@@ -17,6 +17,7 @@ from data.cache.codec.levels import Codec
 from data.cache.contents import mask_digest, window_digest, windows_digest
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest
 from data.cache.selection import Selection
+from data.cache.storage import Storage, child, storage_at
 from data.corpus.bad_rows import BadRows
 from data.corpus.corpus import Corpus, split_documents
 from data.corpus.encoding import Encoded, Encoder
@@ -107,7 +108,7 @@ def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int
 class CachePlan:
     """The plan of one cache. `identity` decides its bytes: the JSON of plan.json, and of a plan in the manifest."""
 
-    folder: Path
+    folder: Path | str
     export: TeacherExport
     teacher: TeacherFacts
     windows: list[Window]
@@ -116,6 +117,11 @@ class CachePlan:
     texts: str = ""  # where there are texts, a description of what is added before and after each
     drawn_from: int = 0  # positions that the split has in all
     chat: dict[str, Any] | None = None  # the format of conversations, stored in the manifest only
+
+    @cached_property
+    def storage(self) -> Storage:
+        """Returns the storage of the cache's files."""
+        return storage_at(self.folder)
 
     @property
     def batch_rows(self) -> int:
@@ -128,16 +134,16 @@ class CachePlan:
         return self.grown_from.records if self.grown_from else 0
 
     @cached_property
+    def shards_by_name(self) -> dict[str, PlannedShard]:
+        return {shard.name: shard for shard in self.shards}
+
+    @cached_property
     def shards(self) -> list[PlannedShard]:
         """Returns all shards. Blocks hold up to `block_positions`, and shards up to about `shard_bytes`."""
         settings = self.export
         most = max(1, int(settings.shard_bytes / bytes_per_position(settings.selection, settings.codec)))
         first = len(self.grown_from.shards) if self.grown_from else 0
         return plan_shards([window.positions for window in self.windows], settings.block_positions, most, first)
-
-    def missing(self) -> list[PlannedShard]:
-        """Returns the shards that are not on disk."""
-        return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
 
 
 def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> list[Encoded]:
@@ -235,7 +241,7 @@ def _by_split(export: TeacherExport, documents: list[Encoded], growth: Growth | 
 
 
 def make_plans(
-    export: TeacherExport, out: Path, growth: Growth | None = None, bad_rows: BadRows | None = None
+    export: TeacherExport, out: Path | str, growth: Growth | None = None, bad_rows: BadRows | None = None
 ) -> list[CachePlan]:
     """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
 
@@ -278,5 +284,5 @@ def make_plans(
         before = growth.manifests[split] if growth else None
         drawn_from = sum(window.positions for window in all_windows)
         corpus_facts = encoder.describe(), drawn_from, encoder.chat_format()
-        plans.append(CachePlan(out / split, export, teacher, windows, plan, before, *corpus_facts))
+        plans.append(CachePlan(child(out, split), export, teacher, windows, plan, before, *corpus_facts))
     return plans

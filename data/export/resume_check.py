@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest, read_manifest
-from data.export.extend import GROWING_FILE, SPLITS
+from data.cache.manifest import MANIFEST_FILE, PLAN_BEGINS, PLAN_ENDS, Manifest, read_manifest
+from data.cache.storage import child, storage_at
+from data.export.extend import GROWING_FILE, SPLITS, read_object, write_object
 from data.export.plan import CachePlan
 from kd_core.errors import UsageError
-from kd_core.files import damage_as_usage_error, read_json, write_json
+from kd_core.files import damage_as_usage_error
 from kd_core.json_fields import check_integer, check_text
 
+PLAN_FILE = "plan.json"
 # Fields of the plan that may differ between the exports that extend one cache. All others decide what its records hold.
 MAY_GROW = (
     *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share"),
@@ -29,17 +31,17 @@ def _corpus_path(manifest: Manifest | None) -> str:
     return ", ".join(map(str, paths)) if isinstance(paths, list) else ""
 
 
-def recorded_choices(out: Path) -> tuple[str | None, int | None]:
+def recorded_choices(out: Path | str) -> tuple[str | None, int | None]:
     """Returns the teacher's dtype and `batch_rows` of the caches that were begun in `out`, or None without any.
 
     Raises:
         UsageError: the plan in their folder is damaged.
     """
-    path = out / SPLITS[0] / "plan.json"
-    if not path.exists():
+    storage = storage_at(child(out, SPLITS[0]))
+    if storage.size(PLAN_FILE) is None:
         return None, None
-    with damage_as_usage_error(path, "the plan of an export"):
-        plan = read_json(path, "the plan of an export")
+    with damage_as_usage_error(storage.url(PLAN_FILE), "the plan of an export"):
+        plan = read_object(storage, PLAN_FILE, "the plan of an export")
         rows = check_integer(plan["batch_rows"], "batch_rows", 1, 1 << 31) if "batch_rows" in plan else None
         return check_text(plan["dtype"], "dtype"), rows
 
@@ -47,8 +49,8 @@ def recorded_choices(out: Path) -> tuple[str | None, int | None]:
 def record_or_check_plan(plan: CachePlan) -> bool:
     """Writes the plan into the cache's folder, or checks that the plan there is the same.
 
-    Removes half-written files. Removes also the manifest if a shard that it names is missing, so that the export makes
-    that shard again.
+    Removes half-written files. Removes also the manifest if a shard that it names or its index is missing, so that the
+    export makes them again.
 
     Returns:
         True where the cache is complete.
@@ -56,21 +58,18 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     Raises:
         UsageError: the folder holds an export of another plan, or one that cannot be continued.
     """
-    path = plan.folder / "plan.json"
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    for half_written in plan.folder.glob("*.partial"):
-        half_written.unlink()
-    if not path.exists():
-        write_json(path, plan.identity)
-    stored = read_json(path, "the plan of an export")
+    plan.storage.clean()
+    names = set(plan.storage.names())
+    if PLAN_FILE not in names:
+        write_object(plan.storage, PLAN_FILE, plan.identity)
+    stored = read_object(plan.storage, PLAN_FILE, "the plan of an export")
     # Plans of earlier versions lack some fields. Without `windows`, documents were split by their names. Without
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
     # Such a cache is reused only if it is complete.
     unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.identity) - set(stored)
-    names = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
-    differing = [name for name in names if stored.get(name) != plan.identity.get(name)]
-    has_manifest = (plan.folder / "manifest.json").exists()
-    manifest = read_manifest(plan.folder) if has_manifest else None
+    settings = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
+    differing = [name for name in settings if stored.get(name) != plan.identity.get(name)]
+    manifest = read_manifest(plan.folder) if MANIFEST_FILE in names else None
     if differing:
         name = differing[0]
         before, now = stored.get(name), plan.identity.get(name)
@@ -86,7 +85,7 @@ def record_or_check_plan(plan: CachePlan) -> bool:
             f"{plan.folder}: holds an export with another {name} ({before}; now {now})."
             f"{_setting_hint(name, before, now)} Choose another --out, {choices}."
         )
-    missing = [shard.name for shard in manifest.shards if not (plan.folder / shard.name).exists()] if manifest else []
+    missing = [file for shard in manifest.shards for file in shard.files if file not in names] if manifest else []
     if unknown and (missing or not manifest):
         raise UsageError(
             f"{plan.folder}: holds part of an export that an earlier version began, which divided documents into train "
@@ -95,12 +94,12 @@ def record_or_check_plan(plan: CachePlan) -> bool:
         )
     if manifest and missing and len(manifest.plans) > 1:
         raise UsageError(
-            f"{plan.folder / missing[0]}: no such shard, in a cache that has grown since its first export, which "
-            "would make a cache without what was added. Restore the shard."
+            f"{plan.storage.url(missing[0])}: no such file, in a cache that has grown since its first export, which "
+            "would make a cache without what was added. Restore the file."
         )
     if missing:
-        (plan.folder / "manifest.json").unlink()
-    return has_manifest and not missing
+        plan.storage.delete(MANIFEST_FILE)
+    return manifest is not None and not missing
 
 
 def record_or_check_growth(plan: CachePlan) -> bool:
@@ -114,8 +113,8 @@ def record_or_check_growth(plan: CachePlan) -> bool:
     """
     assert plan.grown_from
     before, now = plan.grown_from.plans[-1], read_manifest(plan.folder)
-    for half_written in plan.folder.glob("*.partial"):
-        half_written.unlink()
+    plan.storage.clean()
+    names = set(plan.storage.names())
     for name in sorted({*before, *plan.identity} - set(MAY_GROW)):
         if before.get(name) != plan.identity.get(name):
             raise UsageError(
@@ -123,13 +122,12 @@ def record_or_check_growth(plan: CachePlan) -> bool:
                 f"{_setting_hint(name, before.get(name), plan.identity.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
-    path = plan.folder / GROWING_FILE
-    if not path.exists():
-        write_json(path, plan.identity)
-    if read_json(path, "the plan of a growth") != plan.identity:
+    if GROWING_FILE not in names:
+        write_object(plan.storage, GROWING_FILE, plan.identity)
+    if read_object(plan.storage, GROWING_FILE, "the plan of a growth") != plan.identity:
         raise UsageError(
             f"{plan.folder}: is already growing, by another corpus or other settings. Finish that export first, with "
-            f"its own command, or abandon it: delete {path}, the shards that the manifest does not name, and "
+            "its own command, or abandon it: delete growing.json, the shards that the manifest does not name, and "
             "growth.json."
         )
     return len(now.plans) > len(plan.grown_from.plans)

@@ -6,27 +6,28 @@ The source is read once, and only one shard's blocks are in memory. The folder g
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data.cache.alignment import check_alignment
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
+from data.cache.index_files import IndexFiles
+from data.cache.manifest import Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.selection import Selection
-from data.cache.totals import BlockSums, Totals
-from data.cache.writer import file_size_and_hash, write_shard, write_tables
+from data.cache.storage import storage_at
+from data.cache.totals import Totals
+from data.cache.writer import read_back, write_index, write_shard, write_tables
 from data.importers.lines import PARSERS, Line, read_records, source_files
-from data.stream.shards import read_tables, read_written_blocks
+from data.stream.shards import read_tables
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, new_folder, sha256
+from kd_core.files import content_fingerprint, new_folder
 from kd_core.ranges import check_settings
 
 UNKNOWN = "unknown"
@@ -129,22 +130,20 @@ def import_cache(job: ImportSettings, out: Path) -> Manifest:
     with new_folder(out) as folder:
         # The tables' size follows the cache's size, which is estimated from the source's bytes.
         about_positions = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
-        write_tables(folder / TABLES_FILE, fit_tables(pilot, job.vocab_size, about_positions))
-        tables_facts = file_size_and_hash(folder / TABLES_FILE)
+        storage = storage_at(folder)
+        tables_facts = write_tables(storage, fit_tables(pilot, job.vocab_size, about_positions))
         coding = Coding(read_tables(folder, tables_facts), Selection(top_k=1), job.codec)
         shards, totals = list[Shard](), Totals()
         for number, encoded_blocks in enumerate(_encode_shards(chain([pilot], blocks), coding, job)):
-            path = folder / f"shard-{number:06d}.tar"
-            write_shard(path, encoded_blocks)
-            written_blocks = list(read_written_blocks(path, coding))
-            for written in written_blocks:
-                check_alignment(written.records, f"{job.source}, {path.name}")
-                totals.add(BlockSums.from_block(written.header, written.records))
-            shard_blocks = tuple(written.block for written in written_blocks)
-            shards.append(Shard(path.name, path.stat().st_size, sha256(path), shard_blocks))
+            name = f"shard-{number:06d}.tar"
+            write_shard(storage, name, encoded_blocks)
+            index = read_back(storage, name, coding, f"{job.source}, {name}")
+            assert index.totals
+            totals += index.totals
+            shards.append(write_index(storage, name, index))
         manifest = _make_manifest(job, counted, totals, tables_facts, tuple(shards))
-        manifest.write(folder)
-    return manifest
+        manifest.write(storage)
+    return replace(manifest, indexes=IndexFiles(out))
 
 
 def _make_manifest(

@@ -11,7 +11,7 @@ from pathlib import Path
 from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
-from data.cache.manifest import Block, Manifest, Shard
+from data.cache.manifest import Block, Manifest
 from data.cache.storage import Storage
 from data.cache.tar import END_OF_TAR, read_members
 from data.stream.block_cache import BlockCache
@@ -29,11 +29,6 @@ def damaged(path: Path | str, block: int, cause: str) -> DamagedBlockError:
         f"{path}: damaged: block {block}: {cause}. Restore the shard, or delete it and manifest.json and"
         " run the same export again."
     )
-
-
-def block_offset(shard: Shard, block: int) -> int:
-    """Returns the byte at which a block begins in its shard."""
-    return sum(earlier.bytes for earlier in shard.blocks[:block])
 
 
 def _damage_cause(data: bytes, coding: Coding, url: str) -> str:
@@ -95,7 +90,7 @@ class BlockReader:
                 self._start_read(ref)
 
     def _block(self, ref: BlockRef) -> Block:
-        return self.manifest.shards[ref[0]].blocks[ref[1]]
+        return self.manifest.block(*ref)
 
     def _path(self, ref: BlockRef) -> str:
         return self.storage.url(self.manifest.shards[ref[0]].name)
@@ -103,13 +98,13 @@ class BlockReader:
     def _start_read(self, ref: BlockRef) -> "Future[bytes]":
         if ref not in self.reads:
             shard = self.manifest.shards[ref[0]]
-            self.reads[ref] = self.storage.start_read(shard.name, block_offset(shard, ref[1]), self._size(ref))
+            self.reads[ref] = self.storage.start_read(shard.name, self._block(ref).offset, self._size(ref))
         return self.reads[ref]
 
     def _size(self, ref: BlockRef) -> int:
         """Returns how many bytes to read. Behind the last block they include the end of the tar, and one byte more."""
-        blocks = self.manifest.shards[ref[0]].blocks
-        return blocks[ref[1]].bytes + (len(END_OF_TAR) + 1 if ref[1] == len(blocks) - 1 else 0)
+        index = self.manifest.index(ref[0])
+        return int(index.block_bytes[ref[1]]) + (len(END_OF_TAR) + 1 if ref[1] == len(index) - 1 else 0)
 
     def read(self, ref: BlockRef) -> bytes:
         """Returns the verified bytes of a block, from this machine if they are kept there, else from the storage.
@@ -157,8 +152,8 @@ class BlockReader:
             read.cancel()  # after an interrupt
             self.reads.pop(ref, None)
         self._used(ref)
-        shard, is_last = self.manifest.shards[ref[0]], ref[1] == len(self.manifest.shards[ref[0]].blocks) - 1
-        if len(data) != self._size(ref) - is_last:
+        shard = self.manifest.shards[ref[0]]
+        if len(data) != self._size(ref) - (ref[1] == shard.blocks - 1):
             stored = self.storage.size(shard.name)
             raise damaged(self._path(ref), ref[1], f"the shard has {stored} bytes; the manifest says {shard.bytes}")
         return data

@@ -7,45 +7,22 @@ only to describe the damage.
 """
 
 import hashlib
-import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
-from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
-from data.cache.manifest import TABLES_FILE, Block, Manifest, parse_manifest, read_manifest
+from data.cache.manifest import TABLES_FILE, Manifest
 from data.cache.record import Record
-from data.cache.storage import RETRY_SECONDS, is_url, storage_at
-from data.cache.tar import END_OF_TAR, read_members
+from data.cache.storage import RETRY_SECONDS, storage_at
+from data.cache.tar import read_members
 from data.stream.block_cache import BlockCache
 from data.stream.block_reader import BlockReader, damaged
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
-
-MAX_MANIFEST_BYTES = 1 << 28
-
-
-def load_manifest(path: str, retry_seconds: float = RETRY_SECONDS) -> Manifest:
-    """Reads the manifest of a cache in a folder or behind a URL.
-
-    Raises:
-        UsageError: it cannot be read, or has another format or version.
-    """
-    if not is_url(path):
-        return read_manifest(Path(path))
-    storage = storage_at(path, retry_seconds)
-    url = storage.url("manifest.json")
-    try:
-        return parse_manifest(json.loads(storage.read("manifest.json", MAX_MANIFEST_BYTES)), url)
-    except (ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
 
 
 def read_tables(folder: Path | str, expected: dict[str, Any], retry_seconds: float = RETRY_SECONDS) -> RankTables:
@@ -143,14 +120,14 @@ class ShardReader:
         """Yields every record in stored order, with one block in memory at a time."""
         with self:
             for index, shard in enumerate(self.manifest.shards):
-                self.blocks.expect((index, block) for block in range(len(shard.blocks)))
-                for block in range(len(shard.blocks)):
+                self.blocks.expect((index, block) for block in range(shard.blocks))
+                for block in range(shard.blocks):
                     yield from self.block((index, block))
                     self.keep_only({(index, block)})
 
     def _read(self, ref: BlockRef) -> list[Record]:
         shard, index = self.manifest.shards[ref[0]], ref[1]
-        block, path = shard.blocks[index], self.storage.url(shard.name)
+        block, path = self.manifest.block(*ref), self.storage.url(shard.name)
         self.current_block = f"{path}: block {index}"
         data = self.blocks.read(ref)
         try:
@@ -160,33 +137,3 @@ class ShardReader:
         if (lengths := tuple(record.positions for record in records)) != block.lengths:
             raise damaged(path, index, f"holds records of {lengths} positions; the manifest says {block.lengths}")
         return records
-
-
-class WrittenBlock(NamedTuple):
-    """A block of a shard that is not yet in a manifest."""
-
-    block: Block
-    header: Header
-    records: list[Record]
-
-
-def read_written_blocks(path: Path, coding: Coding) -> Iterator[WrittenBlock]:
-    """Yields the blocks of a shard that was just written, each with its manifest entry, header and records.
-
-    Raises:
-        UsageError: the shard is damaged.
-    """
-    data, index = path.read_bytes(), 0
-    try:
-        # Members of a block share a name up to the first dot. Of each block, the offset of its first member remains.
-        starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
-        edges = [*sorted(starts.values()), len(data) - len(END_OF_TAR)]
-        for start, end in itertools.pairwise(edges):
-            members = webdataset_io.read_block_members(data[start:end], str(path))
-            records = decode_block(members, coding)
-            lengths = tuple(record.positions for record in records)
-            digest = hashlib.sha256(data[start:end]).hexdigest()
-            yield WrittenBlock(Block(end - start, digest, lengths), Header.parse(members["json"]), records)
-            index += 1
-    except ValueError as error:
-        raise damaged(path, index, str(error)) from None

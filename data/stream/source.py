@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from data.cache.alignment import check_alignment
-from data.cache.manifest import Manifest
+from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.block_cache import AUTO, BlockCache
 from data.stream.block_reader import DamagedBlockError
 from data.stream.mixing import interleave
 from data.stream.order import Row, endless_rows, epoch_rows
-from data.stream.shards import ShardReader, load_manifest
+from data.stream.shards import ShardReader
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
@@ -81,7 +83,11 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        return load_manifest(self.path, self.retry_seconds)
+        return read_manifest(self.path, self.retry_seconds)
+
+    def use_manifest(self, manifest: Manifest) -> None:
+        """Takes the manifest that another rank has read, with the lengths of its records."""
+        self.__dict__["manifest"] = manifest
 
     def reader(self) -> ShardReader:
         block_cache = BlockCache.from_setting(self.block_cache, self.block_cache_bytes)
@@ -129,14 +135,15 @@ class Shards:
 
     def _first_block(self, reader: ShardReader) -> list[Record]:
         """Returns the records of the first block. Where damaged blocks are skipped, it is the first undamaged one."""
-        blocks = [(s, b) for s, shard in enumerate(self.manifest.shards) for b in range(len(shard.blocks))]
+        blocks = ((s, b) for s, shard in enumerate(self.manifest.shards) for b in range(shard.blocks))
         allowed = self.max_damaged_blocks if self.on_damage == "skip" else 0
-        for ref in blocks[:allowed]:
+        *earlier, last = itertools.islice(blocks, allowed + 1)
+        for ref in earlier:
             try:
                 return reader.block(ref)
             except DamagedBlockError:
                 continue
-        return reader.block(blocks[min(allowed, len(blocks) - 1)])
+        return reader.block(last)
 
     def within(self, record: Record, vocab_size: int | None) -> Record:
         """Returns the record over the first `vocab_size` tokens, or as it is if that is None.
@@ -175,7 +182,9 @@ class Shards:
     @property
     def lengths(self) -> list[list[tuple[int, ...]]]:
         """Returns positions by shard, block and record."""
-        return [[block.lengths for block in shard.blocks] for shard in self.manifest.shards]
+        lengths = self.manifest.lengths
+        blocks = [tuple(block.tolist()) for block in np.split(lengths.records, lengths.block_starts[1:-1])]
+        return [blocks[first:end] for first, end in itertools.pairwise(lengths.shard_starts.tolist())]
 
     def rows(self, row_length: int, seed: int | None, epoch: int) -> Iterator[Row]:
         """Returns all rows of an epoch in the global order."""

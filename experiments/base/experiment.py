@@ -8,6 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
+from data.cache.manifest import Manifest
 from data.stream.source import count_passes, format_passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
@@ -83,6 +84,22 @@ class Experiment(ExperimentParts):
         """
         for where, folder in student_folders(self.student).items():
             resolve_folder(folder, where)
+
+    def share_manifests(self, world: World) -> None:
+        """Reads manifests and lengths of records on the first rank alone, and gives them to all ranks.
+
+        Otherwise each rank would read the index of every shard at its start. Blocks are verified against the manifest,
+        so a rank that sees another cache gets an error.
+        """
+
+        def read() -> dict[str, Manifest]:
+            for shards in caches.values():
+                _ = shards.manifest.lengths  # it is held with the manifest
+            return {where: shards.manifest for where, shards in caches.items()}
+
+        caches = {**self.training_caches(), **self.held_out_caches()}
+        for where, manifest in world.run_on_first(read).items():
+            caches[where].use_manifest(manifest)
 
     def inputs(self) -> dict[str, dict[str, str]]:
         return input_hashes(self)

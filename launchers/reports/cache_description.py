@@ -21,7 +21,7 @@ def describe_cache(manifest: Manifest, survey: Survey) -> list[tuple[str, str]]:
         ("codec", f"{manifest.codec}; KL(original‖decoded) mean {audit.kl_mean:.1e}, worst {audit.kl_worst:.1e} nats"),
         ("", f"mass of the entries off by at most {audit.mass_error:.1e}"),
         ("size", f"{survey.records:,} records, {survey.positions:,} positions ({survey.scored / n:.1%} scored)"),
-        ("", f"{len(manifest.shards)} shards, {sum(len(s.blocks) for s in manifest.shards)} blocks"),
+        ("", f"{len(manifest.shards)} shards, {sum(shard.blocks for shard in manifest.shards)} blocks"),
         ("entries", _spread(survey.entries) if selection.top_k else "none"),
         ("samples", _spread(survey.samples) if selection.draws else "none"),
         ("teacher NLL", f"{survey.nll / n:.4f} nats over all positions, {scored_nll:.4f} over scored positions"),

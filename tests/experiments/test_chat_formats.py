@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from data.cache.manifest import read_manifest
+from data.cache.storage import storage_at
 from data.corpus.corpus import Corpus
 from data.stream.source import Mixture, Shards
 from experiments.base.chat_formats import chat_format
@@ -125,7 +126,7 @@ def test_a_format_that_cannot_be_read_is_said_before_anything_is_trained(
 ) -> None:
     caches = shutil.copytree(chats / "cache", tmp_path / "cache")
     manifest = read_manifest(caches / "train")
-    dataclasses.replace(manifest, made={**manifest.made, "chat": 3}).write(caches / "train")
+    dataclasses.replace(manifest, made={**manifest.made, "chat": 3}).write(storage_at(caches / "train"))
     items = [item.replace(f"{tiny.root}/cache", str(caches)) for item in tiny.train_items(2)]
     more = [f"student.folder={chats / 'base'}", f"collate.row_length={2 * ROW_LENGTH}"]
     experiment = fdl.build(resolve_items([*items, *more], "Experiment").config)
@@ -140,7 +141,7 @@ def test_caches_that_were_written_differently_are_said(
     manifest = read_manifest(tmp_path / "other")
 
     def stated(chat: object) -> Shards:
-        dataclasses.replace(manifest, made={**manifest.made, "chat": chat}).write(tmp_path / "other")
+        dataclasses.replace(manifest, made={**manifest.made, "chat": chat}).write(storage_at(tmp_path / "other"))
         return Shards(str(tmp_path / "other"))
 
     def mixed(other: Shards) -> Mixture:

@@ -21,6 +21,7 @@ from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.plan import TeacherExport, make_plans
+from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.stream.source import Shards
 from data.stream.stream import training_steps
@@ -232,7 +233,7 @@ def _as_before(export: TeacherExport, out: Path, rows: int) -> None:
         plan = replace(plan, teacher=plan.teacher._replace(vocab_size=rows), identity=older)  # noqa: PLW2901
         record_or_check_plan(plan)
         steps.write_missing_shards(plan, model, steps.make_tables(plan, model), 0, 1)
-        steps.write_manifest(plan)
+        write_manifest(plan)
 
 
 def test_an_older_cache_with_padding_among_its_entries_is_read(tiny: Tiny, tmp_path: Path) -> None:

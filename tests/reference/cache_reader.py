@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import struct
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,14 +198,32 @@ def read_block(members: dict[str, bytes], manifest: dict, tables: Tables) -> Ite
         }
 
 
+def read_index(data: bytes, shard: dict[str, Any]) -> Iterator[tuple[int, str, list[int]]]:
+    """Bytes, sha256 and positions by record of each block."""
+    assert data[:8] == b"KDINDEX4"
+    size, digest, blocks, records, positions = struct.unpack_from("<Q32sQQQ", data, 8)
+    stated = [shard[name] for name in ("bytes", "sha256", "blocks", "records", "positions")]
+    assert [size, digest.hex(), blocks, records, positions] == stated
+    at, counts = 128 + 32 * blocks, [blocks, blocks, records]
+    planes = unzip(data[at:], [count for count in counts for _ in range(4)])
+    sizes, numbers, lengths = (number(planes[i : i + 4]).tolist() for i in (0, 4, 8))
+    ends = np.cumsum([0, *numbers])
+    for block in range(blocks):
+        yield sizes[block], data[128 + 32 * block :][:32].hex(), lengths[ends[block] : ends[block + 1]]
+
+
 def read_cache(folder: Path) -> Iterator[dict[str, Any]]:
     """Every record of a cache, in order."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"]) == ("kd-workspace teacher cache", 3)
+    assert (manifest["format"], manifest["version"]) == ("kd-workspace teacher cache", 4)
     tables = Tables(tar_members(check_hash((folder / "tables.tar").read_bytes(), manifest["tables"]["sha256"])))
     for shard in manifest["shards"]:
         data, at = check_hash((folder / shard["name"]).read_bytes(), shard["sha256"]), 0
-        for block in shard["blocks"]:
-            part = check_hash(data[at : at + block["bytes"]], block["sha256"])
-            yield from read_block(tar_members(part + bytes(1024)), manifest, tables)
-            at += block["bytes"]
+        index = check_hash((folder / shard["name"].replace(".tar", ".index")).read_bytes(), shard["index"]["sha256"])
+        for size, digest, lengths in read_index(index, shard):
+            records = list(
+                read_block(tar_members(check_hash(data[at:][:size], digest) + bytes(1024)), manifest, tables)
+            )
+            assert [len(record["token_ids"]) - 1 for record in records] == lengths
+            yield from records
+            at += size

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.cache.manifest import Manifest
 from data.cache.record import UNUSED, Array, Record
+from data.cache.storage import is_url
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError, escape_unprintable
 
@@ -65,13 +66,13 @@ def id_to_text(tokenizer: Tokenizer | None) -> IdToText:
     return words
 
 
-def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
+def tokenizer_folders(folder: Path | str, teacher: str) -> Iterator[Path]:
     """Yields folders that may hold the tokenizer of a cache's teacher.
 
     They are the teacher's folder, relative to the working directory or to a folder above the cache, and a folder
     `teacher` beside the cache. For a teacher of the hub it is the hub's cache on this machine: nothing is downloaded.
     """
-    above = folder.absolute().parents
+    above = () if is_url(str(folder)) else Path(folder).absolute().parents
     if teacher.startswith("hub:"):
         with suppress(ImportError, ValueError):
             from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (an extra)
@@ -83,7 +84,7 @@ def tokenizer_folders(folder: Path, teacher: str) -> Iterator[Path]:
     yield from (parent / "teacher" for parent in above[:2])
 
 
-def find_tokenizer(folder: Path, manifest: Manifest, named: Path | None) -> Tokenizer | None:
+def find_tokenizer(folder: Path | str, manifest: Manifest, named: Path | None) -> Tokenizer | None:
     """Returns the tokenizer of the folder that the user named, or of the teacher that made the cache, or None.
 
     Raises:

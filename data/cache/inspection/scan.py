@@ -8,18 +8,20 @@ nothing.
 """
 
 import hashlib
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
-from data.cache.manifest import MAX_BLOCK_BYTES, TABLES_FILE, Block, Manifest, Shard
+from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard
 from data.cache.record import Record
+from data.cache.shard_index import MAX_BLOCK_BYTES, ShardIndex
+from data.cache.storage import Storage, storage_at
 from data.cache.tar import END_OF_TAR, Member, read_members
+from kd_core.errors import UsageError
 
 CHUNK = 1 << 20
 Report = Callable[[str, str], None]  # takes the place and the problem
@@ -38,15 +40,15 @@ class DecodedBlock(NamedTuple):
     records: list[Record]
 
 
-def read_coding(folder: Path, manifest: Manifest, report: Report) -> Coding | None:
+def read_coding(folder: Path | str, manifest: Manifest, report: Report) -> Coding | None:
     """Reads and checks the rank tables, and returns the codec's settings, or None where the tables are unusable."""
-    path, recorded = folder / TABLES_FILE, manifest.tables
-    if not _is_file(path, report):
+    storage, recorded = storage_at(folder), manifest.tables
+    if (size := _file_size(storage, TABLES_FILE, report)) is None:
         return None
-    if (size := path.stat().st_size) != recorded["bytes"]:
+    if size != recorded["bytes"]:
         report(TABLES_FILE, f"has {size} bytes; the manifest says {recorded['bytes']}")
         return None
-    data = path.read_bytes()
+    data = storage.read(TABLES_FILE, recorded["bytes"])
     if (sha256 := hashlib.sha256(data).hexdigest()) != recorded["sha256"]:
         report(TABLES_FILE, f"sha256 {sha256[:12]}…; the manifest says {recorded['sha256'][:12]}…")
     try:
@@ -61,64 +63,57 @@ def read_coding(folder: Path, manifest: Manifest, report: Report) -> Coding | No
     return Coding(tables, manifest.selection, manifest.codec)
 
 
-def scan_blocks(folder: Path, manifest: Manifest, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
+def scan_blocks(
+    folder: Path | str, manifest: Manifest, coding: Coding | None, report: Report
+) -> Iterator[DecodedBlock]:
     """Yields the blocks that can be decoded, and reports all that is wrong with any of them.
 
     A block whose hash is wrong is reported, and yielded all the same if it can be decoded. Without `coding` nothing is
     decoded or yielded: only sizes, hashes and the headers of members are checked.
     """
-    first = 0
+    storage, first = storage_at(folder), 0
     for shard in manifest.shards:
-        yield from _shard(folder / shard.name, shard, first, coding, report)
-        first += len(shard.lengths)
+        try:
+            index = manifest.indexes.of(shard)
+        except UsageError as error:
+            report(shard.index_name, str(error).removeprefix(f"{storage.url(shard.index_name)}: "))
+        else:
+            yield from _shard(storage, shard, index, first, coding, report)
+        first += shard.records
 
 
-def _is_file(path: Path, report: Report) -> bool:
-    """Checks for a plain file, and reports anything else: reading a pipe or a device could block forever."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        report(path.name, f"cannot be read ({error.strerror}); the manifest names it")
-        return False
-    if not stat.S_ISREG(status.st_mode):
-        report(path.name, "is not a file; the manifest names one")
-        return False
-    return True
+def _file_size(storage: Storage, name: str, report: Report) -> int | None:
+    """Returns the size of a plain file, and reports anything else: reading a pipe or a device could block forever."""
+    if (size := storage.size(name)) is None:
+        report(name, "cannot be read (no such file, or no plain one); the manifest names it")
+    return size
 
 
-def _shard(path: Path, shard: Shard, first: int, coding: Coding | None, report: Report) -> Iterator[DecodedBlock]:
-    if not _is_file(path, report):
+def _shard(
+    storage: Storage, shard: Shard, index: ShardIndex, first: int, coding: Coding | None, report: Report
+) -> Iterator[DecodedBlock]:
+    if (size := _file_size(storage, shard.name, report)) is None:
         return
-    if (size := path.stat().st_size) != shard.bytes:
+    if size != shard.bytes:
         report(shard.name, f"has {size} bytes; the manifest says {shard.bytes}")
     shard_hash = hashlib.sha256()
-    with path.open("rb") as file:
-        for index, block in enumerate(shard.blocks):
-            decoded = _block(file, f"{shard.name}, block {index}", block, coding, report, shard_hash.update)
-            if decoded is not None:
-                yield decoded._replace(first=first)
-            first += len(block.lengths)
-        end = file.read(len(END_OF_TAR) + 1)
-        if end != END_OF_TAR:
-            report(
-                shard.name, f"its end is not that of a tar: wanted {len(END_OF_TAR)} zero bytes and nothing behind them"
-            )
-        shard_hash.update(end)
-        if size <= shard.bytes and shard_hash.hexdigest() != shard.sha256:
-            report(shard.name, f"sha256 {shard_hash.hexdigest()[:12]}…; the manifest says {shard.sha256[:12]}…")
+    for number, block in enumerate(index.blocks):
+        data = storage.read_range(shard.name, block.offset, min(block.bytes, MAX_BLOCK_BYTES))
+        shard_hash.update(data)
+        decoded = _block(data, f"{shard.name}, block {number}", block, coding, report)
+        if decoded is not None:
+            yield decoded._replace(first=first)
+        first += len(block.lengths)
+    end = storage.read_range(shard.name, int(index.offsets[-1]), len(END_OF_TAR) + 1)
+    if end != END_OF_TAR:
+        report(shard.name, f"its end is not that of a tar: wanted {len(END_OF_TAR)} zero bytes and nothing behind them")
+    shard_hash.update(end)
+    if size <= shard.bytes and shard_hash.hexdigest() != shard.sha256:
+        report(shard.name, f"sha256 {shard_hash.hexdigest()[:12]}…; the manifest says {shard.sha256[:12]}…")
 
 
-def _block(
-    file: IO[bytes],
-    where: str,
-    block: Block,
-    coding: Coding | None,
-    report: Report,
-    update_hash: Callable[[bytes], None],
-) -> DecodedBlock | None:
-    """Reads, hashes and decodes the next block of a shard. Returns None where it cannot be decoded."""
-    data = file.read(min(block.bytes, MAX_BLOCK_BYTES))
-    update_hash(data)
+def _block(data: bytes, where: str, block: Block, coding: Coding | None, report: Report) -> DecodedBlock | None:
+    """Hashes and decodes a block of a shard. Returns None where it cannot be decoded."""
     if len(data) != block.bytes:
         report(where, f"is cut off: {len(data)} bytes of {block.bytes}")
     elif (sha256 := hashlib.sha256(data).hexdigest()) != block.sha256:

@@ -11,6 +11,7 @@ import numpy as np
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import TABLES_FILE, Manifest
 from data.cache.record import UNUSED, Array, Record
+from data.cache.storage import storage_at
 from data.cache.tar import END_OF_TAR
 from kd_core.errors import UsageError
 
@@ -72,13 +73,15 @@ class Survey:
         for record in decoded.records:
             self._add_record(record)
 
-    def add_files(self, folder: Path, manifest: Manifest) -> None:
+    def add_files(self, folder: Path | str, manifest: Manifest) -> None:
         """Adds the bytes outside the blocks: ends of tars, tables, manifest and plan."""
         self._part(FRAMING, len(END_OF_TAR) * len(manifest.shards))
         self._part(TABLES_FILE, int(manifest.tables["bytes"]))
+        self._part("indexes", sum(shard.index["bytes"] for shard in manifest.shards if shard.index))
+        storage = storage_at(folder)
         for name in ("manifest.json", "plan.json"):
-            if (folder / name).exists():
-                self._part(name, (folder / name).stat().st_size)
+            if (size := storage.size(name)) is not None:
+                self._part(name, size)
 
     def _part(self, name: str, size: int) -> None:
         self.bytes[name] = self.bytes.get(name, 0) + size
@@ -112,7 +115,7 @@ class Survey:
 
 
 def survey_cache(
-    folder: Path, manifest: Manifest, first: int, progress: Callable[[int], object]
+    folder: Path | str, manifest: Manifest, first: int, progress: Callable[[int], object]
 ) -> tuple[Survey, list[Record]]:
     """Reads a whole cache. Returns its survey, and its first so many records.
 
@@ -127,7 +130,7 @@ def survey_cache(
     """
 
     def refuse(location: str, problem: str) -> NoReturn:
-        raise UsageError(f"{folder / location}: {problem}. See all that is wrong by --verify.")
+        raise UsageError(f"{folder}/{location}: {problem}. See all that is wrong by --verify.")
 
     survey, records = Survey(), list[Record]()
     for block in scan_blocks(folder, manifest, read_coding(folder, manifest, refuse), refuse):

@@ -8,7 +8,7 @@ All problems are collected, not only the first.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,15 @@ from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
 from data.cache.contents import CachedDocuments, mask_digest, window_digest, windows_digest
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
-from data.cache.manifest import TABLES_FILE, Manifest, read_manifest
+from data.cache.manifest import MANIFEST_FILE, TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
-from data.cache.totals import BlockSums, Totals
+from data.cache.storage import is_url, storage_at
+from data.cache.totals import Totals
 from kd_core.errors import UsageError
-from kd_core.files import read_json
+from kd_core.files import MAX_TEXT_BYTES, parse_json
 from kd_core.json_fields import check_integer, check_object, short_repr
 
+PLAN_FILE = "plan.json"
 MOST_SHOWN = 1000  # problems that are stored; all others are counted
 
 
@@ -48,21 +50,22 @@ class Findings:
             self.more += 1
 
 
-def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
+def verify(folder: Path | str, progress: Callable[[int], object]) -> Findings:
     """Reads a whole cache and returns all problems. Calls `progress` with the positions of each block.
 
     Raises:
         UsageError: there is no manifest, or it cannot be read.
     """
     manifest = read_manifest(folder)
-    findings, totals, windows, masks = Findings(manifest), Totals(), list[bytes](), list[bytes]()
+    findings, totals, windows, masks = Findings(manifest), dict[str, Totals](), list[bytes](), list[bytes]()
     documents = _held_out(folder)
     coding = read_coding(folder, manifest, findings.report)
     for decoded in scan_blocks(folder, manifest, coding, findings.report):
         for problem in _problems(decoded, coding, manifest):
             findings.report(decoded.where, problem)
         if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
-            totals.add(BlockSums.from_block(decoded.header, decoded.records))
+            block_totals, shard = Totals.from_block(decoded.header, decoded.records), decoded.where.partition(",")[0]
+            totals[shard] = totals.get(shard, Totals()) + block_totals
         else:
             findings.report(decoded.where, "json: has no audit of the codec")
         findings.records += len(decoded.records)
@@ -70,7 +73,8 @@ def verify(folder: Path, progress: Callable[[int], object]) -> Findings:
         progress(decoded.header.positions)
         windows.extend(window_digest(record.start, record.token_ids) for record in decoded.records)
         masks.extend(mask_digest(record.loss_mask) for record in decoded.records)
-    _check_figures(findings, totals, manifest)
+    _check_figures(findings, sum(totals.values(), Totals()), manifest)
+    _check_indexes(findings, totals, manifest)
     _check_windows(findings, windows, masks)
     if documents and (leaked := documents.among(windows)):
         findings.report("../validation", f"{len(leaked)} of its documents are in train, too: {short_repr(leaked[0])}")
@@ -115,7 +119,7 @@ def _repeated(ids: Array, logs: Array) -> int | None:
 def _check_figures(findings: Findings, totals: Totals, manifest: Manifest) -> None:
     """Compares the manifest's statistics, audit and counts with those of the blocks."""
     if findings.positions == manifest.positions and totals.positions:
-        for difference in totals.differing(manifest):
+        for difference in totals.differing(manifest.statistics, manifest.audit):
             findings.report("manifest.json", difference)
     elif findings.positions != manifest.positions:
         read = f"{findings.records} records of {findings.positions} positions could be read"
@@ -124,11 +128,27 @@ def _check_figures(findings: Findings, totals: Totals, manifest: Manifest) -> No
         findings.report("manifest.json", "has no shards")
 
 
+def _check_indexes(findings: Findings, totals: dict[str, Totals], manifest: Manifest) -> None:
+    """Compares the sums that each index states with those of the shard's blocks, where all could be read."""
+    for shard in manifest.shards:
+        found = totals.get(shard.name)
+        if found and found.positions == shard.positions and (stated := manifest.indexes.of(shard).totals):
+            if stated.positions != found.positions:
+                findings.report(
+                    shard.index_name, f"sums over {stated.positions} positions; the blocks have {found.positions}"
+                )
+                continue
+            for difference in found.differing(stated.statistics(), stated.audit()):
+                findings.report(shard.index_name, difference)
+
+
 def _check_plans(findings: Findings, manifest: Manifest) -> None:
     """Compares the fields that plans share with the manifest, and reports a plan that is recorded twice."""
-    stated = json.loads(json.dumps(asdict(replace(manifest, shards=(), plans=()))))
-    stated = {name: stated[name] for name in ("tokenizer", "selection", "row_length", "codec")}
-    stated["dtype"] = manifest.teacher.get("dtype")
+    stated = {
+        **{name: getattr(manifest, name) for name in ("tokenizer", "row_length", "codec")},
+        "selection": json.loads(json.dumps(asdict(manifest.selection))),
+        "dtype": manifest.teacher.get("dtype"),
+    }
     if len(set(map(_text, manifest.plans))) < len(manifest.plans):
         findings.report("manifest.json", "has a plan twice")
     for plan in manifest.plans:
@@ -163,10 +183,11 @@ def _ignore(where: str, problem: str) -> None:
     del where, problem
 
 
-def _held_out(folder: Path) -> CachedDocuments | None:
+def _held_out(folder: Path | str) -> CachedDocuments | None:
     """Returns the documents of the validation cache beside a training cache, or None where none can be read."""
-    validation = folder.parent / "validation"
-    if folder.resolve().name != "train" or not (validation / "manifest.json").exists():
+    above, _, name = str(folder if is_url(str(folder)) else Path(folder).resolve()).rpartition("/")
+    validation = f"{above}/validation"
+    if name != "train" or storage_at(validation).size(MANIFEST_FILE) is None:
         return None
     documents = CachedDocuments()
     try:
@@ -179,22 +200,28 @@ def _held_out(folder: Path) -> CachedDocuments | None:
     return documents
 
 
-def _check_folder(folder: Path, findings: Findings) -> None:
+def _check_folder(folder: Path | str, findings: Findings) -> None:
     """Reports files that do not belong to the cache, and a `plan.json` that is not one of the manifest's plans."""
-    cache_files = {"manifest.json", "plan.json", TABLES_FILE, *(shard.name for shard in findings.manifest.shards)}
-    for path in sorted(folder.iterdir()):
-        if path.name not in cache_files:
-            findings.report(ascii(path.name).strip("'"), "does not belong to the cache; the manifest does not name it")
-        elif path.is_file():
-            findings.bytes += path.stat().st_size
-    if (folder / "plan.json").exists():
+    storage, manifest = storage_at(folder), findings.manifest
+    shard_files = (name for shard in manifest.shards for name in shard.files)
+    cache_files = {MANIFEST_FILE, PLAN_FILE, TABLES_FILE, *shard_files}
+    try:
+        names = storage.names()
+    except UsageError:  # a web server does not list its files
+        names = []
+    for name in names:
+        if name not in cache_files:
+            findings.report(ascii(name).strip("'"), "does not belong to the cache; the manifest does not name it")
+    findings.bytes = manifest.bytes + sum(storage.size(name) or 0 for name in (MANIFEST_FILE, PLAN_FILE))
+    if storage.size(PLAN_FILE) is not None:
         try:
-            plan = read_json(folder / "plan.json", "the plan of an export")
+            text = storage.read(PLAN_FILE, MAX_TEXT_BYTES)
+            plan = parse_json(text, storage.url(PLAN_FILE), "the plan of an export")
         except UsageError as error:
-            findings.report("plan.json", str(error))
+            findings.report(PLAN_FILE, str(error))
             return
         if _text(plan) not in map(_text, findings.manifest.plans):
-            findings.report("plan.json", "is not one of the plans in the manifest")
+            findings.report(PLAN_FILE, "is not one of the plans in the manifest")
 
 
 def _text(plan: object) -> str:

@@ -40,7 +40,7 @@ def test_one_flipped_byte_is_found_before_anything_is_read(tiny: Tiny, tmp_path:
     reader = ShardReader(tmp_path / "cache", read_manifest(tmp_path / "cache"))
     reader.block((0, 0))
     with pytest.raises(UsageError, match=r"shard-000001.tar: damaged: block \d: "):
-        for block in range(len(reader.manifest.shards[1].blocks)):
+        for block in range(reader.manifest.shards[1].blocks):
             reader.block((1, block))
 
 

@@ -12,6 +12,7 @@ from data.cache.inspection.verify import verify
 from data.cache.manifest import parse_manifest, read_manifest
 from data.stream.shards import ShardReader
 from kd_core.errors import UsageError
+from tests.data.cache.earlier import make_earlier
 from tests.tiny import Tiny
 
 Change = Callable[[dict[str, Any]], object]
@@ -35,8 +36,8 @@ NAME, BLOCK, LENGTH = (
     ("shards", 0, "blocks", 0, "lengths", 0),
 )
 BAD: dict[str, tuple[Change, str]] = {
-    "another format": (_at("format")("npz"), "format and version are 'npz' and 3"),
-    "another version": (_at("version")(4), "format and version are .* and 4"),
+    "another format": (_at("format")("npz"), "format and version are 'npz' and 4"),
+    "another version": (_at("version")(5), "format and version are .* and 5"),
     "a version that only looks right": (_at("version")(2.0), "and 2.0; wanted"),
     "a path upwards": (NAME("../shard-000000.tar"), "a shard's name is '../shard"),
     "an absolute path": (NAME("/etc/passwd"), "a shard's name is '/etc/passwd'"),
@@ -46,19 +47,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "the tables as a shard": (NAME("tables.tar"), "a shard's name is 'tables.tar'"),
     "a name that is a number": (NAME(7), "a shard's name: 7; wanted a string"),
     "a shard twice": (lambda m: m["shards"].append(m["shards"][0]), "shard-000000.tar stands twice"),
-    "a block of nothing": (BLOCK(0), "a block's bytes: 0; wanted"),
-    "a block of less than nothing": (BLOCK(-512), "a block's bytes: -512; wanted"),
-    "a block of exabytes": (BLOCK(10**18), "a block's bytes: 10+; wanted"),
-    "a block of a thousand digits": (BLOCK(10**1000), "a number of 3322 bits"),
-    "a block of a fraction": (BLOCK(512.0), "a block's bytes: 512.0"),
-    "a block of true bytes": (BLOCK(True), "a block's bytes: True"),
-    "a block larger than its shard": (BLOCK(1 << 20), "its blocks and the tar's end have"),
-    "a shard of less than its blocks": (_at("shards", 0, "bytes")(1024), "its blocks and the tar's end have"),
     "a hash that is short": (_at("shards", 0, "sha256")("00"), "wanted 64 hexadecimal digits"),
-    "a hash that is none": (_at("shards", 0, "blocks", 0, "sha256")(None), "None; wanted a string"),
-    "a record of no positions": (_at(*LENGTH)(0), "a record's positions: 0"),
-    "a record of endless positions": (_at(*LENGTH)(1 << 40), "a record's positions"),
-    "no records": (_at("shards", 0, "blocks", 0, "lengths")([]), "a block has no records"),
     "shards as an object": (_at("shards")({}), "shards: a dict; wanted a list"),
     "a shard as a list": (_at("shards", 0)([]), "a shard: a list; wanted an object"),
     "no vocabulary": (_at("vocab_size")(0), "vocab_size: 0"),
@@ -81,15 +70,58 @@ BAD: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_it_is_refused_by_name(tiny: Tiny, name: str) -> None:
-    change, message = BAD[name]
-    value = json.loads((tiny.train / "manifest.json").read_text())
+SHARD = {name: _at("shards", 0, name) for name in ("bytes", "blocks", "records", "positions", "index", "sha256")}
+BAD_SHARDS: dict[str, tuple[Change, str]] = {
+    "no bytes": (SHARD["bytes"](0), "shard-000000.tar: bytes: 0; wanted"),
+    "no blocks": (SHARD["blocks"](0), "shard-000000.tar: blocks: 0; wanted"),
+    "more blocks than bytes for them": (SHARD["blocks"](1 << 15), "blocks: 32768; wanted a whole number from 1 to 5"),
+    "a thousand digits of blocks": (SHARD["blocks"](10**1000), "a number of 3322 bits"),
+    "blocks as a list": (SHARD["blocks"]([]), "blocks: a list; wanted a whole number"),
+    "a fraction of records": (SHARD["records"](9.0), "records: 9.0; wanted"),
+    "fewer records than blocks": (SHARD["records"](1), "records: 1; wanted a whole number from 2 to"),
+    "more records than bytes for them": (SHARD["records"](1 << 20), "records: 1048576; wanted"),
+    "fewer positions than records": (SHARD["positions"](1), "positions: 1; wanted a whole number from 9"),
+    "endless positions": (SHARD["positions"](1 << 62), "positions: 4611686018427387904; wanted"),
+    "no hash": (SHARD["sha256"](None), "sha256: None; wanted a string"),
+    "no index": (SHARD["index"](None), "index: None; wanted an object"),
+    "an index without a hash": (SHARD["index"]({"bytes": 3}), "index: field 'sha256' is missing"),
+    "an endless index": (SHARD["index"]({"bytes": 1 << 40, "sha256": "0" * 64}), "index.bytes: 1099511627776; wanted"),
+}
+# Of versions 2 and 3, which list the blocks of each shard.
+LISTED: dict[str, tuple[Change, str]] = {
+    "a block of nothing": (BLOCK(0), "a block's bytes: 0; wanted"),
+    "a block of less than nothing": (BLOCK(-512), "a block's bytes: -512; wanted"),
+    "a block of exabytes": (BLOCK(10**18), "a block's bytes: 10+; wanted"),
+    "a block of a thousand digits": (BLOCK(10**1000), "a number of 3322 bits"),
+    "a block of a fraction": (BLOCK(512.0), "a block's bytes: 512.0"),
+    "a block of true bytes": (BLOCK(True), "a block's bytes: True"),
+    "a block larger than its shard": (BLOCK(1 << 20), "its blocks and the tar's end have"),
+    "a shard of less than its blocks": (_at("shards", 0, "bytes")(1024), "its blocks and the tar's end have"),
+    "a hash that is none": (_at("shards", 0, "blocks", 0, "sha256")(None), "None; wanted a string"),
+    "a record of no positions": (_at(*LENGTH)(0), "a record's positions: 0"),
+    "a record of endless positions": (_at(*LENGTH)(1 << 40), "a record's positions"),
+    "no records": (_at("shards", 0, "blocks", 0, "lengths")([]), "a block has no records"),
+}  # fmt: skip
+
+
+def _is_refused(value: dict[str, Any], change: Change, message: str) -> None:
     change(value)
     with pytest.raises(UsageError, match=message) as found:
         parse_manifest(value, "cache/manifest.json")
     assert str(found.value).startswith("cache/manifest.json: ")
     assert len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize("name", [*BAD, *BAD_SHARDS])
+def test_it_is_refused_by_name(tiny: Tiny, name: str) -> None:
+    value = json.loads((tiny.train / "manifest.json").read_text())
+    _is_refused(value, *{**BAD, **BAD_SHARDS}[name])
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_blocks_that_an_earlier_version_listed_are_checked(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    cache = shutil.copytree(tiny.train, tmp_path / "cache")
+    _is_refused(json.loads(make_earlier(cache, 3)), *LISTED[name])
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], [1], [["format", 1]]])
@@ -120,7 +152,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None:
 def test_an_endless_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(1 << 40)  # a hole: it takes up nothing
-    with pytest.raises(UsageError, match="has 1099511627776 bytes; at most"):
+    with pytest.raises(UsageError, match="has 1099511627776 bytes, wanted at most"):
         read_manifest(tmp_path)
 
 
@@ -134,4 +166,4 @@ def test_a_file_that_is_mostly_hole_is_not_read(tiny: Tiny, tmp_path: Path, name
     if name != "tables.tar":
         reader = ShardReader(cache, read_manifest(cache))
         with pytest.raises(UsageError, match="the shard has 1099511627776 bytes"):
-            reader.block((1, len(reader.manifest.shards[1].blocks) - 1))
+            reader.block((1, reader.manifest.shards[1].blocks - 1))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data.cache.manifest import read_manifest
+from data.cache.storage import storage_at
 from data.corpus.bad_rows import SKIPPED_ROWS_FILE, BadRows
 from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
@@ -68,7 +69,7 @@ def test_ten_thousand_rows_with_forty_bad_ones_of_eight_kinds(
     assert bad.counts() == wanted == plans[0].identity["corpus"]["skipped"]
     assert "40 of 10000 rows skipped: 5 " in caplog.text
     assert sum(len({window.document for window in plan.windows}) for plan in plans) == 9_960
-    bad.write(tmp_path)
+    bad.write(storage_at(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / SKIPPED_ROWS_FILE).read_text().splitlines()]
     assert [line["row"] for line in lines] == [f"a.jsonl:{250 * i + 8}" for i in range(40)]
     assert Counter(line["reason"] for line in lines) == wanted

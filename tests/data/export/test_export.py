@@ -25,9 +25,9 @@ from data.export.plan import choose_batch_rows, make_plans
 from data.export.resume_check import record_or_check_plan, recorded_choices
 from data.teacher.select import select_entries
 from kd_core.errors import UsageError
-from kd_core.files import write_json
 from kd_core.students.huggingface.config_json import read_architecture
 from kd_core.students.starts.start import Pretrained, build_student
+from tests.data.cache.earlier import make_earlier
 from tests.tiny import ROW_LENGTH, Tiny, bytes_of, write_caches
 
 
@@ -183,11 +183,7 @@ def test_a_cache_of_an_earlier_version_is_reused_and_half_of_one_refused(
     for name in lacking:
         del old[name]
     plan.write_text(json.dumps(old))
-    manifest = {**json.loads(path.read_text()), "plans": [old]}
-    del manifest["made"]
-    manifest["version"] = 2
-    write_json(path, manifest)
-    before = path.read_bytes()
+    before = make_earlier(path.parent, 2, plans=[old])
     assert read_manifest(path.parent).identity() == hashlib.sha256(before).hexdigest()
     write_caches(tiny.export(), tmp_path / "cache")
     assert path.read_bytes() == before

@@ -13,6 +13,7 @@ from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.extend import load_growth
 from data.export.plan import TeacherExport, make_plans
+from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_growth
 from data.stream.stream import Shards
 from data.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
     steps.write_missing_shards(plans[0], model, [], 0, 2)
     assert len(read_manifest(cut / "train").plans) == 1, "the old cache stays valid"
     steps.write_missing_shards(plans[0], model, [], 0, 1)
-    steps.write_manifest(plans[0])
+    write_manifest(plans[0])
     write_caches(more, cut, extend=True)
     assert bytes_of(cut) == bytes_of(folder)
 
@@ -87,7 +88,7 @@ def test_a_shard_lost_from_a_grown_cache_does_not_cost_what_was_added(
     folder, export, more = grown
     write_caches(more, folder, extend=True)
     (folder / "train" / "shard-000000.tar").unlink()
-    with pytest.raises(UsageError, match="shard-000000.tar: no such shard, in a cache that has grown"):
+    with pytest.raises(UsageError, match="shard-000000.tar: no such file, in a cache that has grown"):
         write_caches(export, folder)
     assert len(read_manifest(folder / "train").plans) == 2
 

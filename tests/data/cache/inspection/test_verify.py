@@ -76,7 +76,7 @@ def test_all_that_is_wrong_is_named(cache: Path) -> None:
         "shard-000000.tar, block 0: sha256",
         "shard-000000.tar: its end is not that of a tar",
         "shard-000000.tar: sha256",
-        "shard-000001.tar: cannot be read (No such file or directory)",
+        "shard-000001.tar: cannot be read (no such file, or no plain one)",
         "shard-000002.tar: has",
         "shard-000002.tar: its end",
         f"manifest.json: says {read_manifest(cache).records} records",
@@ -141,7 +141,10 @@ def test_a_plan_that_stands_twice_or_is_only_equal_to_python_is_found(cache: Pat
 def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(cache: Path) -> None:
     (cache / "shard-000001.tar").unlink()
     os.mkfifo(cache / "shard-000001.tar")
-    assert "shard-000001.tar: is not a file; the manifest names one" in _verify(cache).problems
+    assert (
+        "shard-000001.tar: cannot be read (no such file, or no plain one); the manifest names it"
+        in _verify(cache).problems
+    )
 
 
 def tiny_top(folder: Path) -> np.ndarray:
