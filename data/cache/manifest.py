@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,6 +17,7 @@ from typing import Any, cast, get_args
 from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import MAX_VOCABULARY
+from data.cache.lengths import CacheLengths
 from data.cache.selection import Selection
 from data.cache.tar import END_OF_TAR
 from kd_core.errors import UsageError
@@ -97,6 +99,11 @@ class Manifest:
     shards: tuple[Shard, ...]
     unknown: tuple[str, ...] = ()
     made: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def lengths(self) -> CacheLengths:
+        """Returns the positions of all records, as arrays."""
+        return CacheLengths.from_shards([block.lengths for block in shard.blocks] for shard in self.shards)
 
     @property
     def records(self) -> int:
