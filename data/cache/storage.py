@@ -1,72 +1,51 @@
-"""Storage of a cache's files: a folder of this machine, or a URL. A new kind of storage is one more class here.
+"""Storage of a cache's files: a folder of this machine, or a URL. A new kind of storage is one more class.
 
-    storage_at(path) ─► Storage: read a whole file, open one for ranges, list files, write a whole file
+    storage_at(path) ─► Storage: size, names, read a whole file or a range, start reading a range, write, delete
 
-Only the schemes of `PROGRAMS` reach webdataset, because it would run commands for some others.
+Object storage and web servers are in `object_storage.py`, datasets of the hub in `hub_storage.py`.
 """
 
 import os
 import re
-import time
 from collections.abc import Iterable
-from contextlib import closing, suppress
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from data.cache import webdataset_io
 from kd_core.errors import UsageError
 from kd_core.files import open_no_follow
 
-PROGRAMS = {"http": "curl", "https": "curl", "gs": "gsutil", "ais": "ais"}
+SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-PLAIN_URL = re.compile(r"[a-z]+://[A-Za-z0-9][A-Za-z0-9.:-]*(/[A-Za-z0-9._~%+,=:@-]*)*")
-RETRIES = 3
-RETRY_SECONDS = 1.0  # before the first retry, and twice as long before each further one
-CHUNK_BYTES = 1 << 20
-CURL_STATUS = {
-    6: "the host is not known",
-    7: "no connection",
-    18: "the transfer ended early",
-    22: "the server answers with an error, as 404 (no such file)",
-    28: "timed out",
-    52: "the server sent nothing",
-    56: "the connection broke",
-}
-FINAL_CURL_STATUS = (3, 6, 22)  # not retried here; curl itself retries when a server reports that it is busy
-
-
-class RangeReader(Protocol):
-    """An open file, read by ranges in ascending order."""
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on, fewer where the file ends.
-
-        Raises:
-            UsageError: the file cannot be read.
-        """
-        ...
-
-    def stop(self) -> None:
-        """Ends a read under way, from any thread. The reading thread gets an error."""
-        ...
-
-    def close(self) -> None:
-        """Closes the file, in the thread that reads."""
-        ...
+PLAIN_URL = re.compile(r"[a-z0-9]+://[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._~%+,=:@-]*)*")
+RETRY_SECONDS = 30.0  # seconds in which a failed request is tried again, unless a caller states others
 
 
 class Storage(Protocol):
-    """The files of one cache, by their names."""
+    """The files of one cache, by their names. All methods may be called from any thread.
+
+    `read_ahead` is the number of bytes worth reading before they are needed, 0 where the system reads ahead itself.
+    """
+
+    read_ahead: int
 
     def url(self, name: str) -> str:
         """Returns the path or URL of a file, as messages show it."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Returns a file's size in bytes, or None where only reading the whole file would show it.
+        """Returns a file's size in bytes, or None if there is no such file.
 
         Raises:
-            UsageError: there is no such file.
+            UsageError: the storage does not answer, or refuses.
+        """
+        ...
+
+    def names(self) -> list[str]:
+        """Returns the sorted names of the files at the top level.
+
+        Raises:
+            UsageError: this kind of storage cannot list files, does not answer, or refuses.
         """
         ...
 
@@ -74,17 +53,35 @@ class Storage(Protocol):
         """Returns a whole file.
 
         Raises:
-            UsageError: the file cannot be read, or has more than `most` bytes.
+            UsageError: the file is missing, cannot be read, or has more than `most` bytes.
         """
         ...
 
-    def open(self, name: str) -> RangeReader: ...
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Returns `size` bytes from `offset` on, fewer where the file ends.
+
+        Raises:
+            UsageError: the file is missing or cannot be read.
+        """
+        ...
+
+    def start_read(self, name: str, offset: int, size: int) -> "Future[bytes]":
+        """Starts a `read_range` whose result, or error, is in the future. Cancelling the future ends the read."""
+        ...
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file atomically: it is complete or absent, whatever happens.
 
         Raises:
-            UsageError: this kind of storage cannot be written.
+            UsageError: this kind of storage cannot be written, does not answer, or refuses.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there.
+
+        Raises:
+            UsageError: this kind of storage cannot be written, does not answer, or refuses.
         """
         ...
 
@@ -93,17 +90,51 @@ def is_url(path: str) -> bool:
     return SCHEME.match(path) is not None
 
 
-def storage_at(path: Path | str) -> Storage:
-    """Returns the storage that holds the cache at a path or URL.
+def storage_at(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Storage:
+    """Returns the storage that holds the cache at a path or URL. Nothing is opened yet.
+
+    Args:
+        path: a folder, or a URL of one of `SCHEMES`.
+        retry_seconds: seconds in which a failed request is tried again.
 
     Raises:
-        UsageError: the URL's scheme is not in `PROGRAMS`, or it holds more than a host and a plain path.
+        UsageError: the URL's scheme is not in `SCHEMES`, or it holds more than a host and a plain path.
     """
-    return UrlStorage(str(path)) if is_url(str(path)) else LocalStorage(Path(path))
+    if not is_url(url := str(path)):
+        return LocalStorage(Path(path))
+    scheme = url.partition(":")[0]
+    if scheme not in SCHEMES:
+        raise UsageError(
+            f"{url:.200}: {scheme!r} is no place to read a cache from; wanted a folder, or "
+            f"{', '.join(f'{name}://' for name in SCHEMES)}. (A folder of such a name is ./{url:.200}.)"
+        )
+    if not PLAIN_URL.fullmatch(url) or "/../" in url + "/":
+        raise UsageError(
+            f"a URL of {scheme}: not a plain one; wanted {scheme}://HOST/PATH of letters, digits and ._~%+,=:@- "
+            "without user, password or query. Credentials come from the environment (docs/storage.md)."
+        )
+    # Imported here, because most runs read folders.
+    from data.cache.hub_storage import HubStorage  # noqa: PLC0415
+    from data.cache.object_storage import BucketStorage, WebStorage  # noqa: PLC0415
+
+    kind = {"hf": HubStorage, "http": WebStorage, "https": WebStorage}.get(scheme, BucketStorage)
+    return kind(url.rstrip("/"), retry_seconds)
+
+
+def too_large(url: str, most: int, size: int) -> UsageError:
+    """Returns the error of a file that has more bytes than are read."""
+    return UsageError(f"{url}: has {size} bytes, wanted at most {most}. Restore it, or export the cache again.")
+
+
+def missing(url: str) -> UsageError:
+    """Returns the error of a file that is not there."""
+    return UsageError(f"{url}: no such file. Check the path, restore the file, or export the cache again.")
 
 
 class LocalStorage:
     """A folder of this machine."""
+
+    read_ahead = 0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,20 +142,35 @@ class LocalStorage:
     def url(self, name: str) -> str:
         return str(self.folder / name)
 
-    def size(self, name: str) -> int:
+    def size(self, name: str) -> int | None:
         path = self.folder / name
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file; the manifest names it. Restore it, or export the cache again.")
-        return path.stat().st_size
+        return path.stat().st_size if path.is_file() else None
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file()) if self.folder.is_dir() else []
 
     def read(self, name: str, most: int) -> bytes:
-        if (size := self.size(name)) > most:
-            raise _too_large(self.url(name), most, size)
+        size = self.size(name)
+        if size is None:
+            raise missing(self.url(name))
+        if size > most:
+            raise too_large(self.url(name), most, size)
         return (self.folder / name).read_bytes()
 
-    def open(self, name: str) -> "LocalFile":
-        self.size(name)
-        return LocalFile(self.folder / name)
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        if self.size(name) is None:  # opening a pipe would block
+            raise missing(self.url(name))
+        with (self.folder / name).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def start_read(self, name: str, offset: int, size: int) -> "Future[bytes]":
+        future = Future[bytes]()
+        try:
+            future.set_result(self.read_range(name, offset, size))
+        except Exception as error:  # raised where the result is wanted
+            future.set_exception(error)
+        return future
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         partial = self.folder / f"{name}.partial"
@@ -135,145 +181,5 @@ class LocalStorage:
             os.fsync(file.fileno())
         partial.rename(self.folder / name)
 
-
-class LocalFile:
-    """A file of this machine. webdataset's opener opens it anew for each range."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self, offset: int, size: int) -> bytes:
-        with closing(webdataset_io.open_stream(str(self.path.absolute()))) as stream:
-            stream.seek(offset)
-            return stream.read(size)
-
-    def stop(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class UrlStorage:
-    """A folder behind a URL, read through the program that webdataset runs for its scheme. It cannot be written."""
-
-    def __init__(self, path: str) -> None:
-        scheme = path.partition(":")[0]
-        if scheme not in PROGRAMS or not webdataset_io.is_supported_scheme(scheme):
-            raise UsageError(
-                f"{path}: {scheme!r} is no place to read a cache from; wanted a folder, or "
-                f"{', '.join(f'{name}://' for name in PROGRAMS)}. (A folder of such a name is ./{path}.)"
-            )
-        if not PLAIN_URL.fullmatch(path) or "/../" in path + "/":
-            raise UsageError(
-                f"{path}: wanted {scheme}://HOST/PATH of plain characters: no user, query, braces or brackets, "
-                "which the program that opens it would act on."
-            )
-        self.base = path.rstrip("/")
-
-    def url(self, name: str) -> str:
-        return f"{self.base}/{name}"
-
-    def size(self, name: str) -> None:
-        del name
-
-    def read(self, name: str, most: int) -> bytes:
-        with closing(self.open(name)) as file:
-            data = file.read(0, most + 1)
-        if len(data) > most:
-            raise _too_large(self.url(name), most)
-        return data
-
-    def open(self, name: str) -> "RemoteFile":
-        return RemoteFile(self.url(name))
-
-    def write(self, name: str, chunks: Iterable[bytes]) -> None:
-        del chunks
-        raise UsageError(f"{self.url(name)}: caches behind a URL are read only. Write to a folder, then copy it there.")
-
-
-def _too_large(url: str, most: int, size: int | None = None) -> UsageError:
-    size_text = "more" if size is None else f"{size} bytes"
-    return UsageError(f"{url}: has {size_text}{' than' if size is None else ', wanted at most'} {most} bytes.")
-
-
-class _TransferError(Exception):
-    """Error of a transfer that broke off. `final` means that another attempt would fail too."""
-
-    def __init__(self, cause: str, final: bool) -> None:
-        super().__init__(cause)
-        self.final = final
-
-
-class RemoteFile:
-    """A file behind a URL. It is opened once and read in order, and skipped bytes are read and dropped.
-
-    A transfer that breaks off is retried a few times before it is an error with its cause.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url, self.stream, self.position, self.stopped = url, None, 0, False
-
-    def read(self, offset: int, size: int) -> bytes:
-        for attempt in range(RETRIES + 1):
-            try:
-                return self._read(offset, size)
-            except _TransferError as error:
-                self.close()
-                if error.final or self.stopped or attempt == RETRIES:
-                    attempts = f" ({attempt + 1} attempts)" if attempt else ""
-                    raise UsageError(
-                        f"{self.url}: cannot be read{attempts}: {error}. Check that it can be reached, then run the "
-                        "same command again."
-                    ) from None
-                time.sleep(RETRY_SECONDS * 2**attempt)
-        raise AssertionError
-
-    def stop(self) -> None:
-        self.stopped = True
-        webdataset_io.kill_program(self.stream)
-
-    def close(self) -> None:
-        if self.stream is not None:
-            webdataset_io.close(self.stream)
-        self.stream, self.position = None, 0
-
-    def _read(self, offset: int, size: int) -> bytes:
-        if self.position > offset:
-            self.close()
-        if self.stream is None:
-            self.stream = self._open()
-        if self.stopped:
-            raise _TransferError("it was stopped", True)
-        while self.position < offset:
-            if not self._read_next(min(CHUNK_BYTES, offset - self.position)):
-                return b""
-        chunks: list[bytes] = []
-        while size > 0 and (chunk := self._read_next(min(CHUNK_BYTES, size))):
-            chunks.append(chunk)
-            size -= len(chunk)
-        return b"".join(chunks)
-
-    def _open(self) -> Any:
-        try:
-            return webdataset_io.open_stream(self.url)
-        except FileNotFoundError:
-            program = PROGRAMS[self.url.partition(":")[0]]
-            raise _TransferError(f"the program {program!r}, which opens such URLs, is not installed", True) from None
-
-    def _read_next(self, size: int) -> bytes:
-        """Returns the next bytes, or none at the end of the file.
-
-        Raises:
-            _TransferError: the transfer broke off before the end.
-        """
-        data = b""
-        with suppress(OSError):  # webdataset raises it for a program that ended with an error
-            data = self.stream.read(size)  # pyright: ignore[reportOptionalMemberAccess]
-        self.position += len(data)
-        if not data and (status := webdataset_io.exit_status(self.stream)):
-            program = PROGRAMS[self.url.partition(":")[0]]
-            cause = CURL_STATUS.get(status, "") if program == "curl" else ""
-            description = f"{program} ended with status {status} after {self.position} bytes{': ' * bool(cause)}{cause}"
-            raise _TransferError(description, program == "curl" and status in FINAL_CURL_STATUS)
-        return data
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Reader of a cache's blocks as records. Each block is verified first.
 
-    url of a tar → opened → the bytes of one block → verified → (member name, bytes) → one sample → decoded strictly
+    expected blocks → reads under way → the bytes of one block → verified → members of one sample → decoded strictly
 
 Records are decoded only after the hash of their block has matched the manifest. A block with another hash is parsed
 only to describe the damage.
@@ -9,7 +9,8 @@ only to describe the damage.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +21,7 @@ from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
 from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, parse_manifest, read_manifest
 from data.cache.record import Record
-from data.cache.storage import RangeReader, is_url, storage_at
+from data.cache.storage import RETRY_SECONDS, is_url, storage_at
 from data.cache.tar import END_OF_TAR, read_members
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
@@ -71,11 +72,7 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
         UsageError: the tables are missing, or differ from what the manifest states.
     """
     storage = storage_at(folder)
-    path, size = storage.url(TABLES_FILE), storage.size(TABLES_FILE)
-    if size is not None and size != expected["bytes"]:
-        raise UsageError(
-            f"{path}: damaged: has {size} bytes, the manifest says {expected['bytes']}. Restore it, or export again."
-        )
+    path = storage.url(TABLES_FILE)
     data = storage.read(TABLES_FILE, int(expected["bytes"]))
     digest = hashlib.sha256(data).hexdigest()
     try:
@@ -90,12 +87,11 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
 class ShardReader:
     """A reader of one cache's blocks. It verifies each block, and holds the decoded records of those in use.
 
-    A remote shard stays open while a block of it is held, because later blocks are read from the same transfer.
-    `close` ends it.
+    Blocks that `expect` names are read ahead of their use where the storage is far away. `close` ends reads under way.
     """
 
-    def __init__(self, folder: Path | str, manifest: Manifest) -> None:
-        self.storage, self.manifest = storage_at(folder), manifest
+    def __init__(self, folder: Path | str, manifest: Manifest, retry_seconds: float = RETRY_SECONDS) -> None:
+        self.storage, self.manifest = storage_at(folder, retry_seconds), manifest
         tables = read_tables(folder, manifest.tables)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
@@ -104,7 +100,9 @@ class ShardReader:
             )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
-        self.open_shards: dict[int, RangeReader] = {}
+        self.expected: Sequence[BlockRef] = ()
+        self.reads: dict[BlockRef, Future[bytes]] = {}  # under way, or done and not yet used
+        self.stopped = False
         self.current_block = "nothing was asked for"  # shown in errors of the thread that waits
 
     def __enter__(self) -> Self:
@@ -114,20 +112,47 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Closes all transfers. Only the reading thread may call it."""
+        """Ends all reads and drops all records. Only the reading thread may call it."""
+        self.expect(())
         self.keep_only(set())
 
     def stop(self) -> None:
-        """Ends all transfers. Any thread may call it, and the reading thread gets an error."""
-        for file in list(self.open_shards.values()):
-            file.stop()
+        """Ends all reads. Any thread may call it, and the reading thread gets an error."""
+        self.stopped = True
+        for read in list(self.reads.values()):
+            read.cancel()
 
     def keep_only(self, blocks: set[BlockRef]) -> None:
-        """Drops the records of all other blocks, and closes shards without a held block."""
+        """Drops the records of all other blocks."""
         for ref in set(self.held) - blocks:
             del self.held[ref]
-        for shard in set(self.open_shards) - {shard for shard, _ in blocks}:
-            self.open_shards.pop(shard).close()
+
+    def expect(self, blocks: Sequence[BlockRef]) -> None:
+        """States which blocks will be needed, in that order. They are read ahead, up to `read_ahead` bytes of them."""
+        self.expected = blocks if self.storage.read_ahead else ()
+        for ref in set(self.reads) - set(self.expected):
+            self.reads.pop(ref).cancel()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        room = self.storage.read_ahead
+        for ref in self.expected:
+            if ref not in self.held:
+                room -= self._size(ref)
+                if room < 0 or self.stopped:
+                    return
+                self._start_read(ref)
+
+    def _start_read(self, ref: BlockRef) -> "Future[bytes]":
+        if ref not in self.reads:
+            shard = self.manifest.shards[ref[0]]
+            self.reads[ref] = self.storage.start_read(shard.name, block_offset(shard, ref[1]), self._size(ref))
+        return self.reads[ref]
+
+    def _size(self, ref: BlockRef) -> int:
+        """Returns how many bytes to read. Behind the last block they include the end of the tar, and one byte more."""
+        blocks = self.manifest.shards[ref[0]].blocks
+        return blocks[ref[1]].bytes + (len(END_OF_TAR) + 1 if ref[1] == len(blocks) - 1 else 0)
 
     def record(self, ref: RecordRef) -> Record:
         shard, block, index = ref
@@ -171,19 +196,26 @@ class ShardReader:
         return records
 
     def _bytes(self, ref: BlockRef) -> bytes:
-        """Returns the bytes of a block. The last block's are followed by those that end the tar."""
-        shard, index = self.manifest.shards[ref[0]], ref[1]
-        path, offset, size = self.storage.url(shard.name), block_offset(shard, index), shard.blocks[index].bytes
-        size += len(END_OF_TAR) if index == len(shard.blocks) - 1 else 0
-        stored = self.storage.size(shard.name)
-        if stored is not None and stored != shard.bytes:
-            raise _damaged(path, index, f"the shard has {stored} bytes; the manifest says {shard.bytes}")
-        if ref[0] not in self.open_shards:
-            self.open_shards[ref[0]] = self.storage.open(shard.name)
-        data = self.open_shards[ref[0]].read(offset, size)
-        if len(data) < size:
-            end = offset + len(data)
-            raise _damaged(path, index, f"the shard ends after {end} bytes; the manifest says {shard.bytes}")
+        """Returns the bytes of a block. The last block's are followed by those that end the tar.
+
+        Raises:
+            UsageError: they cannot be read, or the reader was stopped.
+        """
+        read = self._start_read(ref)
+        try:
+            data = read.result()
+        except CancelledError:
+            raise UsageError(f"{self.current_block}: reading was stopped.") from None
+        finally:
+            read.cancel()  # after an interrupt
+            self.reads.pop(ref, None)
+        self._read_ahead()
+        shard, is_last = self.manifest.shards[ref[0]], ref[1] == len(self.manifest.shards[ref[0]].blocks) - 1
+        if len(data) != self._size(ref) - is_last:
+            stored = self.storage.size(shard.name)
+            raise _damaged(
+                self.storage.url(shard.name), ref[1], f"the shard has {stored} bytes; the manifest says {shard.bytes}"
+            )
         return data
 
 

@@ -134,4 +134,4 @@ def test_a_file_that_is_mostly_hole_is_not_read(tiny: Tiny, tmp_path: Path, name
     if name != "tables.tar":
         reader = ShardReader(cache, read_manifest(cache))
         with pytest.raises(UsageError, match="the shard has 1099511627776 bytes"):
-            reader.block((1, 0))
+            reader.block((1, len(reader.manifest.shards[1].blocks) - 1))

@@ -1,6 +1,8 @@
-"""A server of files on this machine, which can be told to misbehave."""
+"""A web server of this machine's files, which can be told to misbehave."""
 
+import re
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,16 +13,25 @@ from pathlib import Path
 
 @dataclass
 class Behaviour:
-    """What was asked for; how many answers for shards are cut short or hang; with a status in place of a file."""
+    """What was asked for; how many answers for shards are cut short, hang or fail; with a status in place of a file.
+
+    `delay` are seconds before each answer. Without `ranges` the server sends whole files, as `http.server` does.
+    """
 
     asked: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     cut_short: int = 0
     hang: int = 0
     status: int = 0
+    failing: int = -1  # answers that fail with `status`, or all
+    delay: float = 0.0
+    ranges: bool = True
     released: threading.Event = field(default_factory=threading.Event)
 
 
 class Handler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def __init__(self, *arguments: object, behaviour: Behaviour, directory: str) -> None:
         self.behaviour = behaviour
         super().__init__(*arguments, directory=directory)  # type: ignore[arg-type]
@@ -28,15 +39,27 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         does, path = self.behaviour, Path(self.translate_path(self.path))
         does.asked.append(path.name)
-        if does.status:
+        does.headers.append({name.lower(): value for name, value in self.headers.items()})
+        time.sleep(does.delay)
+        if does.status and does.failing:
+            does.failing -= 1
             return self.send_error(does.status)
-        misbehaves = path.name.startswith("shard") and path.is_file()
-        if misbehaves and (does.cut_short or does.hang):
-            payload = path.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload[:700])
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if does.ranges else None
+        if not path.is_file() or (match is None and not (does.cut_short or does.hang)):
+            return super().do_GET()
+        payload = path.read_bytes()
+        start, end = (int(match[1]), int(match[2]) + 1) if match else (0, len(payload))
+        part = payload[start:end]
+        if match and not part:
+            return self.send_error(416)
+        self.send_response(206 if match else 200)
+        if match:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(payload)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if path.name.startswith("shard") and (does.cut_short or does.hang):
+            self.wfile.write(part[:700])
+            self.wfile.flush()
             if does.cut_short:
                 does.cut_short -= 1
             else:
@@ -44,7 +67,8 @@ class Handler(SimpleHTTPRequestHandler):
                 does.released.wait(30)
             self.close_connection = True
             return None
-        return super().do_GET()
+        self.wfile.write(part)
+        return None
 
     def log_message(self, *_: object) -> None:
         pass
@@ -55,6 +79,7 @@ def serving(folder: Path) -> Generator[tuple[str, Behaviour]]:
     """The URL of the folder, and what the server does."""
     behaviour = Behaviour()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, behaviour=behaviour, directory=str(folder)))
+    server.daemon_threads = True  # of connections that a client keeps open
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
