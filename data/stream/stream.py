@@ -1,6 +1,6 @@
 """Streams of batches from caches, composed of these steps:
 
-    manifests ─ order: rows of all epochs, mixed ─► this rank's share of a step ─► readers: records ─► collate: batches
+    rows of a rank, by their numbers ─► look ahead: what to keep and to read ─► readers: records ─► collate: batches
                                                                             └──── by a thread ahead of its use ───┘
 
 The order does not depend on ranks. A step is `rows_per_step` rows of it, and rank r of n takes rows r, r+n, …. Ranks
@@ -8,6 +8,7 @@ are data-parallel ranks: all ranks of a tensor-parallel group pass the same rank
 """
 
 import itertools
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -19,15 +20,19 @@ from data.stream.collate import Collate
 from data.stream.order import Row
 from data.stream.prefetch import prefetch
 from data.stream.readers import Readers
-from data.stream.source import Shards, Source
+from data.stream.source import RowOrder, Shards, Source
 from kd_core.types import Batch
 
 
-class Share(NamedTuple):
-    """A rank's share of the rows of a step: rows `rank`, `rank` + `ranks`, …."""
+class _Share(NamedTuple):
+    """A rank's share of a step: its rows, whether they are its own, and the most rows that any rank has.
 
-    rank: int
-    ranks: int
+    A rank without rows of its own has one that another rank reads too.
+    """
+
+    rows: list[Row]
+    is_scored: bool
+    most_rows: int
 
 
 def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
@@ -35,28 +40,42 @@ def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
     return replace(collate([records for records, _ in results]), damaged_blocks=sum(damaged for _, damaged in results))
 
 
-def _micro_batches(
-    readers: Readers, rows: list[Row], collate: Collate, micro_batch: int, share: Share
-) -> Generator[Batch]:
-    """Yields a rank's micro-batches of some rows: equally many on every rank, because all ranks join in each pass.
+def _micro_batches(readers: Readers, share: _Share, collate: Collate, micro_batch: int) -> Generator[Batch]:
+    """Yields a rank's micro-batches of a step: equally many on every rank, because all ranks join in each pass.
 
-    A rank without rows left takes an unscored batch of the first row in place of a missing one.
+    An unscored copy of the batch before stands in place of a missing one.
     """
-    rank_rows, most_rows = rows[share.rank :: share.ranks], -(-len(rows) // share.ranks)
-    for start in range(0, most_rows, micro_batch):
-        taken = rank_rows[start : start + micro_batch]
-        yield _batch(readers, taken, collate) if taken else _batch(readers, rows[:1], collate).unscored()
+    batch = None
+    for start in range(0, share.most_rows, micro_batch):
+        if batch is None or start < len(share.rows):
+            batch = _batch(readers, share.rows[start : start + micro_batch], collate)
+        else:
+            batch = batch.unscored()
+        yield batch if share.is_scored else batch.unscored()
+
+
+def _look_ahead(shares: Iterator[_Share], readers: Readers, steps: int) -> Iterator[_Share]:
+    """Yields the shares of all steps, each after the readers know those of so many steps behind it."""
+    waiting = deque[_Share]()
+    for share in shares:
+        readers.expect(share.rows)
+        waiting.append(share)
+        if len(waiting) > steps:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _share(order: RowOrder, numbers: range, rank: int, ranks: int) -> _Share:
+    rank_rows = numbers[rank::ranks]
+    return _Share([order.row(i) for i in rank_rows or numbers[:1]], bool(rank_rows), -(-len(numbers) // ranks))
 
 
 def _steps(
-    readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, Share], pin_memory: bool
+    readers: Readers, shares: Iterator[_Share], collate: Collate, micro_batch: int, pin_memory: bool
 ) -> Generator[list[Batch]]:
-    rows_per_step, micro_batch, share = shape
     with closing(readers):
-        while True:
-            step = list(itertools.islice(order, rows_per_step))
-            readers.hold(step)
-            batches = _micro_batches(readers, step, collate, micro_batch, share)
+        for share in shares:
+            batches = _micro_batches(readers, share, collate, micro_batch)
             yield [batch.map(Tensor.pin_memory) if pin_memory else batch for batch in batches]
 
 
@@ -70,9 +89,11 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
     thread makes so many steps ahead. The batches stay the same. With `pin_memory`, they are in page-locked memory,
     from which a GPU copies while it computes.
     """
-    readers = Readers(source.parts, vocab_size=vocab_size)
-    order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
-    steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)), pin_memory)
+    readers, order = Readers(source.parts, vocab_size=vocab_size), source.order(collate.row_length, seed)
+    numbers = (range(start, start + rows_per_step) for start in itertools.count(start_row, rows_per_step))
+    shares = (_share(order, step, rank, ranks) for step in numbers)
+    shares = _look_ahead(shares, readers, -(-order.ahead // rows_per_step))
+    steps = _steps(readers, shares, collate, micro_batch, pin_memory)
     if source.prefetch:
         steps = prefetch(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):
@@ -82,9 +103,15 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
 def all_batches(
     shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int, vocab_size: int | None = None
 ) -> Generator[Batch]:
-    """Yields this rank's share of every record, once and in stored order, for evaluation. Damaged blocks are errors."""
-    order = shards.rows(collate.row_length, None, 0)
+    """Yields this rank's share of every record, once and in stored order, for evaluation. Damaged blocks are errors.
+
+    Rank r of n reads the r-th of n equal parts of the rows.
+    """
+    order = shards.order(collate.row_length, None)
+    own = range(order.rows * rank // ranks, order.rows * (rank + 1) // ranks)
     with closing(Readers([shards], False, vocab_size)) as readers:
-        while rows := list(itertools.islice(order, micro_batch * ranks)):
-            readers.hold(rows)
-            yield from _micro_batches(readers, rows, collate, micro_batch, Share(rank, ranks))
+        # The rows of each micro-batch. Where the rank has none, row 0 stands in.
+        numbers = [own[start : start + micro_batch] for start in range(0, -(-order.rows // ranks), micro_batch)]
+        shares = (_Share([order.row(i) for i in of_batch or range(1)], bool(of_batch), 1) for of_batch in numbers)
+        for share in _look_ahead(shares, readers, -(-order.ahead // micro_batch)):
+            yield from _micro_batches(readers, share, collate, micro_batch)

@@ -56,7 +56,7 @@ def test_shares_are_exact_to_a_row_at_any_time(parts: list[tuple[list[int], floa
 
 def _mixture(tiny: Tiny, narrow: Path) -> Mixture:
     return Mixture(
-        {"wide": Shards(str(tiny.train), shuffle_shards=2), "narrow": Shards(str(narrow), top_k=2)},
+        {"wide": Shards(str(tiny.train)), "narrow": Shards(str(narrow), top_k=2)},
         {"wide": 3, "narrow": 1},
     )
 
