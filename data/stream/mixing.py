@@ -8,12 +8,11 @@ divides L, thus reads L / n lanes of each part. Any row is found by arithmetic, 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
-from data.stream.order import LANES, CacheOrder, Row
+from data.stream.order import LANES, CacheOrder, Place, Row
 
-MOST_AHEAD = 16_384  # rows to look ahead, whatever the smallest share is
+MOST_AHEAD = 32_768  # rows to look ahead, whatever the smallest share is
 
 
 class PartSequence:
@@ -68,11 +67,15 @@ class MixedOrder:
         parts = zip(self.orders, self.sequence.shares, strict=True)
         return min(max(int(order.ahead / share) + LANES for order, share in parts), MOST_AHEAD)
 
-    def row(self, index: int) -> Row:
-        """Returns row `index` of the run."""
+    def row(self, place: Place) -> Row:
+        """Returns the records at a place."""
+        return self.orders[place.part].row(place)
+
+    def place(self, index: int) -> Place:
+        """Returns the place of row `index` of the run."""
         turn, lane = divmod(index, LANES)
         taken = self._taken(lane + turn)
         part = self.sequence.part(taken)
         # The lane has taken so many rows of the part before.
         before = taken[part] - self._taken(lane)[part]
-        return replace(self.orders[part].row(before * LANES + lane), part=part)
+        return self.orders[part].place(before * LANES + lane)._replace(part=part)

@@ -12,7 +12,6 @@ As many rows are made of a segment in each epoch, so any row is found by arithme
 taken so far. Evaluation keeps the stored order: one lane, and nothing is permuted.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 from data.cache.lengths import Array, CacheLengths
 from data.stream.packing import pack_rows
 from data.stream.segments import Segments, carry_limits
+from kd_core.errors import UsageError
 
 ORDER_VERSION = 2  # of the order of a run's rows: a change of it changes this
 LANES = 64
@@ -28,13 +28,33 @@ BlockRef = tuple[int, int]  # shard, block of it
 RecordRef = tuple[int, int, int]  # shard, block, record of it
 
 
-@dataclass(frozen=True)
-class Row:
-    """Records that share one packed row, and their positions in all. `part` is the index of its cache in a mixture."""
+class Place(NamedTuple):
+    """Place of a row: its epoch, segment, and number in the segment. `part` is the index of its cache in a mixture."""
+
+    epoch: int
+    segment: int
+    row: int
+    part: int = 0
+
+
+class Row(NamedTuple):
+    """Records that share one packed row, their positions in all, and the row's place."""
 
     records: tuple[RecordRef, ...]
     positions: int
-    part: int = 0
+    place: Place
+
+
+class PackedSegment(NamedTuple):
+    """The rows of a segment in one epoch.
+
+    Shapes: `records` [R] all records, row by row, `edges` [rows + 1] where each row begins, and `row_of` [R] the row of
+    each record in stored order.
+    """
+
+    records: Array
+    edges: Array
+    row_of: Array
 
 
 class _Epoch(NamedTuple):
@@ -108,37 +128,51 @@ class CacheOrder:
         self._segment = lru_cache(maxsize=2 * LANES)(self._pack)
 
     @property
+    def orders(self) -> "list[CacheOrder]":
+        """Returns the orders of all caches, as a mixture's."""
+        return [self]
+
+    @property
     def shares(self) -> list[tuple[float, int]]:
         """Returns, for each cache of the order, its share of the rows and the rows of its epoch."""
         return [(1.0, self.rows)]
 
     @property
     def ahead(self) -> int:
-        """Returns how many rows to look ahead, so that a block is read once for all of its rows.
+        """Returns how many rows to look ahead to know all rows of this epoch that take records of a block.
 
-        These are the rows of a window and those that are carried, in each lane. Two epochs hold every record.
+        They lie in the block's segment, which is a part of one lane or of a few.
         """
-        windows = max(1, len(self.segments.window_starts) - 1)
-        return min(self.lanes * (-(-self.rows // windows) + carry_limits(self.row_length)[0]), 2 * self.rows)
+        return min(self.lanes * int(self.counts.max()), self.rows)
 
-    def row(self, index: int) -> Row:
-        """Returns row `index` of all epochs."""
-        number, place = divmod(index, self.rows)
-        epoch, (turn, lane) = self._epoch(number), divmod(place, self.lanes)
+    def place(self, index: int) -> Place:
+        """Returns the place of row `index` of all epochs."""
+        number, rest = divmod(index, self.rows)
+        epoch, (turn, lane) = self._epoch(number), divmod(rest, self.lanes)
         # Find the row in the line of the epoch, and there its segment.
-        line = int(epoch.lanes[lane]) + turn
-        position = int(np.searchsorted(epoch.edges, line, side="right")) - 1
-        records, edges = self._segment(number, int(epoch.segments[position]))
-        start, end = edges[line - int(epoch.edges[position]) :][:2].tolist()
-        return self._row(records[start:end])
+        line = epoch.lanes[lane] + turn
+        position = epoch.edges.searchsorted(line, side="right") - 1
+        return Place(number, int(epoch.segments[position]), int(line - epoch.edges[position]))
 
-    def _row(self, records: Array) -> Row:
-        # Name each record by its shard, its block there, and its index in the block.
+    def row(self, place: Place) -> Row:
+        """Returns the records at a place, each by its shard, its block there, and its index in the block."""
+        packed = self._segment(place.epoch, place.segment)
+        start, end = packed.edges[place.row : place.row + 2].tolist()
+        records = packed.records[start:end]
         blocks = np.searchsorted(self.lengths.block_starts, records, side="right") - 1
         indices = (records - self.lengths.block_starts[blocks]).tolist()
         refs = zip(self.lengths.block_refs(blocks), indices, strict=True)
         positions = int(self.lengths.records[records].sum(dtype=np.int64))
-        return Row(tuple((shard, block, index) for (shard, block), index in refs), positions)
+        return Row(tuple((shard, block, index) for (shard, block), index in refs), positions, place)
+
+    def places_of_block(self, ref: BlockRef, near: Place) -> list[Place]:
+        """Returns the place of each record of a block, in the epoch and segment of a row that has one of them."""
+        # Number the block's records in the cache, then in the segment.
+        block = int(self.lengths.shard_starts[ref[0]]) + ref[1]
+        start, end = self.lengths.block_starts[block : block + 2].tolist()
+        first = int(self.lengths.block_starts[self.segments.window_starts[self.segments.starts[near.segment]]])
+        rows = self._segment(near.epoch, near.segment).row_of[start - first : end - first].tolist()
+        return [near._replace(row=row) for row in rows]
 
     def _begin_epoch(self, epoch: int) -> _Epoch:
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
@@ -146,12 +180,17 @@ class CacheOrder:
         edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[segments])])
         return _Epoch(segments, edges, deal_lanes(self.rows, self.lanes, random))
 
-    def _pack(self, epoch: int, segment: int) -> tuple[Array, Array]:
-        """Returns the records of a segment's rows end to end, and where each row begins.  [records], [rows + 1]"""
+    def _pack(self, epoch: int, segment: int) -> PackedSegment:
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch, segment])
         first, last = self.segments.starts[segment : segment + 2].tolist()
         windows = self.lengths.block_starts[self.segments.window_starts[first : last + 1]]
         rows = pack_segment(self.lengths, windows, self.row_length, random)
-        assert len(rows) == self.counts[segment], "a segment has another number of rows than was counted"
-        edges = np.cumsum([0, *map(len, rows)])
-        return np.array([record for row in rows for record in row], np.int64), edges
+        if len(rows) != self.counts[segment]:
+            raise UsageError(
+                f"segment {segment} of a cache has {len(rows)} rows; {self.counts[segment]} were counted. Delete the "
+                "folder kd-workspace/rows of your cache folder (~/.cache), where the counts are kept."
+            )
+        records, sizes = np.array([record for row in rows for record in row], np.int64), [len(row) for row in rows]
+        row_of = np.empty(len(records), np.int64)
+        row_of[records - windows[0]] = np.repeat(np.arange(len(rows)), sizes)
+        return PackedSegment(records, np.cumsum([0, *sizes]), row_of)

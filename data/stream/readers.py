@@ -1,17 +1,21 @@
 """Readers of the records of packed rows. A damaged cache block is an error, or its records are left out and counted.
 
-    rows to come ─ expect ─► records to keep, blocks to read ahead ─ read ─► the records of a row, each kept until then
+A block is decoded for the first row that needs it. Of its records, those of the rank's rows to come are kept, each
+until its row is read.
+
+    places of rows to come ─ expect ──► which records of a decoded block are kept
+    the nearest of these rows ─ prepare ─► blocks to read ahead
+    a row ─ read ─► its records
 """
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data.cache.record import Record
-from data.stream.order import BlockRef, RecordRef, Row
+from data.stream.order import BlockRef, CacheOrder, Place, RecordRef, Row
 from data.stream.shards import DamagedBlockError
-from data.stream.source import Shards
+from data.stream.source import RowOrder, Shards, Source
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")
@@ -29,52 +33,48 @@ class _Held:
 class CacheReader:
     """A reader of one cache. It keeps the records that expected rows need, and remembers damaged blocks."""
 
-    def __init__(self, shards: Shards, may_skip: bool, vocab_size: int | None) -> None:
-        self.shards, self.reader, self.vocab_size = shards, shards.reader(), vocab_size
+    def __init__(self, shards: Shards, order: CacheOrder, may_skip: bool, vocab_size: int | None) -> None:
+        self.shards, self.order, self.reader, self.vocab_size = shards, order, shards.reader(), vocab_size
         self.skips = may_skip and shards.on_damage == "skip"
-        self.uses = Counter[RecordRef]()  # rows to come, by record
+        self.expected = set[Place]()
         self.needed = dict[BlockRef, None]()  # blocks to decode, in the order of need
         self.held = dict[BlockRef, _Held]()
         self.damaged: dict[BlockRef, str] = {}
 
-    def expect(self, refs: Sequence[RecordRef]) -> None:
-        """Adds the records of a row to come."""
-        for shard, block, index in refs:
-            self.uses[shard, block, index] += 1
-            held = self.held.get((shard, block))
-            if (held is None or index not in held.records) and (shard, block) not in self.damaged:
-                self.needed[shard, block] = None
+    def prepare(self, row: Row) -> None:
+        """Adds the blocks of a row to those that are needed, unless they are decoded."""
+        for *block, index in row.records:
+            held = self.held.get((block[0], block[1]))
+            if held is None or index not in held.records:
+                self.needed[block[0], block[1]] = None
 
-    def take(self, ref: RecordRef) -> Record | None:
-        """Returns a record, or None where its block is damaged and skipped. It is dropped after its last use.
+    def take(self, ref: RecordRef, place: Place) -> Record | None:
+        """Returns a record of the row at a place and drops it here, or None where its block is damaged and skipped.
 
         Raises:
             DamagedBlockError: the block is damaged, and damaged blocks are not skipped.
             UsageError: the block cannot be read, or more than `max_damaged_blocks` are damaged.
         """
-        self.uses[ref] -= 1
-        if (is_last := self.uses[ref] <= 0):
-            del self.uses[ref]
-        held, index = self.held.get(ref[:2]), ref[2]
-        if (held is None or index not in held.records) and (held := self._decode(ref)) is None:
+        block, index = ref[:2], ref[2]
+        held = self.held.get(block)
+        if (held is None or index not in held.records) and (held := self._decode(block, place)) is None:
             return None
-        record = held.records.pop(index) if is_last else held.records[index]
+        record = held.records.pop(index)
         if not held.records:
-            self.held.pop(ref[:2], None)
+            del self.held[block]
         elif len(held.records) == held.detach_at:
             held.records = {i: record.detached() for i, record in held.records.items()}
-            held.detach_at = 0
         return record
 
-    def _decode(self, ref: RecordRef) -> _Held | None:
-        """Decodes the block of a record, and keeps those of its records that rows to come need."""
-        shard, block, needed_index = ref
-        self.needed.pop((shard, block), None)
-        if (records := self._read((shard, block))) is None:
+    def _decode(self, block: BlockRef, place: Place) -> _Held | None:
+        """Decodes a block, and keeps its records of the row at a place and of the expected ones."""
+        self.needed.pop(block, None)
+        if (records := self._read(block)) is None:
             return None
-        needed = {i: r for i, r in enumerate(records) if i == needed_index or self.uses[shard, block, i] > 0}
-        self.held[shard, block] = _Held(needed, len(records) // DETACHED_SHARE)
-        return self.held[shard, block]
+        places = enumerate(self.order.places_of_block(block, place._replace(part=0)))
+        kept = {i: records[i] for i, row in places if row.row == place.row or row in self.expected}
+        self.held[block] = _Held(kept, len(records) // DETACHED_SHARE)
+        return self.held[block]
 
     def _read(self, ref: BlockRef) -> list[Record] | None:
         if ref in self.damaged:
@@ -105,8 +105,11 @@ class Readers:
     vocabulary. None takes the vocabulary of each manifest.
     """
 
-    def __init__(self, parts: Sequence[Shards], may_skip: bool = True, vocab_size: int | None = None) -> None:
-        self.parts = [CacheReader(part, may_skip, vocab_size) for part in parts]
+    def __init__(
+        self, source: Source, order: RowOrder, may_skip: bool = True, vocab_size: int | None = None
+    ) -> None:
+        parts = zip(source.parts, order.orders, strict=True)
+        self.parts = [CacheReader(part, part_order, may_skip, vocab_size) for part, part_order in parts]
         self.latest_reader = self.parts[0].reader
 
     def close(self) -> None:
@@ -123,10 +126,15 @@ class Readers:
         """Returns the file and block being read, for error messages."""
         return self.latest_reader.current_block
 
-    def expect(self, rows: Sequence[Row]) -> None:
-        """Announces rows that will be read behind those announced before. Their blocks may be read ahead."""
+    def expect(self, places: Sequence[Place]) -> None:
+        """Announces rows that will be read."""
+        for place in places:
+            self.parts[place.part].expected.add(place._replace(part=0))
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Announces rows that will be read next, in this order. Their blocks may be read ahead."""
         for row in rows:
-            self.parts[row.part].expect(row.records)
+            self.parts[row.place.part].prepare(row)
         for part in self.parts:
             part.reader.expect(list(part.needed))
 
@@ -136,10 +144,11 @@ class Readers:
         A block is counted with its first record, which is in one row of an epoch on one rank. Counts therefore add up
         over ranks and steps, from any cursor.
         """
-        part, records, damaged = self.parts[row.part], list[Record](), 0
+        part, records, damaged = self.parts[row.place.part], list[Record](), 0
         self.latest_reader = part.reader
+        part.expected.discard(row.place._replace(part=0))
         for ref in row.records:
-            record = part.take(ref)
+            record = part.take(ref, row.place)
             if record is None:
                 damaged += ref[2] == 0
             else:

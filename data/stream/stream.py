@@ -17,20 +17,21 @@ from typing import NamedTuple
 from torch import Tensor
 
 from data.stream.collate import Collate
-from data.stream.order import Row
+from data.stream.order import Place, Row
 from data.stream.prefetch import prefetch
 from data.stream.readers import Readers
 from data.stream.source import RowOrder, Shards, Source
 from kd_core.types import Batch
 
+NEAR_ROWS = 64  # of a rank, whose blocks are read ahead
 
-class _Share(NamedTuple):
+class RankShare(NamedTuple):
     """A rank's share of a step: its rows, whether they are its own, and the most rows that any rank has.
 
     A rank without rows of its own has one that another rank reads too.
     """
 
-    rows: list[Row]
+    places: list[Place]
     is_scored: bool
     most_rows: int
 
@@ -40,42 +41,62 @@ def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
     return replace(collate([records for records, _ in results]), damaged_blocks=sum(damaged for _, damaged in results))
 
 
-def _micro_batches(readers: Readers, share: _Share, collate: Collate, micro_batch: int) -> Generator[Batch]:
+def _micro_batches(
+    readers: Readers, share: RankShare, rows: list[Row], collate: Collate, micro_batch: int
+) -> Generator[Batch]:
     """Yields a rank's micro-batches of a step: equally many on every rank, because all ranks join in each pass.
 
     An unscored copy of the batch before stands in place of a missing one.
     """
     batch = None
     for start in range(0, share.most_rows, micro_batch):
-        if batch is None or start < len(share.rows):
-            batch = _batch(readers, share.rows[start : start + micro_batch], collate)
+        if batch is None or start < len(rows):
+            batch = _batch(readers, rows[start : start + micro_batch], collate)
         else:
             batch = batch.unscored()
         yield batch if share.is_scored else batch.unscored()
 
 
-def _look_ahead(shares: Iterator[_Share], readers: Readers, steps: int) -> Iterator[_Share]:
-    """Yields the shares of all steps, each after the readers know those of so many steps behind it."""
-    waiting = deque[_Share]()
-    for share in shares:
-        readers.expect(share.rows)
-        waiting.append(share)
-        if len(waiting) > steps:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _share(order: RowOrder, numbers: range, rank: int, ranks: int) -> _Share:
+def share_of_step(order: RowOrder, numbers: range, rank: int, ranks: int) -> RankShare:
+    """Returns the share of one rank in the rows of a step, which are given by their numbers."""
     rank_rows = numbers[rank::ranks]
-    return _Share([order.row(i) for i in rank_rows or numbers[:1]], bool(rank_rows), -(-len(numbers) // ranks))
+    return RankShare([order.place(i) for i in rank_rows or numbers[:1]], bool(rank_rows), -(-len(numbers) // ranks))
+
+
+def look_ahead(
+    shares: Iterator[RankShare], readers: Readers, order: RowOrder, rows_per_step: int
+) -> Iterator[tuple[RankShare, list[Row]]]:
+    """Yields the shares of all steps with their rows, after the readers know what comes behind.
+
+    They know the places of `order.ahead` rows of all ranks, and the records of the next steps, at least `NEAR_ROWS` of
+    this rank.
+    """
+    far, near = deque[RankShare](), deque[tuple[RankShare, list[Row]]]()
+    rows_ahead = 0
+    for share in itertools.chain(shares, itertools.repeat(None)):
+        if share is not None:
+            readers.expect(share.places)
+            far.append(share)
+            if len(far) * rows_per_step <= order.ahead:
+                continue
+        while far and rows_ahead < NEAR_ROWS:
+            nearest = far.popleft()
+            near.append((nearest, [order.row(place) for place in nearest.places]))
+            readers.prepare(near[-1][1])
+            rows_ahead += len(nearest.places)
+        if not near:
+            return
+        rows_ahead -= len(near[0][1])
+        yield near.popleft()
 
 
 def _steps(
-    readers: Readers, shares: Iterator[_Share], collate: Collate, micro_batch: int, pin_memory: bool
-) -> Generator[list[Batch]]:
+    readers: Readers, shares: Iterator[tuple[RankShare, list[Row]]], collate: Collate, micro_batch: int,
+    pin_memory: bool,
+) -> Generator[list[Batch]]:  # fmt: skip
     with closing(readers):
-        for share in shares:
-            batches = _micro_batches(readers, share, collate, micro_batch)
+        for share, rows in shares:
+            batches = _micro_batches(readers, share, rows, collate, micro_batch)
             yield [batch.map(Tensor.pin_memory) if pin_memory else batch for batch in batches]
 
 
@@ -89,11 +110,11 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
     thread makes so many steps ahead. The batches stay the same. With `pin_memory`, they are in page-locked memory,
     from which a GPU copies while it computes.
     """
-    readers, order = Readers(source.parts, vocab_size=vocab_size), source.order(collate.row_length, seed)
+    order = source.order(collate.row_length, seed)
+    readers = Readers(source, order, vocab_size=vocab_size)
     numbers = (range(start, start + rows_per_step) for start in itertools.count(start_row, rows_per_step))
-    shares = (_share(order, step, rank, ranks) for step in numbers)
-    shares = _look_ahead(shares, readers, -(-order.ahead // rows_per_step))
-    steps = _steps(readers, shares, collate, micro_batch, pin_memory)
+    shares = (share_of_step(order, step, rank, ranks) for step in numbers)
+    steps = _steps(readers, look_ahead(shares, readers, order, rows_per_step), collate, micro_batch, pin_memory)
     if source.prefetch:
         steps = prefetch(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):
@@ -109,9 +130,9 @@ def all_batches(
     """
     order = shards.order(collate.row_length, None)
     own = range(order.rows * rank // ranks, order.rows * (rank + 1) // ranks)
-    with closing(Readers([shards], False, vocab_size)) as readers:
+    with closing(Readers(shards, order, False, vocab_size)) as readers:
         # The rows of each micro-batch. Where the rank has none, row 0 stands in.
-        numbers = [own[start : start + micro_batch] for start in range(0, -(-order.rows // ranks), micro_batch)]
-        shares = (_Share([order.row(i) for i in of_batch or range(1)], bool(of_batch), 1) for of_batch in numbers)
-        for share in _look_ahead(shares, readers, -(-order.ahead // micro_batch)):
-            yield from _micro_batches(readers, share, collate, micro_batch)
+        numbers = (own[start : start + micro_batch] for start in range(0, -(-order.rows // ranks), micro_batch))
+        shares = (RankShare([order.place(i) for i in some or range(1)], bool(some), 1) for some in numbers)
+        for share, rows in look_ahead(shares, readers, order, micro_batch):
+            yield from _micro_batches(readers, share, rows, collate, micro_batch)
