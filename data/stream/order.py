@@ -24,6 +24,8 @@ from kd_core.errors import UsageError
 
 ORDER_VERSION = 2  # of the order of a run's rows: a change of it changes this
 LANES = 64
+CARRIED_TURNS = 24  # windows for which a record may be carried and still be known ahead
+WHOLE_POSITIONS = 1 << 19  # a cache of fewer positions may be held whole
 BlockRef = tuple[int, int]  # shard, block of it
 RecordRef = tuple[int, int, int]  # shard, block, record of it
 
@@ -139,11 +141,14 @@ class CacheOrder:
 
     @property
     def ahead(self) -> int:
-        """Returns how many rows to look ahead to know all rows of this epoch that take records of a block.
+        """Returns how many rows to look ahead, to find nearly all rows of a lane that share a block.
 
-        They lie in the block's segment, which is a part of one lane or of a few.
+        It is at most half of an epoch, where the ends of lanes meet the beginnings of their neighbours. Small caches
+        are looked at whole.
         """
-        return min(self.lanes * int(self.counts.max()), self.rows)
+        windows = max(1, len(self.segments.window_starts) - 1)
+        in_a_lane = 2 * -(-self.rows // windows) + CARRIED_TURNS * carry_limits(self.row_length)[0]
+        return min(self.lanes * in_a_lane, max(self.rows // 2, WHOLE_POSITIONS // self.row_length), self.rows)
 
     def place(self, index: int) -> Place:
         """Returns the place of row `index` of all epochs."""

@@ -20,13 +20,14 @@ from data.cache.lengths import Array, CacheLengths
 from data.stream.packing import too_long
 
 SEGMENT_ROWS, WINDOW_ROWS = 256, 1  # at least so many rows' positions, and at least a block
-CARRIED_POSITIONS, LEAST_CARRIED, MOST_CARRIED = 16384, 4, 16
+CARRIED_POSITIONS, LEAST_CARRIED, MOST_CARRIED = 8192, 4, 8
+FULL_ENOUGH = 50  # a row with less than one in so many positions free is made, not carried
 CHUNK_SEGMENTS = 512  # segments that are counted side by side
 
 
 def carry_limits(row_length: int) -> tuple[int, int]:
     """Returns how many rows are carried at most, and the free positions above which a row may be carried."""
-    return min(MOST_CARRIED, max(LEAST_CARRIED, CARRIED_POSITIONS // row_length)), row_length // 200
+    return min(MOST_CARRIED, max(LEAST_CARRIED, CARRIED_POSITIONS // row_length)), row_length // FULL_ENOUGH
 
 
 def _numbers(starts: Array, totals: Array, size: int) -> Array:

@@ -54,8 +54,7 @@ def _check_folders(experiment: ExperimentParts) -> None:
 def _check_rows(row_length: int, tokens_per_step: int, caches: dict[str, Shards]) -> None:
     """Raises where a record is longer than a row, because records are never cut."""
     for where, shards in caches.items():
-        longest = max(length for shard in shards.manifest.shards for length in shard.lengths)
-        if longest > row_length:
+        if (longest := int(shards.manifest.lengths.records.max())) > row_length:
             raise UsageError(
                 f"collate.row_length: got {row_length}; {where}.path {shards.path} has a record of {longest} "
                 f"positions, and records are never cut. Set tag:RowLength={longest} and tokens_per_step="
