@@ -145,9 +145,7 @@ def table(blocks: int, row_lengths: list[int]) -> str:
                     factors.append(seen.blocks * n / blocks)
                     most_held = seen.most_held if n == 1 else most_held
                 cells.append(f"{max(factors):.2f}")
-            lines.append(
-                f"| {kind} | {row_length} | {fill:.1%} | {' | '.join(cells)} | {most_held / row_length:.0f} |"
-            )
+            lines.append(f"| {kind} | {row_length} | {fill:.1%} | {' | '.join(cells)} | {most_held / row_length:.0f} |")
             print(lines[-1], flush=True)
     return "\n".join(lines)
 

@@ -2,10 +2,10 @@
 
     segments of the cache ─ permuted ─► all rows of the epoch in line ─ cut into lanes ─► dealt: row i from lane i mod L
 
-Each epoch permutes the segments of the cache (`segments.py`) and sets their rows in line. Within a segment, windows keep
-their stored order. Which record of one length takes which place is drawn, and so is the order of a window's rows. The
-line is cut into L = 64 lanes of equal length (one more row in some), which are permuted too. Row i of the epoch is the
-next row of lane i mod L. Rank r of n takes rows r, r + n, …: where n divides L, those of L / n lanes, which read
+Each epoch permutes the segments of the cache (`segments.py`) and sets their rows in line. Within a segment, windows
+keep their stored order. Which record of one length takes which place is drawn, and so is the order of a window's rows.
+The line is cut into L = 64 lanes of equal length (one more row in some), which are permuted too. Row i of the epoch is
+the next row of lane i mod L. Rank r of n takes rows r, r + n, …: where n divides L, those of L / n lanes, which read
 neighbouring blocks one after the other.
 
 As many rows are made of a segment in each epoch, so any row is found by arithmetic. A cursor is one number, the rows

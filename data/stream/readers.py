@@ -105,9 +105,7 @@ class Readers:
     vocabulary. None takes the vocabulary of each manifest.
     """
 
-    def __init__(
-        self, source: Source, order: RowOrder, may_skip: bool = True, vocab_size: int | None = None
-    ) -> None:
+    def __init__(self, source: Source, order: RowOrder, may_skip: bool = True, vocab_size: int | None = None) -> None:
         parts = zip(source.parts, order.orders, strict=True)
         self.parts = [CacheReader(part, part_order, may_skip, vocab_size) for part, part_order in parts]
         self.latest_reader = self.parts[0].reader

@@ -25,6 +25,7 @@ from kd_core.types import Batch
 
 NEAR_ROWS = 64  # of a rank, whose blocks are read ahead
 
+
 class RankShare(NamedTuple):
     """A rank's share of a step: its rows, whether they are its own, and the most rows that any rank has.
 

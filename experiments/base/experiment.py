@@ -8,6 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
+from data.stream.order import ORDER_VERSION
 from data.stream.source import count_passes, format_passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
@@ -97,7 +98,8 @@ class Experiment(ExperimentParts):
             )  # fmt: skip
 
         tokenizer = Tokenizer(resolve_folder(self.student.folder))
-        return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
+        prompts = self._prompts(tokenizer)
+        return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), prompts, ORDER_VERSION)
 
     def _held_out(self, share: dict[str, int]) -> dict[str, HeldOutCache]:
         micro_batch, weights = self.parallel.micro_batch_rows, self.evaluation.weights

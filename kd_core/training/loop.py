@@ -52,13 +52,14 @@ class Data:
     """The data of a run: training batches, held-out caches by name, and prompts.
 
     `steps_from(rows)` yields the micro-batches of one step after another, behind the first `rows` rows of the run's
-    order. `token_bytes` holds how many bytes of text each token stands for, int [V].
+    order, which is of version `order`. `token_bytes` holds how many bytes of text each token stands for, int [V].
     """
 
     steps_from: Callable[[int], Generator[Sequence[Batch]]]
     held_out: Mapping[str, HeldOutCache]
     token_bytes: Tensor
     prompts: Prompts
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ class _Run:
                     f"wanted {expected_rows}. Use another checkpoint."
                 )
             log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.settings.steps)
+            if self.progress.order != self.data.order:
+                log.warning(checkpoint.ANOTHER_ORDER, newest, self.progress.order, self.data.order)
+        self.progress = replace(self.progress, order=self.data.order)
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
         assert_ranks_agree(self.world, cursor)
         return newest is not None

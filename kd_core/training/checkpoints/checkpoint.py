@@ -44,18 +44,26 @@ from kd_core.training.checkpoints.checkpoint_storage import TensorReader, Tensor
 
 log = logging.getLogger("kd")
 MOST_STEPS = 1 << 53
+ANOTHER_ORDER = (
+    "%s: rows came in an order of version %d, and come in one of version %d from here on. Records of this epoch may come "
+    "twice or not at all. To keep the order, resume with the commit that the run's attempts/ name"
+)
 # DCP warns that a single process reads and writes alone, which is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run: steps done, rows of the global order read, the checkpoint's metric, and steps skipped."""
+    """The progress of a run: steps done, rows of the global order read, the checkpoint's metric, and steps skipped.
+
+    `order` is the version of the order of rows. Checkpoints that do not name it are of version 1.
+    """
 
     step: int = 0
     rows: int = 0
     metric: float | None = None
     skipped: int = 0
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -209,11 +217,13 @@ def read_progress(folder: Path) -> Progress:
     """Reads the progress of a complete checkpoint."""
     path = folder / "progress.json"
     with damage_as_usage_error(path, "a checkpoint's progress"):
-        stored = check_object(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
+        stored = check_object({"order": 1, **read_json(path, "a checkpoint's progress")}, "it", vars(Progress()))
         metric = stored["metric"]
         if metric is not None and not (isinstance(metric, float) and not math.isfinite(metric)):
             metric = check_number(metric, "metric")
-        counts = {name: check_integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
+        counts = {
+            name: check_integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped", "order")
+        }
         return Progress(**counts, metric=metric)
 
 

@@ -8,6 +8,7 @@ from data.stream.source import Shards
 from data.stream.stream import all_batches
 from tests.tiny import ROW_LENGTH, Tiny
 
+
 def test_evaluation_reads_every_record_once_over_any_ranks(tiny: Tiny) -> None:
     manifest = read_manifest(tiny.validation)
     for ranks in (1, 3):
