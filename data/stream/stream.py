@@ -1,7 +1,7 @@
 """Streams of batches from caches, composed of these steps:
 
     rows of a rank, by their numbers ─► look ahead: what to keep and to read ─► readers: records ─► collate: batches
-                                                                            └──── by a thread ahead of its use ───┘
+    └──────────────────────────────────────── by a thread ahead of their use ───────────────────────────────────────┘
 
 The order does not depend on ranks. A step is `rows_per_step` rows of it, and rank r of n takes rows r, r+n, …. Ranks
 are data-parallel ranks: all ranks of a tensor-parallel group pass the same rank and size, and get the same batch.

@@ -104,16 +104,13 @@ class _Run:
         self.pulse.enter("loading a checkpoint")
         newest = checkpoint.newest_undamaged(self.folder.checkpoints, self.world, self.pulse.beat)
         if newest is not None:
-            self.progress = checkpoint.load(newest, self.model, self.optimizer)
+            self.progress = checkpoint.load(newest, self.model, self.optimizer, self.data.order)
             if self.progress.rows != (expected_rows := self.progress.step * self.settings.rows_per_step):
                 raise UsageError(
                     f"{newest / 'progress.json'}: {self.progress.rows} rows were read by step {self.progress.step}; "
                     f"wanted {expected_rows}. Use another checkpoint."
                 )
             log.info("resumed from %s: %d of %d steps are done", newest, self.progress.step, self.settings.steps)
-            if self.progress.order != self.data.order:
-                log.warning(checkpoint.ANOTHER_ORDER, newest, self.progress.order, self.data.order)
-        self.progress = replace(self.progress, order=self.data.order)
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
         assert_ranks_agree(self.world, cursor)
         return newest is not None
@@ -269,7 +266,8 @@ def run(
     with ExitStack() as stack:
         pulse = stack.enter_context(watch_for_hangs(world, settings.parallel.timeout))
         stack.callback(model.register_forward_pre_hook(pulse.on_forward).remove)  # each micro-batch is progress
-        state = _Run(model, settings.optimizer.build(model), data, settings, folder, world, pulse)
+        optimizer, start = settings.optimizer.build(model), Progress(order=data.order)
+        state = _Run(model, optimizer, data, settings, folder, world, pulse, start)
         state.group_settings = read_group_settings(state.optimizer)
         resumed = state.restore()
         if state.progress.step == settings.steps:
