@@ -14,7 +14,7 @@ Resuming is timed from the lengths in memory to the first row of the rank, at a 
 import argparse
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from types import SimpleNamespace
@@ -76,6 +76,8 @@ class Stand:
 class CountingReader:
     """Counts the blocks that are read. Their records have nothing but their lengths."""
 
+    has_room = False
+
     def __init__(self, lengths: CacheLengths) -> None:
         self.lengths, self.reads = lengths, 0
 
@@ -87,7 +89,7 @@ class CountingReader:
     def keep_only(self, blocks: set[BlockRef]) -> None:
         pass
 
-    def expect(self, blocks: list[BlockRef]) -> None:
+    def expect(self, blocks: Iterable[BlockRef]) -> None:
         pass
 
 

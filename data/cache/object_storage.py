@@ -1,7 +1,8 @@
 """Object storage (S3, GCS, Azure) and web servers, through obstore. No other module imports obstore.
 
 Credentials, endpoints and regions come from the environment, as obstore reads them (docs/storage.md). Text of obstore's
-errors is never shown, because it may hold signed URLs. `describe_failure` takes from it only what cannot be a secret.
+errors is never shown, because a server's answer may hold anything. `describe_failure` takes from it a status, an error
+code and the kind of a failure, which cannot be secrets.
 """
 
 import asyncio
@@ -36,16 +37,20 @@ MOST_REQUESTS = 16  # requests of one cache at a time
 RETRIES = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=10),
-    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=1), "base": 2},
 }
 CLIENT = {"connect_timeout": "5s", "read_timeout": "20s", "timeout": "15m", "pool_idle_timeout": "20s"}
-LONGEST_PAUSE = 10.0  # seconds between attempts
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts
+ENDPOINTS = {
+    "s3": ("AWS", "_ENDPOINT(_URL(_S3)?)?"),
+    "gs": ("GOOGLE", "_BASE_URL"),
+    "az": ("AZURE", "(_STORAGE)?_ENDPOINT"),
+}
 CHUNK_BYTES = 8 << 20  # of a multipart upload
 NETWORK_CAUSES = {
     "Connect": "no connection", "Timeout": "timed out", "Interrupted": "the connection broke",
     "Decode": "the answer broke off", "Request": "the request failed",
 }  # fmt: skip
-NO_CREDENTIALS_MARKS = ("169.254.169.254", "MissingAccount", "metadata")  # services that lend credentials to machines
 CREDENTIALS = "Renew or correct the credentials in the environment (docs/storage.md), then run the same command again."
 REACH = "Check that it can be reached, then run the same command again."
 
@@ -58,6 +63,15 @@ class Failure(NamedTuple):
     transient: bool
 
 
+NO_CREDENTIALS = Failure("there are no credentials, or no account, in the environment", CREDENTIALS, False)
+MARKED_FAILURES = {  # words in texts of obstore
+    "BadScheme": Failure("credentials are not sent over plain http", "Set an https endpoint (docs/storage.md).", False),
+    "MissingAccount": NO_CREDENTIALS,
+    "169.254.169.254": NO_CREDENTIALS,  # the service that lends credentials to machines of a cloud
+    "metadata.google": NO_CREDENTIALS,
+}
+
+
 def describe_failure(error: BaseException) -> Failure:
     """Returns what an error of obstore means, from its class, a status, an error code and the kind of a failure."""
     text = str(error)
@@ -65,8 +79,8 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure("it takes too long", REACH, True)
     if isinstance(error, NotSupportedError):
         return Failure("the server does not send parts of a file", "Use one that does, or copy the cache.", False)
-    if any(mark in text for mark in NO_CREDENTIALS_MARKS):
-        return Failure("there are no credentials, or no account, in the environment", CREDENTIALS, False)
+    if mark := next((mark for mark in MARKED_FAILURES if mark in text), None):
+        return MARKED_FAILURES[mark]
     if status := re.search(r"status code: (\d{3})", text):
         code = re.search(r"<Code>([A-Za-z]{1,64})</Code>", text)
         return _describe_status(status[1], code[1] if code else "")
@@ -196,7 +210,7 @@ class ObjectStorage:
             UsageError: the request failed for good, or for longer than `retry_seconds`.
         """
         self.slots = self.slots or asyncio.Semaphore(MOST_REQUESTS)
-        started, left = time.monotonic(), self.retry_seconds
+        started, left, failure = time.monotonic(), self.retry_seconds, None
         for attempt in itertools.count():
             try:
                 async with self.slots, asyncio.timeout(left if is_short else None):
@@ -204,8 +218,10 @@ class ObjectStorage:
             except (UsageError, FileNotFoundError):
                 raise
             except Exception as error:
-                failure, waited = describe_failure(error), time.monotonic() - started
-            pause = min(0.5 * 2**attempt, LONGEST_PAUSE)
+                # The end of the time is no cause where an earlier attempt had one.
+                failure = failure if failure and isinstance(error, TimeoutError) else describe_failure(error)
+                waited = time.monotonic() - started
+            pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
             left = self.retry_seconds - waited - pause
             if not failure.transient or left <= 0:
                 raise self._error(name, failure, waited)
@@ -230,19 +246,23 @@ class WebStorage(ObjectStorage):
         return open_web_client(self.base, {"allow_http": True})
 
 
+def _allows_http(scheme: str) -> bool:
+    """Returns True if the environment names endpoints of this machine alone, or says that plain http is allowed."""
+    prefix, endpoint = ENDPOINTS[scheme]
+    endpoints = [value for name, value in os.environ.items() if re.fullmatch(prefix + endpoint, name)]
+    is_allowed = os.environ.get(f"{prefix}_ALLOW_HTTP", "").lower() in ("1", "true")
+    return is_allowed or (bool(endpoints) and all(map(is_loopback, endpoints)))
+
+
 class BucketStorage(ObjectStorage):
     """A folder of a bucket of S3 or GCS, or of a container of Azure."""
 
     def open(self) -> Any:
         scheme = self.base.partition(":")[0]
-        options: dict[str, Any] = {"client_options": dict(CLIENT), "retry_config": RETRIES}
-        endpoints = [value for name, value in os.environ.items() if re.fullmatch(r"AWS_ENDPOINT(_URL(_S3)?)?", name)]
-        if scheme == "s3":
-            # Many servers of the S3 protocol know single deletions alone.
-            options["config"] = {"disable_bulk_delete": True}
-            if endpoints and all(is_loopback(url) for url in endpoints):
-                options["client_options"]["allow_http"] = True
-        return {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme].from_url(self.base, **options)
+        # Many servers of the S3 protocol know single deletions alone.
+        config = {"config": {"disable_bulk_delete": True}} if scheme == "s3" else {}
+        options = {"client_options": {**CLIENT, "allow_http": _allows_http(scheme)}, "retry_config": RETRIES, **config}
+        return {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme].from_url(self.base, **cast(Any, options))
 
     def names(self) -> list[str]:
         async def list_files() -> list[str]:

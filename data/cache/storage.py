@@ -18,6 +18,7 @@ from kd_core.files import open_no_follow
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 PLAIN_URL = re.compile(r"[a-z0-9]+://[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._~%+,=:@-]*)*")
+PARTIAL = ".partial"  # ends the name of a file that is being written
 RETRY_SECONDS = 30.0  # seconds in which a failed request is tried again, unless a caller states others
 
 
@@ -147,7 +148,8 @@ class LocalStorage:
         return path.stat().st_size if path.is_file() else None
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if path.is_file()) if self.folder.is_dir() else []
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path.name for path in paths if path.suffix != PARTIAL and path.is_file())
 
     def read(self, name: str, most: int) -> bytes:
         size = self.size(name)
@@ -173,7 +175,7 @@ class LocalStorage:
         return future
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
-        partial = self.folder / f"{name}.partial"
+        partial = self.folder / f"{name}{PARTIAL}"
         with open(partial, "wb", opener=open_no_follow) as file:
             for chunk in chunks:
                 file.write(chunk)

@@ -45,7 +45,7 @@ class CacheReader:
         """Adds the blocks of a row to those that are needed, unless they are decoded."""
         for *block, index in row.records:
             held = self.held.get((block[0], block[1]))
-            if held is None or index not in held.records:
+            if (held is None or index not in held.records) and (block[0], block[1]) not in self.damaged:
                 self.needed[block[0], block[1]] = None
 
     def take(self, ref: RecordRef, place: Place) -> Record | None:
@@ -134,7 +134,12 @@ class Readers:
         for row in rows:
             self.parts[row.place.part].prepare(row)
         for part in self.parts:
-            part.reader.expect(list(part.needed))
+            part.reader.expect(part.needed)
+
+    @property
+    def has_room(self) -> bool:
+        """Returns True if blocks of further rows may be read ahead."""
+        return any(part.reader.has_room for part in self.parts)
 
     def read(self, row: Row) -> tuple[list[Record], int]:
         """Returns the undamaged records of a row, cut to what the settings read, and the number of damaged blocks.

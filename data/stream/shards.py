@@ -9,7 +9,7 @@ only to describe the damage.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -23,6 +23,7 @@ from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, parse_manif
 from data.cache.record import Record
 from data.cache.storage import RETRY_SECONDS, is_url, storage_at
 from data.cache.tar import END_OF_TAR, read_members
+from data.stream.block_cache import BlockCache
 from data.stream.order import BlockRef, RecordRef
 from kd_core.errors import UsageError
 
@@ -43,7 +44,7 @@ class DamagedBlockError(UsageError):
     """Error of a block that differs from what the manifest says of it."""
 
 
-def load_manifest(path: str) -> Manifest:
+def load_manifest(path: str, retry_seconds: float = RETRY_SECONDS) -> Manifest:
     """Reads the manifest of a cache in a folder or behind a URL.
 
     Raises:
@@ -51,7 +52,7 @@ def load_manifest(path: str) -> Manifest:
     """
     if not is_url(path):
         return read_manifest(Path(path))
-    storage = storage_at(path)
+    storage = storage_at(path, retry_seconds)
     url = storage.url("manifest.json")
     try:
         return parse_manifest(json.loads(storage.read("manifest.json", MAX_MANIFEST_BYTES)), url)
@@ -61,17 +62,18 @@ def load_manifest(path: str) -> Manifest:
         raise UsageError(f"{url}: not valid JSON ({error}), wanted the manifest of a teacher cache.") from None
 
 
-def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
+def read_tables(folder: Path | str, expected: dict[str, Any], retry_seconds: float = RETRY_SECONDS) -> RankTables:
     """Reads the rank tables of a cache.
 
     Args:
         folder: the cache's folder or URL.
         expected: `bytes` and `sha256` of the tables, as the manifest states them.
+        retry_seconds: seconds in which a failed read from a URL is tried again.
 
     Raises:
         UsageError: the tables are missing, or differ from what the manifest states.
     """
-    storage = storage_at(folder)
+    storage = storage_at(folder, retry_seconds)
     path = storage.url(TABLES_FILE)
     data = storage.read(TABLES_FILE, int(expected["bytes"]))
     digest = hashlib.sha256(data).hexdigest()
@@ -87,12 +89,16 @@ def read_tables(folder: Path | str, expected: dict[str, Any]) -> RankTables:
 class ShardReader:
     """A reader of one cache's blocks. It verifies each block, and holds the decoded records of those in use.
 
-    Blocks that `expect` names are read ahead of their use where the storage is far away. `close` ends reads under way.
+    Where the storage is far away, blocks that `expect` names are read ahead of their use, and `block_cache` keeps
+    verified blocks on this machine. `close` ends reads under way.
     """
 
-    def __init__(self, folder: Path | str, manifest: Manifest, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(
+        self, folder: Path | str, manifest: Manifest, retry_seconds: float = RETRY_SECONDS,
+        block_cache: BlockCache | None = None,
+    ) -> None:  # fmt: skip
         self.storage, self.manifest = storage_at(folder, retry_seconds), manifest
-        tables = read_tables(folder, manifest.tables)
+        tables = read_tables(folder, manifest.tables, retry_seconds)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
                 f"{self.storage.url(TABLES_FILE)}: has a vocabulary of {tables.vocab_size}, the manifest one of "
@@ -100,7 +106,8 @@ class ShardReader:
             )
         self.coding = Coding(tables, manifest.selection, manifest.codec)
         self.held: dict[BlockRef, list[Record]] = {}
-        self.expected: Sequence[BlockRef] = ()
+        self.block_cache = block_cache if self.storage.read_ahead else None
+        self.expected: dict[BlockRef, int] = {}  # bytes to read, in the order in which they will be needed
         self.reads: dict[BlockRef, Future[bytes]] = {}  # under way, or done and not yet used
         self.stopped = False
         self.current_block = "nothing was asked for"  # shown in errors of the thread that waits
@@ -113,8 +120,11 @@ class ShardReader:
 
     def close(self) -> None:
         """Ends all reads and drops all records. Only the reading thread may call it."""
-        self.expect(())
-        self.keep_only(set())
+        for read in self.reads.values():
+            read.cancel()
+        self.reads.clear()
+        self.expected.clear()
+        self.held.clear()
 
     def stop(self) -> None:
         """Ends all reads. Any thread may call it, and the reading thread gets an error."""
@@ -127,21 +137,29 @@ class ShardReader:
         for ref in set(self.held) - blocks:
             del self.held[ref]
 
-    def expect(self, blocks: Sequence[BlockRef]) -> None:
-        """States which blocks will be needed, in that order. They are read ahead, up to `read_ahead` bytes of them."""
-        self.expected = blocks if self.storage.read_ahead else ()
-        for ref in set(self.reads) - set(self.expected):
-            self.reads.pop(ref).cancel()
+    @property
+    def has_room(self) -> bool:
+        """Returns True if further blocks may be expected."""
+        return sum(self.expected.values()) < self.storage.read_ahead
+
+    def expect(self, blocks: Iterable[BlockRef]) -> None:
+        """States further blocks that will be needed, in that order. They are read ahead, up to `read_ahead` bytes."""
+        for ref in blocks:
+            if self.storage.read_ahead and ref not in self.held and ref not in self.expected:
+                self.expected[ref] = self._size(ref)
         self._read_ahead()
 
     def _read_ahead(self) -> None:
         room = self.storage.read_ahead
-        for ref in self.expected:
-            if ref not in self.held:
-                room -= self._size(ref)
-                if room < 0 or self.stopped:
-                    return
+        for ref, size in self.expected.items():
+            room -= size
+            if room < 0 or self.stopped:
+                return
+            if ref not in self.reads and not (self.block_cache and self.block_cache.has(self._block(ref).sha256)):
                 self._start_read(ref)
+
+    def _block(self, ref: BlockRef) -> Block:
+        return self.manifest.shards[ref[0]].blocks[ref[1]]
 
     def _start_read(self, ref: BlockRef) -> "Future[bytes]":
         if ref not in self.reads:
@@ -181,12 +199,7 @@ class ShardReader:
         shard, index = self.manifest.shards[ref[0]], ref[1]
         block, path = shard.blocks[index], self.storage.url(shard.name)
         self.current_block = f"{path}: block {index}"
-        data = self._bytes(ref)
-        data, end = data[: block.bytes], data[block.bytes :]
-        if hashlib.sha256(data).hexdigest() != block.sha256:
-            raise _damaged(path, index, _damage_cause(data, self.coding, path))
-        if index == len(shard.blocks) - 1 and end != END_OF_TAR:
-            raise _damaged(path, index, f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
+        data = self._verified_bytes(ref, path)
         try:
             records = decode_block(webdataset_io.read_block_members(data, path), self.coding)
         except Exception as error:  # whatever webdataset raises means damage
@@ -195,13 +208,43 @@ class ShardReader:
             raise _damaged(path, index, f"holds records of {lengths} positions; the manifest says {block.lengths}")
         return records
 
+    def _verified_bytes(self, ref: BlockRef, path: str) -> bytes:
+        """Returns the bytes of a block, from this machine if they are kept there, else from the storage.
+
+        Raises:
+            DamagedBlockError: the storage holds other bytes than the manifest says.
+        """
+        block, kept = self._block(ref), self.block_cache
+        if kept and ref not in self.reads and (data := kept.get(block.sha256, block.bytes)) is not None:
+            if hashlib.sha256(data).hexdigest() == block.sha256:
+                self._used(ref)
+                return data
+            kept.drop(block.sha256)
+        data = self._bytes(ref)
+        data, end = data[: block.bytes], data[block.bytes :]
+        if hashlib.sha256(data).hexdigest() != block.sha256:
+            raise _damaged(path, ref[1], _damage_cause(data, self.coding, path))
+        if end and end != END_OF_TAR:
+            raise _damaged(path, ref[1], f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
+        if kept:
+            kept.put(block.sha256, data)
+        return data
+
+    def _used(self, ref: BlockRef) -> None:
+        """Forgets a block that was expected, which makes room for reading others ahead."""
+        self.expected.pop(ref, None)
+        self._read_ahead()
+
     def _bytes(self, ref: BlockRef) -> bytes:
         """Returns the bytes of a block. The last block's are followed by those that end the tar.
 
         Raises:
+            DamagedBlockError: the shard has another size than the manifest says.
             UsageError: they cannot be read, or the reader was stopped.
         """
         read = self._start_read(ref)
+        if self.stopped:
+            read.cancel()
         try:
             data = read.result()
         except CancelledError:
@@ -209,7 +252,7 @@ class ShardReader:
         finally:
             read.cancel()  # after an interrupt
             self.reads.pop(ref, None)
-        self._read_ahead()
+        self._used(ref)
         shard, is_last = self.manifest.shards[ref[0]], ref[1] == len(self.manifest.shards[ref[0]].blocks) - 1
         if len(data) != self._size(ref) - is_last:
             stored = self.storage.size(shard.name)

@@ -16,6 +16,7 @@ from data.cache.lengths import Array
 from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.cache.storage import storage_at
+from data.stream.block_cache import AUTO, BlockCache
 from data.stream.mixing import MixedOrder
 from data.stream.order import CacheOrder
 from data.stream.row_counts import count_rows
@@ -34,7 +35,7 @@ class Shards:
     """A teacher cache, and how much of each position is read from it.
 
     Args:
-        path: the cache's folder or its URL (http, https, gs, ais).
+        path: the cache's folder or its URL (s3, gs, az, hf, http, https; docs/storage.md).
         top_k: most entries a position (None: all that are stored).
         min_prob: only entries of at least this probability are read.
         mass: entries are read, the likeliest first, until they hold this mass.
@@ -45,6 +46,10 @@ class Shards:
         max_damaged_blocks: most blocks of a cache that a rank skips. With one more it stops and lists them all.
         prefetch: steps that a thread reads and decodes ahead (0: none). Each takes the memory of its batches.
         timeout: seconds to wait for a step that is read ahead.
+        retry_seconds: seconds in which a read from a URL that fails is tried again, before the run stops.
+        block_cache: folder of this machine that keeps blocks read from a URL (`auto`: kd-workspace/blocks in the
+            user's cache folder, None: none are kept).
+        block_cache_bytes: most bytes of that folder. The blocks not used for the longest time are deleted.
     """
 
     path: str
@@ -56,11 +61,15 @@ class Shards:
     max_damaged_blocks: int = 8
     prefetch: int = 2
     timeout: float = 600.0
+    retry_seconds: float = 300.0
+    block_cache: str | None = AUTO
+    block_cache_bytes: int = 64 << 30
 
     def __post_init__(self) -> None:
         check_settings(
             self, "shards.", top_k=AT_LEAST_1, min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0,
             max_damaged_blocks=AT_LEAST_0, prefetch=AT_LEAST_0, timeout=SECONDS,
+            retry_seconds=SECONDS, block_cache_bytes=AT_LEAST_1,
         )  # fmt: skip
         storage_at(self.path)
 
@@ -70,10 +79,11 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        return load_manifest(self.path)
+        return load_manifest(self.path, self.retry_seconds)
 
     def reader(self) -> ShardReader:
-        return ShardReader(self.path, self.manifest)
+        block_cache = BlockCache.from_setting(self.block_cache, self.block_cache_bytes)
+        return ShardReader(self.path, self.manifest, self.retry_seconds, block_cache)
 
     def check(self, vocab_size: int, tokenizer: str) -> None:
         """Raises for a cache of another vocabulary or tokenizer, without records or scored positions, or misaligned.

@@ -23,7 +23,7 @@ from data.stream.readers import Readers
 from data.stream.source import RowOrder, Shards, Source
 from kd_core.types import Batch
 
-NEAR_ROWS = 64  # of a rank, whose blocks are read ahead
+NEAR_ROWS, MOST_NEAR_ROWS = 64, 4096  # of a rank, whose blocks are known before they are needed
 
 
 class RankShare(NamedTuple):
@@ -69,8 +69,8 @@ def look_ahead(
 ) -> Iterator[tuple[RankShare, list[Row]]]:
     """Yields the shares of all steps with their rows, after the readers know what comes behind.
 
-    They know the places of `order.ahead` rows of all ranks, and the records of the next steps, at least `NEAR_ROWS` of
-    this rank.
+    They know the places of `order.ahead` rows of all ranks, and the records of so many rows of this rank as they read
+    ahead.
     """
     far, near = deque[RankShare](), deque[tuple[RankShare, list[Row]]]()
     rows_ahead = 0
@@ -80,7 +80,7 @@ def look_ahead(
             far.append(share)
             if len(far) * rows_per_step <= order.ahead:
                 continue
-        while far and rows_ahead < NEAR_ROWS:
+        while far and rows_ahead < (MOST_NEAR_ROWS if readers.has_room else NEAR_ROWS):
             nearest = far.popleft()
             near.append((nearest, [order.row(place) for place in nearest.places]))
             readers.prepare(near[-1][1])

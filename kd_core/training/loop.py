@@ -1,6 +1,6 @@
 """The training loop, from the newest undamaged checkpoint or the start, to the last step.
 
-    batches of a step → begin_step → numbers → (validation, continuations) → metrics → (checkpoint) → (told to stop?)
+    batches of a step → begin_step → numbers → (validation, continuations) → metrics → (checkpoint), next batches, stop?
 
 On a GPU the numbers of a step are read behind the next one, unless a validation or a checkpoint needs them before.
 Everything that varies with the step (learning rate, random state, rows read) is a function of it. A run that was
@@ -9,12 +9,11 @@ killed and resumed therefore computes the same as one that was not (on a GPU up 
 
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +40,7 @@ from kd_core.training.optimizer import set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.run_settings import RunSettings
 from kd_core.training.step import BegunStep, begin_step, count_tokens_and_damage
+from kd_core.training.step_reader import StepReader
 from kd_core.training.stop_signals import StopSignals
 from kd_core.types import Batch
 
@@ -114,15 +114,6 @@ class _Run:
         cursor = {"the step": str(self.progress.step), "the data cursor (rows)": str(self.progress.rows)}
         assert_ranks_agree(self.world, cursor)
         return newest is not None
-
-    def steps(self) -> Generator[tuple[int, Sequence[Batch], float]]:
-        """Yields each remaining step, its batches, and the seconds that it waited for them."""
-        with closing(self.data.steps_from(self.progress.rows)) as batches_of:
-            for step in range(self.progress.step + 1, self.settings.steps + 1):
-                self.pulse.enter(f"reading data of step {step}")
-                started = time.perf_counter()
-                batches = next(batches_of)
-                yield step, batches, time.perf_counter() - started
 
     def validate(self, step: int) -> dict[str, float]:
         """Returns metrics on the held-out caches, and logs continuations of the prompts."""
@@ -247,11 +238,12 @@ class _Run:
         if self.metrics and is_due:
             self.metrics.add(step, {**values, **held_out})
 
-    def save(self, saver: Saver, held_out: dict[str, float]) -> None:
+    def save(self, saver: Saver, held_out: dict[str, float]) -> Literal[True]:
         """Begins a checkpoint of the progress, with the metric that ranks checkpoints if the step was validated."""
         self.pulse.enter(f"in saving step {self.progress.step}")
         metric = held_out.get(self.settings.checkpoint.best_metric)
         saver.save(replace(self.progress, metric=metric), self.model, self.optimizer)
+        return True
 
 
 def run(
@@ -261,7 +253,7 @@ def run(
 
     Raises:
         NonFiniteError: the loss or a gradient was not finite, more often than the settings allow.
-        UsageError: all checkpoints are damaged, or one cannot be written.
+        UsageError: all checkpoints are damaged, one cannot be written, or the data of a step cannot be read.
     """
     with ExitStack() as stack:
         pulse = stack.enter_context(watch_for_hangs(world, settings.parallel.timeout))
@@ -281,17 +273,21 @@ def run(
         # Begun after the first validation, which would otherwise count as part of every step in the time that is left.
         slow_start = SlowStart(model, settings.parallel, world, settings.steps - state.progress.step)
         live = stack.enter_context(ProgressLine(settings.steps, state.progress.step, settings.logger.line_every, world))
-        for step, batches, waited in stack.enter_context(closing(state.steps())):
-            state.begun.append(state.begin_step(step, batches, waited))
+        reader = stack.enter_context(StepReader(data.steps_from, state.progress, settings.steps, pulse))
+        for step in range(state.progress.step + 1, settings.steps + 1):
+            state.begun.append(state.begin_step(step, reader.batches, reader.waited))
             # A validation or a checkpoint needs the numbers of this step at once.
             is_needed = state.is_due(step, settings.evaluation.every, settings.checkpoint.every)
             held_out = state.report_steps(live, slow_start, all_of_them=is_needed)
-            stop_reason = stopping.agree_on_stop(world)
-            if stop_reason or state.is_due(step, settings.checkpoint.every):
+            is_saved = state.is_due(step, settings.checkpoint.every) and state.save(saver, held_out)
+            reader.read_next()
+            stop_reason = stopping.agree_on_stop(world, reader.error is None)
+            if stop_reason and not is_saved:
                 state.report_steps(live, slow_start, all_of_them=True)
                 state.save(saver, held_out)
             if stop_reason and step < settings.steps:
                 saver.wait()
+                reader.raise_error(world, step)
                 log.info("stopped after step %d of %d, %s; it is saved. Run the same command again to go on.",
                          step, settings.steps, stop_reason)  # fmt: skip
                 return False

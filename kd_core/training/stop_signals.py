@@ -18,7 +18,8 @@ from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-TIME_IS_OVER = 1_000  # above every signal's number
+TIME_IS_OVER, NO_DATA = 1_000, 1_001  # above every signal's number
+REASONS = {TIME_IS_OVER: "its time is over", NO_DATA: "a rank lacks the data of the next step"}
 UNITS = (1, 60, 3_600, 86_400)
 
 
@@ -88,16 +89,16 @@ class StopSignals:
         is_over = self.deadline is not None and time.monotonic() > self.deadline
         return self.received or (TIME_IS_OVER if is_over else 0)
 
-    def agree_on_stop(self, world: World) -> str | None:
-        """Returns why all ranks stop now, or None if no rank has received a signal or run out of time.
+    def agree_on_stop(self, world: World, has_data: bool = True) -> str | None:
+        """Returns why all ranks stop now, or None if no rank has received a signal, run out of time, or lacks data.
 
         All ranks call it together, after every step.
         """
-        # The largest code of all ranks: a time limit comes before any signal.
-        code = torch.tensor([self._local_code()])
+        # The largest code of all ranks: missing data come before a time limit, and that before any signal.
+        code = torch.tensor([self._local_code() if has_data else NO_DATA])
         if world.size > 1:
             dist.all_reduce(code, dist.ReduceOp.MAX)
         number = int(code)
         if not number:
             return None
-        return "its time is over" if number == TIME_IS_OVER else f"told to by {signal.Signals(number).name}"
+        return REASONS.get(number) or f"told to by {signal.Signals(number).name}"

@@ -15,7 +15,8 @@ from pathlib import Path
 class Behaviour:
     """What was asked for; how many answers for shards are cut short, hang or fail; with a status in place of a file.
 
-    `delay` are seconds before each answer. Without `ranges` the server sends whole files, as `http.server` does.
+    `delay` are seconds before each answer. `most_at_once` counts requests for shards that waited together. Without
+    `ranges` the server sends whole files, as `http.server` does.
     """
 
     asked: list[str] = field(default_factory=list)
@@ -24,8 +25,12 @@ class Behaviour:
     hang: int = 0
     status: int = 0
     failing: int = -1  # answers that fail with `status`, or all
+    fails_from: int = 0  # answers for shards before the first that fails
     delay: float = 0.0
     ranges: bool = True
+    now: int = 0
+    most_at_once: int = 0
+    counting: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)
 
 
@@ -40,8 +45,10 @@ class Handler(SimpleHTTPRequestHandler):
         does, path = self.behaviour, Path(self.translate_path(self.path))
         does.asked.append(path.name)
         does.headers.append({name.lower(): value for name, value in self.headers.items()})
-        time.sleep(does.delay)
-        if does.status and does.failing:
+        if path.name.startswith("shard"):
+            self._wait(does)
+        shards = sum(name.startswith("shard") for name in does.asked)
+        if does.status and does.failing and shards >= does.fails_from:
             does.failing -= 1
             return self.send_error(does.status)
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if does.ranges else None
@@ -69,6 +76,14 @@ class Handler(SimpleHTTPRequestHandler):
             return None
         self.wfile.write(part)
         return None
+
+    def _wait(self, does: Behaviour) -> None:
+        with does.counting:
+            does.now += 1
+            does.most_at_once = max(does.most_at_once, does.now)
+        time.sleep(does.delay)
+        with does.counting:
+            does.now -= 1
 
     def log_message(self, *_: object) -> None:
         pass

@@ -151,14 +151,13 @@ def test_damage_stops_by_default_and_always_in_evaluation(damaged: Path, prefetc
         list(batches)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http with curl")
 def test_a_server_that_hangs_is_an_error_that_says_what_was_waited_for(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving(tiny.train) as (url, behaviour):
         behaviour.hang = 1
-        steps = _steps(Shards(url, timeout=0.5), 0)
+        steps = _steps(Shards(url, timeout=0.5, block_cache=None), 0)
         with closing(steps), pytest.raises(UsageError, match=r"waited \d s .* is still at http.*/shard-.*: block \d"):
             next(steps)
         assert "reading ahead" not in {thread.name for thread in threading.enumerate()}
