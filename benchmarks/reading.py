@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.reading --profile                  # where our time goes
 
 Every candidate reads one epoch of the same records, opening of files and (ours) tables included, from a warm page
-cache: shards permuted, records permuted within a window, packed into rows by our `pack_rows`, collated into batches
+cache: segments permuted, records permuted within a window, packed into rows by our `pack_rows`, collated into batches
 by our `Collate`; verified where the format can (a column says by what). One process pinned to one core, no
 workers, and no thread that reads ahead, which is for a core that would be idle. Every round runs each candidate once,
 in turn; the table shows medians.
@@ -54,7 +54,7 @@ PARTS = (  # of a profile: what, and the functions whose time it is, by file and
     ("ids", ("entries.py:decode_entries",)),
     ("log-probs", ("log_probs.py:decode_log_probs",)),
     ("cut", ("record.py:cut",)),
-    ("order and packing", ("order.py:epoch_rows",)),
+    ("order and packing", ("look_ahead",)),
     ("collate", ("collate.py:__call__",)),
 )
 

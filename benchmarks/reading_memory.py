@@ -1,8 +1,8 @@
 """How fast are batches read out of a cache on one core, and how much memory does that take?
 
 Command:  OMP_NUM_THREADS=1 python -m benchmarks.reading_memory [shards] [prefetch]
-Writes a synthetic cache (K = 64, blocks of 8,192 positions), reads one epoch of it verified, shuffled over 16 shards,
-packed and collated, and prints positions a second of the reader, with the time of each part, fill and memory.
+Writes a synthetic cache (K = 64, blocks of 8,192 positions), reads one epoch of it verified, dealt from
+lanes, packed and collated, and prints positions a second of the reader, with the time of each part, fill and memory.
 """
 
 import resource
@@ -29,7 +29,7 @@ def resident_mb() -> float:
 def read_epoch(folder: Path, prefetch: int) -> dict[str, float]:
     """One epoch, in steps of 16 rows: speed of this process's threads, fill, and memory above the start."""
     shards = Shards(str(folder), prefetch=prefetch)
-    steps = sum(1 for _ in shards.rows(ROW_LENGTH, 0, 0)) // ROWS
+    steps = shards.order(ROW_LENGTH, 0).rows // ROWS
     start = resident_mb()
     seen, quarters = 0, [0.0] * 4
     began, cpu = time.perf_counter(), time.process_time()

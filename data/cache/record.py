@@ -53,6 +53,11 @@ class Record:
         tails = {f"tail at {t}": tail for t, tail in flat.pop("tempered_tails").items()}
         return {name: value for name, value in {**flat, **tails}.items() if isinstance(value, np.ndarray)}
 
+    def detached(self) -> Self:
+        """Returns the record with arrays of its own, so that the block that it was cut from can be freed."""
+        own = {f.name: value.copy() for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}
+        return replace(self, **own, tempered_tails={t: tail.copy() for t, tail in self.tempered_tails.items()})
+
     def samples(self) -> tuple[Array, Array]:
         """Returns the ids and the log importance weights of the samples, [T, S], or [T, 0] where there are none."""
         if self.sampled_token_ids is None or self.sampled_log_weights is None:

@@ -1,85 +1,201 @@
-"""The order of an epoch as a pure function of (seed, epoch, cache, row length): no rank, no worker, no state.
+"""The order of rows as a pure function of (seed, epoch, cache, row length): no rank, no worker, no state.
 
-Shards are permuted and taken in groups. The first cache blocks of a group's shards form one window, their second
-blocks the next, and so on. Records are permuted within a window and packed into rows (`packing.py`). The emptiest row
-is not made: its records are carried into the first rows of the next window. A reader therefore holds the blocks of one
-window, briefly of two, and reads each shard once, from its beginning. A cursor is one number: the rows taken so far.
+    segments of the cache ─ permuted ─► all rows of the epoch in line ─ cut into lanes ─► dealt: row i from lane i mod L
+
+Each epoch permutes the segments of the cache (`segments.py`) and sets their rows in line. Within a segment, windows
+keep their stored order. Which record of one length takes which place is drawn, and so is the order of a window's rows.
+The line is cut into L = 64 lanes of equal length (one more row in some), which are permuted too. Row i of the epoch is
+the next row of lane i mod L. Rank r of n takes rows r, r + n, …: where n divides L, those of L / n lanes, which read
+neighbouring blocks one after the other.
+
+As many rows are made of a segment in each epoch, so any row is found by arithmetic. A cursor is one number, the rows
+taken so far. Evaluation keeps the stored order: one lane, and nothing is permuted.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
+from data.cache.lengths import Array, CacheLengths
 from data.stream.packing import pack_rows
+from data.stream.segments import Segments, carry_limits
+from kd_core.errors import UsageError
 
+ORDER_VERSION = 2  # of the order of a run's rows: a change of it changes this
+LANES = 64
+CARRIED_TURNS = 24  # windows for which a record may be carried and still be known ahead
+WHOLE_POSITIONS = 1 << 19  # a cache of fewer positions may be held whole
 BlockRef = tuple[int, int]  # shard, block of it
 RecordRef = tuple[int, int, int]  # shard, block, record of it
-Lengths = Sequence[Sequence[Sequence[int]]]  # positions by shard, block, record
 
 
-@dataclass(frozen=True)
-class Row:
-    """Records that share one packed row, their positions in all, and the blocks to hold while the row is read.
+class Place(NamedTuple):
+    """Place of a row: its epoch, segment, and number in the segment. `part` is the index of its cache in a mixture."""
 
-    `part` is the index of its cache in a mixture.
-    """
-
-    records: tuple[RecordRef, ...]
-    positions: int
-    window: frozenset[BlockRef]
+    epoch: int
+    segment: int
+    row: int
     part: int = 0
 
 
-def windows(lengths: Lengths, shards: Sequence[int], group: int) -> Iterator[list[BlockRef]]:
-    """Yields the blocks of each window: the i-th blocks of `group` shards."""
-    for start in range(0, len(shards), group):
-        grouped = shards[start : start + group]
-        # Transpose the lists of blocks by shard. Shorter shards are missing from the last windows.
-        for blocks in zip_longest(*([(shard, i) for i in range(len(lengths[shard]))] for shard in grouped)):
-            yield [block for block in blocks if block is not None]
+class Row(NamedTuple):
+    """Records that share one packed row, their positions in all, and the row's place."""
+
+    records: tuple[RecordRef, ...]
+    positions: int
+    place: Place
 
 
-def epoch_rows(lengths: Lengths, row_length: int, seed: int | None, epoch: int, shuffle_shards: int) -> Iterator[Row]:
-    """Yields all rows of one epoch. Every record is in exactly one of them.
+class PackedSegment(NamedTuple):
+    """The rows of a segment in one epoch.
+
+    Shapes: `records` [R] all records, row by row, `edges` [rows + 1] where each row begins, and `row_of` [R] the row of
+    each record in stored order.
+    """
+
+    records: Array
+    edges: Array
+    row_of: Array
+
+
+class _Epoch(NamedTuple):
+    """One epoch: its segments in order, the rows in front of each and of all [segments + 1], and the lanes' first rows.
+
+    The lanes stand in the order in which they are dealt.
+    """
+
+    segments: Array
+    edges: Array
+    lanes: Array
+
+
+def deal_lanes(rows: int, lanes: int, random: np.random.Generator | None) -> Array:
+    """Returns the first row of each lane, in the order of dealing.  [lanes]"""
+    order = np.arange(lanes) if random is None else random.permutation(lanes)
+    # The lanes that are dealt first have one row more where rows are left over.
+    sizes = np.empty(lanes, np.int64)
+    sizes[order] = rows // lanes + (np.arange(lanes) < rows % lanes)
+    return (np.cumsum(sizes) - sizes)[order]
+
+
+def pack_segment(
+    lengths: CacheLengths, windows: Array, row_length: int, random: np.random.Generator | None
+) -> list[list[int]]:
+    """Returns the rows of one segment in their order, as numbers of records in the cache.
 
     Args:
-        lengths: positions of each record, by shard and block.
-        row_length: positions of a row. No record is longer.
-        seed: the run's seed. None keeps the stored order.
-        epoch: number of the epoch, from 0.
-        shuffle_shards: number of shards in a group.
+        lengths: lengths of the cache.
+        windows: first record of each window of the segment, and the one behind the last.
+        row_length: positions of a row.
+        random: draws the places of records. None keeps the stored order.
     """
-    random = None if seed is None else np.random.default_rng([seed, epoch])
-    shards = list(range(len(lengths))) if random is None else random.permutation(len(lengths)).tolist()
-    # A closing None marks the last window, from which no record can be carried on.
-    carried: list[RecordRef] = []
-    planned = itertools.chain(windows(lengths, shards, 1 if random is None else shuffle_shards), [None])
-    for window, after in itertools.pairwise(planned):
-        assert window is not None
-        # Permute the window's records behind those carried from the window before, which have the lowest indices.
-        new_refs = [(shard, block, index) for shard, block in window for index in range(len(lengths[shard][block]))]
-        order = range(len(new_refs)) if random is None else random.permutation(len(new_refs)).tolist()
-        num_carried, refs = len(carried), [*carried, *(new_refs[i] for i in order)]
-        sizes = [lengths[shard][block][index] for shard, block, index in refs]
-        rows = [(row, sum(sizes[i] for i in row)) for row in pack_rows(sizes, row_length)]
-        # Carry the records of the emptiest row into the next window, unless all rows are full.
-        carried = []
-        if after is not None and rows:
-            emptiest = min(range(len(rows)), key=lambda i: rows[i][1])
-            if rows[emptiest][1] < row_length:
-                carried = [refs[i] for i in rows.pop(emptiest)[0]]
-        # Blocks of carried records stay held, also while they wait for the next window. Rows list their indices in
-        # ascending order and come in the order of the first, so those with carried records come first.
-        hold = frozenset(window) | {ref[:2] for ref in carried}
-        hold_with_older = hold | {ref[:2] for ref in refs[:num_carried]}
-        for row, positions in rows:
-            yield Row(tuple(refs[i] for i in row), positions, hold_with_older if row[0] < num_carried else hold)
+    most_carried, least_free = carry_limits(row_length)
+    rows, carried = list[list[int]](), list[int]()
+    for window, (start, end) in enumerate(zip(windows[:-1].tolist(), windows[1:].tolist(), strict=True), 2):
+        # Shuffle the records. Packing goes by length, so this decides between records of one length.
+        refs = [*carried, *range(start, end)]
+        refs = sorted(refs) if random is None else [refs[i] for i in random.permutation(len(refs)).tolist()]
+        sizes = lengths.records[refs].tolist()
+        packed = pack_rows(sizes, row_length)
+        # Carry the emptiest rows, the oldest of equal ones first, unless this window is the segment's last.
+        free = [row_length - sum(sizes[i] for i in row) for row in packed]
+        open_rows = [i for i in range(len(packed)) if free[i] > least_free]
+        emptiest = sorted(open_rows, key=lambda i: -free[i])[:most_carried] if window < len(windows) else []
+        carried = [refs[i] for row in emptiest for i in packed[row]]
+        skipped = set(emptiest)
+        made = [[refs[i] for i in packed[row]] for row in range(len(packed)) if row not in skipped]
+        rows += sorted(made) if random is None else [made[i] for i in random.permutation(len(made)).tolist()]
+    return rows
 
 
-def endless_rows(lengths: Lengths, row_length: int, seed: int, shuffle_shards: int) -> Iterator[Row]:
-    """Yields the rows of one epoch after the other, without end."""
-    for epoch in itertools.count():
-        yield from epoch_rows(lengths, row_length, seed, epoch, shuffle_shards)
+class CacheOrder:
+    """The rows of all epochs of one cache, each found by its number.
+
+    Args:
+        lengths: lengths of the cache.
+        segments: the cache's segments at the row length.
+        counts: the number of rows of each segment.
+        row_length: positions of a row.
+        seed: the run's seed. None keeps the stored order.
+    """
+
+    def __init__(
+        self, lengths: CacheLengths, segments: Segments, counts: Array, row_length: int, seed: int | None
+    ) -> None:
+        self.lengths, self.segments, self.counts, self.row_length = lengths, segments, counts, row_length
+        self.seed, self.rows = seed, int(counts.sum())
+        self.lanes = 1 if seed is None else max(1, min(LANES, self.rows))
+        self._epoch = lru_cache(maxsize=4)(self._begin_epoch)
+        self._segment = lru_cache(maxsize=2 * LANES)(self._pack)
+
+    @property
+    def orders(self) -> "list[CacheOrder]":
+        """Returns the orders of all caches, as a mixture's."""
+        return [self]
+
+    @property
+    def shares(self) -> list[tuple[float, int]]:
+        """Returns, for each cache of the order, its share of the rows and the rows of its epoch."""
+        return [(1.0, self.rows)]
+
+    @property
+    def ahead(self) -> int:
+        """Returns how many rows to look ahead, to find nearly all rows of a lane that share a block.
+
+        It is at most half of an epoch, where the ends of lanes meet the beginnings of their neighbours. Small caches
+        are looked at whole.
+        """
+        windows = max(1, len(self.segments.window_starts) - 1)
+        in_a_lane = 2 * -(-self.rows // windows) + CARRIED_TURNS * carry_limits(self.row_length)[0]
+        return min(self.lanes * in_a_lane, max(self.rows // 2, WHOLE_POSITIONS // self.row_length), self.rows)
+
+    def place(self, index: int) -> Place:
+        """Returns the place of row `index` of all epochs."""
+        number, rest = divmod(index, self.rows)
+        epoch, (turn, lane) = self._epoch(number), divmod(rest, self.lanes)
+        # Find the row in the line of the epoch, and there its segment.
+        line = epoch.lanes[lane] + turn
+        position = epoch.edges.searchsorted(line, side="right") - 1
+        return Place(number, int(epoch.segments[position]), int(line - epoch.edges[position]))
+
+    def row(self, place: Place) -> Row:
+        """Returns the records at a place, each by its shard, its block there, and its index in the block."""
+        packed = self._segment(place.epoch, place.segment)
+        start, end = packed.edges[place.row : place.row + 2].tolist()
+        records = packed.records[start:end]
+        blocks = np.searchsorted(self.lengths.block_starts, records, side="right") - 1
+        indices = (records - self.lengths.block_starts[blocks]).tolist()
+        refs = zip(self.lengths.block_refs(blocks), indices, strict=True)
+        positions = int(self.lengths.records[records].sum(dtype=np.int64))
+        return Row(tuple((shard, block, index) for (shard, block), index in refs), positions, place)
+
+    def places_of_block(self, ref: BlockRef, near: Place) -> list[Place]:
+        """Returns the place of each record of a block, in the epoch and segment of a row that has one of them."""
+        # Number the block's records in the cache, then in the segment.
+        block = int(self.lengths.shard_starts[ref[0]]) + ref[1]
+        start, end = self.lengths.block_starts[block : block + 2].tolist()
+        first = int(self.lengths.block_starts[self.segments.window_starts[self.segments.starts[near.segment]]])
+        rows = self._segment(near.epoch, near.segment).row_of[start - first : end - first].tolist()
+        return [near._replace(row=row) for row in rows]
+
+    def _begin_epoch(self, epoch: int) -> _Epoch:
+        random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
+        segments = np.arange(len(self.counts)) if random is None else random.permutation(len(self.counts))
+        edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[segments])])
+        return _Epoch(segments, edges, deal_lanes(self.rows, self.lanes, random))
+
+    def _pack(self, epoch: int, segment: int) -> PackedSegment:
+        random = None if self.seed is None else np.random.default_rng([self.seed, epoch, segment])
+        first, last = self.segments.starts[segment : segment + 2].tolist()
+        windows = self.lengths.block_starts[self.segments.window_starts[first : last + 1]]
+        rows = pack_segment(self.lengths, windows, self.row_length, random)
+        if len(rows) != self.counts[segment]:
+            raise UsageError(
+                f"segment {segment} of a cache has {len(rows)} rows; {self.counts[segment]} were counted. Delete the "
+                "folder kd-workspace/rows of your cache folder (~/.cache), where the counts are kept."
+            )
+        records, sizes = np.array([record for row in rows for record in row], np.int64), [len(row) for row in rows]
+        row_of = np.empty(len(records), np.int64)
+        row_of[records - windows[0]] = np.repeat(np.arange(len(rows)), sizes)
+        return PackedSegment(records, np.cumsum([0, *sizes]), row_of)

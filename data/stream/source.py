@@ -1,34 +1,33 @@
 """Sources of a run: one cache (`Shards`), or several mixed by weights (`Mixture`).
 
-Both have the same interface: `parts` are the caches, and `order` yields the rows of all epochs, each with the index of
-its part.
+Both have the same interface: `parts` are the caches, and `order` finds the rows of all epochs by their numbers, each
+with the index of its part.
 """
 
-import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from data.cache.alignment import check_alignment
+from data.cache.lengths import Array
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.block_cache import AUTO, BlockCache
 from data.stream.block_reader import DamagedBlockError
-from data.stream.mixing import interleave
-from data.stream.order import Row, endless_rows, epoch_rows
+from data.stream.mixing import MixedOrder
+from data.stream.order import CacheOrder
+from data.stream.row_counts import count_rows
+from data.stream.segments import Segments
 from data.stream.shards import ShardReader
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
 log = logging.getLogger("kd")
 ALIGNMENT_RECORDS = 8
-MEASURED_ROWS = 5_000  # rows of a run by which the shares of its caches are measured
 VOCABULARY_SETTING = "that of the tokenizer in student.folder, or student.vocab_size"
 
 
@@ -43,7 +42,6 @@ class Shards:
         mass: entries are read, the likeliest first, until they hold this mass.
         samples: whether the cache's samples are read as entries in place of the tail. Without them, a cache of top-k
             entries and samples is read as one of top-k entries.
-        shuffle_shards: number of shards that are read side by side and shuffled together.
         on_damage: `stop` or `skip`, for a damaged block in training. The records of a skipped block are left out of
             their rows, and `data/damaged_blocks` counts it. Evaluation always stops.
         max_damaged_blocks: most blocks of a cache that a rank skips. With one more it stops and lists them all.
@@ -60,7 +58,6 @@ class Shards:
     min_prob: float = 0.0
     mass: float = 1.0
     samples: bool = True
-    shuffle_shards: int = 16
     on_damage: Literal["stop", "skip"] = "stop"
     max_damaged_blocks: int = 8
     prefetch: int = 2
@@ -71,7 +68,7 @@ class Shards:
 
     def __post_init__(self) -> None:
         check_settings(
-            self, "shards.", top_k=AT_LEAST_1, min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0, shuffle_shards=AT_LEAST_1,
+            self, "shards.", top_k=AT_LEAST_1, min_prob=SHARE_BELOW_1, mass=SHARE_ABOVE_0,
             max_damaged_blocks=AT_LEAST_0, prefetch=AT_LEAST_0, timeout=SECONDS,
             retry_seconds=SECONDS, block_cache_bytes=AT_LEAST_1,
         )  # fmt: skip
@@ -179,29 +176,29 @@ class Shards:
         top_k = selection.top_k if self.top_k is None else min(self.top_k, selection.top_k)
         return top_k + (selection.draws if self.sampled else 0)
 
-    @property
-    def lengths(self) -> list[list[tuple[int, ...]]]:
-        """Returns positions by shard, block and record."""
-        lengths = self.manifest.lengths
-        blocks = [tuple(block.tolist()) for block in np.split(lengths.records, lengths.block_starts[1:-1])]
-        return [blocks[first:end] for first, end in itertools.pairwise(lengths.shard_starts.tolist())]
+    @cached_property
+    def _counted(self) -> dict[int, tuple[Segments, Array]]:
+        """Returns the segments and their numbers of rows, by row length."""
+        return {}
 
-    def rows(self, row_length: int, seed: int | None, epoch: int) -> Iterator[Row]:
-        """Returns all rows of an epoch in the global order."""
-        return epoch_rows(self.lengths, row_length, seed, epoch, self.shuffle_shards)
+    def order(self, row_length: int, seed: int | None) -> CacheOrder:
+        """Returns the order of the rows of all epochs. Without a seed it is the stored one.
 
-    def order(self, row_length: int, seed: int) -> Iterator[Row]:
-        """Returns the rows of all epochs, without end."""
-        return endless_rows(self.lengths, row_length, seed, self.shuffle_shards)
+        Raises:
+            UsageError: a record is longer than a row.
+        """
+        if row_length not in self._counted:
+            self._counted[row_length] = count_rows(self.manifest, row_length)
+        return CacheOrder(self.manifest.lengths, *self._counted[row_length], row_length, seed)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several caches mixed by weights. Each has exactly its weight's share of a run's scored positions.
+    """Several caches mixed by weights. Each has its weight's share of a run's scored positions.
 
-    A row holds records of one cache, and a cache's rows come in its own order. A cache that ends begins its next epoch.
-    Scored positions are counted as positions times the scored share, which a manifest states for its whole cache.
-    Shares are thus exact to a row at any time where all positions of a cache are scored, otherwise over whole epochs.
+    A row holds records of one cache, and a cache's rows come in its own order, but for neighbours of some 100 rows. A
+    cache that ends begins its next epoch. Its rows count with the mean of their scored positions, so the shares are
+    exact over whole epochs, and to a few rows at any time.
 
     Args:
         caches: caches by name, each with its own settings.
@@ -235,24 +232,26 @@ class Mixture:
         """Returns the seconds to wait for a step: the most of any cache."""
         return max(part.timeout for part in self.parts)
 
-    def order(self, row_length: int, seed: int) -> Iterator[Row]:
-        """Returns the rows of all epochs of all caches, interleaved by the weights.
+    def order(self, row_length: int, seed: int) -> MixedOrder:
+        """Returns the order of the rows of all caches, interleaved by the weights.
 
         Raises:
-            UsageError: no position of a cache is scored.
+            UsageError: no position of a cache is scored, or a record is longer than a row.
         """
-        costs: list[float] = []
+        costs, orders = list[float](), list[CacheOrder]()
         for name, part in zip(sorted(self.caches), self.parts, strict=True):
             scored = part.manifest.statistics.get("scored", 1.0)
             if not scored > 0 or not part.manifest.records:
                 raise UsageError(
                     f"{part.path}: no position of the cache is scored, so it cannot have a share of a mixture."
                 )
-            costs.append(scored / self.weights[name])
-        return interleave([part.order(row_length, seed) for part in self.parts], costs)
+            orders.append(part.order(row_length, seed))
+            costs.append(scored * part.manifest.positions / orders[-1].rows / self.weights[name])
+        return MixedOrder(orders, costs)
 
 
 Source = Shards | Mixture
+RowOrder = CacheOrder | MixedOrder
 
 
 class CachePasses(NamedTuple):
@@ -266,17 +265,13 @@ class CachePasses(NamedTuple):
 def count_passes(source: Source, row_length: int, seed: int, rows: int) -> list[CachePasses]:
     """Returns the epochs of each cache that a run of `rows` rows reads.
 
-    Shares of a long run are extrapolated from its first `MEASURED_ROWS` rows.
+    Raises:
+        UsageError: as for `order`.
     """
-    measured = min(rows, MEASURED_ROWS)
-    row_counts: list[int] = [0] * len(source.parts)
-    for row in itertools.islice(source.order(row_length, seed), measured):
-        row_counts[row.part] += 1
-    cache_passes: list[CachePasses] = []
-    for count, part in zip(row_counts, source.parts, strict=True):
-        epoch_size = sum(1 for _ in part.rows(row_length, seed, 0))
-        cache_passes.append(CachePasses(part, count * rows / measured / epoch_size, epoch_size))
-    return cache_passes
+    return [
+        CachePasses(part, share * rows / epoch, epoch)
+        for part, (share, epoch) in zip(source.parts, source.order(row_length, seed).shares, strict=True)
+    ]
 
 
 def format_passes(cache_passes: Sequence[CachePasses]) -> str:

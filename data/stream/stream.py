@@ -1,7 +1,7 @@
 """Streams of batches from caches, composed of these steps:
 
-    manifests ─ order: rows of all epochs, mixed ─► this rank's share of a step ─► readers: records ─► collate: batches
-                                                                            └──── by a thread ahead of its use ───┘
+    rows of a rank, by their numbers ─► look ahead: what to keep and to read ─► readers: records ─► collate: batches
+    └──────────────────────────────────────── by a thread ahead of their use ───────────────────────────────────────┘
 
 The order does not depend on ranks. A step is `rows_per_step` rows of it, and rank r of n takes rows r, r+n, …. Ranks
 are data-parallel ranks: all ranks of a tensor-parallel group pass the same rank and size, and get the same batch.
@@ -17,24 +17,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 from data.stream.collate import Collate
-from data.stream.order import Row
+from data.stream.order import Place, Row
 from data.stream.prefetch import prefetch
 from data.stream.readers import Readers
-from data.stream.source import Shards, Source
+from data.stream.source import RowOrder, Shards, Source
 from kd_core.types import Batch
 
-MOST_STEPS_AHEAD = 256  # steps whose rows are looked at before they are read
+NEAR_ROWS, MOST_NEAR_ROWS = 64, 4096  # of a rank, whose blocks are known before they are needed
 
 
-class Share(NamedTuple):
-    """A rank's share of the rows of a step: rows `rank`, `rank` + `ranks`, …."""
+class RankShare(NamedTuple):
+    """A rank's share of a step: its rows, whether they are its own, and the most rows that any rank has.
 
-    rank: int
-    ranks: int
+    A rank without rows of its own has one that another rank reads too.
+    """
 
-    def of(self, rows: list[Row]) -> list[Row]:
-        """Returns this rank's rows of a step."""
-        return rows[self.rank :: self.ranks]
+    places: list[Place]
+    is_scored: bool
+    most_rows: int
 
 
 def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
@@ -43,38 +43,61 @@ def _batch(readers: Readers, rows: list[Row], collate: Collate) -> Batch:
 
 
 def _micro_batches(
-    readers: Readers, rows: list[Row], collate: Collate, micro_batch: int, share: Share
+    readers: Readers, share: RankShare, rows: list[Row], collate: Collate, micro_batch: int
 ) -> Generator[Batch]:
-    """Yields a rank's micro-batches of some rows: equally many on every rank, because all ranks join in each pass.
+    """Yields a rank's micro-batches of a step: equally many on every rank, because all ranks join in each pass.
 
-    A rank without rows left takes an unscored batch of the first row in place of a missing one.
+    An unscored copy of the batch before stands in place of a missing one.
     """
-    rank_rows, most_rows = share.of(rows), -(-len(rows) // share.ranks)
-    for start in range(0, most_rows, micro_batch):
-        taken = rank_rows[start : start + micro_batch]
-        yield _batch(readers, taken, collate) if taken else _batch(readers, rows[:1], collate).unscored()
+    batch = None
+    for start in range(0, share.most_rows, micro_batch):
+        if batch is None or start < len(rows):
+            batch = _batch(readers, rows[start : start + micro_batch], collate)
+        else:
+            batch = batch.unscored()
+        yield batch if share.is_scored else batch.unscored()
 
 
-def _expected_steps(readers: Readers, steps: Iterator[list[Row]], share: Share) -> Iterator[list[Row]]:
-    """Yields the steps. The readers hear of this rank's rows of as many further steps as they read ahead."""
-    upcoming = deque[list[Row]]()
-    for step in steps:
-        upcoming.append(step)
-        readers.expect(share.of(step))
-        if len(upcoming) >= MOST_STEPS_AHEAD or not readers.has_room:
-            yield upcoming.popleft()
-    yield from upcoming
+def share_of_step(order: RowOrder, numbers: range, rank: int, ranks: int) -> RankShare:
+    """Returns the share of one rank in the rows of a step, which are given by their numbers."""
+    rank_rows = numbers[rank::ranks]
+    return RankShare([order.place(i) for i in rank_rows or numbers[:1]], bool(rank_rows), -(-len(numbers) // ranks))
+
+
+def look_ahead(
+    shares: Iterator[RankShare], readers: Readers, order: RowOrder, rows_per_step: int
+) -> Iterator[tuple[RankShare, list[Row]]]:
+    """Yields the shares of all steps with their rows, after the readers know what comes behind.
+
+    They know the places of `order.ahead` rows of all ranks, and the records of so many rows of this rank as they read
+    ahead.
+    """
+    far, near = deque[RankShare](), deque[tuple[RankShare, list[Row]]]()
+    rows_ahead = 0
+    for share in itertools.chain(shares, itertools.repeat(None)):
+        if share is not None:
+            readers.expect(share.places)
+            far.append(share)
+            if len(far) * rows_per_step <= order.ahead:
+                continue
+        while far and rows_ahead < (MOST_NEAR_ROWS if readers.has_room else NEAR_ROWS):
+            nearest = far.popleft()
+            near.append((nearest, [order.row(place) for place in nearest.places]))
+            readers.prepare(near[-1][1])
+            rows_ahead += len(nearest.places)
+        if not near:
+            return
+        rows_ahead -= len(near[0][1])
+        yield near.popleft()
 
 
 def _steps(
-    readers: Readers, order: Iterator[Row], collate: Collate, shape: tuple[int, int, Share], pin_memory: bool
-) -> Generator[list[Batch]]:
-    rows_per_step, micro_batch, share = shape
-    steps = (list(itertools.islice(order, rows_per_step)) for _ in itertools.count())
+    readers: Readers, shares: Iterator[tuple[RankShare, list[Row]]], collate: Collate, micro_batch: int,
+    pin_memory: bool,
+) -> Generator[list[Batch]]:  # fmt: skip
     with closing(readers):
-        for step in _expected_steps(readers, steps, share):
-            readers.hold(step)
-            batches = _micro_batches(readers, step, collate, micro_batch, share)
+        for share, rows in shares:
+            batches = _micro_batches(readers, share, rows, collate, micro_batch)
             yield [batch.map(Tensor.pin_memory) if pin_memory else batch for batch in batches]
 
 
@@ -88,9 +111,11 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
     thread makes so many steps ahead. The batches stay the same. With `pin_memory`, they are in page-locked memory,
     from which a GPU copies while it computes.
     """
-    readers = Readers(source.parts, vocab_size=vocab_size)
-    order = itertools.islice(source.order(collate.row_length, seed), start_row, None)
-    steps = _steps(readers, order, collate, (rows_per_step, micro_batch, Share(rank, ranks)), pin_memory)
+    order = source.order(collate.row_length, seed)
+    readers = Readers(source, order, vocab_size=vocab_size)
+    numbers = (range(start, start + rows_per_step) for start in itertools.count(start_row, rows_per_step))
+    shares = (share_of_step(order, step, rank, ranks) for step in numbers)
+    steps = _steps(readers, look_ahead(shares, readers, order, rows_per_step), collate, micro_batch, pin_memory)
     if source.prefetch:
         steps = prefetch(steps, source.prefetch, source.timeout, readers.current_block, readers.stop)
     with closing(steps):
@@ -100,11 +125,15 @@ def training_steps(  # noqa: PLR0913 (the caches, the shape of a step, and the r
 def all_batches(
     shards: Shards, collate: Collate, *, micro_batch: int, rank: int, ranks: int, vocab_size: int | None = None
 ) -> Generator[Batch]:
-    """Yields this rank's share of every record, once and in stored order, for evaluation. Damaged blocks are errors."""
-    order = shards.rows(collate.row_length, None, 0)
-    with closing(Readers([shards], False, vocab_size)) as readers:
-        share, size = Share(rank, ranks), micro_batch * ranks
-        passes = iter(lambda: list(itertools.islice(order, size)), [])
-        for rows in _expected_steps(readers, passes, share):
-            readers.hold(rows)
-            yield from _micro_batches(readers, rows, collate, micro_batch, share)
+    """Yields this rank's share of every record, once and in stored order, for evaluation. Damaged blocks are errors.
+
+    Rank r of n reads the r-th of n equal parts of the rows.
+    """
+    order = shards.order(collate.row_length, None)
+    own = range(order.rows * rank // ranks, order.rows * (rank + 1) // ranks)
+    with closing(Readers(shards, order, False, vocab_size)) as readers:
+        # The rows of each micro-batch. Where the rank has none, row 0 stands in.
+        numbers = (own[start : start + micro_batch] for start in range(0, -(-order.rows // ranks), micro_batch))
+        shares = (RankShare([order.place(i) for i in some or range(1)], bool(some), 1) for some in numbers)
+        for share, rows in look_ahead(shares, readers, order, micro_batch):
+            yield from _micro_batches(readers, share, rows, collate, micro_batch)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.cache.manifest import Manifest
+from data.stream.order import ORDER_VERSION
 from data.stream.source import count_passes, format_passes
 from data.stream.stream import all_batches, training_steps
 from data.tokenizer import Tokenizer
@@ -114,7 +115,8 @@ class Experiment(ExperimentParts):
             )  # fmt: skip
 
         tokenizer = Tokenizer(resolve_folder(self.student.folder))
-        return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), self._prompts(tokenizer))
+        prompts = self._prompts(tokenizer)
+        return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), prompts, ORDER_VERSION)
 
     def _held_out(self, share: dict[str, int]) -> dict[str, HeldOutCache]:
         micro_batch, weights = self.parallel.micro_batch_rows, self.evaluation.weights

@@ -32,7 +32,7 @@ def _unused_in_training_shards(where: str, shards: Shards) -> Iterator[str]:
 
 
 def _unused_in_held_out_shards(where: str, shards: Shards) -> Iterator[str]:
-    for name in ("shuffle_shards", "on_damage", "max_damaged_blocks", "prefetch", "timeout"):
+    for name in ("on_damage", "max_damaged_blocks", "prefetch", "timeout"):
         if _is_changed(shards, name):
             value = getattr(shards, name)
             yield f"{where}.{name}={value}: validation reads in stored order, not ahead, and skips nothing"

@@ -28,6 +28,8 @@ MOST_VALUES = 100_000
 # Settings that are loaded from a record with user files when these files do not run.
 SETTINGS_WITHOUT_CODE = [f"Attr(name='{name}')" for name in ("student", "shards", "checkpoint")]
 WANTED = "the config.json of a run"
+# Settings that earlier versions wrote, by their class. They mean nothing any more, and are left out.
+REMOVED_SETTINGS = {"Shards": ("shuffle_shards",)}
 
 
 def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
@@ -50,7 +52,8 @@ def load_record(path: Path, *, with_code: bool = False) -> fdl.Config[Any]:
         config: Any = serialization.load_json(json.dumps(value), pyref_policy=RecordImportPolicy())
         if not isinstance(config, fdl.Config):
             raise TypeError(f"holds a {type(config).__name__}")
-        for place in walk(config):
+        for place in list(walk(config)):
+            _remove_earlier_settings(place.node)
             _refuse_unknown_arguments(place.node)
     except UsageError:
         raise
@@ -118,6 +121,12 @@ def _count_unfolded(value: Any, objects: dict[str, Any], counts: dict[str, float
     if not is_plain and node["metadata"] != kind:
         raise ValueError(f"{node['metadata']!a:.80} stands as the class of {kind['name']!a:.80}")
     return 1 + _count_unfolded(node["items"], objects, counts) + _count_unfolded(node["metadata"], objects, counts)
+
+
+def _remove_earlier_settings(node: Any) -> None:
+    if isinstance(node, fdl.Buildable):
+        for name in REMOVED_SETTINGS.get(fdl.get_callable(node).__name__, ()):
+            node.__arguments__.pop(name, None)
 
 
 def _refuse_unknown_arguments(node: Any) -> None:

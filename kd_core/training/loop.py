@@ -52,13 +52,14 @@ class Data:
     """The data of a run: training batches, held-out caches by name, and prompts.
 
     `steps_from(rows)` yields the micro-batches of one step after another, behind the first `rows` rows of the run's
-    order. `token_bytes` holds how many bytes of text each token stands for, int [V].
+    order, which is of version `order`. `token_bytes` holds how many bytes of text each token stands for, int [V].
     """
 
     steps_from: Callable[[int], Generator[Sequence[Batch]]]
     held_out: Mapping[str, HeldOutCache]
     token_bytes: Tensor
     prompts: Prompts
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Run:
         self.pulse.enter("loading a checkpoint")
         newest = checkpoint.newest_undamaged(self.folder.checkpoints, self.world, self.pulse.beat)
         if newest is not None:
-            self.progress = checkpoint.load(newest, self.model, self.optimizer)
+            self.progress = checkpoint.load(newest, self.model, self.optimizer, self.data.order)
             if self.progress.rows != (expected_rows := self.progress.step * self.settings.rows_per_step):
                 raise UsageError(
                     f"{newest / 'progress.json'}: {self.progress.rows} rows were read by step {self.progress.step}; "
@@ -257,7 +258,8 @@ def run(
     with ExitStack() as stack:
         pulse = stack.enter_context(watch_for_hangs(world, settings.parallel.timeout))
         stack.callback(model.register_forward_pre_hook(pulse.on_forward).remove)  # each micro-batch is progress
-        state = _Run(model, settings.optimizer.build(model), data, settings, folder, world, pulse)
+        optimizer, start = settings.optimizer.build(model), Progress(order=data.order)
+        state = _Run(model, optimizer, data, settings, folder, world, pulse, start)
         state.group_settings = read_group_settings(state.optimizer)
         resumed = state.restore()
         if state.progress.step == settings.steps:

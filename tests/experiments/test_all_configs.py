@@ -80,6 +80,17 @@ def test_its_record_gives_it_back(entry: Entry, tmp_path: Path) -> None:
     assert config_items.record_json(back) == config_items.record_json(config)
 
 
+def test_a_record_with_a_setting_that_is_no_more_loads_without_it(tmp_path: Path) -> None:
+    """Another setting takes its name, and comes back with its default."""
+    wanted = config_items.record_json(config_items.resolve_items(["cache_mix"], "Experiment").config)
+    assert wanted.count("on_damage") > 4
+    (tmp_path / "config.json").write_text(wanted.replace("on_damage", "shuffle_shards"))
+    assert config_items.record_json(frozen_records.load_record(tmp_path / "config.json")) == wanted
+    (tmp_path / "config.json").write_text(wanted.replace("on_damage", "shuffle_rows"))
+    with pytest.raises(UsageError, match="Shards takes no 'shuffle_rows'"):
+        frozen_records.load_record(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_a_dry_run_of_a_large_recipe_names_the_folders_that_are_missing(name: str) -> None:
     experiment: Experiment = fdl.build(config_items.resolve_items([name], "Experiment").config)

@@ -83,7 +83,6 @@ UNUSED = {
     "waiting for nothing": (["shards.prefetch=0", "shards.timeout=5"], "shards.timeout=5.0"),
     "a limit of none": (["shards.max_damaged_blocks=1"], "shards.max_damaged_blocks=1"),
     "samples of none": (["shards.samples=False"], "shards.samples=False"),
-    "order of validation": (["evaluation.shards.shuffle_shards=2"], "evaluation.shards.shuffle_shards=2"),
     "damage in validation": (["evaluation.shards.on_damage=skip"], "evaluation.shards.on_damage=skip"),
     "scaling by 1": (["loss.terms.kd.temperature_scaling=none"], "loss.terms.kd.temperature_scaling=none"),
     "an end without effect": (

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import fiddle as fdl
 import pytest
 
 from data.stream.source import Mixture, Shards
+from experiments.base import experiment
 from experiments.base.experiment import Experiment
 from experiments.config import config_items, frozen_records
 from experiments.fiddlers import cache
@@ -96,3 +98,20 @@ def test_a_diverged_student_is_told_with_its_step_and_its_checkpoint_is_kept(
     folder = tmp_path / "run" / "checkpoints" / "step_00000001"
     assert checkpoint.find_damage(folder) == []
     assert math.isnan(checkpoint.read_progress(folder).metric or 0.0)
+
+
+def test_a_run_that_began_in_another_order_of_rows_is_resumed_with_a_warning(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = ["schedule.warmup_steps=1", "checkpoint.export=last"]
+    monkeypatch.setattr(experiment, "ORDER_VERSION", 1)
+    _run(_config(tiny, _caches(tiny)["held"], "steps=2", *items), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    longer = fdl.build(_config(tiny, _caches(tiny)["held"], "steps=4", *items))
+    for version, warned in ((2, True), (2, False)):
+        caplog.clear()
+        monkeypatch.setattr(experiment, "ORDER_VERSION", version)
+        longer.run(RunFolder(tmp_path / "run"), World(), StopSignals())
+        assert ("rows came in an order of version 1, and come in one of version 2" in caplog.text) == warned
+        shutil.rmtree(tmp_path / "run" / "export")
+    assert checkpoint.read_progress(tmp_path / "run" / "checkpoints" / "step_00000004").order == 2

@@ -1,7 +1,6 @@
 """A run whose storage fails: it stops with a message and a checkpoint, and goes on as if nothing had been."""
 
 import shutil
-from itertools import islice
 from pathlib import Path
 
 import fiddle as fdl
@@ -36,7 +35,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def _train(tiny: Tiny, folder: Path, path: str) -> None:
     items = [
         *tiny.train_items(STEPS), f"shards.path={path}", "shards.retry_seconds=0.3", "shards.block_cache=None",
-        "shards.shuffle_shards=1", "checkpoint.every=100", "checkpoint.keep_newest=9", "logger.every=1",
+        "checkpoint.every=100", "checkpoint.keep_newest=9", "logger.every=1",
     ]  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
@@ -76,13 +75,14 @@ def test_a_run_that_loses_its_storage_is_saved_and_goes_on_bit_equal(
 def test_all_ranks_stop_where_one_lacks_data(tiny: Tiny, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(tiny.train, tmp_path / "cache"))
     items = [
-        *tiny.train_items(STEPS), "shards.shuffle_shards=1", "checkpoint.every=100", "logger.every=1", "seed=0",
+        *tiny.train_items(STEPS), "checkpoint.every=100", "logger.every=1", "seed=0",
         f"shards.path={cache}",
     ]  # fmt: skip
     # The block that is needed last is damaged: rank r reads rows r, r + 2, … of each step of four.
-    shards, first_needed = Shards(str(cache), shuffle_shards=1), dict[tuple[int, int], tuple[int, int]]()
-    for number, row in enumerate(islice(shards.order(ROW_LENGTH, 0), 4 * STEPS)):
-        for record in row.records:
+    shards, first_needed = Shards(str(cache)), dict[tuple[int, int], tuple[int, int]]()
+    order = shards.order(ROW_LENGTH, 0)
+    for number in range(4 * STEPS):
+        for record in order.row(order.place(number)).records:
             first_needed.setdefault(record[:2], (1 + number // 4, number % 2))
     (shard, block), (step, rank) = max(first_needed.items(), key=lambda item: item[1])
     path = cache / shards.manifest.shards[shard].name

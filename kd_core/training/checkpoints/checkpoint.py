@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,10 @@ from kd_core.training.checkpoints.checkpoint_storage import TensorReader, Tensor
 
 log = logging.getLogger("kd")
 MOST_STEPS = 1 << 53
+ANOTHER_ORDER = (
+    "%s: rows came in an order of version %d, and come in one of version %d from here on. Records of this epoch may "
+    "come twice or not at all. To keep the order, resume with the commit that the run's attempts/ name."
+)
 # DCP warns that a single process reads and writes alone, which is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -56,6 +60,7 @@ class Progress:
     rows: int = 0
     metric: float | None = None
     skipped: int = 0
+    order: int = 1  # version of the order of rows, 1 where a checkpoint does not name it
 
 
 @dataclass(frozen=True)
@@ -209,11 +214,13 @@ def read_progress(folder: Path) -> Progress:
     """Reads the progress of a complete checkpoint."""
     path = folder / "progress.json"
     with damage_as_usage_error(path, "a checkpoint's progress"):
-        stored = check_object(read_json(path, "a checkpoint's progress"), "it", vars(Progress()))
+        stored = check_object({"order": 1, **read_json(path, "a checkpoint's progress")}, "it", vars(Progress()))
         metric = stored["metric"]
         if metric is not None and not (isinstance(metric, float) and not math.isfinite(metric)):
             metric = check_number(metric, "metric")
-        counts = {name: check_integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped")}
+        counts = {
+            name: check_integer(stored[name], name, 0, MOST_STEPS) for name in ("step", "rows", "skipped", "order")
+        }
         return Progress(**counts, metric=metric)
 
 
@@ -230,8 +237,12 @@ def newest(root: Path) -> Path | None:
     return max(list_checkpoints(root), default=None)
 
 
-def load(folder: Path, model: Student, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+def load(
+    folder: Path, model: Student, optimizer: torch.optim.Optimizer | None = None, order: int | None = None
+) -> Progress:
     """Restores `model`, and `optimizer` if there is one, in place. Each rank reads its own shards.
+
+    Returns the progress, with a warning if rows are read in another `order` from here on.
 
     Raises:
         UsageError: the checkpoint cannot be read, or is of another student or another start.
@@ -248,7 +259,9 @@ def load(folder: Path, model: Student, optimizer: torch.optim.Optimizer | None =
         dcp_load(state, storage_reader=reader, no_dist=True)
     if optimizer:
         restore_moments(model, optimizer, moments)
-    return progress
+    if order not in (None, progress.order):
+        log.warning(ANOTHER_ORDER, folder, progress.order, order)
+    return progress if order is None else replace(progress, order=order)
 
 
 def load_model(folder: Path, model: Student, world: World | None = None) -> None:

@@ -38,9 +38,9 @@ def damaged(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _source(kind: str, tiny: Tiny, damaged: Path) -> Source:
     if kind == "skipping":
-        return Shards(str(damaged), on_damage="skip", max_damaged_blocks=2, shuffle_shards=2)
+        return Shards(str(damaged), on_damage="skip", max_damaged_blocks=2)
     prefetch = 3 if kind == "read ahead" else 0
-    shards = partial(Shards, str(tiny.train), shuffle_shards=2, prefetch=prefetch)
+    shards = partial(Shards, str(tiny.train), prefetch=prefetch)
     if kind == "mixture":
         caches = {"all": shards(), "narrow": shards(top_k=3), "other": Shards(str(tiny.validation))}
         return Mixture(caches, {"all": 5, "narrow": 2, "other": 1})
@@ -72,7 +72,7 @@ KINDS = ["shards", "read ahead", "mixture", "skipping"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_a_function_of_their_cursor(kind: str, tiny: Tiny, damaged: Path) -> None:
     source = _source(kind, tiny, damaged)
-    epoch = sum(1 for _ in source.parts[0].rows(ROW_LENGTH, 3, 0))
+    epoch = source.parts[0].order(ROW_LENGTH, 3).rows
     assert epoch < STEPS * ROWS / 2, "the test should cross an epoch's end"
     check_stage(lambda cursor: _steps(source, cursor), same_step, STEPS)
 
@@ -122,7 +122,7 @@ def test_what_is_damaged_is_left_out_and_counted_once_an_epoch(tiny: Tiny, damag
     shards = _source("skipping", tiny, damaged)
     assert isinstance(shards, Shards)
     shards.check(shards.manifest.vocab_size, shards.manifest.tokenizer)
-    epoch = sum(1 for _ in shards.rows(ROW_LENGTH, 3, 0))
+    epoch = shards.order(ROW_LENGTH, 3).rows
     whole, left = (_steps(_source(kind, tiny, damaged), 0, rows=epoch) for kind in ("shards", "skipping"))
     with closing(whole), closing(left):
         for _ in range(2):
@@ -135,7 +135,7 @@ def test_what_is_damaged_is_left_out_and_counted_once_an_epoch(tiny: Tiny, damag
 
 
 def test_more_damage_than_allowed_stops_and_names_all_of_it(damaged: Path) -> None:
-    steps = _steps(Shards(str(damaged), on_damage="skip", max_damaged_blocks=1, shuffle_shards=2), 0)
+    steps = _steps(Shards(str(damaged), on_damage="skip", max_damaged_blocks=1), 0)
     with closing(steps), pytest.raises(UsageError, match=r"2 damaged blocks; wanted at most 1") as caught:
         list(islice(steps, STEPS))
     assert all(f"{shard}: damaged: block 0" in str(caught.value) for shard in ("shard-000000.tar", "shard-000001.tar"))
@@ -158,6 +158,6 @@ def test_a_server_that_hangs_is_an_error_that_says_what_was_waited_for(
     with serving(tiny.train) as (url, behaviour):
         behaviour.hang = 1
         steps = _steps(Shards(url, timeout=0.5, block_cache=None), 0)
-        with closing(steps), pytest.raises(UsageError, match=r"waited \d s .* is still at http.*/shard-.*: block 0"):
+        with closing(steps), pytest.raises(UsageError, match=r"waited \d s .* is still at http.*/shard-.*: block \d"):
             next(steps)
         assert "reading ahead" not in {thread.name for thread in threading.enumerate()}

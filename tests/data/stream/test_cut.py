@@ -23,10 +23,11 @@ def stored(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _records(shards: Shards) -> dict[tuple[str, int], Record]:
-    readers, found = Readers([shards]), dict[tuple[str, int], Record]()
-    for row in shards.rows(ROW_LENGTH, None, 0):
-        readers.hold([row])
-        found |= {(record.document, record.start): record for record in readers.read(row)[0]}
+    order, found = shards.order(ROW_LENGTH, None), dict[tuple[str, int], Record]()
+    readers = Readers(shards, order)
+    for number in range(order.rows):
+        records, _ = readers.read(order.row(order.place(number)))
+        found |= {(record.document, record.start): record for record in records}
     return found
 
 

@@ -1,9 +1,7 @@
 """Several caches in one order: shares exact, each part in its own epochs, any K."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from hypothesis import strategies as st
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.stream.collate import Collate
-from data.stream.mixing import interleave
-from data.stream.order import Row
+from data.stream.mixing import PartSequence
+from data.stream.order import LANES, Place
 from data.stream.source import Mixture, Shards
 from data.stream.stream import training_steps
 from kd_core.errors import UsageError
@@ -30,48 +28,57 @@ def narrow(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train"
 
 
-def _row(positions: int) -> Row:
-    return Row((), positions, frozenset())
-
-
-def _endless(lengths: list[int]) -> Iterator[Row]:
-    while True:
-        yield from map(_row, lengths)
-
-
-PART = st.tuples(st.lists(st.integers(1, 32), min_size=1, max_size=5), st.floats(0.05, 20), st.floats(0.2, 1))
+PART = st.tuples(st.floats(0.05, 20), st.floats(0.2, 1))
 
 
 @given(st.lists(PART, min_size=1, max_size=5))
-def test_shares_are_exact_to_a_row_at_any_time(parts: list[tuple[list[int], float, float]]) -> None:
-    weights = [weight / sum(w for _, w, _ in parts) for _, weight, _ in parts]
-    scored = [share for _, _, share in parts]
-    mixed = interleave([_endless(rows) for rows, _, _ in parts], [s / w for s, w in zip(scored, weights, strict=True)])
-    taken = [0.0] * len(parts)
-    for row in islice(mixed, 400):
-        taken[row.part] += row.positions * scored[row.part]
-        for part, weight in enumerate(weights):
-            assert abs(taken[part] - weight * sum(taken)) <= 32 * len(parts)
+def test_shares_are_exact_to_a_row_at_any_place(parts: list[tuple[float, float]]) -> None:
+    costs = [scored / weight for weight, scored in parts]
+    sequence = PartSequence(costs)
+    wanted = [weight / scored / sum(w / s for w, s in parts) for weight, scored in parts]
+    taken = [0] * len(parts)
+    for place in range(400):
+        assert sequence.taken(place) == taken
+        assert all(abs(taken[i] - wanted[i] * place) <= len(parts) for i in range(len(parts)))
+        taken[sequence.part(taken)] += 1
+
+
+def test_a_place_far_behind_is_found_without_walking_there() -> None:
+    sequence = PartSequence([0.3, 0.7, 11.0])
+    taken, place = sequence.taken(10_000_000), 10_000_000
+    assert sum(taken) == place
+    for _ in range(100):
+        taken[sequence.part(taken)] += 1
+        place += 1
+        assert sequence.taken(place) == taken
 
 
 def _mixture(tiny: Tiny, narrow: Path) -> Mixture:
     return Mixture(
-        {"wide": Shards(str(tiny.train), shuffle_shards=2), "narrow": Shards(str(narrow), top_k=2)},
+        {"wide": Shards(str(tiny.train)), "narrow": Shards(str(narrow), top_k=2)},
         {"wide": 3, "narrow": 1},
     )
 
 
+def _places(source: Mixture, count: int) -> list[Place]:
+    order = source.order(ROW_LENGTH, 5)
+    return [order.place(i) for i in range(count)]
+
+
 def test_each_part_goes_through_its_own_epochs(tiny: Tiny, narrow: Path) -> None:
+    """Its rows come in its own order, but for those of about two turns through the lanes."""
     mixture = _mixture(tiny, narrow)
-    epochs = [len(list(part.rows(ROW_LENGTH, 5, 0))) for part in mixture.parts]
-    rows = list(islice(mixture.order(ROW_LENGTH, 5), 8 * max(epochs)))
+    order = mixture.order(ROW_LENGTH, 5)
+    places = _places(mixture, 12 * max(cache.rows for cache in order.orders))
     positions = Counter[int]()
-    for part, shards in enumerate(mixture.parts):
-        own = [replace(row, part=0) for row in rows if row.part == part]
-        assert own == list(islice(shards.order(ROW_LENGTH, 5), len(own)))
-        assert own[: epochs[part]] == list(shards.rows(ROW_LENGTH, 5, 0))
-        positions[part] = sum(row.positions for row in own)
-    assert positions[1] / positions.total() == pytest.approx(0.75, abs=ROW_LENGTH / positions.total())
+    for part, cache in enumerate(order.orders):
+        numbers = {cache.place(i)._replace(part=part): i for i in range(len(places))}
+        own = [numbers[place] for place in places if place.part == part]
+        assert len(set(own)) == len(own)
+        assert all(abs(number - turn) <= 2 * LANES for turn, number in enumerate(own))
+        assert set(range(len(own) - 2 * LANES)) <= set(own)
+        positions[part] = sum(order.row(place).positions for place in places if place.part == part)
+    assert positions[1] / positions.total() == pytest.approx(0.75, abs=4 * ROW_LENGTH / positions.total())
 
 
 def test_rows_of_another_width_are_widened_with_unused_entries(tiny: Tiny, narrow: Path) -> None:
@@ -105,7 +112,7 @@ def test_weights_are_one_a_cache_and_above_0(weights: dict[str, float]) -> None:
 def test_the_order_in_which_caches_are_named_means_nothing(tiny: Tiny, narrow: Path) -> None:
     one = _mixture(tiny, narrow)
     other = Mixture(dict(reversed(one.caches.items())), one.weights)
-    assert list(islice(one.order(ROW_LENGTH, 0), 50)) == list(islice(other.order(ROW_LENGTH, 0), 50))
+    assert _places(one, 50) == _places(other, 50)
 
 
 def test_a_part_in_which_nothing_is_scored_is_refused(tiny: Tiny) -> None:

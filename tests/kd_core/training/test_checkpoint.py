@@ -50,10 +50,10 @@ def _write(tiny: Tiny, root: Path, *steps: int) -> None:
 def test_parameters_and_moments_come_back_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     model, optimizer = _student(tiny)
     _step(model, optimizer)
-    content = CheckpointContent(run_state(model, optimizer), Progress(7, 28, 1.5, 2), {}, "the record")
+    content = CheckpointContent(run_state(model, optimizer), Progress(7, 28, 1.5, 2, 3), {}, "the record")
     folder = checkpoint.write(tmp_path, content, World(), None)
     fresh, other = _student(tiny)
-    assert checkpoint.load(folder, fresh, other) == Progress(7, 28, 1.5, 2)
+    assert checkpoint.load(folder, fresh, other) == Progress(7, 28, 1.5, 2, 3)
     assert (folder / "config.json").read_text() == "the record"
     for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(ours, theirs)
