@@ -15,6 +15,7 @@ from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.extend import end_growth, load_growth
 from data.export.plan import TeacherExport, make_plans
+from data.export.spool import remove_spool
 from data.export.resume_check import record_or_check_growth, record_or_check_plan
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
@@ -198,6 +199,8 @@ def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool 
         steps.write_manifest(plan)
     if extend:
         end_growth(out)
+    for plan in plans:
+        remove_spool(plan.windows.folder)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

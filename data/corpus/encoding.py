@@ -4,6 +4,7 @@ A plain text gets the tokenizer's BOS in front and its EOS behind, where the tok
 them. The EOS is a label, the BOS is not. A conversation gets neither, since its template writes them.
 """
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,13 +31,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Encoded(NamedTuple):
     """The T + 1 tokens of a document. `loss_mask[t]` is 1 where label t, which is token t + 1, is scored.
 
-    `digest` is that of the document's content. It depends on neither its name nor the tokenizer.
+    `digest` is that of the document's content. It depends on neither its name nor the tokenizer. `context` has the
+    tokens that the teacher reads in place of those before the first scored label, if there are such.
     """
 
     name: str
     token_ids: Array
     loss_mask: Array
     digest: bytes = b""
+    context: Array | None = None
 
 
 class _DocumentText(NamedTuple):
@@ -98,7 +101,7 @@ class Encoder:
             return _DocumentText(document.name, document.digest(), document.content, None, is_plain=True)
         is_plain = isinstance(document.content, PlainPrompt)
         if self.template is None and not (is_plain and self.joins_prompts):
-            self._read_template(is_plain)
+            self.read_template(is_plain)
         if self.template is None:  # a plain prompt and its completion become one text
             prompt, completion = (str(message["content"]) for message in document.content.messages)
             scored = (len(prompt), len(prompt) + len(completion))
@@ -111,7 +114,15 @@ class Encoder:
             self.turn_ends.update([token for token in candidates if turn.endswith(token)][:1])
         return _DocumentText(document.name, document.digest(), text, spans, is_plain=False)
 
-    def _read_template(self, is_plain: bool) -> None:
+    def expect_everything(self) -> None:
+        """Counts with texts and conversations, also with tools, as a long corpus may hold anywhere."""
+        self.used = self.around
+        with contextlib.suppress(NoTemplateError):
+            self.read_template(is_plain=False)
+        if self.template:
+            self.template.used_for_tools = True
+
+    def read_template(self, is_plain: bool) -> None:
         """Reads the chat template. Only prompts and completions of plain text can do without one.
 
         Raises:

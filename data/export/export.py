@@ -23,6 +23,8 @@ from data.cache.record import Record
 from data.cache.totals import BlockSums, Totals
 from data.cache.writer import file_size_and_hash, write_shard, write_tables
 from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
+from data.corpus.windows import Window
+from data.export.draw import no_window
 from data.export.plan import CachePlan, TeacherExport
 from data.export.planned_shards import PlannedShard
 from data.export.scoring import score_windows, scoring_threads
@@ -63,7 +65,10 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     path = plan.folder / TABLES_FILE
     if path.exists():
         return []
-    windows, rows = plan.shards[0].windows, plan.batch_rows
+    first = next(plan.each_shard(), None)
+    if first is None:
+        raise no_window(plan.export, plan.identity["split"])
+    windows, rows = first.windows, plan.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
     # Take whole batches, at least one, of at most PILOT_POSITIONS positions: a batch's records are reused as they are.
     fitting = int(np.searchsorted(ends, PILOT_POSITIONS, side="right"))
@@ -73,7 +78,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
         pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
     check_alignment(pilot, str(plan.folder))
-    write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
+    write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, plan.expected_positions))
     return pilot
 
 
@@ -100,32 +105,42 @@ def write_missing_shards(
         rank: this rank, of so many `ranks`.
         encoders: how many processes encode blocks, by default as many as suit the device. 0 encodes in this one.
     """
-    rank_shards = plan.shards[rank::ranks]
-    missing = [shard for shard in rank_shards if not (plan.folder / shard.name).exists()]
     settings = EncoderSettings(_read_coding(plan), plan.export.max_codec_kl)
-    sizes = {shard.name: sum(plan.windows[i].positions for i in shard.windows) for shard in rank_shards}
-    done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
-    bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
+    bar = _progress_bar(plan, "teacher on", plan.expected_positions // ranks, 0, rank != 0)
+    missing = _missing_shards(plan, rank, ranks, bar)
+    first = next(missing, None)
+    if first is None:
+        return
     processes = _encoder_processes(model.device) if encoders is None else encoders
     with (
         bar,
         scoring_threads(model.device) as executor,
-        block_encoders(settings, processes if missing else 0) as encode,
+        block_encoders(settings, processes) as encode,
     ):
         # The pilot has already scored the first windows of the first shard. Ranks above 0 get an empty pilot.
-        scored = pilot if missing and missing[0] == plan.shards[0] else []
-        window_ranges = [shard.windows for shard in missing]
-        if scored:
-            window_ranges[0] = window_ranges[0][len(scored) :]
-        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, window_ranges)), bar)
+        scored = pilot if first.blocks[0].start == 0 else []
+        to_score, to_encode, to_write = itertools.tee(itertools.chain([first], missing), 3)
+        ranges = (s.windows[len(scored) :] if s.windows.start == 0 else s.windows for s in to_score)
+        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, ranges)), bar)
         # One stream of blocks for all shards, so that the next shard is encoded while one is written.
         encoded = encode(
             BlockJob(str(plan.folder / shard.name), plan.first_record + block.start, [next(records) for _ in block])
-            for shard in missing
+            for shard in to_encode
             for block in shard.blocks
         )
-        for shard in missing:
+        for shard in to_write:
             write_shard(plan.folder / shard.name, itertools.islice(encoded, len(shard.blocks)))
+
+
+def _missing_shards(plan: CachePlan, rank: int, ranks: int, bar: "tqdm[NoReturn]") -> Iterator[PlannedShard]:
+    """Yields this rank's share of the shards that are not on disk, as windows appear. `bar` counts the other ones."""
+    for shard in itertools.islice(plan.each_shard(), rank, None, ranks):
+        if not (plan.folder / shard.name).exists():
+            yield shard
+        else:
+            positions = sum(plan.windows[i].positions for i in shard.windows)
+            bar.initial += positions
+            bar.update(positions)
 
 
 class ReadShard(NamedTuple):
@@ -144,10 +159,22 @@ def _read_shard(plan: CachePlan, planned: PlannedShard, coding: Coding) -> ReadS
                 f"{path}: holds records of {written.block.lengths} positions, wanted {planned_lengths}. "
                 "Delete it and run again."
             )
+        if any(_differs(record, plan.windows[i]) for record, i in zip(written.records, windows, strict=True)):
+            raise UsageError(
+                f"{path}: holds records of another corpus than the planned windows. Delete it and run again."
+            )
         check_alignment(written.records, str(path))
         sums.append(BlockSums.from_block(written.header, written.records))
         blocks.append(written.block)
     return ReadShard(Shard(planned.name, path.stat().st_size, sha256(path), tuple(blocks)), sums)
+
+
+def _differs(record: Record, window: Window) -> bool:
+    return not (
+        record.start == window.start
+        and np.array_equal(record.token_ids, window.token_ids)
+        and np.array_equal(record.loss_mask, window.loss_mask)
+    )
 
 
 def read_back(plan: CachePlan, rank: int, ranks: int) -> list[ReadShard]:
@@ -166,7 +193,8 @@ def write_manifest(plan: CachePlan, by_rank: Sequence[Sequence[ReadShard]] | Non
     `by_rank` has the results of `read_back` on all ranks. Their number does not change a byte.
     """
     by_rank = by_rank or [read_back(plan, 0, 1)]
-    read = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(plan.shards))]
+    plan = plan.completed()
+    read = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(sum(map(len, by_rank)))]
     before = plan.grown_from.made if plan.grown_from else {}
     made = {
         **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),

@@ -12,7 +12,7 @@ from kd_core.json_fields import check_integer, check_text
 
 # Fields of the plan that may differ between the exports that extend one cache. All others decide what its records hold.
 MAY_GROW = (
-    *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share"),
+    *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share", "draw"),
     *("shard_bytes", "block_positions", "batch_rows"),
 )
 
@@ -67,6 +67,11 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
     # Such a cache is reused only if it is complete.
     unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.identity) - set(stored)
+    if plan.is_streamed:  # its end adds these
+        for name in ("windows", "windows_masks"):
+            stored.pop(name, None)
+        if isinstance(stored.get("corpus"), dict):
+            stored["corpus"].pop("skipped", None)
     names = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
     differing = [name for name in names if stored.get(name) != plan.identity.get(name)]
     has_manifest = (plan.folder / "manifest.json").exists()

@@ -4,7 +4,7 @@ The plan fixes how windows are batched, and one thread computes each batch. Neit
 change a bit of the result.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.cache.record import Array, Record
-from data.export.block_encoders import map_in_order
+from data.export.worker_processes import map_in_order
 from data.export.plan import CachePlan
 from data.teacher.scorer import Scorer, score_rows
 
@@ -89,7 +89,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
     return records
 
 
-def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
+def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Iterable[range]) -> Iterator[Record]:
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
     rows = plan.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))

@@ -1,0 +1,294 @@
+"""The pass over a corpus that fills a spool: rows ─ encode, in processes ─► documents ─ split, draw ─► parts of windows.
+
+A corpus of at most `HEAD_BYTES` is drawn from as a whole. Of a longer one, the first texts give the rates of the draw, and
+each document after them is decided by itself. Then scoring begins while the pass goes on, in a process of its own.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from data.cache.contents import CachedDocuments
+from data.corpus.bad_rows import BadRow, BadRows
+from data.corpus.corpus_sizes import estimate_bytes
+from data.corpus.encoding import Encoded
+from data.corpus.row_encoding import EncodedRows, EncodingFacts, Place, RowBatch, RowEncoder, row_batches
+from data.corpus.windows import Window
+from data.export.draw import NewDocuments, StreamDraw, StreamedDraw, draw_exactly, largest_token
+from data.export.spool import BEGIN_FILE, END_FILE, FAILED_FILE, SPLITS, part_path, read_state, write_part
+from data.export.worker_processes import worker_processes
+from data.text_lines import BadRowError
+from kd_core.files import read_json, write_json
+from kd_core.students.decoder.architecture import too_many_tokens
+
+if TYPE_CHECKING:
+    from data.export.plan import TeacherExport
+
+log = logging.getLogger("kd")
+HEAD_BYTES = 1 << 24  # of a corpus, that are tokenised within some 15 seconds on a core
+# Of the corpus, that are tokenised here before processes are started: those take a second.
+LOCAL_BYTES = 1 << 20
+PART_POSITIONS, PART_BYTES = 1 << 20, 1 << 26  # a part ends at so many positions, or bytes of the corpus
+MOST_PROCESSES = 32
+
+
+@dataclass
+class PassState:
+    """How far a pass has come: the place behind it, and sums over the rows before that."""
+
+    place: Place = Place()  # noqa: RUF009 (it is immutable)
+    bytes: int = 0
+    rows: int = 0
+    left_out: int = 0
+    documents: int = 0
+    bad: list[BadRow] = field(default_factory=list[BadRow])
+    facts: EncodingFacts = field(default_factory=EncodingFacts)
+    taken: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # positions of windows
+    drawn_from: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+
+    def add(self, other: "PassState") -> None:
+        """Adds what a pass did behind this one."""
+        self.place = other.place
+        for name in ("bytes", "rows", "left_out", "documents"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.bad.extend(other.bad)
+        self.facts.add(other.facts)
+        for split in SPLITS:
+            self.taken[split] += other.taken[split]
+            self.drawn_from[split] += other.drawn_from[split]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the state as JSON values."""
+        return {**vars(self), "facts": self.facts.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "PassState":
+        """Returns the state that `to_json` has given."""
+        state = cls(**value)
+        state.place, state.bad = Place(*state.place), [BadRow(*row) for row in state.bad]
+        state.facts = EncodingFacts.from_json(value["facts"])
+        return state
+
+
+def _describe(batch: RowBatch) -> str:
+    where = batch.rows[0].where if batch.rows else "an empty file"
+    return f"{where}: the process that tokenized the rows from here on"
+
+
+def encode_rows(encoder: RowEncoder, batches: Iterator[RowBatch]) -> Generator[EncodedRows]:
+    """Yields batches of rows as tokens, in order. The first ones are encoded here, and those after them in processes."""
+    size = 0
+    for batch in batches:
+        yield encoder.encode(batch)
+        size += batch.bytes
+        if size >= LOCAL_BYTES:
+            break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (first := next(batches, None)) is not None:
+        with worker_processes(encoder.encode, _describe, min(MOST_PROCESSES, cores) if cores > 1 else 0) as encode:
+            yield from encode(itertools.chain([first], batches))
+
+
+class SpoolPass:
+    """One pass over the corpus of an export. It fills a spool, or goes on where an earlier one was interrupted."""
+
+    def __init__(
+        self, export: "TeacherExport", teacher: Path, vocab_size: int, spool: Path, bad_rows: BadRows,
+        cached: CachedDocuments | None = None,
+    ) -> None:  # fmt: skip
+        """Reads what the spool has.
+
+        Args:
+            export: the settings.
+            teacher: the folder of the tokenizer.
+            vocab_size: no id may be as large.
+            spool: the folder to fill, which this process owns.
+            bad_rows: collects rows that cannot be used.
+            cached: the documents of caches that are extended.
+        """
+        self.export, self.teacher, self.vocab_size, self.spool = export, teacher, vocab_size, spool
+        self.bad_rows, self.cached = bad_rows, cached
+        self.news = NewDocuments(export, cached) if cached is not None else None
+        self.total, self.parts = PassState(), 0
+        self._delta = PassState()  # what was done since the last part
+        self._windows: dict[str, list[Window]] = {split: [] for split in SPLITS}
+        (spool / FAILED_FILE).unlink(missing_ok=True)
+        if cached is not None and not self.is_complete:
+            # What is new is compared with all documents before it, so an extension begins at the first.
+            for path in [spool / BEGIN_FILE, *spool.glob("*.part")]:
+                path.unlink(missing_ok=True)
+        while part_path(spool, self.parts).exists():
+            self._add(PassState.from_json(read_state(part_path(spool, self.parts))))
+            self.parts += 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Returns whether the spool has all windows."""
+        return (self.spool / END_FILE).exists()
+
+    def _add(self, state: PassState) -> None:
+        self.bad_rows.merge(state.rows, state.bad)
+        self.total.add(state)
+
+    def begin(self) -> dict[str, Any]:
+        """Reads the first texts, unless an earlier pass did, and returns what they decide.
+
+        A short corpus is complete after it.
+        """
+        if not (self.spool / BEGIN_FILE).exists():
+            for number in range(self.parts):  # an exact draw that was interrupted while it was written
+                part_path(self.spool, number).unlink()
+            self.total, self.parts, self.bad_rows.rows = PassState(), 0, 0
+            self.bad_rows.bad.clear()
+            self._read_head()
+        return read_json(self.spool / BEGIN_FILE, "the beginning of a spool")
+
+    def _read_head(self) -> None:
+        head, size = list[EncodedRows](), 0
+        with closing(self._encoded(None)) as rows:
+            for batch in rows:
+                head.append(batch)
+                size += batch.bytes
+                if size > HEAD_BYTES:
+                    break
+            else:
+                self._draw_exactly(head)
+                return
+        facts = EncodingFacts()
+        for batch in head:
+            facts.add(batch.facts)
+        positions = sum(len(document.loss_mask) for batch in head for document in batch.documents)
+        estimated = round(positions / size * max(size, estimate_bytes(self.export.corpus.files())))
+        share = self.export.validation_share
+        estimates = dict(zip(SPLITS, (round(estimated * (1 - share)), round(estimated * share)), strict=True))
+        rules = StreamDraw.from_estimates(self.export, estimates)
+        if min(rules.rates.values()) < 1:
+            log.info(
+                "corpus %s: about %d positions, by its first %d MB; windows are drawn at rates of %s",
+                self.export.corpus.path, estimated, size >> 20, rules.rates,
+            )  # fmt: skip
+        begin = {"estimates": estimates, "rates": rules.rates, "facts": facts.to_json()}
+        write_json(self.spool / BEGIN_FILE, begin)
+        self._stream(head, rules, flush=True)
+
+    def _draw_exactly(self, head: list[EncodedRows]) -> None:
+        documents = list[Encoded]()
+        for batch in head:
+            self._count(batch)
+            documents.extend(self._fitting(batch.documents))
+        self.bad_rows.finish(self.export.corpus.path)
+        if self.news:
+            documents = list(self.news.keep(documents))
+        drawn = draw_exactly(self.export, documents, self.cached)
+        for split in SPLITS:
+            self._delta.drawn_from[split] = drawn[split].drawn_from
+            for window in drawn[split].windows:
+                self._take(split, window)
+                if self._positions() >= PART_POSITIONS:
+                    self._write_part()
+        self._end()
+        write_json(self.spool / BEGIN_FILE, {"facts": self.total.facts.to_json()})
+
+    def finish(self) -> None:
+        """Reads the rest of a long corpus.
+
+        Raises:
+            UsageError: the corpus cannot be read on, or has too many bad rows. What is in the spool stays there.
+        """
+        begin = self.begin()
+        if self.is_complete:
+            return
+        step = self.export.row_length - self.export.overlap
+        rules = StreamDraw(self.export.seed, self.export.validation_share, begin["rates"], step)
+        # In an extension every document is tokenised, to compare its windows with those of the caches.
+        with closing(self._encoded(None if self.cached is not None else rules)) as rows:
+            self._stream(rows, rules, flush=False)
+        self.bad_rows.finish(self.export.corpus.path)
+        self._end()
+
+    def _encoded(self, rules: StreamDraw | None) -> Generator[EncodedRows]:
+        encoder = RowEncoder(self.teacher, self.export.corpus, rules)
+        rows = encode_rows(encoder, row_batches(self.export.corpus, self.total.place))
+        size = estimate_bytes(self.export.corpus.files())
+        with (
+            tqdm(total=size, initial=self.total.bytes, unit="B", unit_scale=True, desc="tokenize", mininterval=1,
+                 delay=2, leave=False) as bar,
+            closing(rows),
+        ):  # fmt: skip
+            for batch in rows:
+                bar.update(batch.bytes)
+                yield batch
+
+    def _stream(self, rows: Iterable[EncodedRows], rules: StreamDraw, *, flush: bool) -> None:
+        draw = StreamedDraw(self.export, rules, self.cached, dict(self.total.taken))
+        for batch in rows:
+            self._count(batch)
+            documents = self._fitting(batch.documents)
+            for document in self.news.keep(documents) if self.news else documents:
+                split, windows, drawn_from = draw.windows(document)
+                self._delta.drawn_from[split] += drawn_from
+                for window in windows:
+                    self._take(split, window)
+            if self._positions() >= PART_POSITIONS or self._delta.bytes >= PART_BYTES:
+                self._write_part()
+        if flush:
+            self._write_part()
+
+    def _count(self, batch: EncodedRows) -> None:
+        self.bad_rows.merge(batch.rows, batch.bad)
+        counts = batch.bytes, batch.rows, batch.left_out, len(batch.documents), batch.bad, batch.facts
+        self._delta.add(PassState(batch.behind, *counts))
+
+    def _fitting(self, documents: Iterable[Encoded]) -> Iterator[Encoded]:
+        """Yields documents but those whose teacher reads another context, where they do not fit a window."""
+        for document in documents:
+            if document.context is None or len(document.loss_mask) <= self.export.row_length:
+                yield document
+                continue
+            message = (
+                f"{document.name}: has a teacher_prompt, and {len(document.loss_mask)} positions where a window has "
+                f"{self.export.row_length}. Such a row cannot be cut. Shorten it, or set a larger row_length."
+            )
+            self.bad_rows.add(document.name, BadRowError(message, "longer than a window"))
+            self._delta.bad.append(self.bad_rows.bad[-1])
+
+    def _take(self, split: str, window: Window) -> None:
+        if (largest := largest_token([window])) >= self.vocab_size:
+            raise too_many_tokens(largest + 1, self.vocab_size, str(self.teacher), "teacher")
+        self._windows[split].append(window)
+        self._delta.taken[split] += window.positions
+
+    def _positions(self) -> int:
+        return sum(self._delta.taken.values())
+
+    def _write_part(self) -> None:
+        write_part(self.spool, self.parts, self._windows, self._delta.to_json())
+        self.total.add(self._delta)
+        self.parts += 1
+        self._delta, self._windows = PassState(self.total.place), {split: [] for split in SPLITS}
+
+    def _end(self) -> None:
+        self._write_part()
+        total = {**self.total.to_json(), "bad": [], "skipped": self.bad_rows.counts()}
+        write_json(self.spool / END_FILE, total)
+        path, left_out = self.export.corpus.path, self.total.left_out
+        if left_out:
+            log.info(
+                "corpus %s: %d of %d documents left out: nothing to score (less than two tokens, or no assistant's "
+                "turn)",
+                path, left_out, left_out + self.total.documents,
+            )  # fmt: skip
+        if self.total.facts.doubled:
+            log.warning(
+                "corpus %s: %d texts begin with the BOS themselves and get a second one; corpus.bos=no adds none",
+                path, self.total.facts.doubled,
+            )  # fmt: skip
+        if self.news:
+            self.news.log()
