@@ -30,7 +30,9 @@ overlap=128, and
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -72,11 +74,14 @@ def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision
 def _export(export: Any, out: Path) -> None:
     from data.export import export as export_steps
     from data.export.extend import end_growth, load_growth
+    from data.export.pass_state import part_states
     from data.export.plan import make_plans
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
+    from data.export.spool import remove_spool
+    from data.export.tokenize_beside import tokenize_beside
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
-    from kd_core.parallel.collectives import run_on_all_ranks
+    from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
@@ -88,7 +93,7 @@ def _export(export: Any, out: Path) -> None:
         app.log.info("dtype: %s", chosen)
         bad_rows = export.corpus.bad_rows()
         grow = (lambda: load_growth(out, begin=True)) if EXTEND.value else lambda: None
-        plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows))
+        plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows, wait=False))
         if plans and plans[0].texts:
             app.log.info("texts: %s", plans[0].texts)
         take = record_or_check_growth if EXTEND.value else record_or_check_plan
@@ -99,16 +104,50 @@ def _export(export: Any, out: Path) -> None:
         for plan in plans:
             if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
+        stack.enter_context(tokenize_beside(missing_plans, starts=world.local_rank == 0))
         model: Any = export_steps.load_teacher(export, world.device) if missing_plans else None
         for plan in missing_plans:
+            if EXTEND.value and next(plan.each_shard(), None) is None:
+                continue
             pilot: list[Any] = []
             world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
-            export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
+            write = partial(export_steps.write_missing_shards, plan, model, pilot, world.rank, world.size)
+            run_on_all_ranks(world, write)
+            # Hosts without a common file system have each tokenised the corpus.
+            assert_ranks_agree(world, {"windows": str(plan.windows.identity())})
             by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
             manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
             app.log.info("%s", manifest.summary(plan.folder))
+        if missing_plans and missing_plans[0].is_streamed:
+            bad_rows.bad = [row for state in part_states(missing_plans[0].windows.folder) for row in state.bad]
+            world.run_on_first(lambda: bad_rows.write(out))
+        world.barrier()
+        if plans and world.local_rank == 0:
+            remove_spool(plans[0].windows.folder)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
+
+
+def _describe(export: Any, out: Path) -> None:
+    """Prints what an export would write. The whole corpus is tokenised for that."""
+    import torch
+
+    from data.export.extend import load_growth
+    from data.export.plan import make_plans
+
+    export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"dtype: {chosen}")
+    growth = load_growth(out, begin=False) if EXTEND.value else None
+    with TemporaryDirectory(dir=export.spool) as spool:
+        plans = make_plans(replace(export, spool=spool), out, growth)
+        if plans and plans[0].texts:
+            print(f"texts: {plans[0].texts}")
+        for plan in plans:
+            scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
+            print(
+                f"{plan.folder}: {len(plan.windows)} records, {plan.windows.positions.sum()} positions ({scored} scored), "
+                f"{len(plan.shards)} shards"
+            )
 
 
 def main() -> None:
@@ -123,25 +162,7 @@ def main() -> None:
         raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
     export = resolved.build()
     if app.FLAGS.dry_run:
-        import torch
-
-        from data.export.extend import load_growth
-        from data.export.plan import make_plans
-
-        out = Path(OUT.value)
-        export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        print(f"dtype: {chosen}")
-        growth = load_growth(out, begin=False) if EXTEND.value else None
-        plans = make_plans(export, out, growth)
-        if plans and plans[0].texts:
-            print(f"texts: {plans[0].texts}")
-        for plan in plans:
-            positions = sum(window.positions for window in plan.windows)
-            scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
-            print(
-                f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
-                f"{len(plan.shards)} shards"
-            )
+        _describe(export, Path(OUT.value))
         return
     _export(export, Path(OUT.value))
 

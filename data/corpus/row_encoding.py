@@ -6,10 +6,10 @@ files ──row_batches──► rows with the place behind them ──RowEncode
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 from data.corpus.bad_rows import BadRow, BadRows
 from data.corpus.corpus import Corpus
@@ -92,7 +92,8 @@ class EncodingFacts:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "EncodingFacts":
         """Returns the facts that `to_json` has given."""
-        return cls(**{**value, "turn_ends": Counter(cast(dict[str, int], value["turn_ends"]))})
+        turn_ends: Counter[str] = Counter(value["turn_ends"])
+        return replace(cls(**value), turn_ends=turn_ends)
 
 
 class EncodedRows(NamedTuple):

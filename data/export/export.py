@@ -22,8 +22,8 @@ from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard, made_now
 from data.cache.record import Record
 from data.cache.totals import BlockSums, Totals
 from data.cache.writer import file_size_and_hash, write_shard, write_tables
-from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
 from data.corpus.windows import Window
+from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
 from data.export.draw import no_window
 from data.export.plan import CachePlan, TeacherExport
 from data.export.planned_shards import PlannedShard
@@ -110,6 +110,7 @@ def write_missing_shards(
     missing = _missing_shards(plan, rank, ranks, bar)
     first = next(missing, None)
     if first is None:
+        bar.close()
         return
     processes = _encoder_processes(model.device) if encoders is None else encoders
     with (

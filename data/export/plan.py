@@ -22,10 +22,10 @@ from data.corpus.corpus import Corpus
 from data.corpus.encoding import Encoder
 from data.corpus.row_encoding import EncodingFacts
 from data.export.draw import no_window, wanted_tokens
-from data.export.extend import SPLITS, Growth
+from data.export.extend import Growth
 from data.export.planned_shards import PlannedShard, bytes_per_position, plan_shards
 from data.export.planning import SpoolPass
-from data.export.spool import SpoolWindows, spool_folder
+from data.export.spool import SpoolWindows, remove_spool, spool_folder
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, own_folder, sha256, write_json
@@ -239,7 +239,7 @@ def _settings(
 
 def make_plans(
     export: TeacherExport, out: Path, growth: Growth | None = None, bad_rows: BadRows | None = None, *,
-    wait: bool = True,
+    wait: bool = True, spool: Path | None = None,
 ) -> list[CachePlan]:  # fmt: skip
     """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
 
@@ -248,6 +248,7 @@ def make_plans(
 
     Args:
         wait: tokenise all of a long corpus. Without it, only its beginning is, and `tokenize_beside` does the rest.
+        spool: the folder of the windows, by default `spool_folder`.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or no window is left.
@@ -257,7 +258,7 @@ def make_plans(
     encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
     teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
     bad = bad_rows or export.corpus.bad_rows()
-    spool = spool_folder(export, folder, out, growth)
+    spool = spool or spool_folder(export, folder, out, growth)
     with ExitStack() as stack:
         stack.enter_context(own_folder(spool))
         cached = growth.documents if growth else None
@@ -285,4 +286,6 @@ def make_plans(
         before = growth.manifests[split] if growth else None
         corpus_facts = encoder.describe(), drawn_from, encoder.chat_format()
         plans.append(CachePlan(out / split, export, teacher, windows, round_trip_json(plan), before, *corpus_facts))
+    if not plans:
+        remove_spool(spool)
     return plans

@@ -9,20 +9,20 @@ import logging
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from data.cache.contents import CachedDocuments
-from data.corpus.bad_rows import BadRow, BadRows
+from data.corpus.bad_rows import BadRows
 from data.corpus.corpus_sizes import estimate_bytes
 from data.corpus.encoding import Encoded
-from data.corpus.row_encoding import EncodedRows, EncodingFacts, Place, RowBatch, RowEncoder, row_batches
+from data.corpus.row_encoding import EncodedRows, EncodingFacts, RowBatch, RowEncoder, row_batches
 from data.corpus.windows import Window
 from data.export.draw import NewDocuments, StreamDraw, StreamedDraw, draw_exactly, largest_token
-from data.export.spool import BEGIN_FILE, END_FILE, FAILED_FILE, SPLITS, part_path, read_state, write_part
+from data.export.pass_state import PassState, part_states
+from data.export.spool import BEGIN_FILE, END_FILE, FAILED_FILE, SPLITS, part_path, write_part
 from data.export.worker_processes import worker_processes
 from data.text_lines import BadRowError
 from kd_core.files import read_json, write_json
@@ -37,44 +37,6 @@ HEAD_BYTES = 1 << 24  # of a corpus, that are tokenised within some 15 seconds o
 LOCAL_BYTES = 1 << 20
 PART_POSITIONS, PART_BYTES = 1 << 20, 1 << 26  # a part ends at so many positions, or bytes of the corpus
 MOST_PROCESSES = 32
-
-
-@dataclass
-class PassState:
-    """How far a pass has come: the place behind it, and sums over the rows before that."""
-
-    place: Place = Place()  # noqa: RUF009 (it is immutable)
-    bytes: int = 0
-    rows: int = 0
-    left_out: int = 0
-    documents: int = 0
-    bad: list[BadRow] = field(default_factory=list[BadRow])
-    facts: EncodingFacts = field(default_factory=EncodingFacts)
-    taken: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # positions of windows
-    drawn_from: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-
-    def add(self, other: "PassState") -> None:
-        """Adds what a pass did behind this one."""
-        self.place = other.place
-        for name in ("bytes", "rows", "left_out", "documents"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.bad.extend(other.bad)
-        self.facts.add(other.facts)
-        for split in SPLITS:
-            self.taken[split] += other.taken[split]
-            self.drawn_from[split] += other.drawn_from[split]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the state as JSON values."""
-        return {**vars(self), "facts": self.facts.to_json()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "PassState":
-        """Returns the state that `to_json` has given."""
-        state = cls(**value)
-        state.place, state.bad = Place(*state.place), [BadRow(*row) for row in state.bad]
-        state.facts = EncodingFacts.from_json(value["facts"])
-        return state
 
 
 def _describe(batch: RowBatch) -> str:
@@ -124,18 +86,15 @@ class SpoolPass:
             # What is new is compared with all documents before it, so an extension begins at the first.
             for path in [spool / BEGIN_FILE, *spool.glob("*.part")]:
                 path.unlink(missing_ok=True)
-        while part_path(spool, self.parts).exists():
-            self._add(PassState.from_json(read_state(part_path(spool, self.parts))))
+        for state in part_states(spool):
+            self.bad_rows.merge(state.rows, state.bad)
+            self.total.add(state)
             self.parts += 1
 
     @property
     def is_complete(self) -> bool:
         """Returns whether the spool has all windows."""
         return (self.spool / END_FILE).exists()
-
-    def _add(self, state: PassState) -> None:
-        self.bad_rows.merge(state.rows, state.bad)
-        self.total.add(state)
 
     def begin(self) -> dict[str, Any]:
         """Reads the first texts, unless an earlier pass did, and returns what they decide.
@@ -167,7 +126,7 @@ class SpoolPass:
         positions = sum(len(document.loss_mask) for batch in head for document in batch.documents)
         estimated = round(positions / size * max(size, estimate_bytes(self.export.corpus.files())))
         share = self.export.validation_share
-        estimates = dict(zip(SPLITS, (round(estimated * (1 - share)), round(estimated * share)), strict=True))
+        estimates = {"train": round(estimated * (1 - share)), "validation": round(estimated * share)}
         rules = StreamDraw.from_estimates(self.export, estimates)
         if min(rules.rates.values()) < 1:
             log.info(

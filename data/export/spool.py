@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from data.export.extend import Growth
     from data.export.plan import TeacherExport
 
-SPLITS = ("train", "validation")
+SPLITS: tuple[str, ...] = ("train", "validation")
 BEGIN_FILE, END_FILE, FAILED_FILE = "begin.json", "end.json", "failed.json"
 POLL_SECONDS = 0.05
 # Seconds that a spool without its writer may stand still. A writer takes some to start.

@@ -11,15 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 
 from data.export.extend import load_growth
 from data.export.plan import CachePlan, TeacherExport, make_plans
-from data.export.spool import END_FILE, FAILED_FILE, SpoolWindows
+from data.export.spool import END_FILE, FAILED_FILE
 from data.export.worker_processes import PATIENCE, start_process
 from kd_core.errors import UsageError
-from kd_core.files import own_folder, write_json
+from kd_core.files import is_owned, own_folder, write_json
 
 LATE = (
     "What was exported before this row stays. The same command goes on there, also with corpus.on_bad_row=skip added."
@@ -27,17 +26,20 @@ LATE = (
 
 
 @contextlib.contextmanager
-def tokenize_beside(plans: list[CachePlan], spool: Path, *, starts: bool) -> Generator[list[CachePlan]]:
-    """Yields the plans with the windows of this host's spool, which a process fills if this one `starts` it."""
+def tokenize_beside(plans: list[CachePlan], *, starts: bool) -> Generator[None]:
+    """Lets a process fill the spool of these plans meanwhile, if this rank `starts` that of its host.
+
+    Hosts without a common file system have a spool each, under the same name.
+    """
     process: subprocess.Popen[bytes] | None = None
-    if plans and starts and not (spool / END_FILE).exists():
+    spool = plans[0].windows.folder if plans else Path()
+    if plans and starts and not (spool / END_FILE).exists() and not is_owned(spool):
         process = start_process(__name__)
         assert process.stdin
-        out, export = plans[0].folder.parent, plans[0].export
-        pickle.dump((export, out, spool, plans[0].grown_from is not None), process.stdin)
+        pickle.dump((plans[0].export, plans[0].folder.parent, spool, bool(plans[0].grown_from)), process.stdin)
         process.stdin.flush()
     try:
-        yield [replace(plan, windows=SpoolWindows(spool, plan.identity["split"])) for plan in plans]
+        yield
     finally:
         if process and process.stdin:
             process.stdin.close()  # at which it ends
@@ -66,7 +68,7 @@ def main() -> None:
     except UsageError:
         return  # another process of this host fills it
     try:
-        make_plans(export, out, load_growth(out, begin=False) if grows else None)
+        make_plans(export, out, load_growth(out, begin=False) if grows else None, spool=spool)
     except (UsageError, OSError) as error:
         write_json(spool / FAILED_FILE, {"message": f"{error} {LATE}"})
         logging.getLogger("kd").error("tokenizing ended: %s", error)

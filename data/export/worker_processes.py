@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from subprocess import Popen
 from typing import IO, Any, Generic, TypeVar
 
 from kd_core.errors import UsageError
@@ -40,14 +41,14 @@ def map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T],
         yield begun.popleft().result()
 
 
-def start_process(module: str, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
+def start_process(module: str, *arguments: str, pass_fds: Sequence[int] = (), **variables: str) -> Popen[bytes]:
     """Starts a module as a process that imports what this one can, with a pipe as its standard input.
 
-    What anything prints in it goes to standard error.
+    What anything prints in it goes to standard error. `variables` are set in its environment.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **options.pop("env", {})}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, env=environment, **options)
+    return Popen(command, stdin=subprocess.PIPE, stdout=2, env=environment, pass_fds=pass_fds)
 
 
 class WorkerProcess(Generic[T, R]):
@@ -64,7 +65,7 @@ class WorkerProcess(Generic[T, R]):
         self._results = os.fdopen(reading, "rb")
         try:
             # One thread each: processes stand beside each other as they are.
-            self._process = start_process(__name__, str(writing), pass_fds=[writing], env={"RAYON_NUM_THREADS": "1"})
+            self._process = start_process(__name__, str(writing), pass_fds=[writing], RAYON_NUM_THREADS="1")
         finally:
             os.close(writing)
         self._work, self._describe, self._is_begun = work, describe, False

@@ -11,8 +11,8 @@ import pytest
 
 from data.cache.codec.coding import Coding
 from data.cache.manifest import read_manifest
-from data.export import worker_processes as module
 from data.export import export as steps
+from data.export import worker_processes as module
 from data.export.block_encoders import BlockJob, EncoderSettings, _describe, block_encoders
 from data.export.plan import make_plans
 from data.export.resume_check import record_or_check_plan
