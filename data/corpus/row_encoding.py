@@ -6,7 +6,7 @@ files ──row_batches──► rows with the place behind them ──RowEncode
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -87,12 +87,12 @@ class EncodingFacts:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the facts as JSON values."""
-        return asdict(self)
+        return {**vars(self), "turn_ends": list(self.turn_ends.items())}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "EncodingFacts":
         """Returns the facts that `to_json` has given."""
-        turn_ends: Counter[str] = Counter(value["turn_ends"])
+        turn_ends: Counter[str] = Counter(dict(value["turn_ends"]))
         return replace(cls(**value), turn_ends=turn_ends)
 
 

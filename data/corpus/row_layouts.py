@@ -8,6 +8,7 @@
 | completion | `prompt` and `completion` | TRL |
 | instruction | `instruction`, `input` or `context`, `output` or `response`, `history` | Alpaca, Dolly |
 | question | `question` and `response` | OpenOrca |
+| tokens | `tokens`, `loss_mask` (`data/corpus/token_rows.py`) | ids of the teacher's tokenizer |
 
 A field `system` or `system_prompt` beside any of them but `text` is the system message, where the messages have none.
 Fields of other names are given by `corpus.fields`.
@@ -28,6 +29,7 @@ from data.corpus.chat.conversations import (
     parse_tools,
 )
 from data.corpus.layout_hints import config_flag, suggest_setting
+from data.corpus.token_rows import TOKEN_FIELDS, Content, TokenRow, parse_tokens
 from data.text_lines import BadRowError
 
 Fields = Mapping[str, Any]
@@ -39,8 +41,9 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "completion": (("prompt",), ("completion",)),
     "instruction": (("instruction",), ("output", "response")),
     "question": (("question",), ("response",)),
+    "tokens": (("tokens",),),
 }
-OPTIONAL = ("system", "system_prompt", "input", "context", "history", "tools")
+OPTIONAL = ("system", "system_prompt", "input", "context", "history", "tools", *TOKEN_FIELDS)
 CALL_ROLE = "function_call"
 # Standard roles by the names that data sets use.
 ROLE_NAMES = {
@@ -91,7 +94,7 @@ def matching_layouts(names: Collection[str], row_format: RowFormat) -> list[str]
 def columns_to_read(columns: Collection[str], row_format: RowFormat) -> list[str]:
     """Returns the columns that a document can be made of. Where there are none it returns all, for an error to name."""
     if row_format.fields:
-        used = {*row_format.fields.values(), "tools"}
+        used = {*row_format.fields.values(), "tools", "teacher_prompt"}
     else:
         used = {name for groups in row_format.layouts().values() for group in groups for name in group} | set(OPTIONAL)
         used = used if matching_layouts(columns, row_format) else set(columns)
@@ -199,10 +202,12 @@ def _instruction_messages(fields: Fields, where: str) -> list[Message]:
     ]
 
 
-def _layout_content(layout: str, fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def _layout_content(layout: str, fields: Fields, row_format: RowFormat, where: str) -> Content:
     """Returns the text or conversation of a row in a given layout."""
     if layout == "text":
         return _text(fields, row_format.text_field, where)
+    if layout == "tokens":
+        return parse_tokens(fields, where)
     system = next((name for name in ("system", "system_prompt") if name in fields), None)
     if layout == "completion":
         return _with_system(_prompt_completion(fields["prompt"], fields["completion"], where), fields, system, where)
@@ -247,15 +252,15 @@ def _refuse_missing(names: Collection[str], fields: Fields, where: str, setting:
         raise BadRowError(message, "a field is missing")
 
 
-def _is_rendering(text: Any, content: str | Conversation) -> bool:
+def _is_rendering(text: Any, content: Content) -> bool:
     """Returns True where a text holds every line of a conversation: it is the same, rendered by some chat template."""
-    if not isinstance(text, str) or isinstance(content, str):
+    if not isinstance(text, str) or not isinstance(content, Conversation):
         return False
     contents = [content_as_text(message.get("content", "")) for message in content.messages]
     return all(line.strip() in text for content_text in contents for line in content_text.splitlines())
 
 
-def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> Content:
     """Returns the text or conversation of a row whose layout is not set."""
     layouts = matching_layouts(fields, row_format)
     if len(layouts) == 2 and layouts[0] == "text":
@@ -274,23 +279,25 @@ def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> str 
         raise BadRowError(message, "several readings")
     raise BadRowError(
         f"{where}: no field {row_format.text_field!r} (corpus.text_field), 'messages', 'conversations', 'prompt' and "
-        f"'completion', or 'instruction' and 'output'. It has {', '.join(sorted(map(repr, fields))) or 'none'}."
+        f"'completion', 'instruction' and 'output', or 'tokens'. It has {', '.join(sorted(map(repr, fields))) or 'none'}."
         f"{suggest_setting(fields)}",
         "no field that is known",
     )
 
 
-def parse_content(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def parse_content(fields: Fields, row_format: RowFormat, where: str) -> Content:
     """Returns the text or conversation that a row holds in exactly one layout.
 
     Raises:
         BadRowError: the row matches no layout, or several of which none is set, or has a field of another type.
     """
     content = _content_without_tools(fields, row_format, where)
-    return content if isinstance(content, str) else content._replace(tools=parse_tools(fields.get("tools"), where))
+    if not isinstance(content, Conversation):
+        return content
+    return content._replace(tools=parse_tools(fields.get("tools"), where))
 
 
-def _content_without_tools(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def _content_without_tools(fields: Fields, row_format: RowFormat, where: str) -> Content:
     if row_format.fields:
         return _mapped_content(row_format.fields, fields, where)
     if (layout := row_format.content) == "auto":
