@@ -107,10 +107,13 @@ def write_missing_shards(
     """
     settings = EncoderSettings(_read_coding(plan), plan.export.max_codec_kl)
     bar = _progress_bar(plan, "teacher on", plan.expected_positions // ranks, 0, rank != 0)
-    missing = _missing_shards(plan, rank, ranks, bar)
+    late: list[UsageError] = []
+    missing = _missing_shards(plan, rank, ranks, bar, late)
     first = next(missing, None)
     if first is None:
         bar.close()
+        if late:
+            raise late[0]
         return
     processes = _encoder_processes(model.device) if encoders is None else encoders
     with (
@@ -131,11 +134,26 @@ def write_missing_shards(
         )
         for shard in to_write:
             write_shard(plan.folder / shard.name, itertools.islice(encoded, len(shard.blocks)))
+    if late:
+        raise late[0]
 
 
-def _missing_shards(plan: CachePlan, rank: int, ranks: int, bar: "tqdm[NoReturn]") -> Iterator[PlannedShard]:
-    """Yields this rank's share of the shards that are not on disk, as windows appear. `bar` counts the other ones."""
-    for shard in itertools.islice(plan.each_shard(), rank, None, ranks):
+def _missing_shards(
+    plan: CachePlan, rank: int, ranks: int, bar: "tqdm[NoReturn]", late: list[UsageError]
+) -> Iterator[PlannedShard]:
+    """Yields this rank's share of the shards that are not on disk, as windows appear. `bar` counts the other ones.
+
+    An error of the corpus ends them, and goes to `late`, so that shards before it are written.
+    """
+    shards = itertools.islice(plan.each_shard(), rank, None, ranks)
+    while True:
+        try:
+            shard = next(shards, None)
+        except UsageError as error:
+            late.append(error)
+            return
+        if shard is None:
+            return
         if not (plan.folder / shard.name).exists():
             yield shard
         else:

@@ -24,7 +24,7 @@ from data.corpus.row_encoding import EncodingFacts
 from data.export.draw import no_window, wanted_tokens
 from data.export.extend import Growth
 from data.export.planned_shards import PlannedShard, bytes_per_position, plan_shards
-from data.export.planning import SpoolPass
+from data.export.planning import Limits, SpoolPass
 from data.export.spool import SpoolWindows, remove_spool, spool_folder
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
@@ -262,7 +262,7 @@ def make_plans(
     with ExitStack() as stack:
         stack.enter_context(own_folder(spool))
         cached = growth.documents if growth else None
-        spool_pass = SpoolPass(export, folder, teacher.vocab_size, spool, bad, cached)
+        spool_pass = SpoolPass(export, folder, Limits(teacher.vocab_size, teacher.max_positions), spool, bad, cached)
         begin = spool_pass.begin()
         if wait or growth:
             spool_pass.finish()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -58,11 +58,18 @@ def encode_rows(encoder: RowEncoder, batches: Iterator[RowBatch]) -> Generator[E
             yield from encode(itertools.chain([first], batches))
 
 
+class Limits(NamedTuple):
+    """The number of a teacher's tokens, and of the positions that it can read, if that is bounded."""
+
+    vocab_size: int
+    positions: int | None
+
+
 class SpoolPass:
     """One pass over the corpus of an export. It fills a spool, or goes on where an earlier one was interrupted."""
 
     def __init__(
-        self, export: "TeacherExport", teacher: Path, vocab_size: int, spool: Path, bad_rows: BadRows,
+        self, export: "TeacherExport", teacher: Path, limits: Limits, spool: Path, bad_rows: BadRows,
         cached: CachedDocuments | None = None,
     ) -> None:  # fmt: skip
         """Reads what the spool has.
@@ -70,12 +77,12 @@ class SpoolPass:
         Args:
             export: the settings.
             teacher: the folder of the tokenizer.
-            vocab_size: no id may be as large.
+            limits: of the teacher.
             spool: the folder to fill, which this process owns.
             bad_rows: collects rows that cannot be used.
             cached: the documents of caches that are extended.
         """
-        self.export, self.teacher, self.vocab_size, self.spool = export, teacher, vocab_size, spool
+        self.export, self.teacher, self.limits, self.spool = export, teacher, limits, spool
         self.bad_rows, self.cached = bad_rows, cached
         self.news = NewDocuments(export, cached) if cached is not None else None
         self.total, self.parts = PassState(), 0
@@ -135,7 +142,7 @@ class SpoolPass:
             )  # fmt: skip
         begin = {"estimates": estimates, "rates": rules.rates, "facts": facts.to_json()}
         write_json(self.spool / BEGIN_FILE, begin)
-        self._stream(head, rules, flush=True)
+        self._stream(head, rules)
 
     def _draw_exactly(self, head: list[EncodedRows]) -> None:
         documents = list[Encoded]()
@@ -152,6 +159,7 @@ class SpoolPass:
                 self._take(split, window)
                 if self._positions() >= PART_POSITIONS:
                     self._write_part()
+        self._write_part()
         self._end()
         write_json(self.spool / BEGIN_FILE, {"facts": self.total.facts.to_json()})
 
@@ -168,7 +176,7 @@ class SpoolPass:
         rules = StreamDraw(self.export.seed, self.export.validation_share, begin["rates"], step)
         # In an extension every document is tokenised, to compare its windows with those of the caches.
         with closing(self._encoded(None if self.cached is not None else rules)) as rows:
-            self._stream(rows, rules, flush=False)
+            self._stream(rows, rules)
         self.bad_rows.finish(self.export.corpus.path)
         self._end()
 
@@ -185,7 +193,7 @@ class SpoolPass:
                 bar.update(batch.bytes)
                 yield batch
 
-    def _stream(self, rows: Iterable[EncodedRows], rules: StreamDraw, *, flush: bool) -> None:
+    def _stream(self, rows: Iterable[EncodedRows], rules: StreamDraw) -> None:
         draw = StreamedDraw(self.export, rules, self.cached, dict(self.total.taken))
         for batch in rows:
             self._count(batch)
@@ -197,8 +205,7 @@ class SpoolPass:
                     self._take(split, window)
             if self._positions() >= PART_POSITIONS or self._delta.bytes >= PART_BYTES:
                 self._write_part()
-        if flush:
-            self._write_part()
+        self._write_part()
 
     def _count(self, batch: EncodedRows) -> None:
         self.bad_rows.merge(batch.rows, batch.bad)
@@ -206,21 +213,32 @@ class SpoolPass:
         self._delta.add(PassState(batch.behind, *counts))
 
     def _fitting(self, documents: Iterable[Encoded]) -> Iterator[Encoded]:
-        """Yields documents but those whose teacher reads another context, where they do not fit a window."""
+        """Yields documents but those whose teacher reads another context, where that or they are too long."""
         for document in documents:
-            if document.context is None or len(document.loss_mask) <= self.export.row_length:
+            if problem := self._misfit(document):
+                message = f"{document.name}: has a teacher_prompt, and {problem}. Shorten the row, or drop it."
+                self.bad_rows.add(document.name, BadRowError(message, "too long for its teacher_prompt"))
+                self._delta.bad.append(self.bad_rows.bad[-1])
+            else:
                 yield document
-                continue
-            message = (
-                f"{document.name}: has a teacher_prompt, and {len(document.loss_mask)} positions where a window has "
-                f"{self.export.row_length}. Such a row cannot be cut. Shorten it, or set a larger row_length."
-            )
-            self.bad_rows.add(document.name, BadRowError(message, "longer than a window"))
-            self._delta.bad.append(self.bad_rows.bad[-1])
+
+    def _misfit(self, document: Encoded) -> str | None:
+        """Describes why a document with a context for the teacher cannot be scored, or returns None."""
+        positions, limit = len(document.loss_mask), self.limits.positions
+        if document.context is None:
+            return None
+        if positions > self.export.row_length:
+            return f"{positions} positions; a window has {self.export.row_length} (row_length) and cannot cut it"
+        read = len(document.context) + positions - int(document.loss_mask.argmax()) - 1
+        return (
+            f"{read} positions for the teacher, whose context is {limit}"
+            if limit is not None and read > limit
+            else None
+        )
 
     def _take(self, split: str, window: Window) -> None:
-        if (largest := largest_token([window])) >= self.vocab_size:
-            raise too_many_tokens(largest + 1, self.vocab_size, str(self.teacher), "teacher")
+        if (largest := largest_token([window])) >= self.limits.vocab_size:
+            raise too_many_tokens(largest + 1, self.limits.vocab_size, str(self.teacher), "teacher")
         self._windows[split].append(window)
         self._delta.taken[split] += window.positions
 
@@ -234,7 +252,6 @@ class SpoolPass:
         self._delta, self._windows = PassState(self.total.place), {split: [] for split in SPLITS}
 
     def _end(self) -> None:
-        self._write_part()
         total = {**self.total.to_json(), "bad": [], "skipped": self.bad_rows.counts()}
         write_json(self.spool / END_FILE, total)
         path, left_out = self.export.corpus.path, self.total.left_out

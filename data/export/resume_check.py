@@ -1,7 +1,7 @@
 """Checks before an export starts or resumes: does the cache's folder belong to this plan, and is it complete?"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest, read_manifest
 from data.export.extend import GROWING_FILE, SPLITS
@@ -11,8 +11,9 @@ from kd_core.files import damage_as_usage_error, read_json, write_json
 from kd_core.json_fields import check_integer, check_text
 
 # Fields of the plan that may differ between the exports that extend one cache. All others decide what its records hold.
+END_FIELDS = ("windows", "windows_masks", "windows_contexts")
 MAY_GROW = (
-    *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share", "draw"),
+    *("corpus", *END_FIELDS, "tokens", "seed", "validation_share", "draw"),
     *("shard_bytes", "block_positions", "batch_rows"),
 )
 
@@ -44,6 +45,15 @@ def recorded_choices(out: Path) -> tuple[str | None, int | None]:
         return check_text(plan["dtype"], "dtype"), rows
 
 
+def _without_end(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the plan of a long corpus without what its end has added."""
+    left = {name: value for name, value in stored.items() if name not in END_FIELDS}
+    corpus = left.get("corpus")
+    if isinstance(corpus, dict):
+        left["corpus"] = {name: value for name, value in cast(dict[str, Any], corpus).items() if name != "skipped"}
+    return left
+
+
 def record_or_check_plan(plan: CachePlan) -> bool:
     """Writes the plan into the cache's folder, or checks that the plan there is the same.
 
@@ -67,11 +77,8 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
     # Such a cache is reused only if it is complete.
     unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.identity) - set(stored)
-    if plan.is_streamed:  # its end adds these
-        for name in ("windows", "windows_masks"):
-            stored.pop(name, None)
-        if isinstance(stored.get("corpus"), dict):
-            stored["corpus"].pop("skipped", None)
+    if plan.is_streamed:
+        stored = _without_end(stored)
     names = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
     differing = [name for name in names if stored.get(name) != plan.identity.get(name)]
     has_manifest = (plan.folder / "manifest.json").exists()
