@@ -40,6 +40,10 @@ from absl import flags
 from launchers.cli import app
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from data.export.plan import CachePlan
+    from kd_core.parallel.world import World
     from kd_core.precision import ChosenPrecision
 
 KIND = "TeacherExport"
@@ -72,7 +76,6 @@ def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision
 
 
 def _export(export: Any, out: Path) -> None:
-    from data.export import export as export_steps
     from data.export.extend import end_growth, load_growth
     from data.export.pass_state import part_states
     from data.export.plan import make_plans
@@ -81,7 +84,6 @@ def _export(export: Any, out: Path) -> None:
     from data.export.tokenize_beside import tokenize_beside
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
-    from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
@@ -105,19 +107,7 @@ def _export(export: Any, out: Path) -> None:
             if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
         stack.enter_context(tokenize_beside(missing_plans, starts=world.local_rank == 0))
-        model: Any = export_steps.load_teacher(export, world.device) if missing_plans else None
-        for plan in missing_plans:
-            if EXTEND.value and next(plan.each_shard(), None) is None:
-                continue
-            pilot: list[Any] = []
-            world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
-            write = partial(export_steps.write_missing_shards, plan, model, pilot, world.rank, world.size)
-            run_on_all_ranks(world, write)
-            # Hosts without a common file system have each tokenised the corpus.
-            assert_ranks_agree(world, {"windows": str(plan.windows.identity())})
-            by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
-            manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
-            app.log.info("%s", manifest.summary(plan.folder))
+        _write_caches(world, export, missing_plans)
         if missing_plans and missing_plans[0].is_streamed:
             bad_rows.bad = [row for state in part_states(missing_plans[0].windows.folder) for row in state.bad]
             world.run_on_first(lambda: bad_rows.write(out))
@@ -126,6 +116,28 @@ def _export(export: Any, out: Path) -> None:
             remove_spool(plans[0].windows.folder)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
+
+
+def _write_caches(world: "World", export: Any, plans: "Sequence[CachePlan]") -> None:
+    """Scores and writes what is missing of each cache, and reads it back."""
+    from data.export import export as export_steps
+    from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
+
+    if not plans:
+        return
+    model: Any = export_steps.load_teacher(export, world.device)
+    for plan in plans:
+        if plan.grown_from and next(plan.each_shard(), None) is None:
+            continue
+        pilot: list[Any] = []
+        world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
+        write = partial(export_steps.write_missing_shards, plan, model, pilot, world.rank, world.size)
+        run_on_all_ranks(world, write)
+        # Hosts without a common file system have each tokenised the corpus.
+        assert_ranks_agree(world, {"windows": str(plan.windows.identity())})
+        by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
+        manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
+        app.log.info("%s", manifest.summary(plan.folder))
 
 
 def _describe(export: Any, out: Path) -> None:
@@ -144,8 +156,9 @@ def _describe(export: Any, out: Path) -> None:
             print(f"texts: {plans[0].texts}")
         for plan in plans:
             scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
+            positions = plan.windows.positions.sum()
             print(
-                f"{plan.folder}: {len(plan.windows)} records, {plan.windows.positions.sum()} positions ({scored} scored), "
+                f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
                 f"{len(plan.shards)} shards"
             )
 

@@ -39,8 +39,8 @@ def estimate_bytes(paths: Sequence[Path]) -> int:
 def corpus_fingerprint(paths: list[Path]) -> str:
     """Returns one sha256 over the files of a corpus.
 
-    It goes over all names and bytes of a corpus of at most `MOST_HASHED` bytes, and of a larger one over names, sizes and
-    three pieces of each file. The digests of its windows stand for the rest.
+    It goes over all names and bytes of a corpus of at most `MOST_HASHED` bytes, and of a larger one over names, sizes
+    and three pieces of each file. The digests of its windows stand for the rest.
     """
     if sum(path.stat().st_size for path in paths) <= MOST_HASHED:
         return content_fingerprint(paths)

@@ -47,8 +47,8 @@ class Encoded(NamedTuple):
 class _DocumentText(NamedTuple):
     """A document as one text. `spans` are the characters to score, or None for all of them.
 
-    `is_plain` marks a text that no chat template wrote. `ids` are tokens in place of a text. `teacher` is what the teacher
-    reads, if that is something else.
+    `is_plain` marks a text that no chat template wrote. `ids` are tokens in place of a text. `teacher` is what the
+    teacher reads, if that is something else.
     """
 
     name: str
@@ -102,8 +102,8 @@ def _with_context(student: Encoded, teacher: Encoded) -> Encoded:
     same_ids = np.array_equal(student.token_ids[begin + 1 :], teacher.token_ids[teacher_begin + 1 :])
     if not same_ids or not np.array_equal(student.loss_mask[begin:], teacher.loss_mask[teacher_begin:]):
         message = (
-            f"{student.name}: the completion has other tokens behind 'teacher_prompt' than behind the prompt, as where a "
-            "token straddles the two. End both prompts alike, as with white space, or drop the row."
+            f"{student.name}: the completion has other tokens behind 'teacher_prompt' than behind the prompt, as where "
+            "a token straddles the two. End both prompts alike, as with white space, or drop the row."
         )
         raise BadRowError(message, "a completion of other tokens behind teacher_prompt")
     return student._replace(context=teacher.token_ids[: teacher_begin + 1])

@@ -24,12 +24,13 @@ from data.corpus.chat.conversations import (
     Message,
     PlainPrompt,
     content_as_text,
+    parse_call_message,
     parse_conversation,
     parse_prompt_completion,
     parse_tools,
 )
 from data.corpus.layout_hints import config_flag, suggest_setting
-from data.corpus.token_rows import TOKEN_FIELDS, Content, TokenRow, parse_tokens
+from data.corpus.token_rows import TOKEN_FIELDS, Content, parse_tokens
 from data.text_lines import BadRowError
 
 Fields = Mapping[str, Any]
@@ -124,18 +125,6 @@ def _text(fields: Fields, field: str, where: str) -> str:
     return value
 
 
-def _call_message(value: Any, where: str) -> Message:
-    """Returns the message of a function call in ShareGPT's format, which is JSON."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-        calls = cast(list[Any], parsed if isinstance(parsed, list) else [parsed])
-        named = [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        message = f"{where}: a function call that is not JSON with 'name' and 'arguments' ({value!a:.80}). Fix it."
-        raise BadRowError(message, "a function call that is not JSON") from None
-    return {"role": "assistant", "tool_calls": named}
-
-
 def _standard_message(value: Any, where: str, role_field: str, content_field: str) -> Any:
     """Returns a message with its role and content under the standard names.
 
@@ -152,7 +141,7 @@ def _standard_message(value: Any, where: str, role_field: str, content_field: st
         return message
     rest = {key: item for key, item in message.items() if key not in (role_field, content_field)}
     if standard_role == CALL_ROLE:
-        return {**rest, **_call_message(content, where)}
+        return {**rest, **parse_call_message(content, where)}
     standard = {"role": standard_role or role, "content": content}
     return {**rest, **{key: item for key, item in standard.items() if item is not None}}
 
@@ -279,8 +268,8 @@ def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> Cont
         raise BadRowError(message, "several readings")
     raise BadRowError(
         f"{where}: no field {row_format.text_field!r} (corpus.text_field), 'messages', 'conversations', 'prompt' and "
-        f"'completion', 'instruction' and 'output', or 'tokens'. It has {', '.join(sorted(map(repr, fields))) or 'none'}."
-        f"{suggest_setting(fields)}",
+        f"'completion', 'instruction' and 'output', or 'tokens'. "
+        f"It has {', '.join(sorted(map(repr, fields))) or 'none'}.{suggest_setting(fields)}",
         "no field that is known",
     )
 

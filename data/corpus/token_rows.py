@@ -3,8 +3,8 @@
     {"tokens": [5, 9, 2], "loss_mask": [0, 1, 1], "name": "a", "tokenizer": "FINGERPRINT"}
     {"prompt": "2 + 2?", "completion": "4", "teacher_prompt": "You are good at sums. 2 + 2?"}
 
-With `teacher_prompt`, the student reads prompt and completion, and the teacher scores the same completion behind its own
-prompt. The completion begins at the first token that is scored.
+With `teacher_prompt`, the student reads prompt and completion, and the teacher scores the same completion behind its
+own prompt. The completion begins at the first token that is scored.
 """
 
 from collections.abc import Mapping
@@ -59,8 +59,8 @@ def with_teacher_prompt(content: Content, prompt: Any, where: str) -> Content:
 
     Args:
         content: what the student reads.
-        prompt: of tokens, a list of ids. Of a prompt and its completion, the user's text. Of a conversation, the text of
-            the system message. Of both, also a list of the messages before the assistant's first one that is scored.
+        prompt: of tokens, a list of ids. Of a prompt and its completion, the user's text. Of a conversation, the text
+            of the system message. Of both, also a list of the messages before the assistant's first scored one.
 
     Raises:
         BadRowError: the content has no completion, or the prompt is something else.

@@ -3,10 +3,11 @@
 A short corpus is tokenised before anything is scored. Its split holds out an exact share of the contents, and its draw
 fills `train_tokens` as far as windows go. A long one is decided document by document, as it is read:
 
-    split    validation where hash(seed, content) < validation_share · 2⁶⁴, so the contents that an exact split takes first
+    split    validation where hash(seed, content) < validation_share · 2⁶⁴: contents that an exact split takes first
     draw     a window is taken where hash(seed, content, start) < rate · 2⁶⁴, until its split has its tokens
 
-The rate is the tokens that are wanted over an estimate of those there are. It is the same on every rank and at every start.
+The rate is the tokens that are wanted over an estimate of those there are. It is the same on every rank and at every
+start.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Plans of an export's caches. They are the same on every rank and at every start.
 
-documents ─ encode, split, draw (planning.py) ─► windows on disk (spool.py) ─► blocks and shards of windows, as they come
+documents ─ encode, split, draw (planning.py) ─► windows on disk (spool.py) ─► blocks and shards of windows
 """
 
 import json

@@ -1,7 +1,9 @@
-"""The pass over a corpus that fills a spool: rows ─ encode, in processes ─► documents ─ split, draw ─► parts of windows.
+"""The pass over a corpus that fills a spool.
 
-A corpus of at most `HEAD_BYTES` is drawn from as a whole. Of a longer one, the first texts give the rates of the draw, and
-each document after them is decided by itself. Then scoring begins while the pass goes on, in a process of its own.
+rows ─ encode, in processes ─► documents ─ split, draw ─► parts of windows
+
+A corpus of at most `HEAD_BYTES` is drawn from as a whole. Of a longer one, the first texts give the rates of the draw,
+and each document after them is decided by itself. Then scoring begins while the pass goes on, in another process.
 """
 
 import itertools
@@ -45,7 +47,7 @@ def _describe(batch: RowBatch) -> str:
 
 
 def encode_rows(encoder: RowEncoder, batches: Iterator[RowBatch]) -> Generator[EncodedRows]:
-    """Yields batches of rows as tokens, in order. The first ones are encoded here, and those after them in processes."""
+    """Yields batches of rows as tokens, in order. The first ones are encoded here, those after them in processes."""
     size = 0
     for batch in batches:
         yield encoder.encode(batch)

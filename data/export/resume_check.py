@@ -54,6 +54,24 @@ def _without_end(stored: dict[str, Any]) -> dict[str, Any]:
     return left
 
 
+def _another_plan(
+    plan: CachePlan, stored: dict[str, Any], differing: list[str], manifest: Manifest | None
+) -> UsageError:
+    """Returns the error of a folder that holds an export of another plan."""
+    name = differing[0]
+    before, now = stored.get(name), plan.identity.get(name)
+    if name == "corpus" and (path := _corpus_path(manifest)) not in ("", plan.export.corpus.path):
+        before, now = path, plan.export.corpus.path
+    may_grow = set(differing) <= set(MAY_GROW)
+    choices = (
+        "delete the folder, or add documents that are new to it with --extend" if may_grow else "or delete the folder"
+    )
+    return UsageError(
+        f"{plan.folder}: holds an export with another {name} ({before}; now {now})."
+        f"{_setting_hint(name, before, now)} Choose another --out, {choices}."
+    )
+
+
 def record_or_check_plan(plan: CachePlan) -> bool:
     """Writes the plan into the cache's folder, or checks that the plan there is the same.
 
@@ -75,29 +93,15 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     stored = read_json(path, "the plan of an export")
     # Plans of earlier versions lack some fields. Without `windows`, documents were split by their names. Without
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
-    # Such a cache is reused only if it is complete.
-    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.identity) - set(stored)
-    if plan.is_streamed:
-        stored = _without_end(stored)
+    # Without `draw`, a long corpus was split and drawn as a whole. Such a cache is reused only if it is complete.
+    unknown = {"windows", "vocab_size", "windows_masks", "draw"} & set(plan.identity) - set(stored)
+    stored = _without_end(stored) if plan.is_streamed else stored
     names = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
     differing = [name for name in names if stored.get(name) != plan.identity.get(name)]
     has_manifest = (plan.folder / "manifest.json").exists()
     manifest = read_manifest(plan.folder) if has_manifest else None
     if differing:
-        name = differing[0]
-        before, now = stored.get(name), plan.identity.get(name)
-        if name == "corpus" and (path := _corpus_path(manifest)) not in ("", plan.export.corpus.path):
-            before, now = path, plan.export.corpus.path
-        may_grow = set(differing) <= set(MAY_GROW)
-        choices = (
-            "delete the folder, or add documents that are new to it with --extend"
-            if may_grow
-            else "or delete the folder"
-        )
-        raise UsageError(
-            f"{plan.folder}: holds an export with another {name} ({before}; now {now})."
-            f"{_setting_hint(name, before, now)} Choose another --out, {choices}."
-        )
+        raise _another_plan(plan, stored, differing, manifest)
     missing = [shard.name for shard in manifest.shards if not (plan.folder / shard.name).exists()] if manifest else []
     if unknown and (missing or not manifest):
         raise UsageError(

@@ -50,7 +50,7 @@ LOADED_PARTS = 4  # parts that a reader keeps in memory, of some 5 MB each
 def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth: "Growth | None") -> Path:
     """Returns the folder for the windows of an export. Its name stands for all that decides them.
 
-    Of the corpus that is the names, sizes and times of its files, on this host. So a file that was touched is read anew.
+    Of the corpus that is the names, sizes and times of its files, on this host. So a touched file is read anew.
     """
     corpus, settings = export.corpus, asdict(export)
     names = ("train_tokens", "validation_tokens", "row_length", "overlap", "validation_share", "seed")
@@ -217,10 +217,8 @@ class SpoolWindows(Sequence[Window]):
         return len(self.positions)
 
     def __iter__(self) -> Iterator[Window]:
-        number = 0
-        for positions in self.part_positions():
+        for number, positions in enumerate(self.part_positions()):
             yield from (self._part(number).window(i) for i in range(len(positions)))
-            number += 1
 
     def _part(self, number: int) -> _Part:
         with self._lock:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,8 @@ def test_a_pass_that_was_killed_goes_on_behind_its_last_part(
         write(self)
 
     monkeypatch.setattr(RowEncoder, "encode", counting)
-    for stop in (2, 7):
+    for parts in (2, 7):
+        stop = parts
         monkeypatch.setattr(planning.SpoolPass, "_write_part", killed)
         with pytest.raises(KeyboardInterrupt):
             make_plans(export, tmp_path / "cut")
