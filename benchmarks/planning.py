@@ -59,7 +59,7 @@ def memory_mb(root: int) -> float:
 def measure(teacher: Path, corpus: Path, out: Path, tokens: str) -> dict[str, float]:
     """Runs an export until its corpus is read."""
     settings = [f"teacher={teacher}", f"corpus.path={corpus}", f"train_tokens={tokens}", "validation_tokens=4096"]
-    settings += ["selection.top_k=8", "row_length=512", "dtype=float32"]
+    settings += ["selection.top_k=8", "row_length=256", "dtype=float32"]
     flags = [f"--config={item}" for item in ("quickstart_export", *settings)]
     began, peak, first = time.monotonic(), 0.0, 0.0
     with subprocess.Popen([sys.executable, "-m", "launchers.export_teacher", *flags, f"--out={out}"]) as process:

@@ -9,6 +9,10 @@ Writes OUT/train and OUT/validation: tar shards and, last, manifest.json. After 
 on with the first missing shard. The bytes are the same, whatever the interruptions and the number of ranks. Finish an
 export with the version of this project that began it.
 
+A corpus of any size is tokenised once, by parallel processes, into OUT.spool, which is removed when the export is
+complete. The teacher scores while a long corpus is tokenised. Rows may hold token ids, and a prompt for the teacher
+alone (docs/corpora.md).
+
 With --extend, complete caches grow by the documents that they lack. Documents are compared by content, not by name. No
 old shard is touched.
 
@@ -25,6 +29,7 @@ overlap=128, and
     selection.top_k=0 selection.draws=12         12 samples instead of entries: smallest caches, forward KL only
     selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
     codec=compact                                4 bytes less per position at twice the (small) error; or lossless
+    spool=/local/disk                            where the tokenised corpus waits, 6 bytes a token (OUT.spool)
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
 """
 
