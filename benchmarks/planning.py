@@ -1,15 +1,16 @@
 """How much memory does planning an export take, and how soon is its first token scored, at any size of corpus?
 
-Command:  python -m benchmarks.planning [train_tokens, or none] [gigabytes of text …]
-For each size it writes a corpus of random sentences as JSON lines, starts `launchers.export_teacher` with a tiny
-teacher, and ends it once the whole corpus has been read. Prints the time until the pilot of the first shard was scored,
-the time until the corpus was read, and the largest memory of all its processes (proportional set sizes, in which shared
-pages count once).
+Command:  python -m benchmarks.planning [seconds] [gigabytes of text …]
+For each size it writes a corpus of random sentences as JSON lines. It starts `launchers.export_teacher` with a tiny
+teacher twice, for all of the corpus and for 200,000 tokens drawn from it, and ends it once the corpus has been read, or
+after so many seconds. Prints the time until the pilot of the first shard was scored, how much of the corpus was read and
+in which time, and the largest memory of all its processes (proportional set sizes, in which shared pages count once).
 """
 
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.export.pass_state import part_states
 from tests.tiny import make_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -56,42 +58,48 @@ def memory_mb(root: int) -> float:
     return total / 1024
 
 
-def measure(teacher: Path, corpus: Path, out: Path, tokens: str) -> dict[str, float]:
-    """Runs an export until its corpus is read."""
+def bytes_read(spool: Path) -> int:
+    """Bytes of the corpus that are in the parts of a spool."""
+    return sum(state.bytes for state in part_states(spool))
+
+
+def measure(teacher: Path, corpus: Path, out: Path, tokens: str, seconds: float) -> dict[str, float]:
+    """Runs an export until its corpus is read, or for so many seconds."""
     settings = [f"teacher={teacher}", f"corpus.path={corpus}", f"train_tokens={tokens}", "validation_tokens=4096"]
-    settings += ["selection.top_k=8", "row_length=256", "dtype=float32"]
+    settings += ["selection.top_k=8", "row_length=256", "dtype=float32", "shard_bytes=200000"]
     flags = [f"--config={item}" for item in ("quickstart_export", *settings)]
-    began, peak, first = time.monotonic(), 0.0, 0.0
+    began, peak, first, read, elapsed = time.monotonic(), 0.0, 0.0, 0, 0.0
     with subprocess.Popen([sys.executable, "-m", "launchers.export_teacher", *flags, f"--out={out}"]) as process:
-        while process.poll() is None and not any(out.parent.glob("*.spool/*/end.json")):
+        while process.poll() is None and elapsed < seconds and read < corpus.stat().st_size * 0.99:
             peak = max(peak, memory_mb(process.pid))
+            elapsed = time.monotonic() - began
             if not first and (out / "train" / "tables.tar").exists():
-                first = time.monotonic() - began
-            time.sleep(0.2)
-        read = time.monotonic() - began
-        while not first and process.poll() is None:
-            first = time.monotonic() - began if (out / "train" / "tables.tar").exists() else 0.0
-            time.sleep(0.05)
+                first = elapsed
+            read = sum(map(bytes_read, out.parent.glob(f"{out.name}.spool/*")))
+            time.sleep(0.5)
         process.terminate()
-    return {"first": first, "read": read, "peak": peak}
+    shutil.rmtree(out.with_name(f"{out.name}.spool"), ignore_errors=True)
+    return {"first": first, "seconds": elapsed, "peak": peak, "read": read / corpus.stat().st_size}
 
 
 def main() -> None:
-    tokens, sizes = (sys.argv[1:2] or ["none"])[0], sys.argv[2:] or ["0.1", "1", "5"]
+    seconds, sizes = float((sys.argv[1:2] or ["3600"])[0]), sys.argv[2:] or ["0.1", "1", "5"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = (ROOT / "WORKSPACE.md").read_text()
         teacher = make_teacher(folder / "teacher", [text] * 4, vocab=2048)
-        print(f"train_tokens={tokens}")
-        print("| text | first tokens scored after | corpus read after | largest memory |\n|---|---|---|---|")
+        print("| text | train_tokens | first shard's pilot scored after | read | in | largest memory |")
+        print("|---|---|---|---|---|---|", flush=True)
         for size in sizes:
             corpus = folder / f"{size}.jsonl"
             write_corpus(corpus, int(float(size) * 1e9))
-            found = measure(teacher, corpus, folder / f"out-{size}", tokens)
+            for tokens in ("none", "200000"):
+                found = measure(teacher, corpus, folder / f"out-{size}-{tokens}", tokens, seconds)
+                shown = (
+                    f"{found['first']:.0f} s | {found['read']:.0%} | {found['seconds']:.0f} s | {found['peak']:.0f} MB"
+                )
+                print(f"| {size} GB | {tokens} | {shown} |", flush=True)
             corpus.unlink()
-            print(
-                f"| {size} GB | {found['first']:.0f} s | {found['read']:.0f} s | {found['peak']:.0f} MB |", flush=True
-            )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _export(export: Any, out: Path) -> None:
             world.run_on_first(lambda: bad_rows.write(out))
         world.barrier()
         if plans and world.local_rank == 0:
-            remove_spool(plans[0].windows.folder)
+            remove_spool(plans[0].windows.folder, out)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
 
@@ -132,8 +132,6 @@ def _write_caches(world: "World", export: Any, plans: "Sequence[CachePlan]") -> 
         return
     model: Any = export_steps.load_teacher(export, world.device)
     for plan in plans:
-        if plan.grown_from and next(plan.each_shard(), None) is None:
-            continue
         pilot: list[Any] = []
         world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
         write = partial(export_steps.write_missing_shards, plan, model, pilot, world.rank, world.size)

@@ -200,7 +200,7 @@ def write_caches(export: TeacherExport, out: Path, ranks: int = 1, extend: bool 
     if extend:
         end_growth(out)
     for plan in plans:
-        remove_spool(plan.windows.folder)
+        remove_spool(plan.windows.folder, out)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -46,6 +46,11 @@ class BadRows:
         self.rows_at_limit: int | None = None
         self.bad: list[BadRow] = []
 
+    def clear(self) -> None:
+        """Forgets all rows, before a pass that begins anew."""
+        self.rows, self.rows_at_limit = 0, None
+        self.bad.clear()
+
     @property
     def will_stop(self) -> bool:
         """Returns True where there are too many bad rows, so that further ones are only counted."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from data.export.plan import TeacherExport
 
 log = logging.getLogger("kd")
-FEWEST_TOKEN_BYTES = 4096  # bytes that a template may add to a conversation, at most a token each
+MOST_AROUND, MOST_TEMPLATE = 16, 4096  # tokens around a text, and of a template around a conversation
 
 
 class Drawn(NamedTuple):
@@ -128,13 +128,14 @@ class StreamDraw:
     def may_take(self, document: Document) -> bool:
         """Returns False where no window of a document can be taken, so that it need not be tokenised.
 
-        A text has at most as many tokens as bytes, and a few that surround it.
+        A text has at most as many tokens as bytes, and a few around it. What a template adds is bounded generously.
         """
         digest = document.digest()
         split, content = self.split(digest), document.content
         if self.rates[split] >= 1 or not isinstance(content, (str, Conversation)):
             return True
-        most = 2 * len(str(content).encode(errors="replace")) + FEWEST_TOKEN_BYTES
+        size = len(str(content).encode(errors="replace"))
+        most = size + MOST_AROUND if isinstance(content, str) else 2 * size + MOST_TEMPLATE
         return any(self.takes(split, digest, start) for start in range(0, most, self.step))
 
 

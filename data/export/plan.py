@@ -181,8 +181,9 @@ class CachePlan:
         encoder = _encoder(self.export, EncodingFacts.from_json(end["facts"]))
         if not self.grown_from:
             write_json(self.folder / "plan.json", identity)
-        is_whole = all(rate >= 1 for rate in identity["draw"].values())
-        drawn_from = end["drawn_from"][identity["split"]] if is_whole else self.drawn_from
+        split = identity["split"]
+        # Where windows are drawn at a rate, documents without any were not tokenised.
+        drawn_from = end["drawn_from"][split] if identity["draw"][split] >= 1 else self.drawn_from
         return replace(self, identity=identity, drawn_from=drawn_from, chat=encoder.chat_format())
 
 
@@ -278,14 +279,14 @@ def make_plans(
     for split, tokens in wanted_tokens(export).items():
         windows = SpoolWindows(spool, split)
         plan = {**settings, "split": split, "tokens": tokens}
+        if growth and not len(windows):
+            continue
         if not is_streamed:
-            if growth and not len(windows):
-                continue
             plan |= windows.identity()
         drawn_from = begin["estimates"][split] if is_streamed else windows.end()["drawn_from"][split]
         before = growth.manifests[split] if growth else None
         corpus_facts = encoder.describe(), drawn_from, encoder.chat_format()
         plans.append(CachePlan(out / split, export, teacher, windows, round_trip_json(plan), before, *corpus_facts))
     if not plans:
-        remove_spool(spool)
+        remove_spool(spool, out)
     return plans

@@ -113,8 +113,8 @@ class SpoolPass:
         if not (self.spool / BEGIN_FILE).exists():
             for number in range(self.parts):  # an exact draw that was interrupted while it was written
                 part_path(self.spool, number).unlink()
-            self.total, self.parts, self.bad_rows.rows = PassState(), 0, 0
-            self.bad_rows.bad.clear()
+            self.total, self.parts = PassState(), 0
+            self.bad_rows.clear()
             self._read_head()
         return read_json(self.spool / BEGIN_FILE, "the beginning of a spool")
 

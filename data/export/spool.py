@@ -9,7 +9,6 @@ Each file appears by rename. So what is there is complete, and a pass that was i
 """
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import json
@@ -65,14 +64,16 @@ def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth
         return Path(export.spool) / key
     if "://" in str(out):
         return Path(tempfile.gettempdir()) / f"kd-spool-{os.getuid()}" / key
-    return Path(out).with_name(f"{Path(out).name}.spool") / key
+    return _beside(Path(out)) / key
 
 
-def remove_spool(folder: Path) -> None:
-    """Removes a spool, and the folder above it if that is empty then."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.spool")
+
+
+def remove_spool(folder: Path, out: Path) -> None:
+    """Removes the spool of a complete export, and spools beside `out` that other settings or files have left there."""
+    shutil.rmtree(_beside(out) if folder.parent == _beside(out) else folder, ignore_errors=True)
 
 
 def part_path(folder: Path, number: int) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -60,6 +61,7 @@ def main() -> None:
     """Makes the plans that the parent has sent. An error goes into the spool, for those who wait for its windows."""
     export, out, spool, grows = pickle.load(sys.stdin.buffer)  # noqa: S301 (a pipe from our own parent)
     assert isinstance(export, TeacherExport)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:

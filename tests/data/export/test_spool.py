@@ -185,7 +185,7 @@ def test_a_teacher_scores_while_the_corpus_is_tokenised(tiny: Tiny, tmp_path: Pa
         assert bytes_of(plan.folder) == bytes_of(tmp_path / "before" / plan.identity["split"])
         assert not verify(plan.folder, lambda _: None).problems
         assert record_or_check_plan(plan), "it is complete"
-    remove_spool(plans[0].windows.folder)
+    remove_spool(plans[0].windows.folder, tmp_path / "beside")
     assert not (tmp_path / "beside.spool").exists()
 
 
