@@ -2,9 +2,9 @@
 
 Command:  python -m benchmarks.planning [seconds] [gigabytes of text …]
 For each size it writes a corpus of random sentences as JSON lines. It starts `launchers.export_teacher` with a tiny
-teacher twice, for all of the corpus and for 200,000 tokens drawn from it, and ends it once the corpus has been read, or
-after so many seconds. Prints the time until the pilot of the first shard was scored, how much of the corpus was read and
-in which time, and the largest memory of all its processes (proportional set sizes, in which shared pages count once).
+teacher twice, for all of the corpus and for 200,000 tokens drawn from it, and ends it once the corpus has been read,
+or after so many seconds. Prints the time until the pilot of the first shard was scored, how much of the corpus was read
+and in which time, and the largest memory of all its processes (proportional set sizes: shared pages count once).
 """
 
 import json
