@@ -6,7 +6,6 @@ documents ─ encode, split, draw (planning.py) ─► windows on disk (spool.py
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -160,10 +159,6 @@ class CachePlan:
         """Returns all shards. Waits until the corpus is tokenised."""
         return list(self.each_shard())
 
-    def missing(self) -> list[PlannedShard]:
-        """Returns the shards that are not on disk."""
-        return [shard for shard in self.shards if not (self.folder / shard.name).exists()]
-
     def completed(self) -> "CachePlan":
         """Returns the plan with all that its end shows, and writes it to plan.json. Waits for that.
 
@@ -238,9 +233,32 @@ def _settings(
     }
 
 
+def fill_spool(
+    export: TeacherExport, spool: Path, growth: Growth | None, bad_rows: BadRows, *, wait: bool
+) -> tuple[TeacherFacts, dict[str, Any]]:
+    """Tokenises the corpus into a spool, unless it is there. Returns facts of the teacher, and the spool's beginning.
+
+    Args:
+        wait: tokenise all of a long corpus, and not its beginning alone.
+
+    Raises:
+        UsageError: as `make_plans`, or another process fills the spool.
+    """
+    folder = local_folder(export.teacher)
+    encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
+    teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
+    limits = Limits(teacher.vocab_size, teacher.max_positions)
+    with own_folder(spool):
+        spool_pass = SpoolPass(export, folder, limits, spool, bad_rows, growth.documents if growth else None)
+        begin = spool_pass.begin()
+        if wait or growth:
+            spool_pass.finish()
+    return teacher, begin
+
+
 def make_plans(
     export: TeacherExport, out: Path, growth: Growth | None = None, bad_rows: BadRows | None = None, *,
-    wait: bool = True, spool: Path | None = None,
+    wait: bool = True,
 ) -> list[CachePlan]:  # fmt: skip
     """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
 
@@ -249,24 +267,15 @@ def make_plans(
 
     Args:
         wait: tokenise all of a long corpus. Without it, only its beginning is, and `tokenize_beside` does the rest.
-        spool: the folder of the windows, by default `spool_folder`.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or no window is left.
     """
     export = replace(export, batch_rows=choose_batch_rows(export, torch.device("cpu")))
     folder = local_folder(export.teacher)
-    encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
-    teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
     bad = bad_rows or export.corpus.bad_rows()
-    spool = spool or spool_folder(export, folder, out, growth)
-    with ExitStack() as stack:
-        stack.enter_context(own_folder(spool))
-        cached = growth.documents if growth else None
-        spool_pass = SpoolPass(export, folder, Limits(teacher.vocab_size, teacher.max_positions), spool, bad, cached)
-        begin = spool_pass.begin()
-        if wait or growth:
-            spool_pass.finish()
+    spool = spool_folder(export, folder, out, growth)
+    teacher, begin = fill_spool(export, spool, growth, bad, wait=wait)
     facts = EncodingFacts.from_json(begin["facts"])
     is_streamed = "rates" in begin
     encoder = _encoder(export, facts)

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -62,7 +63,7 @@ def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth
     key = hashlib.sha256(json.dumps([VERSION, *decisive], default=str).encode()).hexdigest()[:16]
     if export.spool is not None:
         return Path(export.spool) / key
-    if "://" in str(out):
+    if re.match(r"[a-z0-9]+:/", str(out)):  # a URL, also as a path
         return Path(tempfile.gettempdir()) / f"kd-spool-{os.getuid()}" / key
     return _beside(Path(out)) / key
 

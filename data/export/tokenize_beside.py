@@ -15,7 +15,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from data.export.extend import load_growth
-from data.export.plan import CachePlan, TeacherExport, make_plans
+from data.export.plan import CachePlan, TeacherExport, fill_spool
 from data.export.spool import END_FILE, FAILED_FILE
 from data.export.worker_processes import PATIENCE, start_process
 from kd_core.errors import UsageError
@@ -58,7 +58,10 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Makes the plans that the parent has sent. An error goes into the spool, for those who wait for its windows."""
+    """Fills the spool of the export that the parent has sent.
+
+    An error goes into the spool, for those who wait for its windows.
+    """
     export, out, spool, grows = pickle.load(sys.stdin.buffer)  # noqa: S301 (a pipe from our own parent)
     assert isinstance(export, TeacherExport)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal
@@ -70,7 +73,8 @@ def main() -> None:
     except UsageError:
         return  # another process of this host fills it
     try:
-        make_plans(export, out, load_growth(out, begin=False) if grows else None, spool=spool)
+        growth = load_growth(out, begin=False) if grows else None
+        fill_spool(export, spool, growth, export.corpus.bad_rows(), wait=True)
     except (UsageError, OSError) as error:
         write_json(spool / FAILED_FILE, {"message": f"{error} {LATE}"})
         logging.getLogger("kd").error("tokenizing ended: %s", error)
