@@ -238,9 +238,6 @@ def fill_spool(
 ) -> tuple[TeacherFacts, dict[str, Any]]:
     """Tokenises the corpus into a spool, unless it is there. Returns facts of the teacher, and the spool's beginning.
 
-    Args:
-        wait: tokenise all of a long corpus, and not its beginning alone.
-
     Raises:
         UsageError: as `make_plans`, or another process fills the spool.
     """

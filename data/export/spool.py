@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 SPLITS: tuple[str, ...] = ("train", "validation")
 BEGIN_FILE, END_FILE, FAILED_FILE = "begin.json", "end.json", "failed.json"
 POLL_SECONDS = 0.05
-# Seconds that a spool without its writer may stand still. A writer takes some to start.
-OWNERLESS_SECONDS = 60.0
+# Seconds that a spool without its writer may stand still. A writer takes some to start, and minutes on a busy host.
+OWNERLESS_SECONDS = 300.0
 VERSION = 1
 LOADED_PARTS = 4  # parts that a reader keeps in memory, of some 5 MB each
 
