@@ -76,7 +76,7 @@ def main() -> None:
     plans: list[CachePlan] = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            plans = make_plans(export, Path(folder))
+            plans = make_plans(export, Path(folder) / "caches")
             started = time.perf_counter()
             bare_forward(scorer.model, plans, plans[0].batch_rows)
             between = time.perf_counter()

@@ -11,6 +11,10 @@ bucket that can be written. Ranks of several machines need a folder that all of 
 interruption, the same command goes on with the first missing shard. The bytes are the same, whatever the interruptions
 and the number of ranks. Finish an export with the version of this project that began it.
 
+A corpus of any size is tokenised once, by parallel processes, into OUT.spool, which is removed when the export is
+complete. The teacher scores while a long corpus is tokenised. Rows may hold token ids, and a prompt for the teacher
+alone (docs/corpora.md).
+
 With --extend, complete caches grow by the documents that they lack. Documents are compared by content, not by name. No
 old shard is touched.
 
@@ -27,12 +31,15 @@ overlap=128, and
     selection.top_k=0 selection.draws=12         12 samples instead of entries: smallest caches, forward KL only
     selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
     codec=compact                                4 bytes less per position at twice the (small) error; or lossless
+    spool=/local/disk                            where the tokenised corpus waits, 6 bytes a token (OUT.spool)
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
 """
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -40,6 +47,10 @@ from absl import flags
 from launchers.cli import app
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from data.export.plan import CachePlan
+    from kd_core.parallel.world import World
     from kd_core.precision import ChosenPrecision
 
 KIND = "TeacherExport"
@@ -85,11 +96,12 @@ def _claim(out: str) -> AbstractContextManager[None]:
 
 def _export(export: Any, out: str) -> None:
     from data.cache.storage import storage_at
-    from data.export import export as export_steps
     from data.export.extend import end_growth, load_growth
+    from data.export.pass_state import part_states
     from data.export.plan import make_plans
-    from data.export.receipts import write_manifest
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
+    from data.export.spool import remove_spool
+    from data.export.tokenize_beside import tokenize_beside
     from kd_core.hub import local_folder
     from kd_core.parallel.world import joined_world
 
@@ -100,7 +112,7 @@ def _export(export: Any, out: str) -> None:
         app.log.info("dtype: %s", chosen)
         bad_rows = export.corpus.bad_rows()
         grow = (lambda: load_growth(out, begin=True)) if EXTEND.value else lambda: None
-        plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows))
+        plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows, wait=False))
         if plans and plans[0].texts:
             app.log.info("texts: %s", plans[0].texts)
         take = record_or_check_growth if EXTEND.value else record_or_check_plan
@@ -111,16 +123,59 @@ def _export(export: Any, out: str) -> None:
         for plan in plans:
             if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
-        model: Any = export_steps.load_teacher(export, world.device) if missing_plans else None
-        for plan in missing_plans:
-            pilot: list[Any] = []
-            world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
-            export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
-            world.barrier()
-            summary = world.run_on_first(lambda plan=plan: write_manifest(plan).summary(plan.folder))
-            app.log.info("%s", summary)
+        stack.enter_context(tokenize_beside(missing_plans, out, starts=world.local_rank == 0))
+        _write_caches(world, export, missing_plans)
+        if missing_plans and missing_plans[0].is_streamed:
+            bad_rows.bad = [row for state in part_states(missing_plans[0].windows.folder) for row in state.bad]
+            world.run_on_first(lambda: bad_rows.write(storage_at(out)))
+        world.barrier()
+        if plans and world.local_rank == 0:
+            remove_spool(plans[0].windows.folder, out)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
+
+
+def _write_caches(world: "World", export: Any, plans: "Sequence[CachePlan]") -> None:
+    """Scores, writes and reads back what is missing of each cache, then writes its manifest."""
+    from data.export import export as export_steps
+    from data.export.receipts import write_manifest
+    from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
+
+    if not plans:
+        return
+    model: Any = export_steps.load_teacher(export, world.device)
+    for plan in plans:
+        pilot: list[Any] = []
+        world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
+        write = partial(export_steps.write_missing_shards, plan, model, pilot, world.rank, world.size)
+        run_on_all_ranks(world, write)
+        # Hosts without a common file system have each tokenised the corpus.
+        assert_ranks_agree(world, {"windows": str(plan.windows.identity())})
+        summary = world.run_on_first(lambda plan=plan: write_manifest(plan).summary(plan.folder))
+        app.log.info("%s", summary)
+
+
+def _describe(export: Any, out: str) -> None:
+    """Prints what an export would write. The whole corpus is tokenised for that."""
+    import torch
+
+    from data.export.extend import load_growth
+    from data.export.plan import make_plans
+
+    export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"dtype: {chosen}")
+    growth = load_growth(out, begin=False) if EXTEND.value else None
+    with TemporaryDirectory(dir=export.spool) as spool:
+        plans = make_plans(replace(export, spool=spool), out, growth)
+        if plans and plans[0].texts:
+            print(f"texts: {plans[0].texts}")
+        for plan in plans:
+            scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
+            positions = plan.windows.positions.sum()
+            print(
+                f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
+                f"{len(plan.shards)} shards"
+            )
 
 
 def main() -> None:
@@ -135,25 +190,7 @@ def main() -> None:
         raise UsageError("no --out given. Name the folder or bucket for the caches: --out=DIR.")
     export = resolved.build()
     if app.FLAGS.dry_run:
-        import torch
-
-        from data.export.extend import load_growth
-        from data.export.plan import make_plans
-
-        out = OUT.value
-        export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        print(f"dtype: {chosen}")
-        growth = load_growth(out, begin=False) if EXTEND.value else None
-        plans = make_plans(export, out, growth)
-        if plans and plans[0].texts:
-            print(f"texts: {plans[0].texts}")
-        for plan in plans:
-            positions = sum(window.positions for window in plan.windows)
-            scored = sum(int(window.loss_mask.sum()) for window in plan.windows)
-            print(
-                f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
-                f"{len(plan.shards)} shards"
-            )
+        _describe(export, OUT.value)
         return
     _export(export, OUT.value)
 

@@ -17,6 +17,7 @@ from data.export.extend import end_growth, load_growth
 from data.export.plan import TeacherExport, make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_growth, record_or_check_plan
+from data.export.spool import remove_spool
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
 from kd_core.students.decoder.architecture import Architecture
@@ -199,6 +200,8 @@ def write_caches(export: TeacherExport, out: Path | str, ranks: int = 1, extend:
         write_manifest(plan)
     if extend:
         end_growth(out)
+    for plan in plans:
+        remove_spool(plan.windows.folder, out)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,10 @@
 """Digests of windows, and documents recognised by their windows' digests, whatever their names."""
 
 import hashlib
+import sqlite3
+import weakref
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,29 +30,62 @@ def windows_digest(windows: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-@dataclass
-class CachedDocuments:
-    """The documents of caches, each identified by its windows in the cache."""
+def _name(name: str) -> bytes:
+    """Returns a name as the table has it. One of a damaged cache may hold half a surrogate pair."""
+    return name.encode(errors="surrogatepass")
 
-    # By document: its name, its number of windows, and its cache.
-    name_of: list[str] = field(default_factory=list[str])
-    windows_of: list[int] = field(default_factory=list[int])
-    cache_of: list[str] = field(default_factory=list[str])
-    # By the digest of a window: the documents that have it.
-    documents_with: dict[bytes, list[int]] = field(default_factory=dict[bytes, list[int]])
+
+class CachedDocuments:
+    """The documents of caches, each identified by its windows in the cache. They are a table on disk, not in memory."""
+
+    def __init__(self) -> None:
+        # A database without a name is a private file, which ends with its connection.
+        self._tables = sqlite3.connect("", isolation_level=None)
+        weakref.finalize(self, self._tables.close)
+        self._tables.executescript(
+            "PRAGMA journal_mode = OFF;"
+            "CREATE TABLE documents (number INTEGER PRIMARY KEY, name BLOB, windows INTEGER, cache TEXT);"
+            "CREATE TABLE windows (digest BLOB, document INTEGER);"
+            "CREATE TABLE remembered (digest BLOB PRIMARY KEY) WITHOUT ROWID;"
+        )
 
     def add(self, records: Iterable[Record], cache: str = "") -> None:
         """Adds the documents of a cache. Consecutive records of one name and with rising starts are one document."""
-        last_start = MAX_NUMBER
+        (number,) = self._tables.execute("SELECT COUNT(*) FROM documents").fetchone()
+        name, last_start, count = "", MAX_NUMBER, 0
         for record in records:
-            if record.start <= last_start or record.document != self.name_of[-1]:
-                self.name_of.append(record.document)
-                self.windows_of.append(0)
-                self.cache_of.append(cache)
-            last_start = record.start
-            self.windows_of[-1] += 1
+            if record.start <= last_start or record.document != name:
+                self._add_document(number, name, count, cache)
+                number, name, count = number + bool(count), record.document, 0
+            last_start, count = record.start, count + 1
             digest = window_digest(record.start, record.token_ids)
-            self.documents_with.setdefault(digest, []).append(len(self.windows_of) - 1)
+            self._tables.execute("INSERT INTO windows VALUES (?, ?)", (digest, number))
+        self._add_document(number, name, count, cache)
+        self._tables.execute("CREATE INDEX IF NOT EXISTS by_digest ON windows (digest)")
+        self._tables.execute("CREATE INDEX IF NOT EXISTS by_name ON documents (name)")
+
+    def _add_document(self, number: int, name: str, windows: int, cache: str) -> None:
+        if windows:
+            self._tables.execute("INSERT INTO documents VALUES (?, ?, ?, ?)", (number, _name(name), windows, cache))
+
+    def _documents_with(self, window: bytes) -> list[int]:
+        """Returns the numbers of the documents that have a window."""
+        rows = self._tables.execute("SELECT document FROM windows WHERE digest = ?", (window,))
+        return [number for (number,) in rows]
+
+    def _facts(self, document: int) -> tuple[str, int, str]:
+        """Returns the name of a document, its number of windows, and its cache."""
+        query = "SELECT name, windows, cache FROM documents WHERE number = ?"
+        name, windows, cache = self._tables.execute(query, (document,)).fetchone()
+        return name.decode(errors="surrogatepass"), windows, cache
+
+    def has_name(self, name: str) -> bool:
+        """Checks whether a document has this name."""
+        return self._tables.execute("SELECT 1 FROM documents WHERE name = ?", (_name(name),)).fetchone() is not None
+
+    def remember(self, digest: bytes) -> bool:
+        """Remembers the digest of a new document's content. Returns False where it was remembered before."""
+        return self._tables.execute("INSERT OR IGNORE INTO remembered VALUES (?)", (digest,)).rowcount > 0
 
     def hold(self, windows: Iterable[bytes]) -> bool:
         """Checks whether all windows of one of these documents are among the digests `windows`."""
@@ -59,9 +93,10 @@ class CachedDocuments:
 
     def caches_with_any(self, windows: Iterable[bytes]) -> set[str]:
         """Returns the caches that have at least one of `windows`, as when a document has been continued since."""
-        return {self.cache_of[document] for window in windows for document in self.documents_with.get(window, ())}
+        return {self._facts(document)[2] for window in windows for document in self._documents_with(window)}
 
     def among(self, windows: Iterable[bytes]) -> list[str]:
         """Returns the names of the documents whose windows are all among `windows`."""
-        common = Counter(document for window in set(windows) for document in self.documents_with.get(window, ()))
-        return [self.name_of[document] for document, count in common.items() if count == self.windows_of[document]]
+        common = Counter(document for window in set(windows) for document in self._documents_with(window))
+        facts = ((self._facts(document), count) for document, count in common.items())
+        return [name for (name, windows_there, _), count in facts if count == windows_there]

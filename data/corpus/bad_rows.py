@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 from data.cache.storage import Storage
@@ -20,7 +20,9 @@ MAX_SKIPPED_BYTES = 1 << 30
 ROWS_READ_AFTER_LIMIT = 20_000  # rows read after the limit was passed, to count further bad ones
 
 
-class _BadRow(NamedTuple):
+class BadRow(NamedTuple):
+    """A row that cannot be used: its name, the kind of its error, and the message."""
+
     row: str
     reason: str
     message: str
@@ -42,7 +44,12 @@ class BadRows:
         self.on_bad_row, self.most = on_bad_row, most
         self.rows = 0
         self.rows_at_limit: int | None = None
-        self.bad: list[_BadRow] = []
+        self.bad: list[BadRow] = []
+
+    def clear(self) -> None:
+        """Forgets all rows, before a pass that begins anew."""
+        self.rows, self.rows_at_limit = 0, None
+        self.bad.clear()
 
     @property
     def will_stop(self) -> bool:
@@ -80,7 +87,20 @@ class BadRows:
         """
         if self.on_bad_row == "raise":
             raise error
-        self.bad.append(_BadRow(row, error.reason, str(error)))
+        self._record([BadRow(row, error.reason, str(error))])
+
+    def merge(self, rows: int, bad: Sequence[BadRow]) -> None:
+        """Counts further rows, and records those of them that are bad.
+
+        Raises:
+            UsageError: as `count_row`.
+        """
+        self.rows += rows - 1
+        self.count_row()
+        self._record(bad)
+
+    def _record(self, bad: Sequence[BadRow]) -> None:
+        self.bad.extend(bad)
         # A share of all rows is only checked at the end, when their number is known.
         limit = 0 if self.on_bad_row == "stop" else self.most if self.most >= 1 else math.inf
         if self.rows_at_limit is None and len(self.bad) > limit:

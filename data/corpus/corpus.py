@@ -12,12 +12,13 @@ from typing import Any, Protocol, TypeVar
 
 from data.corpus.bad_rows import BadRows, OnBadRow
 from data.corpus.corpus_files import list_corpus_files
+from data.corpus.corpus_sizes import corpus_fingerprint
 from data.corpus.documents import Document, document_from_row
 from data.corpus.file_rows import read_rows
 from data.corpus.row_layouts import LAYOUTS, RowFormat, check_fields, columns_to_read
 from data.tokenizer import AddToken
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, printable
+from kd_core.files import printable
 from kd_core.ranges import NOT_NEGATIVE, check_settings
 
 log = logging.getLogger("kd")
@@ -95,11 +96,15 @@ class Corpus:
         """Returns what identifies the corpus: a hash of all files' names and bytes, and the settings that read them."""
         fields = {"fields": dict(self.fields)} if self.fields else {}
         return {
-            "fingerprint": content_fingerprint(self.files()),
+            "fingerprint": corpus_fingerprint(self.files()),
             "text_field": self.text_field,
             "content": self.content,
             **fields,
         }
+
+    def row_format(self) -> RowFormat:
+        """Returns the settings by which rows are read."""
+        return RowFormat(self.content, self.text_field, self.fields)
 
     def bad_rows(self) -> BadRows:
         """Returns an empty list of bad rows with the limit of this corpus."""
@@ -115,13 +120,18 @@ class Corpus:
             UsageError: a file or a row cannot be read, or holds no document.
         """
         bad = bad_rows or BadRows("raise")
-        row_format, folder = RowFormat(self.content, self.text_field, self.fields), list_corpus_files(self.path)
+        row_format, folder = self.row_format(), list_corpus_files(self.path)
         folder.log_left_out("corpus")
         for path in folder.files:
             name = printable(path.relative_to(folder.root))
             for row in read_rows(path, name, lambda columns: columns_to_read(columns, row_format)):
                 bad.count_row()
                 yield from bad.attempt(row.name, document_from_row, row, row_format)
+
+
+def split_hash(seed: int, digest: bytes) -> bytes:
+    """Returns the hash by which a content is held out: those of the smallest hashes are."""
+    return hashlib.sha256(f"{seed} ".encode() + digest).digest()
 
 
 def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str, list[D]]:
@@ -144,7 +154,7 @@ def split_documents(documents: Sequence[D], share: float, seed: int) -> dict[str
         log.info("corpus: %d of %d documents repeat the content of another", repeated, len(documents))
     # Hash each distinct content with the seed: the smallest hashes are held out.
     held_out = min(len(contents) - 1, max(1, round(share * len(contents))))
-    ranked = sorted(contents, key=lambda digest: hashlib.sha256(f"{seed} ".encode() + digest).digest())
+    ranked = sorted(contents, key=lambda digest: split_hash(seed, digest))
     validation = set(ranked[:held_out])
     sides: dict[str, list[D]] = {"train": [], "validation": []}
     for document in documents:

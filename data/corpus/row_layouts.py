@@ -8,6 +8,7 @@
 | completion | `prompt` and `completion` | TRL |
 | instruction | `instruction`, `input` or `context`, `output` or `response`, `history` | Alpaca, Dolly |
 | question | `question` and `response` | OpenOrca |
+| tokens | `tokens`, `loss_mask` (`data/corpus/token_rows.py`) | ids of the teacher's tokenizer |
 
 A field `system` or `system_prompt` beside any of them but `text` is the system message, where the messages have none.
 Fields of other names are given by `corpus.fields`.
@@ -23,11 +24,13 @@ from data.corpus.chat.conversations import (
     Message,
     PlainPrompt,
     content_as_text,
+    parse_call_message,
     parse_conversation,
     parse_prompt_completion,
     parse_tools,
 )
 from data.corpus.layout_hints import config_flag, suggest_setting
+from data.corpus.token_rows import TOKEN_FIELDS, Content, parse_tokens
 from data.text_lines import BadRowError
 
 Fields = Mapping[str, Any]
@@ -39,8 +42,9 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "completion": (("prompt",), ("completion",)),
     "instruction": (("instruction",), ("output", "response")),
     "question": (("question",), ("response",)),
+    "tokens": (("tokens",),),
 }
-OPTIONAL = ("system", "system_prompt", "input", "context", "history", "tools")
+OPTIONAL = ("system", "system_prompt", "input", "context", "history", "tools", *TOKEN_FIELDS)
 CALL_ROLE = "function_call"
 # Standard roles by the names that data sets use.
 ROLE_NAMES = {
@@ -91,7 +95,7 @@ def matching_layouts(names: Collection[str], row_format: RowFormat) -> list[str]
 def columns_to_read(columns: Collection[str], row_format: RowFormat) -> list[str]:
     """Returns the columns that a document can be made of. Where there are none it returns all, for an error to name."""
     if row_format.fields:
-        used = {*row_format.fields.values(), "tools"}
+        used = {*row_format.fields.values(), "tools", "teacher_prompt"}
     else:
         used = {name for groups in row_format.layouts().values() for group in groups for name in group} | set(OPTIONAL)
         used = used if matching_layouts(columns, row_format) else set(columns)
@@ -121,18 +125,6 @@ def _text(fields: Fields, field: str, where: str) -> str:
     return value
 
 
-def _call_message(value: Any, where: str) -> Message:
-    """Returns the message of a function call in ShareGPT's format, which is JSON."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-        calls = cast(list[Any], parsed if isinstance(parsed, list) else [parsed])
-        named = [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        message = f"{where}: a function call that is not JSON with 'name' and 'arguments' ({value!a:.80}). Fix it."
-        raise BadRowError(message, "a function call that is not JSON") from None
-    return {"role": "assistant", "tool_calls": named}
-
-
 def _standard_message(value: Any, where: str, role_field: str, content_field: str) -> Any:
     """Returns a message with its role and content under the standard names.
 
@@ -149,7 +141,7 @@ def _standard_message(value: Any, where: str, role_field: str, content_field: st
         return message
     rest = {key: item for key, item in message.items() if key not in (role_field, content_field)}
     if standard_role == CALL_ROLE:
-        return {**rest, **_call_message(content, where)}
+        return {**rest, **parse_call_message(content, where)}
     standard = {"role": standard_role or role, "content": content}
     return {**rest, **{key: item for key, item in standard.items() if item is not None}}
 
@@ -199,10 +191,12 @@ def _instruction_messages(fields: Fields, where: str) -> list[Message]:
     ]
 
 
-def _layout_content(layout: str, fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def _layout_content(layout: str, fields: Fields, row_format: RowFormat, where: str) -> Content:
     """Returns the text or conversation of a row in a given layout."""
     if layout == "text":
         return _text(fields, row_format.text_field, where)
+    if layout == "tokens":
+        return parse_tokens(fields, where)
     system = next((name for name in ("system", "system_prompt") if name in fields), None)
     if layout == "completion":
         return _with_system(_prompt_completion(fields["prompt"], fields["completion"], where), fields, system, where)
@@ -247,15 +241,15 @@ def _refuse_missing(names: Collection[str], fields: Fields, where: str, setting:
         raise BadRowError(message, "a field is missing")
 
 
-def _is_rendering(text: Any, content: str | Conversation) -> bool:
+def _is_rendering(text: Any, content: Content) -> bool:
     """Returns True where a text holds every line of a conversation: it is the same, rendered by some chat template."""
-    if not isinstance(text, str) or isinstance(content, str):
+    if not isinstance(text, str) or not isinstance(content, Conversation):
         return False
     contents = [content_as_text(message.get("content", "")) for message in content.messages]
     return all(line.strip() in text for content_text in contents for line in content_text.splitlines())
 
 
-def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> Content:
     """Returns the text or conversation of a row whose layout is not set."""
     layouts = matching_layouts(fields, row_format)
     if len(layouts) == 2 and layouts[0] == "text":
@@ -274,23 +268,25 @@ def _detected_content(fields: Fields, row_format: RowFormat, where: str) -> str 
         raise BadRowError(message, "several readings")
     raise BadRowError(
         f"{where}: no field {row_format.text_field!r} (corpus.text_field), 'messages', 'conversations', 'prompt' and "
-        f"'completion', or 'instruction' and 'output'. It has {', '.join(sorted(map(repr, fields))) or 'none'}."
-        f"{suggest_setting(fields)}",
+        f"'completion', 'instruction' and 'output', or 'tokens'. "
+        f"It has {', '.join(sorted(map(repr, fields))) or 'none'}.{suggest_setting(fields)}",
         "no field that is known",
     )
 
 
-def parse_content(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def parse_content(fields: Fields, row_format: RowFormat, where: str) -> Content:
     """Returns the text or conversation that a row holds in exactly one layout.
 
     Raises:
         BadRowError: the row matches no layout, or several of which none is set, or has a field of another type.
     """
     content = _content_without_tools(fields, row_format, where)
-    return content if isinstance(content, str) else content._replace(tools=parse_tools(fields.get("tools"), where))
+    if not isinstance(content, Conversation):
+        return content
+    return content._replace(tools=parse_tools(fields.get("tools"), where))
 
 
-def _content_without_tools(fields: Fields, row_format: RowFormat, where: str) -> str | Conversation:
+def _content_without_tools(fields: Fields, row_format: RowFormat, where: str) -> Content:
     if row_format.fields:
         return _mapped_content(row_format.fields, fields, where)
     if (layout := row_format.content) == "auto":

@@ -113,3 +113,17 @@ def saved_table_files(folder: Path) -> set[str] | None:
         if state.get("_indices_data_files"):
             raise UsageError(f"{path}: selects rows by an index. Save it again after flatten_indices().")
         return {str(item["filename"]) for item in state["_data_files"]}
+
+
+def table_bytes(path: Path) -> int:
+    """Returns the bytes of a Parquet file's columns, unpacked.
+
+    Raises:
+        UsageError: the file is damaged, or pyarrow is not installed.
+    """
+    with _table_file(path, "Parquet") as file:
+        from pyarrow import parquet  # noqa: PLC0415
+
+        with parquet.ParquetFile(file) as opened:
+            metadata = opened.metadata
+            return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))

@@ -20,12 +20,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Window(NamedTuple):
-    """A run of T + 1 tokens of a document: T inputs, and the last label. `loss_mask` marks the scored labels [T]."""
+    """A run of T + 1 tokens of a document: T inputs, and the last label. `loss_mask` marks the scored labels [T].
+
+    `context` has the tokens that the teacher reads in place of those before the first scored label, if there are such.
+    """
 
     document: str
     start: int
     token_ids: Array
     loss_mask: Array
+    context: Array | None = None
 
     @property
     def positions(self) -> int:
@@ -45,7 +49,7 @@ def cut_windows(documents: Iterable[Encoded], row_length: int, overlap: int = 0)
             if start and overlap:
                 mask = np.concatenate([np.zeros(overlap, mask.dtype), mask[overlap:]])
             if mask.any():  # a last window may hold nothing beyond its overlap
-                yield Window(document.name, start, document.token_ids[start : end + 1], mask)
+                yield Window(document.name, start, document.token_ids[start : end + 1], mask, document.context)
 
 
 def choose_windows(windows: Sequence[Window], tokens: int | None, seed: int) -> list[Window]:

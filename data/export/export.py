@@ -22,14 +22,17 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest_fields import MAX_TABLES_BYTES, TABLES_FILE
 from data.cache.record import Record
-from data.cache.writer import file_facts, write_shard, write_tables
+from data.cache.writer import write_shard, write_tables
 from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
+from data.export.draw import no_window
 from data.export.plan import CachePlan, TeacherExport
-from data.export.receipts import list_work, verify_shard
+from data.export.planned_shards import PlannedShard
+from data.export.receipts import read_receipt, verify_earlier_shards, verify_shard
 from data.export.scoring import score_windows, scoring_threads
 from data.stream.shards import read_tables
 from data.teacher.choose_scorer import load_scorer
 from data.teacher.scorer import Scorer
+from kd_core.errors import UsageError
 from kd_core.hub import local_folder
 from kd_core.precision import dtype_of
 
@@ -61,7 +64,10 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     """
     if plan.storage.size(TABLES_FILE) is not None:
         return []
-    windows, rows = plan.shards[0].windows, plan.batch_rows
+    first = next(plan.each_shard(), None)
+    if first is None:
+        raise no_window(plan.export, plan.identity["split"])
+    windows, rows = first.windows, plan.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
     # Take whole batches, at least one, of at most PILOT_POSITIONS positions: a batch's records are reused as they are.
     fitting = int(np.searchsorted(ends, PILOT_POSITIONS, side="right"))
@@ -71,7 +77,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
         pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
     check_alignment(pilot, str(plan.folder))
-    write_tables(plan.storage, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
+    write_tables(plan.storage, fit_tables(pilot, plan.teacher.vocab_size, plan.expected_positions))
     return pilot
 
 
@@ -102,33 +108,65 @@ def write_missing_shards(
     Raises:
         UsageError: a shard is damaged, or does not hold the planned windows.
     """
-    coding, (missing, unread) = _read_coding(plan), list_work(plan, rank, ranks)
-    for name in unread:
-        verify_shard(plan, name, coding)
+    coding = _read_coding(plan)
+    verify_earlier_shards(plan, coding, rank, ranks)
     settings = EncoderSettings(coding, plan.export.max_codec_kl)
-    total, left = (
-        sum(plan.windows[i].positions for shard in shards for i in shard.windows)
-        for shards in (plan.shards[rank::ranks], missing)
-    )
-    bar = _progress_bar(plan, "teacher on", total, total - left, rank != 0)
+    bar = _progress_bar(plan, "teacher on", plan.expected_positions // ranks, 0, rank != 0)
+    late: list[UsageError] = []
+    missing = _missing_shards(plan, coding, rank, ranks, bar, late)
+    first = next(missing, None)
+    if first is None:
+        bar.close()
+        if late:
+            raise late[0]
+        return
     processes = _encoder_processes(model.device) if encoders is None else encoders
     with (
         bar,
         scoring_threads(model.device) as executor,
-        block_encoders(settings, processes if missing else 0) as encode,
+        block_encoders(settings, processes) as encode,
     ):
         # The pilot has already scored the first windows of the first shard. Ranks above 0 get an empty pilot.
-        scored = pilot if missing and missing[0] == plan.shards[0] else []
-        window_ranges = [shard.windows for shard in missing]
-        if scored:
-            window_ranges[0] = window_ranges[0][len(scored) :]
-        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, window_ranges)), bar)
+        scored = pilot if first.blocks[0].start == 0 else []
+        to_score, to_encode, to_write = itertools.tee(itertools.chain([first], missing), 3)
+        ranges = (s.windows[len(scored) :] if s.windows.start == 0 else s.windows for s in to_score)
+        records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, ranges)), bar)
         # One stream of blocks for all shards, so that the next shard is encoded while one is written.
         encoded = encode(
             BlockJob(plan.storage.url(shard.name), plan.first_record + block.start, [next(records) for _ in block])
-            for shard in missing
+            for shard in to_encode
             for block in shard.blocks
         )
-        for shard in missing:
+        for shard in to_write:
             write_shard(plan.storage, shard.name, itertools.islice(encoded, len(shard.blocks)))
-            verify_shard(plan, shard.name, coding)
+            verify_shard(plan, shard.name, coding, shard)
+    if late:
+        raise late[0]
+
+
+def _missing_shards(
+    plan: CachePlan, coding: Coding, rank: int, ranks: int, bar: "tqdm[NoReturn]", late: list[UsageError]
+) -> Iterator[PlannedShard]:
+    """Yields this rank's share of the shards that are not there, as windows appear. `bar` counts the other ones.
+
+    A shard that is there without a valid index is read back, and gets one.
+
+    An error of the corpus ends them, and goes to `late`, so that shards before it are written.
+    """
+    shards, present = itertools.islice(plan.each_shard(), rank, None, ranks), set(plan.storage.names())
+    while True:
+        try:
+            shard = next(shards, None)
+        except UsageError as error:
+            late.append(error)
+            return
+        if shard is None:
+            return
+        if shard.name not in present:
+            yield shard
+            continue
+        if read_receipt(plan, shard.name, shard) is None:
+            verify_shard(plan, shard.name, coding, shard)
+        positions = sum(plan.windows[i].positions for i in shard.windows)
+        bar.initial += positions
+        bar.update(positions)

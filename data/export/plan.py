@@ -1,11 +1,11 @@
-"""Plans of an export's caches, made before any teacher runs. They are the same on every rank and at every start.
+"""Plans of an export's caches. They are the same on every rank and at every start.
 
-documents ─ encode ─► tokens and masks ─ split ─► windows ─ draw ─► shards of windows
+documents ─ encode, split, draw (planning.py) ─► windows on disk (spool.py) ─► blocks and shards of windows
 """
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,26 +14,28 @@ from typing import Any
 import torch
 
 from data.cache.codec.levels import Codec
-from data.cache.contents import mask_digest, window_digest, windows_digest
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest
 from data.cache.selection import Selection
 from data.cache.storage import Storage, child, storage_at
 from data.corpus.bad_rows import BadRows
-from data.corpus.corpus import Corpus, split_documents
-from data.corpus.encoding import Encoded, Encoder
-from data.corpus.windows import Window, choose_windows, cut_windows
-from data.export.extend import SPLITS, Growth
+from data.corpus.corpus import Corpus
+from data.corpus.encoding import Encoder
+from data.corpus.row_encoding import EncodingFacts
+from data.export.draw import no_window, wanted_tokens
+from data.export.extend import Growth, write_object
 from data.export.planned_shards import PlannedShard, bytes_per_position, plan_shards
+from data.export.planning import Limits, SpoolPass
+from data.export.spool import SpoolWindows, remove_spool, spool_folder
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, sha256
+from kd_core.files import content_fingerprint, own_folder, sha256
 from kd_core.hub import local_folder
 from kd_core.precision import Precision
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SHARE_BETWEEN, TEMPERATURE, Range, check_settings
-from kd_core.students.decoder.architecture import too_many_tokens
 from kd_core.students.huggingface.weights import weight_files
 
 log = logging.getLogger("kd")
+PLAN_FILE = "plan.json"
 # Below, p^(1/t) of a wide vocabulary is 0 in float32 and all draws are one token. Above, it hardly depends on p.
 PROPOSAL_TEMPERATURE = Range("0.25 to 4", 0.25, 4)
 CPU_BATCH_ROWS, GPU_BATCH_POSITIONS = 2, 8192
@@ -61,6 +63,8 @@ class TeacherExport:
         scorer: `auto`, `decoder` or `transformers`.
         block_positions: about the number of positions that are coded together, the unit of reading and shuffling.
         shard_bytes: about the size of a shard, the unit of a rank's work and of what an interruption loses.
+        spool: a folder on local disk for the tokenised corpus, 5 to 6 bytes a token until the export is complete. None:
+            `OUT.spool` beside the caches.
         batch_rows: windows that the teacher scores together. None: 2 on a CPU, and on a GPU as many as have about
             8,192 positions. The plan records which.
     """
@@ -81,6 +85,7 @@ class TeacherExport:
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
     batch_rows: int | None = None
+    spool: str | None = None
 
     def __post_init__(self) -> None:
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
@@ -106,16 +111,19 @@ def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The plan of one cache. `identity` decides its bytes: the JSON of plan.json, and of a plan in the manifest."""
+    """The plan of one cache. `identity` decides its bytes: the JSON of plan.json, and of a plan in the manifest.
+
+    While a long corpus is tokenised, `identity` lacks what only its end shows, which is in that of `completed`.
+    """
 
     folder: Path | str
     export: TeacherExport
     teacher: TeacherFacts
-    windows: list[Window]
+    windows: SpoolWindows
     identity: dict[str, Any]
     grown_from: Manifest | None = None
     texts: str = ""  # where there are texts, a description of what is added before and after each
-    drawn_from: int = 0  # positions that the split has in all
+    drawn_from: int = 0  # positions that the split has in all, or an estimate of them
     chat: dict[str, Any] | None = None  # the format of conversations, stored in the manifest only
 
     @cached_property
@@ -129,39 +137,68 @@ class CachePlan:
         return self.identity["batch_rows"]
 
     @property
+    def is_streamed(self) -> bool:
+        """Returns whether windows are planned while the corpus is tokenised."""
+        return "draw" in self.identity
+
+    @property
+    def expected_positions(self) -> int:
+        """Returns how many positions the cache will have, or an estimate of them."""
+        if not self.is_streamed:
+            return int(self.windows.positions.sum())
+        wanted = self.identity["tokens"]
+        return self.drawn_from if wanted is None else min(wanted, self.drawn_from)
+
+    @property
     def first_record(self) -> int:
         """Returns the number of the first new record. It follows those of the cache that is extended."""
         return self.grown_from.records if self.grown_from else 0
 
-    @cached_property
-    def shards_by_name(self) -> dict[str, PlannedShard]:
-        return {shard.name: shard for shard in self.shards}
-
-    @cached_property
-    def shards(self) -> list[PlannedShard]:
-        """Returns all shards. Blocks hold up to `block_positions`, and shards up to about `shard_bytes`."""
+    def each_shard(self) -> Iterator[PlannedShard]:
+        """Yields the shards, as windows appear. Blocks hold up to `block_positions`, shards about `shard_bytes`."""
         settings = self.export
         most = max(1, int(settings.shard_bytes / bytes_per_position(settings.selection, settings.codec)))
         first = len(self.grown_from.shards) if self.grown_from else 0
-        return plan_shards([window.positions for window in self.windows], settings.block_positions, most, first)
+        return plan_shards(self.windows.each_positions(), settings.block_positions, most, first)
+
+    @cached_property
+    def shards(self) -> list[PlannedShard]:
+        """Returns all shards. Waits until the corpus is tokenised."""
+        return list(self.each_shard())
+
+    def completed(self) -> "CachePlan":
+        """Returns the plan with all that its end shows, and writes it to plan.json. Waits for that.
+
+        Raises:
+            UsageError: a new cache has no window.
+        """
+        if not self.is_streamed:
+            return self
+        end = self.windows.end()
+        if not len(self.windows) and not self.grown_from:
+            raise no_window(self.export, self.identity["split"])
+        skipped = {"skipped": end["skipped"]} if end["skipped"] else {}
+        corpus = {"corpus": {**self.identity["corpus"], **skipped}}
+        identity = round_trip_json({**self.identity, **corpus, **self.windows.identity()})
+        encoder = _encoder(self.export, EncodingFacts.from_json(end["facts"]))
+        if not self.grown_from:
+            write_object(self.storage, PLAN_FILE, identity)
+        split = identity["split"]
+        # Where windows are drawn at a rate, documents without any were not tokenised.
+        drawn_from = end["drawn_from"][split] if identity["draw"][split] >= 1 else self.drawn_from
+        return replace(self, identity=identity, drawn_from=drawn_from, chat=encoder.chat_format())
 
 
-def _scored_documents(corpus: Corpus, encoder: Encoder, bad_rows: BadRows) -> list[Encoded]:
-    """Returns the documents with a scored position, and logs how many have none."""
-    documents: list[Encoded] = []
-    left_out = 0
-    for document in encoder.encode(corpus.documents(bad_rows), bad_rows):
-        if document.loss_mask.any():
-            documents.append(document)
-        else:
-            left_out += 1
-    bad_rows.finish(corpus.path)
-    if left_out:
-        log.info(
-            "corpus %s: %d of %d documents left out: nothing to score (less than two tokens, or no assistant's turn)",
-            corpus.path, left_out, left_out + len(documents),
-        )  # fmt: skip
-    return documents
+def _encoder(export: TeacherExport, facts: EncodingFacts) -> Encoder:
+    """Returns an encoder that describes documents of which these facts hold."""
+    encoder = Encoder(local_folder(export.teacher), export.corpus.bos, export.corpus.eos)
+    encoder.used = encoder.around if facts.has_texts else None
+    encoder.turn_ends = facts.turn_ends
+    if facts.has_chats:
+        encoder.read_template(is_plain=False)
+        assert encoder.template
+        encoder.template.used_for_tools = facts.has_tools
+    return encoder
 
 
 def round_trip_json(value: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +222,7 @@ def _settings(
     """Returns the part of the plan that both caches share: all that decides what they hold, but split and tokens."""
     skipped = {"skipped": bad_rows.counts()} if bad_rows.bad else {}
     settings = asdict(export)
-    for name in ("corpus", "teacher", "train_tokens", "validation_tokens"):
+    for name in ("corpus", "teacher", "train_tokens", "validation_tokens", "spool"):
         del settings[name]
     return {
         "corpus": {**export.corpus.identity(), **skipped},
@@ -203,86 +240,66 @@ def _settings(
     }
 
 
-def _digests(windows: Iterable[Window]) -> Iterator[bytes]:
-    return (window_digest(window.start, window.token_ids) for window in windows)
+def fill_spool(
+    export: TeacherExport, spool: Path, growth: Growth | None, bad_rows: BadRows, *, wait: bool
+) -> tuple[TeacherFacts, dict[str, Any]]:
+    """Tokenises the corpus into a spool, unless it is there. Returns facts of the teacher, and the spool's beginning.
 
-
-def _new_documents(export: TeacherExport, documents: list[Encoded], growth: Growth) -> list[Encoded]:
-    """Returns the documents that the caches do not hold, each content once."""
-    new_documents: dict[bytes, Encoded] = {}
-    for document in documents:
-        if not growth.documents.hold(_digests(cut_windows([document], export.row_length, export.overlap))):
-            new_documents.setdefault(document.digest, document)
-    renewed = [document.name for document in new_documents.values() if document.name in set(growth.documents.name_of)]
-    log.info("corpus %s: %d of %d documents are new", export.corpus.path, len(new_documents), len(documents))
-    if renewed:
-        log.warning(
-            "corpus %s: %d of the new documents have the names of documents in the cache whose content differs, and "
-            "which stay there (%s%s)",
-            export.corpus.path, len(renewed), ", ".join(renewed[:3]), " …" if len(renewed) > 3 else "",
-        )  # fmt: skip
-    return list(new_documents.values())
-
-
-def _by_split(export: TeacherExport, documents: list[Encoded], growth: Growth | None) -> dict[str, list[Encoded]]:
-    """Returns the documents by split. In an extension, a document goes to the cache that already has windows of it."""
-    if not growth:
-        return split_documents(documents, export.validation_share, export.seed)
-    continued: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
-    unseen: list[Encoded] = []
-    for document in _new_documents(export, documents, growth):
-        windows = _digests(cut_windows([document], export.row_length, export.overlap))
-        caches = growth.documents.caches_with_any(windows)
-        (continued[min(caches)] if caches else unseen).append(document)  # windows in both caches: to "train"
-    if len(unseen) < 2:  # too few to split
-        return {**continued, "train": continued["train"] + unseen}
-    unseen_by_split = split_documents(unseen, export.validation_share, export.seed)
-    return {split: continued[split] + unseen_by_split[split] for split in SPLITS}
+    Raises:
+        UsageError: as `make_plans`, or another process fills the spool.
+    """
+    folder = local_folder(export.teacher)
+    encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
+    teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
+    limits = Limits(teacher.vocab_size, teacher.max_positions)
+    with own_folder(spool):
+        spool_pass = SpoolPass(export, folder, limits, spool, bad_rows, growth.documents if growth else None)
+        begin = spool_pass.begin()
+        if wait or growth:
+            spool_pass.finish()
+    return teacher, begin
 
 
 def make_plans(
-    export: TeacherExport, out: Path | str, growth: Growth | None = None, bad_rows: BadRows | None = None
-) -> list[CachePlan]:
+    export: TeacherExport, out: Path | str, growth: Growth | None = None, bad_rows: BadRows | None = None, *,
+    wait: bool = True,
+) -> list[CachePlan]:  # fmt: skip
     """Returns the plans of both caches: reads, tokenizes and splits the corpus, and draws windows. All ranks agree.
 
     `batch_rows` that is not set becomes that of a CPU. With `growth`, plans hold new documents only, and a cache
     without any has no plan. `bad_rows` collects skipped rows.
+
+    Args:
+        wait: tokenise all of a long corpus. Without it, only its beginning is, and `tokenize_beside` does the rest.
 
     Raises:
         UsageError: corpus, teacher or tokenizer cannot be read or do not fit each other, or no window is left.
     """
     export = replace(export, batch_rows=choose_batch_rows(export, torch.device("cpu")))
     folder = local_folder(export.teacher)
-    encoder = Encoder(folder, export.corpus.bos, export.corpus.eos)
-    teacher = _teacher_facts(export, folder, encoder.tokenizer.vocab_size)
     bad = bad_rows or export.corpus.bad_rows()
-    documents = _by_split(export, _scored_documents(export.corpus, encoder, bad), growth)
-    settings = _settings(export, folder, teacher, encoder, bad)
-    if encoder.doubled:
-        log.warning(
-            "corpus %s: %d texts begin with the BOS themselves and get a second one; corpus.bos=no adds none",
-            export.corpus.path, encoder.doubled,
-        )  # fmt: skip
+    spool = spool_folder(export, folder, out, growth)
+    teacher, begin = fill_spool(export, spool, growth, bad, wait=wait)
+    facts = EncodingFacts.from_json(begin["facts"])
+    is_streamed = "rates" in begin
+    encoder = _encoder(export, facts)
+    if is_streamed:
+        encoder.expect_everything()
+    settings = _settings(export, folder, teacher, encoder, BadRows("skip") if is_streamed else bad)
+    if is_streamed:
+        settings["draw"] = begin["rates"]
     plans: list[CachePlan] = []
-    for split, tokens in zip(SPLITS, (export.train_tokens, export.validation_tokens), strict=True):
-        all_windows = list(cut_windows(documents[split], export.row_length, export.overlap))
-        if growth:
-            all_windows = [window for window in all_windows if not growth.documents.caches_with_any(_digests([window]))]
-        windows = choose_windows(all_windows, tokens, export.seed)
-        if growth and not windows:
+    for split, tokens in wanted_tokens(export).items():
+        windows = SpoolWindows(spool, split)
+        plan = {**settings, "split": split, "tokens": tokens}
+        if growth and not len(windows):
             continue
-        if not windows:
-            raise UsageError(
-                f"corpus {export.corpus.path}: the {split} split has no window of two tokens or more within "
-                f"{tokens} tokens. Give more text, or a larger {split}_tokens."
-            )
-        if (largest := max(int(window.token_ids.max()) for window in windows)) >= teacher.vocab_size:
-            raise too_many_tokens(largest + 1, teacher.vocab_size, str(folder), "teacher")
-        contents = {"windows": {"number": len(windows), "sha256": windows_digest(_digests(windows))}}
-        masks = windows_digest(mask_digest(window.loss_mask) for window in windows)
-        plan = round_trip_json({**settings, **contents, "windows_masks": masks, "split": split, "tokens": tokens})
+        if not is_streamed:
+            plan |= windows.identity()
+        drawn_from = begin["estimates"][split] if is_streamed else windows.end()["drawn_from"][split]
         before = growth.manifests[split] if growth else None
-        drawn_from = sum(window.positions for window in all_windows)
         corpus_facts = encoder.describe(), drawn_from, encoder.chat_format()
-        plans.append(CachePlan(child(out, split), export, teacher, windows, plan, before, *corpus_facts))
+        plans.append(CachePlan(child(out, split), export, teacher, windows, round_trip_json(plan), before, *corpus_facts))
+    if not plans:
+        remove_spool(spool, out)
     return plans

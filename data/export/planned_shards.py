@@ -1,6 +1,7 @@
 """Division of an export's windows into blocks and shards, before any of them is scored."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from data.cache.selection import Selection
@@ -23,23 +24,26 @@ def bytes_per_position(selection: Selection, codec: str) -> float:
     return 4 + bytes_an_entry * selection.top_k + 1.5 * selection.draws**0.8
 
 
-def _runs(sizes: Sequence[int], most: int) -> list[range]:
-    """Splits neighbours into runs of at least one element whose sizes add up to at most `most`."""
-    runs: list[range] = []
-    start, total = 0, 0
+def _runs(sizes: Iterable[int], most: int) -> Iterator[tuple[range, int]]:
+    """Splits neighbours into runs of at least one element whose sizes add up to at most `most`, and yields the sums."""
+    start, index, total = 0, -1, 0
     for index, size in enumerate(sizes):
         if index > start and total + size > most:
-            runs.append(range(start, index))
+            yield range(start, index), total
             start, total = index, 0
         total += size
-    return [*runs, range(start, len(sizes))]
+    if index >= 0:
+        yield range(start, index + 1), total
 
 
-def plan_shards(positions: Sequence[int], block_positions: int, shard_positions: int, first: int) -> list[PlannedShard]:
-    """Divides windows of so many `positions` into blocks, and blocks into shards that are numbered from `first` on."""
-    blocks = _runs(positions, block_positions)
-    sizes = [sum(positions[i] for i in block) for block in blocks]
-    return [
-        PlannedShard(f"shard-{number:06d}.tar", tuple(blocks[i] for i in shard))
-        for number, shard in enumerate(_runs(sizes, shard_positions), first)
-    ]
+def plan_shards(
+    positions: Iterable[int], block_positions: int, shard_positions: int, first: int
+) -> Iterator[PlannedShard]:
+    """Divides windows of so many `positions` into blocks, and blocks into shards that are numbered from `first` on.
+
+    A shard is yielded as soon as the window behind it is there.
+    """
+    blocks, sizes = itertools.tee(_runs(positions, block_positions))
+    shards = _runs((size for _, size in sizes), shard_positions)
+    for number, (shard, _) in enumerate(shards, first):
+        yield PlannedShard(f"shard-{number:06d}.tar", tuple(block for block, _ in itertools.islice(blocks, len(shard))))

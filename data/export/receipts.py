@@ -25,13 +25,6 @@ from kd_core.hub import pin_commit
 log = logging.getLogger("kd")
 
 
-class ToDo(NamedTuple):
-    """Shards of one rank's share: those to make, and the names of those to read back."""
-
-    missing: list[PlannedShard]
-    unread: list[str]
-
-
 class Receipt(NamedTuple):
     """A shard's entry in the manifest, and the sums over its positions."""
 
@@ -39,8 +32,13 @@ class Receipt(NamedTuple):
     totals: Totals
 
 
-def read_receipt(plan: CachePlan, name: str) -> Receipt | None:
+def read_receipt(plan: CachePlan, name: str, planned: PlannedShard | None) -> Receipt | None:
     """Returns what the index of a shard states, or None where the shard is to be read back.
+
+    Args:
+        plan: the plan of the cache.
+        name: the shard's name.
+        planned: the windows that it must hold. None for a shard of the cache that grows.
 
     Raises:
         UsageError: the storage cannot be read.
@@ -56,19 +54,19 @@ def read_receipt(plan: CachePlan, name: str) -> Receipt | None:
         return None
     if index.shard_bytes != storage.size(name):
         return None
-    _check_planned(plan, name, index)
+    _check_planned(plan, name, index, planned)
     assert index.totals
     return Receipt(Shard.from_index(name, index, file_facts(data)), index.totals)
 
 
-def _check_planned(plan: CachePlan, name: str, index: ShardIndex) -> None:
+def _check_planned(plan: CachePlan, name: str, index: ShardIndex, planned: PlannedShard | None) -> None:
     """Checks that a shard holds the planned windows, or is the shard of the cache that grows.
 
     Raises:
         UsageError: it does not.
     """
     url = plan.storage.url(name)
-    if planned := plan.shards_by_name.get(name):
+    if planned:
         counts = [len(block) for block in planned.blocks]
         lengths = [plan.windows[i].positions for i in planned.windows]
         if not np.array_equal(index.block_records, counts) or not np.array_equal(index.lengths, lengths):
@@ -86,43 +84,41 @@ def _earlier_shards(plan: CachePlan) -> tuple[Shard, ...]:
     return plan.grown_from.shards if plan.grown_from else ()
 
 
-def list_work(plan: CachePlan, rank: int, ranks: int) -> ToDo:
-    """Returns what is left to do of this rank's share: shards to make, and shards without a valid index.
+def verify_earlier_shards(plan: CachePlan, coding: Coding, rank: int, ranks: int) -> None:
+    """Reads back this rank's share of the shards without an index, which an earlier version wrote.
 
-    Shards that an earlier version wrote into a cache that grows have no index either.
+    Raises:
+        UsageError: a shard is damaged, or another one than the manifest names.
     """
-    planned = plan.shards[rank::ranks]
-    names = [shard.name for shard in _earlier_shards(plan) if shard.index is None][rank::ranks]
-    present = in_parallel(lambda shard: plan.storage.size(shard.name) is not None, planned)
-    missing = [shard for shard, is_there in zip(planned, present, strict=True) if not is_there]
-    names += [shard.name for shard, is_there in zip(planned, present, strict=True) if is_there]
-    receipts = in_parallel(lambda name: read_receipt(plan, name), names)
-    return ToDo(missing, [name for name, receipt in zip(names, receipts, strict=True) if receipt is None])
+    for name in [shard.name for shard in _earlier_shards(plan) if shard.index is None][rank::ranks]:
+        if read_receipt(plan, name, None) is None:
+            verify_shard(plan, name, coding, None)
 
 
-def verify_shard(plan: CachePlan, name: str, coding: Coding) -> None:
+def verify_shard(plan: CachePlan, name: str, coding: Coding, planned: PlannedShard | None) -> None:
     """Reads a shard back strictly, and writes its index.
 
     Raises:
         UsageError: it is damaged, does not hold the planned windows, or its labels and entries are shifted.
     """
     index = read_back(plan.storage, name, coding)
-    _check_planned(plan, name, index)
+    _check_planned(plan, name, index, planned)
     write_index(plan.storage, name, index)
 
 
 def _all_receipts(plan: CachePlan) -> list[Receipt]:
     """Returns the receipts of all shards in order, those of the cache that grows first."""
 
-    def receipt(name: str) -> Receipt:
-        if found := read_receipt(plan, name):
+    def receipt(shard: tuple[str, PlannedShard | None]) -> Receipt:
+        if found := read_receipt(plan, *shard):
             return found
         raise UsageError(
-            f"{plan.storage.url(name)}: the shard or its index is gone since it was written. Run the same export again."
+            f"{plan.storage.url(shard[0])}: the shard or its index is gone since it was written. Run the same export "
+            "again."
         )
 
-    names = [shard.name for shard in (*_earlier_shards(plan), *plan.shards)]
-    return in_parallel(receipt, names)
+    earlier = ((shard.name, None) for shard in _earlier_shards(plan))
+    return in_parallel(receipt, [*earlier, *((shard.name, shard) for shard in plan.shards)])
 
 
 def write_manifest(plan: CachePlan) -> Manifest:
@@ -131,6 +127,7 @@ def write_manifest(plan: CachePlan) -> Manifest:
     Raises:
         UsageError: a shard or its index is missing.
     """
+    plan = plan.completed()
     before = plan.grown_from.made if plan.grown_from else {}
     made = {
         **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),

@@ -1,20 +1,20 @@
 """Checks before an export starts or resumes: does the cache's folder belong to this plan, and is it complete?"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data.cache.manifest import MANIFEST_FILE, PLAN_BEGINS, PLAN_ENDS, Manifest, read_manifest
 from data.cache.storage import child, storage_at
 from data.export.extend import GROWING_FILE, SPLITS, read_object, write_object
-from data.export.plan import CachePlan
+from data.export.plan import PLAN_FILE, CachePlan
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error
 from kd_core.json_fields import check_integer, check_text
 
-PLAN_FILE = "plan.json"
 # Fields of the plan that may differ between the exports that extend one cache. All others decide what its records hold.
+END_FIELDS = ("windows", "windows_masks", "windows_contexts")
 MAY_GROW = (
-    *("corpus", "windows", "windows_masks", "tokens", "seed", "validation_share"),
+    *("corpus", *END_FIELDS, "tokens", "seed", "validation_share", "draw"),
     *("shard_bytes", "block_positions", "batch_rows"),
 )
 
@@ -46,6 +46,33 @@ def recorded_choices(out: Path | str) -> tuple[str | None, int | None]:
         return check_text(plan["dtype"], "dtype"), rows
 
 
+def _without_end(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the plan of a long corpus without what its end has added."""
+    left = {name: value for name, value in stored.items() if name not in END_FIELDS}
+    corpus = left.get("corpus")
+    if isinstance(corpus, dict):
+        left["corpus"] = {name: value for name, value in cast(dict[str, Any], corpus).items() if name != "skipped"}
+    return left
+
+
+def _another_plan(
+    plan: CachePlan, stored: dict[str, Any], differing: list[str], manifest: Manifest | None
+) -> UsageError:
+    """Returns the error of a folder that holds an export of another plan."""
+    name = differing[0]
+    before, now = stored.get(name), plan.identity.get(name)
+    if name == "corpus" and (path := _corpus_path(manifest)) not in ("", plan.export.corpus.path):
+        before, now = path, plan.export.corpus.path
+    may_grow = set(differing) <= set(MAY_GROW)
+    choices = (
+        "delete the folder, or add documents that are new to it with --extend" if may_grow else "or delete the folder"
+    )
+    return UsageError(
+        f"{plan.folder}: holds an export with another {name} ({before}; now {now})."
+        f"{_setting_hint(name, before, now)} Choose another --out, {choices}."
+    )
+
+
 def record_or_check_plan(plan: CachePlan) -> bool:
     """Writes the plan into the cache's folder, or checks that the plan there is the same.
 
@@ -65,26 +92,14 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     stored = read_object(plan.storage, PLAN_FILE, "the plan of an export")
     # Plans of earlier versions lack some fields. Without `windows`, documents were split by their names. Without
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
-    # Such a cache is reused only if it is complete.
-    unknown = {"windows", "vocab_size", "windows_masks"} & set(plan.identity) - set(stored)
+    # Without `draw`, a long corpus was split and drawn as a whole. Such a cache is reused only if it is complete.
+    unknown = {"windows", "vocab_size", "windows_masks", "draw"} & set(plan.identity) - set(stored)
+    stored = _without_end(stored) if plan.is_streamed else stored
     settings = sorted({*stored, *plan.identity} - unknown, key=lambda name: (name != "corpus", name))
     differing = [name for name in settings if stored.get(name) != plan.identity.get(name)]
     manifest = read_manifest(plan.folder) if MANIFEST_FILE in names else None
     if differing:
-        name = differing[0]
-        before, now = stored.get(name), plan.identity.get(name)
-        if name == "corpus" and (path := _corpus_path(manifest)) not in ("", plan.export.corpus.path):
-            before, now = path, plan.export.corpus.path
-        may_grow = set(differing) <= set(MAY_GROW)
-        choices = (
-            "delete the folder, or add documents that are new to it with --extend"
-            if may_grow
-            else "or delete the folder"
-        )
-        raise UsageError(
-            f"{plan.folder}: holds an export with another {name} ({before}; now {now})."
-            f"{_setting_hint(name, before, now)} Choose another --out, {choices}."
-        )
+        raise _another_plan(plan, stored, differing, manifest)
     missing = [file for shard in manifest.shards for file in shard.files if file not in names] if manifest else []
     if unknown and (missing or not manifest):
         raise UsageError(

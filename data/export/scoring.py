@@ -4,17 +4,19 @@ The plan fixes how windows are batched, and one thread computes each batch. Neit
 change a bit of the result.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data.cache.record import Array, Record
-from data.export.block_encoders import map_in_order
+from data.corpus.windows import Window
 from data.export.plan import CachePlan
+from data.export.worker_processes import map_in_order
 from data.teacher.scorer import Scorer, score_rows
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written
@@ -46,6 +48,37 @@ def window_uniforms(plan: CachePlan, number: int) -> Array:
     return np.random.default_rng(seeds).random((window.positions, plan.export.selection.draws))
 
 
+class _TeacherRow(NamedTuple):
+    """The tokens that the teacher reads for a window, and where its scores are among theirs.
+
+    Without a context of its own, the teacher reads the window. Otherwise it reads that context and the completion, and
+    scores of the window's positions from `first` on are `shift` further on. Those before `first` have none.
+    """
+
+    token_ids: Array
+    first: int
+    shift: int
+
+    @classmethod
+    def from_window(cls, window: Window) -> "_TeacherRow":
+        """Returns the row of a window."""
+        if window.context is None:
+            return cls(window.token_ids, 0, 0)
+        # Label `first` is the first one that is scored: token first + 1, behind `context` in the teacher's row.
+        first = int(window.loss_mask.argmax())
+        tokens = np.concatenate([window.context, window.token_ids[first + 1 :]])
+        return cls(tokens, first, len(window.context) - 1 - first)
+
+    def align(self, field: Array, filler: float) -> Array:
+        """Returns a field of the teacher's positions as one of the window's, with `filler` where there is no score."""
+        scored = field[self.first + self.shift : len(self.token_ids) - 1]
+        return np.concatenate([np.full((self.first, *scored.shape[1:]), filler, scored.dtype), scored])
+
+
+# A position without a score has no entry and no sample, and its tail is everything: the fewest bytes that are valid.
+NOT_SCORED = {"log_probs": -np.inf, "sampled_log_weights": -np.inf}
+
+
 def _make_record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Record:
     """Returns the record of a window from its scores [T, …]."""
     window, selection = plan.windows[number], plan.export.selection
@@ -67,29 +100,30 @@ def _make_record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Reco
 
 def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
     """Scores the windows of these numbers together, and returns their records."""
-    # Pad the windows to the longest. A window of n + 1 tokens has n positions.  tokens [B, T + 1], documents [B, T]
-    windows, device = [plan.windows[i] for i in batch], model.device
-    T = max(window.positions for window in windows)
-    tokens = torch.zeros(len(windows), T + 1, dtype=torch.int64)
-    documents = torch.full((len(windows), T), -1, dtype=torch.int64)
-    uniforms = torch.zeros(len(windows), T, plan.export.selection.draws, dtype=torch.float64)
-    for row, (window, number) in enumerate(zip(windows, batch, strict=True)):
-        tokens[row, : window.positions + 1] = torch.from_numpy(window.token_ids)
-        documents[row, : window.positions] = row
+    # Pad the rows to the longest. One of n + 1 tokens has n positions.  tokens [B, T + 1], documents [B, T]
+    rows, device = [_TeacherRow.from_window(plan.windows[i]) for i in batch], model.device
+    T = max(len(row.token_ids) for row in rows) - 1
+    tokens = torch.zeros(len(rows), T + 1, dtype=torch.int64)
+    documents = torch.full((len(rows), T), -1, dtype=torch.int64)
+    uniforms = torch.zeros(len(rows), T, plan.export.selection.draws, dtype=torch.float64)
+    for index, (row, number) in enumerate(zip(rows, batch, strict=True)):
+        end = len(row.token_ids) - 1
+        tokens[index, : end + 1] = torch.from_numpy(row.token_ids)
+        documents[index, :end] = index
         if uniforms.shape[2]:
-            uniforms[row, : window.positions] = torch.from_numpy(window_uniforms(plan, number))
+            numbers = torch.from_numpy(window_uniforms(plan, number))
+            uniforms[index, row.first + row.shift : end] = numbers[row.first :]
     # Score all positions [B·T, …], then cut each row's real positions out again.  [B, T, …]
     flat_uniforms = uniforms.flatten(0, 1).to(device)
     scores = score_rows(model, tokens.to(device), documents.to(device), plan.export.selection, flat_uniforms)
     fields = {name: field.unflatten(0, documents.shape).cpu().numpy() for name, field in scores._asdict().items()}
-    records: list[Record] = []
-    for row, number in enumerate(batch):
-        positions = slice(None, plan.windows[number].positions)
-        records.append(_make_record(plan, number, {name: field[row, positions] for name, field in fields.items()}))
-    return records
+    return [
+        _make_record(plan, number, {n: row.align(f[i], NOT_SCORED.get(n, 0)) for n, f in fields.items()})
+        for i, (row, number) in enumerate(zip(rows, batch, strict=True))
+    ]
 
 
-def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
+def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Iterable[range]) -> Iterator[Record]:
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
     rows = plan.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))

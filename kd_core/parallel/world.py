@@ -48,6 +48,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     layout: Layout = SINGLE_RANK
     mesh: DeviceMesh | None = None
+    local_rank: int = 0  # among the processes of its host
 
     def with_layout(self, layout: Layout) -> Self:
         """Returns a world of the same processes with a mesh, or this world where it has one process."""
@@ -246,7 +247,7 @@ def joined_world(timeout: float = COLLECTIVE_TIMEOUT) -> Generator[World]:
         device_id=device_id,
     )  # fmt: skip
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, local_rank=local_rank)
     except UsageError as error:
         is_unreported = rank > 0 and not isinstance(error, RemoteError)
         if is_unreported:

@@ -114,6 +114,22 @@ def _messages(value: Any, where: str, field: str) -> list[Message]:
     return [_message(item, f"{where}: {field}[{i}]") for i, item in enumerate(cast(list[Any], value))]
 
 
+def parse_call_message(value: Any, where: str) -> Message:
+    """Returns the message of a function call in ShareGPT's format, which is JSON.
+
+    Raises:
+        BadRowError: it is not that.
+    """
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+        calls = cast(list[Any], parsed if isinstance(parsed, list) else [parsed])
+        named = [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        message = f"{where}: a function call that is not JSON with 'name' and 'arguments' ({value!a:.80}). Fix it."
+        raise BadRowError(message, "a function call that is not JSON") from None
+    return {"role": "assistant", "tool_calls": named}
+
+
 def parse_tools(value: Any, where: str) -> list[Any] | None:
     """Returns the tools of a row, or None where it has none.
 

@@ -11,20 +11,21 @@ import pytest
 
 from data.cache.codec.coding import Coding
 from data.cache.manifest import read_manifest
-from data.export import block_encoders as module
 from data.export import export as steps
-from data.export.block_encoders import BlockJob, EncoderSettings, _EncoderProcess, block_encoders
+from data.export import worker_processes as module
+from data.export.block_encoders import BlockJob, EncoderSettings, _describe, block_encoders
 from data.export.plan import make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
+from data.export.worker_processes import WorkerProcess
 from data.stream.shards import read_tables
 from kd_core.errors import UsageError
 from tests.tiny import Tiny, bytes_of
 
 PARENT = """
 import sys, time
-from data.export.block_encoders import EncoderSettings, _EncoderProcess
-print([_EncoderProcess(None)._process.pid for _ in range(2)], flush=True)
+from data.export.worker_processes import WorkerProcess
+print([WorkerProcess(print, str)._process.pid for _ in range(2)], flush=True)
 time.sleep(600)
 """
 PRINTS = """
@@ -93,11 +94,11 @@ def test_an_error_of_a_block_is_that_of_encoding_here(tiny: Tiny) -> None:
 
 
 def test_a_process_that_ends_is_named(tiny: Tiny) -> None:
-    encoder = _EncoderProcess(_settings(tiny))
-    encoder.encode(_jobs(tiny)[0])
+    encoder = WorkerProcess(_settings(tiny).encode, _describe)
+    encoder.run(_jobs(tiny)[0])
     encoder.kill()
     with pytest.raises(UsageError, match="shard 1: the process that encoded its blocks ended with status -9"):
-        encoder.encode(_jobs(tiny)[1])
+        encoder.run(_jobs(tiny)[1])
     encoder.end()
 
 
@@ -114,21 +115,21 @@ def test_what_a_process_prints_is_no_result(tiny: Tiny, tmp_path: Path, monkeypa
 @pytest.mark.timeout(60)
 def test_a_process_with_damaged_results_is_killed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.1)
-    encoder = _EncoderProcess(_settings(tiny))
+    encoder = WorkerProcess(_settings(tiny).encode, _describe)
     with subprocess.Popen(["echo", "no pickle"], stdout=subprocess.PIPE) as other:
         assert other.stdout
         results, encoder._results = encoder._results, other.stdout
         with pytest.raises(UsageError, match="results that cannot be read, and was killed with status -9"):
-            encoder.encode(_jobs(tiny)[0])
+            encoder.run(_jobs(tiny)[0])
         encoder._results = results
     encoder.end()
 
 
 def test_a_process_that_a_bug_ends_is_not_blamed_on_memory(tiny: Tiny) -> None:
-    encoder = _EncoderProcess(_settings(tiny))
+    encoder = WorkerProcess(_settings(tiny).encode, _describe)
     job = BlockJob("shard 0", 0, [None])  # type: ignore[list-item]
     with pytest.raises(UsageError, match=r"ended with status 1\. Its own message is above\. Run") as raised:
-        encoder.encode(job)
+        encoder.run(job)
     assert "memory" not in str(raised.value)
     encoder.end()
 

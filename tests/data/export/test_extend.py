@@ -60,7 +60,7 @@ def test_an_interrupted_growth_goes_on_and_ends_with_the_same_bytes(
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     write_caches(more, folder, extend=True)
-    assert load_growth(cut, begin=False) == load_growth(cut, begin=False)
+    assert load_growth(cut, begin=False).manifests == load_growth(cut, begin=False).manifests
     assert not (cut / "growth.json").exists(), "a look leaves nothing behind"
     plans = make_plans(more, cut, load_growth(cut, begin=True))
     model = steps.load_teacher(more, torch.device("cpu"))

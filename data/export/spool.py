@@ -1,0 +1,275 @@
+"""Windows of an export on local disk, written as the corpus is tokenised and read by every rank of a host.
+
+    SPOOL/KEY/
+      begin.json           what the first texts decide: estimates and rates of a long corpus
+      000000.part …        windows of both caches, in order, as safetensors; the state of the pass behind them
+      end.json             totals, or failed.json: the message of the error that ended the pass
+
+Each file appears by rename. So what is there is complete, and a pass that was interrupted goes on behind the last part.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from data.cache.contents import mask_digest, window_digest, windows_digest
+from data.corpus.windows import Array, Window
+from kd_core.errors import UsageError
+from kd_core.files import content_fingerprint, damage_as_usage_error, is_owned, read_json, write_bytes
+
+if TYPE_CHECKING:
+    from data.export.extend import Growth
+    from data.export.plan import TeacherExport
+
+SPLITS: tuple[str, ...] = ("train", "validation")
+BEGIN_FILE, END_FILE, FAILED_FILE = "begin.json", "end.json", "failed.json"
+POLL_SECONDS = 0.05
+# Seconds that a spool without its writer may stand still. A writer takes some to start, and minutes on a busy host.
+OWNERLESS_SECONDS = 300.0
+VERSION = 1
+LOADED_PARTS = 4  # parts that a reader keeps in memory, of some 5 MB each
+
+
+def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth: "Growth | None") -> Path:
+    """Returns the folder for the windows of an export. Its name stands for all that decides them.
+
+    Of the corpus that is the names, sizes and times of its files, on this host. So a touched file is read anew.
+    """
+    corpus, settings = export.corpus, asdict(export)
+    names = ("train_tokens", "validation_tokens", "row_length", "overlap", "validation_share", "seed")
+    files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in corpus.files()]
+    texts = [path for ending in ("json", "jinja") for path in sorted(teacher.rglob(f"*.{ending}"))]
+    grown_from = growth and {split: manifest.identity() for split, manifest in growth.manifests.items()}
+    decisive = [
+        *(settings[name] for name in names), settings["corpus"], files, grown_from, content_fingerprint(texts),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps([VERSION, *decisive], default=str).encode()).hexdigest()[:16]
+    if export.spool is not None:
+        return Path(export.spool) / key
+    if re.match(r"[a-z0-9]+:/", str(out)):  # a URL, also as a path
+        return Path(tempfile.gettempdir()) / f"kd-spool-{os.getuid()}" / key
+    return _beside(Path(out)) / key
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.spool")
+
+
+def remove_spool(folder: Path, out: Path | str) -> None:
+    """Removes the spool of a complete export, and spools beside `out` that other settings or files have left there."""
+    beside = _beside(Path(out))
+    shutil.rmtree(beside if folder.parent == beside else folder, ignore_errors=True)
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Returns the place of a part."""
+    return folder / f"{number:06d}.part"
+
+
+def _columns(windows: Sequence[Window]) -> dict[str, Array]:
+    """Returns windows as arrays, end to end. `*_ends` are the places behind each one."""
+    names = [window.document.encode() for window in windows]
+    contexts = [np.zeros(0, np.int32) if window.context is None else window.context for window in windows]
+    return {
+        "positions": np.asarray([window.positions for window in windows], np.int32),
+        "starts": np.asarray([window.start for window in windows], np.int64),
+        "tokens": np.concatenate([np.zeros(0, np.int32), *(window.token_ids for window in windows)]).astype(np.int32),
+        "masks": np.concatenate([np.zeros(0, np.uint8), *(window.loss_mask for window in windows)]).astype(np.uint8),
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        # −1 for a window whose teacher reads the same tokens.
+        "context_sizes": np.asarray([-1 if w.context is None else len(w.context) for w in windows], np.int32),
+        "contexts": np.concatenate([np.zeros(0, np.int32), *contexts]).astype(np.int32),
+        "digests": np.frombuffer(b"".join(full_digest(window) for window in windows), np.uint8),
+        "mask_digests": np.frombuffer(b"".join(mask_digest(window.loss_mask) for window in windows), np.uint8),
+    }
+
+
+def full_digest(window: Window) -> bytes:
+    """Returns the digest of a window, which is also that of its record in the cache."""
+    return window_digest(window.start, window.token_ids)
+
+
+def write_part(folder: Path, number: int, windows: dict[str, list[Window]], state: dict[str, Any]) -> None:
+    """Writes a part: windows by split, and the state of the pass behind them."""
+    tensors = {f"{split}.{name}": a for split in SPLITS for name, a in _columns(windows[split]).items()}
+    write_bytes(part_path(folder, number), save(tensors, {"state": json.dumps(state)}))
+
+
+def _opened(path: Path) -> Any:
+    return safe_open(str(path), "np")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the state that a part was written with."""
+    with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
+        return json.loads(part.metadata()["state"])
+
+
+class _Part:
+    """The windows of one split in a part, in memory."""
+
+    def __init__(self, path: Path, split: str) -> None:
+        with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
+            names = ("positions", "starts", "tokens", "masks", "names", "name_ends", "context_sizes", "contexts")
+            arrays: dict[str, Array] = {name: part.get_tensor(f"{split}.{name}") for name in names}
+            self.positions, self.starts, self.tokens, self.masks, self.names, self.name_ends = list(arrays.values())[:6]
+            self.context_sizes, self.contexts = arrays["context_sizes"], arrays["contexts"]
+            # Places behind the masks of each window, and behind its context.  [n]
+            self.mask_ends = np.cumsum(self.positions, dtype=np.int64)
+            self.context_ends = np.cumsum(np.maximum(self.context_sizes, 0), dtype=np.int64)
+            assert len(self.masks) == self.positions.sum(dtype=np.int64) == len(self.tokens) - len(self.positions)
+
+    def window(self, index: int) -> Window:
+        """Returns one window. Its arrays are views."""
+        T, end = int(self.positions[index]), int(self.mask_ends[index])
+        name_start = int(self.name_ends[index - 1]) if index else 0
+        size, context_end = int(self.context_sizes[index]), int(self.context_ends[index])
+        return Window(
+            document=self.names[name_start : self.name_ends[index]].tobytes().decode(),
+            start=int(self.starts[index]),
+            token_ids=self.tokens[end - T + index : end + index + 1],
+            loss_mask=self.masks[end - T : end],
+            context=None if size < 0 else self.contexts[context_end - size : context_end],
+        )
+
+
+class SpoolWindows(Sequence[Window]):
+    """The windows of one cache in a spool, which may still be growing.
+
+    Memory does not grow with the corpus: tokens of `LOADED_PARTS` parts, and a number for each part. Several threads
+    may read at once. What needs all windows waits for the end of the pass.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        self._firsts = [0]  # the number of the first window of each part seen so far, and of the next one
+        self._loaded: OrderedDict[int, _Part] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SpoolWindows, (self.folder, self.split)
+
+    def _part_positions(self, number: int) -> Array:
+        path = part_path(self.folder, number)
+        with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
+            return part.get_tensor(f"{self.split}.positions")
+
+    def _see_part(self, number: int) -> bool:
+        """Waits for a part, and returns False where the pass ended before it.
+
+        Raises:
+            UsageError: the pass failed, or its process ended.
+        """
+        waits_from = time.monotonic()
+        while not part_path(self.folder, number).exists():
+            if (self.folder / END_FILE).exists():
+                # The end may have appeared just behind the part.
+                return part_path(self.folder, number).exists()
+            if (path := self.folder / FAILED_FILE).exists():
+                raise UsageError(str(read_json(path, "the error of a spool")["message"]))
+            if is_owned(self.folder):
+                waits_from = time.monotonic()
+            elif time.monotonic() - waits_from > OWNERLESS_SECONDS:
+                raise UsageError(
+                    f"{self.folder}: the process that tokenizes the corpus has ended. Run the same command again; it "
+                    "goes on with what is done."
+                )
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def part_positions(self) -> Iterator[Array]:
+        """Yields the positions of each part's windows, as parts appear."""
+        number = 0
+        while self._see_part(number):
+            positions = self._part_positions(number)
+            with self._lock:
+                if number + 1 == len(self._firsts):
+                    self._firsts.append(self._firsts[-1] + len(positions))
+            yield positions
+            number += 1
+
+    def each_positions(self) -> Iterator[int]:
+        """Yields the positions of each window, as windows appear."""
+        for positions in self.part_positions():
+            yield from positions.tolist()
+
+    @cached_property
+    def positions(self) -> Array:
+        """Returns the positions of all windows, int32 [R]. Waits for the end of the pass."""
+        return np.concatenate([np.zeros(0, np.int32), *self.part_positions()])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[Window]:
+        for number, positions in enumerate(self.part_positions()):
+            yield from (self._part(number).window(i) for i in range(len(positions)))
+
+    def _part(self, number: int) -> _Part:
+        with self._lock:
+            if number not in self._loaded:
+                self._loaded[number] = _Part(part_path(self.folder, number), self.split)
+                if len(self._loaded) > LOADED_PARTS:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(number)
+            return self._loaded[number]
+
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index += len(self) if index < 0 else 0
+        if index >= self._firsts[-1]:
+            # Look on until a part has the window.
+            next((None for _ in self.part_positions() if index < self._firsts[-1]), None)
+            if index >= self._firsts[-1]:
+                raise IndexError(index)
+        part = bisect.bisect_right(self._firsts, index) - 1
+        return self._part(part).window(index - self._firsts[part])
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the number of windows, and the hashes over them and over their masks. Waits for the end."""
+        identity: dict[str, Any] = {
+            "windows": {"number": len(self), "sha256": windows_digest(self._all("digests"))},
+            "windows_masks": windows_digest(self._all("mask_digests")),
+        }
+        # Only where the teacher reads other contexts, so that all other plans stay as they were.
+        if self._has_contexts():
+            identity["windows_contexts"] = windows_digest(
+                itertools.chain(self._all("context_sizes"), self._all("contexts"))
+            )
+        return identity
+
+    def _has_contexts(self) -> bool:
+        return any(sizes.strip(b"\xff") for sizes in self._all("context_sizes"))  # −1 is four bytes of 255
+
+    def _all(self, name: str) -> Iterator[bytes]:
+        for number, _ in enumerate(self.part_positions()):
+            with _opened(part_path(self.folder, number)) as part:
+                yield part.get_tensor(f"{self.split}.{name}").tobytes()
+
+    def end(self) -> dict[str, Any]:
+        """Returns the totals of the pass, and waits for them."""
+        len(self)
+        return read_json(self.folder / END_FILE, "the totals of a spool")
