@@ -1,0 +1,44 @@
+"""What a cache keeps of a teacher's distribution, from logits of the whole vocabulary in float64, token by token."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.cache.selection import Selection
+
+
+@dataclass
+class DenseScores:
+    """One position: the entries' ids, and log-probabilities in nats. `cdf` is over the tail's proposal, by id."""
+
+    ids: set[int]
+    log_probs: np.ndarray  # of all V tokens
+    tail: float
+    tempered: list[float]
+    cdf: np.ndarray
+
+
+def dense_scores(logits: np.ndarray, selection: Selection) -> DenseScores:
+    """The scores of one position from its V logits."""
+    logits = logits.astype(np.float64)
+    log_probs = logits - np.logaddexp.reduce(logits)
+    ids: set[int] = set()
+    mass = 0.0
+    for token in sorted(range(len(logits)), key=lambda v: (-log_probs[v], v))[: selection.top_k]:
+        probability = np.exp(log_probs[token])
+        if probability < selection.min_prob or mass >= selection.mass:
+            break
+        ids.add(token)
+        mass += probability
+    rest = np.array([v not in ids for v in range(len(logits))])
+    tempered = [float(np.logaddexp.reduce(log_probs[rest] / t)) for t in selection.tail_temperatures]
+    weights = np.where(rest, np.exp(log_probs / selection.proposal_temperature), 0.0)
+    return DenseScores(ids, log_probs, float(np.logaddexp.reduce(log_probs[rest])), tempered, np.cumsum(weights))
+
+
+def drawn_ids(scores: DenseScores, uniforms: np.ndarray) -> tuple[list[int], float]:
+    """The distinct ids that uniform numbers draw, in rising order, and the smallest distance to a neighbour's share."""
+    shares = scores.cdf / scores.cdf[-1]
+    edges = np.concatenate([[0.0], shares])
+    distance = min((float(np.abs(edges - u).min()) for u in uniforms), default=1.0)
+    return sorted({int(np.searchsorted(shares, u, side="right")) for u in uniforms}), distance
