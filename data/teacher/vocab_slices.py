@@ -11,6 +11,7 @@ other in the order of ids. The ranks of a group select from the same positions t
 No rank ever has logits [n, V]. Afterwards all ranks have the same scores, because they merge the same numbers.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kd_core.parallel.world import World
 
 
 class Candidates(NamedTuple):
@@ -34,6 +37,7 @@ class WholeVocab:
     """The one slice of a process that holds the whole vocabulary. Nothing is exchanged."""
 
     is_whole = True
+    first = 0
 
     def merge(
         self, logits: Float[Tensor, "n V"], largest: tuple[Tensor, Tensor], labels: Int[Tensor, " n"], top_k: int
@@ -158,3 +162,10 @@ class VocabSlice(WholeVocab):
 
 
 WHOLE_VOCAB = WholeVocab()
+
+
+def vocab_slice(world: World, lm_head_rows: int) -> WholeVocab:
+    """Returns this rank's slice of an lm_head whose rows are divided over tensor-parallel ranks."""
+    if world.mesh is None or world.layout.tensor == 1:
+        return WHOLE_VOCAB
+    return VocabSlice(world.tp_rank * math.ceil(lm_head_rows / world.layout.tensor), world.mesh["tp"].get_group())
