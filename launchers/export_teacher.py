@@ -70,13 +70,11 @@ def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision
 
 
 def _export(export: Any, out: Path) -> None:
-    from data.export import export as export_steps
     from data.export.extend import end_growth, load_growth
     from data.export.plan import make_plans
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
     from kd_core.files import own_folder
     from kd_core.hub import local_folder
-    from kd_core.parallel.collectives import run_on_all_ranks
     from kd_core.parallel.world import joined_world
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
@@ -99,16 +97,35 @@ def _export(export: Any, out: Path) -> None:
         for plan in plans:
             if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
-        model: Any = export_steps.load_teacher(export, world.device) if missing_plans else None
-        for plan in missing_plans:
-            pilot: list[Any] = []
-            world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
-            export_steps.write_missing_shards(plan, model, pilot, world.rank, world.size)
-            by_rank = run_on_all_ranks(world, lambda plan=plan: export_steps.read_back(plan, world.rank, world.size))
-            manifest = world.run_on_first(lambda plan=plan, read=by_rank: export_steps.write_manifest(plan, read))
-            app.log.info("%s", manifest.summary(plan.folder))
+        if missing_plans:
+            _score(export, missing_plans, world)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))
+
+
+def _score(export: Any, plans: list[Any], world: Any) -> None:
+    """Runs the teacher over the windows of plans, and writes their caches."""
+    from data.export import export as export_steps
+    from data.export.repeatability import measure_spread, record_scoring
+    from kd_core.parallel.collectives import run_on_all_ranks
+
+    world = export.parallel.lay_out(world)
+    model = export_steps.load_teacher(export, world.device, world)
+    spread = measure_spread(plans[0], model, world)
+    layout = world.layout if export.parallel.is_set else f"a whole copy on each of {world.size} ranks"
+    app.log.info("teacher: %s; %d positions scored twice differ by %.2g nats at most (KL %.2g)", layout, *spread)
+    group = world.dp_rank, world.dp_size
+    for plan in plans:
+        world.run_on_first(lambda plan=plan: record_scoring(plan, model, spread, world.size))
+        pilot = export_steps.score_pilot(plan, model, world)
+        export_steps.write_missing_shards(plan, model, pilot, *group)
+        # The rank that wrote a shard reads it back. Its file may not be there yet for others.
+        by_rank: Any = run_on_all_ranks(
+            world, lambda plan=plan: [] if world.tp_rank else export_steps.read_back(plan, *group)
+        )
+        read = by_rank[:: world.layout.tensor]
+        manifest = world.run_on_first(lambda plan=plan, read=read: export_steps.write_manifest(plan, read))
+        app.log.info("%s", manifest.summary(plan.folder))
 
 
 def main() -> None:

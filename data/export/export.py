@@ -5,10 +5,14 @@
 
 A shard is the unit of work: rank r of n writes shards r, r + n, …, and reads them back. A shard that is on disk is not
 made again. The plan and the tables fix what a shard holds, so neither ranks nor interruptions change its bytes.
+
+The ranks of a tensor-parallel group stand for one rank here: they score the same shards, and the first of them writes.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -25,22 +29,29 @@ from data.cache.writer import file_size_and_hash, write_shard, write_tables
 from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
 from data.export.plan import CachePlan, TeacherExport
 from data.export.planned_shards import PlannedShard
-from data.export.scoring import score_windows, scoring_threads
+from data.export.repeatability import SCORED_BY_FILE, scored_by
+from data.export.scoring import count_batches, pass_along, score_windows, scoring_threads
 from data.stream.shards import read_tables, read_written_blocks
 from data.teacher.choose_scorer import load_scorer
-from data.teacher.scorer import Scorer
+from data.teacher.scorer import Scorer, ranks_of
 from kd_core.errors import UsageError
 from kd_core.files import sha256
 from kd_core.hub import local_folder, pin_commit
+from kd_core.parallel.collectives import run_on_all_ranks
+from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
 MOST_ENCODERS = 4  # processes, of about 50,000 positions a second each
 
 
-def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
-    """Returns the export's teacher, loaded and ready to score."""
-    return load_scorer(local_folder(export.teacher), export.scorer, dtype_of(export.dtype, device), device)
+def load_teacher(export: TeacherExport, device: torch.device, world: World | None = None) -> Scorer:
+    """Returns the export's teacher, loaded and ready to score.
+
+    With a `world`, which is laid out as `export.parallel` says, its ranks load the teacher together.
+    """
+    folder, dtype = local_folder(export.teacher), dtype_of(export.dtype, device)
+    return load_scorer(folder, export.scorer, dtype, device, export.parallel, world)
 
 
 def _progress_bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
@@ -58,10 +69,11 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     """Scores the first windows, writes the cache's tables from them, and returns their records.
 
     Returns nothing and scores nothing where the tables are already on disk. The pilot ends at the end of a batch of the
-    first shard, so its records are the same as those that the shard will hold.
+    first shard, so its records are the same as those that the shard will hold. The ranks of a shared teacher all score
+    it, and the first one writes.
     """
-    path = plan.folder / TABLES_FILE
-    if path.exists():
+    path, ranks = plan.folder / TABLES_FILE, ranks_of(model)
+    if ranks.gather(path.exists())[0]:
         return []
     windows, rows = plan.shards[0].windows, plan.batch_rows
     ends = np.cumsum([plan.windows[i].positions for i in windows])
@@ -70,10 +82,23 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     whole_batches = fitting // rows * rows
     pilot_windows = windows if whole_batches >= len(windows) else windows[: max(rows, whole_batches)]
     total = sum(plan.windows[i].positions for i in pilot_windows)
-    with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
+    with _progress_bar(plan, "pilot on", total, 0, ranks.rank > 0) as bar, scoring_threads(model) as executor:
         pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
     check_alignment(pilot, str(plan.folder))
-    write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
+    if ranks.rank == 0:
+        write_tables(path, fit_tables(pilot, plan.teacher.vocab_size, sum(w.positions for w in plan.windows)))
+    return pilot
+
+
+def score_pilot(plan: CachePlan, model: Scorer, world: World) -> list[Record]:
+    """Makes the tables on the first rank, or on all ranks where they share the teacher. Returns the pilot's records.
+
+    Raises:
+        UsageError: a rank failed, on every rank.
+    """
+    pilot: list[Record] = []
+    run = partial(run_on_all_ranks, world) if ranks_of(model).is_shared else world.run_on_first
+    run(lambda: pilot.extend(make_tables(plan, model)))
     return pilot
 
 
@@ -97,27 +122,34 @@ def write_missing_shards(
         plan: the plan of the cache.
         model: the teacher.
         pilot: the records of `make_tables`.
-        rank: this rank, of so many `ranks`.
+        rank: this rank, of so many `ranks`. All ranks of a tensor-parallel group have the number of their group.
         encoders: how many processes encode blocks, by default as many as suit the device. 0 encodes in this one.
     """
-    rank_shards = plan.shards[rank::ranks]
-    missing = [shard for shard in rank_shards if not (plan.folder / shard.name).exists()]
+    rank_shards, shared = plan.shards[rank::ranks], ranks_of(model)
+    # Ranks that score together see the files of the first of them.
+    missing_by_rank = shared.gather([shard for shard in rank_shards if not (plan.folder / shard.name).exists()])
+    missing = missing_by_rank[shared.rank // shared.layout.tensor * shared.layout.tensor]
     settings = EncoderSettings(_read_coding(plan), plan.export.max_codec_kl)
     sizes = {shard.name: sum(plan.windows[i].positions for i in shard.windows) for shard in rank_shards}
     done = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
-    bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0)
+    bar = _progress_bar(plan, "teacher on", sum(sizes.values()), done, rank != 0 or not shared.is_first_of_group)
     processes = _encoder_processes(model.device) if encoders is None else encoders
     with (
         bar,
-        scoring_threads(model.device) as executor,
-        block_encoders(settings, processes if missing else 0) as encode,
+        scoring_threads(model) as executor,
+        block_encoders(settings, processes if missing and shared.is_first_of_group else 0) as encode,
     ):
         # The pilot has already scored the first windows of the first shard. Ranks above 0 get an empty pilot.
         scored = pilot if missing and missing[0] == plan.shards[0] else []
         window_ranges = [shard.windows for shard in missing]
         if scored:
             window_ranges[0] = window_ranges[0][len(scored) :]
+        # Agreed before anything is scored: who has less to score goes on for the others.
+        passes = shared.gather(count_batches(plan, window_ranges))
         records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, window_ranges)), bar)
+        if not shared.is_first_of_group:
+            deque(records, maxlen=0)  # the first rank of the group has the same, and writes it
+            missing = []
         # One stream of blocks for all shards, so that the next shard is encoded while one is written.
         encoded = encode(
             BlockJob(str(plan.folder / shard.name), plan.first_record + block.start, [next(records) for _ in block])
@@ -126,6 +158,8 @@ def write_missing_shards(
         )
         for shard in missing:
             write_shard(plan.folder / shard.name, itertools.islice(encoded, len(shard.blocks)))
+        if shared.passes_together:
+            pass_along(executor, model, plan, max(passes) - passes[shared.rank])
 
 
 class ReadShard(NamedTuple):
@@ -172,6 +206,8 @@ def write_manifest(plan: CachePlan, by_rank: Sequence[Sequence[ReadShard]] | Non
         **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
         "drawn_from": plan.drawn_from,
     }
+    if scored := scored_by(plan):
+        made["scored_by"] = scored
     if chat := plan.chat or before.get("chat"):
         made["chat"] = chat
     totals = Totals.from_manifest(plan.grown_from)
@@ -192,4 +228,5 @@ def write_manifest(plan: CachePlan, by_rank: Sequence[Sequence[ReadShard]] | Non
         made=made,
     )
     manifest.write(plan.folder)
+    (plan.folder / SCORED_BY_FILE).unlink(missing_ok=True)
     return manifest

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from data.teacher.scorer import DecoderScorer, Scorer
-from data.teacher.teacher_layout import TeacherParallel
+from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
 from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -19,7 +19,6 @@ from kd_core.parallel.world import World
 from kd_core.students.huggingface.weights import stored_architecture
 
 ScorerName = Literal["auto", "decoder", "transformers"]
-WHOLE_COPIES = TeacherParallel()
 log = logging.getLogger("kd")
 
 

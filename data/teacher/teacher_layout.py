@@ -44,7 +44,9 @@ class TeacherParallel:
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every group has a copy. Leave it at 1, or shard.")
         if self.expert_parallel and self.tensor_parallel == 1:
-            raise UsageError("parallel.expert_parallel: got one rank to hold experts. Set parallel.tensor_parallel too.")
+            raise UsageError(
+                "parallel.expert_parallel: got one rank to hold experts. Set parallel.tensor_parallel too."
+            )
 
     @property
     def is_set(self) -> bool:
@@ -99,4 +101,5 @@ class ScorerRanks(NamedTuple):
         return values
 
 
+WHOLE_COPIES = TeacherParallel()
 ALONE = ScorerRanks()

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TESTED = "5.23"
 
 
-def _module_name(model: "PreTrainedModel", module: torch.nn.Module | None) -> str | None:
-    return next((name for name, other in model.named_modules() if other is module and name), None)
+def _module_name(model: "PreTrainedModel", module: Any) -> str:
+    return next((name for name, other in model.named_modules() if other is module), "")
 
 
 def loading_arguments(
@@ -37,7 +37,7 @@ def loading_arguments(
     if world.mesh is None:
         return {}
     try:
-        from transformers.distributed import DistributedConfig  # noqa: PLC0415 (an extra)
+        from transformers.distributed.configuration_utils import DistributedConfig  # noqa: PLC0415 (an extra)
     except ImportError:
         DistributedConfig = None
     if not {"fsdp_size", "ep_size"} <= set(getattr(DistributedConfig, "__dataclass_fields__", ())):
@@ -73,9 +73,8 @@ def loading_arguments(
 
 def _fsdp_plan(model: "PreTrainedModel") -> dict[str, str]:
     """Returns a plan that gathers block by block, for families that have none."""
-    blocks = model.get_decoder().layers if hasattr(model, "get_decoder") else None
-    name = None if blocks is None else _module_name(model, blocks)
-    return {} if name is None else {f"{name}.*": "free_full_weight"}
+    name = _module_name(model, getattr(model.base_model, "layers", None))
+    return {f"{name}.*": "free_full_weight"} if name else {}
 
 
 def local_rows(weight: Tensor, vocab_size: int, world: World) -> Tensor:

@@ -1,6 +1,5 @@
 """Teachers through transformers (extra `hf`): any causal language model that it supports."""
 
-import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
 from data.teacher.transformers_layout import loading_arguments, local_rows
@@ -94,7 +94,8 @@ def _count_parts(config: dict[str, Any]) -> int:
 def _check_room(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
     """Refuses a model whose weights cannot all be in its folder, before memory is allocated for it.
 
-    Returns the model on the meta device. A stored weight has at least 4 bits, so n bytes of safetensors hold at most 2·n weights.
+    Returns the model on the meta device. A stored weight has at least 4 bits, so n bytes of safetensors hold at most
+    2·n weights.
 
     Raises:
         UsageError: the configuration describes more.
@@ -161,12 +162,13 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     """
     try:
         body = model.base_model
-        # Copy the module without its weights, and put another body into the copy.
-        head = copy.copy(model)
-        head.__dict__["_modules"] = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
-        # Without the hooks by which FSDP would gather weights that the head does not read.
-        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-            head.__dict__[hooks] = type(head.__dict__[hooks])()
+        # Copy the module without its weights, and put another body into the copy. It is of the family's own class and
+        # has no hooks: FSDP's would gather weights that the head does not read.
+        is_fsdp = isinstance(model, FSDPModule)
+        head: Any = object.__new__(type(model).__mro__[2] if is_fsdp else type(model))
+        modules = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
+        hooks = {"_forward_pre_hooks": {}, "_forward_hooks": {}} if is_fsdp else {}
+        head.__dict__.update(model.__dict__, _modules=modules, **hooks)
         with torch.no_grad():
             hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
             divided = head(inputs_embeds=hidden, use_cache=False).logits
@@ -175,9 +177,7 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     return head if body is not model and torch.equal(whole, divided) else None
 
 
-def _divide(
-    model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE
-) -> "PreTrainedModel | None":
+def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE) -> "PreTrainedModel | None":
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had."""
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
@@ -257,7 +257,9 @@ class HuggingFaceScorer(NamedTuple):
             )
         model, vocab_size = model.to(device).eval(), int(config.vocab_size) if tokens is None else tokens
         ranks = ScorerRanks.of_world(world, vocab_slice(world, int(config.vocab_size)))
-        return cls(model, vocab_size, _divide(model, vocab_size, folder, world), ranks)
+        head = _divide(model, vocab_size, folder, world)
+        # Ranks divide their passes alike, or one would wait for another's collective.
+        return cls(model, vocab_size, head if all(ranks.gather(head is not None)) else None, ranks)
 
     @property
     def device(self) -> torch.device:
