@@ -5,6 +5,7 @@ the tensor-parallel ranks, where transformers' own plan would gather the logits.
 """
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +67,17 @@ def loading_arguments(
         ep_size=tensor if parallel.expert_parallel else 1,
         fsdp_size=layout.shards,
         dp_replicate_size=layout.replicas,
-        fsdp_plan=_fsdp_plan(model) if layout.data > 1 and not plans.fsdp_plan else None,
+        fsdp_plan=_fsdp_plan(model) if layout.data > 1 else None,
     )
     return {"distributed_config": config}
 
 
 def _fsdp_plan(model: "PreTrainedModel") -> dict[str, str]:
-    """Returns a plan that gathers block by block, for families that have none."""
-    name = _module_name(model, getattr(model.base_model, "layers", None))
-    return {f"{name}.*": "free_full_weight"} if name else {}
+    """Returns a plan that gathers each transformer block for itself, whatever the family's own plan names."""
+    kinds = {*(getattr(model, "_no_split_modules", None) or ())}
+    names = (name for name, module in model.named_modules() if type(module).__name__ in kinds)
+    # Layers of a list have one rule: "transformer.h.0" becomes "transformer.h.*".
+    return {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in names}
 
 
 def local_rows(weight: Tensor, vocab_size: int, world: World) -> Tensor:

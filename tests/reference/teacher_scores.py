@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from data.cache.selection import Selection
+from data.teacher.select import TeacherScores
 
 
 @dataclass
@@ -42,3 +44,25 @@ def drawn_ids(scores: DenseScores, uniforms: np.ndarray) -> tuple[list[int], flo
     edges = np.concatenate([[0.0], shares])
     distance = min((float(np.abs(edges - u).min()) for u in uniforms), default=1.0)
     return sorted({int(np.searchsorted(shares, u, side="right")) for u in uniforms}), distance
+
+
+def check_scores(
+    scores: TeacherScores, logits: Tensor, labels: Tensor, uniforms: Tensor, selection: Selection, error: float
+) -> None:
+    """Compare all that is kept of N positions with their logits [N, V]; `error` in nats is that of the scores."""
+    for row, values in enumerate(logits.double().numpy()):
+        truth = dense_scores(values, selection)
+        used = scores.log_probs[row] > -np.inf
+        ids = scores.ids[row][used].tolist()
+        assert len(set(ids)) == len(ids) == len(truth.ids)
+        # Logits that differ by less than the error may be swapped.
+        np.testing.assert_allclose(sorted(values[ids]), sorted(values[list(truth.ids)]), atol=error, rtol=0)
+        close = {"atol": error, "rtol": 0}
+        np.testing.assert_allclose(scores.log_probs[row][used].numpy(), truth.log_probs[ids], **close)
+        np.testing.assert_allclose(scores.tail_log_prob[row].item(), truth.tail, **close)
+        np.testing.assert_allclose(scores.tempered_tails[row].numpy(), truth.tempered, **close)
+        np.testing.assert_allclose(scores.label_log_prob[row].item(), truth.log_probs[labels[row]], **close)
+        drawn = scores.sampled_ids[row][scores.sampled_log_weights[row] > -np.inf].tolist()
+        expected, distance = drawn_ids(truth, uniforms[row].numpy())
+        if set(ids) == truth.ids and distance > error:
+            assert drawn == expected

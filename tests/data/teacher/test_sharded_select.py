@@ -2,17 +2,16 @@
 
 import math
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.cache.selection import Selection
-from data.teacher.select import TeacherScores, select_entries
+from data.teacher.select import select_entries
 from data.teacher.vocab_slices import VocabSlice
 from kd_core.parallel.world import World
 from tests.ranks import run_ranks
-from tests.reference.teacher_scores import dense_scores, drawn_ids
+from tests.reference.teacher_scores import check_scores
 
 SELECTIONS = [
     Selection(8),
@@ -45,24 +44,6 @@ def _slice(logits: Tensor, rank: int, ranks: int, padded: int) -> tuple[Tensor, 
     return (columns if columns.shape[1] else logits.new_full((len(logits), 1), -torch.inf)), first
 
 
-def _check_float64(scores: TeacherScores, logits: Tensor, uniforms: Tensor, selection: Selection) -> None:
-    for row, values in enumerate(logits.numpy()):
-        truth = dense_scores(values, selection)
-        used = scores.log_probs[row] > -torch.inf
-        ids = scores.ids[row][used].tolist()
-        assert len(set(ids)) == len(ids) == len(truth.ids)
-        # Equal logits may be swapped.
-        assert sorted(values[ids]) == sorted(values[list(truth.ids)])
-        np.testing.assert_allclose(scores.log_probs[row][used].numpy(), truth.log_probs[ids], atol=LOG_ERROR)
-        np.testing.assert_allclose(scores.tail_log_prob[row].item(), truth.tail, atol=LOG_ERROR)
-        np.testing.assert_allclose(scores.tempered_tails[row].numpy(), truth.tempered, atol=LOG_ERROR)
-        np.testing.assert_allclose(scores.label_log_prob[row].item(), truth.log_probs[row], atol=LOG_ERROR)
-        drawn = scores.sampled_ids[row][scores.sampled_log_weights[row] > -torch.inf].tolist()
-        wanted, distance = drawn_ids(truth, uniforms[row].numpy())
-        if set(ids) == truth.ids and distance > 1e-6:
-            assert drawn == wanted
-
-
 def _compare_with_one_rank(world: World, V: int, padded: int) -> None:
     logits, random = _positions(V), torch.Generator().manual_seed(1)
     group = dist.group.WORLD
@@ -75,7 +56,7 @@ def _compare_with_one_rank(world: World, V: int, padded: int) -> None:
         one = select_entries(logits.clone(), labels, selection, uniforms)
         columns, first = _slice(logits, world.rank, world.size, padded)
         several = select_entries(columns, labels, selection, uniforms, VocabSlice(first, group))
-        _check_float64(several, logits, uniforms, selection)
+        check_scores(several, logits, labels, uniforms, selection, LOG_ERROR)
         different = [row for row in range(len(logits)) if set(one.ids[row].tolist()) != set(several.ids[row].tolist())]
         assert set(different) <= {1, 6, 11, 16}, "only rounded logits have ties"
         same = torch.tensor([row not in different for row in range(len(logits))])
