@@ -57,13 +57,19 @@ def spread_between(one: TeacherScores, other: TeacherScores) -> Spread:
     matched = same.any(dim=2)
     p, q = one.log_probs.double(), other.log_probs.double()
     theirs = torch.where(matched, q.gather(1, same.to(torch.uint8).argmax(dim=2)), q.amin(dim=1, keepdim=True))
-    largest = max(float((p - theirs).abs().max()), float((one.tail_log_prob - other.tail_log_prob).abs().max()))
+    changes = [_difference(p, theirs).flatten(), _difference(one.tail_log_prob, other.tail_log_prob)]
+    largest = torch.cat(changes).abs().max()
     # KL over the common entries, and one bucket of all other tokens.  [n]
     unused = torch.where(matched, -torch.inf, p)
-    common = torch.where(matched, p.exp() * (p - theirs), 0.0).sum(dim=1)
+    common = torch.where(matched, p.exp() * _difference(p, theirs), 0.0).sum(dim=1)
     rest = torch.logaddexp(one.tail_log_prob.double(), unused.logsumexp(dim=1))
-    kl = common + rest.exp() * (rest - _rest(other, same.any(dim=1)))
-    return Spread(len(p), largest, float(kl.mean().clamp(min=0.0)))
+    kl = common + rest.exp() * _difference(rest, _rest(other, same.any(dim=1)))
+    return Spread(len(p), float(largest), float(kl.mean().clamp(min=0.0)))
+
+
+def _difference(one: Tensor, other: Tensor) -> Tensor:
+    """Returns one − other, which is 0 where both are −inf."""
+    return torch.where(one == other, 0.0, one - other)
 
 
 def _rest(scores: TeacherScores, matched: Tensor) -> Tensor:
@@ -86,7 +92,10 @@ def measure_spread(plan: CachePlan, model: Scorer, world: World) -> Spread:
     passes = [score(), score()]
     reference = world.run_on_first(lambda: passes[0])
     spreads = run_on_all_ranks(world, lambda: [spread_between(reference, scores) for scores in passes])
-    worst = max((spread for by_rank in spreads for spread in by_rank), key=lambda spread: spread.largest)
+    # What is no number is the worst.
+    worst = max(
+        (spread for by_rank in spreads for spread in by_rank), key=lambda s: (s.largest != s.largest, s.largest)
+    )
     bound = plan.export.max_spread
     if not worst.largest <= bound:  # also where it is no number
         raise UsageError(
