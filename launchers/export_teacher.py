@@ -51,6 +51,9 @@ SHARD_BYTES = flags.DEFINE_integer(
 EXTEND = flags.DEFINE_bool(
     "extend", False, "Add documents that are new to complete caches; old shards stay as they are."
 )
+WORLD = flags.DEFINE_integer(
+    "world", 1, "With --dry_run: the ranks to lay the teacher out over; none is started.", lower_bound=1
+)
 
 
 def _resolve(export: Any, out: Path, device: Any) -> tuple[Any, "ChosenPrecision"]:
@@ -139,11 +142,16 @@ def main() -> None:
     if OUT.value is None:
         raise UsageError("no --out given. Name the folder for the caches: --out=DIR.")
     export = resolved.build()
+    if WORLD.present and not app.FLAGS.dry_run:
+        raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
     if app.FLAGS.dry_run:
         import torch
 
         from data.export.extend import load_growth
         from data.export.plan import make_plans
+        from data.teacher.teacher_memory import describe_memory
+        from kd_core.hub import local_folder
+        from kd_core.precision import dtype_of
 
         out = Path(OUT.value)
         export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -159,6 +167,10 @@ def main() -> None:
                 f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
                 f"{len(plan.shards)} shards"
             )
+        if plans:
+            teacher, dtype = plans[0].teacher, dtype_of(export.dtype, torch.device("cpu"))
+            where = local_folder(export.teacher), teacher.scorer, teacher.vocab_size
+            print("teacher:", describe_memory(*where, export.parallel, WORLD.value, dtype))
         return
     _export(export, Path(OUT.value))
 

@@ -20,10 +20,11 @@ from data.teacher.select import TeacherScores, select_entries
 from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
 from data.teacher.vocab_slices import vocab_slice
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
-from kd_core.parallel.layout import StudentSizes, check_divisible
+from kd_core.parallel.layout import Layout, StudentSizes, check_divisible
 from kd_core.parallel.parallelize import parallelize_frozen
 from kd_core.parallel.world import World
 from kd_core.sharded_values import local_values
+from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.starts.start import Pretrained, meta_student
 from kd_core.students.student import Student
 from kd_core.types import LmHeadForm
@@ -51,6 +52,16 @@ def ranks_of(scorer: object) -> ScorerRanks:
     return getattr(scorer, "ranks", ALONE)
 
 
+def check_fits(arch: Architecture, layout: Layout) -> None:
+    """Checks that tensor-parallel ranks can share our decoder.
+
+    Raises:
+        UsageError: they cannot. The message names the numbers that would fit.
+    """
+    sizes = StudentSizes(arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows, 1)
+    check_divisible(layout.tensor, sequence_parallel=False, shape=sizes)
+
+
 def _local_lm_head(hidden: Tensor, weight: Tensor) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
     """Returns the hidden states of all positions, and this rank's rows of the lm_head."""
     return rearrange(local_values(hidden), "B T D -> (B T) D"), local_values(weight).detach()
@@ -75,13 +86,11 @@ class DecoderScorer:
         """
         start = Pretrained(str(folder))
         model = meta_student(start, tokens)
-        arch = model.arch
-        sizes = StudentSizes(arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows, 1)
-        check_divisible(world.layout.tensor, sequence_parallel=False, shape=sizes)
+        check_fits(model.arch, world.layout)
         precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
         model = parallelize_frozen(model, parallel.engine(precision), world, dtype).eval()
         start.fill(model, 0)
-        return cls(model, ScorerRanks.of_world(world, vocab_slice(world, arch.vocab_rows)))
+        return cls(model, ScorerRanks.of_world(world, vocab_slice(world, model.arch.vocab_rows)))
 
     @property
     def device(self) -> torch.device:

@@ -91,10 +91,10 @@ def _count_parts(config: dict[str, Any]) -> int:
     return nested + layers * experts
 
 
-def _check_room(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
-    """Refuses a model whose weights cannot all be in its folder, before memory is allocated for it.
+def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
+    """Returns a model on the meta device, whose weights may all be in its folder, before memory is allocated for it.
 
-    Returns the model on the meta device. A stored weight has at least 4 bits, so n bytes of safetensors hold at most
+    A stored weight has at least 4 bits, so n bytes of safetensors hold at most
     2·n weights.
 
     Raises:
@@ -235,7 +235,7 @@ class HuggingFaceScorer(NamedTuple):
 
         utils.logging.disable_progress_bar()  # each rank would draw one
         try:
-            shapes = _check_room(config, folder)
+            shapes = meta_model(config, folder)
             layout = loading_arguments(shapes, parallel or TeacherParallel(), world, folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,

@@ -1,5 +1,6 @@
 """Exports whose teacher is laid out over ranks, as commands: their bytes, interruptions, and errors on one rank."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from data.cache.manifest import read_manifest
 from data.export.repeatability import SCORED_BY_FILE
+from kd_core.students.starts.start import Pretrained, meta_student
 from tests.launchers.command import Command, configs, kill_when, run
 from tests.patience import patience
 from tests.tiny import ROW_LENGTH, Tiny, bytes_of
@@ -78,3 +80,32 @@ def test_an_error_on_the_rank_that_writes_ends_all_ranks(tiny: Tiny, tmp_path: P
     done = Command("launchers.export_teacher", *flags, nproc=2).done(patience(60))
     assert done.returncode != 0
     assert "max_codec_kl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("scorer", "changes", "expected"),
+    [
+        ("decoder", ["parallel.tensor_parallel=2", "parallel.shard=full"], "1 replicas × 2 shards × 2 tensor-parallel"),
+        ("transformers", ["parallel.tensor_parallel=2"], "2 replicas × 1 shards × 2 tensor-parallel"),
+    ],
+)
+def test_a_dry_run_tells_what_a_rank_holds(
+    tiny: Tiny, tmp_path: Path, scorer: str, changes: list[str], expected: str
+) -> None:
+    flags = _flags(tiny, tmp_path / "out", f"scorer={scorer}", *changes)
+    done = run("launchers.export_teacher", *flags, "--dry_run", "--world=4")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("teacher: ")]
+    numbers = 4 * sum(parameter.numel() for parameter in meta_student(Pretrained(str(tiny.teacher)), None).parameters())
+    held = float(re.search("holds ([0-9.e-]+) GB of weights", line)[1]) * 1e9  # type: ignore[index]
+    assert expected in line
+    # Half of it, or a quarter under FSDP; norms are whole.
+    assert 0.9 < held / numbers * (4 if "full" in changes[-1] else 2) < 1.2
+
+
+def test_a_layout_that_does_not_fit_is_refused_in_a_dry_run(tiny: Tiny, tmp_path: Path) -> None:
+    flags = _flags(tiny, tmp_path / "out", "parallel.tensor_parallel=3")
+    done = run("launchers.export_teacher", *flags, "--dry_run", "--world=3")
+    assert done.returncode != 0
+    assert "parallel.tensor_parallel: got 3, which does not divide the model's 4 heads" in done.stderr
+    assert "--world: is for --dry_run" in run("launchers.export_teacher", *flags, "--world=3").stderr

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.cache.selection import Selection
 from data.teacher.scorer import DecoderScorer, Scorer, TeacherScores, score_rows
 from data.teacher.teacher_layout import TeacherParallel
+from data.teacher.teacher_memory import rank_holding
 from data.teacher.transformers_scorer import HuggingFaceScorer
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
@@ -58,6 +60,14 @@ def compare(world: World, tasks: dict[str, Task]) -> None:
                 worst = max(worst, float((one - several).nan_to_num(0.0).abs().max()))
                 # FSDP gathers the same weights, so its scores have the same bits.
                 assert parallel.tensor_parallel > 1 or torch.equal(one, several), f"{name}, {parallel}"
+            # The dry run knows what the fullest rank holds.
+            scorer_name = "decoder" if task.is_decoder else "transformers"
+            expected = rank_holding(task.folder, scorer_name, parallel, parallel.engine().layout(world.size))
+            total = torch.tensor([sum(local_values(p).numel() for p in scorer.model.parameters())])
+            dist.all_reduce(total, dist.ReduceOp.MAX)
+            # What lies outside of blocks stays gathered after a pass, and transformers' lm_head is ours.
+            slack = 0 if task.is_decoder and parallel.shard == "none" else expected.root_numbers
+            assert abs(int(total) - expected.parameters) <= slack, f"{name}, {parallel}"
             # Between passes, a rank holds its part of the blocks alone.
             blocks = [p for n, p in scorer.model.named_parameters() if {"layers", "h"} & {*n.split(".")} and p.ndim > 1]
             assert blocks
