@@ -26,7 +26,7 @@ overlap=128, and
     selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
     codec=compact                                4 bytes less per position at twice the (small) error; or lossless
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
-    parallel.tensor_parallel=4                   ranks that share a teacher (docs/large_teachers.md); --dry_run --world=8
+    parallel.tensor_parallel=4                   ranks that share a teacher (docs/large_teachers.md)
     parallel.shard=full                          FSDP, for a teacher that is only too large for memory
 """
 
