@@ -104,11 +104,14 @@ class DecoderScorer:
         if self._lm_head is None:
             # Only real tokens, without padding. A rank of padding alone has one column of no probability.
             self._lm_head = product_weight(rows[: self._real_columns])
-        weight, chunk_size = self._lm_head, chunk_positions(max(1, len(self._lm_head)), hidden.device)
+        # Slices differ in their columns, but all ranks make the same chunks, because each chunk is exchanged.
+        weight, columns = self._lm_head, -(-self.model.arch.vocab_size // self.ranks.layout.tensor)
+        chunk_size = chunk_positions(columns, hidden.device)
         buffer = torch.empty(min(len(hidden), chunk_size), len(weight), device=hidden.device)
         for chunk in hidden.split(chunk_size):
             logits = buffer[: len(chunk)]
-            multiply_(chunk, weight, logits, hidden.dtype)
+            if len(weight):
+                multiply_(chunk, weight, logits, hidden.dtype)
             yield logits if len(weight) else logits.new_full((len(chunk), 1), -torch.inf)
 
     @property

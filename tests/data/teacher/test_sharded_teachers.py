@@ -16,10 +16,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from data.teacher import scorer, transformers_scorer
 from data.teacher.scorer import TeacherScores
 from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
 from kd_core.parallel.world import World
-from tests.data.teacher.sharded import REAL, SELECTION, Task, compare, refuse
+from tests.data.teacher.sharded import REAL, SELECTION, Task, compare, few_positions, refuse
 from tests.ranks import run_ranks
 from tests.reference.teacher_scores import check_scores
 
@@ -45,6 +46,12 @@ TEACHERS: dict[str, tuple[bool, PreTrainedConfig, list[TeacherParallel], list[Te
     ),
     "no plan": (False, GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=64), [], [FULL]),
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "chunk_positions", few_positions)
+    monkeypatch.setattr(transformers_scorer, "chunk_positions", few_positions)
 
 
 def _make_task(folder: Path, name: str, ranks: int) -> Task:
