@@ -18,6 +18,7 @@ import fiddle as fdl
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export.plan import TeacherExport
+from data.teacher.teacher_layout import TeacherParallel
 from experiments.base.distill import distill
 from experiments.base.experiment import Experiment
 from experiments.tags import RowLength, TopK
@@ -51,6 +52,7 @@ def quickstart_export() -> fdl.Config[TeacherExport]:
         train_tokens=61_440,
         validation_tokens=8_192,
         shard_bytes=900_000,
+        parallel=fdl.Config(TeacherParallel),
     )
     fdl.add_tag(config, "row_length", RowLength)
     fdl.add_tag(config.selection, "top_k", TopK)

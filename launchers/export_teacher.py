@@ -33,6 +33,8 @@ overlap=128, and
     codec=compact                                4 bytes less per position at twice the (small) error; or lossless
     spool=/local/disk                            where the tokenised corpus waits, 6 bytes a token (OUT.spool)
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
+    parallel.tensor_parallel=4                   ranks that share a teacher (docs/large_teachers.md)
+    parallel.shard=full                          FSDP, for a teacher that is only too large for memory
 """
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -63,6 +65,9 @@ SHARD_BYTES = flags.DEFINE_integer(
 )
 EXTEND = flags.DEFINE_bool(
     "extend", False, "Add documents that are new to complete caches; old shards stay as they are."
+)
+WORLD = flags.DEFINE_integer(
+    "world", 1, "With --dry_run: the ranks to lay the teacher out over; none is started.", lower_bound=1
 )
 
 
@@ -124,7 +129,8 @@ def _export(export: Any, out: str) -> None:
             if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
         stack.enter_context(tokenize_beside(missing_plans, out, starts=world.local_rank == 0))
-        _write_caches(world, export, missing_plans)
+        if missing_plans:
+            _write_caches(export, missing_plans, world)
         if missing_plans and missing_plans[0].is_streamed:
             bad_rows.bad = [row for state in part_states(missing_plans[0].windows.folder) for row in state.bad]
             world.run_on_first(lambda: bad_rows.write(storage_at(out)))
@@ -135,20 +141,26 @@ def _export(export: Any, out: str) -> None:
             world.run_on_first(lambda: end_growth(out))
 
 
-def _write_caches(world: "World", export: Any, plans: "Sequence[CachePlan]") -> None:
+def _write_caches(export: Any, plans: "Sequence[CachePlan]", world: "World") -> None:
     """Scores, writes and reads back what is missing of each cache, then writes its manifest."""
     from data.export import export as export_steps
     from data.export.receipts import write_manifest
+    from data.export.repeatability import measure_spread, record_scoring
     from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 
-    if not plans:
-        return
-    model: Any = export_steps.load_teacher(export, world.device)
+    world = export.parallel.lay_out(world)
+    model = export_steps.load_teacher(export, world.device, world)
+    spread = measure_spread(plans[0], model, world)
+    layout = world.layout if export.parallel.is_set else f"a whole copy on each of {world.size} ranks"
+    app.log.info("teacher: %s; %d positions scored twice differ by %.2g nats at most (KL %.2g)", layout, *spread)
     for plan in plans:
-        pilot: list[Any] = []
-        world.run_on_first(lambda plan=plan, pilot=pilot: pilot.extend(export_steps.make_tables(plan, model)))
-        write = partial(export_steps.write_missing_shards, plan, model, pilot, world.rank, world.size)
-        run_on_all_ranks(world, write)
+        world.run_on_first(lambda plan=plan: record_scoring(plan, model, spread, world.size))
+        pilot = export_steps.score_pilot(plan, model, world)
+        write = partial(export_steps.write_missing_shards, plan, model, pilot, world.dp_rank, world.dp_size)
+        if export.parallel.is_set:
+            write()  # an error ends all ranks, because the others would wait for this one's passes
+        else:
+            run_on_all_ranks(world, write)
         # Hosts without a common file system have each tokenised the corpus.
         assert_ranks_agree(world, {"windows": str(plan.windows.identity())})
         summary = world.run_on_first(lambda plan=plan: write_manifest(plan).summary(plan.folder))
@@ -161,6 +173,9 @@ def _describe(export: Any, out: str) -> None:
 
     from data.export.extend import load_growth
     from data.export.plan import make_plans
+    from data.teacher.teacher_memory import describe_memory
+    from kd_core.hub import local_folder
+    from kd_core.precision import dtype_of
 
     export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"dtype: {chosen}")
@@ -176,6 +191,10 @@ def _describe(export: Any, out: str) -> None:
                 f"{plan.folder}: {len(plan.windows)} records, {positions} positions ({scored} scored), "
                 f"{len(plan.shards)} shards"
             )
+    if plans:
+        teacher, dtype = plans[0].teacher, dtype_of(export.dtype, torch.device("cpu"))
+        where = local_folder(export.teacher), teacher.scorer, teacher.vocab_size
+        print("teacher:", describe_memory(*where, export.parallel, WORLD.value, dtype))
 
 
 def main() -> None:
@@ -189,6 +208,8 @@ def main() -> None:
     if OUT.value is None:
         raise UsageError("no --out given. Name the folder or bucket for the caches: --out=DIR.")
     export = resolved.build()
+    if WORLD.present and not app.FLAGS.dry_run:
+        raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")
     if app.FLAGS.dry_run:
         _describe(export, OUT.value)
         return

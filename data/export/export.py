@@ -7,10 +7,14 @@
 A shard is the unit of work: rank r of n writes shards r, r + n, …, reads each back, and writes its index. A shard that
 is on the storage is not made again. Ranks share nothing but the storage. The plan and the tables fix what a shard
 holds, so neither ranks nor interruptions change its bytes.
+
+The ranks of a tensor-parallel group stand for one rank here: they score the same shards, and the first of them writes.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -28,21 +32,27 @@ from data.export.draw import no_window
 from data.export.plan import CachePlan, TeacherExport
 from data.export.planned_shards import PlannedShard
 from data.export.receipts import read_receipt, verify_earlier_shards, verify_shard
-from data.export.scoring import score_windows, scoring_threads
+from data.export.scoring import count_batches, pass_along, score_windows, scoring_threads
 from data.stream.shards import read_tables
 from data.teacher.choose_scorer import load_scorer
-from data.teacher.scorer import Scorer
+from data.teacher.scorer import Scorer, ranks_of
 from kd_core.errors import UsageError
 from kd_core.hub import local_folder
+from kd_core.parallel.collectives import run_on_all_ranks
+from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
 
 PILOT_POSITIONS = 65_536
 MOST_ENCODERS = 4  # processes, of about 50,000 positions a second each
 
 
-def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
-    """Returns the export's teacher, loaded and ready to score."""
-    return load_scorer(local_folder(export.teacher), export.scorer, dtype_of(export.dtype, device), device)
+def load_teacher(export: TeacherExport, device: torch.device, world: World | None = None) -> Scorer:
+    """Returns the export's teacher, loaded and ready to score.
+
+    With a `world`, which is laid out as `export.parallel` says, its ranks load the teacher together.
+    """
+    folder, dtype = local_folder(export.teacher), dtype_of(export.dtype, device)
+    return load_scorer(folder, export.scorer, dtype, device, export.parallel, world)
 
 
 def _progress_bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
@@ -60,9 +70,11 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     """Scores the first windows, writes the cache's tables from them, and returns their records.
 
     Returns nothing and scores nothing where the tables are already there. The pilot ends at the end of a batch of the
-    first shard, so its records are the same as those that the shard will hold.
+    first shard, so its records are the same as those that the shard will hold. The ranks of a shared teacher all score
+    it, and the first one writes.
     """
-    if plan.storage.size(TABLES_FILE) is not None:
+    ranks = ranks_of(model)
+    if ranks.gather(plan.storage.size(TABLES_FILE) is not None)[0]:
         return []
     first = next(plan.each_shard(), None)
     if first is None:
@@ -74,10 +86,23 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     whole_batches = fitting // rows * rows
     pilot_windows = windows if whole_batches >= len(windows) else windows[: max(rows, whole_batches)]
     total = sum(plan.windows[i].positions for i in pilot_windows)
-    with _progress_bar(plan, "pilot on", total, 0, False) as bar, scoring_threads(model.device) as executor:
+    with _progress_bar(plan, "pilot on", total, 0, ranks.rank > 0) as bar, scoring_threads(model) as executor:
         pilot = list(_count_positions(score_windows(executor, model, plan, [pilot_windows]), bar))
     check_alignment(pilot, str(plan.folder))
-    write_tables(plan.storage, fit_tables(pilot, plan.teacher.vocab_size, plan.expected_positions))
+    if ranks.rank == 0:
+        write_tables(plan.storage, fit_tables(pilot, plan.teacher.vocab_size, plan.expected_positions))
+    return pilot
+
+
+def score_pilot(plan: CachePlan, model: Scorer, world: World) -> list[Record]:
+    """Makes the tables on the first rank, or on all ranks where they share the teacher. Returns the pilot's records.
+
+    Raises:
+        UsageError: a rank failed, on every rank.
+    """
+    pilot: list[Record] = []
+    run = partial(run_on_all_ranks, world) if ranks_of(model).is_shared else world.run_on_first
+    run(lambda: pilot.extend(make_tables(plan, model)))
     return pilot
 
 
@@ -102,58 +127,84 @@ def write_missing_shards(
         plan: the plan of the cache.
         model: the teacher.
         pilot: the records of `make_tables`.
-        rank: this rank, of so many `ranks`.
+        rank: this rank, of so many `ranks`. All ranks of a tensor-parallel group have the number of their group.
         encoders: how many processes encode blocks, by default as many as suit the device. 0 encodes in this one.
 
     Raises:
         UsageError: a shard is damaged, or does not hold the planned windows.
     """
-    coding = _read_coding(plan)
-    verify_earlier_shards(plan, coding, rank, ranks)
+    coding, shared = _read_coding(plan), ranks_of(model)
+    if shared.is_first_of_group:
+        verify_earlier_shards(plan, coding, rank, ranks)
     settings = EncoderSettings(coding, plan.export.max_codec_kl)
-    bar = _progress_bar(plan, "teacher on", plan.expected_positions // ranks, 0, rank != 0)
-    late: list[UsageError] = []
-    missing = _missing_shards(plan, coding, rank, ranks, bar, late)
-    first = next(missing, None)
-    if first is None:
-        bar.close()
-        if late:
-            raise late[0]
-        return
     processes = _encoder_processes(model.device) if encoders is None else encoders
+    late: list[UsageError] = []
+    hidden = rank != 0 or not shared.is_first_of_group
     with (
-        bar,
-        scoring_threads(model.device) as executor,
-        block_encoders(settings, processes) as encode,
+        _progress_bar(plan, "teacher on", plan.expected_positions // ranks, 0, hidden) as bar,
+        scoring_threads(model) as executor,
     ):
+        missing = _missing_shards(plan, model, coding, (rank, ranks), bar, late)
+        missing, passes = _agree_on_passes(plan, model, missing, len(pilot))
+        first = next(missing, None)
+        to_score, to_encode, to_write = itertools.tee(itertools.chain([first] if first else [], missing), 3)
         # The pilot has already scored the first windows of the first shard. Ranks above 0 get an empty pilot.
-        scored = pilot if first.blocks[0].start == 0 else []
-        to_score, to_encode, to_write = itertools.tee(itertools.chain([first], missing), 3)
-        ranges = (s.windows[len(scored) :] if s.windows.start == 0 else s.windows for s in to_score)
+        scored = pilot if first and first.windows.start == 0 else []
+        ranges = (_unscored(shard, len(pilot)) for shard in to_score)
         records = _count_positions(itertools.chain(scored, score_windows(executor, model, plan, ranges)), bar)
-        # One stream of blocks for all shards, so that the next shard is encoded while one is written.
-        encoded = encode(
-            BlockJob(plan.storage.url(shard.name), plan.first_record + block.start, [next(records) for _ in block])
-            for shard in to_encode
-            for block in shard.blocks
-        )
-        for shard in to_write:
-            write_shard(plan.storage, shard.name, itertools.islice(encoded, len(shard.blocks)))
-            verify_shard(plan, shard.name, coding, shard)
+        if not shared.is_first_of_group:
+            deque(records, maxlen=0)  # the first rank of the group has the same, and writes it
+            to_encode = to_write = iter(())
+        with block_encoders(settings, processes if first and shared.is_first_of_group else 0) as encode:
+            # One stream of blocks for all shards, so that the next shard is encoded while one is written.
+            encoded = encode(
+                BlockJob(plan.storage.url(shard.name), plan.first_record + block.start, [next(records) for _ in block])
+                for shard in to_encode
+                for block in shard.blocks
+            )
+            for shard in to_write:
+                write_shard(plan.storage, shard.name, itertools.islice(encoded, len(shard.blocks)))
+                verify_shard(plan, shard.name, coding, shard)
+        pass_along(executor, model, plan, passes)
     if late:
         raise late[0]
 
 
-def _missing_shards(
-    plan: CachePlan, coding: Coding, rank: int, ranks: int, bar: "tqdm[NoReturn]", late: list[UsageError]
-) -> Iterator[PlannedShard]:
-    """Yields this rank's share of the shards that are not there, as windows appear. `bar` counts the other ones.
+def _unscored(shard: PlannedShard, pilot: int) -> range:
+    """Returns the windows of a shard behind those of the pilot, which are the first of the first shard."""
+    return shard.windows[pilot:] if shard.windows.start == 0 else shard.windows
 
-    A shard that is there without a valid index is read back, and gets one.
 
-    An error of the corpus ends them, and goes to `late`, so that shards before it are written.
+def _agree_on_passes(
+    plan: CachePlan, model: Scorer, missing: Iterator[PlannedShard], pilot: int
+) -> tuple[Iterator[PlannedShard], int]:
+    """Returns the missing shards, and how many passes this rank makes for others behind its own.
+
+    Ranks that gather weights from each other make the same number of passes. They agree on it before the first one, and
+    so wait for all of a long corpus.
     """
-    shards, present = itertools.islice(plan.each_shard(), rank, None, ranks), set(plan.storage.names())
+    shared = ranks_of(model)
+    if not shared.passes_together:
+        return missing, 0
+    shards = list(missing)
+    passes = count_batches(plan, [_unscored(shard, pilot) for shard in shards])
+    return iter(shards), max(shared.gather(passes)) - passes
+
+
+def _missing_shards(
+    plan: CachePlan, model: Scorer, coding: Coding, share: tuple[int, int], bar: "tqdm[NoReturn]",
+    late: list[UsageError],
+) -> Iterator[PlannedShard]:  # fmt: skip
+    """Yields the shards of a share (rank, ranks) that are not there, as windows appear. `bar` counts the other ones.
+
+    A shard that is there without a valid index is read back, and gets one. An error of the corpus ends them, and goes
+    to `late`, so that shards before it are written.
+    """
+    # Ranks that score together see the files of the first of them.
+    shared = ranks_of(model)
+    present_by_rank = shared.gather(set(plan.storage.names()))
+    present = present_by_rank[shared.rank // shared.layout.tensor * shared.layout.tensor]
+    shards = itertools.islice(plan.each_shard(), share[0], None, share[1])
     while True:
         try:
             shard = next(shards, None)
@@ -165,7 +216,7 @@ def _missing_shards(
         if shard.name not in present:
             yield shard
             continue
-        if read_receipt(plan, shard.name, shard) is None:
+        if shared.is_first_of_group and read_receipt(plan, shard.name, shard) is None:
             verify_shard(plan, shard.name, coding, shard)
         positions = sum(plan.windows[i].positions for i in shard.windows)
         bar.initial += positions

@@ -27,6 +27,7 @@ from data.export.planned_shards import PlannedShard, bytes_per_position, plan_sh
 from data.export.planning import Limits, SpoolPass
 from data.export.spool import SpoolWindows, remove_spool, spool_folder
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
+from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, own_folder, sha256
 from kd_core.hub import local_folder
@@ -67,6 +68,9 @@ class TeacherExport:
             `OUT.spool` beside the caches.
         batch_rows: windows that the teacher scores together. None: 2 on a CPU, and on a GPU as many as have about
             8,192 positions. The plan records which.
+        parallel: how the teacher is laid out over the ranks that torchrun starts.
+        max_spread: largest difference, in nats, between the log-probabilities of two passes over the same positions.
+            The export stops before it begins if the teacher does not repeat itself that closely.
     """
 
     corpus: Corpus
@@ -86,10 +90,12 @@ class TeacherExport:
     shard_bytes: int = 4_000_000
     batch_rows: int | None = None
     spool: str | None = None
+    parallel: TeacherParallel = WHOLE_COPIES
+    max_spread: float = 0.1
 
     def __post_init__(self) -> None:
         counts = ("row_length", "block_positions", "shard_bytes", "batch_rows", "train_tokens", "validation_tokens")
-        shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": NOT_NEGATIVE}
+        shares = {"validation_share": SHARE_BETWEEN, "max_codec_kl": NOT_NEGATIVE, "max_spread": NOT_NEGATIVE}
         check_settings(self, "", **dict.fromkeys(counts, AT_LEAST_1), **shares, seed=AT_LEAST_0)
         # Temperatures are checked here and not in `Selection`: a cache that is already written is read with any.
         check_settings(
@@ -222,7 +228,8 @@ def _settings(
     """Returns the part of the plan that both caches share: all that decides what they hold, but split and tokens."""
     skipped = {"skipped": bad_rows.counts()} if bad_rows.bad else {}
     settings = asdict(export)
-    for name in ("corpus", "teacher", "train_tokens", "validation_tokens", "spool"):
+    # The layout is left out, so that an export can be finished on other machines than it was begun on.
+    for name in ("corpus", "teacher", "train_tokens", "validation_tokens", "spool", "parallel", "max_spread"):
         del settings[name]
     return {
         "corpus": {**export.corpus.identity(), **skipped},

@@ -19,6 +19,7 @@ from data.cache.totals import Totals
 from data.cache.writer import file_facts, read_back, write_index
 from data.export.plan import CachePlan
 from data.export.planned_shards import PlannedShard
+from data.export.repeatability import SCORED_BY_FILE, scored_by
 from kd_core.errors import UsageError
 from kd_core.hub import pin_commit
 
@@ -133,6 +134,8 @@ def write_manifest(plan: CachePlan) -> Manifest:
         **made_now(pin_commit(plan.export.teacher), [*before.get("corpora", []), plan.export.corpus.path]),
         "drawn_from": plan.drawn_from,
     }
+    if scored := scored_by(plan):
+        made["scored_by"] = scored
     if chat := plan.chat or before.get("chat"):
         made["chat"] = chat
     receipts = _all_receipts(plan)
@@ -153,4 +156,5 @@ def write_manifest(plan: CachePlan) -> Manifest:
         indexes=IndexFiles(plan.folder),
     )
     manifest.write(plan.storage)
+    plan.storage.delete(SCORED_BY_FILE)
     return manifest

@@ -17,25 +17,35 @@ from data.cache.record import Array, Record
 from data.corpus.windows import Window
 from data.export.plan import CachePlan
 from data.export.worker_processes import map_in_order
-from data.teacher.scorer import Scorer, score_rows
+from data.teacher.scorer import Scorer, ranks_of, score_rows
+from kd_core.parallel.world import use_device
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written
 
 
+def _begin_thread(device: torch.device) -> None:
+    torch.set_num_threads(1)
+    use_device(device)
+
+
 @contextmanager
-def scoring_threads(device: torch.device) -> Generator[Executor]:
+def scoring_threads(model: Scorer) -> Generator[Executor]:
     """Yields an executor of as many threads as torch uses. Each of them computes its batches alone.
 
     A kernel that is split over threads may add up in another order. With one thread each, batches have the same bits
     on any number of cores and ranks. This is no slower. A GPU gets one thread.
+
+    A teacher that is shared with other ranks also gets one, because its passes are collectives: all ranks must issue
+    them in the same order.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    before = torch.get_num_threads()
+    threads = before if model.device.type == "cpu" and not ranks_of(model).is_shared else 1
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as executor:
+        with ThreadPoolExecutor(threads, initializer=_begin_thread, initargs=(model.device,)) as executor:
             yield executor
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def window_uniforms(plan: CachePlan, number: int) -> Array:
@@ -129,3 +139,14 @@ def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Iter
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))
     for records in map_in_order(executor, partial(score_batch, model, plan), batches, ahead=LOOKAHEAD):
         yield from records
+
+
+def count_batches(plan: CachePlan, runs: Sequence[range]) -> int:
+    """Returns how many batches `score_windows` makes of the runs."""
+    return sum(-(-len(run) // plan.batch_rows) for run in runs)
+
+
+def pass_along(executor: Executor, model: Scorer, plan: CachePlan, passes: int) -> None:
+    """Makes so many passes for the ranks that still score, which gather weights from this one. Nothing is kept."""
+    for _ in range(passes):
+        executor.submit(score_batch, model, plan, range(1)).result()

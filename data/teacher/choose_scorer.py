@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from data.teacher.scorer import DecoderScorer, Scorer
+from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
 from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
 from kd_core.hub import NO_EXTRA
+from kd_core.parallel.world import World
 from kd_core.students.huggingface.weights import stored_architecture
-from kd_core.students.starts.start import Pretrained, build_student
 
 ScorerName = Literal["auto", "decoder", "transformers"]
 log = logging.getLogger("kd")
@@ -70,9 +71,28 @@ def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> 
     return TeacherFacts("decoder", arch.vocab_size, arch.max_positions, asdict(arch))
 
 
-def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.device) -> Scorer:
-    """Loads the teacher in `folder`, ready to score the vocabulary of its tokenizer."""
+def load_scorer(
+    folder: Path,
+    scorer: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: TeacherParallel = WHOLE_COPIES,
+    world: World | None = None,
+) -> Scorer:
+    """Loads the teacher in `folder`, ready to score the vocabulary of its tokenizer.
+
+    Args:
+        folder: a Hugging Face folder.
+        scorer: the scorer, or `auto`.
+        dtype: of the weights.
+        device: of this process.
+        parallel: the teacher's layout.
+        world: the ranks, laid out as `parallel` says, which all load together. None: this process alone.
+    """
+    world = world or World(device=device)
     tokens = Tokenizer(folder).vocab_size
     if read_teacher_facts(folder, scorer, tokens).scorer == "transformers":
-        return HuggingFaceScorer.load(folder, dtype, device, tokens)
-    return DecoderScorer(build_student(Pretrained(str(folder)), device, 0, tokens, dtype).eval())
+        return HuggingFaceScorer.load(folder, dtype, device, tokens, parallel, world)
+    if parallel.expert_parallel:
+        raise UsageError("parallel.expert_parallel: our decoder has no experts. Leave it out.")
+    return DecoderScorer.load(folder, dtype, tokens, parallel, world)

@@ -1,11 +1,13 @@
 """Scorers: the interface to teachers, our decoder behind it, and the scoring of rows of tokens.
 
 tokens, document ids ──Scorer.logits──► logits [n, V], a chunk at a time ──select──► Scores of N positions
+
+On the ranks of a tensor-parallel group, V is that of the rank's slice of the vocabulary (`vocab_slices.py`).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,8 +17,17 @@ from torch import Tensor
 
 from data.cache.selection import Selection
 from data.teacher.select import TeacherScores, select_entries
+from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
+from data.teacher.vocab_slices import vocab_slice
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
+from kd_core.parallel.layout import Layout, StudentSizes, check_divisible
+from kd_core.parallel.parallelize import parallelize_frozen
+from kd_core.parallel.world import World
+from kd_core.sharded_values import local_values
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.starts.start import Pretrained, meta_student
 from kd_core.students.student import Student
+from kd_core.types import LmHeadForm
 
 
 @runtime_checkable
@@ -36,35 +47,78 @@ class Scorer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+def ranks_of(scorer: object) -> ScorerRanks:
+    """Returns the ranks that a scorer shares its passes with. A scorer without `ranks` scores alone."""
+    return getattr(scorer, "ranks", ALONE)
+
+
+def check_fits(arch: Architecture, layout: Layout) -> None:
+    """Checks that tensor-parallel ranks can share our decoder.
+
+    Raises:
+        UsageError: they cannot. The message names the numbers that would fit.
+    """
+    sizes = StudentSizes(arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows, 1)
+    check_divisible(layout.tensor, sequence_parallel=False, shape=sizes)
+
+
+def _local_lm_head(hidden: Tensor, weight: Tensor) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
+    """Returns the hidden states of all positions, and this rank's rows of the lm_head."""
+    return rearrange(local_values(hidden), "B T D -> (B T) D"), local_values(weight).detach()
+
+
+@dataclass
 class DecoderScorer:
     """Our own decoder. Logits exist a chunk at a time, and are float32 whatever the dtype of the weights."""
 
     model: Student
+    ranks: ScorerRanks = ALONE
+    _lm_head: Tensor | None = None
+
+    @classmethod
+    def load(
+        cls, folder: Path, dtype: torch.dtype, tokens: int | None, parallel: TeacherParallel, world: World
+    ) -> "DecoderScorer":
+        """Loads a teacher over the ranks of a world. No rank ever holds more of it than its layout says.
+
+        Raises:
+            UsageError: the layout does not fit the teacher, or its weights are damaged.
+        """
+        start = Pretrained(str(folder))
+        model = meta_student(start, tokens)
+        check_fits(model.arch, world.layout)
+        precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        model = parallelize_frozen(model, parallel.engine(precision), world, dtype).eval()
+        start.fill(model, 0)
+        return cls(model, ScorerRanks.of_world(world, vocab_slice(world, model.arch.vocab_rows)))
 
     @property
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
-    @cached_property
-    def _lm_head(self) -> Float[Tensor, "V D"]:
-        """Returns the rows of the real vocabulary, without padding."""
-        return product_weight(self.model.plain_lm_head.detach())
-
     def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-
-        def flatten_positions(hidden: Tensor, _: Tensor) -> Tensor:
-            return rearrange(hidden, "B T D -> (B T) D")
-
-        # Hidden states of all positions [N, D]; the head follows chunk by chunk, so that [N, V] never exists.
-        weight, hidden = self._lm_head, self.model(tokens, positions, document_ids, flatten_positions)
-        chunk_size = chunk_positions(len(weight), hidden.device)
+        # Hidden states of all positions [N, D]; the head follows chunk by chunk, so that [N, V] never exists. FSDP
+        # gathers the head in the first pass and keeps it, so that it can be used behind the pass.
+        hidden, rows = self.model(tokens, positions, document_ids, _local_lm_head)
+        if self._lm_head is None:
+            # Only real tokens, without padding. A rank of padding alone has one column of no probability.
+            self._lm_head = product_weight(rows[: self._real_columns])
+        # Slices differ in their columns, but all ranks make the same chunks, because each chunk is exchanged.
+        weight, columns = self._lm_head, -(-self.model.arch.vocab_size // self.ranks.layout.tensor)
+        chunk_size = chunk_positions(columns, hidden.device)
         buffer = torch.empty(min(len(hidden), chunk_size), len(weight), device=hidden.device)
         for chunk in hidden.split(chunk_size):
             logits = buffer[: len(chunk)]
-            multiply_(chunk, weight, logits, hidden.dtype)
-            yield logits
+            if len(weight):
+                multiply_(chunk, weight, logits, hidden.dtype)
+            yield logits if len(weight) else logits.new_full((len(chunk), 1), -torch.inf)
+
+    @property
+    def _real_columns(self) -> int:
+        vocab_size = self.model.arch.vocab_size
+        assert self.model.lm_head_form == LmHeadForm(vocab_size=vocab_size), "logits of another form"
+        return max(0, vocab_size - self.ranks.vocab.first)
 
 
 @torch.no_grad()
@@ -86,5 +140,6 @@ def score_rows(
     start = 0
     for logits in scorer.logits(tokens[:, :-1], document_ids):
         positions = slice(start, start := start + len(logits))
-        chunks.append(select_entries(logits, labels[positions], selection, uniforms[positions]))
+        scores = select_entries(logits, labels[positions], selection, uniforms[positions], ranks_of(scorer).vocab)
+        chunks.append(scores)
     return TeacherScores(*(torch.cat(fields) for fields in zip(*chunks, strict=True)))

@@ -15,6 +15,9 @@ rows. It also leaves the distribution within the tail in the place of the logits
 
 The largest logit of the tail is the one behind the entries in falling order. So two passes read the whole vocabulary:
 one for the largest logits, and the softmax.
+
+The ranks of a sharded teacher each hold logits of a slice of the vocabulary. They exchange candidates and sums, and all
+have the same scores (`vocab_slices.py`). With one slice, which is the whole vocabulary, nothing is exchanged.
 """
 
 from typing import NamedTuple
@@ -24,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data.cache.selection import Selection
+from data.teacher.vocab_slices import WHOLE_VOCAB, WholeVocab
 
 UNUSED = -torch.inf
 BLOCK = 32  # adjacent ids whose largest logit is found first
@@ -44,23 +48,32 @@ class TeacherScores(NamedTuple):
 
 
 def select_entries(
-    logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"], selection: Selection, uniforms: Float[Tensor, "n S"]
+    logits: Float[Tensor, "n V"],
+    labels: Int[Tensor, " n"],
+    selection: Selection,
+    uniforms: Float[Tensor, "n S"],
+    vocab: WholeVocab = WHOLE_VOCAB,
 ) -> TeacherScores:
     """Computes the scores of n positions from their logits, which are overwritten.
 
     Args:
+        logits: of the ids of this process's slice of the vocabulary.
+        labels: the token that follows each position.
+        selection: what is kept.
         uniforms: numbers in [0, 1) that decide the draws.
+        vocab: the slice, by default the whole vocabulary.
     """
-    # The top entries [n, K], the largest logit of the tail, which follows them, and the label's logit [n].
-    values, ids = largest_logits(logits, selection.top_k + 1)
-    (values, largest), (ids, largest_id) = _split_last(values), _split_last(ids)
-    label = logits.gather(1, labels[:, None]).squeeze(1)
-    # −inf takes the entries out of all sums of the tail.
-    logits.scatter_(1, ids, -torch.inf)
+    # The top entries [n, K], the label's logit, and the largest logit of this slice's tail [n].
+    largest = largest_logits(logits, min(selection.top_k + 1, logits.shape[1]))
+    candidates = vocab.merge(logits, largest, labels, selection.top_k)
+    values, ids, label, tail_largest, tail_column = candidates
+    vocab.remove_(logits, candidates)
     # Tails at further temperatures need the logits, which the softmax is about to overwrite.  [n] each
-    tempered = [_log_sum_exp(logits, largest, temperature) for temperature in selection.tail_temperatures]
-    # log Σ_tail e^z = max z − log max softmax(z). From here on `logits` holds probabilities within the tail.  [n]
-    tail = largest - torch.softmax(logits, dim=1, out=logits).gather(1, largest_id[:, None]).squeeze(1).log()
+    tempered = [_log_sum_exp(logits, tail_largest, temperature) for temperature in selection.tail_temperatures]
+    # log Σ_tail e^z = max z − log max softmax(z). From here on `logits` holds probabilities within the slice's tail.
+    slice_tail = tail_largest - torch.softmax(logits, dim=1, out=logits).gather(1, tail_column[:, None])[:, 0].log()
+    # Log-sums of the whole tail.  [n] each
+    tail, *tempered = vocab.log_sums([slice_tail, *tempered])
     # log Z over the whole vocabulary turns everything into log-probabilities: Σ p^(1/τ) = Σ e^(z/τ) / Z^(1/τ).
     normaliser = torch.logaddexp(values.logsumexp(dim=1), tail)  # [n]
     log_probs, tail = values - normaliser[:, None], tail - normaliser
@@ -68,20 +81,23 @@ def select_entries(
         log_sum - normaliser / temperature
         for log_sum, temperature in zip(tempered, selection.tail_temperatures, strict=True)
     ]
+    cut = None
     if not selection.fixed:
         # Entries outside the limits go back to the tail: `cut` has their log-probabilities, −inf elsewhere.  [n, K]
         cut = torch.where(_is_within_limits(log_probs, selection), UNUSED, log_probs)
         log_probs = torch.where(cut > UNUSED, UNUSED, log_probs)
-        topk_tail, tail = tail, torch.logaddexp(tail, cut.logsumexp(dim=1))
+        tail = torch.logaddexp(tail, cut.logsumexp(dim=1))
         tempered = [
             torch.logaddexp(tempered_tail, (cut / temperature).logsumexp(dim=1))
             for tempered_tail, temperature in zip(tempered, selection.tail_temperatures, strict=True)
         ]
-        if selection.draws:
-            # Rescale the distribution within the tail to the larger tail, and put the cut entries in.  [n, V]
-            logits.mul_((topk_tail - tail).exp()[:, None]).scatter_(1, ids, (cut - tail[:, None]).exp())
+    if selection.draws and not (vocab.is_whole and cut is None):
+        # Rescale the distribution within the slice's tail to the whole tail.  [n, V]
+        logits.mul_((slice_tail - normaliser - tail).exp()[:, None])
+    if selection.draws and cut is not None:
+        vocab.put_back_(logits, ids, (cut - tail[:, None]).exp())
     # A sample's weight within the tail, times the tail's mass.  [n, S]
-    samples, weights = _draw(logits, uniforms, selection.proposal_temperature)
+    samples, weights = _draw(logits, uniforms, selection.proposal_temperature, vocab)
     return TeacherScores(
         ids,
         log_probs,
@@ -113,11 +129,6 @@ def largest_logits(logits: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor, 
     return values, candidates.gather(1, places)
 
 
-def _split_last(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns all columns but the last, and the last.  [n, K + 1] → [n, K], [n]"""
-    return columns[:, :-1].contiguous(), columns[:, -1]
-
-
 def _log_sum_exp(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
     """Returns log Σ e^(logit/τ).  [n, V] → [n]"""
     shifted = ((logits - largest[:, None]) / temperature).clamp_(min=LOWEST_EXPONENT).exp_()
@@ -132,7 +143,9 @@ def _is_within_limits(log_probs: Tensor, selection: Selection) -> Tensor:
     return (log_probs >= floor) & (probs.cumsum(dim=1) - probs < selection.mass)
 
 
-def _draw(tail: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"], temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(
+    tail: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"], temperature: float, vocab: WholeVocab
+) -> tuple[Tensor, Tensor]:
     """Draws S ids from the distribution within the tail. Overwrites `tail` where the temperature t is not 1.
 
     Returns:
@@ -145,21 +158,24 @@ def _draw(tail: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"], temperatur
     if not S:
         return uniforms.new_zeros((n, 0), dtype=torch.int64), tail.new_zeros((n, 0))
     proposal = tail if temperature == 1 else tail.pow_(1 / temperature)
-    drawn, total = _inverse_cdf(proposal, uniforms)
+    drawn, total = _inverse_cdf(proposal, uniforms, vocab)
     # At t = 1 all draws weigh 1 / S: an id that was drawn c times weighs c / S.
     ids, counts = _count_distinct(drawn)
     weights = (counts / S).log()
     if temperature != 1:
         # With w = p^(1/t) and q = w / Σw: p / q = w^t · Σw / w, so log(p / q) = (t − 1) · log w + log Σw.
-        chosen = proposal.gather(1, ids).double()
+        chosen = vocab.gather(proposal, ids).double()
         weights = weights + (temperature - 1) * chosen.log() + total.log()[:, None]
     return ids, torch.where(counts > 0, weights, UNUSED).float()
 
 
-def _inverse_cdf(weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"]) -> tuple[Tensor, Tensor]:
+def _inverse_cdf(
+    weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"], vocab: WholeVocab
+) -> tuple[Tensor, Tensor]:
     """Returns the ids at which the cumulated weights reach `uniforms` of their sum [n, S], and that sum [n].
 
-    Runs are cumulated in float64: over a whole vocabulary, float32 would lose the rare tokens.
+    Runs are cumulated in float64: over a whole vocabulary, float32 would lose the rare tokens. Slices follow in the
+    order of their ids, so a draw differs from that of one slice only where rounding decides between neighbours.
     """
     n, V = weights.shape
     # Sum each run of adjacent ids, then the shorter rest.  [n, runs]
@@ -168,7 +184,7 @@ def _inverse_cdf(weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"]) 
     sums = sums.double()
     # Find the run of each draw, and how much of that run's sum lies before the draw.  [n, S]
     ends = sums.cumsum(dim=1)
-    target = uniforms.double() * ends[:, -1:]
+    target, is_here, total = vocab.cumulate(ends[:, -1], uniforms.double())
     run = torch.searchsorted(ends, target, right=True).clamp(max=sums.shape[1] - 1)
     remainder = target - (ends - sums).gather(1, run)
     # Read the weights of that run's ids; ids behind the vocabulary weigh 0.  [n, S, RUN]
@@ -179,7 +195,7 @@ def _inverse_cdf(weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n S"]) 
     token = (run_weights.cumsum(dim=2) <= remainder[:, :, None]).sum(dim=2)
     # Rounding may point behind a run's last token that has any weight.
     last = RUN - 1 - (run_weights > 0).flip(2).to(torch.uint8).argmax(dim=2)
-    return run * RUN + torch.minimum(token, last), ends[:, -1]
+    return vocab.global_ids(run * RUN + torch.minimum(token, last), is_here), total
 
 
 def _count_distinct(drawn: Int[Tensor, "n S"]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Teachers through transformers (extra `hf`): any causal language model that it supports."""
 
-import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -9,14 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
+from data.teacher.transformers_layout import loading_arguments, local_rows
+from data.teacher.vocab_slices import vocab_slice
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, read_json
 from kd_core.hub import NO_EXTRA
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.memory import bounded_memory
+from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import UPPER_BOUNDS
 from kd_core.students.huggingface.weights import weight_files
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kd")
 LAYERS, EXPERTS = re.compile("^(?!max_window_).*layers?$|blocks?$|stages?$"), re.compile("experts?$")
+SINGLE = World()
 MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
 
 
@@ -86,10 +91,11 @@ def _count_parts(config: dict[str, Any]) -> int:
     return nested + layers * experts
 
 
-def _check_room(config: "PretrainedConfig", folder: Path) -> None:
-    """Refuses a model whose weights cannot all be in its folder, before memory is allocated for it.
+def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
+    """Returns a model on the meta device, whose weights may all be in its folder, before memory is allocated for it.
 
-    A stored weight has at least 4 bits, so n bytes of safetensors hold at most 2·n weights.
+    A stored weight has at least 4 bits, so n bytes of safetensors hold at most
+    2·n weights.
 
     Raises:
         UsageError: the configuration describes more.
@@ -106,17 +112,18 @@ def _check_room(config: "PretrainedConfig", folder: Path) -> None:
             f"{folder}: config.json describes {needed} weights (and {buffers} bytes of buffers), but the safetensors "
             f"files hold at most {stored}. Fetch the folder again."
         )
+    return model
 
 
 class _WideLmHead(torch.nn.Module):
-    """An lm_head with float32 logits over the real vocabulary, whatever the dtype of its factors."""
+    """An lm_head with float32 logits over this rank's real vocabulary, whatever the dtype of its factors."""
 
-    def __init__(self, lm_head: torch.nn.Linear, vocab_size: int) -> None:
+    def __init__(self, lm_head: torch.nn.Linear, vocab_size: int, world: World) -> None:
         super().__init__()
-        self.weight = product_weight(lm_head.weight.detach()[:vocab_size])
+        self.weight = product_weight(local_rows(lm_head.weight, vocab_size, world))
         has_bias = lm_head.bias is not None  # pyright: ignore[reportUnnecessaryComparison] (None without one)
         # A parameter, because some families make the bias of a new lm_head that of their head too.
-        bias = lm_head.bias.detach()[:vocab_size].float() if has_bias else None
+        bias = local_rows(lm_head.bias, vocab_size, world).float() if has_bias else None
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -155,9 +162,13 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     """
     try:
         body = model.base_model
-        # Copy the module without its weights, and put another body into the copy.
-        head = copy.copy(model)
-        head.__dict__["_modules"] = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
+        # Copy the module without its weights, and put another body into the copy. It is of the family's own class and
+        # has no hooks: FSDP's would gather weights that the head does not read.
+        is_fsdp = isinstance(model, FSDPModule)
+        head: Any = object.__new__(type(model).__mro__[2] if is_fsdp else type(model))
+        modules = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
+        hooks = {"_forward_pre_hooks": {}, "_forward_hooks": {}} if is_fsdp else {}
+        head.__dict__.update(model.__dict__, _modules=modules, **hooks)
         with torch.no_grad():
             hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
             divided = head(inputs_embeds=hidden, use_cache=False).logits
@@ -166,11 +177,11 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     return head if body is not model and torch.equal(whole, divided) else None
 
 
-def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path) -> "PreTrainedModel | None":
+def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE) -> "PreTrainedModel | None":
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had."""
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
-        model.set_output_embeddings(_WideLmHead(lm_head, vocab_size))
+        model.set_output_embeddings(_WideLmHead(lm_head, vocab_size, world))
     tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
@@ -194,28 +205,41 @@ class HuggingFaceScorer(NamedTuple):
     model: "PreTrainedModel"
     vocab_size: int
     head: "PreTrainedModel | None" = None
+    ranks: ScorerRanks = ALONE
 
     @classmethod
     def load(
-        cls, folder: Path, dtype: torch.dtype, device: torch.device, tokens: int | None = None
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokens: int | None = None,
+        parallel: TeacherParallel | None = None,
+        world: World = SINGLE,
     ) -> "HuggingFaceScorer":
         """Loads a model from safetensors alone: no pickle, and no code from the folder.
 
         Args:
+            folder: a Hugging Face folder.
+            dtype: of the weights.
+            device: of this process.
             tokens: the real vocabulary, by default all rows of the lm_head.
+            parallel: the layout, by default a whole copy on each rank.
+            world: the ranks, which load together.
 
         Raises:
-            UsageError: transformers has no such causal language model, or weights are missing.
+            UsageError: transformers has no such causal language model, weights are missing, or the layout does not fit.
         """
         config = read_config(folder)
         from transformers import AutoModelForCausalLM, utils  # noqa: PLC0415 (an extra)
 
         utils.logging.disable_progress_bar()  # each rank would draw one
         try:
-            _check_room(config, folder)
+            shapes = meta_model(config, folder)
+            layout = loading_arguments(shapes, parallel or TeacherParallel(), world, folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=False, **layout,
             )  # fmt: skip
         except UsageError:
             raise
@@ -232,7 +256,10 @@ class HuggingFaceScorer(NamedTuple):
                 "Fetch the folder again."
             )
         model, vocab_size = model.to(device).eval(), int(config.vocab_size) if tokens is None else tokens
-        return cls(model, vocab_size, _divide(model, vocab_size, folder))
+        ranks = ScorerRanks.of_world(world, vocab_slice(world, int(config.vocab_size)))
+        head = _divide(model, vocab_size, folder, world)
+        # Ranks divide their passes alike, or one would wait for another's collective.
+        return cls(model, vocab_size, head if all(ranks.gather(head is not None)) else None, ranks)
 
     @property
     def device(self) -> torch.device:
@@ -244,12 +271,17 @@ class HuggingFaceScorer(NamedTuple):
         if self.head is None:
             logits = self.model(input_ids=tokens, use_cache=False).logits
             for chunk in rearrange(logits, "B T V -> (B T) V").split(self._chunk_size):
-                yield chunk[:, : self.vocab_size].float().contiguous()
+                yield self._real(chunk).float().contiguous()
             return
         # Hidden states of all positions [N, D]. The head follows chunk by chunk, so that [N, V] never exists.
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         for chunk in rearrange(hidden, "B T D -> (B T) D").split(self._chunk_size):
-            yield self.head(inputs_embeds=chunk[None], use_cache=False).logits[0]
+            yield self._real(self.head(inputs_embeds=chunk[None], use_cache=False).logits[0])
+
+    def _real(self, logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Returns the logits of real tokens. A rank of padding alone has one column of no probability."""
+        real = logits[:, : max(0, self.vocab_size - self.ranks.vocab.first)]
+        return real if real.shape[1] else logits.new_full((len(logits), 1), -torch.inf)
 
     @property
     def _chunk_size(self) -> int:

@@ -66,7 +66,7 @@ def check_divisible(tensor: int, sequence_parallel: bool, shape: StudentSizes) -
     if not _fits(tensor, shape):
         fitting = [str(n) for n in range(1, shape.heads + 1) if _fits(n, shape)]
         raise UsageError(
-            f"parallel.tensor_parallel: got {tensor}, which does not divide the student's {shape.heads} heads "
+            f"parallel.tensor_parallel: got {tensor}, which does not divide the model's {shape.heads} heads "
             f"({shape.kv_heads} for keys and values, which also divide {tensor} or are divided by it), feed-forward "
             f"width {shape.intermediate}, or leaves a rank without any of {shape.vocab_rows} rows of the vocabulary. "
             f"Fitting: {', '.join(fitting)}."

@@ -187,3 +187,17 @@ def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
     if world.mesh is not None:
         _apply_sharding(student, parallel, world)
     return allocate(student, world.device)
+
+
+def parallelize_frozen(model: Student, parallel: Parallel, world: World, dtype: torch.dtype) -> Student:
+    """Parallelises a model on the meta device that is never trained, and allocates it in `dtype` without filling it.
+
+    Ranks that share no weights with others have plain tensors.
+    """
+    # Cast the shapes first, so that FSDP's groups and the memory are of this dtype.
+    model = model.to(dtype).requires_grad_(requires_grad=False)
+    if world.mesh is not None and world.layout.tensor > 1:
+        _apply_tensor_parallel(model, world.mesh["tp"], sequence_parallel=False)
+    if world.mesh is not None and world.layout.shards > 1:
+        _apply_sharding(model, parallel, world)
+    return allocate(model, world.device, dtype)

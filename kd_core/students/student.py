@@ -150,6 +150,7 @@ def allocate(model: Student, device: torch.device, dtype: torch.dtype = torch.fl
         raise UsageError(f"the student needs {needed / 2**30:.1f} GiB of memory, and {memory / 2**30:.1f} are there.")
     # Cast the shapes first, so that no other dtype takes memory. `to_empty` gives tied parameters separate memory, so
     # they are tied again.
-    model = (model if dtype == torch.float32 else model.to(dtype)).to_empty(device=device)
+    is_cast = all(parameter.dtype == dtype for parameter in model.parameters())
+    model = (model if is_cast else model.to(dtype)).to_empty(device=device)
     model.tie()
     return model

@@ -29,7 +29,7 @@ ZERO = (
     "constant_steps", "betas", "weight_decay", "clip_norm", "max_skipped", "label_smoothing", "z_loss", "beta", "skew",
     "reverse_share", "head_mass", "head_weight", "tail_weight", "keep_best", "histograms_every", "min_prob", "prefetch",
     "max_damaged_blocks", "eod_id", "keep_layers", "layers", "dropout", "draws", "top_k", "overlap", "max_codec_kl",
-    "momentum", "most_bad_rows",
+    "max_spread", "momentum", "most_bad_rows",
 )  # fmt: skip
 
 

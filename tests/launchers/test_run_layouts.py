@@ -109,7 +109,7 @@ def test_a_dry_run_tells_what_a_rank_of_any_world_holds(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize(("change", "ranks", "said"), [
     ("parallel.tensor_parallel=2", 7, "7 ranks are not divided by it. Start a multiple of 2"),
-    ("parallel.tensor_parallel=3", 6, "does not divide the student's 4 heads.*Fitting: 1, 2, 4"),
+    ("parallel.tensor_parallel=3", 6, "does not divide the model's 4 heads.*Fitting: 1, 2, 4"),
     ("parallel.replicas=3", 8, "make 4, which is not divided by it. Take one of 1, 2, 4"),
     ("collate.multiple=3", 4, "rows of 33 positions are not divided by tensor_parallel 2"),
 ])  # fmt: skip
