@@ -28,7 +28,7 @@ from data.export.planned_shards import PlannedShard
 from data.export.scoring import score_windows, scoring_threads
 from data.stream.shards import read_tables, read_written_blocks
 from data.teacher.choose_scorer import load_scorer
-from data.teacher.scorer import Scorer
+from data.teacher.scorer import AnyScorer
 from kd_core.errors import UsageError
 from kd_core.files import sha256
 from kd_core.hub import local_folder, pin_commit
@@ -38,9 +38,10 @@ PILOT_POSITIONS = 65_536
 MOST_ENCODERS = 4  # processes, of about 50,000 positions a second each
 
 
-def load_teacher(export: TeacherExport, device: torch.device) -> Scorer:
+def load_teacher(export: TeacherExport, device: torch.device) -> AnyScorer:
     """Returns the export's teacher, loaded and ready to score."""
-    return load_scorer(local_folder(export.teacher), export.scorer, dtype_of(export.dtype, device), device)
+    dtype = dtype_of(export.dtype, device)
+    return load_scorer(local_folder(export.teacher), export.scorer, dtype, device, export.vllm_settings)
 
 
 def _progress_bar(plan: CachePlan, words: str, total: int, done: int, hidden: bool) -> "tqdm[NoReturn]":
@@ -54,7 +55,7 @@ def _count_positions(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterat
         bar.update(record.positions)
 
 
-def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
+def make_tables(plan: CachePlan, model: AnyScorer) -> list[Record]:
     """Scores the first windows, writes the cache's tables from them, and returns their records.
 
     Returns nothing and scores nothing where the tables are already on disk. The pilot ends at the end of a batch of the
@@ -89,7 +90,12 @@ def _encoder_processes(device: torch.device) -> int:
 
 
 def write_missing_shards(
-    plan: CachePlan, model: Scorer, pilot: Sequence[Record], rank: int, ranks: int, encoders: int | None = None
+    plan: CachePlan,
+    model: AnyScorer,
+    pilot: Sequence[Record],
+    rank: int,
+    ranks: int,
+    encoders: int | None = None,
 ) -> None:
     """Scores and writes this rank's share of the missing shards. The teacher goes on scoring while one is written.
 

@@ -15,7 +15,7 @@ import torch
 from data.cache.record import Array, Record
 from data.export.block_encoders import map_in_order
 from data.export.plan import CachePlan
-from data.teacher.scorer import Scorer, score_rows
+from data.teacher.scorer import AnyScorer, score_rows
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written
 
@@ -65,7 +65,7 @@ def _make_record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Reco
     )
 
 
-def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
+def score_batch(model: AnyScorer, plan: CachePlan, batch: range) -> list[Record]:
     """Scores the windows of these numbers together, and returns their records."""
     # Pad the windows to the longest. A window of n + 1 tokens has n positions.  tokens [B, T + 1], documents [B, T]
     windows, device = [plan.windows[i] for i in batch], model.device
@@ -89,7 +89,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
     return records
 
 
-def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
+def score_windows(executor: Executor, model: AnyScorer, plan: CachePlan, runs: Sequence[range]) -> Iterator[Record]:
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
     rows = plan.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))

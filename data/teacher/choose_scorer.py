@@ -1,4 +1,4 @@
-"""Choice of a teacher's scorer: our decoder where it covers the model family, transformers where it does not."""
+"""Choice of a teacher's scorer: our decoder where it covers the model family, else transformers, or vLLM if asked."""
 
 import logging
 from dataclasses import asdict
@@ -8,8 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from data.teacher.scorer import DecoderScorer, Scorer
+from data.teacher.scorer import AnyScorer, DecoderScorer
 from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
+from data.teacher.vllm_scorer import VllmScorer
+from data.teacher.vllm_server import VllmServerScorer, read_server_facts
+from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
@@ -17,20 +20,22 @@ from kd_core.hub import NO_EXTRA
 from kd_core.students.huggingface.weights import stored_architecture
 from kd_core.students.starts.start import Pretrained, build_student
 
-ScorerName = Literal["auto", "decoder", "transformers"]
+ScorerName = Literal["auto", "decoder", "transformers", "vllm"]
+NO_SETTINGS = VllmSettings({})
 log = logging.getLogger("kd")
 
 
 class TeacherFacts(NamedTuple):
     """Facts about a teacher that an export plan needs before the model is loaded.
 
-    `max_positions` is None where the model names no limit.
+    `max_positions` is None where the model names no limit. `engine` is what reaches the arithmetic of another engine.
     """
 
     scorer: str
     vocab_size: int
     max_positions: int | None
     architecture: dict[str, Any]
+    engine: dict[str, Any] | None = None
 
 
 def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
@@ -42,16 +47,29 @@ def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
     return TeacherFacts("transformers", architecture["vocab_size"], limit, architecture)
 
 
-def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
+def _through_vllm(folder: Path, tokens: int | None, settings: VllmSettings) -> TeacherFacts:
+    facts = _through_transformers(folder, tokens)._replace(scorer="vllm")
+    if settings.url is None:
+        return facts._replace(engine=settings.recorded())
+    engine, longest = read_server_facts(settings)
+    return facts._replace(engine=engine, max_positions=min(longest, facts.max_positions or longest))
+
+
+def read_teacher_facts(
+    folder: Path, scorer: str, tokens: int | None = None, vllm: VllmSettings = NO_SETTINGS
+) -> TeacherFacts:
     """Returns the facts of a teacher, with the scorer that `auto` stands for.
 
     Args:
         scorer: the scorer, or `auto` to choose it by the family.
         tokens: the real vocabulary, which is the size of the teacher's tokenizer. None counts all rows of its lm_head.
+        vllm: settings of the scorer `vllm`, whose server is asked.
 
     Raises:
-        UsageError: the folder holds no model, or none that this scorer can score.
+        UsageError: the folder holds no model, or none that this scorer can score, or a server does not answer.
     """
+    if scorer == "vllm":
+        return _through_vllm(folder, tokens, vllm)
     if scorer == "transformers":
         return _through_transformers(folder, tokens)
     try:
@@ -70,9 +88,15 @@ def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> 
     return TeacherFacts("decoder", arch.vocab_size, arch.max_positions, asdict(arch))
 
 
-def load_scorer(folder: Path, scorer: str, dtype: torch.dtype, device: torch.device) -> Scorer:
+def load_scorer(
+    folder: Path, scorer: str, dtype: torch.dtype, device: torch.device, vllm: VllmSettings = NO_SETTINGS
+) -> AnyScorer:
     """Loads the teacher in `folder`, ready to score the vocabulary of its tokenizer."""
     tokens = Tokenizer(folder).vocab_size
+    if scorer == "vllm":
+        return (
+            VllmServerScorer.connect(folder, vllm) if vllm.url else VllmScorer.load(folder, dtype, device, tokens, vllm)
+        )
     if read_teacher_facts(folder, scorer, tokens).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens)
     return DecoderScorer(build_student(Pretrained(str(folder)), device, 0, tokens, dtype).eval())

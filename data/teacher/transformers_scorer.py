@@ -86,8 +86,8 @@ def _count_parts(config: dict[str, Any]) -> int:
     return nested + layers * experts
 
 
-def _check_room(config: "PretrainedConfig", folder: Path) -> None:
-    """Refuses a model whose weights cannot all be in its folder, before memory is allocated for it.
+def model_without_memory(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
+    """Returns the model on the meta device. Refuses one whose weights cannot all be in its folder.
 
     A stored weight has at least 4 bits, so n bytes of safetensors hold at most 2·n weights.
 
@@ -106,9 +106,10 @@ def _check_room(config: "PretrainedConfig", folder: Path) -> None:
             f"{folder}: config.json describes {needed} weights (and {buffers} bytes of buffers), but the safetensors "
             f"files hold at most {stored}. Fetch the folder again."
         )
+    return model
 
 
-class _WideLmHead(torch.nn.Module):
+class WideLmHead(torch.nn.Module):
     """An lm_head with float32 logits over the real vocabulary, whatever the dtype of its factors."""
 
     def __init__(self, lm_head: torch.nn.Linear, vocab_size: int) -> None:
@@ -139,7 +140,7 @@ class _HeadInput(NamedTuple):
         return None
 
 
-class _PassThrough(torch.nn.Module):
+class PassThrough(torch.nn.Module):
     """A base model that returns its input embeddings as the last hidden states."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **settings: Any) -> _HeadInput:
@@ -157,7 +158,7 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
         body = model.base_model
         # Copy the module without its weights, and put another body into the copy.
         head = copy.copy(model)
-        head.__dict__["_modules"] = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
+        head.__dict__["_modules"] = {**model._modules, model.base_model_prefix: PassThrough()}  # pyright: ignore[reportPrivateUsage]
         with torch.no_grad():
             hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
             divided = head(inputs_embeds=hidden, use_cache=False).logits
@@ -170,7 +171,7 @@ def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path) -> "PreTrai
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had."""
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
-        model.set_output_embeddings(_WideLmHead(lm_head, vocab_size))
+        model.set_output_embeddings(WideLmHead(lm_head, vocab_size))
     tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
@@ -212,7 +213,7 @@ class HuggingFaceScorer(NamedTuple):
 
         utils.logging.disable_progress_bar()  # each rank would draw one
         try:
-            _check_room(config, folder)
+            model_without_memory(config, folder)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
                 trust_remote_code=False,

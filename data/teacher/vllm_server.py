@@ -1,0 +1,240 @@
+"""Teachers behind a running vLLM server: entries with their log-probabilities, over its OpenAI interface.
+
+    window of T + 1 tokens ─ POST /v1/completions, prompt_logprobs=K ─► for each token the K likeliest and itself
+
+The whole window is the prompt, so its last label is scored as the others are. The server must generate a token, which
+is dropped. So its context is at least T + 2.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from data.cache.selection import Selection
+from data.teacher.entry_scorer import select_from_entries
+from data.teacher.select import TeacherScores
+from data.teacher.vllm_settings import VllmSettings
+from data.tokenizer import PROBES, Tokenizer
+from kd_core.errors import UsageError
+from kd_core.json_fields import check_integer, check_list, check_object, check_text
+
+log = logging.getLogger("kd")
+REQUEST_SECONDS, PATIENCE, LONGEST_PAUSE = 600.0, 300.0, 30.0
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+MOST_ENTRY_BYTES, MOST_OTHER_BYTES = (
+    1024,
+    1 << 24,
+)  # bytes of JSON an entry, with the text of its token; and of the rest
+IMPOSSIBLE = -9999.0  # what the server writes for −inf
+MASS_ERROR = 1e-3
+
+
+class VllmServer:
+    """A server's address, and requests to it that are repeated while it does not answer."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.lock, self.failing_since = threading.Lock(), None
+
+    def request(self, path: str, body: dict[str, Any] | None = None, most: int = MOST_OTHER_BYTES) -> Any:
+        """Sends a request and returns the JSON of the reply, of at most `most` bytes.
+
+        Raises:
+            UsageError: the server refuses the request, answers with something else, or has not answered any request
+                for `PATIENCE` seconds.
+        """
+        pause = 1.0
+        while True:
+            try:
+                reply = self._send(path, body, most)
+            except urllib.error.HTTPError as error:
+                if error.code not in RETRIED:
+                    raise UsageError(_refusal(f"{self.url}{path}", error, body or {})) from None
+                reason = f"status {error.code}"
+            except (OSError, HTTPException) as error:
+                reason = str(error) or type(error).__name__
+            else:
+                self.failing_since = None
+                return reply
+            self._check_patience(path, reason)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _send(self, path: str, body: dict[str, Any] | None, most: int) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 (http and https alone)
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as reply:  # noqa: S310
+            text = reply.read(most + 1)
+        if len(text) > most:
+            raise UsageError(f"{self.url}{path}: the reply has more than {most} bytes; wanted a vLLM server.")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError(f"{self.url}{path}: the reply is no JSON; wanted a vLLM server.") from None
+
+    def _check_patience(self, path: str, reason: str) -> None:
+        """Raises UsageError if no request of any thread has been answered for too long."""
+        with self.lock:
+            if self.failing_since is None:
+                self.failing_since = time.monotonic()
+                log.warning("%s%s: no answer (%s), trying for %.0f seconds", self.url, path, reason, PATIENCE)
+            waited = time.monotonic() - self.failing_since
+        if waited > PATIENCE:
+            raise UsageError(
+                f"{self.url}{path}: no answer for {waited:.0f} seconds ({reason}). Start the server again, then run "
+                "the same command, which goes on where it stopped."
+            )
+
+
+def _refusal(place: str, error: urllib.error.HTTPError, body: dict[str, Any]) -> str:
+    """Returns a message for a request that the server refuses, with the flag of the server that would allow it."""
+    try:
+        reason = str(json.loads(error.read(1 << 16))["error"]["message"])
+    except (ValueError, KeyError, TypeError, OSError):
+        reason = str(error.reason)
+    top_k = body.get("prompt_logprobs")
+    hint = ""
+    if error.code in (401, 403):
+        hint = " Set the variable VLLM_API_KEY to the server's key."
+    elif "prompt logprobs" in reason:
+        hint = f" Start the server with --max-logprobs {top_k}, or set selection.top_k lower."
+    elif "context length" in reason or "max_model_len" in reason:
+        hint = f" Start the server with --max-model-len {len(body.get('prompt', ())) + 1}, or set row_length lower."
+    return f"{place}: refused with status {error.code} ({reason:.400}).{hint}"
+
+
+def _served_model(server: VllmServer, wanted: str | None) -> dict[str, Any]:
+    """Returns the entry of the served model in /v1/models: the wanted one, or the only one."""
+    cards = {card["id"]: card for card in check_list(server.request("/v1/models")["data"], "data")}
+    names = [name for name, card in cards.items() if card.get("parent") is None] if wanted is None else [wanted]
+    if len(names) != 1 or names[0] not in cards:
+        asked = "" if wanted is None else f", not {wanted}"
+        raise UsageError(
+            f'{server.url}: serves {", ".join(map(str, cards))}{asked}. Choose one of them: vllm={{"model": "NAME"}}.'
+        )
+    return cards[check_text(names[0], "id")]
+
+
+def read_server_facts(settings: VllmSettings) -> tuple[dict[str, Any], int]:
+    """Returns what a plan records of a server, and the longest window that its context has room for.
+
+    Raises:
+        UsageError: it does not answer, or not as vLLM does.
+    """
+    assert settings.url
+    server = VllmServer(settings.url)
+    try:
+        card = _served_model(server, settings.engine.get("model"))
+        release = check_text(server.request("/version")["version"], "version")
+        context = check_integer(card.get("max_model_len"), "max_model_len", 3, 1 << 40)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{server.url}: answers with no {error!s:.100}; wanted a vLLM server.") from None
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{server.url}: {error}.") from None
+    return {"release": f"server {release}", "model": card["id"]}, context - 2
+
+
+class VllmServerScorer:
+    """A model that a vLLM server runs. `requests` of a batch's rows are under way at once."""
+
+    def __init__(self, server: VllmServer, model: str, vocab_size: int) -> None:
+        self.server, self.model, self.vocab_size = server, model, vocab_size
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def connect(cls, folder: Path, settings: VllmSettings) -> "VllmServerScorer":
+        """Connects to a server that serves the model in `folder`.
+
+        Raises:
+            UsageError: the server cuts texts into other tokens than the folder's tokenizer does.
+        """
+        assert settings.url
+        facts, _ = read_server_facts(settings)
+        server, tokenizer = VllmServer(settings.url), Tokenizer(folder)
+        for text, ours in zip(PROBES, tokenizer.encode(list(PROBES)), strict=True):
+            body = {"model": facts["model"], "prompt": text, "add_special_tokens": False}
+            theirs = server.request("/tokenize", body)
+            if not isinstance(theirs, dict) or theirs.get("tokens") != list(ours):
+                raise UsageError(
+                    f"{settings.url}: cuts {text!r} into other tokens than {folder} does. Name the teacher that it "
+                    "serves, or the server of this teacher."
+                )
+        return cls(server, facts["model"], tokenizer.vocab_size)
+
+    def scores(
+        self, tokens: Int[Tensor, "B S"], document_ids: Int[Tensor, "B T"], selection: Selection
+    ) -> TeacherScores:
+        lengths = (document_ids >= 0).sum(dim=1).tolist()
+        windows = [row[: n + 1].tolist() for row, n in zip(tokens, lengths, strict=True)]
+        B, T = document_ids.shape
+        # Entries of all positions. Those of padding are unused, and nobody reads their scores.  [B, T, K] and [B, T]
+        ids = np.zeros((B, T, selection.top_k), np.int64)
+        log_probs = np.full(ids.shape, -np.inf)
+        labels = np.zeros((B, T))
+
+        def fetch(row: int) -> None:
+            n = lengths[row]
+            reply = self._entries(windows[row], selection.top_k)
+            ids[row, :n], log_probs[row, :n], labels[row, :n] = reply
+
+        with ThreadPoolExecutor(B) as requests:
+            list(requests.map(fetch, range(B)))
+        flat = (torch.from_numpy(array).flatten(0, 1) for array in (ids, log_probs, labels))
+        return select_from_entries(next(flat), next(flat), next(flat), selection, self.vocab_size)
+
+    def _entries(self, window: Sequence[int], top_k: int) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+        """Returns ids and log-probabilities of the likeliest tokens [n, K], and those of the labels [n]."""
+        body = {"model": self.model, "prompt": window, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
+        most = MOST_OTHER_BYTES + len(window) * (top_k + 1) * MOST_ENTRY_BYTES
+        reply = self.server.request("/v1/completions", body, most)
+        try:
+            return parse_reply(reply, window, top_k)
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+            raise UsageError(
+                f"{self.server.url}/v1/completions: wanted vLLM's prompt_logprobs ({error!s:.200}). Log-probabilities "
+                "need a server without --logprobs-mode."
+            ) from None
+
+
+def parse_reply(reply: Any, window: Sequence[int], top_k: int) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+    """Reads the entries of a window from the server's reply: ids and log-probabilities [n, K], and the labels' [n].
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError: the reply is not of this form, or holds no probabilities.
+    """
+    (choice,) = check_list(reply["choices"], "choices")
+    positions = check_list(choice["prompt_logprobs"], "prompt_logprobs")
+    if len(positions) != len(window):
+        raise ValueError(f"{len(positions)} positions; wanted {len(window)}")
+    ids = np.zeros((len(window) - 1, top_k), np.int64)
+    log_probs, labels = np.full(ids.shape, -np.inf), np.zeros(len(ids))
+    # Nothing comes before the first token, so its place is empty.
+    for i, (label, position) in enumerate(zip(window[1:], positions[1:], strict=True)):
+        entries = {int(name): float(entry["logprob"]) for name, entry in check_object(position, "a position").items()}
+        labels[i] = entries[label]
+        if len(entries) == top_k + 1:
+            del entries[label]  # the label stands there in any case, beside the K likeliest
+        ids[i], log_probs[i] = list(entries), list(entries.values())
+    log_probs[log_probs <= IMPOSSIBLE] = -np.inf
+    mass = np.exp(log_probs).sum(axis=1)
+    if not (ids >= 0).all() or not (mass <= 1 + MASS_ERROR).all() or not (labels <= MASS_ERROR).all():
+        raise ValueError(f"entries of a mass of up to {mass.max():.3g}, which are no probabilities")
+    labels[labels <= IMPOSSIBLE] = -np.inf
+    return ids, log_probs, labels
