@@ -63,10 +63,10 @@ def check_vllm(scorer: str, settings: VllmSettings, selection: Selection, dtype:
             name = "scorer_url" if settings.url else "vllm"
             raise UsageError(f"{name}: is set, but scorer is {scorer}. Set scorer=vllm, or leave {name} out.")
         return
-    if owned := sorted(set(settings.engine) & set(OWNED)):
-        raise UsageError(f"vllm: got {owned[0]!r}, which the export decides itself. Leave it out.")
     if settings.url is not None:
         _check_server(settings, selection, dtype)
+    elif owned := sorted(set(settings.engine) & set(OWNED)):
+        raise UsageError(f"vllm: got {owned[0]!r}, which the export decides itself. Leave it out.")
 
 
 def _check_server(settings: VllmSettings, selection: Selection, dtype: str) -> None:
