@@ -9,8 +9,8 @@ from torch import Tensor
 from data.cache.selection import Selection
 from data.teacher.select import UNUSED, TeacherScores, is_within_limits
 
-# Σp of float32 log-probabilities is off by at most so much: log Z and each entry are rounded to some 6e-8.
-TAIL_ERROR = 1e-6
+# Float32 log-probabilities do not resolve a smaller tail: each is rounded to some 6e-8, and so is the log Z they share.
+SMALLEST_TAIL = 1e-6
 
 
 @runtime_checkable
@@ -47,8 +47,8 @@ def select_from_entries(
     Ids from `vocab_size` on are padding columns of an lm_head. Their entries become unused, and the rest is divided by
     the mass that they leave.
 
-    The tail is 1 − Σp, no smaller than the error of that sum and no larger than the least likely entry allows. So its
-    mass is right to `TAIL_ERROR`, and its logarithm only where the tail is much larger.
+    The tail is 1 − Σp, no smaller than `SMALLEST_TAIL` and no larger than the least likely entry allows. Its mass is as
+    exact as the engine's log Z (docs/vllm.md), and its logarithm only where the tail is much larger than that error.
     """
     # Condition on the real vocabulary, and sort the entries to fall.  [n, K]
     padding = torch.where(ids < vocab_size, UNUSED, log_probs).exp().sum(dim=1)
@@ -58,7 +58,7 @@ def select_from_entries(
     ids = ids.gather(1, order).masked_fill_(log_probs == UNUSED, 0)
     # All tokens outside the entries are at most as likely as the last of them: tail ≤ (V − K) · p_K.  [n]
     largest_tail = log_probs[:, -1].exp() * max(0, vocab_size - ids.shape[1])
-    tail = (1 - log_probs.exp().sum(dim=1)).clamp(min=TAIL_ERROR).minimum(largest_tail)
+    tail = (1 - log_probs.exp().sum(dim=1)).clamp(min=SMALLEST_TAIL).minimum(largest_tail)
     if not selection.fixed:
         # Entries outside the limits go back to the tail.
         within = is_within_limits(log_probs, selection)
