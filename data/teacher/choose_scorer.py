@@ -10,8 +10,8 @@ import torch
 
 from data.teacher.scorer import AnyScorer, DecoderScorer
 from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
-from data.teacher.vllm_scorer import VllmScorer
-from data.teacher.vllm_server import VllmServerScorer, read_server_facts
+from data.teacher.vllm_scorer import load_engine
+from data.teacher.vllm_server import connect_scorer, read_server_facts
 from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -93,10 +93,10 @@ def load_scorer(
 ) -> AnyScorer:
     """Loads the teacher in `folder`, ready to score the vocabulary of its tokenizer."""
     tokens = Tokenizer(folder).vocab_size
+    if scorer == "vllm" and vllm.url:
+        return connect_scorer(folder, dtype, device, vllm)
     if scorer == "vllm":
-        return (
-            VllmServerScorer.connect(folder, vllm) if vllm.url else VllmScorer.load(folder, dtype, device, tokens, vllm)
-        )
+        return load_engine(folder, dtype, device, tokens, vllm)
     if read_teacher_facts(folder, scorer, tokens).scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens)
     return DecoderScorer(build_student(Pretrained(str(folder)), device, 0, tokens, dtype).eval())

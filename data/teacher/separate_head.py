@@ -30,9 +30,9 @@ class SeparateHead(torch.nn.Module):
     The family's own code applies scales and soft caps. Its body never has memory.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, width: int, vocab_size: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.width, self.vocab_size = model, width, vocab_size
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int, dtype: torch.dtype, device: torch.device) -> "SeparateHead":
@@ -66,9 +66,9 @@ class SeparateHead(torch.nn.Module):
             setattr(lm_head, name, torch.nn.Parameter(cast(Tensor, value).to(device), requires_grad=False))
         model.set_output_embeddings(WideLmHead(lm_head, vocab_size))
         setattr(model, model.base_model_prefix, PassThrough())
-        head = cls(model.eval())
+        head = cls(model.eval(), lm_head.in_features, vocab_size)
         try:
-            head(torch.zeros(1, lm_head.in_features, device=device))
+            head(torch.zeros(1, head.width, device=device))
         except Exception as error:  # each model family raises errors of its own
             raise _inseparable(folder, error) from None
         return head

@@ -10,19 +10,17 @@ import atexit
 import importlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Int
 from torch import Tensor
 
+from data.teacher.hidden_states import HiddenStateScorer
 from data.teacher.separate_head import SeparateHead
 from data.teacher.vllm_settings import NO_VLLM, VllmSettings
 from kd_core.errors import UsageError
-from kd_core.logit_products import chunk_positions
 
 # One process schedules requests in a fixed order, so that the same rows give the same bits.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -31,61 +29,48 @@ CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPAC
 DEFAULTS: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.85, "seed": 0}
 
 
-class VllmScorer:
-    """A model that vLLM runs in this process, or in workers of its own with tensor parallelism."""
+def load_engine(
+    folder: Path, dtype: torch.dtype, device: torch.device, vocab_size: int, settings: VllmSettings
+) -> HiddenStateScorer:
+    """Loads a model that vLLM runs in this process, or in workers of its own with tensor parallelism.
 
-    def __init__(self, engine: Any, head: SeparateHead, vocab_size: int, device: torch.device) -> None:
-        vllm = importlib.import_module("vllm")
-        self.engine, self.head, self.vocab_size, self.device = engine, head, vocab_size, device
-        self.parameters = vllm.PoolingParams(task="token_embed", use_activation=False)
-        self.lock = threading.Lock()
+    It is read from safetensors alone: no pickle, and no code from the folder.
 
-    @classmethod
-    def load(
-        cls, folder: Path, dtype: torch.dtype, device: torch.device, vocab_size: int, settings: VllmSettings
-    ) -> "VllmScorer":
-        """Loads a model from safetensors alone: no pickle, and no code from the folder.
+    Raises:
+        UsageError: vLLM is not installed or cannot load the model, or this is one of several ranks.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UsageError(
+            f"scorer: vllm in this process runs on one rank; got {dist.get_world_size()}. Start the export without "
+            'torchrun, with vllm={"tensor_parallel_size": N} for N GPUs, or name a server with scorer_url.'
+        )
+    head = SeparateHead.load(folder, vocab_size, dtype, device)
+    for name, value in {**ENVIRONMENT, **(CPU_ENVIRONMENT if device.type == "cpu" else {})}.items():
+        os.environ.setdefault(name, value)
+    try:
+        vllm, config = importlib.import_module("vllm"), importlib.import_module("vllm.config")
+    except ImportError as error:
+        raise UsageError(f"{NO_VLLM} ({error!s:.200})") from None
+    alone = settings.engine.get("tensor_parallel_size", 1) == 1
+    arguments = {**DEFAULTS, **({"distributed_executor_backend": "uni"} if alone else {}), **settings.engine}
+    pooler = config.PoolerConfig(task="token_embed", pooling_type="ALL", use_activation=False)
+    try:
+        engine = vllm.LLM(
+            str(folder), runner="pooling", pooler_config=pooler, dtype=str(dtype).removeprefix("torch."),
+            load_format="safetensors", trust_remote_code=False, enable_prefix_caching=False,
+            **arguments,
+        )  # fmt: skip
+    except Exception as error:  # each model family and setting raises errors of its own
+        raise UsageError(
+            f"{folder}: vLLM cannot load it with {settings.engine} ({error!s:.600}). The log above has more."
+        ) from None
+    atexit.register(engine.llm_engine.engine_core.shutdown)
+    parameters, lock = vllm.PoolingParams(task="token_embed", use_activation=False), threading.Lock()
 
-        Raises:
-            UsageError: vLLM is not installed or cannot load the model, or this is one of several ranks.
-        """
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            raise UsageError(
-                f"scorer: vllm in this process runs on one rank; got {dist.get_world_size()}. Start the export without "
-                'torchrun, with vllm={"tensor_parallel_size": N} for N GPUs, or name a server with scorer_url.'
-            )
-        head = SeparateHead.load(folder, vocab_size, dtype, device)
-        for name, value in {**ENVIRONMENT, **(CPU_ENVIRONMENT if device.type == "cpu" else {})}.items():
-            os.environ.setdefault(name, value)
-        try:
-            vllm, config = importlib.import_module("vllm"), importlib.import_module("vllm.config")
-        except ImportError as error:
-            raise UsageError(f"{NO_VLLM} ({error!s:.200})") from None
-        if settings.engine.get("tensor_parallel_size", 1) == 1:
-            settings.engine.setdefault("distributed_executor_backend", "uni")
-        pooler = config.PoolerConfig(task="token_embed", pooling_type="ALL", use_activation=False)
-        try:
-            engine = vllm.LLM(
-                str(folder), runner="pooling", pooler_config=pooler, dtype=str(dtype).removeprefix("torch."),
-                load_format="safetensors", trust_remote_code=False, enable_prefix_caching=False,
-                **{**DEFAULTS, **settings.engine},
-            )  # fmt: skip
-        except Exception as error:  # each model family and setting raises errors of its own
-            raise UsageError(
-                f"{folder}: vLLM cannot load it with {settings.engine} ({error!s:.600}). The log above has more."
-            ) from None
-        atexit.register(engine.llm_engine.engine_core.shutdown)
-        return cls(engine, head, vocab_size, device)
+    def states(rows: list[list[int]]) -> list[Tensor]:
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        with lock:
+            outputs = engine.encode(prompts, parameters, use_tqdm=False, pooling_task="token_embed")
+        return [output.outputs.data for output in outputs]
 
-    def logits(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> Iterator[Tensor]:
-        # vLLM takes the real positions of each row, of any lengths.  lengths [B]
-        lengths = (document_ids >= 0).sum(dim=1).tolist()
-        prompts = [{"prompt_token_ids": row[:n].tolist()} for row, n in zip(tokens, lengths, strict=True)]
-        with self.lock:
-            outputs = self.engine.encode(prompts, self.parameters, use_tqdm=False, pooling_task="token_embed")
-        # Padding between the rows has hidden states of zeros, and nobody reads its scores.  [B · T, D]
-        hidden = torch.zeros(*tokens.shape, outputs[0].outputs.data.shape[1], device=self.device)
-        for row, n, output in zip(hidden, lengths, outputs, strict=True):
-            row[:n] = output.outputs.data
-        for chunk in hidden.flatten(0, 1).split(chunk_positions(self.vocab_size, self.device)):
-            yield self.head(chunk)
+    return HiddenStateScorer(states, head, device)

@@ -1,9 +1,10 @@
-"""Teachers behind a running vLLM server: entries with their log-probabilities, over its OpenAI interface.
+"""Teachers behind a running vLLM server, over its OpenAI interface: one request a window, several at a time.
 
     window of T + 1 tokens ─ POST /v1/completions, prompt_logprobs=K ─► for each token the K likeliest and itself
+    T tokens ─ POST /pooling (a server with --runner pooling) ─► hidden states [T, D], for our own head
 
-The whole window is the prompt, so its last label is scored as the others are. The server must generate a token, which
-is dropped. So its context is at least T + 2.
+For entries the whole window is the prompt, so its last label is scored as the others are. The server must generate a
+token, which is dropped. So its context is at least T + 2.
 """
 
 import json
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ from torch import Tensor
 
 from data.cache.selection import Selection
 from data.teacher.entry_scorer import select_from_entries
+from data.teacher.hidden_states import HiddenStateScorer
 from data.teacher.select import TeacherScores
+from data.teacher.separate_head import SeparateHead
 from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import PROBES, Tokenizer
 from kd_core.errors import UsageError
@@ -50,12 +53,25 @@ class VllmServer:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.lock, self.failing_since = threading.Lock(), None
 
-    def request(self, path: str, body: dict[str, Any] | None = None, most: int = MOST_OTHER_BYTES) -> Any:
-        """Sends a request and returns the JSON of the reply, of at most `most` bytes.
+    def request_json(self, path: str, body: dict[str, Any] | None = None, most: int = MOST_OTHER_BYTES) -> Any:
+        """Sends a request and returns the JSON of the reply.
 
         Raises:
-            UsageError: the server refuses the request, answers with something else, or has not answered any request
-                for `PATIENCE` seconds.
+            UsageError: as `request`, or the reply is no JSON.
+        """
+        try:
+            return json.loads(self.request(path, body, most))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{self.url}{path}: the reply is no JSON; wanted a vLLM server.") from None
+
+    def request(self, path: str, body: dict[str, Any] | None = None, most: int = MOST_OTHER_BYTES) -> bytes:
+        """Sends a request and returns the reply, of at most `most` bytes.
+
+        Raises:
+            UsageError: the server refuses the request, answers with more, or has not answered any request for
+                `PATIENCE` seconds.
         """
         pause = 1.0
         while True:
@@ -74,7 +90,7 @@ class VllmServer:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _send(self, path: str, body: dict[str, Any] | None, most: int) -> Any:
+    def _send(self, path: str, body: dict[str, Any] | None, most: int) -> bytes:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -84,10 +100,7 @@ class VllmServer:
             text = reply.read(most + 1)
         if len(text) > most:
             raise UsageError(f"{self.url}{path}: the reply has more than {most} bytes; wanted a vLLM server.")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            raise UsageError(f"{self.url}{path}: the reply is no JSON; wanted a vLLM server.") from None
+        return text
 
     def _check_patience(self, path: str, reason: str) -> None:
         """Raises UsageError if no request of any thread has been answered for too long."""
@@ -111,7 +124,9 @@ def _refusal(place: str, error: urllib.error.HTTPError, body: dict[str, Any]) ->
         reason = str(error.reason)
     top_k = body.get("prompt_logprobs")
     hint = ""
-    if error.code in (401, 403):
+    if error.code == 404 and place.endswith("/pooling"):
+        hint = ' Start the server with --runner pooling, or leave vllm={"runner": "pooling"} out.'
+    elif error.code in (401, 403):
         hint = " Set the variable VLLM_API_KEY to the server's key."
     elif "prompt logprobs" in reason:
         hint = f" Start the server with --max-logprobs {top_k}, or set selection.top_k lower."
@@ -122,7 +137,7 @@ def _refusal(place: str, error: urllib.error.HTTPError, body: dict[str, Any]) ->
 
 def _served_model(server: VllmServer, wanted: str | None) -> dict[str, Any]:
     """Returns the entry of the served model in /v1/models: the wanted one, or the only one."""
-    cards = {card["id"]: card for card in check_list(server.request("/v1/models")["data"], "data")}
+    cards = {card["id"]: card for card in check_list(server.request_json("/v1/models")["data"], "data")}
     names = [name for name, card in cards.items() if card.get("parent") is None] if wanted is None else [wanted]
     if len(names) != 1 or names[0] not in cards:
         asked = "" if wanted is None else f", not {wanted}"
@@ -142,41 +157,66 @@ def read_server_facts(settings: VllmSettings) -> tuple[dict[str, Any], int]:
     server = VllmServer(settings.url)
     try:
         card = _served_model(server, settings.engine.get("model"))
-        release = check_text(server.request("/version")["version"], "version")
+        release = check_text(server.request_json("/version")["version"], "version")
         context = check_integer(card.get("max_model_len"), "max_model_len", 3, 1 << 40)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{server.url}: answers with no {error!s:.100}; wanted a vLLM server.") from None
     except ValueError as error:
         raise error if isinstance(error, UsageError) else UsageError(f"{server.url}: {error}.") from None
-    return {"release": f"server {release}", "model": card["id"]}, context - 2
+    facts = {"release": f"server {release}", "model": card["id"]}
+    return (facts | {"runner": "pooling"}, context) if settings.pools else (facts, context - 2)
+
+
+def _check_tokenizer(server: VllmServer, model: str, tokenizer: Tokenizer) -> None:
+    """Raises UsageError if the server cuts texts into other tokens than the teacher's tokenizer does."""
+    for text, ours in zip(PROBES, tokenizer.encode(list(PROBES)), strict=True):
+        theirs = server.request_json("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
+        if not isinstance(theirs, dict) or cast(dict[str, Any], theirs).get("tokens") != list(ours):
+            raise UsageError(
+                f"{server.url}: cuts {text!r} into other tokens than {tokenizer.path} does. Name the teacher that it "
+                "serves, or the server of this teacher."
+            )
+
+
+def connect_scorer(
+    folder: Path, dtype: torch.dtype, device: torch.device, settings: VllmSettings
+) -> "VllmServerScorer | HiddenStateScorer":
+    """Connects to a server that serves the model in `folder`.
+
+    Raises:
+        UsageError: it does not answer, or cuts texts into other tokens than the folder's tokenizer does.
+    """
+    facts, _ = read_server_facts(settings)
+    server, model, tokenizer = VllmServer(str(settings.url)), facts["model"], Tokenizer(folder)
+    _check_tokenizer(server, model, tokenizer)
+    if not settings.pools:
+        return VllmServerScorer(server, model, tokenizer.vocab_size)
+    head = SeparateHead.load(folder, tokenizer.vocab_size, dtype, device)
+
+    def states(row: list[int]) -> Tensor:
+        body = {
+            "model": model, "input": row, "task": "token_embed", "use_activation": False,
+            "encoding_format": "bytes_only", "embed_dtype": "float32", "endianness": "little",
+        }  # fmt: skip
+        size = 4 * len(row) * head.width
+        data = server.request("/pooling", body, size)
+        if len(data) != size:
+            raise UsageError(f"{server.url}/pooling: got {len(data)} bytes for {len(row)} tokens; wanted {size}.")
+        return torch.from_numpy(np.frombuffer(data, "<f4").reshape(len(row), head.width).copy())
+
+    def all_states(rows: list[list[int]]) -> list[Tensor]:
+        with ThreadPoolExecutor(len(rows)) as requests:
+            return list(requests.map(states, rows))
+
+    return HiddenStateScorer(all_states, head, device)
 
 
 class VllmServerScorer:
-    """A model that a vLLM server runs. `requests` of a batch's rows are under way at once."""
+    """Entries of a model that a vLLM server runs. The rows of a batch are under way at once."""
 
     def __init__(self, server: VllmServer, model: str, vocab_size: int) -> None:
         self.server, self.model, self.vocab_size = server, model, vocab_size
         self.device = torch.device("cpu")
-
-    @classmethod
-    def connect(cls, folder: Path, settings: VllmSettings) -> "VllmServerScorer":
-        """Connects to a server that serves the model in `folder`.
-
-        Raises:
-            UsageError: the server cuts texts into other tokens than the folder's tokenizer does.
-        """
-        assert settings.url
-        facts, _ = read_server_facts(settings)
-        server, tokenizer = VllmServer(settings.url), Tokenizer(folder)
-        for text, ours in zip(PROBES, tokenizer.encode(list(PROBES)), strict=True):
-            body = {"model": facts["model"], "prompt": text, "add_special_tokens": False}
-            theirs = server.request("/tokenize", body)
-            if not isinstance(theirs, dict) or theirs.get("tokens") != list(ours):
-                raise UsageError(
-                    f"{settings.url}: cuts {text!r} into other tokens than {folder} does. Name the teacher that it "
-                    "serves, or the server of this teacher."
-                )
-        return cls(server, facts["model"], tokenizer.vocab_size)
 
     def scores(
         self, tokens: Int[Tensor, "B S"], document_ids: Int[Tensor, "B T"], selection: Selection
@@ -203,7 +243,7 @@ class VllmServerScorer:
         """Returns ids and log-probabilities of the likeliest tokens [n, K], and those of the labels [n]."""
         body = {"model": self.model, "prompt": window, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
         most = MOST_OTHER_BYTES + len(window) * (top_k + 1) * MOST_ENTRY_BYTES
-        reply = self.server.request("/v1/completions", body, most)
+        reply = self.server.request_json("/v1/completions", body, most)
         try:
             return parse_reply(reply, window, top_k)
         except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:

@@ -1,8 +1,7 @@
 """Settings of the scorer `vllm`, and the facts that a plan records about it. Nothing here imports vLLM.
 
-in process                   a server that runs (`url`)
-hidden states → our lm_head  entries with log-probabilities, tail = 1 − Σp
-every selection              top entries, `min_prob` and `mass`
+vLLM in process, or a server with --runner pooling: hidden states, then our lm_head, so every selection.
+Any other server: entries with log-probabilities and tail = 1 − Σp, so `top_k`, `min_prob` and `mass`.
 """
 
 import re
@@ -27,6 +26,11 @@ class VllmSettings(NamedTuple):
 
     engine: dict[str, Any]
     url: str | None = None
+
+    @property
+    def pools(self) -> bool:
+        """Returns whether the server gives hidden states."""
+        return self.engine.get("runner") == "pooling"
 
     def recorded(self) -> dict[str, Any]:
         """Returns what a plan records of the engine in this process: the release and all that reaches its numbers.
@@ -74,19 +78,20 @@ def _check_server(settings: VllmSettings, selection: Selection, dtype: str) -> N
         raise UsageError(
             "scorer_url: wanted http://HOST:PORT of plain characters. A key belongs into the variable VLLM_API_KEY."
         )
-    if unknown := sorted(set(settings.engine) - {"model"}):
+    if unknown := sorted(set(settings.engine) - {"model", "runner"}):
         raise UsageError(
             f"vllm: got {unknown[0]!r}, but the server at scorer_url has its own settings. Only 'model', the name of "
-            "one of its models, can be chosen."
+            "one of its models, and 'runner' (\"pooling\", as it was started) can be named."
         )
     if dtype == "auto":
         raise UsageError(
             "dtype: got auto, but the server at scorer_url decides it. Set dtype to that of the server (its --dtype), "
             "which the cache records."
         )
-    if selection.top_k == 0 or selection.draws or selection.tail_temperatures:
+    if not settings.pools and (selection.top_k == 0 or selection.draws or selection.tail_temperatures):
         name = "tail_temperatures" if selection.tail_temperatures else "draws"
         raise UsageError(
             f"selection.{name}: a server gives entries, from which neither samples nor tails at further temperatures "
-            "can be had; wanted top_k, min_prob and mass alone. Without scorer_url, vLLM in this process gives all."
+            "can be had; wanted top_k, min_prob and mass alone. All can be had of vLLM in this process, or of a server "
+            'with --runner pooling (vllm={"runner": "pooling"}).'
         )

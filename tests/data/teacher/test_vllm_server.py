@@ -25,7 +25,9 @@ from kd_core.errors import UsageError
 from kd_core.files import write_json
 from tests.data.teacher.vllm_replies import (
     CONTEXT,
+    CPU,
     MOST_LOGPROBS,
+    POOLING,
     ROW_LENGTH,
     TOP_K,
     Reply,
@@ -34,6 +36,7 @@ from tests.data.teacher.vllm_replies import (
     read_replies,
     refused_export,
     replay,
+    score_some_rows,
     tiny_export,
 )
 from tests.tiny import bytes_of, write_caches
@@ -67,7 +70,7 @@ def test_recorded_entries_are_those_of_our_decoder(folders: Folders, tmp_path: P
     """All log-probabilities of a float64 softmax over our decoder's logits of the same tokens."""
     with answering(replay) as url:
         write_caches(tiny_export(*folders, scorer_url=url), tmp_path / "out")
-    scorer = load_scorer(folders[0], "decoder", torch.float32, torch.device("cpu"))
+    scorer = load_scorer(folders[0], "decoder", torch.float32, CPU)
     records = _records(tmp_path / "out/train")
     assert {record.positions for record in records} > {ROW_LENGTH}  # windows of mixed lengths
     for record in records:
@@ -84,6 +87,24 @@ def test_recorded_entries_are_those_of_our_decoder(folders: Folders, tmp_path: P
         np.testing.assert_allclose(record.label_log_prob, labels, atol=2e-5)
         tail = np.log(1 - np.exp(np.take_along_axis(log_probs, ids, 1)).sum(axis=1))
         np.testing.assert_allclose(record.tail_log_prob, tail, atol=1e-4)
+
+
+def test_recorded_hidden_states_give_every_selection_of_our_decoder(folders: Folders) -> None:
+    with answering(replay) as url:
+        theirs = score_some_rows(load_scorer(folders[0], "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+    ours = score_some_rows(load_scorer(folders[0], "decoder", torch.float32, CPU))
+    assert (theirs.ids == ours.ids).all()
+    assert (theirs.sampled_ids == ours.sampled_ids).all()
+    for field in ("log_probs", "tail_log_prob", "label_log_prob", "tempered_tails", "sampled_log_weights"):
+        torch.testing.assert_close(getattr(theirs, field), getattr(ours, field), atol=2e-5, rtol=0)
+
+
+def test_hidden_states_of_another_size_are_refused(folders: Folders) -> None:
+    def other(path: str, body: bytes) -> Reply:
+        return (200, "abcd") if path == "/pooling" else replay(path, body)
+
+    with answering(other) as url, pytest.raises(UsageError, match="got 4 bytes for 8 tokens; wanted 2048"):
+        score_some_rows(load_scorer(folders[0], "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
 
 
 def test_plan_and_manifest_name_the_server_but_not_its_address(folders: Folders, tmp_path: Path) -> None:
@@ -137,6 +158,8 @@ def test_refusals_of_the_server_name_its_flag(folders: Folders, tmp_path: Path) 
         message = refused_export(*folders, url, tmp_path / "k", selection=selection)
         assert f"--max-logprobs {MOST_LOGPROBS + 1}" in message
         assert "greater than max allowed: 8" in message
+        message = refused_export(*folders, url, tmp_path / "pooling", vllm=POOLING)
+        assert "Start the server with --runner pooling" in message
         message = refused_export(*folders, url, tmp_path / "long", row_length=CONTEXT - 1)
         assert f"row_length: got {CONTEXT - 1}; the teacher's context is {CONTEXT - 2}" in message
 
@@ -211,7 +234,7 @@ def test_a_reply_that_never_ends_is_cut() -> None:
         answering(always('"' + "x" * 5000 + '"')) as url,
         pytest.raises(UsageError, match="more than"),
     ):
-        VllmServer(url).request("/version", most=4096)
+        VllmServer(url).request_json("/version", most=4096)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A tiny teacher, and the replies of a real vLLM server that served it, replayed by a server of the same interface.
 
-`vllm_replies.jsonl` holds a reply a line: path, body, status, text. To record it anew, where vLLM is installed:
+`vllm_replies.jsonl` holds a reply a line: path, body, status, and its bytes as latin-1. To record it anew, where vLLM is installed:
 
     python -m tests.data.teacher.vllm_replies tests/data/teacher/vllm_replies.jsonl
 """
@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ import torch
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export.plan import TeacherExport
+from data.teacher.choose_scorer import load_scorer
+from data.teacher.scorer import AnyScorer, score_rows
+from data.teacher.select import TeacherScores
+from data.teacher.vllm_settings import VllmSettings
 from kd_core.files import write_json
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.huggingface.config_json import config_fields
@@ -36,6 +41,8 @@ from tests.tiny import make_corpus, make_tokenizer, write_caches
 FILE = Path(__file__).with_suffix(".jsonl")
 ROW_LENGTH, TOP_K, MOST_LOGPROBS, CONTEXT = 16, 6, 8, 40
 Reply = tuple[int, str]
+CPU, POOLING = torch.device("cpu"), {"runner": "pooling"}
+POOLER = '{"task": "token_embed", "pooling_type": "ALL", "use_activation": false}'
 
 
 def make_folders(root: Path) -> tuple[Path, Path]:
@@ -86,7 +93,7 @@ def answering(answer: Callable[[str, bytes], Reply]) -> Generator[str]:
             if status == 0:
                 self.connection.close()
                 return
-            data = text.encode()
+            data = text.encode("latin-1")
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -150,6 +157,28 @@ def real_server(folder: Path, *flags: str) -> Generator[str]:
             server.kill()
 
 
+def hand_on(upstream: str, kept: dict[str, Reply], path: str, body: bytes) -> Reply:
+    """Sends a request on, and keeps the reply."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(upstream + path, body or None, headers)  # noqa: S310
+    try:
+        with urllib.request.urlopen(request) as reply:  # noqa: S310
+            answer = reply.status, reply.read().decode("latin-1")
+    except urllib.error.HTTPError as error:
+        answer = error.code, error.read().decode("latin-1")
+    return kept.setdefault(_key(path, body), answer)
+
+
+def score_some_rows(scorer: AnyScorer) -> TeacherScores:
+    """Scores of two rows, one of them short, with samples and tails at further temperatures."""
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 8, [1] * 3 + [-1] * 5])
+    uniforms = torch.rand(16, 4, generator=generator, dtype=torch.float64)
+    selection = Selection(TOP_K, draws=4, tail_temperatures=(0.5, 2.0))
+    scores = score_rows(scorer, torch.randint(300, (2, 9), generator=generator), documents, selection, uniforms)
+    return TeacherScores(*(field[(documents >= 0).flatten()] for field in scores))
+
+
 def refused_export(teacher: Path, corpus: Path, url: str, out: Path, **changes: Any) -> str:
     """The message of an export that stops."""
     try:
@@ -166,21 +195,17 @@ def record(file: Path) -> None:
         teacher, corpus = make_folders(Path(root))
         flags = ["--max-logprobs", str(MOST_LOGPROBS), "--max-model-len", str(CONTEXT), "--served-model-name", "tiny"]
         with real_server(teacher, *flags) as upstream:
-
-            def hand_on(path: str, body: bytes) -> Reply:
-                headers = {"Content-Type": "application/json"}
-                request = urllib.request.Request(upstream + path, body or None, headers)  # noqa: S310
-                try:
-                    with urllib.request.urlopen(request) as reply:  # noqa: S310
-                        answer = reply.status, reply.read().decode().replace(root, "ROOT")
-                except urllib.error.HTTPError as error:
-                    answer = error.code, error.read().decode()
-                kept[_key(path, body)] = answer
-                return answer
-
-            with answering(hand_on) as url:
+            with answering(partial(hand_on, upstream, kept)) as url:
                 write_caches(tiny_export(teacher, corpus, scorer_url=url), Path(root) / "out")
                 print(refused_export(teacher, corpus, url, Path(root) / "k", selection=Selection(MOST_LOGPROBS + 1)))
+                print(refused_export(teacher, corpus, url, Path(root) / "p", vllm=POOLING))
+        with (
+            real_server(teacher, *flags, "--runner", "pooling", "--pooler-config", POOLER) as upstream,
+            answering(partial(hand_on, upstream, kept)) as url,
+        ):
+            score_some_rows(load_scorer(teacher, "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+    for key, (status, text) in kept.items():
+        kept[key] = status, text.replace(root, "ROOT")
     lines = [[*json.loads(key), *answer] for key, answer in kept.items()]
     file.write_text("".join(json.dumps(line) + "\n" for line in sorted(lines, key=str)))
     print(f"{len(kept)} replies, {file.stat().st_size} bytes")
