@@ -9,7 +9,8 @@ Hidden states with a head of our own serve every selection, and no logit is roun
 import atexit
 import importlib
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,24 @@ def load_engine(
     alone = settings.engine.get("tensor_parallel_size", 1) == 1
     arguments = {**DEFAULTS, **({"distributed_executor_backend": "uni"} if alone else {}), **settings.engine}
     pooler = config.PoolerConfig(task="token_embed", pooling_type="ALL", use_activation=False)
+    # One thread makes the engine and calls it: its kernels on a CPU count on the OpenMP threads of that thread.
+    owner = ThreadPoolExecutor(1)
+    make_engine = partial(
+        vllm.LLM, str(folder), runner="pooling", pooler_config=pooler, dtype=str(dtype).removeprefix("torch."),
+        load_format="safetensors", trust_remote_code=False, enable_prefix_caching=False, **arguments,
+    )  # fmt: skip
     try:
-        engine = vllm.LLM(
-            str(folder), runner="pooling", pooler_config=pooler, dtype=str(dtype).removeprefix("torch."),
-            load_format="safetensors", trust_remote_code=False, enable_prefix_caching=False,
-            **arguments,
-        )  # fmt: skip
+        engine = owner.submit(make_engine).result()
     except Exception as error:  # each model family and setting raises errors of its own
         raise UsageError(
             f"{folder}: vLLM cannot load it with {settings.engine} ({error!s:.600}). The log above has more."
         ) from None
     atexit.register(engine.llm_engine.engine_core.shutdown)
-    parameters, lock = vllm.PoolingParams(task="token_embed", use_activation=False), threading.Lock()
+    parameters = vllm.PoolingParams(task="token_embed", use_activation=False)
+    encode = partial(engine.encode, pooling_params=parameters, use_tqdm=False, pooling_task="token_embed")
 
     def states(rows: list[list[int]]) -> list[Tensor]:
         prompts = [{"prompt_token_ids": row} for row in rows]
-        with lock:
-            outputs = engine.encode(prompts, parameters, use_tqdm=False, pooling_task="token_embed")
-        return [output.outputs.data for output in outputs]
+        return [output.outputs.data for output in owner.submit(encode, prompts).result()]
 
     return HiddenStateScorer(states, head, device)

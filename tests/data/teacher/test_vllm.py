@@ -29,7 +29,16 @@ from data.stream.shards import ShardReader
 from data.teacher.choose_scorer import load_scorer
 from data.teacher.scorer import TeacherScores, score_rows
 from data.teacher.vllm_settings import VllmSettings
-from tests.data.teacher.vllm_replies import ROW_LENGTH, make_folders, real_server, tiny_export
+from tests.data.teacher.vllm_replies import (
+    CPU,
+    POOLER,
+    POOLING,
+    ROW_LENGTH,
+    make_folders,
+    real_server,
+    score_some_rows,
+    tiny_export,
+)
 from tests.tiny import write_caches
 
 pytestmark = [
@@ -37,7 +46,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM"),
 ]
-CPU = torch.device("cpu")
 SELECTION = Selection(6, draws=5, tail_temperatures=(0.5, 2.0))
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "llama": (LlamaConfig, {}),
@@ -128,10 +136,20 @@ def test_the_command_exports_through_vllm_and_its_cache_trains(tmp_path: Path) -
         "student.folder": teacher, "student.keep_layers": "(0,)", "shards.path": tmp_path / "vllm/train",
         "evaluation.shards.path": tmp_path / "vllm/validation", "collate.row_length": ROW_LENGTH, "steps": 3,
         "tokens_per_step": 2 * ROW_LENGTH, "parallel.precision": "float32", "schedule.warmup_steps": 1,
+        "loss.terms.kd.tail": "sampled",
     }  # fmt: skip
     items = [f"--config={name}={value}" for name, value in training.items()]
     _run("launchers.train", "--config=quickstart", *items, f"--run_dir={tmp_path / 'run'}")
     assert (tmp_path / "run/export/model.safetensors").exists()
+
+
+def test_a_real_pooling_server_gives_every_selection_of_our_decoder(tmp_path: Path) -> None:
+    teacher, _ = make_folders(tmp_path)
+    with real_server(teacher, "--runner", "pooling", "--pooler-config", POOLER) as url:
+        theirs = score_some_rows(load_scorer(teacher, "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+    ours = score_some_rows(load_scorer(teacher, "decoder", torch.float32, CPU))
+    for field, values in ours._asdict().items():
+        torch.testing.assert_close(getattr(theirs, field), values, atol=1e-4, rtol=0)
 
 
 def test_a_real_server_gives_the_entries_of_our_decoder(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny teacher, and the replies of a real vLLM server that served it, replayed by a server of the same interface.
 
-`vllm_replies.jsonl` holds a reply a line: path, body, status, and its bytes as latin-1. To record it anew, where vLLM is installed:
+`vllm_replies.jsonl` holds a reply a line: path, body, status, and its bytes as latin-1.
+To record it anew, where vLLM is installed:
 
     python -m tests.data.teacher.vllm_replies tests/data/teacher/vllm_replies.jsonl
 """
@@ -194,11 +195,10 @@ def record(file: Path) -> None:
     with tempfile.TemporaryDirectory() as root:
         teacher, corpus = make_folders(Path(root))
         flags = ["--max-logprobs", str(MOST_LOGPROBS), "--max-model-len", str(CONTEXT), "--served-model-name", "tiny"]
-        with real_server(teacher, *flags) as upstream:
-            with answering(partial(hand_on, upstream, kept)) as url:
-                write_caches(tiny_export(teacher, corpus, scorer_url=url), Path(root) / "out")
-                print(refused_export(teacher, corpus, url, Path(root) / "k", selection=Selection(MOST_LOGPROBS + 1)))
-                print(refused_export(teacher, corpus, url, Path(root) / "p", vllm=POOLING))
+        with real_server(teacher, *flags) as upstream, answering(partial(hand_on, upstream, kept)) as url:
+            write_caches(tiny_export(teacher, corpus, scorer_url=url), Path(root) / "out")
+            print(refused_export(teacher, corpus, url, Path(root) / "k", selection=Selection(MOST_LOGPROBS + 1)))
+            print(refused_export(teacher, corpus, url, Path(root) / "p", vllm=POOLING))
         with (
             real_server(teacher, *flags, "--runner", "pooling", "--pooler-config", POOLER) as upstream,
             answering(partial(hand_on, upstream, kept)) as url,
