@@ -1,8 +1,8 @@
-"""Does vLLM score a teacher as our decoder does, in this process and behind a server, and at what speed?
+"""Does vLLM score a teacher as our decoder does, in this process and behind servers, and at what speed?
 
-Command:  python -m benchmarks.vllm_scorer quickstart/teacher quickstart/corpus [http://HOST:PORT [rows [length]]]
-Run it where vLLM is installed. A server is started before, with the same folder and --dtype float32 --max-logprobs 64.
-All score the same rows in float32, one of them short. Prints the largest |Δ| in nats against our decoder, of the top
+Command:  python -m benchmarks.vllm_scorer quickstart/teacher quickstart/corpus [entries=URL] [pooling=URL]
+Run it where vLLM is installed. Servers are started before, with the same folder and --dtype float32: one with
+--max-logprobs 64, one with --runner pooling (docs/vllm.md). All score the same 8 rows in float32, one of them short. Prints the largest |Δ| in nats against our decoder, of the top
 64's log-probabilities by id, of the label and of the tail by its size, then seconds and ratios.
 """
 
@@ -19,7 +19,7 @@ from data.teacher.vllm_settings import VllmSettings, installed_release
 from data.tokenizer import Tokenizer
 
 TAILS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 0.0)
-CPU = torch.device("cpu")
+CPU, ROWS, LENGTH = torch.device("cpu"), 8, 255
 
 
 def read_rows(teacher: Path, corpus: Path, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,17 +72,18 @@ def print_differences(name: str, ours: TeacherScores, theirs: TeacherScores) -> 
 
 def main() -> None:
     teacher, corpus = Path(sys.argv[1]), Path(sys.argv[2])
-    url = sys.argv[3] if len(sys.argv) > 3 else None
-    rows, length = (int(number) for number in (*sys.argv[4:6], *("8", "255")[len(sys.argv[4:6]) :]))
-    tokens, documents = read_rows(teacher, corpus, rows, length)
+    urls = dict(argument.split("=", 1) for argument in sys.argv[3:])
+    tokens, documents = read_rows(teacher, corpus, ROWS, LENGTH)
     threads = torch.get_num_threads()
     print(
         f"{installed_release()}, torch {torch.__version__}, {threads} threads, {int((documents >= 0).sum())} positions"
     )
     decoder, seconds = score(load_scorer(teacher, "decoder", torch.float32, CPU), tokens, documents, 64)
-    settings = {"in process": VllmSettings({"max_model_len": length})}
-    if url:
-        settings["server"] = VllmSettings({}, url)
+    settings = {"in process": VllmSettings({"max_model_len": LENGTH})}
+    if "pooling" in urls:
+        settings["hidden states of a server"] = VllmSettings({"runner": "pooling"}, urls["pooling"])
+    if "entries" in urls:
+        settings["entries of a server"] = VllmSettings({}, urls["entries"])
     print(f"decoder: {seconds:.1f} s, {len(decoder.ids) / seconds:.0f} tokens/s")
     for name, chosen in settings.items():
         scores, taken = score(load_scorer(teacher, "vllm", torch.float32, CPU, chosen), tokens, documents, 64)
