@@ -2,8 +2,9 @@
 
 Command:  python -m benchmarks.vllm_scorer quickstart/teacher quickstart/corpus [entries=URL] [pooling=URL]
 Run it where vLLM is installed. Servers are started before, with the same folder and --dtype float32: one with
---max-logprobs 64, one with --runner pooling (docs/vllm.md). All score the same 8 rows in float32, one of them short. Prints the largest |Δ| in nats against our decoder, of the top
-64's log-probabilities by id, of the label and of the tail by its size, then seconds and ratios.
+--max-logprobs 64, one with --runner pooling (docs/vllm.md). All score the same 8 rows in float32, one of them short.
+Prints the largest |Δ| in nats against our decoder, of the top 64's log-probabilities by id, of the label and of the
+tail by its size, then seconds and ratios.
 """
 
 import sys

@@ -7,16 +7,8 @@ For entries the whole window is the prompt, so its last label is scored as the o
 token, which is dropped. So its context is at least T + 2.
 """
 
-import json
-import logging
-import os
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,109 +22,18 @@ from data.teacher.entry_scorer import select_from_entries
 from data.teacher.hidden_states import HiddenStateScorer
 from data.teacher.select import TeacherScores
 from data.teacher.separate_head import SeparateHead
+from data.teacher.vllm_client import MOST_BYTES, VllmServer
 from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import PROBES, Tokenizer
 from kd_core.errors import UsageError
 from kd_core.json_fields import check_integer, check_list, check_object, check_text
 
-log = logging.getLogger("kd")
-REQUEST_SECONDS, PATIENCE, LONGEST_PAUSE = 600.0, 300.0, 30.0
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
-MOST_ENTRY_BYTES, MOST_OTHER_BYTES = (
+MOST_ENTRY_BYTES, MOST_BYTES = (
     1024,
     1 << 24,
 )  # bytes of JSON an entry, with the text of its token; and of the rest
 IMPOSSIBLE = -9999.0  # what the server writes for −inf
 MASS_ERROR = 1e-3
-
-
-class VllmServer:
-    """A server's address, and requests to it that are repeated while it does not answer."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.lock, self.failing_since = threading.Lock(), None
-
-    def request_json(self, path: str, body: dict[str, Any] | None = None, most: int = MOST_OTHER_BYTES) -> Any:
-        """Sends a request and returns the JSON of the reply.
-
-        Raises:
-            UsageError: as `request`, or the reply is no JSON.
-        """
-        try:
-            return json.loads(self.request(path, body, most))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{self.url}{path}: the reply is no JSON; wanted a vLLM server.") from None
-
-    def request(self, path: str, body: dict[str, Any] | None = None, most: int = MOST_OTHER_BYTES) -> bytes:
-        """Sends a request and returns the reply, of at most `most` bytes.
-
-        Raises:
-            UsageError: the server refuses the request, answers with more, or has not answered any request for
-                `PATIENCE` seconds.
-        """
-        pause = 1.0
-        while True:
-            try:
-                reply = self._send(path, body, most)
-            except urllib.error.HTTPError as error:
-                if error.code not in RETRIED:
-                    raise UsageError(_refusal(f"{self.url}{path}", error, body or {})) from None
-                reason = f"status {error.code}"
-            except (OSError, HTTPException) as error:
-                reason = str(error) or type(error).__name__
-            else:
-                self.failing_since = None
-                return reply
-            self._check_patience(path, reason)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _send(self, path: str, body: dict[str, Any] | None, most: int) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 (http and https alone)
-        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as reply:  # noqa: S310
-            text = reply.read(most + 1)
-        if len(text) > most:
-            raise UsageError(f"{self.url}{path}: the reply has more than {most} bytes; wanted a vLLM server.")
-        return text
-
-    def _check_patience(self, path: str, reason: str) -> None:
-        """Raises UsageError if no request of any thread has been answered for too long."""
-        with self.lock:
-            if self.failing_since is None:
-                self.failing_since = time.monotonic()
-                log.warning("%s%s: no answer (%s), trying for %.0f seconds", self.url, path, reason, PATIENCE)
-            waited = time.monotonic() - self.failing_since
-        if waited > PATIENCE:
-            raise UsageError(
-                f"{self.url}{path}: no answer for {waited:.0f} seconds ({reason}). Start the server again, then run "
-                "the same command, which goes on where it stopped."
-            )
-
-
-def _refusal(place: str, error: urllib.error.HTTPError, body: dict[str, Any]) -> str:
-    """Returns a message for a request that the server refuses, with the flag of the server that would allow it."""
-    try:
-        reason = str(json.loads(error.read(1 << 16))["error"]["message"])
-    except (ValueError, KeyError, TypeError, OSError):
-        reason = str(error.reason)
-    top_k = body.get("prompt_logprobs")
-    hint = ""
-    if error.code == 404 and place.endswith("/pooling"):
-        hint = ' Start the server with --runner pooling, or leave vllm={"runner": "pooling"} out.'
-    elif error.code in (401, 403):
-        hint = " Set the variable VLLM_API_KEY to the server's key."
-    elif "prompt logprobs" in reason:
-        hint = f" Start the server with --max-logprobs {top_k}, or set selection.top_k lower."
-    elif "context length" in reason or "max_model_len" in reason:
-        hint = f" Start the server with --max-model-len {len(body.get('prompt', ())) + 1}, or set row_length lower."
-    return f"{place}: refused with status {error.code} ({reason:.400}).{hint}"
 
 
 def _served_model(server: VllmServer, wanted: str | None) -> dict[str, Any]:
@@ -242,7 +143,7 @@ class VllmServerScorer:
     def _entries(self, window: Sequence[int], top_k: int) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
         """Returns ids and log-probabilities of the likeliest tokens [n, K], and those of the labels [n]."""
         body = {"model": self.model, "prompt": window, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
-        most = MOST_OTHER_BYTES + len(window) * (top_k + 1) * MOST_ENTRY_BYTES
+        most = MOST_BYTES + len(window) * (top_k + 1) * MOST_ENTRY_BYTES
         reply = self.server.request_json("/v1/completions", body, most)
         try:
             return parse_reply(reply, window, top_k)

@@ -17,9 +17,10 @@ from data.cache.record import Record
 from data.cache.selection import Selection
 from data.export.plan import make_plans
 from data.stream.shards import ShardReader
-from data.teacher import vllm_server
+from data.teacher import vllm_client
 from data.teacher.choose_scorer import load_scorer
-from data.teacher.vllm_server import VllmServer, VllmServerScorer, parse_reply
+from data.teacher.vllm_client import VllmServer
+from data.teacher.vllm_server import VllmServerScorer, parse_reply
 from data.teacher.vllm_settings import VllmSettings
 from kd_core.errors import UsageError
 from kd_core.files import write_json
@@ -58,8 +59,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr(vllm_server, "LONGEST_PAUSE", 0.01)
-    monkeypatch.setattr(vllm_server.time, "sleep", lambda _: None)
+    monkeypatch.setattr(vllm_client, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(vllm_client.time, "sleep", lambda _: None)
 
 
 def _records(folder: Path) -> list[Record]:
@@ -143,13 +144,22 @@ def test_an_export_survives_faults_and_goes_on_after_the_servers_end(folders: Fo
         shutil.rmtree(tmp_path / "out")
         asked[0], dies_at[0] = 0, 30
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_server, "PATIENCE", 0.05)
+            patch.setattr(vllm_client, "PATIENCE", 0.05)
             message = refused_export(*folders, url, tmp_path / "out")
         assert "no answer for" in message
         assert "goes on where it stopped" in message
         asked[0], dies_at[0] = 0, math.inf
         write_caches(tiny_export(*folders, scorer_url=url), tmp_path / "out")
     assert bytes_of(tmp_path / "out/train") == bytes_of(tmp_path / "whole/train")
+
+
+def test_one_request_that_always_fails_ends_though_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_client, "PATIENCE", 0.2)
+    with answering(lambda path, _: (500, "") if path == "/bad" else (200, "1")) as url:
+        server = VllmServer(url)
+        monkeypatch.setattr(vllm_client.time, "sleep", lambda _: server.request_json("/good"))
+        with pytest.raises(UsageError, match=r"/bad: no answer for .* seconds \(status 500\)"):
+            server.request("/bad")
 
 
 def test_refusals_of_the_server_name_its_flag(folders: Folders, tmp_path: Path) -> None:
