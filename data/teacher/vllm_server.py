@@ -28,10 +28,7 @@ from data.tokenizer import PROBES, Tokenizer
 from kd_core.errors import UsageError
 from kd_core.json_fields import check_integer, check_list, check_object, check_text
 
-MOST_ENTRY_BYTES, MOST_BYTES = (
-    1024,
-    1 << 24,
-)  # bytes of JSON an entry, with the text of its token; and of the rest
+MOST_ENTRY_BYTES = 1024  # of JSON, with the text of its token
 IMPOSSIBLE = -9999.0  # what the server writes for −inf
 MASS_ERROR = 1e-3
 
