@@ -30,6 +30,8 @@ overlap=128, and
     selection.mass=0.9                           only as many entries as hold this mass
     selection.top_k=0 selection.draws=12         12 samples instead of entries: smallest caches, forward KL only
     selection.tail_temperatures=(2.0,)           the tail also at temperature 2, for bucket losses there
+    scorer=vllm vllm={"tensor_parallel_size": 8}  through vLLM: quantised and MoE teachers (docs/vllm.md)
+    scorer=vllm scorer_url=http://HOST:8000 dtype=bfloat16   through a vLLM server that runs, with its dtype
     codec=compact                                4 bytes less per position at twice the (small) error; or lossless
     spool=/local/disk                            where the tokenised corpus waits, 6 bytes a token (OUT.spool)
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption

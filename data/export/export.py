@@ -34,8 +34,8 @@ from data.export.planned_shards import PlannedShard
 from data.export.receipts import read_receipt, verify_earlier_shards, verify_shard
 from data.export.scoring import count_batches, pass_along, score_windows, scoring_threads
 from data.stream.shards import read_tables
-from data.teacher.choose_scorer import load_scorer
-from data.teacher.scorer import Scorer, ranks_of
+from data.teacher.choose_scorer import load_scorer, load_vllm
+from data.teacher.scorer import AnyScorer, ranks_of
 from kd_core.errors import UsageError
 from kd_core.hub import local_folder
 from kd_core.parallel.collectives import run_on_all_ranks
@@ -46,12 +46,14 @@ PILOT_POSITIONS = 65_536
 MOST_ENCODERS = 4  # processes, of about 50,000 positions a second each
 
 
-def load_teacher(export: TeacherExport, device: torch.device, world: World | None = None) -> Scorer:
+def load_teacher(export: TeacherExport, device: torch.device, world: World | None = None) -> AnyScorer:
     """Returns the export's teacher, loaded and ready to score.
 
     With a `world`, which is laid out as `export.parallel` says, its ranks load the teacher together.
     """
     folder, dtype = local_folder(export.teacher), dtype_of(export.dtype, device)
+    if export.scorer == "vllm":
+        return load_vllm(folder, dtype, device, export.vllm_settings)
     return load_scorer(folder, export.scorer, dtype, device, export.parallel, world)
 
 
@@ -66,7 +68,7 @@ def _count_positions(records: Iterable[Record], bar: "tqdm[NoReturn]") -> Iterat
         bar.update(record.positions)
 
 
-def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
+def make_tables(plan: CachePlan, model: AnyScorer) -> list[Record]:
     """Scores the first windows, writes the cache's tables from them, and returns their records.
 
     Returns nothing and scores nothing where the tables are already there. The pilot ends at the end of a batch of the
@@ -94,7 +96,7 @@ def make_tables(plan: CachePlan, model: Scorer) -> list[Record]:
     return pilot
 
 
-def score_pilot(plan: CachePlan, model: Scorer, world: World) -> list[Record]:
+def score_pilot(plan: CachePlan, model: AnyScorer, world: World) -> list[Record]:
     """Makes the tables on the first rank, or on all ranks where they share the teacher. Returns the pilot's records.
 
     Raises:
@@ -117,7 +119,12 @@ def _encoder_processes(device: torch.device) -> int:
 
 
 def write_missing_shards(
-    plan: CachePlan, model: Scorer, pilot: Sequence[Record], rank: int, ranks: int, encoders: int | None = None
+    plan: CachePlan,
+    model: AnyScorer,
+    pilot: Sequence[Record],
+    rank: int,
+    ranks: int,
+    encoders: int | None = None,
 ) -> None:
     """Makes this rank's share of the missing shards, and the indexes of its shards that have none.
 
@@ -176,7 +183,7 @@ def _unscored(shard: PlannedShard, pilot: int) -> range:
 
 
 def _agree_on_passes(
-    plan: CachePlan, model: Scorer, missing: Iterator[PlannedShard], pilot: int
+    plan: CachePlan, model: AnyScorer, missing: Iterator[PlannedShard], pilot: int
 ) -> tuple[Iterator[PlannedShard], int]:
     """Returns the missing shards, and how many passes this rank makes for others behind its own.
 
@@ -192,7 +199,7 @@ def _agree_on_passes(
 
 
 def _missing_shards(
-    plan: CachePlan, model: Scorer, coding: Coding, share: tuple[int, int], bar: "tqdm[NoReturn]",
+    plan: CachePlan, model: AnyScorer, coding: Coding, share: tuple[int, int], bar: "tqdm[NoReturn]",
     late: list[UsageError],
 ) -> Iterator[PlannedShard]:  # fmt: skip
     """Yields the shards of a share (rank, ranks) that are not there, as windows appear. `bar` counts the other ones.

@@ -28,6 +28,7 @@ from data.export.planning import Limits, SpoolPass
 from data.export.spool import SpoolWindows, remove_spool, spool_folder
 from data.teacher.choose_scorer import ScorerName, TeacherFacts, read_teacher_facts
 from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
+from data.teacher.vllm_settings import VllmSettings, check_vllm
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, own_folder, sha256
 from kd_core.hub import local_folder
@@ -61,7 +62,9 @@ class TeacherExport:
         dtype: type of the teacher's weights and activations. Its logits are float32. `auto` is bfloat16 where the
             device has instructions for it, otherwise float32, and the cache records which. With the quick start's
             teacher, bfloat16 is a KL of 6e-4 nats from float32 (1,024 positions).
-        scorer: `auto`, `decoder` or `transformers`.
+        scorer: `auto`, `decoder`, `transformers` or `vllm`.
+        scorer_url: with `vllm`, the server `http://HOST:PORT` that scores. None: vLLM runs in this process.
+        vllm: with `vllm`, arguments of its engine, such as {"tensor_parallel_size": 8}. The plan records them.
         block_positions: about the number of positions that are coded together, the unit of reading and shuffling.
         shard_bytes: about the size of a shard, the unit of a rank's work and of what an interruption loses.
         spool: a folder on local disk for the tokenised corpus, 5 to 6 bytes a token until the export is complete. None:
@@ -86,6 +89,8 @@ class TeacherExport:
     seed: int = 0
     dtype: Precision = "auto"
     scorer: ScorerName = "auto"
+    scorer_url: str | None = None
+    vllm: dict[str, Any] | None = None
     block_positions: int = 8192
     shard_bytes: int = 4_000_000
     batch_rows: int | None = None
@@ -101,18 +106,30 @@ class TeacherExport:
         check_settings(
             self.selection, "selection.", proposal_temperature=PROPOSAL_TEMPERATURE, tail_temperatures=TEMPERATURE
         )
+        check_vllm(self.scorer, self.vllm_settings, self.selection, self.dtype)
+        if self.scorer == "vllm" and self.parallel.is_set:
+            raise UsageError(
+                'parallel: vLLM lays its model out itself. Leave it out, and set vllm={"tensor_parallel_size": N}.'
+            )
         if not 0 <= self.overlap < self.row_length:
             raise UsageError(
                 f"overlap: got {self.overlap}; wanted 0 to {self.row_length - 1}, less than row_length: this many "
                 "positions of a window repeat the end of the one before, as context."
             )
 
+    @property
+    def vllm_settings(self) -> VllmSettings:
+        """Returns the settings of vLLM, whose context is a window unless set."""
+        context = {} if self.scorer != "vllm" or self.scorer_url else {"max_model_len": self.row_length}
+        return VllmSettings({**context, **(self.vllm or {})}, self.scorer_url)
+
 
 def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int | None = None) -> int:
     """Returns how many windows are scored together: as set, as `recorded` in the cache, or as suits the device."""
     if rows := export.batch_rows or recorded:
         return rows
-    return CPU_BATCH_ROWS if device.type == "cpu" else max(1, GPU_BATCH_POSITIONS // export.row_length)
+    slow = device.type == "cpu" and export.scorer != "vllm"  # whose engine batches by itself
+    return CPU_BATCH_ROWS if slow else max(1, GPU_BATCH_POSITIONS // export.row_length)
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,8 @@ def round_trip_json(value: dict[str, Any]) -> dict[str, Any]:
 
 def _teacher_facts(export: TeacherExport, folder: Path, tokens: int) -> TeacherFacts:
     """Reads the facts of the teacher. Raises `UsageError` where `top_k` or `row_length` does not fit it."""
-    teacher, top_k = read_teacher_facts(folder, export.scorer, tokens), export.selection.top_k
+    teacher = read_teacher_facts(folder, export.scorer, tokens, export.vllm_settings)
+    top_k = export.selection.top_k
     if top_k >= teacher.vocab_size:
         raise UsageError(f"selection.top_k: got {top_k}; the teacher's vocabulary has {teacher.vocab_size} tokens.")
     if teacher.max_positions is not None and export.row_length > teacher.max_positions:
@@ -229,7 +247,8 @@ def _settings(
     skipped = {"skipped": bad_rows.counts()} if bad_rows.bad else {}
     settings = asdict(export)
     # The layout is left out, so that an export can be finished on other machines than it was begun on.
-    for name in ("corpus", "teacher", "train_tokens", "validation_tokens", "spool", "parallel", "max_spread"):
+    left_out = ("corpus", "teacher", "train_tokens", "validation_tokens", "spool", "parallel", "max_spread")
+    for name in (*left_out, "scorer_url", "vllm"):
         del settings[name]
     return {
         "corpus": {**export.corpus.identity(), **skipped},
@@ -237,6 +256,7 @@ def _settings(
         "teacher": {
             "weights": content_fingerprint(weight_files(folder)),
             "config": sha256(folder / "config.json"),
+            **({"vllm": teacher.engine} if teacher.engine else {}),
         },
         "tokenizer": encoder.tokenizer.fingerprint(),
         **{name: ids for name, ids in zip((PLAN_BEGINS, PLAN_ENDS), encoder.used or (), strict=False) if ids},

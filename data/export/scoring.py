@@ -17,7 +17,7 @@ from data.cache.record import Array, Record
 from data.corpus.windows import Window
 from data.export.plan import CachePlan
 from data.export.worker_processes import map_in_order
-from data.teacher.scorer import Scorer, ranks_of, score_rows
+from data.teacher.scorer import AnyScorer, ranks_of, score_rows
 from kd_core.parallel.world import use_device
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written
@@ -29,7 +29,7 @@ def _begin_thread(device: torch.device) -> None:
 
 
 @contextmanager
-def scoring_threads(model: Scorer) -> Generator[Executor]:
+def scoring_threads(model: AnyScorer) -> Generator[Executor]:
     """Yields an executor of as many threads as torch uses. Each of them computes its batches alone.
 
     A kernel that is split over threads may add up in another order. With one thread each, batches have the same bits
@@ -108,7 +108,7 @@ def _make_record(plan: CachePlan, number: int, scores: dict[str, Array]) -> Reco
     )
 
 
-def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
+def score_batch(model: AnyScorer, plan: CachePlan, batch: range) -> list[Record]:
     """Scores the windows of these numbers together, and returns their records."""
     # Pad the rows to the longest. One of n + 1 tokens has n positions.  tokens [B, T + 1], documents [B, T]
     rows, device = [_TeacherRow.from_window(plan.windows[i]) for i in batch], model.device
@@ -133,7 +133,7 @@ def score_batch(model: Scorer, plan: CachePlan, batch: range) -> list[Record]:
     ]
 
 
-def score_windows(executor: Executor, model: Scorer, plan: CachePlan, runs: Iterable[range]) -> Iterator[Record]:
+def score_windows(executor: Executor, model: AnyScorer, plan: CachePlan, runs: Iterable[range]) -> Iterator[Record]:
     """Yields the records of each run's windows in order. A batch never holds windows of two runs."""
     rows = plan.batch_rows
     batches = (run[start : start + rows] for run in runs for start in range(0, len(run), rows))
@@ -146,7 +146,7 @@ def count_batches(plan: CachePlan, runs: Sequence[range]) -> int:
     return sum(-(-len(run) // plan.batch_rows) for run in runs)
 
 
-def pass_along(executor: Executor, model: Scorer, plan: CachePlan, passes: int) -> None:
+def pass_along(executor: Executor, model: AnyScorer, plan: CachePlan, passes: int) -> None:
     """Makes so many passes for the ranks that still score, which gather weights from this one. Nothing is kept."""
     for _ in range(passes):
         executor.submit(score_batch, model, plan, range(1)).result()

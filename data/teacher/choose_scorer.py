@@ -1,4 +1,4 @@
-"""Choice of a teacher's scorer: our decoder where it covers the model family, transformers where it does not."""
+"""Choice of a teacher's scorer: our decoder where it covers the model family, else transformers, or vLLM if asked."""
 
 import logging
 from dataclasses import asdict
@@ -8,9 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from data.teacher.scorer import DecoderScorer, Scorer
+from data.teacher.scorer import AnyScorer, DecoderScorer, Scorer
 from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
 from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
+from data.teacher.vllm_scorer import load_engine
+from data.teacher.vllm_server import connect_scorer, read_server_facts
+from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 from kd_core.files import read_json
@@ -18,20 +21,22 @@ from kd_core.hub import NO_EXTRA
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.weights import stored_architecture
 
-ScorerName = Literal["auto", "decoder", "transformers"]
+ScorerName = Literal["auto", "decoder", "transformers", "vllm"]
+NO_SETTINGS = VllmSettings({})
 log = logging.getLogger("kd")
 
 
 class TeacherFacts(NamedTuple):
     """Facts about a teacher that an export plan needs before the model is loaded.
 
-    `max_positions` is None where the model names no limit.
+    `max_positions` is None where the model names no limit. `engine` is what reaches the arithmetic of another engine.
     """
 
     scorer: str
     vocab_size: int
     max_positions: int | None
     architecture: dict[str, Any]
+    engine: dict[str, Any] | None = None
 
 
 def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
@@ -43,16 +48,29 @@ def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
     return TeacherFacts("transformers", architecture["vocab_size"], limit, architecture)
 
 
-def read_teacher_facts(folder: Path, scorer: str, tokens: int | None = None) -> TeacherFacts:
+def _through_vllm(folder: Path, tokens: int | None, settings: VllmSettings) -> TeacherFacts:
+    facts = _through_transformers(folder, tokens)._replace(scorer="vllm")
+    if settings.url is None:
+        return facts._replace(engine=settings.recorded())
+    engine, longest = read_server_facts(settings)
+    return facts._replace(engine=engine, max_positions=min(longest, facts.max_positions or longest))
+
+
+def read_teacher_facts(
+    folder: Path, scorer: str, tokens: int | None = None, vllm: VllmSettings = NO_SETTINGS
+) -> TeacherFacts:
     """Returns the facts of a teacher, with the scorer that `auto` stands for.
 
     Args:
         scorer: the scorer, or `auto` to choose it by the family.
         tokens: the real vocabulary, which is the size of the teacher's tokenizer. None counts all rows of its lm_head.
+        vllm: settings of the scorer `vllm`, whose server is asked.
 
     Raises:
-        UsageError: the folder holds no model, or none that this scorer can score.
+        UsageError: the folder holds no model, or none that this scorer can score, or a server does not answer.
     """
+    if scorer == "vllm":
+        return _through_vllm(folder, tokens, vllm)
     if scorer == "transformers":
         return _through_transformers(folder, tokens)
     try:
@@ -96,3 +114,10 @@ def load_scorer(
     if parallel.expert_parallel:
         raise UsageError("parallel.expert_parallel: our decoder has no experts. Leave it out.")
     return DecoderScorer.load(folder, dtype, tokens, parallel, world)
+
+
+def load_vllm(folder: Path, dtype: torch.dtype, device: torch.device, settings: VllmSettings) -> AnyScorer:
+    """Loads the teacher in `folder` into vLLM, or connects to the server that has it."""
+    if settings.url:
+        return connect_scorer(folder, dtype, device, settings)
+    return load_engine(folder, dtype, device, Tokenizer(folder).vocab_size, settings)

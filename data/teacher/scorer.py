@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data.cache.selection import Selection
+from data.teacher.entry_scorer import EntryScorer
 from data.teacher.select import TeacherScores, select_entries
 from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
 from data.teacher.vocab_slices import vocab_slice
@@ -45,6 +46,9 @@ class Scorer(Protocol):
         A row is one document, padded on its right (document −1). The caller may overwrite the logits.
         """
         ...
+
+
+AnyScorer = Scorer | EntryScorer
 
 
 def ranks_of(scorer: object) -> ScorerRanks:
@@ -123,7 +127,7 @@ class DecoderScorer:
 
 @torch.no_grad()
 def score_rows(
-    scorer: Scorer,
+    scorer: AnyScorer,
     tokens: Int[Tensor, "B S"],
     document_ids: Int[Tensor, "B T"],
     selection: Selection,
@@ -134,6 +138,8 @@ def score_rows(
     Args:
         uniforms: numbers in [0, 1) that decide the draws of a selection with samples.
     """
+    if isinstance(scorer, EntryScorer):
+        return scorer.scores(tokens, document_ids, selection)
     # Position t predicts token t + 1.  [N]
     labels = tokens[:, 1:].flatten()
     chunks: list[TeacherScores] = []

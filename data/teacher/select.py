@@ -84,7 +84,7 @@ def select_entries(
     cut = None
     if not selection.fixed:
         # Entries outside the limits go back to the tail: `cut` has their log-probabilities, −inf elsewhere.  [n, K]
-        cut = torch.where(_is_within_limits(log_probs, selection), UNUSED, log_probs)
+        cut = torch.where(is_within_limits(log_probs, selection), UNUSED, log_probs)
         log_probs = torch.where(cut > UNUSED, UNUSED, log_probs)
         tail = torch.logaddexp(tail, cut.logsumexp(dim=1))
         tempered = [
@@ -135,7 +135,7 @@ def _log_sum_exp(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
     return shifted.sum(dim=1).log() + largest / temperature
 
 
-def _is_within_limits(log_probs: Tensor, selection: Selection) -> Tensor:
+def is_within_limits(log_probs: Tensor, selection: Selection) -> Tensor:
     """Returns a mask of the entries that `min_prob` and `mass` keep. Entries are in falling order.  [n, K]"""
     probs = log_probs.double().exp()
     floor = torch.tensor(selection.min_prob, dtype=torch.float64).log()

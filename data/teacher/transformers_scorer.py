@@ -115,7 +115,7 @@ def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
     return model
 
 
-class _WideLmHead(torch.nn.Module):
+class WideLmHead(torch.nn.Module):
     """An lm_head with float32 logits over this rank's real vocabulary, whatever the dtype of its factors."""
 
     def __init__(self, lm_head: torch.nn.Linear, vocab_size: int, world: World) -> None:
@@ -146,7 +146,7 @@ class _HeadInput(NamedTuple):
         return None
 
 
-class _PassThrough(torch.nn.Module):
+class PassThrough(torch.nn.Module):
     """A base model that returns its input embeddings as the last hidden states."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **settings: Any) -> _HeadInput:
@@ -166,7 +166,7 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
         # has no hooks: FSDP's would gather weights that the head does not read.
         is_fsdp = isinstance(model, FSDPModule)
         head: Any = object.__new__(type(model).__mro__[2] if is_fsdp else type(model))
-        modules = {**model._modules, model.base_model_prefix: _PassThrough()}  # pyright: ignore[reportPrivateUsage]
+        modules = {**model._modules, model.base_model_prefix: PassThrough()}  # pyright: ignore[reportPrivateUsage]
         hooks = {"_forward_pre_hooks": {}, "_forward_hooks": {}} if is_fsdp else {}
         head.__dict__.update(model.__dict__, _modules=modules, **hooks)
         with torch.no_grad():
@@ -181,7 +181,7 @@ def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: Worl
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had."""
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
-        model.set_output_embeddings(_WideLmHead(lm_head, vocab_size, world))
+        model.set_output_embeddings(WideLmHead(lm_head, vocab_size, world))
     tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
