@@ -184,7 +184,8 @@ def _block(value: Any, name: str) -> Block:
     )
 
 
-def _selection(value: Any) -> Selection:
+def parse_selection(value: Any) -> Selection:
+    """Builds a selection from its JSON, with every field checked."""
     limits = check_object(value, "selection", (f.name for f in dataclass_fields(Selection)))
     return Selection(
         top_k=check_integer(limits["top_k"], "selection.top_k", 0, 65535),
@@ -245,7 +246,7 @@ def _manifest(value: dict[str, Any], version: int) -> Manifest:
         vocab_size=check_integer(manifest["vocab_size"], "vocab_size", 1, MAX_VOCABULARY),
         tokenizer=check_text(manifest["tokenizer"], "tokenizer"),
         teacher=check_object(manifest["teacher"], "teacher"),
-        selection=_selection(manifest["selection"]),
+        selection=parse_selection(manifest["selection"]),
         row_length=check_integer(manifest["row_length"], "row_length", 1, MAX_POSITIONS),
         codec=_codec(manifest["codec"]),
         audit=_audit(manifest["audit"]),

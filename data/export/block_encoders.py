@@ -13,18 +13,16 @@ import queue
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import IO, NamedTuple, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, NamedTuple
 
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.record import Record
+from data.parallel import map_in_order
 from kd_core.errors import UsageError
 
-T = TypeVar("T")
-R = TypeVar("R")
 # Seconds in which a process must end after its results have.
 PATIENCE = 10.0
 
@@ -57,17 +55,6 @@ class EncoderSettings(NamedTuple):
 
 Encode = Callable[[Iterable[BlockJob]], Iterator[bytes]]
 """Encodes blocks and yields their bytes in order."""
-
-
-def map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Yields results of `work` in the order of `items`, with at most `ahead` items begun beyond the one yielded."""
-    begun: deque[Future[R]] = deque()
-    for item in items:
-        begun.append(executor.submit(work, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
 
 
 class _EncoderProcess:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data.cache.record import Array, Record
-from data.export.block_encoders import map_in_order
 from data.export.plan import CachePlan
+from data.parallel import map_in_order
 from data.teacher.scorer import Scorer, score_rows
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written
