@@ -1,7 +1,8 @@
 """Convert caches of other systems to this one's format, and a cache to a Hugging Face data set.
 
     python -m launchers.convert --format=distillkit --source=captures/ --model=my/student --out=my/cache/train
-    python -m launchers.convert --format=megatron --source=logits/ --tokens=tokens.npy --model=my/student --out=my/cache/train
+    python -m launchers.convert --format=megatron --source=logits/ --tokens=tokens.npy --model=my/student \\
+        --out=my/cache/train
     python -m launchers.convert --format=nemo_aligner --source='data/train_CHUNK_ID.jsonl' --model=my/student \\
         --out=my/cache/train
     python -m launchers.convert --to=huggingface --source=my/cache/train --out=my/dataset
@@ -116,11 +117,12 @@ def main() -> None:
     source, out = SOURCE.value, OUT.value
     if source is None or out is None or (FORMAT.value is None) == (TO.value is None):
         raise UsageError("wanted --source, --out, and either --format or --to. Try --help.")
-    processes = PROCESSES.value or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = PROCESSES.value or cores or 1
     if TO.value is None:
         _import_cache(source, Path(out), processes)
     else:
-        app.log.info("%s", write_dataset(Path(source), Path(out), processes))
+        app.log.info("%s", write_dataset(source, Path(out), processes))
 
 
 if __name__ == "__main__":

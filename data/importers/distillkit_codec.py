@@ -81,7 +81,7 @@ class CurveCodec:
                 f"compressed_logprobs: {list(payload.shape)} bytes; by its configuration a position has "
                 f"{self.position_bytes}. Is --compression that of the capture?"
             )
-        data, offset = torch.from_numpy(np.ascontiguousarray(payload, np.uint8)), 0
+        data, offset = torch.from_numpy(payload.astype(np.uint8)), 0
 
         def take(count: int, dtype: torch.dtype) -> torch.Tensor:
             nonlocal offset
@@ -132,14 +132,14 @@ class LegacyCodec:
                 f"exact_values and coeffs: {list(exact.shape)} and {list(coefficients.shape)}; by the configuration a "
                 f"position has {self.exact_k} and {terms}. Is --compression that of the capture?"
             )
-        values = torch.from_numpy(np.ascontiguousarray(exact, np.float32))
+        values = torch.from_numpy(exact.astype(np.float32))
         if terms:
             # Places count from 1. Exponents are 0, −1, −2, …, or 0, 1, 2, … where the polynomial is not inverted.
             at = torch.arange(self.k - self.exact_k, dtype=torch.float32) + 1
             sign = -1 if self.invert_polynomial else 1
             curve = [at ** (sign * i) for i in range(self.polynomial_degree + 1)]
             X = torch.stack([*curve, at.sqrt()] if self.with_sqrt_term else curve, dim=-1)
-            factors = torch.from_numpy(np.ascontiguousarray(coefficients, np.float32))
+            factors = torch.from_numpy(coefficients.astype(np.float32))
             values = torch.cat([values, torch.sum(X * factors.unsqueeze(-2), dim=-1)], dim=-1)
         return values.numpy()
 

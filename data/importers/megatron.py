@@ -21,7 +21,6 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -115,7 +114,6 @@ def _tar_chunks(path: Path) -> Iterator[tuple[_Place, int, Chunk]]:
         yield place, int(found[2] or 0), Chunk(path, name, first, size)
 
 
-@cache
 def _array(path: str, flag: str) -> Array:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -148,6 +146,9 @@ def _tensor(value: Any, name: str, shape: tuple[int, ...] | None = None) -> torc
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or (shape and tuple(value.shape) != shape):
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name}: {got}; wanted a tensor {shape or '[T, samples, K]'}")
+    # A tensor may repeat a few stored numbers to any size.
+    if value.numel() * value.element_size() > (stored := value.untyped_storage().nbytes()):
+        raise ValueError(f"{name}: {tuple(value.shape)}, of {stored} stored bytes; wanted each number stored")
     return value
 
 
@@ -191,6 +192,7 @@ class Megatron:
         """
         if not job.tokens:
             raise UsageError(f"--tokens: Megatron-LM's tars hold no tokens. {HINT}")
+        _array(job.tokens, "--tokens")
         found = [item for path in source_files(job.source, self.endings) for item in _tar_chunks(path)]
         ranks = 1 + max((place.rank for place, _, _ in found), default=-1)
         ranks = max([ranks, *(place.ranks for place, _, _ in found)])

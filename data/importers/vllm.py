@@ -33,8 +33,8 @@ def _entry(value: Any, token: int, position: int) -> tuple[list[int], list[float
     actual = tokens[token]
     rank, label = actual.get("rank"), float(actual["logprob"])
     others = {key: float(entry["logprob"]) for key, entry in tokens.items() if key != token}
-    # Of k + 1 tokens, the actual one is outside of the top k: below all others, and not by a tie.
-    if not others or label >= min(others.values()) or (rank is not None and rank <= len(others)):
+    # Behind the top k there may be the actual token. It is an entry if no other token lies between.
+    if not others or label >= min(others.values()) or (rank is not None and rank <= len(others) + 1):
         others[token] = label
     used = {key: log_prob for key, log_prob in others.items() if log_prob > LEAST}
     return list(used), list(used.values()), label

@@ -2,12 +2,13 @@
 
     manifest ─► parts: runs of blocks ─► processes: blocks ─► rows ─► data/train-00000-of-00012.parquet ─► README.md
 
-The columns are described in `data/importers/huggingface.py`. Rows are the cache's records in its order. A file appears by
-rename, so after an interruption the same command writes those that are missing.
+The columns are described in `data/importers/huggingface.py`. Rows are the cache's records in its order. A file appears
+by rename, so after an interruption the same command writes those that are missing.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,18 +182,16 @@ def _records(counts: Iterator[int], manifest: Manifest) -> int:
         return int(bar.n)
 
 
-def write_dataset(source: Path, out: Path, processes: int = 1) -> str:
+def write_dataset(source: str, out: Path, processes: int = 1) -> str:
     """Writes the data set `out` of a cache, and describes it in one line. Files that are there already are kept.
 
     Raises:
         UsageError: `out` is something else already, the cache is damaged, or pyarrow is not installed.
     """
-    try:
-        import pyarrow  # noqa: F401, PLC0415 (an extra)
-    except ImportError:
-        raise UsageError("--to=huggingface needs the extra: pip install 'kd-workspace[parquet]'.") from None
-    manifest, folder = load_manifest(str(source)), new_folder_target(out)
-    split = source.name if source.name in SPLITS else SPLITS[0]
+    if find_spec("pyarrow") is None:
+        raise UsageError("--to=huggingface needs the extra: pip install 'kd-workspace[parquet]'.")
+    manifest, folder = load_manifest(source), new_folder_target(out)
+    split = name if (name := source.rstrip("/").rpartition("/")[2]) in SPLITS else SPLITS[0]
     found = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
     if found - {".lock"} and CLAIM_FILE not in found:
         raise UsageError(f"{out}: exists already. Choose another --out, or delete it.")
@@ -204,7 +203,7 @@ def write_dataset(source: Path, out: Path, processes: int = 1) -> str:
             raise UsageError(f"{out}: holds a conversion of another cache. Choose another --out, or delete it.")
         (folder / "data").mkdir(exist_ok=True)
         parts = _parts(manifest, folder, split)
-        with ordered_map(processes, _Writer.prepare, str(source), manifest) as run:
+        with ordered_map(processes, _Writer.prepare, source, manifest) as run:
             records = _records(run(_Writer.write, parts), manifest)
         write_json(folder / FACTS_FILE, Facts.from_manifest(manifest).as_json())
         write_text(folder / "README.md", _card(manifest, split))
