@@ -47,8 +47,10 @@ class _Conversion:
     def run(self, processes: int) -> Manifest:
         """Writes what is missing of the cache, then its manifest, and returns that."""
         tables_facts, journal = self._tables(), Journal(self.folder)
+        # More processes than parts of the source would have nothing to do.
+        parts = 1 + sum(path.stat().st_size for path in self._files()) // self.job.chunk_bytes
         with (
-            ordered_map(processes, Worker.prepare, self.job, self.folder, tables_facts) as run,
+            ordered_map(min(processes, parts), Worker.prepare, self.job, self.folder, tables_facts) as run,
             tqdm(initial=journal.reached.records, unit="record", mininterval=1) as bar,
         ):
             for written in run(Worker.read_back, self._write_shards(run, journal)):
