@@ -203,7 +203,7 @@ def write_dataset(source: str, out: Path, processes: int = 1) -> str:
             raise UsageError(f"{out}: holds a conversion of another cache. Choose another --out, or delete it.")
         (folder / "data").mkdir(exist_ok=True)
         parts = _parts(manifest, folder, split)
-        with ordered_map(processes, _Writer.prepare, source, manifest) as run:
+        with ordered_map(min(processes, len(parts)), _Writer.prepare, source, manifest) as run:
             records = _records(run(_Writer.write, parts), manifest)
         write_json(folder / FACTS_FILE, Facts.from_manifest(manifest).as_json())
         write_text(folder / "README.md", _card(manifest, split))
