@@ -18,7 +18,7 @@ import torch
 
 from data.cache.record import Array
 from data.importers.distillkit_codec import CurveCodec, LegacyCodec
-from data.importers.entries import Entries, from_log_probs, from_logits
+from data.importers.parsed_entries import Entries, from_log_probs, from_logits
 from data.tokenizer import Tokenizer
 from kd_core.students.starts.start import Pretrained, build_student
 

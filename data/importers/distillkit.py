@@ -25,7 +25,7 @@ import numpy as np
 from data.cache.record import Array
 from data.importers.axolotl import NOT_SCORED
 from data.importers.distillkit_codec import CurveCodec, LegacyCodec, read_codec
-from data.importers.entries import Line, check_entries, make_line, normalise, parse_ids
+from data.importers.parsed_entries import Line, check_entries, make_line, normalise, parse_ids
 from data.importers.rows import TABLE_ENDING, Row, RowFormat
 from data.importers.settings import ImportSettings, Values
 from kd_core.errors import UsageError
@@ -67,8 +67,8 @@ def _teacher(row: Row, job: ImportSettings) -> tuple[Array, Array, Values]:
     if "packed_indices" in row and isinstance(codec, LegacyCodec):
         exact, curve = (_matrix(row[name], name) for name in ("exact_values", "coeffs"))
         return codec.ids(_matrix(row["packed_indices"], "packed_indices")), codec.decode(exact, curve), "logits"
-    wanted = "logprob_compressor" if "compressed_logprobs" in row else "legacy_logit_compression"
-    raise ValueError(f"has columns {', '.join(row)}; --compression has no {wanted} for them")
+    missing = "logprob_compressor" if "compressed_logprobs" in row else "legacy_logit_compression"
+    raise ValueError(f"has columns {', '.join(row)}; --compression has no {missing} for them")
 
 
 def _texts(row: Row, tokens: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -101,8 +101,8 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
         last = min(end - 1, len(ids))  # positions whose next token is of this text
         if last <= start:
             continue
-        found = check_entries(ids[start:last], numbers[start:last], job.ids)
-        entries = normalise(*found, job.values, auto, MOST_DECODED_MASS)
+        checked = check_entries(ids[start:last], numbers[start:last], job.ids)
+        entries = normalise(*checked, job.values, auto, MOST_DECODED_MASS)
         name = where if len(texts) == 1 else f"{where}/{index}"
         yield make_line(name, tokens[start : last + 1], scored[start + 1 : last + 1].astype(np.uint8), entries)
 

@@ -65,9 +65,11 @@ class CurveCodec:
         """Returns each term of the curve at each place: [k − exact_k, terms]."""
         n = self.k - self.exact_k
         # Places 0, 1, …, or 0 to 1, in the terms' own precision.
-        at = torch.linspace(0, 1, n, dtype=self.term_dtype) if self.normalize_t else torch.arange(n).to(self.term_dtype)
+        places = (
+            torch.linspace(0, 1, n, dtype=self.term_dtype) if self.normalize_t else torch.arange(n).to(self.term_dtype)
+        )
         specials = {"sqrt": torch.sqrt, "exp": torch.exp}
-        terms = [specials[term](at) if isinstance(term, str) else at**term for term in self.polynomial_terms]
+        terms = [specials[term](places) if isinstance(term, str) else places**term for term in self.polynomial_terms]
         return torch.stack(terms, dim=-1)
 
     def decode(self, payload: Array) -> Array:
@@ -135,10 +137,10 @@ class LegacyCodec:
         values = torch.from_numpy(exact.astype(np.float32))
         if terms:
             # Places count from 1. Exponents are 0, −1, −2, …, or 0, 1, 2, … where the polynomial is not inverted.
-            at = torch.arange(self.k - self.exact_k, dtype=torch.float32) + 1
+            places = torch.arange(self.k - self.exact_k, dtype=torch.float32) + 1
             sign = -1 if self.invert_polynomial else 1
-            curve = [at ** (sign * i) for i in range(self.polynomial_degree + 1)]
-            X = torch.stack([*curve, at.sqrt()] if self.with_sqrt_term else curve, dim=-1)
+            curve = [places ** (sign * i) for i in range(self.polynomial_degree + 1)]
+            X = torch.stack([*curve, places.sqrt()] if self.with_sqrt_term else curve, dim=-1)
             factors = torch.from_numpy(coefficients.astype(np.float32))
             values = torch.cat([values, torch.sum(X * factors.unsqueeze(-2), dim=-1)], dim=-1)
         return values.numpy()
@@ -146,12 +148,12 @@ class LegacyCodec:
     def ids(self, words: Array) -> Array:
         """Decodes the ids [T, k] of positions from their 64-bit words [T, n]."""
         bits = index_bits(self.vocab_size)
-        each = 64 // bits
-        if words.ndim != 2 or words.shape[1] != -(-self.k // each):
+        ids_a_word = 64 // bits
+        if words.ndim != 2 or words.shape[1] != -(-self.k // ids_a_word):
             raise ValueError(
-                f"packed_indices: {list(words.shape)} words; {self.k} ids of {bits} bits need {-(-self.k // each)}"
+                f"packed_indices: {list(words.shape)} words; {self.k} ids of {bits} bits, {ids_a_word} a word, wanted"
             )
-        shifts = np.arange(each, dtype=np.uint64) * np.uint64(bits)
+        shifts = np.arange(ids_a_word, dtype=np.uint64) * np.uint64(bits)
         ids = (words.astype(np.uint64)[:, :, None] >> shifts) & np.uint64((1 << bits) - 1)
         return ids.reshape(len(words), -1)[:, : self.k].astype(np.int64)
 
@@ -243,8 +245,8 @@ def parse_codec(value: Any) -> CurveCodec | LegacyCodec:
             codec = LegacyCodec(**_parse(check_object(legacy, "legacy_logit_compression"), LegacyCodec))
             fits = codec.k >= codec.exact_k
         else:
-            own = check_object(config.get("logprob_compressor", config), "logprob_compressor")
-            codec = CurveCodec(**_parse(own, CurveCodec))
+            todays = check_object(config.get("logprob_compressor", config), "logprob_compressor")
+            codec = CurveCodec(**_parse(todays, CurveCodec))
             rest = codec.k - codec.exact_k
             fits = sum(item.num_elements for item in codec.residual_bins) <= rest
             fits = fits and (rest == 0 or bool(codec.polynomial_terms or codec.residual_bins))

@@ -5,10 +5,10 @@ from typing import Protocol
 
 from data.importers import axolotl, llamakd, nemo_aligner, server_lines, trl, vllm
 from data.importers.distillkit import DISTILLKIT
-from data.importers.entries import Line
 from data.importers.facts import Facts
 from data.importers.huggingface import HUGGINGFACE
 from data.importers.megatron import Megatron
+from data.importers.parsed_entries import Line
 from data.importers.rows import RowFormat
 from data.importers.settings import Chunk, ImportSettings
 from kd_core.errors import UsageError
@@ -50,14 +50,14 @@ def format_of(job: ImportSettings) -> Format:
     """
     if job.kind not in FORMATS:
         raise UsageError(f"--format: got {job.kind!r}; wanted one of {', '.join(FORMATS)}.")
-    found = FORMATS[job.kind]
-    if job.values != "auto" and not found.takes_values:
+    chosen = FORMATS[job.kind]
+    if job.values != "auto" and not chosen.takes_values:
         raise UsageError(f"--values: {job.kind} says itself what its numbers are. Leave it out.")
     if (job.tokens or job.loss_mask) and job.kind != "megatron":
         raise UsageError(f"--tokens and --loss_mask: {job.kind} has the tokens in its rows. Leave them out.")
     if job.compression and job.kind != "distillkit":
         raise UsageError(f"--compression is of distillkit; {job.kind} has none. Leave it out.")
-    return found
+    return chosen
 
 
 def read_lines_of(job: ImportSettings) -> Iterator[Line]:
@@ -66,6 +66,6 @@ def read_lines_of(job: ImportSettings) -> Iterator[Line]:
     Raises:
         UsageError: a row does not fit the format. The message names its place.
     """
-    found = format_of(job)
-    for chunk in found.chunks(job):
-        yield from found.lines(chunk, job)
+    chosen = format_of(job)
+    for chunk in chosen.chunks(job):
+        yield from chosen.lines(chunk, job)

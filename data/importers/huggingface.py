@@ -20,8 +20,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.cache.record import Array, Record
-from data.importers.entries import Line, check_entries, parse_entries, parse_ids, parse_mask
 from data.importers.facts import Facts, read_facts, tail_column
+from data.importers.parsed_entries import Line, check_entries, parse_entries, parse_ids, parse_mask
 from data.importers.rows import TABLE_ENDING, Row, RowFormat
 from data.importers.settings import ImportSettings
 from kd_core.json_fields import check_integer
@@ -38,8 +38,8 @@ def _lists(row: Row, ids: str, logs: str, positions: int, size: int) -> tuple[Ar
     """Returns two ragged columns as arrays [T, K], or [T, 0] where no position has one."""
     if not any(map(len, row[ids])) and len(row[ids]) == len(row[logs]) == positions:
         return np.zeros((positions, 0), np.int32), np.zeros((positions, 0), np.float32)
-    found = parse_entries(row[ids], row[logs], positions, size)
-    return check_entries(found[0], found[1].astype(np.float32), size)
+    parsed = parse_entries(row[ids], row[logs], positions, size)
+    return check_entries(parsed[0], parsed[1].astype(np.float32), size)
 
 
 def parse_row(row: Row, _: str, job: ImportSettings) -> Iterator[Line]:

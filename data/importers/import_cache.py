@@ -143,11 +143,11 @@ class _Conversion:
         """
         path = self.folder / PLAN_FILE
         files = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in self._files()]
-        own = json.loads(json_text({"settings": asdict(self.job), "files": files}))
+        claim = json.loads(json_text({"settings": asdict(self.job), "files": files}))
         if not path.exists():
-            write_json(path, own)
-        elif (recorded := read_json(path, "what a conversion was begun for")) != own:
-            settings, old = own["settings"], recorded.get("settings", {})
+            write_json(path, claim)
+        elif (recorded := read_json(path, "what a conversion was begun for")) != claim:
+            settings, old = claim["settings"], recorded.get("settings", {})
             differing = [name for name in settings if settings[name] != old.get(name)] or ["the source's files"]
             raise UsageError(
                 f"{self.folder}: holds a conversion that was begun with other settings or files "
@@ -162,8 +162,8 @@ def import_cache(job: ImportSettings, out: Path, processes: int = 1) -> Manifest
         UsageError: `out` is something else already, or a row does not fit its format.
     """
     folder = new_folder_target(out)
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
-    if found - {".lock"} and PLAN_FILE not in found:
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if present - {".lock"} and PLAN_FILE not in present:
         raise UsageError(f"{out}: exists already. Choose another --out, or delete it.")
     conversion = _Conversion(job, folder)
     with own_folder(folder):

@@ -10,9 +10,9 @@ from data.cache.codec.coding import Coding
 from data.cache.manifest import Block, Shard
 from data.cache.selection import Selection
 from data.cache.totals import BlockSums
-from data.importers.entries import Line
 from data.importers.formats import format_of
 from data.importers.import_journal import EncodedBlock, Reached, WrittenShard
+from data.importers.parsed_entries import Line
 from data.importers.settings import Chunk, ImportSettings
 from data.stream.shards import read_tables, read_written_blocks
 from kd_core.errors import UsageError

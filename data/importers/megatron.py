@@ -29,8 +29,8 @@ import torch
 import zstandard
 
 from data.cache.record import UNUSED, Array
-from data.importers.entries import Line, check_entries, from_log_probs, make_line, parse_ids, parse_mask
 from data.importers.facts import Facts
+from data.importers.parsed_entries import Line, check_entries, from_log_probs, make_line, parse_ids, parse_mask
 from data.importers.settings import Chunk, ImportSettings, source_files
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, open_plain, printable
@@ -106,12 +106,12 @@ def _tar_chunks(path: Path) -> Iterator[tuple[_Place, int, Chunk]]:
     members = _members(path)
     ranks, micro_batch = _sizes(path, next(members, ("nothing", 0, 0)))
     for name, first, size in members:
-        if not (found := MEMBER_NAME.fullmatch(name)):
+        if not (samples := MEMBER_NAME.fullmatch(name)):
             raise UsageError(f"{printable(path)}: {name!a:.100} is no member that Megatron-LM writes. Copy it again.")
-        if found[2] and not (ranks and micro_batch):
+        if samples[2] and not (ranks and micro_batch):
             raise UsageError(f"{printable(path)}: {META} lacks dp_size_save and mbs_save. Copy it again.")
-        place = _Place(int(found[1]), int(match[2]), ranks, micro_batch if found[2] else 0)
-        yield place, int(found[2] or 0), Chunk(path, name, first, size)
+        place = _Place(int(samples[1]), int(match[2]), ranks, micro_batch if samples[2] else 0)
+        yield place, int(samples[2] or 0), Chunk(path, name, first, size)
 
 
 def _array(path: str, flag: str) -> Array:
@@ -193,22 +193,24 @@ class Megatron:
         if not job.tokens:
             raise UsageError(f"--tokens: Megatron-LM's tars hold no tokens. {HINT}")
         _array(job.tokens, "--tokens")
-        found = [item for path in source_files(job.source, self.endings) for item in _tar_chunks(path)]
-        ranks = 1 + max((place.rank for place, _, _ in found), default=-1)
-        ranks = max([ranks, *(place.ranks for place, _, _ in found)])
-        if missing := set(range(ranks)) - {place.rank for place, _, _ in found}:
+        members = [item for path in source_files(job.source, self.endings) for item in _tar_chunks(path)]
+        ranks = 1 + max((place.rank for place, _, _ in members), default=-1)
+        ranks = max([ranks, *(place.ranks for place, _, _ in members)])
+        if missing := set(range(ranks)) - {place.rank for place, _, _ in members}:
             raise UsageError(
                 f"{job.source}: no tar of rank {min(missing)} of {ranks}, dp{min(missing)}__…. Restore it."
             )
-        found.sort(key=lambda item: (item[0].start, item[0].rank))
+        members.sort(key=lambda item: (item[0].start, item[0].rank))
         for rank in range(ranks):
-            own = [(place.start, end or place.start + 1, chunk) for place, end, chunk in found if place.rank == rank]
-            for (_, end, _), (start, _, chunk) in itertools.pairwise(own):
+            ranges = [
+                (place.start, end or place.start + 1, chunk) for place, end, chunk in members if place.rank == rank
+            ]
+            for (_, end, _), (start, _, chunk) in itertools.pairwise(ranges):
                 if start < end:
                     raise UsageError(
                         f"{printable(chunk.path)}: {chunk.name} holds samples of another tar too. Remove one."
                     )
-        for place, _, chunk in found:
+        for place, _, chunk in members:
             yield Chunk(chunk.path, chunk.name, chunk.first, chunk.count, numbers=(*place._replace(ranks=ranks),))
 
     def lines(self, chunk: Chunk, job: ImportSettings) -> Iterator[Line]:
@@ -246,8 +248,8 @@ class Megatron:
         for row in range(ids.shape[1]):
             batch, within = divmod(row, micro_batch)
             sample = first + (batch * place.ranks + place.rank) * micro_batch + within
-            own = None if edges is None else edges[row].tolist()
-            yield from self._sample(sample, ids[:, row], logs[:, row], own, job)
+            text_edges = None if edges is None else edges[row].tolist()
+            yield from self._sample(sample, ids[:, row], logs[:, row], text_edges, job)
 
     def _sample(
         self, sample: int, ids: Array, logs: Array, edges: list[int] | None, job: ImportSettings
@@ -272,7 +274,6 @@ class Megatron:
             # The last position of a text describes the first token of the next one, which it does not know.
             last = end if end == T else end - 1
             if last > start:
-                at = slice(start, last)
-                part = entries.at(at)
+                part = slice(start, last)
                 name = f"sample-{sample:08d}" + ("" if edges is None else f"/{start}")
-                yield make_line(name, tokens[start : last + 1], mask[at], part, start=0)
+                yield make_line(name, tokens[start : last + 1], mask[part], entries.at(part), start=0)

@@ -11,7 +11,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.importers.entries import Line, from_log_probs, from_logits, make_line, parse_entries, parse_ids, parse_mask
+from data.importers.parsed_entries import (
+    Line,
+    from_log_probs,
+    from_logits,
+    make_line,
+    parse_entries,
+    parse_ids,
+    parse_mask,
+)
 from data.importers.rows import Row
 from data.importers.settings import ImportSettings
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from data.corpus.table_rows import MOST_MEMORY, table_file
-from data.importers.entries import Line
 from data.importers.facts import Facts
+from data.importers.parsed_entries import Line
 from data.importers.settings import Chunk, ImportSettings, file_name, source_files
 from data.text_lines import PACKED, check_unpacked_size, decode_utf8, parse_json, read_lines, require_object
 from kd_core.errors import UsageError

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.importers.entries import Line, make_line, normalise, parse_entries, parse_ids, parse_mask
+from data.importers.parsed_entries import Line, make_line, normalise, parse_entries, parse_ids, parse_mask
 from data.importers.rows import Row
 from data.importers.settings import ImportSettings
 

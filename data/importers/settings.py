@@ -93,9 +93,9 @@ def source_files(source: str, endings: tuple[str, ...]) -> list[Path]:
             return [path]
         folder_files = find_files(path, lambda file: file.name.lower().endswith(endings)) if path.is_dir() else None
         if folder_files is None or not folder_files.files:
-            wanted = " or ".join(endings[:3])
+            suffixes = " or ".join(endings[:3])
             raise UsageError(
-                f"{source}: no such file, and no folder of {wanted} files. Name one, or a path with {CHUNK_ID}."
+                f"{source}: no such file, and no folder of {suffixes} files. Name one, or a path with {CHUNK_ID}."
             )
         folder_files.log_left_out("source")
         return folder_files.files

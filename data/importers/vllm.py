@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from data.importers.entries import Line, make_line, normalise, parse_entries, parse_ids
+from data.importers.parsed_entries import Line, make_line, normalise, parse_entries, parse_ids
 from data.importers.rows import Row
 from data.importers.settings import ImportSettings
 from kd_core.json_fields import short_repr
@@ -48,10 +48,10 @@ def _choices(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     choices = body.get("choices", [body])
     prompts = body.get("prompt_token_ids", body.get("prompt", row.get("prompt")))
     for index, choice in enumerate(choices):
-        own = prompts[index] if prompts and isinstance(prompts[0], list) else prompts if len(choices) == 1 else None
+        prompt = prompts[index] if prompts and isinstance(prompts[0], list) else prompts if len(choices) == 1 else None
         name = "" if len(choices) == 1 else f"/{index}"
         # The scale-out endpoint has its prompt_logprobs beside the choices.
-        yield name, {"prompt_token_ids": own, "prompt_logprobs": body.get("prompt_logprobs"), **choice}
+        yield name, {"prompt_token_ids": prompt, "prompt_logprobs": body.get("prompt_logprobs"), **choice}
 
 
 def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
@@ -72,6 +72,6 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
         mask = np.array([label > LEAST for _, _, label in read], np.uint8)
         # An actual token that the teacher excludes has no finite log-probability, and is not scored.
         labels = np.where(mask > 0, [label for _, _, label in read], 0.0)
-        found = normalise(ids, logs, job.values)
-        stated = labels if found.is_tail_known else None
-        yield make_line(f"{where}{name}", tokens, mask, found, stated)
+        parsed = normalise(ids, logs, job.values)
+        stated = labels if parsed.is_tail_known else None
+        yield make_line(f"{where}{name}", tokens, mask, parsed, stated)

@@ -192,8 +192,8 @@ def write_dataset(source: str, out: Path, processes: int = 1) -> str:
         raise UsageError("--to=huggingface needs the extra: pip install 'kd-workspace[parquet]'.")
     manifest, folder = load_manifest(source), new_folder_target(out)
     split = name if (name := source.rstrip("/").rpartition("/")[2]) in SPLITS else SPLITS[0]
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
-    if found - {".lock"} and CLAIM_FILE not in found:
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if present - {".lock"} and CLAIM_FILE not in present:
         raise UsageError(f"{out}: exists already. Choose another --out, or delete it.")
     with own_folder(folder):
         claim = {"cache": manifest.identity(), "split": split}

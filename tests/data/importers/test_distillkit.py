@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from data.cache.record import UNUSED
 from data.importers.distillkit_codec import CurveCodec, LegacyCodec, parse_codec, read_codec
-from data.importers.entries import Line
 from data.importers.formats import read_lines_of
+from data.importers.parsed_entries import Line
 from data.importers.settings import UNKNOWN, ImportSettings
 from kd_core.errors import UsageError
 from tests.data.importers.sources import distillkit_bytes, distillkit_config

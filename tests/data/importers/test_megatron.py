@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data.cache.record import UNUSED
-from data.importers.entries import Line
 from data.importers.formats import read_lines_of
+from data.importers.parsed_entries import Line
 from data.importers.settings import UNKNOWN, ImportSettings
 from kd_core.errors import UsageError
 from tests.data.importers.sources import megatron_tars

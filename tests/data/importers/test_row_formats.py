@@ -10,8 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from data.cache.record import UNUSED
-from data.importers.entries import Line
 from data.importers.formats import read_lines_of
+from data.importers.parsed_entries import Line
 from data.importers.settings import UNKNOWN, ImportSettings
 from kd_core.errors import UsageError
 
@@ -192,3 +192,28 @@ def test_settings_of_other_formats_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             _read(tmp_path, kind, [], **settings)
+
+
+def test_replies_that_vllms_server_wrote() -> None:
+    """`vllm_replies.jsonl`: replies of vLLM 0.32 to a prompt and to two at once, with the quick start's teacher."""
+    source = Path(__file__).parent / "vllm_replies.jsonl"
+    choices = [choice for text in source.read_text().splitlines() for choice in json.loads(text)["choices"]]
+    lines = list(read_lines_of(ImportSettings("vllm", str(source), 49_152, UNKNOWN)))
+    assert len(lines) == len(choices) == 3
+    for line, choice in zip(lines, choices, strict=True):
+        tokens, record = choice["prompt_token_ids"], line.record
+        assert record.token_ids.tolist() == tokens
+        assert line.unknown == set()
+        for t, entry in enumerate(choice["prompt_logprobs"][1:]):
+            label = entry[str(tokens[t + 1])]
+            assert record.label_log_prob[t] == pytest.approx(label["logprob"], abs=1e-6)
+            # The entries are the likeliest three tokens, and a fourth where the actual token is just behind them.
+            top = {
+                int(key): e["logprob"] for key, e in entry.items() if e["rank"] <= 3 or label["rank"] == e["rank"] == 4
+            }
+            used = record.topk_log_probs[t] > UNUSED
+            found = dict(
+                zip(record.topk_token_ids[t, used].tolist(), record.topk_log_probs[t, used].tolist(), strict=True)
+            )
+            assert found == pytest.approx(top, abs=1e-6)
+            assert np.exp(record.tail_log_prob[t]) == pytest.approx(1 - sum(np.exp(list(top.values()))), abs=1e-6)
