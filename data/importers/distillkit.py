@@ -31,8 +31,8 @@ from data.importers.settings import ImportSettings, Values
 from kd_core.errors import UsageError
 
 CONFIG_FILE = "compression_config.yaml"  # which a capture has beside its rows
-# The mass of a decoded position may exceed 1 by the codec's error. It is scaled back.
-MOST_DECODED_MASS = 1.5
+# The mass of a decoded position may exceed 1 by the codec's error, and is scaled back. Logits would make far more.
+MOST_DECODED_MASS = 10.0
 
 
 @cache
