@@ -4,6 +4,7 @@ ends in anything but one message. `docs/untrusted_files.md` lists the places.
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -11,12 +12,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
+import numpy as np
 import pytest
 import torch
 import zstandard
@@ -28,7 +31,9 @@ from torch.distributed.checkpoint import save as dcp_save
 from data.corpus.chat.chat_template import ChatTemplate
 from data.corpus.chat.conversations import Conversation
 from data.corpus.corpus import Corpus
-from data.importers.lines import read_records, source_files
+from data.importers.distillkit_codec import read_codec
+from data.importers.formats import read_lines_of
+from data.importers.settings import ImportSettings, source_files
 from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.tokenizer import Tokenizer
 from experiments.base.sweep_definition import Sweep, seeds
@@ -541,6 +546,7 @@ def test_an_arrow_file_is_checked_before_its_offsets_are_trusted(tmp_path: Path)
 
 def test_other_systems_caches_are_bounded(tmp_path: Path) -> None:
     line = {"tokens": [1, 2, 3], "top_ids": [[1], [2]], "top_log_probs": [[-0.1], [-0.1]]}
+    job = ImportSettings("jsonl", str(tmp_path / "a.jsonl"), 320, "unknown")
     for change in (
         {"tokens": [10**30, 1, 1]},
         {"top_ids": [[1], [list(range(9))]]},
@@ -551,11 +557,81 @@ def test_other_systems_caches_are_bounded(tmp_path: Path) -> None:
          "top_log_probs": [[-9] * 99, *[[]] * 599_999]},
     ):  # fmt: skip
         (tmp_path / "a.jsonl").write_text(json.dumps({**line, **change}))
-        _refused(lambda: list(read_records(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
+        _refused(
+            lambda: list(read_lines_of(job)),
+            r"a\.jsonl:1",
+        )
     (tmp_path / "a.jsonl").write_text("[" * 200_000)
-    _refused(lambda: list(read_records(str(tmp_path / "a.jsonl"), "jsonl", 320)), r"a\.jsonl:1")
+    _refused(lambda: list(read_lines_of(job)), r"a\.jsonl:1")
     (tmp_path / "c_999999999999.jsonl").write_text("")
-    _refused(lambda: source_files(str(tmp_path / "c_CHUNK_ID.jsonl")), "no such chunk", 2)
+    _refused(lambda: source_files(str(tmp_path / "c_CHUNK_ID.jsonl"), (".jsonl",)), "no such chunk", 2)
+
+
+def _megatron_tar(folder: Path, payload: bytes, name: str = "0-8.pt.zst", meta: bytes = b"{}") -> ImportSettings:
+    """A tar as Megatron-LM names it, with one member behind its metadata, and the job that converts it."""
+    with tarfile.open(folder / "dp0__0-8.tar", "w") as tar:
+        for member, data in (("_meta.json", meta), (name, payload)):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    np.save(folder / "tokens.npy", np.zeros((8, 9), np.int64))
+    return ImportSettings("megatron", str(folder), 320, "unknown", tokens=str(folder / "tokens.npy"))
+
+
+def test_no_pickle_of_megatrons_tars_is_run(tmp_path: Path) -> None:
+    """Members are pickles, read by an unpickler that knows tensors alone, and are bounded before they are unpacked."""
+    sizes = json.dumps({"saver": {"dp_size_save": 1, "mbs_save": 8}}).encode()
+    touched = tmp_path / "touched"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(touched),)
+
+    buffer = io.BytesIO()
+    torch.save({"values": Evil(), "indices_low": Evil(), "bit_17": 1}, buffer)
+    shape = (8, 8, 2**40)
+    repeated = io.BytesIO()
+    torch.save({"values": torch.zeros(1).expand(shape), "indices_low": torch.zeros(1), "bit_17": 1}, repeated)
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    for payload, message in {
+        zstandard.compress(buffer.getvalue()): "Weights only load failed",
+        zstandard.compress(repeated.getvalue()): "of 4 stored bytes",
+        zstandard.compress(pickle.dumps(Evil())): "pickle protocol",
+        zstandard.compress(b"PK\x03\x04" + bytes(100)): "a member of Megatron-LM's tars",
+        bomb: "declare 268435456 unpacked ones",
+        b"\x28\xb5\x2f\xfd" + bytes(8): "a member of Megatron-LM's tars",
+        b"no frame": "a member of Megatron-LM's tars",
+    }.items():
+        job = _megatron_tar(tmp_path, payload, meta=sizes)
+        _refused(lambda job=job: list(read_lines_of(job)), message)
+    assert not touched.exists()
+    for name, meta, message in (
+        ("../0.pt.zst", sizes, "is no member that Megatron-LM writes"),
+        ("0-8.pt.zst", b"[]", "_meta.json"),
+        ("0-8.pt.zst", b"{}", "lacks dp_size_save"),
+        ("0-8.pt.zst", json.dumps({"saver": {"dp_size_save": 10**9}}).encode(), "dp_size_save"),
+    ):
+        job = _megatron_tar(tmp_path, b"", name, meta)
+        _refused(lambda job=job: list(read_lines_of(job)), message)
+    (tmp_path / "dp0__0-8.tar").write_bytes(b"no tar" * 200)
+    _refused(lambda: list(read_lines_of(job)), "not a tar, or damaged")
+    job = _megatron_tar(tmp_path, b"", meta=sizes)
+    np.save(tmp_path / "tokens.npy", np.array([Evil()], object), allow_pickle=True)
+    _refused(lambda: list(read_lines_of(job)), "--tokens")
+    assert not touched.exists()
+
+
+def test_a_configuration_of_distillkits_codec_is_bounded(tmp_path: Path) -> None:
+    for text in (
+        "!!python/object/apply:os.system [id]",
+        "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]",
+        "{d: 5, k: 99999999, exact_k: 1, polynomial_terms: [0]}",
+        "{d: 5, k: 9, exact_k: 1, polynomial_terms: [99]}",
+        "x" * 100_000,
+        "[" * 50_000,
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        _refused(lambda: read_codec(tmp_path / "a.yaml"), r"a\.yaml")
 
 
 # Runs, sweeps, tables

@@ -20,6 +20,9 @@ from kd_core.errors import UsageError
 
 SHIFTS: tuple[int, ...] = (-1, 0, 1)
 TOLERANCE = 0.05  # nats between a label's log-probability and its entry's; the codecs stay below
+# Levels are equal steps of √p, so the least likely entry may be read half a step below what it was, and levels of
+# unlikely entries are 0.58 nats apart.
+HALF_STEP, MOST_HALF_STEP = 0.0028, 0.3
 MOST_DISAGREE, MOST_DISAGREE_SHARE = 2, 0.01  # positions of a small sample; share of a large one
 ELSEWHERE = -5.0  # nats from the tail's mass to that of a token in it
 # Another shift is better if all three hold for its likelihood:
@@ -42,8 +45,10 @@ def label_scores(record: Record, shift: int, positions: Array) -> tuple[Array, A
     entries = record.topk_log_probs[positions]
     lowest = np.where(entries > UNUSED, entries, 0.0).min(axis=1, initial=0.0)
     # The label's log-probability equals its entry's; without an entry, it is at most that of the least likely one.  [n]
+    half_steps = np.minimum(2 * np.log1p(HALF_STEP * np.exp(-np.maximum(lowest, -20) / 2)), MOST_HALF_STEP)
+    most = lowest + half_steps + TOLERANCE
     distance = np.abs(np.where(has_entry, entry_logs, 0.0) - label_logs)
-    agrees = np.where(has_entry, distance <= TOLERANCE, label_logs <= lowest + TOLERANCE)
+    agrees = np.where(has_entry, distance <= TOLERANCE, label_logs <= most)
     # log weight of the sample that is the label.  [n, S] → [n]
     is_drawn, sample_logs = np.zeros(len(positions), bool), entry_logs
     samples, weights = record.samples()

@@ -18,7 +18,7 @@ ChooseColumns = Callable[[Sequence[str]], list[str]]  # picks the columns to rea
 
 
 @contextmanager
-def _table_file(path: Path, kind: str) -> Generator[BufferedReader]:
+def table_file(path: Path, kind: str) -> Generator[BufferedReader]:
     """Opens the file of a table, and turns any error of pyarrow into a `UsageError`."""
     where = printable(path)
     try:
@@ -64,7 +64,7 @@ def parquet_batches(path: Path, choose_columns: ChooseColumns) -> Iterator[list[
     Raises:
         UsageError: the file is damaged, or pyarrow is not installed.
     """
-    with _table_file(path, "Parquet") as file:
+    with table_file(path, "Parquet") as file:
         from pyarrow import parquet  # noqa: PLC0415
 
         with parquet.ParquetFile(file) as opened:
@@ -89,7 +89,7 @@ def _checked_batches(opened: Any, choose_columns: ChooseColumns) -> Iterator[Any
 
 def arrow_batches(path: Path, choose_columns: ChooseColumns) -> Iterator[list[Any]]:
     """Yields the rows of an Arrow file or stream in batches, otherwise as `parquet_batches`."""
-    with _table_file(path, "Arrow") as file:
+    with table_file(path, "Arrow") as file:
         from pyarrow import ipc  # noqa: PLC0415
 
         is_file = file.peek(len(ARROW_MAGIC)).startswith(ARROW_MAGIC)

@@ -16,7 +16,7 @@ import torch
 from data.cache.record import Array, Record
 from data.corpus.windows import Window
 from data.export.plan import CachePlan
-from data.export.worker_processes import map_in_order
+from data.parallel import map_in_order
 from data.teacher.scorer import AnyScorer, ranks_of, score_rows
 from kd_core.parallel.world import use_device
 

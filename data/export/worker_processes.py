@@ -13,12 +13,12 @@ import queue
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from subprocess import Popen
 from typing import IO, Any, Generic, TypeVar
 
+from data.parallel import map_in_order
 from kd_core.errors import UsageError
 
 T = TypeVar("T")
@@ -28,17 +28,6 @@ PATIENCE = 10.0
 
 MapJobs = Callable[[Iterable[T]], Iterator[R]]
 """Does jobs and yields their results in order."""
-
-
-def map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Yields results of `work` in the order of `items`, with at most `ahead` items begun beyond the one yielded."""
-    begun: deque[Future[R]] = deque()
-    for item in items:
-        begun.append(executor.submit(work, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
 
 
 def start_process(module: str, *arguments: str, pass_fds: Sequence[int] = (), **variables: str) -> Popen[bytes]:

@@ -1,175 +1,185 @@
-"""Import of other systems' records as a cache:
+"""Import of other systems' caches, in processes side by side, and resumable:
 
-    lines ─► pilot ─► tables      lines ─► records ─► blocks ─► tars ─► manifest, with what the source did not state
+    source ─► chunks ─► processes: records ─► blocks        ─► numbered, into tars ─► processes: read back, checked
+               │ the first one: pilot ─► tables                                         │
+               ▼                                                                        ▼
+             a function of the source and the settings          manifest, with what the source did not state
 
-The source is read once, and only one shard's blocks are in memory. The folder gets its name at the end, by a rename.
+Chunks, blocks and shards depend on the source and the settings alone, so the bytes are the same with any number of
+processes. A shard appears by rename, then a line of `conversion.jsonl` says how far it reaches. After an interruption,
+the same command goes on behind the last of these lines.
 """
 
+import itertools
+import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data.cache.codec.block import encode_block_members
-from data.cache.codec.coding import Coding
-from data.cache.codec.levels import Codec
+from data.cache.codec.block import renumber_block
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.index_files import IndexFiles
-from data.cache.manifest import Manifest, Shard, made_now
-from data.cache.record import Record
+from data.cache.manifest import TABLES_FILE, Manifest, made_now
+from data.cache.manifest_fields import MAX_TABLES_BYTES
 from data.cache.selection import Selection
 from data.cache.storage import storage_at
-from data.cache.totals import Totals
-from data.cache.writer import read_back, write_index, write_shard, write_tables
-from data.importers.lines import PARSERS, Line, read_records, source_files
-from data.stream.shards import read_tables
+from data.cache.writer import file_facts, write_shard, write_tables
+from data.importers.formats import format_of
+from data.importers.import_journal import JOURNAL_FILE, EncodedBlock, Journal, Reached
+from data.importers.import_worker import Worker, group_lines
+from data.importers.settings import UNKNOWN, Chunk, ImportSettings, source_files
+from data.parallel import OrderedMap, ordered_map
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, new_folder
-from kd_core.ranges import check_settings
+from kd_core.files import content_fingerprint, json_text, new_folder_target, own_folder, read_json, write_json
 
-UNKNOWN = "unknown"
-BYTES_OF_AN_ENTRY = 25  # in JSON, about: an id and a number
-
-
-@dataclass(frozen=True)
-class ImportSettings:
-    """Settings of an import.
-
-    Args:
-        kind: format of the source, one of `PARSERS`.
-        source: a file, a folder, or a path with CHUNK_ID.
-        vocab_size: tokens of the real vocabulary.
-        tokenizer: the tokenizer's fingerprint, or `UNKNOWN`.
-        codec: how blocks are coded.
-        max_codec_kl: largest mean KL(original‖decoded) of a block, in nats. The import stops above it.
-        block_positions: about the number of positions that are coded together.
-        shard_bytes: about the size of a shard.
-        columns: columns of a padded model, if more than `vocab_size`. Entries of padding are left out.
-    """
-
-    kind: str
-    source: str
-    vocab_size: int
-    tokenizer: str
-    codec: Codec = "standard"
-    max_codec_kl: float = 1e-3
-    block_positions: int = 8192
-    shard_bytes: int = 4_000_000
-    columns: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in PARSERS:
-            raise UsageError(f"--format: got {self.kind!r}; wanted one of {', '.join(PARSERS)}.")
-        check_settings(self, "--")
-        if self.vocab_size < 1 or self.block_positions < 1 or self.shard_bytes < 1:
-            raise UsageError("wanted a vocabulary, block_positions and shard_bytes of at least 1.")
+BYTES_OF_JSON, BYTES_OF_BINARY = 25, 5  # of an entry, about: an id and a number
+PLAN_FILE = "conversion.json"
 
 
-class _CountedRecords:
-    """The records of lines, with the longest, the widest and the unknown fields of those read so far."""
+class _Conversion:
+    """A conversion into a folder that this process owns."""
 
-    def __init__(self, lines: Iterator[Line]) -> None:
-        self.lines, self.unknown = lines, set[str]()
-        self.longest = self.widest = 0
+    def __init__(self, job: ImportSettings, folder: Path) -> None:
+        self.job, self.folder, self.format = job, folder, format_of(job)
+        self.facts, self.storage = self.format.facts(job), storage_at(folder)
 
-    def __iter__(self) -> Iterator[Record]:
-        for line in self.lines:
-            self.unknown |= line.unknown
-            self.longest = max(self.longest, line.record.positions)
-            self.widest = max(self.widest, line.record.topk_token_ids.shape[1])
-            yield line.record
+    def run(self, processes: int) -> Manifest:
+        """Writes what is missing of the cache, then its manifest, and returns that."""
+        tables_facts, journal = self._tables(), Journal(self.folder)
+        # More processes than parts of the source would have nothing to do.
+        parts = 1 + sum(path.stat().st_size for path in self._files()) // self.job.chunk_bytes
+        with (
+            ordered_map(min(processes, parts), Worker.prepare, self.job, self.folder, tables_facts) as run,
+            tqdm(initial=journal.reached.records, unit="record", mininterval=1) as bar,
+        ):
+            for written in run(Worker.read_back, self._write_shards(run, journal)):
+                bar.update(written.reached.records - journal.reached.records)
+                journal.add(written)
+        manifest = self._manifest(journal, tables_facts)
+        manifest.write(self.storage)
+        return manifest
+
+    def _chunks(self) -> Iterator[Chunk]:
+        return self.format.chunks(self.job)
+
+    def _tables(self) -> dict[str, Any]:
+        """Fits the rank tables on the first block, if they are not there yet, and returns their size and hash."""
+        if self.storage.size(TABLES_FILE) is None:
+            pilots = ((c, p) for c in self._chunks() for p in group_lines(self.format.lines(c, self.job), self.job))
+            chunk, pilot = next(pilots, (None, []))
+            if chunk is None:
+                raise UsageError(f"{self.job.source}: holds no record.")
+            # The tables' size follows the cache's size, which is estimated from the source's bytes.
+            widest = max(1, *(line.record.topk_token_ids.shape[1] for line in pilot))
+            size = sum(path.stat().st_size for path in self._files())
+            about_positions = size // ((BYTES_OF_JSON if chunk.lines else BYTES_OF_BINARY) * widest)
+            tables = fit_tables([line.record for line in pilot], self.job.vocab_size, about_positions)
+            write_tables(self.storage, tables)
+        return file_facts(self.storage.read(TABLES_FILE, MAX_TABLES_BYTES))
+
+    def _files(self) -> list[Path]:
+        """Returns all files that the cache is a function of."""
+        others = [Path(name) for name in (self.job.tokens, self.job.loss_mask, self.job.compression) if name]
+        return [*source_files(self.job.source, self.format.endings), *others]
+
+    def _blocks(self, run: OrderedMap, reached: Reached) -> Iterator[tuple[int, int, EncodedBlock]]:
+        """Yields blocks with the numbers of their chunk and in it, from where the shards end on."""
+        chunks = itertools.islice(self._chunks(), reached.chunks, None)
+        for chunk, blocks in enumerate(run(Worker.encode, chunks), reached.chunks):
+            for block, encoded in enumerate(blocks):
+                if (chunk, block) >= (reached.chunks, reached.blocks):
+                    yield chunk, block, encoded
+
+    def _write_shards(self, run: OrderedMap, journal: Journal) -> Iterator[tuple[str, Reached]]:
+        """Writes shards of at most `shard_bytes`, or of one larger block, and yields how far each reaches."""
+        reached, shard, number = journal.reached, list[bytes](), len(journal.shards)
+
+        def write() -> tuple[str, Reached]:
+            name = f"shard-{number:06d}.tar"
+            write_shard(self.storage, name, shard)
+            return name, reached
+
+        for chunk, block, encoded in self._blocks(run, reached):
+            if shard and sum(map(len, shard)) + len(encoded.data) > self.job.shard_bytes:
+                yield write()
+                shard, number = [], number + 1
+            shard.append(renumber_block(encoded.data, reached.records))
+            reached = reached.with_block(chunk, block, encoded)
+        if shard:
+            yield write()
+
+    def _manifest(self, journal: Journal, tables_facts: dict[str, Any]) -> Manifest:
+        job, reached, facts = self.job, journal.reached, self.facts
+        unknown = reached.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
+        plan = {
+            "source": job.kind,
+            "content": content_fingerprint(self._files()),
+            "codec": job.codec,
+            "tokenizer": job.tokenizer,
+            "row_length": reached.longest,
+        }
+        return Manifest(
+            vocab_size=job.vocab_size,
+            tokenizer=job.tokenizer,
+            teacher=facts.teacher if facts else {"source": job.kind, "weights": UNKNOWN, "dtype": UNKNOWN},
+            selection=facts.selection if facts else Selection(top_k=reached.widest),
+            row_length=reached.longest,
+            codec=job.codec,
+            audit=journal.totals.audit(),
+            statistics=journal.totals.statistics(),
+            tables=tables_facts,
+            plans=(plan,),
+            shards=tuple(journal.shards),
+            unknown=tuple(sorted(unknown)),
+            made=made_now(UNKNOWN, [job.source]),
+            indexes=IndexFiles(self.folder),
+        )
+
+    def claim(self) -> None:
+        """Records in the folder what it is made of, or checks that it is this job that it was begun for.
+
+        Raises:
+            UsageError: it was begun for another one, or holds something else.
+        """
+        path = self.folder / PLAN_FILE
+        files = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in self._files()]
+        claim = json.loads(json_text({"settings": asdict(self.job), "files": files}))
+        if not path.exists():
+            write_json(path, claim)
+        elif (recorded := read_json(path, "what a conversion was begun for")) != claim:
+            settings, old = claim["settings"], recorded.get("settings", {})
+            differing = [name for name in settings if settings[name] != old.get(name)] or ["the source's files"]
+            raise UsageError(
+                f"{self.folder}: holds a conversion that was begun with other settings or files "
+                f"({', '.join(differing)}). Run that command again, choose another --out, or delete it."
+            )
 
 
-def _group_blocks(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
-    """Yields runs of neighbouring records of at most `most` positions, or of one longer record."""
-    block: list[Record] = []
-    for record in records:
-        if block and sum(earlier.positions for earlier in block) + record.positions > most:
-            yield block
-            block = []
-        block.append(record)
-    if block:
-        yield block
-
-
-def _encode_shards(blocks: Iterator[list[Record]], coding: Coding, job: ImportSettings) -> Iterator[list[bytes]]:
-    """Yields lists of encoded blocks, each of at most `shard_bytes` or of one larger block."""
-    shard: list[bytes] = []
-    first = 0
-    for block in blocks:
-        try:
-            data = encode_block_members(first, block, coding, job.max_codec_kl)
-        except ValueError as error:
-            raise UsageError(f"{block[0].document} to {block[-1].document}: {error}.") from None
-        if shard and sum(map(len, shard)) + len(data) > job.shard_bytes:
-            yield shard
-            shard = []
-        shard.append(data)
-        first += len(block)
-    if shard:
-        yield shard
-
-
-def import_cache(job: ImportSettings, out: Path) -> Manifest:
-    """Writes the cache `out` and returns its manifest.
+def import_cache(job: ImportSettings, out: Path, processes: int = 1) -> Manifest:
+    """Writes the cache `out` and returns its manifest. After an interruption, the same call goes on.
 
     Raises:
-        UsageError: `out` exists already, or a line does not fit its format.
+        UsageError: `out` is something else already, or a row does not fit its format.
     """
-    if out.exists():
+    folder = new_folder_target(out)
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if present - {".lock"} and PLAN_FILE not in present:
         raise UsageError(f"{out}: exists already. Choose another --out, or delete it.")
-    files = source_files(job.source)
-    counted = _CountedRecords(read_records(job.source, job.kind, job.vocab_size, job.columns))
-    blocks = _group_blocks(iter(tqdm(counted, unit="record", mininterval=1)), job.block_positions)
-    pilot = next(blocks, None)
-    if pilot is None:
-        raise UsageError(f"{job.source}: holds no record.")
-    with new_folder(out) as folder:
-        # The tables' size follows the cache's size, which is estimated from the source's bytes.
-        about_positions = sum(path.stat().st_size for path in files) // (BYTES_OF_AN_ENTRY * counted.widest)
-        storage = storage_at(folder)
-        tables_facts = write_tables(storage, fit_tables(pilot, job.vocab_size, about_positions))
-        coding = Coding(read_tables(folder, tables_facts), Selection(top_k=1), job.codec)
-        shards, totals = list[Shard](), Totals()
-        for number, encoded_blocks in enumerate(_encode_shards(chain([pilot], blocks), coding, job)):
-            name = f"shard-{number:06d}.tar"
-            write_shard(storage, name, encoded_blocks)
-            index = read_back(storage, name, coding, f"{job.source}, {name}")
-            assert index.totals
-            totals += index.totals
-            shards.append(write_index(storage, name, index))
-        manifest = _make_manifest(job, counted, totals, tables_facts, tuple(shards))
-        manifest.write(storage)
-    return replace(manifest, indexes=IndexFiles(out))
-
-
-def _make_manifest(
-    job: ImportSettings, counted: _CountedRecords, totals: Totals, tables: dict[str, Any], shards: tuple[Shard, ...]
-) -> Manifest:
-    unknown = counted.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
-    selection = Selection(top_k=counted.widest)
-    plan = {
-        "source": job.kind,
-        "content": content_fingerprint(source_files(job.source)),
-        "codec": job.codec,
-        "tokenizer": job.tokenizer,
-        "row_length": counted.longest,
-    }
-    return Manifest(
-        vocab_size=job.vocab_size,
-        tokenizer=job.tokenizer,
-        teacher={"source": job.kind, "weights": UNKNOWN, "dtype": UNKNOWN},
-        selection=selection,
-        row_length=counted.longest,
-        codec=job.codec,
-        audit=totals.audit(),
-        statistics=totals.statistics(),
-        tables=tables,
-        plans=(plan,),
-        shards=shards,
-        unknown=tuple(sorted(unknown)),
-        made=made_now(UNKNOWN, [job.source]),
-    )
+    conversion = _Conversion(job, folder)
+    with own_folder(folder):
+        conversion.claim()
+        try:
+            manifest = conversion.run(processes)
+        except UsageError:
+            # Nothing worth keeping is there before the first shard.
+            if not any(folder.glob("shard-*.tar")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        # Without its plan the folder counts as complete.
+        for name in (PLAN_FILE, JOURNAL_FILE, ".lock"):
+            (folder / name).unlink(missing_ok=True)
+    return manifest

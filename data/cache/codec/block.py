@@ -30,7 +30,7 @@ from data.cache.codec.ranks import Ragged
 from data.cache.codec.samples import decode_weights, encode_weights, weight_plane_count
 from data.cache.columns import Columns, measure_codec_error
 from data.cache.record import Record
-from data.cache.tar import encode_member
+from data.cache.tar import encode_member, read_members
 from kd_core.json_fields import check_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -92,6 +92,14 @@ def encode_block_members(first: int, records: Sequence[Record], coding: Coding, 
             f"record {first} (worst {audit['kl_worst']:.1e}); the bound is {max_kl:.1e} (max_codec_kl). "
             "Take codec=lossless, or raise the bound."
         )
+    return b"".join(encode_member(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
+
+
+def renumber_block(block: bytes, first: int) -> bytes:
+    """Returns a block with its records numbered from `first` on, as bytes of a tar."""
+    members = {member.name.partition(".")[2]: member.payload for member in read_members(block)}
+    header = {**json.loads(members["json"]), "first": first}
+    members["json"] = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     return b"".join(encode_member(f"{first:08d}.{suffix}", payload) for suffix, payload in members.items())
 
 

@@ -16,8 +16,9 @@ import zstandard
 from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.cache.record import UNUSED, Record
-from data.importers.import_cache import UNKNOWN, ImportSettings, import_cache
-from data.importers.lines import read_records, source_files
+from data.importers.formats import read_lines_of
+from data.importers.import_cache import import_cache
+from data.importers.settings import UNKNOWN, ImportSettings, source_files
 from data.stream.source import Shards
 from data.tokenizer import Tokenizer
 from experiments.base.parts import cache_facts
@@ -170,7 +171,7 @@ LINE = {"tokens": [1, 2, 3], "top_ids": [[2, 5], [3]], "top_log_probs": [[-0.1, 
 
 
 def _read(source: Path) -> list[str]:
-    return [line.record.document for line in read_records(str(source), "jsonl", 32)]
+    return [line.record.document for line in read_lines_of(ImportSettings("jsonl", str(source), 32, UNKNOWN))]
 
 
 def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,9 +233,9 @@ def test_a_missing_chunk_is_named(tmp_path: Path) -> None:
     for number in (0, 1, 3):
         (tmp_path / f"c{number}.jsonl").write_text("")
     with pytest.raises(UsageError, match="c2.jsonl: no such chunk"):
-        source_files(str(tmp_path / "cCHUNK_ID.jsonl"))
+        source_files(str(tmp_path / "cCHUNK_ID.jsonl"), (".jsonl",))
     with pytest.raises(UsageError, match="no such file"):
-        source_files(str(tmp_path / "other.jsonl"))
+        source_files(str(tmp_path / "other.jsonl"), (".jsonl",))
 
 
 def test_the_command_converts_and_its_cache_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
