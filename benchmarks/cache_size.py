@@ -29,10 +29,11 @@ from data.cache.tar import padded_size, read_members
 from data.cache.writer import write_shard, write_tables
 from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.plan import CachePlan, TeacherExport, make_plans
+from data.export.plan import CachePlan, make_plans
 from data.export.receipts import verify_shard, write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.export.scoring import score_batch
+from data.export.teacher_export import TeacherExport
 from data.teacher.scorer import Scorer
 
 KINDS = {

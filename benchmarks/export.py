@@ -17,9 +17,10 @@ from einops import rearrange
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export import export as steps
-from data.export.plan import CachePlan, TeacherExport, make_plans
+from data.export.plan import CachePlan, make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
+from data.export.teacher_export import TeacherExport
 from data.teacher.scorer import DecoderScorer, Scorer
 from kd_core.students.decoder.decoder import Decoder
 

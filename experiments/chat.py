@@ -11,7 +11,7 @@ Seen:     nothing yet: the quick start has no conversations.
 
 import fiddle as fdl
 
-from data.export.plan import TeacherExport
+from data.export.teacher_export import TeacherExport
 from experiments.base.distill import distill
 from experiments.base.experiment import Experiment
 from experiments.half_depth import quickstart_export

@@ -17,7 +17,7 @@ import fiddle as fdl
 
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
-from data.export.plan import TeacherExport
+from data.export.teacher_export import TeacherExport
 from data.teacher.teacher_layout import TeacherParallel
 from experiments.base.distill import distill
 from experiments.base.experiment import Experiment

@@ -11,7 +11,7 @@ Seen:     2026-11-25, 3 seeds, as points of the study `storage`: held-out KL 0.8
 
 import fiddle as fdl
 
-from data.export.plan import TeacherExport
+from data.export.teacher_export import TeacherExport
 from experiments.base.experiment import Experiment
 from experiments.half_depth import quickstart, quickstart_export
 

@@ -78,8 +78,8 @@ def _resolve(export: Any, out: str, device: Any) -> tuple[Any, "ChosenPrecision"
 
     Warns if the dtype is slow.
     """
-    from data.export.plan import choose_batch_rows
     from data.export.resume_check import recorded_choices
+    from data.export.teacher_export import choose_batch_rows
     from kd_core.precision import choose_precision
 
     recorded_dtype, recorded_rows = recorded_choices(out)

@@ -14,10 +14,11 @@ from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.extend import end_growth, load_growth
-from data.export.plan import TeacherExport, make_plans
+from data.export.plan import make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_growth, record_or_check_plan
 from data.export.spool import remove_spool
+from data.export.teacher_export import TeacherExport
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
 from kd_core.students.decoder.architecture import Architecture

@@ -121,7 +121,7 @@ def table_bytes(path: Path) -> int:
     Raises:
         UsageError: the file is damaged, or pyarrow is not installed.
     """
-    with _table_file(path, "Parquet") as file:
+    with table_file(path, "Parquet") as file:
         from pyarrow import parquet  # noqa: PLC0415
 
         with parquet.ParquetFile(file) as opened:

@@ -27,7 +27,7 @@ from data.export.spool import SPLITS
 from kd_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from data.export.plan import TeacherExport
+    from data.export.teacher_export import TeacherExport
 
 log = logging.getLogger("kd")
 MOST_AROUND, MOST_TEMPLATE = 16, 4096  # tokens around a text, and of a template around a conversation

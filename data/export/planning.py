@@ -31,7 +31,7 @@ from kd_core.files import read_json, write_json
 from kd_core.students.decoder.architecture import too_many_tokens
 
 if TYPE_CHECKING:
-    from data.export.plan import TeacherExport
+    from data.export.teacher_export import TeacherExport
 
 log = logging.getLogger("kd")
 HEAD_BYTES = 1 << 24  # of a corpus, that are tokenised within some 15 seconds on a core

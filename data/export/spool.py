@@ -36,7 +36,7 @@ from kd_core.files import content_fingerprint, damage_as_usage_error, is_owned, 
 
 if TYPE_CHECKING:
     from data.export.extend import Growth
-    from data.export.plan import TeacherExport
+    from data.export.teacher_export import TeacherExport
 
 SPLITS: tuple[str, ...] = ("train", "validation")
 BEGIN_FILE, END_FILE, FAILED_FILE = "begin.json", "end.json", "failed.json"

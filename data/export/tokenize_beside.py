@@ -15,8 +15,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 from data.export.extend import load_growth
-from data.export.plan import CachePlan, TeacherExport, fill_spool
+from data.export.plan import CachePlan, fill_spool
 from data.export.spool import END_FILE, FAILED_FILE
+from data.export.teacher_export import TeacherExport
 from data.export.worker_processes import PATIENCE, start_process
 from kd_core.errors import UsageError
 from kd_core.files import is_owned, own_folder, write_json

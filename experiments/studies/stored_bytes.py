@@ -2,7 +2,7 @@
 
 import fiddle as fdl
 
-from data.export.plan import TeacherExport
+from data.export.teacher_export import TeacherExport
 from experiments.base.sweep_definition import Sweep, seeds, zipped
 from experiments.half_depth import quickstart_export
 from experiments.studies.objectives import by_the_epoch

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
-from data.export.plan import TeacherExport, make_plans
+from data.export.plan import make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
+from data.export.teacher_export import TeacherExport
 from data.stream.source import Shards
 from data.stream.stream import training_steps
 from data.teacher.scorer import DecoderScorer

@@ -21,8 +21,9 @@ from data.corpus.encoding import Encoded, Encoder
 from data.corpus.windows import Window, choose_windows, cut_windows
 from data.export import export as steps
 from data.export.extend import SPLITS
-from data.export.plan import choose_batch_rows, make_plans
+from data.export.plan import make_plans
 from data.export.resume_check import record_or_check_plan, recorded_choices
+from data.export.teacher_export import choose_batch_rows
 from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.students.huggingface.config_json import read_architecture

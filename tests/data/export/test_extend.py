@@ -12,9 +12,10 @@ from data.cache.manifest import read_manifest
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.extend import load_growth
-from data.export.plan import TeacherExport, make_plans
+from data.export.plan import make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_growth
+from data.export.teacher_export import TeacherExport
 from data.stream.stream import Shards
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError

@@ -101,7 +101,9 @@ def test_blocks_are_read_side_by_side_before_they_are_needed(tiny: Tiny) -> None
 def test_no_more_bytes_than_allowed_are_under_way(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny.train) as (url, behaviour):
         shards = Shards(url, prefetch=0, block_cache=None)
-        sizes = [size for i in range(len(shards.manifest.shards)) for size in shards.manifest.index(i).block_bytes.tolist()]
+        sizes = [
+            size for i in range(len(shards.manifest.shards)) for size in shards.manifest.index(i).block_bytes.tolist()
+        ]
         monkeypatch.setattr(object_storage, "READ_AHEAD", 3 * max(sizes) + 4000)
         monkeypatch.setattr(object_storage.ObjectStorage, "read_ahead", 3 * max(sizes) + 4000)
         behaviour.delay = 0.02

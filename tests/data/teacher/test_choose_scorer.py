@@ -35,7 +35,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from data.cache.manifest import read_manifest
 from data.cache.selection import Selection
 from data.export import export as steps
-from data.export.plan import TeacherExport, make_plans
+from data.export.plan import make_plans
+from data.export.teacher_export import TeacherExport
 from data.teacher import choose_scorer
 from data.teacher.choose_scorer import load_scorer, read_teacher_facts
 from data.teacher.scorer import TeacherScores, score_rows

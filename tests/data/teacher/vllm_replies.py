@@ -27,7 +27,7 @@ import torch
 
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
-from data.export.plan import TeacherExport
+from data.export.teacher_export import TeacherExport
 from data.teacher.choose_scorer import load_scorer
 from data.teacher.scorer import AnyScorer, score_rows
 from data.teacher.select import TeacherScores
