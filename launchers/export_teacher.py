@@ -131,8 +131,7 @@ def _export(export: Any, out: str) -> None:
             if plan not in missing_plans:
                 app.log.info("%s: already complete, reused", plan.folder)
         stack.enter_context(tokenize_beside(missing_plans, out, starts=world.local_rank == 0))
-        if missing_plans:
-            _write_caches(export, missing_plans, world)
+        _write_caches(export, missing_plans, world)
         if missing_plans and missing_plans[0].is_streamed:
             bad_rows.bad = [row for state in part_states(missing_plans[0].windows.folder) for row in state.bad]
             world.run_on_first(lambda: bad_rows.write(storage_at(out)))
@@ -150,6 +149,8 @@ def _write_caches(export: Any, plans: "Sequence[CachePlan]", world: "World") -> 
     from data.export.repeatability import measure_spread, record_scoring
     from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 
+    if not plans:
+        return
     world = export.parallel.lay_out(world)
     model = export_steps.load_teacher(export, world.device, world)
     spread = measure_spread(plans[0], model, world)

@@ -4,7 +4,7 @@ The plan fixes how windows are batched, and one thread computes each batch. Neit
 change a bit of the result.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial

@@ -53,7 +53,7 @@ class Worker:
 
     @classmethod
     def read_back(cls, written: tuple[str, Reached]) -> WrittenShard:
-        """Reads a shard that was just written, checks that its labels are not one position off, and writes its index."""
+        """Reads a shard that was just written, checks its alignment, and writes its index."""
         name, storage = written[0], storage_at(cls.folder)
         index = read_back(storage, name, cls.coding, f"{cls.job.source}, {name}")
         assert index.totals

@@ -4,6 +4,7 @@ Both have the same interface: `parts` are the caches, and `order` finds the rows
 with the index of its part.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
