@@ -125,6 +125,19 @@ def attempt(tiny: Tiny, folder: Path, server: Server, kind: str | None, after: f
     return message, seconds
 
 
+def show(counts: Counter[tuple[str, str]], messages: Counter[str], usual: float) -> None:
+    """Prints the table of all trials."""
+    columns = ("trials", "stopped", "slowest s", "hung", "names no object", "did not end", "not bit-equal")
+    print(f"\n{STEPS} steps, {usual:.1f} s undisturbed, shards.retry_seconds={RETRY_SECONDS:g}; {platform.machine()}, "
+          f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()}\n")  # fmt: skip
+    print(f"| fault | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for kind in KINDS:
+        print(f"| {kind} | {' | '.join(str(counts[kind, column]) for column in columns)} |")
+    print("\nMessages:", *(f"- {text} ({number})" for text, number in messages.items()), sep="\n")
+    bad = sum(counts[kind, column] for kind in KINDS for column in columns[3:])
+    print(f"\nwrong, hung or unnamed: wanted 0, seen {bad}: {'no' if bad else 'yes'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
@@ -162,15 +175,7 @@ def main() -> None:
             counts[kind, "not bit-equal"] += not is_equal
             line = {"kind": kind, "seconds": round(seconds, 1), "message": message, "bit-equal": is_equal}
             print(json.dumps(line), flush=True)
-    columns = ("trials", "stopped", "slowest s", "hung", "names no object", "did not end", "not bit-equal")
-    print(f"\n{STEPS} steps, {usual:.1f} s undisturbed, shards.retry_seconds={RETRY_SECONDS:g}; {platform.machine()}, "
-          f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()}\n")  # fmt: skip
-    print(f"| fault | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for kind in KINDS:
-        print(f"| {kind} | {' | '.join(str(counts[kind, column]) for column in columns)} |")
-    print("\nMessages:", *(f"- {text} ({number})" for text, number in messages.items()), sep="\n")
-    bad = sum(counts[kind, column] for kind in KINDS for column in columns[3:])
-    print(f"\nwrong, hung or unnamed: wanted 0, seen {bad}: {'no' if bad else 'yes'}")
+    show(counts, messages, usual)
 
 
 if __name__ == "__main__":
