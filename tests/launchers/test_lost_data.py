@@ -72,6 +72,7 @@ def test_a_run_that_loses_its_storage_is_saved_and_goes_on_bit_equal(
     assert all(map(torch.equal, _weights(tiny, tmp_path / "cut"), _weights(tiny, tmp_path / "whole")))
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_where_one_lacks_data(tiny: Tiny, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(tiny.train, tmp_path / "cache"))
     items = [
