@@ -45,7 +45,7 @@ WANTED, AIM, TIMES_PEER = 1.2e6, 2.5e6, 2.0
 PACKED_POSITIONS = 131_072  # about as many as a window of ours holds
 PARTS = (  # of a profile: what, and the functions whose time it is, by file and name
     ("sha256", ("openssl_sha256",)),
-    ("files", ("shards.py:_bytes",)),
+    ("files", ("block_reader.py:_bytes",)),
     ("tar: our strict headers", ("read_members",)),
     ("tar: webdataset", ("_sample",)),
     ("header's JSON", ("header.py:parse",)),

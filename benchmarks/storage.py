@@ -78,13 +78,11 @@ def main() -> None:
                     shutil.rmtree(kept, ignore_errors=True)
                     seconds[name].append(two_epochs(shards, asked.pace))
     speeds = {name: [positions / median(epoch) for epoch in zip(*runs, strict=True)] for name, runs in seconds.items()}
-    shown = f", a consumer that takes {asked.pace:g} µs a position" if asked.pace else ""
-    print(f"{positions} positions, K = {TOP_K}, rows of {ROW_LENGTH}, {asked.latency_ms:g} ms added to each request{shown}; "
-          f"{platform.machine()}, load {os.getloadavg()[0]:.1f} of {os.cpu_count()}; medians of {asked.rounds}\n")  # fmt: skip
-    print(
-        "| read from | first epoch, positions/s | / folder | second epoch, positions/s | / folder |\n"
-        "|---|---|---|---|---|"
-    )
+    pace = f", {asked.pace:g} µs a position for the consumer" if asked.pace else ""
+    print(f"{positions} positions, K = {TOP_K}, rows of {ROW_LENGTH}, {asked.latency_ms:g} ms more a request{pace}")
+    print(f"{platform.machine()}, load {os.getloadavg()[0]:.1f} of {os.cpu_count()}, medians of {asked.rounds}\n")
+    print("| read from | first epoch, positions/s | / folder | second epoch, positions/s | / folder |")
+    print("|---|---|---|---|---|")
     for name, (first, second) in speeds.items():
         ratios = [first / speeds["folder"][0], second / speeds["folder"][1]]
         print(f"| {name} | {first:,.0f} | {ratios[0]:.2f} | {second:,.0f} | {ratios[1]:.2f} |")

@@ -40,7 +40,7 @@ from kd_core.training.stop_signals import StopSignals
 from tests.s3 import free_port, hadro, use_server
 from tests.tiny import Tiny, make_tiny
 
-STEPS, RETRY_SECONDS, SLACK = 120, 4.0, 10.0
+STEPS, RETRY_SECONDS, SLACK = 30, 4.0, 10.0
 KINDS = ("killed, back after 1 s", "killed for good", "slow", "other credentials")
 SLOW = ("--latency-ms", "300", "--bandwidth-mbps", "1")
 
@@ -125,10 +125,24 @@ def attempt(tiny: Tiny, folder: Path, server: Server, kind: str | None, after: f
     return message, seconds
 
 
+def show(counts: Counter[tuple[str, str]], messages: Counter[str], usual: float) -> None:
+    """Prints the table of all trials."""
+    columns = ("trials", "stopped", "slowest s", "hung", "names no object", "did not end", "not bit-equal")
+    print(f"\n{STEPS} steps, {usual:.1f} s undisturbed, shards.retry_seconds={RETRY_SECONDS:g}; {platform.machine()}, "
+          f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()}\n")  # fmt: skip
+    print(f"| fault | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for kind in KINDS:
+        print(f"| {kind} | {' | '.join(str(counts[kind, column]) for column in columns)} |")
+    print("\nMessages:", *(f"- {text} ({number})" for text, number in messages.items()), sep="\n")
+    bad = sum(counts[kind, column] for kind in KINDS for column in columns[3:])
+    print(f"\nwrong, hung or unnamed: wanted 0, seen {bad}: {'no' if bad else 'yes'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60, help="no trial begins later")
     asked = parser.parse_args()
     chance, counts, messages = np.random.default_rng(asked.seed), Counter[tuple[str, str]](), Counter[str]()
     torch.set_num_threads(1)
@@ -142,7 +156,10 @@ def main() -> None:
         message, usual = attempt(tiny, root / "undisturbed", server, None, 0)
         assert not message, message
         assert equal(outcome(tiny, root / "undisturbed"), wanted)
+        deadline = time.monotonic() + 60 * asked.minutes
         for trial in range(asked.trials):
+            if time.monotonic() > deadline:
+                break
             kind, folder = KINDS[trial % len(KINDS)], root / f"run{trial}"
             message, seconds = attempt(tiny, folder, server, kind, chance.uniform(0, usual))
             counts[kind, "trials"] += 1
@@ -152,21 +169,13 @@ def main() -> None:
             if message:
                 messages[message.partition(": ")[2].partition(". ")[0].partition(" for ")[0]] += 1
                 counts[kind, "names no object"] += "s3://cache/train/" not in message
-                message, _ = attempt(tiny, folder, server, None, 0)
-            counts[kind, "did not end"] += bool(message)
-            counts[kind, "not bit-equal"] += bool(message) or not equal(outcome(tiny, folder), wanted)
-            print(
-                json.dumps({"trial": trial, "kind": kind, "seconds": round(seconds, 1), "message": message}), flush=True
-            )
-    columns = ("trials", "stopped", "slowest s", "hung", "names no object", "did not end", "not bit-equal")
-    print(f"\n{STEPS} steps, {usual:.1f} s undisturbed, shards.retry_seconds={RETRY_SECONDS:g}; {platform.machine()}, "
-          f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()}\n")  # fmt: skip
-    print(f"| fault | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for kind in KINDS:
-        print(f"| {kind} | {' | '.join(str(counts[kind, column]) for column in columns)} |")
-    print("\nMessages:", *(f"- {text} ({number})" for text, number in messages.items()), sep="\n")
-    bad = sum(counts[kind, column] for kind in KINDS for column in columns[3:])
-    print(f"\nwrong, hung or unnamed: wanted 0, seen {bad}: {'no' if bad else 'yes'}")
+            unended = attempt(tiny, folder, server, None, 0)[0] if message else ""
+            is_equal = not unended and equal(outcome(tiny, folder), wanted)
+            counts[kind, "did not end"] += bool(unended)
+            counts[kind, "not bit-equal"] += not is_equal
+            line = {"kind": kind, "seconds": round(seconds, 1), "message": message, "bit-equal": is_equal}
+            print(json.dumps(line), flush=True)
+    show(counts, messages, usual)
 
 
 if __name__ == "__main__":

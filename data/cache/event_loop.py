@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Coroutine
@@ -27,7 +28,8 @@ class _LoopThread:
         """Cancels all transfers and ends the thread."""
         if self.process != os.getpid():
             return
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(JOIN_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(JOIN_SECONDS)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(JOIN_SECONDS)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data.cache.record import Record
+from data.stream.block_reader import DamagedBlockError
 from data.stream.order import BlockRef, CacheOrder, Place, RecordRef, Row
-from data.stream.shards import DamagedBlockError
 from data.stream.source import RowOrder, Shards, Source
 from kd_core.errors import UsageError
 

@@ -17,11 +17,12 @@ from data.cache.manifest import Manifest
 from data.cache.record import Record
 from data.cache.storage import storage_at
 from data.stream.block_cache import AUTO, BlockCache
+from data.stream.block_reader import DamagedBlockError
 from data.stream.mixing import MixedOrder
 from data.stream.order import CacheOrder
 from data.stream.row_counts import count_rows
 from data.stream.segments import Segments
-from data.stream.shards import DamagedBlockError, ShardReader, load_manifest
+from data.stream.shards import ShardReader, load_manifest
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 

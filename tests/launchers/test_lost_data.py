@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.cache import object_storage
-from data.stream.shards import block_offset
+from data.stream.block_reader import block_offset
 from data.stream.source import Shards
 from experiments.config import config_items
 from kd_core.errors import UsageError
@@ -73,6 +73,7 @@ def test_a_run_that_loses_its_storage_is_saved_and_goes_on_bit_equal(
     assert all(map(torch.equal, _weights(tiny, tmp_path / "cut"), _weights(tiny, tmp_path / "whole")))
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_where_one_lacks_data(tiny: Tiny, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(tiny.train, tmp_path / "cache"))
     items = [

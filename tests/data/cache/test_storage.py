@@ -19,6 +19,7 @@ from data.cache.storage import LocalStorage, Storage, is_url, storage_at
 from data.stream.source import Shards
 from kd_core.errors import UsageError
 from tests.data.stream.server import serving
+from tests.patience import patience
 from tests.s3 import SECRET, free_port, hadro, localbucket, use_server
 
 PAYLOAD = bytes(range(256)) * 40
@@ -246,18 +247,17 @@ def test_a_server_that_fails_for_a_while_is_waited_for(bucket: Path, caplog: pyt
         behaviour.status, behaviour.failing = 503, 5
         assert storage_at(url, 60).read_range("shard.tar", 0, 10) == PAYLOAD[:10]
         assert "shard.tar: the server answers 503; trying again for" in caplog.text
-        for status, cause in ((503, "the server answers 503"), (429, "the server answers 429")):
-            behaviour.status, behaviour.failing = status, -1
-            with pytest.raises(UsageError, match=rf"shard.tar: cannot be .* for \d s: {cause}. Check"):
-                storage_at(url, 1).read_range("shard.tar", 0, 10)
+        behaviour.failing = -1
+        with pytest.raises(UsageError, match=r"shard.tar: cannot be .* for \d s: the server answers 503. Check"):
+            storage_at(url, 2).read_range("shard.tar", 0, 10)
         behaviour.status = 0
         behaviour.hang = 10
         started = time.monotonic()
         with pytest.raises(UsageError, match=r"shard.tar: cannot be .* for \d s: it takes too long"):
             storage_at(url, 1).read_range("shard.tar", 0, 5000)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < patience(5)
     with pytest.raises(UsageError, match=r"shard.tar: cannot be .* for \d s: no connection"):
-        storage_at(url, 1).read_range("shard.tar", 0, 10)
+        storage_at(url, 2).read_range("shard.tar", 0, 10)
 
 
 def test_a_read_that_hangs_ends_when_it_is_cancelled(bucket: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_read_that_hangs_ends_when_it_is_cancelled(bucket: Path) -> None:
         read.cancel()
         with pytest.raises(CancelledError):
             read.result()
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < patience(1)
 
 
 def test_faults_of_a_bucket_change_no_byte(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.stream.block_reader import DamagedBlockError
 from data.stream.collate import Collate
-from data.stream.shards import DamagedBlockError
 from data.stream.source import Mixture, Shards, Source
 from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
