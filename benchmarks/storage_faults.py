@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 def items(tiny: Tiny, path: str) -> list[str]:
     return [
         *tiny.train_items(STEPS), f"shards.path={path}", f"shards.retry_seconds={RETRY_SECONDS}", "shards.prefetch=1",
-        "shards.block_cache=None", "shards.shuffle_shards=1", "checkpoint.every=100", "logger.every=1",
+        "shards.block_cache=None", "checkpoint.every=100", "logger.every=1",
         "evaluation.every=100",
     ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from data.cache.lengths import Array
 from data.cache.manifest import Manifest
 from data.stream.order import ORDER_VERSION, pack_segment
 from data.stream.segments import Segments, count_side_by_side
+from kd_core.errors import UsageError
 from kd_core.files import open_plain
 
 log = logging.getLogger("kd")
@@ -70,7 +71,7 @@ def _count(manifest: Manifest, segments: Segments, row_length: int) -> Array:
 def _read(path: Path, manifest: Manifest, segments: Segments, row_length: int) -> Array | None:
     """Returns the counts in a file, or None where there are none that fit the cache."""
     size = DIGEST_BYTES + 4 * len(segments)
-    with suppress(OSError), open_plain(path, "the numbers of rows of a cache") as file:
+    with suppress(OSError, UsageError), open_plain(path, "the numbers of rows of a cache") as file:
         data = file.read(size + 1)
         if len(data) != size or hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
             return None

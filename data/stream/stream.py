@@ -73,12 +73,12 @@ def look_ahead(
     ahead.
     """
     far, near = deque[RankShare](), deque[tuple[RankShare, list[Row]]]()
-    rows_ahead = 0
+    rows_ahead, ahead = 0, order.ahead
     for share in itertools.chain(shares, itertools.repeat(None)):
         if share is not None:
             readers.expect(share.places)
             far.append(share)
-            if len(far) * rows_per_step <= order.ahead:
+            if len(far) * rows_per_step <= ahead:
                 continue
         while far and rows_ahead < (MOST_NEAR_ROWS if readers.has_room else NEAR_ROWS):
             nearest = far.popleft()

@@ -64,10 +64,10 @@ def test_rows_are_those_of_the_plain_lists(blocks: list[list[int]], per_shard: i
 @pytest.mark.parametrize("seed", [None, 3])
 def test_rows_of_many_segments_are_those_of_the_plain_lists(per_block: int, row_length: int, seed: int | None) -> None:
     random = np.random.default_rng(0)
-    count = 9 * 256 * row_length // (per_block * row_length // 3)
+    count = 4 * 256 * row_length // (per_block * row_length // 3)
     blocks = [random.integers(1, 2 * row_length // 3, per_block).tolist() for _ in range(count)]
     order = _order(CacheLengths.from_shards([blocks]), row_length, seed)
-    assert len(order.counts) >= 5
+    assert len(order.counts) >= 3
     wanted = row_order.epoch_rows(blocks, row_length, seed, 1)
     assert [[(b, i) for _, _, b, i in _refs(order, n)] for n in _epoch(order, 1)] == wanted
 
