@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.cache.storage import LocalStorage, storage_at
 from data.corpus.corpus import Corpus
@@ -44,6 +45,7 @@ def test_a_bucket_gets_the_bytes_of_a_folder(tiny: Tiny, tmp_path: Path, bucket:
     with shards.reader() as reader:
         remote = [record.token_ids.tolist() for record in reader.records()]
     assert remote == [record.token_ids.tolist() for record in tiny.records()]
+    assert verify("s3://bucket/caches/train", lambda _: None).problems == []
     storage_at("s3://bucket/caches/train").delete("shard-000001.tar")
     storage_at("s3://bucket/caches/train").delete("shard-000002.index")
     write_caches(tiny.export(), "s3://bucket/caches")
