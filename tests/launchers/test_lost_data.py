@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from data.cache import object_storage
-from data.stream.shards import block_offset
 from data.stream.source import Shards
 from experiments.config import config_items
 from kd_core.errors import UsageError
@@ -88,7 +87,7 @@ def test_all_ranks_stop_where_one_lacks_data(tiny: Tiny, tmp_path: Path) -> None
     (shard, block), (step, rank) = max(first_needed.items(), key=lambda item: item[1])
     path = cache / shards.manifest.shards[shard].name
     data = bytearray(path.read_bytes())
-    data[block_offset(shards.manifest.shards[shard], block) + 600] ^= 1
+    data[shards.manifest.block(shard, block).offset + 600] ^= 1
     path.write_bytes(data)
     ended = run("launchers.train", *configs(items), f"--run_dir={tmp_path / 'run'}", nproc=2)
     assert ended.returncode != 0

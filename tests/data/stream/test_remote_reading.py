@@ -23,7 +23,7 @@ from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
 from kd_core.types import Batch
 from tests.data.stream.contract import check_stage, same_step
-from tests.data.stream.server import Behaviour, serving
+from tests.data.stream.server import Behaviour, is_shard, serving
 from tests.s3 import free_port, hadro, use_server
 from tests.tiny import ROW_LENGTH, Tiny
 
@@ -51,11 +51,11 @@ def _steps_of_an_epoch(shards: Shards) -> int:
 
 
 def _blocks_asked(behaviour: Behaviour) -> int:
-    return sum(name.startswith("shard") for name in behaviour.asked)
+    return sum(is_shard(name) for name in behaviour.asked)
 
 
 def _blocks(shards: Shards) -> int:
-    return sum(len(shard.blocks) for shard in shards.manifest.shards)
+    return sum(shard.blocks for shard in shards.manifest.shards)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -100,7 +100,9 @@ def test_blocks_are_read_side_by_side_before_they_are_needed(tiny: Tiny) -> None
 def test_no_more_bytes_than_allowed_are_under_way(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny.train) as (url, behaviour):
         shards = Shards(url, prefetch=0, block_cache=None)
-        sizes = [block.bytes for shard in shards.manifest.shards for block in shard.blocks]
+        sizes = [
+            block.bytes for shard in range(len(shards.manifest.shards)) for block in shards.manifest.index(shard).blocks
+        ]
         monkeypatch.setattr(object_storage, "READ_AHEAD", 3 * max(sizes) + 4000)
         monkeypatch.setattr(object_storage.ObjectStorage, "read_ahead", 3 * max(sizes) + 4000)
         behaviour.delay = 0.02
