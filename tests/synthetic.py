@@ -8,11 +8,14 @@ import numpy as np
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.manifest import TABLES_FILE, Audit, Block, Manifest, Shard
+from data.cache.manifest import Audit, Block, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection
+from data.cache.shard_index import ShardIndex
+from data.cache.storage import storage_at
 from data.cache.tar import END_OF_TAR
-from data.cache.writer import write_shard, write_tables
+from data.cache.totals import Totals
+from data.cache.writer import write_index, write_shard, write_tables
 
 VOCAB = 32_000
 
@@ -48,7 +51,8 @@ def write_cache(
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), 8192))]
         made.append([random_record(random, int(length), K) for length in lengths])
     tables = fit_tables(made[0], VOCAB, shards * blocks * 8192)
-    write_tables(folder / TABLES_FILE, tables)
+    storage = storage_at(folder)
+    tables_facts = write_tables(storage, tables)
     coding = Coding(tables, selection, "standard")
     payloads = [encode_block_members(0, records, coding, 1.0) for records in made]
     facts = [
@@ -58,15 +62,17 @@ def write_cache(
     listed: list[Shard] = []
     for number in range(shards):
         name, chosen = f"shard-{number:06d}.tar", [(number + block) % distinct for block in range(blocks)]
-        write_shard(folder / name, [payloads[i] for i in chosen])
+        write_shard(storage, name, [payloads[i] for i in chosen])
         whole = (folder / name).read_bytes()
         assert whole.endswith(END_OF_TAR)
-        listed.append(Shard(name, len(whole), hashlib.sha256(whole).hexdigest(), tuple(facts[i] for i in chosen)))
-    raw = (folder / TABLES_FILE).read_bytes()
+        kept = [facts[i] for i in chosen]
+        sums = Totals(positions=sum(sum(block.lengths) for block in kept))
+        index = ShardIndex.from_blocks(len(whole), hashlib.sha256(whole).hexdigest(), kept, sums)
+        listed.append(write_index(storage, name, index))
     Manifest(
         vocab_size=VOCAB, tokenizer="synthetic", teacher={}, selection=selection, row_length=row_length,
         codec="standard", audit=Audit(0, 0, 0),
         statistics={"scored": 1.0, "teacher_nll": 0.0, "teacher_mass": 0.9, "entries": float(K)},
-        tables={"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}, plans=(), shards=tuple(listed),
-    ).write(folder)  # fmt: skip
+        tables=tables_facts, plans=(), shards=tuple(listed),
+    ).write(storage)  # fmt: skip
     return folder

@@ -135,7 +135,7 @@ def test_a_warm_up_of_more_than_half_the_run_is_warned_of(
 
 def test_a_record_longer_than_a_row_names_both_settings_that_go_together(tiny: Tiny) -> None:
     short = _experiment(tiny, "collate.row_length=16", "tokens_per_step=64")
-    longest = max(length for shard in short.shards.manifest.shards for length in shard.lengths)
+    longest = int(short.shards.manifest.lengths.records.max())
     with pytest.raises(UsageError, match=rf"Set tag:RowLength={longest} and tokens_per_step={2 * longest} here"):
         short.check()
     assert _experiment(tiny, f"tag:RowLength={longest}", f"tokens_per_step={2 * longest}").check()

@@ -34,6 +34,11 @@ class Behaviour:
     released: threading.Event = field(default_factory=threading.Event)
 
 
+def is_shard(name: str) -> bool:
+    """Tars of blocks, and not their indexes."""
+    return name.startswith("shard") and name.endswith(".tar")
+
+
 class Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -45,7 +50,7 @@ class Handler(SimpleHTTPRequestHandler):
         does, path = self.behaviour, Path(self.translate_path(self.path))
         does.asked.append(path.name)
         does.headers.append({name.lower(): value for name, value in self.headers.items()})
-        if path.name.startswith("shard"):
+        if is_shard(path.name):
             self._wait(does)
         shards = sum(name.startswith("shard") for name in does.asked)
         if does.status and does.failing and shards >= does.fails_from:
@@ -64,7 +69,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(payload)}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
-        if path.name.startswith("shard") and (does.cut_short or does.hang):
+        if is_shard(path.name) and (does.cut_short or does.hang):
             self.wfile.write(part[:700])
             self.wfile.flush()
             if does.cut_short:

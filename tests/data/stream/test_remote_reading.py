@@ -24,7 +24,7 @@ from data.stream.stream import all_batches, training_steps
 from kd_core.errors import UsageError
 from kd_core.types import Batch
 from tests.data.stream.contract import check_stage, same_step
-from tests.data.stream.server import Behaviour, serving
+from tests.data.stream.server import Behaviour, is_shard, serving
 from tests.patience import patience
 from tests.s3 import free_port, hadro, use_server
 from tests.tiny import ROW_LENGTH, Tiny
@@ -53,7 +53,7 @@ def _steps_of_an_epoch(shards: Shards) -> int:
 
 
 def _blocks_asked(behaviour: Behaviour) -> int:
-    return sum(name.startswith("shard") for name in behaviour.asked)
+    return sum(is_shard(name) for name in behaviour.asked)
 
 
 def _blocks(shards: Shards) -> int:
@@ -100,7 +100,7 @@ def test_no_more_bytes_than_allowed_are_under_way(tiny: Tiny, monkeypatch: pytes
     with serving(tiny.train) as (url, behaviour):
         shards = Shards(url, prefetch=0, block_cache=None)
         sizes = [
-            size for i in range(len(shards.manifest.shards)) for size in shards.manifest.index(i).block_bytes.tolist()
+            block.bytes for shard in range(len(shards.manifest.shards)) for block in shards.manifest.index(shard).blocks
         ]
         monkeypatch.setattr(object_storage, "READ_AHEAD", 3 * max(sizes) + 4000)
         monkeypatch.setattr(object_storage.ObjectStorage, "read_ahead", 3 * max(sizes) + 4000)
