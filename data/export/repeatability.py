@@ -15,7 +15,7 @@ from data.cache.storage import Storage
 from data.corpus.windows import Window
 from data.export.extend import read_object, write_object
 from data.export.plan import CachePlan
-from data.teacher.scorer import Scorer, ranks_of, score_rows
+from data.teacher.scorer import AnyScorer, ranks_of, score_rows
 from data.teacher.select import TeacherScores
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error
@@ -38,7 +38,7 @@ class Spread(NamedTuple):
     kl: float
 
 
-def _score_probe(model: Scorer, windows: list[Window], vocab_size: int) -> TeacherScores:
+def _score_probe(model: AnyScorer, windows: list[Window], vocab_size: int) -> TeacherScores:
     """Scores the beginning of the first windows. Padding is scored as any other token."""
     length = min(PROBE_LENGTH, max(window.positions for window in windows))
     tokens = torch.zeros(len(windows), length + 1, dtype=torch.int64)
@@ -80,7 +80,7 @@ def _rest(scores: TeacherScores, matched: Tensor) -> Tensor:
     return torch.logaddexp(scores.tail_log_prob.double(), unmatched.logsumexp(dim=1))
 
 
-def measure_spread(plan: CachePlan, model: Scorer, world: World) -> Spread:
+def measure_spread(plan: CachePlan, model: AnyScorer, world: World) -> Spread:
     """Scores some positions twice on every rank, and compares all passes with the first one of the first rank.
 
     Raises:
@@ -118,7 +118,7 @@ def _recorded(storage: Storage) -> list[Any]:
         return [check_object(entry, "an entry") for entry in starts]
 
 
-def record_scoring(plan: CachePlan, model: Scorer, spread: Spread, ranks: int) -> None:
+def record_scoring(plan: CachePlan, model: AnyScorer, spread: Spread, ranks: int) -> None:
     """Adds this start to the cache's folder: how its teacher was laid out, and how closely it repeated itself."""
     layout = ranks_of(model).layout
     entry = {
