@@ -29,6 +29,7 @@ from kd_core.training.checkpoints import async_saver
 from kd_core.training.checkpoints.async_saver import Saver
 from kd_core.training.monitoring.metric_log import MetricLog
 from kd_core.training.run_folder import RunFolder
+from kd_core.training.step_reader import StepReader
 from kd_core.training.stop_signals import StopSignals
 from tests.tiny import make_tiny
 
@@ -75,17 +76,21 @@ def measure(items: list[str], clock: Clock) -> tuple[float, list[float]]:
     experiment = fdl.build(config)
     for name, (owner, attribute) in PARTS.items():
         setattr(owner, attribute, clock.timed(name, getattr(owner, attribute)))
-    steps, waits, started, ended = loop._Run.steps, [], 0.0, 0.0
+    read_next, leave, waits, started, ended = StepReader.read_next, StepReader.__exit__, [], 0.0, 0.0
 
-    def noted(run: Any) -> Any:
-        nonlocal started, ended
-        started = time.perf_counter()
-        for step, batches, waited in steps(run):
-            waits.append(waited)
-            yield step, batches, waited
+    def noted(reader: Any) -> None:
+        nonlocal started
+        started, step = started or time.perf_counter(), reader.step
+        read_next(reader)
+        if reader.step > step:
+            waits.append(reader.waited)
+
+    def left(reader: Any, *error: Any) -> None:
+        nonlocal ended
         ended = time.perf_counter()  # before the wait for the last checkpoint
+        leave(reader, *error)
 
-    loop._Run.steps = noted
+    StepReader.read_next, StepReader.__exit__ = noted, left
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder(Path(folder))
         run_folder.claim(config_items.record_json(config), "")

@@ -190,7 +190,7 @@ def test_a_stopped_run_is_saved_with_all_its_numbers_and_goes_on_bit_for_bit(tin
     class AfterFour(StopSignals):
         steps = 0
 
-        def agree_on_stop(self, world: World) -> str | None:  # noqa: ARG002
+        def agree_on_stop(self, world: World, has_data: bool = True) -> str | None:  # noqa: ARG002
             self.steps += 1
             return "told to" if self.steps == 4 else None
 
