@@ -262,8 +262,8 @@ def test_a_scorer_that_is_named_is_not_replaced_by_another(tiny: Tiny, tmp_path:
     folder = _gpt2(tiny, tmp_path / "teacher")
     with pytest.raises(UsageError, match="model_type is 'gpt2'; wanted one of"):
         read_teacher_facts(folder, "decoder")
-    with pytest.raises(UsageError, match="scorer: got 'vllm'; wanted one of auto, decoder, transformers"):
-        tiny.export(scorer="vllm")
+    with pytest.raises(UsageError, match="scorer: got 'sglang'; wanted one of auto, decoder, transformers, vllm"):
+        tiny.export(scorer="sglang")
     with pytest.raises(UsageError, match="row_length: got 65; the teacher's context is 64"):
         make_plans(tiny.export(teacher=str(folder), row_length=65), tmp_path / "out")
 
