@@ -15,7 +15,7 @@ from data.cache.storage import LocalStorage, storage_at
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import TeacherExport, make_plans
-from data.export.receipts import list_work, write_manifest
+from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.stream.source import Shards
 from kd_core.errors import UsageError
@@ -129,8 +129,6 @@ def test_each_rank_verifies_what_it_wrote_and_the_manifest_waits_for_all(tiny: T
     names = {path.name for path in plan.folder.iterdir()}
     assert {"shard-000000.tar", "shard-000000.index", "shard-000002.index"} <= names
     assert not names & {"shard-000001.tar", "shard-000001.index"}
-    assert [shard.name for shard in list_work(plan, 1, 2).missing] == ["shard-000001.tar"]
-    assert list_work(plan, 0, 2) == ([], [])
     with pytest.raises(UsageError, match="shard-000001.tar: the shard or its index is gone"):
         write_manifest(plan)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from data.cache.selection import Selection
 from data.export import export as steps
 from data.export.plan import CachePlan, make_plans
+from data.export.receipts import write_manifest
 from data.export.repeatability import SCORED_BY_FILE, Spread, measure_spread, record_scoring, spread_between
 from data.export.resume_check import record_or_check_plan
 from data.teacher.scorer import Scorer
@@ -88,7 +89,7 @@ def test_what_was_measured_stands_in_the_manifest_and_changes_no_byte(tiny: Tiny
     for number in range(2):  # as after an interruption
         record_scoring(plan, model, Spread(64, 0.25 * number, 0.0), 1 + number)
     steps.write_missing_shards(plan, model, steps.make_tables(plan, model), 0, 1)
-    made = steps.write_manifest(plan).made
+    made = write_manifest(plan).made
     assert [(start["ranks"], start["spread"]) for start in made["scored_by"]] == [(1, 0.0), (2, 0.25)]
     assert not (plan.folder / SCORED_BY_FILE).exists()
     assert bytes_of(plan.folder) == bytes_of(tiny.train)

@@ -20,6 +20,7 @@ from data.export import export as steps
 from data.export import planning
 from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
+from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.export.spool import SPLITS, remove_spool
 from data.export.tokenize_beside import tokenize_beside
@@ -168,7 +169,7 @@ def _write(plans: list[CachePlan], ranks: int) -> None:
         pilot = steps.make_tables(plan, model)
         for rank in range(ranks):
             steps.write_missing_shards(plan, model, pilot, rank, ranks)
-        steps.write_manifest(plan)
+        write_manifest(plan)
 
 
 @pytest.mark.usefixtures("long")
@@ -179,7 +180,7 @@ def test_a_teacher_scores_while_the_corpus_is_tokenised(tiny: Tiny, tmp_path: Pa
     write_caches(export, tmp_path / "before")
     plans = _recorded(make_plans(export, tmp_path / "beside", wait=False))
     assert not (plans[0].windows.folder / "end.json").exists()
-    with tokenize_beside(plans, starts=True):
+    with tokenize_beside(plans, tmp_path / "beside", starts=True):
         _write(plans, ranks=2)
     for plan in plans:
         assert bytes_of(plan.folder) == bytes_of(tmp_path / "before" / plan.identity["split"])
@@ -199,7 +200,7 @@ def test_a_bad_row_at_the_end_costs_nothing_of_what_was_scored(tiny: Tiny, tmp_p
     plans = _recorded(make_plans(export, out, wait=False))
     with (
         pytest.raises(UsageError, match=r"a.jsonl:61: not JSON[\s\S]*stays. The same command goes on there"),
-        tokenize_beside(plans, starts=True),
+        tokenize_beside(plans, out, starts=True),
     ):
         _write(plans, ranks=1)
     shards = {path: path.stat().st_mtime_ns for path in out.glob("train/shard-*.tar")}

@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
     assert manifest.records == ROWS
     assert not verify(root / "cache", lambda _: None).problems
     found = bytes_of(root / "cache")
-    assert set(found) == {"manifest.json", "tables.tar", *(shard.name for shard in manifest.shards)}
+    assert set(found) == {"manifest.json", "tables.tar", *(name for shard in manifest.shards for name in shard.files)}
     return source, found
 
 

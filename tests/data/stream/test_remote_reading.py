@@ -172,7 +172,10 @@ def test_a_server_that_stays_dead_stops_a_run_in_the_stated_time(tiny: Tiny) -> 
         reader = shards.reader()
         behaviour.status = 503
         started = time.monotonic()
-        with reader, pytest.raises(UsageError, match=r"shard-\d+.tar: cannot be .* for \d s: the server answers 503"):
+        with (
+            reader,
+            pytest.raises(UsageError, match=r"shard-\d+.(tar|index): cannot be .* for \d s: the server answers 503"),
+        ):
             reader.block((0, 0))
         assert time.monotonic() - started < patience(5)
 

@@ -26,7 +26,7 @@ from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.stream.shards import ShardReader
-from data.teacher.choose_scorer import load_scorer
+from data.teacher.choose_scorer import load_scorer, load_vllm
 from data.teacher.scorer import TeacherScores, score_rows
 from data.teacher.vllm_settings import VllmSettings
 from tests.data.teacher.vllm_replies import (
@@ -73,7 +73,10 @@ def _rows(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def score_in_process(folder: Path, scorer: str, dtype: str, out: Path) -> None:
     """What a process of its own runs: the scores of `_rows`, written to a file."""
-    loaded = load_scorer(folder, scorer, getattr(torch, dtype), CPU, VllmSettings({"max_model_len": 64}))
+    if scorer == "vllm":
+        loaded = load_vllm(folder, getattr(torch, dtype), CPU, VllmSettings({"max_model_len": 64}))
+    else:
+        loaded = load_scorer(folder, scorer, getattr(torch, dtype), CPU)
     torch.save(tuple(score_rows(loaded, *_rows(300)[:2], SELECTION, _rows(300)[2])), out)
 
 
@@ -146,7 +149,7 @@ def test_the_command_exports_through_vllm_and_its_cache_trains(tmp_path: Path) -
 def test_a_real_pooling_server_gives_every_selection_of_our_decoder(tmp_path: Path) -> None:
     teacher, _ = make_folders(tmp_path)
     with real_server(teacher, "--runner", "pooling", "--pooler-config", POOLER) as url:
-        theirs = score_some_rows(load_scorer(teacher, "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+        theirs = score_some_rows(load_vllm(teacher, torch.float32, CPU, VllmSettings(POOLING, url)))
     ours = score_some_rows(load_scorer(teacher, "decoder", torch.float32, CPU))
     for field, values in ours._asdict().items():
         torch.testing.assert_close(getattr(theirs, field), values, atol=1e-4, rtol=0)

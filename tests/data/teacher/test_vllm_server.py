@@ -18,7 +18,7 @@ from data.cache.selection import Selection
 from data.export.plan import make_plans
 from data.stream.shards import ShardReader
 from data.teacher import vllm_client
-from data.teacher.choose_scorer import load_scorer
+from data.teacher.choose_scorer import load_scorer, load_vllm
 from data.teacher.vllm_client import VllmServer
 from data.teacher.vllm_server import VllmServerScorer, parse_reply
 from data.teacher.vllm_settings import VllmSettings
@@ -92,7 +92,7 @@ def test_recorded_entries_are_those_of_our_decoder(folders: Folders, tmp_path: P
 
 def test_recorded_hidden_states_give_every_selection_of_our_decoder(folders: Folders) -> None:
     with answering(replay) as url:
-        theirs = score_some_rows(load_scorer(folders[0], "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+        theirs = score_some_rows(load_vllm(folders[0], torch.float32, CPU, VllmSettings(POOLING, url)))
     ours = score_some_rows(load_scorer(folders[0], "decoder", torch.float32, CPU))
     assert (theirs.ids == ours.ids).all()
     assert (theirs.sampled_ids == ours.sampled_ids).all()
@@ -105,7 +105,7 @@ def test_hidden_states_of_another_size_are_refused(folders: Folders) -> None:
         return (200, "abcd") if path == "/pooling" else replay(path, body)
 
     with answering(other) as url, pytest.raises(UsageError, match="got 4 bytes for 8 tokens; wanted 2048"):
-        score_some_rows(load_scorer(folders[0], "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+        score_some_rows(load_vllm(folders[0], torch.float32, CPU, VllmSettings(POOLING, url)))
 
 
 def test_plan_and_manifest_name_the_server_but_not_its_address(folders: Folders, tmp_path: Path) -> None:

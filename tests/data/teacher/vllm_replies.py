@@ -28,7 +28,7 @@ import torch
 from data.cache.selection import Selection
 from data.corpus.corpus import Corpus
 from data.export.teacher_export import TeacherExport
-from data.teacher.choose_scorer import load_scorer
+from data.teacher.choose_scorer import load_vllm
 from data.teacher.scorer import AnyScorer, score_rows
 from data.teacher.select import TeacherScores
 from data.teacher.vllm_settings import VllmSettings
@@ -203,7 +203,7 @@ def record(file: Path) -> None:
             real_server(teacher, *flags, "--runner", "pooling", "--pooler-config", POOLER) as upstream,
             answering(partial(hand_on, upstream, kept)) as url,
         ):
-            score_some_rows(load_scorer(teacher, "vllm", torch.float32, CPU, VllmSettings(POOLING, url)))
+            score_some_rows(load_vllm(teacher, torch.float32, CPU, VllmSettings(POOLING, url)))
     for key, (status, text) in kept.items():
         kept[key] = status, text.replace(root, "ROOT")
     lines = [[*json.loads(key), *answer] for key, answer in kept.items()]
