@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from data.cache.shard_index import ShardIndex, index_name
+from data.cache.shard_index import HEAD, ShardIndex, index_name
 from data.cache.tar import END_OF_TAR, Member, encode_member, padded_size, read_members
 
 Files = dict[str, bytes]
@@ -232,14 +232,14 @@ def hostile_index(rng: Rng, cache: Cache) -> Changed:
     data = bytearray(cache.files[index_name(name)])
     how = int(rng.integers(4))
     if how == 0:
-        at = 8 * int(rng.integers(1, 16))
+        at = 8 * int(rng.integers(1, HEAD.size // 8))
         data[at : at + 8] = _one(rng, [rng.bytes(8), bytes(8), b"\xff" * 8, b"\0\0\0\x10\0\0\0\0"])
     elif how == 1:
         data = bytearray(_flipped(rng, bytes(data), 0, len(data)))
     elif how == 2:
         data = data[: int(rng.integers(len(data)))]
     else:
-        data[128 + 32 * len(cache.index(name)) :] = BOMB
+        data[HEAD.size + 32 * len(cache.index(name)) :] = BOMB
     shard = next(each for each in value["shards"] if each["name"] == name)
     shard["index"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     if how == 0 and rng.random() < 0.7:  # the manifest agrees with a head that lies

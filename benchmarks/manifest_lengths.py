@@ -37,7 +37,8 @@ def made_up_index(records: int, random: np.random.Generator) -> ShardIndex:
     )
     digests = np.frombuffer(random.bytes(32 * len(counts)), np.uint8).reshape(-1, 32)
     totals = Totals(positions=int(lengths.sum()))
-    return ShardIndex(int(sizes.sum()) + 1024, "0" * 64, totals, digests, sizes, counts, lengths.astype(np.int32))
+    size, sha256, windows_sha256 = int(sizes.sum()) + 1024, "0" * 64, random.bytes(32).hex()
+    return ShardIndex(size, sha256, totals, windows_sha256, digests, sizes, counts, lengths.astype(np.int32))
 
 
 def write(folder: Path, shards: int, records: int) -> list[ShardIndex]:

@@ -8,6 +8,7 @@ import numpy as np
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
+from data.cache.contents import record_digest, windows_digest
 from data.cache.manifest import Audit, Block, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection
@@ -59,6 +60,7 @@ def write_cache(
         Block(len(payload), hashlib.sha256(payload).hexdigest(), tuple(record.positions for record in records))
         for payload, records in zip(payloads, made, strict=True)
     ]
+    digests = [b"".join(map(record_digest, records)) for records in made]
     listed: list[Shard] = []
     for number in range(shards):
         name, chosen = f"shard-{number:06d}.tar", [(number + block) % distinct for block in range(blocks)]
@@ -67,7 +69,8 @@ def write_cache(
         assert whole.endswith(END_OF_TAR)
         kept = [facts[i] for i in chosen]
         sums = Totals(positions=sum(sum(block.lengths) for block in kept))
-        index = ShardIndex.from_blocks(len(whole), hashlib.sha256(whole).hexdigest(), kept, sums)
+        sha256, windows_sha256 = hashlib.sha256(whole).hexdigest(), windows_digest(digests[i] for i in chosen)
+        index = ShardIndex.from_blocks(len(whole), sha256, kept, sums, windows_sha256)
         listed.append(write_index(storage, name, index))
     Manifest(
         vocab_size=VOCAB, tokenizer="synthetic", teacher={}, selection=selection, row_length=row_length,

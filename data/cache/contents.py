@@ -22,8 +22,13 @@ def mask_digest(loss_mask: Array) -> bytes:
     return hashlib.sha256(np.asarray(loss_mask, np.uint8).tobytes()).digest()[:16]
 
 
+def record_digest(record: Record) -> bytes:
+    """Returns 32 bytes that identify a record without its entries: the digests of its window and of its mask."""
+    return window_digest(record.start, record.token_ids) + mask_digest(record.loss_mask)
+
+
 def windows_digest(windows: Iterable[bytes]) -> str:
-    """Returns the sha256 over the digests of windows or of their masks, in order."""
+    """Returns the sha256 over the digests of windows, of their masks or of records, in order."""
     total = hashlib.sha256()
     for window in windows:
         total.update(window)

@@ -96,7 +96,7 @@ def parse_listed_shard(value: Any) -> tuple[Shard, ShardIndex]:
     size = check_integer(shard["bytes"], f"{name}: bytes", 1, MAX_SHARD_BYTES)
     if size != (expected := sum(block.bytes for block in blocks) + len(END_OF_TAR)):
         raise ValueError(f"{name}: has {size} bytes; its blocks and the tar's end have {expected}")
-    index = ShardIndex.from_blocks(size, check_digest(shard["sha256"], f"{name}: sha256"), blocks, None)
+    index = ShardIndex.from_blocks(size, check_digest(shard["sha256"], f"{name}: sha256"), blocks, None, None)
     return Shard.from_index(name, index, None), index
 
 

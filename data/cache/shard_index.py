@@ -2,8 +2,8 @@
 
 It is written after the shard was read back, so it is also the receipt of a shard that was verified.
 
-    head: magic, bytes and sha256 of the shard, counts, sums ─ sha256 of each block ─ one zstd frame: block bytes,
-    records of each block, positions of each record, each in 4 byte planes
+    head: magic, bytes and sha256 of the shard, counts, sums, sha256 of windows ─ sha256 of each block ─ one zstd
+    frame: block bytes, records of each block, positions of each record, each in 4 byte planes
 """
 
 import struct
@@ -27,8 +27,8 @@ MAX_BLOCKS, MAX_RECORDS = 1 << 22, 1 << 26  # of one shard
 # The header of a block holds at least 8 bytes of each record. A block has at least two members of a tar.
 LEAST_RECORD_BYTES, LEAST_BLOCK_BYTES = 8, 2048
 PLANES, DIGEST_BYTES = 4, 32
-# Magic, bytes and sha256 of the shard, blocks, records, then the fields of `Totals`.
-HEAD = struct.Struct(f"<8sQ{DIGEST_BYTES}sQQ3Q5d")
+# Magic, bytes and sha256 of the shard, blocks, records, the fields of `Totals`, and the sha256 of windows and masks.
+HEAD = struct.Struct(f"<8sQ{DIGEST_BYTES}sQQ3Q5d{DIGEST_BYTES}s")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class ShardIndex:
         shard_bytes: size of the shard.
         shard_sha256: its sha256.
         totals: sums over its positions, None where an earlier version wrote none.
+        windows_sha256: sha256 over the digests of its records' windows and loss masks, `record_digest` of
+            `data/cache/contents.py`. None where an earlier version wrote none.
         digests: sha256 of each block.  [B, 32]
         block_bytes: bytes of each block.  [B]
         block_records: number of records of each block.  [B]
@@ -61,16 +63,19 @@ class ShardIndex:
     shard_bytes: int
     shard_sha256: str
     totals: Totals | None
+    windows_sha256: str | None
     digests: Array
     block_bytes: Array
     block_records: Array
     lengths: Array
 
     @classmethod
-    def from_blocks(cls, size: int, sha256: str, blocks: Sequence[Block], totals: Totals | None) -> "ShardIndex":
+    def from_blocks(
+        cls, size: int, sha256: str, blocks: Sequence[Block], totals: Totals | None, windows_sha256: str | None
+    ) -> "ShardIndex":
         digests = np.frombuffer(bytes.fromhex("".join(block.sha256 for block in blocks)), np.uint8)
         return cls(
-            size, sha256, totals, digests.reshape(-1, DIGEST_BYTES),
+            size, sha256, totals, windows_sha256, digests.reshape(-1, DIGEST_BYTES),
             np.array([block.bytes for block in blocks], np.int64),
             np.array([len(block.lengths) for block in blocks], np.int64),
             np.array([length for block in blocks for length in block.lengths], np.int32),
@@ -114,9 +119,10 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """Returns the bytes of the index file."""
         assert self.totals
+        assert self.windows_sha256
         head = HEAD.pack(
             MAGIC, self.shard_bytes, bytes.fromhex(self.shard_sha256), len(self), len(self.lengths),
-            *astuple(self.totals),
+            *astuple(self.totals), bytes.fromhex(self.windows_sha256),
         )  # fmt: skip
         columns = (self.block_bytes, self.block_records, self.lengths)
         planes = [plane for column in columns for plane in split_planes(column, PLANES)]
@@ -131,7 +137,7 @@ class ShardIndex:
         """
         if len(data) < HEAD.size or data[: len(MAGIC)] != MAGIC:
             raise ValueError(f"{len(data)} bytes that begin with {data[:8]!r}; wanted {MAGIC!r} and a head")
-        _, size, digest, blocks, records, *sums = HEAD.unpack_from(data)
+        _, size, digest, blocks, records, *sums, windows_digest = HEAD.unpack_from(data)
         check_shape(size, blocks, records)
         ends = HEAD.size + DIGEST_BYTES * blocks
         if len(data) < ends:
@@ -147,8 +153,8 @@ class ShardIndex:
         for name, value in zip(("nll", "mass", "kl_sum", "kl_worst", "mass_error"), sums[3:], strict=True):
             check_number(value, name)
         return cls(
-            size, digest.hex(), Totals(*sums), digests, sizes.astype(np.int64), numbers.astype(np.int64),
-            lengths.astype(np.int32),
+            size, digest.hex(), Totals(*sums), windows_digest.hex(), digests, sizes.astype(np.int64),
+            numbers.astype(np.int64), lengths.astype(np.int32),
         )  # fmt: skip
 
 

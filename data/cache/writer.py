@@ -17,6 +17,7 @@ from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
+from data.cache.contents import record_digest, windows_digest
 from data.cache.manifest_fields import TABLES_FILE, Shard
 from data.cache.shard_index import MAX_SHARD_BYTES, Block, ShardIndex, index_name
 from data.cache.storage import Storage
@@ -55,7 +56,7 @@ def read_back(storage: Storage, name: str, coding: Coding, source: str | None = 
         UsageError: the shard is missing or damaged, or its labels and entries are shifted.
     """
     data, url = storage.read(name, MAX_SHARD_BYTES), storage.url(name)
-    blocks, totals = list[Block](), Totals()
+    blocks, totals, digests = list[Block](), Totals(), list[bytes]()
     try:
         # Members of a block share a name up to the first dot. Of each block, the offset of its first member remains.
         starts = {member.name.partition(".")[0]: member.offset for member in reversed(list(read_members(data)))}
@@ -65,6 +66,7 @@ def read_back(storage: Storage, name: str, coding: Coding, source: str | None = 
             records = decode_block(members, coding)
             check_alignment(records, source or url)
             totals += Totals.from_block(Header.parse(members["json"]), records)
+            digests.extend(map(record_digest, records))
             lengths = tuple(record.positions for record in records)
             blocks.append(Block(end - start, hashlib.sha256(data[start:end]).hexdigest(), lengths))
     except ValueError as error:
@@ -73,7 +75,8 @@ def read_back(storage: Storage, name: str, coding: Coding, source: str | None = 
         raise UsageError(
             f"{url}: damaged: block {len(blocks)}: {error}. Delete the shard and run the same export again."
         ) from None
-    return ShardIndex.from_blocks(len(data), hashlib.sha256(data).hexdigest(), blocks, totals)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return ShardIndex.from_blocks(len(data), sha256, blocks, totals, windows_digest(digests))
 
 
 def write_index(storage: Storage, name: str, index: ShardIndex) -> Shard:

@@ -226,6 +226,6 @@ def _missing_shards(
             continue
         if shared.is_first_of_group and read_receipt(plan, shard.name, shard) is None:
             verify_shard(plan, shard.name, coding, shard)
-        positions = sum(plan.windows[i].positions for i in shard.windows)
+        positions = int(plan.windows.positions_of(shard.windows).sum())
         bar.initial += positions
         bar.update(positions)

@@ -69,11 +69,15 @@ def _check_planned(plan: CachePlan, name: str, index: ShardIndex, planned: Plann
     url = plan.storage.url(name)
     if planned:
         counts = [len(block) for block in planned.blocks]
-        lengths = [plan.windows[i].positions for i in planned.windows]
+        lengths = plan.windows.positions_of(planned.windows)
         if not np.array_equal(index.block_records, counts) or not np.array_equal(index.lengths, lengths):
             raise UsageError(
                 f"{url}: holds records of {index.lengths[:8].tolist()} … positions in {len(index)} blocks, wanted "
-                f"{lengths[:8]} … in {len(counts)}. Delete it and run again."
+                f"{lengths[:8].tolist()} … in {len(counts)}. Delete it and run again."
+            )
+        if index.windows_sha256 != plan.windows.sha256_of(planned.windows):
+            raise UsageError(
+                f"{url}: holds records of another corpus than the planned windows. Delete it and run again."
             )
         return
     (stated,) = (shard for shard in _earlier_shards(plan) if shard.name == name)

@@ -240,13 +240,47 @@ class SpoolWindows(Sequence[Window]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index += len(self) if index < 0 else 0
+        self._see_window(index)
+        part = bisect.bisect_right(self._firsts, index) - 1
+        return self._part(part).window(index - self._firsts[part])
+
+    def _see_window(self, index: int) -> None:
+        """Waits for the part that has a window.
+
+        Raises:
+            IndexError: there is none.
+        """
         if index >= self._firsts[-1]:
             # Look on until a part has the window.
             next((None for _ in self.part_positions() if index < self._firsts[-1]), None)
             if index >= self._firsts[-1]:
                 raise IndexError(index)
-        part = bisect.bisect_right(self._firsts, index) - 1
-        return self._part(part).window(index - self._firsts[part])
+
+    def _column(self, name: str, windows: range) -> Array:
+        """Returns a column of consecutive windows, [n, values a window], and reads no other column of their parts."""
+        self._see_window(windows.stop - 1)
+        first = bisect.bisect_right(self._firsts, windows.start) - 1
+        last = bisect.bisect_right(self._firsts, windows.stop - 1) - 1
+        columns: list[Array] = []
+        for number in range(first, last + 1):
+            start, stop = self._firsts[number : number + 2]
+            if start == stop:
+                continue  # all windows of the part are of the other cache
+            path = part_path(self.folder, number)
+            with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
+                column = part.get_tensor(f"{self.split}.{name}").reshape(stop - start, -1)
+            columns.append(column[max(0, windows.start - start) : windows.stop - start])
+        return np.concatenate(columns)
+
+    def positions_of(self, windows: range) -> Array:
+        """Returns the positions of consecutive windows, int32 [n]. Waits for these alone."""
+        return self._column("positions", windows)[:, 0]
+
+    def sha256_of(self, windows: range) -> str:
+        """Returns the sha256 over consecutive windows and their masks, as an index has it. Waits for these alone."""
+        # 16 bytes of each window, 16 of its mask.  [n, 32]
+        digests = np.concatenate([self._column(name, windows) for name in ("digests", "mask_digests")], axis=1)
+        return windows_digest([digests.tobytes()])
 
     def identity(self) -> dict[str, Any]:
         """Returns the number of windows, and the hashes over them and over their masks. Waits for the end."""

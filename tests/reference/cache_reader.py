@@ -204,12 +204,22 @@ def read_index(data: bytes, shard: dict[str, Any]) -> Iterator[tuple[int, str, l
     size, digest, blocks, records, positions = struct.unpack_from("<Q32sQQQ", data, 8)
     stated = [shard[name] for name in ("bytes", "sha256", "blocks", "records", "positions")]
     assert [size, digest.hex(), blocks, records, positions] == stated
-    at, counts = 128 + 32 * blocks, [blocks, blocks, records]
+    at, counts = 160 + 32 * blocks, [blocks, blocks, records]
     planes = unzip(data[at:], [count for count in counts for _ in range(4)])
     sizes, numbers, lengths = (number(planes[i : i + 4]).tolist() for i in (0, 4, 8))
     ends = np.cumsum([0, *numbers])
     for block in range(blocks):
-        yield sizes[block], data[128 + 32 * block :][:32].hex(), lengths[ends[block] : ends[block + 1]]
+        yield sizes[block], data[160 + 32 * block :][:32].hex(), lengths[ends[block] : ends[block + 1]]
+
+
+def windows_sha256(records: list[dict[str, Any]]) -> str:
+    """The sha256 over 16 bytes of each window and 16 of its mask."""
+    total = hashlib.sha256()
+    for record in records:
+        tokens = np.array(record["token_ids"], "<i4").tobytes()
+        total.update(hashlib.sha256(f"{record['start']} ".encode() + tokens).digest()[:16])
+        total.update(hashlib.sha256(bytes(record["loss_mask"].tolist())).digest()[:16])
+    return total.hexdigest()
 
 
 def read_cache(folder: Path) -> Iterator[dict[str, Any]]:
@@ -220,10 +230,13 @@ def read_cache(folder: Path) -> Iterator[dict[str, Any]]:
     for shard in manifest["shards"]:
         data, at = check_hash((folder / shard["name"]).read_bytes(), shard["sha256"]), 0
         index = check_hash((folder / shard["name"].replace(".tar", ".index")).read_bytes(), shard["index"]["sha256"])
+        shard_records: list[dict[str, Any]] = []
         for size, digest, lengths in read_index(index, shard):
             records = list(
                 read_block(tar_members(check_hash(data[at:][:size], digest) + bytes(1024)), manifest, tables)
             )
             assert [len(record["token_ids"]) - 1 for record in records] == lengths
             yield from records
+            shard_records += records
             at += size
+        assert windows_sha256(shard_records) == index[128:160].hex()

@@ -17,7 +17,7 @@ from data.cache.alignment import check_alignment
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import MAX_NUMBER
 from data.cache.columns import Columns
-from data.cache.contents import CachedDocuments, mask_digest, window_digest, windows_digest
+from data.cache.contents import CachedDocuments, record_digest, windows_digest
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import MANIFEST_FILE, TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
@@ -28,6 +28,7 @@ from kd_core.files import MAX_TEXT_BYTES, parse_json
 from kd_core.json_fields import check_integer, check_object, short_repr
 
 PLAN_FILE = "plan.json"
+HALVES = (slice(0, 16), slice(16, 32))
 MOST_SHOWN = 1000  # problems that are stored; all others are counted
 
 
@@ -57,24 +58,25 @@ def verify(folder: Path | str, progress: Callable[[int], object]) -> Findings:
         UsageError: there is no manifest, or it cannot be read.
     """
     manifest = read_manifest(folder)
-    findings, totals, windows, masks = Findings(manifest), dict[str, Totals](), list[bytes](), list[bytes]()
+    findings, totals, digests = Findings(manifest), dict[str, Totals](), dict[str, list[bytes]]()
     documents = _held_out(folder)
     coding = read_coding(folder, manifest, findings.report)
     for decoded in scan_blocks(folder, manifest, coding, findings.report):
         for problem in _problems(decoded, coding, manifest):
             findings.report(decoded.where, problem)
+        shard = decoded.where.partition(",")[0]
         if {"kl_mean", "kl_worst", "mass_error"} <= decoded.header.audit.keys():
-            block_totals, shard = Totals.from_block(decoded.header, decoded.records), decoded.where.partition(",")[0]
-            totals[shard] = totals.get(shard, Totals()) + block_totals
+            totals[shard] = totals.get(shard, Totals()) + Totals.from_block(decoded.header, decoded.records)
         else:
             findings.report(decoded.where, "json: has no audit of the codec")
         findings.records += len(decoded.records)
         findings.positions += decoded.header.positions
         progress(decoded.header.positions)
-        windows.extend(window_digest(record.start, record.token_ids) for record in decoded.records)
-        masks.extend(mask_digest(record.loss_mask) for record in decoded.records)
+        digests.setdefault(shard, []).extend(map(record_digest, decoded.records))
     _check_figures(findings, sum(totals.values(), Totals()), manifest)
-    _check_indexes(findings, totals, manifest)
+    _check_indexes(findings, totals, digests)
+    # The first 16 bytes of a record's digest are those of its window, the others those of its mask.
+    windows, masks = ([digest[half] for shard in digests.values() for digest in shard] for half in HALVES)
     _check_windows(findings, windows, masks)
     if documents and (leaked := documents.among(windows)):
         findings.report("../validation", f"{len(leaked)} of its documents are in train, too: {short_repr(leaked[0])}")
@@ -128,11 +130,20 @@ def _check_figures(findings: Findings, totals: Totals, manifest: Manifest) -> No
         findings.report("manifest.json", "has no shards")
 
 
-def _check_indexes(findings: Findings, totals: dict[str, Totals], manifest: Manifest) -> None:
-    """Compares the sums that each index states with those of the shard's blocks, where all could be read."""
-    for shard in manifest.shards:
+def _check_indexes(findings: Findings, totals: dict[str, Totals], digests: dict[str, list[bytes]]) -> None:
+    """Compares the sums and the sha256 of windows that each index states with the shard's, where all could be read."""
+    for shard in findings.manifest.shards:
         found = totals.get(shard.name)
-        if found and found.positions == shard.positions and (stated := manifest.indexes.of(shard).totals):
+        if not found or found.positions != shard.positions:
+            continue
+        index = findings.manifest.indexes.of(shard)
+        sha256 = windows_digest(digests[shard.name])
+        if index.windows_sha256 not in (None, sha256):
+            findings.report(
+                shard.index_name,
+                f"is of windows and loss masks of sha256 {index.windows_sha256[:12]}…; the records' is {sha256[:12]}…",
+            )
+        if stated := index.totals:
             if stated.positions != found.positions:
                 findings.report(
                     shard.index_name, f"sums over {stated.positions} positions; the blocks have {found.positions}"

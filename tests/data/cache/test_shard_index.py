@@ -55,7 +55,9 @@ BAD: dict[str, tuple[Callable[[bytearray], object], str]] = {
     "nothing": (lambda data: data.clear(), "wanted b'KDINDEX4' and a head"),
     "another file": (_edit(0, b"KDINDEX3"), "begin with b'KDINDEX3'"),
     "cut off in its head": (lambda data: data.__delitem__(slice(100, None)), "100 bytes"),
-    "cut off in its hashes": (lambda data: data.__delitem__(slice(150, None)), "ends after 150 bytes"),
+    "cut off in its hashes": (lambda data: data.__delitem__(slice(170, None)), "ends after 170 bytes"),
+    "cut off in the sha256 of its windows": (lambda data: data.__delitem__(slice(150, None)), "150 bytes that begin"),
+    "the shorter head of a draft": (lambda data: data.__delitem__(slice(128, 160)), "frame|zstd|decompress|size"),
     "cut off in its lengths": (lambda data: data.pop(), "frame|zstd|decompress|cut off|damaged"),
     "bytes behind its end": (lambda data: data.extend(b"more"), "frame|zstd|follow|damaged"),
     "a shard of no bytes": (_edit(8, bytes(8)), "bytes: 0; wanted"),
@@ -89,7 +91,7 @@ def test_an_index_of_anybodys_is_parsed_strictly(cache: Path, name: str) -> None
 def test_columns_that_do_not_fit_each_other_are_refused(column: list[list[int]], message: str) -> None:
     sizes, counts, lengths = (np.array(numbers) for numbers in column)
     digests = np.zeros((2, 32), np.uint8)
-    index = ShardIndex(4096 + 1024, "0" * 64, Totals(positions=7), digests, sizes, counts, lengths)
+    index = ShardIndex(4096 + 1024, "0" * 64, Totals(positions=7), "1" * 64, digests, sizes, counts, lengths)
     with pytest.raises(ValueError, match=message):
         ShardIndex.parse(index.to_bytes())
 
@@ -123,16 +125,25 @@ def test_an_index_that_is_another_shards_or_damaged_or_missing_is_named(cache: P
     refused("shard-000001.index: no such file")
 
 
-def test_sums_of_an_index_that_are_not_the_shards_are_found(cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (88, struct.pack("<d", 1.0), "statistics.teacher_nll is "),
+        (128, b"\xab" * 32, "is of windows and loss masks of sha256 abababababab…; the records' is "),
+    ],
+)
+def test_sums_and_windows_of_an_index_that_are_not_the_shards_are_found(
+    cache: Path, at: int, value: bytes, message: str
+) -> None:
     path = cache / "shard-000001.index"
     data = bytearray(path.read_bytes())
-    data[88:96] = struct.pack("<d", 1.0)  # nll
+    _edit(at, value)(data)
     path.write_bytes(data)
     manifest = json.loads((cache / "manifest.json").read_text())
     manifest["shards"][1]["index"]["sha256"] = hashlib.sha256(data).hexdigest()
     (cache / "manifest.json").write_text(json.dumps(manifest))
     (problem,) = verify(cache, lambda _: None).problems
-    assert problem.startswith("shard-000001.index: statistics.teacher_nll is ")
+    assert problem.startswith(f"shard-000001.index: {message}")
 
 
 def test_few_indexes_are_held_and_each_is_read_once_while_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,9 +172,9 @@ def test_few_indexes_are_held_and_each_is_read_once_while_it_is(cache: Path, mon
 def test_what_is_written_is_parsed_again() -> None:
     blocks = [Block(2560, "ab" * 32, (1, 2, 1 << 20)), Block(4096, "cd" * 32, (7,))]
     totals = Totals((1 << 20) + 10, 5, 3, 1.5, 2.5, 0.1, 0.2, 0.3)
-    index = ShardIndex.from_blocks(2560 + 4096 + 1024, "ef" * 32, blocks, totals)
+    index = ShardIndex.from_blocks(2560 + 4096 + 1024, "ef" * 32, blocks, totals, "12" * 32)
     again = ShardIndex.parse(index.to_bytes())
-    assert (again.facts, again.totals) == (index.facts, totals)
+    assert (again.facts, again.totals, again.windows_sha256) == (index.facts, totals, "12" * 32)
     assert [(b.bytes, b.sha256, b.lengths, b.offset) for b in again.blocks] == [
         (2560, "ab" * 32, (1, 2, 1 << 20), 0),
         (4096, "cd" * 32, (7,), 2560),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.cache.contents import mask_digest, window_digest
 from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.corpus import row_encoding
@@ -22,7 +23,7 @@ from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.spool import SPLITS, remove_spool
+from data.export.spool import SPLITS, SpoolWindows, remove_spool
 from data.export.tokenize_beside import tokenize_beside
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -105,6 +106,27 @@ def test_a_long_corpus_is_split_and_drawn_by_hashes(tiny: Tiny, tmp_path: Path, 
         assert [plan.windows[i].start for i in (0, -1)] == [wanted[split][i][1] for i in (0, -1)]
         with pytest.raises(IndexError):
             plan.windows[len(plan.windows)]
+
+
+@pytest.mark.usefixtures("long")
+def test_lengths_and_hashes_of_windows_are_read_across_parts(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PART_POSITIONS", 40)  # so that some parts have no window of one cache
+    for plan in make_plans(tiny.export(corpus=_lines(tmp_path / "a.jsonl", 60)), tmp_path / "out"):
+        windows, counts = list(plan.windows), [len(positions) for positions in plan.windows.part_positions()]
+        assert len(counts) > 9
+        assert 0 in counts or plan.identity["split"] == "train"
+        n = len(windows)
+        for chosen in (range(n), range(1), range(n - 1, n), range(2, n - 2), range(3, 5)):
+            fresh = SpoolWindows(plan.windows.folder, plan.windows.split)  # has seen no part
+            assert fresh.positions_of(chosen).tolist() == [windows[i].positions for i in chosen]
+            digests = (
+                window_digest(w.start, w.token_ids) + mask_digest(w.loss_mask) for w in map(windows.__getitem__, chosen)
+            )
+            assert fresh.sha256_of(chosen) == hashlib.sha256(b"".join(digests)).hexdigest()
+        with pytest.raises(IndexError):
+            plan.windows.positions_of(range(n, n + 1))
 
 
 @pytest.mark.usefixtures("long")
@@ -222,7 +244,18 @@ def test_shards_of_another_corpus_do_not_become_part_of_a_cache(tiny: Tiny, tmp_
     (tmp_path / "cache").mkdir()
     _write(plans[:1], ranks=1)
     with pytest.raises(UsageError, match="holds records of another corpus than the planned windows"):
-        steps.read_back(plans[1], 0, 1)
+        _write(plans[1:], ranks=1)
+    with pytest.raises(UsageError, match="holds records of another corpus than the planned windows"):
+        write_manifest(plans[1])
+    # So are shards without an index, which are read back.
+    indexes = list((tmp_path / "cache").glob("*.index"))
+    for index in indexes:
+        index.unlink()
+    with pytest.raises(UsageError, match="holds records of another corpus than the planned windows"):
+        _write(plans[1:], ranks=1)
+    assert not list((tmp_path / "cache").glob("*.index"))
+    _write(plans[:1], ranks=1)
+    assert all(index.exists() for index in indexes)
 
 
 @pytest.mark.usefixtures("long")
