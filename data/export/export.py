@@ -227,5 +227,6 @@ def _missing_shards(
         if shared.is_first_of_group and read_receipt(plan, shard.name, shard) is None:
             verify_shard(plan, shard.name, coding, shard)
         positions = int(plan.windows.positions_of(shard.windows).sum())
-        bar.initial += positions
+        if not bar.disable:
+            bar.initial += positions
         bar.update(positions)

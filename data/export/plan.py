@@ -71,8 +71,8 @@ class CachePlan:
         """Returns how many positions the cache will have, or an estimate of them."""
         if not self.is_streamed:
             return int(self.windows.positions.sum())
-        wanted = self.identity["tokens"]
-        return self.drawn_from if wanted is None else min(wanted, self.drawn_from)
+        tokens = self.identity["tokens"]
+        return self.drawn_from if tokens is None else min(tokens, self.drawn_from)
 
     @property
     def first_record(self) -> int:

@@ -112,9 +112,9 @@ def measure_spread(plan: CachePlan, model: AnyScorer, world: World) -> Spread:
 def _recorded(storage: Storage) -> list[Any]:
     if storage.size(SCORED_BY_FILE) is None:
         return []
-    what = "a record of the ranks that scored a cache"
-    with damage_as_usage_error(storage.url(SCORED_BY_FILE), what, "Delete it and run again"):
-        starts = check_list(read_object(storage, SCORED_BY_FILE, what)["starts"], "starts")
+    role = "a record of the ranks that scored a cache"
+    with damage_as_usage_error(storage.url(SCORED_BY_FILE), role, "Delete it and run again"):
+        starts = check_list(read_object(storage, SCORED_BY_FILE, role)["starts"], "starts")
         return [check_object(entry, "an entry") for entry in starts]
 
 

@@ -228,7 +228,7 @@ def _parse(value: dict[str, Any], kind: type[CurveCodec] | type[LegacyCodec]) ->
     names = {field.name for field in fields(kind)}
     if unknown := set(value) - names:
         raise ValueError(f"{min(unknown)}: no such field. Wanted {', '.join(sorted(names))}")
-    return {name: CHECKS.get(name, _switch)(given, name) for name, given in value.items()}
+    return {name: CHECKS.get(name, _switch)(setting, name) for name, setting in value.items()}
 
 
 def parse_codec(value: Any) -> CurveCodec | LegacyCodec:

@@ -32,11 +32,11 @@ def _entry(value: Any, token: int, position: int) -> tuple[list[int], list[float
         raise ValueError(f"prompt_logprobs: token {position} is {token}, which has no entry; are these other tokens?")
     actual = tokens[token]
     rank, label = actual.get("rank"), float(actual["logprob"])
-    others = {key: float(entry["logprob"]) for key, entry in tokens.items() if key != token}
+    log_probs = {key: float(entry["logprob"]) for key, entry in tokens.items() if key != token}
     # Behind the top k there may be the actual token. It is an entry if no other token lies between.
-    if not others or label >= min(others.values()) or (rank is not None and rank <= len(others) + 1):
-        others[token] = label
-    used = {key: log_prob for key, log_prob in others.items() if log_prob > LEAST}
+    if not log_probs or label >= min(log_probs.values()) or (rank is not None and rank <= len(log_probs) + 1):
+        log_probs[token] = label
+    used = {key: log_prob for key, log_prob in log_probs.items() if log_prob > LEAST}
     return list(used), list(used.values()), label
 
 

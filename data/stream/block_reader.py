@@ -113,20 +113,20 @@ class BlockReader:
             DamagedBlockError: the storage holds other bytes than the manifest says.
             UsageError: they cannot be read, or the reader was stopped.
         """
-        block, kept, path = self._block(ref), self.block_cache, self._path(ref)
-        if kept and ref not in self.reads and (data := kept.get(block.sha256, block.bytes)) is not None:
+        block, block_cache, path = self._block(ref), self.block_cache, self._path(ref)
+        if block_cache and ref not in self.reads and (data := block_cache.get(block.sha256, block.bytes)) is not None:
             if hashlib.sha256(data).hexdigest() == block.sha256:
                 self._used(ref)
                 return data
-            kept.drop(block.sha256)
+            block_cache.drop(block.sha256)
         data = self._bytes(ref)
         data, end = data[: block.bytes], data[block.bytes :]
         if hashlib.sha256(data).hexdigest() != block.sha256:
             raise damaged(path, ref[1], _damage_cause(data, self.coding, path))
         if end and end != END_OF_TAR:
             raise damaged(path, ref[1], f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
-        if kept:
-            kept.put(block.sha256, data)
+        if block_cache:
+            block_cache.put(block.sha256, data)
         return data
 
     def _used(self, ref: BlockRef) -> None:

@@ -72,8 +72,8 @@ class CacheReader:
         if (records := self._read(block)) is None:
             return None
         places = enumerate(self.order.places_of_block(block, place._replace(part=0)))
-        kept = {i: records[i] for i, row in places if row.row == place.row or row in self.expected}
-        self.held[block] = _Held(kept, len(records) // DETACHED_SHARE)
+        expected = {i: records[i] for i, row in places if row.row == place.row or row in self.expected}
+        self.held[block] = _Held(expected, len(records) // DETACHED_SHARE)
         return self.held[block]
 
     def _read(self, ref: BlockRef) -> list[Record] | None:

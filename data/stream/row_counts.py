@@ -57,7 +57,7 @@ def _count(manifest: Manifest, segments: Segments, row_length: int) -> Array:
         edges = lengths.block_starts[segments.window_starts]
         runs = zip(segments.starts[:-1].tolist(), segments.starts[1:].tolist(), strict=True)
         windows = [edges[first : last + 1] for first, last in runs]
-        return np.array([len(pack_segment(lengths, each, row_length, None)) for each in windows], np.int64)
+        return np.array([len(pack_segment(lengths, window, row_length, None)) for window in windows], np.int64)
     chunks, counted, logged = list[Array](), 0, time.monotonic()
     for chunk in count_side_by_side(lengths, segments, row_length):
         chunks.append(chunk)

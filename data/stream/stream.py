@@ -130,10 +130,10 @@ def all_batches(
     Rank r of n reads the r-th of n equal parts of the rows.
     """
     order = shards.order(collate.row_length, None)
-    own = range(order.rows * rank // ranks, order.rows * (rank + 1) // ranks)
+    rank_rows = range(order.rows * rank // ranks, order.rows * (rank + 1) // ranks)
     with closing(Readers(shards, order, False, vocab_size)) as readers:
         # The rows of each micro-batch. Where the rank has none, row 0 stands in.
-        numbers = (own[start : start + micro_batch] for start in range(0, -(-order.rows // ranks), micro_batch))
+        numbers = (rank_rows[start : start + micro_batch] for start in range(0, -(-order.rows // ranks), micro_batch))
         shares = (RankShare([order.place(i) for i in some or range(1)], bool(some), 1) for some in numbers)
         for share, rows in look_ahead(shares, readers, order, micro_batch):
             yield from _micro_batches(readers, share, rows, collate, micro_batch)

@@ -20,8 +20,8 @@ def _read_stored(folder: Path, names: list[str], shape: tuple[int, ...], dtype: 
         # Multimodal folders put a prefix in front of the language model's names. Extra layers have longer ones.
         if matches := sorted((other for other in stored if f".{other}".endswith(f".{name}")), key=len):
             box = tuple(slice(0, size) for size in shape)
-            found = next(tensor for tensor in stored_tensors([stored[matches[0]]]) if tensor.name == matches[0])
-            return found.read(box).to(dtype)
+            match = next(tensor for tensor in stored_tensors([stored[matches[0]]]) if tensor.name == matches[0])
+            return match.read(box).to(dtype)
     return None
 
 

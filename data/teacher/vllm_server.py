@@ -33,12 +33,12 @@ IMPOSSIBLE = -9999.0  # what the server writes for −inf
 MASS_ERROR = 1e-3
 
 
-def _served_model(server: VllmServer, wanted: str | None) -> dict[str, Any]:
-    """Returns the entry of the served model in /v1/models: the wanted one, or the only one."""
+def _served_model(server: VllmServer, chosen: str | None) -> dict[str, Any]:
+    """Returns the entry of the served model in /v1/models: the chosen one, or the only one."""
     cards = {card["id"]: card for card in check_list(server.request_json("/v1/models")["data"], "data")}
-    names = [name for name, card in cards.items() if card.get("parent") is None] if wanted is None else [wanted]
+    names = [name for name, card in cards.items() if card.get("parent") is None] if chosen is None else [chosen]
     if len(names) != 1 or names[0] not in cards:
-        asked = "" if wanted is None else f", not {wanted}"
+        asked = "" if chosen is None else f", not {chosen}"
         raise UsageError(
             f'{server.url}: serves {", ".join(map(str, cards))}{asked}. Choose one of them: vllm={{"model": "NAME"}}.'
         )

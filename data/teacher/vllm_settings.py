@@ -38,8 +38,8 @@ class VllmSettings(NamedTuple):
         Raises:
             UsageError: vLLM is not installed.
         """
-        kept = {name: value for name, value in sorted(self.engine.items()) if name not in UNRECORDED}
-        return {"release": installed_release(), **kept}
+        arguments = {name: value for name, value in sorted(self.engine.items()) if name not in UNRECORDED}
+        return {"release": installed_release(), **arguments}
 
 
 def installed_release() -> str:

@@ -119,8 +119,8 @@ class VocabSlice(WholeVocab):
         entry_ids = all_ids.gather(1, places).long()
         # The first of this slice's k candidates that is no entry is the largest logit of its tail.  [n, k]
         is_entry = torch.zeros_like(all_ids, dtype=torch.bool).scatter_(1, places, value=True)
-        here = slice(self.rank * k, (self.rank + 1) * k)
-        place = is_entry[:, here].to(torch.uint8).argmin(dim=1, keepdim=True)
+        own_columns = slice(self.rank * k, (self.rank + 1) * k)
+        place = is_entry[:, own_columns].to(torch.uint8).argmin(dim=1, keepdim=True)
         # A slice without a tail gets one column of vanishing mass, for a softmax of −inf alone is undefined.
         tail_largest = values.gather(1, place).clamp(min=torch.finfo(torch.float32).min)
         return Candidates(entries, entry_ids, label, tail_largest.squeeze(1), ids.gather(1, place).squeeze(1))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.cache.inspection.verify import verify
+from data.cache.storage import Storage
 from data.importers import import_cache as module
 from data.importers.import_cache import PLAN_FILE, import_cache
 from data.importers.import_journal import JOURNAL_FILE
@@ -69,11 +70,11 @@ def test_an_interrupted_conversion_goes_on(
     source, wanted = whole
     written, write = [0], module.write_shard
 
-    def interrupted(path: Path, blocks: list[bytes]) -> None:
+    def interrupted(storage: Storage, name: str, blocks: list[bytes]) -> None:
         if written[0] % 3 == 2:
             written[0] += 1
             raise KeyboardInterrupt
-        write(path, blocks)
+        write(storage, name, blocks)
         written[0] += 1
 
     monkeypatch.setattr(module, "write_shard", interrupted)
@@ -93,7 +94,8 @@ def test_an_interrupted_conversion_goes_on(
                 max((tmp_path / "cache").glob("shard-*.tar")).unlink()
     assert bytes_of(tmp_path / "cache") == wanted
     # Where nothing was lost, no shard was written twice.
-    assert journal != "whole" or written[0] - written[0] // 3 == len(wanted) - 2
+    shards = [name for name in wanted if name.startswith("shard") and name.endswith(".tar")]
+    assert journal != "whole" or written[0] - written[0] // 3 == len(shards)
     with pytest.raises(UsageError, match="exists already"):
         import_cache(_job(source), tmp_path / "cache")
 
