@@ -49,7 +49,7 @@ def made_up(positions: int, vocab_size: int, top_k: int, seed: int = 0) -> list[
             Record(
                 "", f"made up {len(records)}", 0, tokens, np.ones(T, np.uint8), ids.astype(np.int32),
                 logs.astype(np.float32), tail.astype(np.float32),
-                np.where(own > UNUSED, own, tail - 3).astype(np.float32),
+                np.where(own > UNUSED, own, np.minimum(tail - 3, logs.min(axis=1))).astype(np.float32),
             )
         )  # fmt: skip
     return records
