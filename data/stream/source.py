@@ -49,8 +49,8 @@ class Shards:
         prefetch: steps that a thread reads and decodes ahead (0: none). Each takes the memory of its batches.
         timeout: seconds to wait for a step that is read ahead.
         retry_seconds: seconds in which a read from a URL that fails is tried again, before the run stops.
-        block_cache: folder of this machine that keeps blocks read from a URL (`auto`: kd-workspace/blocks in the
-            user's cache folder, None: none are kept).
+        block_cache: folder of this machine that keeps blocks read from a URL, in its subfolder kd-workspace-blocks
+            (`auto`: kd-workspace/blocks in the user's cache folder, None: none are kept).
         block_cache_bytes: most bytes of that folder. The blocks not used for the longest time are deleted.
     """
 

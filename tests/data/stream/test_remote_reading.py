@@ -218,6 +218,21 @@ def test_the_least_recently_used_blocks_leave_first(tmp_path: Path) -> None:
     assert not kept.has(names[39]), "one of another size is dropped"
 
 
+def test_no_file_of_a_user_is_deleted(tmp_path: Path) -> None:
+    strangers = [tmp_path / "thesis" / "chapter.tex", tmp_path / "ab" / "notes.partial", tmp_path / "ab" / "photo.jpg"]
+    for path in strangers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(5000))
+        os.utime(path, (1, 1))
+    cache = BlockCache.from_setting(str(tmp_path), 3000)
+    assert cache
+    for blocks in (cache, BlockCache(tmp_path, 3000)):
+        for number in range(8):
+            blocks.put(f"{number:064x}", bytes(1000))
+        assert sum(path.stat().st_size for path in blocks.folder.rglob("?" * 64)) <= 6000
+    assert all(path.stat().st_size == 5000 for path in strangers)
+
+
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
