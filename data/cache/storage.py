@@ -115,8 +115,8 @@ def storage_at(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Storag
     scheme = url.partition(":")[0]
     if scheme not in SCHEMES:
         raise UsageError(
-            f"{url:.200}: {scheme!r} is no place to read a cache from; wanted a folder, or "
-            f"{', '.join(f'{name}://' for name in SCHEMES)}. (A folder of such a name is ./{url:.200}.)"
+            f"a URL of {scheme:.40}: {scheme!r:.40} is no place to read a cache from; wanted a folder, or "
+            f"{', '.join(f'{name}://' for name in SCHEMES)}. (Write ./ before a folder of such a name.)"
         )
     if not PLAIN_URL.fullmatch(url) or "/../" in url + "/":
         raise UsageError(

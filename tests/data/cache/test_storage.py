@@ -72,6 +72,7 @@ def writable(bucket: Path) -> Generator[int]:
     ["pipe:touch ran", "pipe:cat x |", "htgs://a/b", "hf://a/b", "hf://datasets/a", "ais://a/b", "file:///etc",
      "PIPE:touch ran",
      "Http://a/b", "http:a", "http://", "http://a/{b,c}", "http://a/[1-9]", "https://me:secret@a/b", "http://a/b?c=d",
+     "S3://key:secret@b/x", "sftp://h/x?token=secret",
      "http://a/b#c", "gs://a/$(b)", "gs://a/b c", "gs://a/*", "http://a/../b", "https://-o/b", "a:b", "memory:///"],
 )  # fmt: skip
 def test_only_plain_urls_of_known_schemes_are_let_through(path: str) -> None:
