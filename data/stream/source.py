@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from data.cache.alignment import check_alignment
+from data.cache.codec.rank_tables import RankTables
 from data.cache.lengths import Array
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
@@ -23,7 +24,7 @@ from data.stream.mixing import MixedOrder
 from data.stream.order import CacheOrder
 from data.stream.row_counts import count_rows
 from data.stream.segments import Segments
-from data.stream.shards import ShardReader
+from data.stream.shards import ShardReader, read_tables
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
@@ -83,13 +84,18 @@ class Shards:
     def manifest(self) -> Manifest:
         return read_manifest(self.path, self.retry_seconds)
 
+    @cached_property
+    def tables(self) -> RankTables:
+        """Returns the rank tables, read once: a validation makes a reader each time."""
+        return read_tables(self.path, self.manifest.tables, self.retry_seconds)
+
     def use_manifest(self, manifest: Manifest) -> None:
         """Takes the manifest that another rank has read, with the lengths of its records."""
         self.__dict__["manifest"] = manifest
 
     def reader(self) -> ShardReader:
         block_cache = BlockCache.from_setting(self.block_cache, self.block_cache_bytes)
-        return ShardReader(self.path, self.manifest, self.retry_seconds, block_cache)
+        return ShardReader(self.path, self.manifest, self.retry_seconds, block_cache, self.tables)
 
     def check(self, vocab_size: int, tokenizer: str) -> None:
         """Raises for a cache of another vocabulary or tokenizer, without records or scored positions, or misaligned.

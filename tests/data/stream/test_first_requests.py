@@ -48,4 +48,4 @@ def test_only_the_first_rank_reads_manifests_and_all_indexes(tiny: Tiny, tmp_pat
     assert ROWS <= asked["tar"] <= 2 + 3 * ROWS < shards
     # All by the first rank, and by each other rank those of the shards that its rows lie in.
     assert shards <= asked["index"] <= shards + (asked["tar"] if ranks > 1 else 0)
-    assert behaviour.asked.count("tables.tar") == 2 + ranks, "one of each cache for its check, and of each reader"
+    assert behaviour.asked.count("tables.tar") == 1 + ranks, "one of each cache for its check, and of each other rank"

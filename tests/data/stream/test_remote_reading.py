@@ -133,6 +133,14 @@ def test_the_second_epoch_asks_for_nothing(tiny: Tiny, tmp_path: Path) -> None:
         assert files[0].read_bytes() != data
 
 
+def test_readers_of_one_cache_read_its_tables_once(tiny: Tiny) -> None:
+    with serving(tiny.train) as (url, behaviour):
+        shards = Shards(url, prefetch=0, block_cache=None)
+        for _ in range(2):
+            list(all_batches(shards, Collate(ROW_LENGTH), micro_batch=2, rank=0, ranks=1))
+        assert behaviour.asked.count("tables.tar") == 1
+
+
 def test_an_object_that_changed_is_an_error_and_is_never_kept(tiny: Tiny, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(tiny.train, tmp_path / "cache"))
     with serving(cache) as (url, _):
