@@ -205,7 +205,7 @@ class Mixture:
 
     A row holds records of one cache, and a cache's rows come in its own order, but for neighbours of some 100 rows. A
     cache that ends begins its next epoch. Its rows count with the mean of their scored positions, so the shares are
-    exact over whole epochs, and to a few rows at any time.
+    exact over whole epochs. At any time they are so to a few rows, but rows of a share below 1/64 come in bursts.
 
     Args:
         caches: caches by name, each with its own settings.
