@@ -7,8 +7,9 @@ Object storage and web servers are in `object_storage.py`, datasets of the hub i
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -115,8 +116,8 @@ def storage_at(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Storag
     scheme = url.partition(":")[0]
     if scheme not in SCHEMES:
         raise UsageError(
-            f"{url:.200}: {scheme!r} is no place to read a cache from; wanted a folder, or "
-            f"{', '.join(f'{name}://' for name in SCHEMES)}. (A folder of such a name is ./{url:.200}.)"
+            f"a URL of {scheme:.40}: {scheme!r:.40} is no place to read a cache from; wanted a folder, or "
+            f"{', '.join(f'{name}://' for name in SCHEMES)}. (Write ./ before a folder of such a name.)"
         )
     if not PLAIN_URL.fullmatch(url) or "/../" in url + "/":
         raise UsageError(
@@ -141,6 +142,23 @@ def missing(url: str) -> UsageError:
     return UsageError(f"{url}: no such file. Check the path, restore the file, or export the cache again.")
 
 
+@contextmanager
+def _readable(path: Path) -> Generator[None]:
+    """Turns an error of the operating system into one that names the file.
+
+    Raises:
+        UsageError: the block raised an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise UsageError(
+            f"{path}: cannot be read: {cause}. Check the disk or server that holds it and its permissions, then run "
+            "the same command again."
+        ) from None
+
+
 class LocalStorage:
     """A folder of this machine."""
 
@@ -154,7 +172,8 @@ class LocalStorage:
 
     def size(self, name: str) -> int | None:
         path = self.folder / name
-        return path.stat().st_size if path.is_file() else None
+        with _readable(path):
+            return path.stat().st_size if path.is_file() else None
 
     def names(self) -> list[str]:
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
@@ -166,12 +185,13 @@ class LocalStorage:
             raise missing(self.url(name))
         if size > most:
             raise too_large(self.url(name), most, size)
-        return (self.folder / name).read_bytes()
+        with _readable(self.folder / name):
+            return (self.folder / name).read_bytes()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         if self.size(name) is None:  # opening a pipe would block
             raise missing(self.url(name))
-        with (self.folder / name).open("rb") as file:
+        with _readable(self.folder / name), (self.folder / name).open("rb") as file:
             file.seek(offset)
             return file.read(size)
 

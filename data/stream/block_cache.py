@@ -10,6 +10,7 @@ import fcntl
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +21,9 @@ from kd_core.files import flock, open_no_follow
 
 log = logging.getLogger("kd")
 AUTO = "auto"
-TEMPORARY = ".partial"
+OWN_FOLDER = "kd-workspace-blocks"  # in a folder that a user names, which may hold other files
+BLOCK_FOLDER, BLOCK_NAME = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
+TEMPORARY_PREFIX, TEMPORARY = "block-", ".partial"
 STALE_SECONDS = 3600.0  # age of a temporary file that a killed process has left
 KEPT_SHARE = 0.9  # of the bound, after older blocks were deleted
 LOOKS = 32  # a process looks at the folder again after it has written this part of the bound
@@ -37,6 +40,10 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd-workspace" / "blocks"
 
 
+def _is_temporary(name: str) -> bool:
+    return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY)
+
+
 @functools.cache
 def _warn_once(folder: Path, reason: str) -> None:
     log.warning("%s: blocks cannot be kept there (%s), so each epoch fetches them again", folder, reason)
@@ -51,10 +58,10 @@ class BlockCache:
 
     @classmethod
     def from_setting(cls, setting: str | None, most_bytes: int) -> "BlockCache | None":
-        """Returns the cache in a folder, in the user's own (`auto`), or none."""
+        """Returns the cache in a subfolder of a folder, in the user's own (`auto`), or none."""
         if setting is None:
             return None
-        return cls(default_folder() if setting == AUTO else Path(setting), most_bytes)
+        return cls(default_folder() if setting == AUTO else Path(setting) / OWN_FOLDER, most_bytes)
 
     def path(self, sha256: str) -> Path:
         return self.folder / sha256[:2] / sha256
@@ -85,7 +92,7 @@ class BlockCache:
         path = self.path(sha256)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(TEMPORARY, dir=path.parent)
+            handle, partial = tempfile.mkstemp(TEMPORARY, TEMPORARY_PREFIX, path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
@@ -119,16 +126,16 @@ class BlockCache:
                 used -= file.bytes
 
     def _files(self) -> list[_File]:
-        """Returns all blocks, and deletes temporary files of killed processes."""
+        """Returns all blocks, and deletes temporary files of killed processes. Other files are left alone."""
         files: list[_File] = []
-        for folder in self.folder.iterdir():
-            if not folder.is_dir():
+        for folder in os.scandir(self.folder):
+            if not BLOCK_FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
                 continue
             for entry in os.scandir(folder):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    if not entry.name.endswith(TEMPORARY):
+                    if BLOCK_NAME.fullmatch(entry.name):
                         files.append(_File(status.st_mtime, status.st_size, entry.path))
-                    elif status.st_mtime < time.time() - STALE_SECONDS:
+                    elif _is_temporary(entry.name) and status.st_mtime < time.time() - STALE_SECONDS:
                         Path(entry.path).unlink(missing_ok=True)
         return files

@@ -5,6 +5,9 @@
 
 Row i of the run is in lane i mod L of the run and takes the next row of that lane of its part. Rank r of n, where n
 divides L, thus reads L / n lanes of each part. Any row is found by arithmetic, so a cursor is one number here too.
+
+The lanes take each member of g one after another, once in every L rows. Members of a part with a share below 1 / L are
+further apart than that, so its rows come in bursts of L.
 """
 
 from collections.abc import Sequence

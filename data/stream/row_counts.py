@@ -20,7 +20,7 @@ from data.cache.manifest import Manifest
 from data.stream.order import ORDER_VERSION, pack_segment
 from data.stream.segments import Segments, count_side_by_side
 from kd_core.errors import UsageError
-from kd_core.files import open_plain
+from kd_core.files import open_plain, write_bytes
 
 log = logging.getLogger("kd")
 FEW_SEGMENTS = 64  # segments that are counted faster one by one
@@ -89,10 +89,8 @@ def _write(path: Path, counts: Array) -> None:
     payload = counts.astype("<i4").tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).rename(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            write_bytes(Path(folder) / "counts", hashlib.sha256(payload).digest() + payload)
+            (Path(folder) / "counts").rename(path)
     except OSError as error:
         log.info("%s: not written (%s), so the next start counts the rows again", path, error)

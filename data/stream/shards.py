@@ -53,15 +53,15 @@ class ShardReader:
     """A reader of one cache's blocks. It verifies each block, and holds the decoded records of those in use.
 
     Where the storage is far away, blocks that `expect` names are read ahead of their use, and `block_cache` keeps
-    verified blocks on this machine. `close` ends reads under way.
+    verified blocks on this machine. `close` ends reads under way. Without `tables`, those of the cache are read.
     """
 
     def __init__(
         self, folder: Path | str, manifest: Manifest, retry_seconds: float = RETRY_SECONDS,
-        block_cache: BlockCache | None = None,
+        block_cache: BlockCache | None = None, tables: RankTables | None = None,
     ) -> None:  # fmt: skip
         self.storage, self.manifest = storage_at(folder, retry_seconds), manifest
-        tables = read_tables(folder, manifest.tables, retry_seconds)
+        tables = tables or read_tables(folder, manifest.tables, retry_seconds)
         if tables.vocab_size != manifest.vocab_size:
             raise UsageError(
                 f"{self.storage.url(TABLES_FILE)}: has a vocabulary of {tables.vocab_size}, the manifest one of "

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from data.cache.alignment import check_alignment
+from data.cache.codec.rank_tables import RankTables
 from data.cache.lengths import Array
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
@@ -23,7 +24,7 @@ from data.stream.mixing import MixedOrder
 from data.stream.order import CacheOrder
 from data.stream.row_counts import count_rows
 from data.stream.segments import Segments
-from data.stream.shards import ShardReader
+from data.stream.shards import ShardReader, read_tables
 from kd_core.errors import UsageError
 from kd_core.ranges import AT_LEAST_0, AT_LEAST_1, SECONDS, SHARE_ABOVE_0, SHARE_BELOW_1, check_settings
 
@@ -49,8 +50,8 @@ class Shards:
         prefetch: steps that a thread reads and decodes ahead (0: none). Each takes the memory of its batches.
         timeout: seconds to wait for a step that is read ahead.
         retry_seconds: seconds in which a read from a URL that fails is tried again, before the run stops.
-        block_cache: folder of this machine that keeps blocks read from a URL (`auto`: kd-workspace/blocks in the
-            user's cache folder, None: none are kept).
+        block_cache: folder of this machine that keeps blocks read from a URL, in its subfolder kd-workspace-blocks
+            (`auto`: kd-workspace/blocks in the user's cache folder, None: none are kept).
         block_cache_bytes: most bytes of that folder. The blocks not used for the longest time are deleted.
     """
 
@@ -83,13 +84,18 @@ class Shards:
     def manifest(self) -> Manifest:
         return read_manifest(self.path, self.retry_seconds)
 
+    @cached_property
+    def tables(self) -> RankTables:
+        """Returns the rank tables, read once: a validation makes a reader each time."""
+        return read_tables(self.path, self.manifest.tables, self.retry_seconds)
+
     def use_manifest(self, manifest: Manifest) -> None:
         """Takes the manifest that another rank has read, with the lengths of its records."""
         self.__dict__["manifest"] = manifest
 
     def reader(self) -> ShardReader:
         block_cache = BlockCache.from_setting(self.block_cache, self.block_cache_bytes)
-        return ShardReader(self.path, self.manifest, self.retry_seconds, block_cache)
+        return ShardReader(self.path, self.manifest, self.retry_seconds, block_cache, self.tables)
 
     def check(self, vocab_size: int, tokenizer: str) -> None:
         """Raises for a cache of another vocabulary or tokenizer, without records or scored positions, or misaligned.
@@ -199,7 +205,7 @@ class Mixture:
 
     A row holds records of one cache, and a cache's rows come in its own order, but for neighbours of some 100 rows. A
     cache that ends begins its next epoch. Its rows count with the mean of their scored positions, so the shares are
-    exact over whole epochs, and to a few rows at any time.
+    exact over whole epochs. At any time they are so to a few rows, but rows of a share below 1/64 come in bursts.
 
     Args:
         caches: caches by name, each with its own settings.

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from data.cache.manifest import Manifest
+from data.cache.manifest import MANIFEST_FILE, Manifest
+from data.cache.storage import is_url
 from data.stream.order import ORDER_VERSION
 from data.stream.source import count_passes, format_passes
 from data.stream.stream import all_batches, training_steps
@@ -18,8 +20,9 @@ from experiments.base.chat_formats import chat_format
 from experiments.base.parts import ExperimentParts, cache_facts
 from experiments.base.provenance import input_hashes, student_folders
 from experiments.base.unused_settings import unused_settings
-from kd_core.files import new_folder_target
+from kd_core.files import new_folder_target, sha256
 from kd_core.hub import resolve_folder
+from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.save import save_pretrained
@@ -89,8 +92,11 @@ class Experiment(ExperimentParts):
     def share_manifests(self, world: World) -> None:
         """Reads manifests and lengths of records on the first rank alone, and gives them to all ranks.
 
-        Otherwise each rank would read the index of every shard at its start. Blocks are verified against the manifest,
-        so a rank that sees another cache gets an error.
+        Otherwise each rank would read the index of every shard at its start. Of a folder, each rank compares its own
+        manifest. A URL is the same for all, and blocks are verified against the manifest.
+
+        Raises:
+            UsageError: a rank's folder holds another cache.
         """
 
         def read() -> dict[str, Manifest]:
@@ -99,6 +105,11 @@ class Experiment(ExperimentParts):
             return {where: shards.manifest for where, shards in caches.items()}
 
         caches = {**self.training_caches(), **self.held_out_caches()}
+        folders = [shards.path for shards in caches.values() if not is_url(shards.path)]
+        hashes = run_on_all_ranks(
+            world, lambda: {f"the contents of {path}": sha256(Path(path) / MANIFEST_FILE) for path in folders}
+        )
+        assert_ranks_agree(world, hashes[world.rank])
         for where, manifest in world.run_on_first(read).items():
             caches[where].use_manifest(manifest)
 

@@ -280,7 +280,8 @@ def run(
             is_needed = state.is_due(step, settings.evaluation.every, settings.checkpoint.every)
             held_out = state.report_steps(live, slow_start, all_of_them=is_needed)
             is_saved = state.is_due(step, settings.checkpoint.every) and state.save(saver, held_out)
-            reader.read_next()
+            # A rank that wants to stop reads no further, because all ranks stop now.
+            _ = stopping.local_code() or reader.read_next()
             stop_reason = stopping.agree_on_stop(world, reader.error is None)
             if stop_reason and not is_saved:
                 state.report_steps(live, slow_start, all_of_them=True)

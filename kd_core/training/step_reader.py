@@ -22,7 +22,7 @@ class StepReader:
         pulse: the progress of this rank.
 
     Raises:
-        UsageError: the data of the first step cannot be read.
+        UsageError, OSError: the data of the first step cannot be read.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class StepReader:
         self.steps, self.step, self.last, self.pulse = steps_from(done.rows), done.step, last, pulse
         self.batches: Sequence[Batch] = ()
         self.waited = 0.0  # seconds for the batches
-        self.error: UsageError | None = None
+        self.error: UsageError | OSError | None = None
         self.read_next()
         if self.error:
             raise self.error
@@ -51,7 +51,7 @@ class StepReader:
         started = time.perf_counter()
         try:
             self.batches = next(self.steps)
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             self.error = error
         self.waited = time.perf_counter() - started
 

@@ -85,7 +85,8 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
 
-    def _local_code(self) -> int:
+    def local_code(self) -> int:
+        """Returns this rank's reason to stop as a number, or 0. It never falls back to 0."""
         is_over = self.deadline is not None and time.monotonic() > self.deadline
         return self.received or (TIME_IS_OVER if is_over else 0)
 
@@ -95,7 +96,7 @@ class StopSignals:
         All ranks call it together, after every step.
         """
         # The largest code of all ranks: missing data come before a time limit, and that before any signal.
-        code = torch.tensor([self._local_code() if has_data else NO_DATA])
+        code = torch.tensor([self.local_code() if has_data else NO_DATA])
         if world.size > 1:
             dist.all_reduce(code, dist.ReduceOp.MAX)
         number = int(code)

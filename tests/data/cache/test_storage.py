@@ -1,5 +1,6 @@
 """Storage: the same bytes from a folder, a web server, a bucket and the hub. Each failure names the object."""
 
+import errno
 import json
 import os
 import subprocess
@@ -72,6 +73,7 @@ def writable(bucket: Path) -> Generator[int]:
     ["pipe:touch ran", "pipe:cat x |", "htgs://a/b", "hf://a/b", "hf://datasets/a", "ais://a/b", "file:///etc",
      "PIPE:touch ran",
      "Http://a/b", "http:a", "http://", "http://a/{b,c}", "http://a/[1-9]", "https://me:secret@a/b", "http://a/b?c=d",
+     "S3://key:secret@b/x", "sftp://h/x?token=secret",
      "http://a/b#c", "gs://a/$(b)", "gs://a/b c", "gs://a/*", "http://a/../b", "https://-o/b", "a:b", "memory:///"],
 )  # fmt: skip
 def test_only_plain_urls_of_known_schemes_are_let_through(path: str) -> None:
@@ -139,6 +141,23 @@ def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     check_reads(LocalStorage(tmp_path))
     check_writes(LocalStorage(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    (tmp_path / "shard.tar").write_bytes(PAYLOAD)
+    storage, message = LocalStorage(tmp_path), rf"/shard.tar: cannot be read: {os.strerror(number)}. Check the disk"
+
+    def breaks(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for method in ("open", "stat"):
+        monkeypatch.setattr(Path, method, breaks)
+        for read in (lambda: storage.read("shard.tar", 1 << 20), lambda: storage.read_range("shard.tar", 0, 9)):
+            with pytest.raises(UsageError, match=message):
+                read()
+    with pytest.raises(UsageError, match=message):
+        storage.start_read("shard.tar", 0, 9).result()
 
 
 def test_a_bucket_with_signed_requests(signing: int, monkeypatch: pytest.MonkeyPatch) -> None:

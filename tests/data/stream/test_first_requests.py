@@ -1,5 +1,7 @@
 """What the ranks of a run ask a server for at the start: the first for all indexes, the others for what they read."""
 
+import os
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from data.cache.object_storage import WebStorage
 from data.stream.stream import training_steps
 from experiments.base.experiment import Experiment
 from experiments.config.config_items import resolve_items
+from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from tests.data.stream.server import serving
 from tests.ranks import run_ranks
@@ -48,4 +51,21 @@ def test_only_the_first_rank_reads_manifests_and_all_indexes(tiny: Tiny, tmp_pat
     assert ROWS <= asked["tar"] <= 2 + 3 * ROWS < shards
     # All by the first rank, and by each other rank those of the shards that its rows lie in.
     assert shards <= asked["index"] <= shards + (asked["tar"] if ranks > 1 else 0)
-    assert behaviour.asked.count("tables.tar") == 2 + ranks, "one of each cache for its check, and of each reader"
+    assert behaviour.asked.count("tables.tar") == 1 + ranks, "one of each cache for its check, and of each other rank"
+
+
+def _share(world: World, items: list[str], folder: str) -> None:
+    os.chdir(Path(folder) / str(world.rank))
+    experiment: Experiment = fdl.build(resolve_items(items, "Experiment").config)
+    with pytest.raises(UsageError, match="rank 1 differs from rank 0 in the contents of cache/train: ") as caught:
+        experiment.share_manifests(world)
+    assert "Start every rank with" in str(caught.value)
+
+
+def test_a_host_whose_folder_holds_another_export_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        shutil.copytree(tiny.root / "cache", tmp_path / rank / "cache")
+    manifest = tmp_path / "1" / "cache" / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("{", "{ ", 1))
+    items = [item.replace(f"{tiny.root}/cache", "cache") for item in tiny.train_items(2)]
+    run_ranks(2, partial(_share, items=items, folder=str(tmp_path)))

@@ -133,6 +133,14 @@ def test_the_second_epoch_asks_for_nothing(tiny: Tiny, tmp_path: Path) -> None:
         assert files[0].read_bytes() != data
 
 
+def test_readers_of_one_cache_read_its_tables_once(tiny: Tiny) -> None:
+    with serving(tiny.train) as (url, behaviour):
+        shards = Shards(url, prefetch=0, block_cache=None)
+        for _ in range(2):
+            list(all_batches(shards, Collate(ROW_LENGTH), micro_batch=2, rank=0, ranks=1))
+        assert behaviour.asked.count("tables.tar") == 1
+
+
 def test_an_object_that_changed_is_an_error_and_is_never_kept(tiny: Tiny, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(tiny.train, tmp_path / "cache"))
     with serving(cache) as (url, _):
@@ -216,6 +224,21 @@ def test_the_least_recently_used_blocks_leave_first(tmp_path: Path) -> None:
         assert sum(path.stat().st_size for path in tmp_path.rglob("?" * 64)) <= 11_000
     assert kept.get(names[39], 999) is None
     assert not kept.has(names[39]), "one of another size is dropped"
+
+
+def test_no_file_of_a_user_is_deleted(tmp_path: Path) -> None:
+    strangers = [tmp_path / "thesis" / "chapter.tex", tmp_path / "ab" / "notes.partial", tmp_path / "ab" / "photo.jpg"]
+    for path in strangers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(5000))
+        os.utime(path, (1, 1))
+    cache = BlockCache.from_setting(str(tmp_path), 3000)
+    assert cache
+    for blocks in (cache, BlockCache(tmp_path, 3000)):
+        for number in range(8):
+            blocks.put(f"{number:064x}", bytes(1000))
+        assert sum(path.stat().st_size for path in blocks.folder.rglob("?" * 64)) <= 6000
+    assert all(path.stat().st_size == 5000 for path in strangers)
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -62,6 +62,15 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     assert count_rows(manifest, ROW_LENGTH)[1].sum() > 0
 
 
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    row_counts._write(tmp_path / "rows" / "counts", np.ones(3, np.int64))
+    assert not list((tmp_path / "rows").iterdir())
+
+
 def test_counts_that_are_plausible_and_wrong_are_named(manifest: Manifest) -> None:
     segments, counts = count_rows(manifest, ROW_LENGTH)
     order = CacheOrder(manifest.lengths, segments, counts + 1, ROW_LENGTH, 0)

@@ -3,6 +3,7 @@
 A CPU has the same kernel. Whole steps and runs use it here by a patch of `decides_on_device`.
 """
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from kd_core.training.move import clip_and_step, decides_on_device, step_if_fini
 from kd_core.training.optimizer import AdamW
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.step import train_step
+from kd_core.training.step_reader import StepReader
 from kd_core.training.stop_signals import StopSignals
 from tests.kd_core.parallel.test_layouts import OBJECTIVE, OF_TWO, PLAIN, batches, student, tied, whole
 from tests.ranks import run_ranks
@@ -200,6 +202,26 @@ def test_a_stopped_run_is_saved_with_all_its_numbers_and_goes_on_bit_for_bit(tin
         stopped = run(tiny, tmp_path / "stopped", items, AfterFour())
         assert [line["step"] for line in stopped] == [0, 1, 2, 3, 4]
         assert run(tiny, tmp_path / "stopped", items, StopSignals()) == wanted
+
+
+def test_a_run_that_is_told_to_stop_waits_for_no_further_data(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping, begin_step, read_next, steps_read = StopSignals(), loop._Run.begin_step, StepReader.read_next, list[int]()
+
+    def told_in_step_two(state: Any, step: int, *args: Any) -> Any:
+        stopping.received = signal.SIGTERM if step == 2 else 0
+        return begin_step(state, step, *args)
+
+    def noted(reader: StepReader) -> None:
+        read_next(reader)
+        steps_read.append(reader.step)
+
+    monkeypatch.setattr(loop._Run, "begin_step", told_in_step_two)
+    monkeypatch.setattr(StepReader, "read_next", noted)
+    lines = run(tiny, tmp_path / "run", ["evaluation.every=100"], stopping)
+    assert lines[-1]["step"] == 2
+    assert steps_read == [1, 2]
 
 
 def test_a_run_reads_numbers_behind_the_next_step_and_logs_the_same(
