@@ -15,6 +15,7 @@ from data.cache.storage import Storage
 from data.corpus.windows import Window
 from data.export.extend import read_object, write_object
 from data.export.plan import CachePlan
+from data.teacher.entry_scorer import EntryScorer
 from data.teacher.scorer import AnyScorer, ranks_of, score_rows
 from data.teacher.select import TeacherScores
 from kd_core.errors import UsageError
@@ -38,7 +39,7 @@ class Spread(NamedTuple):
     kl: float
 
 
-def _score_probe(model: AnyScorer, windows: list[Window], vocab_size: int) -> TeacherScores:
+def _score_probe(model: AnyScorer, windows: list[Window], most_entries: int) -> TeacherScores:
     """Scores the beginning of the first windows. Padding is scored as any other token."""
     length = min(PROBE_LENGTH, max(window.positions for window in windows))
     tokens = torch.zeros(len(windows), length + 1, dtype=torch.int64)
@@ -46,7 +47,7 @@ def _score_probe(model: AnyScorer, windows: list[Window], vocab_size: int) -> Te
         ids = torch.from_numpy(window.token_ids[: length + 1])
         tokens[row, : len(ids)] = ids
     documents = torch.arange(len(windows))[:, None].repeat(1, length)
-    selection = Selection(min(PROBE_ENTRIES, vocab_size - 1))
+    selection = Selection(min(PROBE_ENTRIES, most_entries))
     uniforms = torch.zeros(documents.numel(), 0, device=model.device)
     scores = score_rows(model, tokens.to(model.device), documents.to(model.device), selection, uniforms)
     return TeacherScores(*(field.cpu() for field in scores))
@@ -87,9 +88,11 @@ def measure_spread(plan: CachePlan, model: AnyScorer, world: World) -> Spread:
         UsageError: they differ by more than `max_spread`.
     """
     windows = list(itertools.islice(plan.windows, PROBE_ROWS))
+    # A server refuses more entries than it was started for (--max-logprobs), so it is asked for no more than later.
+    most_entries = plan.export.selection.top_k if isinstance(model, EntryScorer) else plan.teacher.vocab_size - 1
 
     def score() -> TeacherScores:
-        return _score_probe(model, windows, plan.teacher.vocab_size)
+        return _score_probe(model, windows, most_entries)
 
     passes = [score(), score()]
     reference = world.run_on_first(lambda: passes[0])

@@ -16,6 +16,7 @@ from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.export.plan import make_plans
+from data.export.repeatability import measure_spread
 from data.stream.shards import ShardReader
 from data.teacher import vllm_client
 from data.teacher.choose_scorer import load_scorer, load_vllm
@@ -24,6 +25,7 @@ from data.teacher.vllm_server import VllmServerScorer, parse_reply
 from data.teacher.vllm_settings import VllmSettings
 from kd_core.errors import UsageError
 from kd_core.files import write_json
+from kd_core.parallel.world import World
 from tests.data.teacher.vllm_replies import (
     CONTEXT,
     CPU,
@@ -117,6 +119,14 @@ def test_plan_and_manifest_name_the_server_but_not_its_address(folders: Folders,
     assert url not in json.dumps(plan.identity)
     assert read_manifest(plan.folder).teacher["vllm"] == plan.identity["teacher"]["vllm"]
     assert plan.teacher.max_positions == CONTEXT - 2
+
+
+def test_the_probe_asks_a_server_for_no_more_entries_than_the_export(folders: Folders, tmp_path: Path) -> None:
+    """A server was started for a most number of entries, which is 20 unless set."""
+    with answering(replay) as url:  # which refuses what was not recorded
+        (plan, _) = make_plans(tiny_export(*folders, scorer_url=url), tmp_path / "out")
+        scorer = load_vllm(folders[0], torch.float32, CPU, plan.export.vllm_settings)
+        assert measure_spread(plan, scorer, World()).largest == 0
 
 
 def test_a_plan_without_vllm_is_as_before(folders: Folders, tmp_path: Path) -> None:
