@@ -57,15 +57,21 @@ def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth
     files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in corpus.files()]
     texts = [path for ending in ("json", "jinja") for path in sorted(teacher.rglob(f"*.{ending}"))]
     grown_from = growth and {split: manifest.identity() for split, manifest in growth.manifests.items()}
+    # Exports that share a folder for spools each have one there, or the first to finish would remove that of another.
+    place = str(out) if _is_url(out) else str(Path(out).resolve())
     decisive = [
-        *(settings[name] for name in names), settings["corpus"], files, grown_from, content_fingerprint(texts),
+        *(settings[name] for name in names), settings["corpus"], files, grown_from, content_fingerprint(texts), place,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps([VERSION, *decisive], default=str).encode()).hexdigest()[:16]
     if export.spool is not None:
         return Path(export.spool) / key
-    if re.match(r"[a-z0-9]+:/", str(out)):  # a URL, also as a path
+    if _is_url(out):
         return Path(tempfile.gettempdir()) / f"kd-spool-{os.getuid()}" / key
     return _beside(Path(out)) / key
+
+
+def _is_url(out: Path | str) -> bool:
+    return re.match(r"[a-z0-9]+:/", str(out)) is not None  # also as a path
 
 
 def _beside(out: Path) -> Path:

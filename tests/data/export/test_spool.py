@@ -22,7 +22,7 @@ from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.spool import SPLITS, remove_spool
+from data.export.spool import SPLITS, remove_spool, spool_folder
 from data.export.tokenize_beside import tokenize_beside
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -274,6 +274,19 @@ def test_a_long_corpus_extends_a_cache_by_what_is_new(
     assert {n: b for n, b in bytes_of(out).items() if "manifest" not in n} == {
         n: b for n, b in unchanged.items() if "manifest" not in n
     }
+
+
+def test_exports_that_share_a_folder_for_spools_have_one_each(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = tiny.export(spool=str(tmp_path / "spools"))
+    one, other = make_plans(shared, "one"), make_plans(shared, "other")
+    remove_spool(one[0].windows.folder, "one")
+    assert len(_found(other)["train"]) > 0
+    assert spool_folder(shared, tiny.teacher, tmp_path / "other", None) == other[0].windows.folder
+    buckets = [spool_folder(tiny.export(), tiny.teacher, f"s3://bucket/{name}", None) for name in "ab"]
+    assert buckets[0] != buckets[1]
 
 
 def test_a_damaged_part_is_one_message(tiny: Tiny, tmp_path: Path) -> None:
