@@ -19,7 +19,7 @@ from data.export.plan import make_plans
 from data.export.repeatability import measure_spread
 from data.stream.shards import ShardReader
 from data.teacher import vllm_client
-from data.teacher.choose_scorer import load_scorer, load_vllm
+from data.teacher.choose_scorer import load_scorer, load_vllm, read_teacher_facts
 from data.teacher.vllm_client import VllmServer
 from data.teacher.vllm_server import VllmServerScorer, parse_reply
 from data.teacher.vllm_settings import VllmSettings
@@ -287,3 +287,13 @@ def test_settings_of_the_engine_are_part_of_the_plan(folders: Folders, monkeypat
     assert settings.recorded() == {"release": "vllm 9", "max_model_len": ROW_LENGTH, "tensor_parallel_size": 2}
     assert settings == VllmSettings({"max_model_len": 16, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5})
     write_json(folders[0].parent / "settings.json", settings.recorded())  # JSON holds it
+
+
+@pytest.mark.parametrize(
+    ("settings", "context"), [({"max_model_len": 24}, 24), ({"max_model_len": 999}, 256), ({}, 256)]
+)
+def test_a_teachers_context_is_no_longer_than_the_engines(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], context: int
+) -> None:
+    monkeypatch.setattr("data.teacher.vllm_settings.installed_release", lambda: "vllm 9")
+    assert read_teacher_facts(folders[0], "vllm", vllm=VllmSettings(settings)).max_positions == context
