@@ -192,6 +192,16 @@ def test_a_key_is_sent_and_never_shown(folders: Folders, tmp_path: Path, monkeyp
     assert "s3cret" not in message
 
 
+def test_a_redirect_does_not_take_the_key_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with (
+        answering(always("{}")) as elsewhere,
+        answering(always(elsewhere, 302)) as url,
+        pytest.raises(UsageError, match="refused with status 302"),
+    ):
+        VllmServer(url).request_json("/version")
+
+
 def test_a_server_of_another_teacher_is_refused(folders: Folders, tmp_path: Path) -> None:
     def other(path: str, body: bytes) -> Reply:
         return (200, '{"tokens": [1, 2]}') if path == "/tokenize" else replay(path, body)
