@@ -9,6 +9,7 @@ Each file appears by rename. So what is there is complete, and a pass that was i
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -75,13 +76,20 @@ def _is_url(out: Path | str) -> bool:
 
 
 def _beside(out: Path) -> Path:
+    out = out.absolute()  # "." has no name
     return out.with_name(f"{out.name}.spool")
 
 
 def remove_spool(folder: Path, out: Path | str) -> None:
     """Removes the spool of a complete export, and spools beside `out` that other settings or files have left there."""
     beside = _beside(Path(out))
-    shutil.rmtree(beside if folder.parent == beside else folder, ignore_errors=True)
+    if folder.parent != beside:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in beside.glob("[0-9a-f]" * 16):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # files of somebody else are there
+        beside.rmdir()
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -186,11 +194,12 @@ class SpoolWindows(Sequence[Window]):
         """
         waits_from = time.monotonic()
         while not part_path(self.folder, number).exists():
-            if (self.folder / END_FILE).exists():
+            is_complete, failure = (self.folder / END_FILE).exists(), self.folder / FAILED_FILE
+            if is_complete or failure.exists():
                 # The end may have appeared just behind the part.
-                return part_path(self.folder, number).exists()
-            if (path := self.folder / FAILED_FILE).exists():
-                raise UsageError(str(read_json(path, "the error of a spool")["message"]))
+                if is_complete or part_path(self.folder, number).exists():
+                    return part_path(self.folder, number).exists()
+                raise UsageError(str(read_json(failure, "the error of a spool")["message"]))
             if is_owned(self.folder):
                 waits_from = time.monotonic()
             elif time.monotonic() - waits_from > OWNERLESS_SECONDS:

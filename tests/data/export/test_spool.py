@@ -22,7 +22,7 @@ from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.spool import SPLITS, remove_spool, spool_folder
+from data.export.spool import SPLITS, SpoolWindows, remove_spool, spool_folder
 from data.export.tokenize_beside import tokenize_beside
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -199,7 +199,9 @@ def test_a_bad_row_at_the_end_costs_nothing_of_what_was_scored(tiny: Tiny, tmp_p
     export = tiny.export(corpus=corpus, train_tokens=900, validation_tokens=200)
     plans = _recorded(make_plans(export, out, wait=False))
     with (
-        pytest.raises(UsageError, match=r"a.jsonl:61: not JSON[\s\S]*stays. The same command goes on there"),
+        pytest.raises(
+            UsageError, match=r"a.jsonl:61: not JSON[\s\S]*leave the file as it is and add corpus.on_bad_row=skip"
+        ),
         tokenize_beside(plans, out, starts=True),
     ):
         _write(plans, ranks=1)
@@ -287,6 +289,33 @@ def test_exports_that_share_a_folder_for_spools_have_one_each(
     assert spool_folder(shared, tiny.teacher, tmp_path / "other", None) == other[0].windows.folder
     buckets = [spool_folder(tiny.export(), tiny.teacher, f"s3://bucket/{name}", None) for name in "ab"]
     assert buckets[0] != buckets[1]
+
+
+def test_other_files_beside_the_caches_stay(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mine = tmp_path / "here.spool" / "mine"
+    mine.mkdir(parents=True)
+    plans = make_plans(tiny.export(), ".")
+    remove_spool(plans[0].windows.folder, ".")
+    assert list(mine.parent.iterdir()) == [mine]
+
+
+def test_a_part_that_appears_with_an_error_is_read_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part appears between the look for it and the look for the error."""
+    (tmp_path / "failed.json").write_text('{"message": "a bad row"}')
+    exists = Path.exists
+
+    def appearing(path: Path) -> bool:
+        if path.name == "failed.json":
+            (tmp_path / "000000.part").touch()
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", appearing)
+    windows = SpoolWindows(tmp_path, "train")
+    assert windows._see_part(0)
+    with pytest.raises(UsageError, match="a bad row"):
+        windows._see_part(1)
 
 
 def test_a_damaged_part_is_one_message(tiny: Tiny, tmp_path: Path) -> None:
