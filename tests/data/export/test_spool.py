@@ -20,6 +20,7 @@ from data.export import export as steps
 from data.export import planning
 from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
+from data.export.planning import SpoolPass
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
 from data.export.spool import SPLITS, SpoolWindows, remove_spool, spool_folder
@@ -155,6 +156,27 @@ def test_a_pass_that_was_killed_goes_on_behind_its_last_part(
     assert [plan.identity for plan in resumed] == [plan.identity for plan in whole]
     assert whole[0].identity["corpus"]["skipped"] == {"not JSON": 2}
     assert whole[0].drawn_from == whole[0].windows.positions.sum()
+
+
+@pytest.mark.usefixtures("long")
+def test_a_pass_that_was_killed_in_the_head_counts_as_a_whole_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PART_POSITIONS", 30)
+    export, write = tiny.export(corpus=_lines(tmp_path / "a.jsonl", 60), train_tokens=150), SpoolPass._write_part
+
+    def killed(self: SpoolPass) -> None:
+        if self.parts == 1:
+            raise KeyboardInterrupt
+        write(self)
+
+    [whole, _] = make_plans(export, tmp_path / "whole")
+    monkeypatch.setattr(SpoolPass, "_write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_plans(export, tmp_path / "cut")
+    monkeypatch.setattr(SpoolPass, "_write_part", write)
+    [cut, _] = make_plans(export, tmp_path / "cut")
+    assert cut.windows.end() == whole.windows.end()
 
 
 def _recorded(plans: list[CachePlan]) -> list[CachePlan]:
