@@ -22,8 +22,8 @@ MOST_BYTES = 1 << 24  # of a reply without entries
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Refuses redirects, which would hand the key to another host."""
 
-    def redirect_request(self, *args: Any) -> None:
-        del args
+    def redirect_request(self, *args: Any, **names: Any) -> None:
+        del args, names
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
