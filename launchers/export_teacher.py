@@ -33,7 +33,7 @@ overlap=128, and
     scorer=vllm vllm={"tensor_parallel_size": 8}  through vLLM: quantised and MoE teachers (docs/vllm.md)
     scorer=vllm scorer_url=http://HOST:8000 dtype=bfloat16   through a vLLM server that runs, with its dtype
     codec=compact                                4 bytes less per position at twice the (small) error; or lossless
-    spool=/local/disk                            where the tokenised corpus waits, 6 bytes a token (OUT.spool)
+    spool=/local/disk                            where the tokenised corpus waits (OUT.spool, or /tmp for a URL)
     shard_bytes=100000000                        larger shards: fewer files, more work lost by an interruption
     parallel.tensor_parallel=4                   ranks that share a teacher (docs/large_teachers.md)
     parallel.shard=full                          FSDP, for a teacher that is only too large for memory
@@ -183,6 +183,8 @@ def _describe(export: Any, out: str) -> None:
     export, chosen = _resolve(export, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"dtype: {chosen}")
     growth = load_growth(out, begin=False) if EXTEND.value else None
+    if export.spool is not None:
+        Path(export.spool).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=export.spool) as spool:
         plans = make_plans(replace(export, spool=spool), out, growth)
         if plans and plans[0].texts:

@@ -143,8 +143,9 @@ class SpoolPass:
                 self.export.corpus.path, estimated, size >> 20, rules.rates,
             )  # fmt: skip
         begin = {"estimates": estimates, "rates": rules.rates, "facts": facts.to_json()}
-        write_json(self.spool / BEGIN_FILE, begin)
         self._stream(head, rules)
+        # The head is streamed as a whole or again from its start: behind it, documents that give no window are skipped.
+        write_json(self.spool / BEGIN_FILE, begin)
 
     def _draw_exactly(self, head: list[EncodedRows]) -> None:
         documents = list[Encoded]()

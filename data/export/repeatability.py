@@ -5,6 +5,7 @@ differs is noise in the cache, which nothing behind it can see.
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from data.cache.selection import Selection
 from data.cache.storage import Storage
 from data.corpus.windows import Window
+from data.export.draw import no_window
 from data.export.extend import read_object, write_object
 from data.export.plan import CachePlan
+from data.teacher.entry_scorer import EntryScorer
 from data.teacher.scorer import AnyScorer, ranks_of, score_rows
 from data.teacher.select import TeacherScores
 from kd_core.errors import UsageError
@@ -25,6 +28,8 @@ from kd_core.parallel.world import World
 
 SCORED_BY_FILE = "scored_by.json"  # until the manifest is written, which holds the same
 PROBE_ROWS, PROBE_LENGTH, PROBE_ENTRIES = 2, 128, 64
+# A tail of entries is 1 − Σp, whose rounding alone changes the logarithm of a smaller one.
+SMALLEST_COMPARED_TAIL = 1e-3
 
 
 class Spread(NamedTuple):
@@ -38,7 +43,7 @@ class Spread(NamedTuple):
     kl: float
 
 
-def _score_probe(model: AnyScorer, windows: list[Window], vocab_size: int) -> TeacherScores:
+def _score_probe(model: AnyScorer, windows: list[Window], most_entries: int) -> TeacherScores:
     """Scores the beginning of the first windows. Padding is scored as any other token."""
     length = min(PROBE_LENGTH, max(window.positions for window in windows))
     tokens = torch.zeros(len(windows), length + 1, dtype=torch.int64)
@@ -46,7 +51,7 @@ def _score_probe(model: AnyScorer, windows: list[Window], vocab_size: int) -> Te
         ids = torch.from_numpy(window.token_ids[: length + 1])
         tokens[row, : len(ids)] = ids
     documents = torch.arange(len(windows))[:, None].repeat(1, length)
-    selection = Selection(min(PROBE_ENTRIES, vocab_size - 1))
+    selection = Selection(min(PROBE_ENTRIES, most_entries))
     uniforms = torch.zeros(documents.numel(), 0, device=model.device)
     scores = score_rows(model, tokens.to(model.device), documents.to(model.device), selection, uniforms)
     return TeacherScores(*(field.cpu() for field in scores))
@@ -84,12 +89,21 @@ def measure_spread(plan: CachePlan, model: AnyScorer, world: World) -> Spread:
     """Scores some positions twice on every rank, and compares all passes with the first one of the first rank.
 
     Raises:
-        UsageError: they differ by more than `max_spread`.
+        UsageError: they differ by more than `max_spread`, or the cache has no window.
     """
     windows = list(itertools.islice(plan.windows, PROBE_ROWS))
+    if not windows:
+        raise no_window(plan.export, plan.identity["split"])
+    # A server refuses more entries than it was started for (--max-logprobs), so it is asked for no more than later.
+    gives_entries = isinstance(model, EntryScorer)
+    most_entries = plan.export.selection.top_k if gives_entries else plan.teacher.vocab_size - 1
 
     def score() -> TeacherScores:
-        return _score_probe(model, windows, plan.teacher.vocab_size)
+        scores = _score_probe(model, windows, most_entries)
+        if not gives_entries:
+            return scores
+        floor = torch.full_like(scores.tail_log_prob, math.log(SMALLEST_COMPARED_TAIL))
+        return scores._replace(tail_log_prob=torch.logaddexp(scores.tail_log_prob, floor))
 
     passes = [score(), score()]
     reference = world.run_on_first(lambda: passes[0])

@@ -9,6 +9,7 @@ Each file appears by rename. So what is there is complete, and a pass that was i
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -57,25 +58,38 @@ def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth
     files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in corpus.files()]
     texts = [path for ending in ("json", "jinja") for path in sorted(teacher.rglob(f"*.{ending}"))]
     grown_from = growth and {split: manifest.identity() for split, manifest in growth.manifests.items()}
+    # Exports that share a folder for spools each have one there, or the first to finish would remove that of another.
+    place = str(out) if _is_url(out) else str(Path(out).resolve())
     decisive = [
-        *(settings[name] for name in names), settings["corpus"], files, grown_from, content_fingerprint(texts),
+        *(settings[name] for name in names), settings["corpus"], files, grown_from, content_fingerprint(texts), place,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps([VERSION, *decisive], default=str).encode()).hexdigest()[:16]
     if export.spool is not None:
         return Path(export.spool) / key
-    if re.match(r"[a-z0-9]+:/", str(out)):  # a URL, also as a path
+    if _is_url(out):
         return Path(tempfile.gettempdir()) / f"kd-spool-{os.getuid()}" / key
     return _beside(Path(out)) / key
 
 
+def _is_url(out: Path | str) -> bool:
+    return re.match(r"[a-z0-9]+:/", str(out)) is not None  # also as a path
+
+
 def _beside(out: Path) -> Path:
+    out = out.absolute()  # "." has no name
     return out.with_name(f"{out.name}.spool")
 
 
 def remove_spool(folder: Path, out: Path | str) -> None:
     """Removes the spool of a complete export, and spools beside `out` that other settings or files have left there."""
     beside = _beside(Path(out))
-    shutil.rmtree(beside if folder.parent == beside else folder, ignore_errors=True)
+    if folder.parent != beside:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in beside.glob("[0-9a-f]" * 16):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # files of somebody else are there
+        beside.rmdir()
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -180,11 +194,12 @@ class SpoolWindows(Sequence[Window]):
         """
         waits_from = time.monotonic()
         while not part_path(self.folder, number).exists():
-            if (self.folder / END_FILE).exists():
+            is_complete, failure = (self.folder / END_FILE).exists(), self.folder / FAILED_FILE
+            if is_complete or failure.exists():
                 # The end may have appeared just behind the part.
-                return part_path(self.folder, number).exists()
-            if (path := self.folder / FAILED_FILE).exists():
-                raise UsageError(str(read_json(path, "the error of a spool")["message"]))
+                if is_complete or part_path(self.folder, number).exists():
+                    return part_path(self.folder, number).exists()
+                raise UsageError(str(read_json(failure, "the error of a spool")["message"]))
             if is_owned(self.folder):
                 waits_from = time.monotonic()
             elif time.monotonic() - waits_from > OWNERLESS_SECONDS:

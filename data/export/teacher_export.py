@@ -45,7 +45,7 @@ class TeacherExport:
         block_positions: about the number of positions that are coded together, the unit of reading and shuffling.
         shard_bytes: about the size of a shard, the unit of a rank's work and of what an interruption loses.
         spool: a folder on local disk for the tokenised corpus, 5 to 6 bytes a token until the export is complete. None:
-            `OUT.spool` beside the caches.
+            `OUT.spool` beside the caches, or the temporary folder where OUT is a URL.
         batch_rows: windows that the teacher scores together. None: 2 on a CPU, and on a GPU as many as have about
             8,192 positions. The plan records which.
         parallel: how the teacher is laid out over the ranks that torchrun starts.

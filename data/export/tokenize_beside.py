@@ -23,7 +23,8 @@ from kd_core.errors import UsageError
 from kd_core.files import is_owned, own_folder, write_json
 
 LATE = (
-    "What was exported before this row stays. The same command goes on there, also with corpus.on_bad_row=skip added."
+    "To keep what was exported, leave the file as it is and add corpus.on_bad_row=skip. A corrected file is another "
+    "corpus and needs another --out."
 )
 
 
@@ -36,6 +37,7 @@ def tokenize_beside(plans: list[CachePlan], out: Path | str, *, starts: bool) ->
     process: subprocess.Popen[bytes] | None = None
     spool = plans[0].windows.folder if plans else Path()
     if plans and starts and not (spool / END_FILE).exists() and not is_owned(spool):
+        (spool / FAILED_FILE).unlink(missing_ok=True)  # of an earlier start
         process = start_process(__name__)
         assert process.stdin
         pickle.dump((plans[0].export, out, spool, bool(plans[0].grown_from)), process.stdin)

@@ -51,7 +51,9 @@ def _through_transformers(folder: Path, tokens: int | None) -> TeacherFacts:
 def _through_vllm(folder: Path, tokens: int | None, settings: VllmSettings) -> TeacherFacts:
     facts = _through_transformers(folder, tokens)._replace(scorer="vllm")
     if settings.url is None:
-        return facts._replace(engine=settings.recorded())
+        longest = settings.engine.get("max_model_len")
+        bounds = [limit for limit in (longest, facts.max_positions) if isinstance(limit, int) and limit > 0]
+        return facts._replace(engine=settings.recorded(), max_positions=min(bounds, default=None))
     engine, longest = read_server_facts(settings)
     return facts._replace(engine=engine, max_positions=min(longest, facts.max_positions or longest))
 

@@ -56,8 +56,10 @@ def select_from_entries(
     log_probs = torch.where(ids < vocab_size, log_probs - normaliser[:, None], UNUSED)
     log_probs, order = log_probs.sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, order).masked_fill_(log_probs == UNUSED, 0)
-    # All tokens outside the entries are at most as likely as the last of them: tail ≤ (V − K) · p_K.  [n]
-    largest_tail = log_probs[:, -1].exp() * max(0, vocab_size - ids.shape[1])
+    # All tokens outside the k used entries are at most as likely as the last of them: tail ≤ (V − k) · p_k.  [n]
+    used = log_probs > UNUSED
+    least = torch.where(used, log_probs, torch.inf).amin(dim=1).exp()
+    largest_tail = least * (vocab_size - used.sum(dim=1)).clamp(min=0)
     tail = (1 - log_probs.exp().sum(dim=1)).clamp(min=SMALLEST_TAIL).minimum(largest_tail)
     if not selection.fixed:
         # Entries outside the limits go back to the tail.

@@ -19,6 +19,16 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 MOST_BYTES = 1 << 24  # of a reply without entries
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects, which would hand the key to another host."""
+
+    def redirect_request(self, *args: Any, **names: Any) -> None:
+        del args, names
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 class VllmServer:
     """A server's address, and requests to it that are repeated while it does not answer."""
 
@@ -69,7 +79,7 @@ class VllmServer:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 (http and https alone)
-        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as reply:  # noqa: S310
+        with _OPENER.open(request, timeout=REQUEST_SECONDS) as reply:
             text = reply.read(most + 1)
         if len(text) > most:
             raise UsageError(f"{self.url}{path}: the reply has more than {most} bytes; wanted a vLLM server.")

@@ -1,7 +1,7 @@
 """What two passes of a teacher differ by: measured as float64 measures it, recorded, and bounded."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from data.export.receipts import write_manifest
 from data.export.repeatability import SCORED_BY_FILE, Spread, measure_spread, record_scoring, spread_between
 from data.export.resume_check import record_or_check_plan
 from data.teacher.scorer import Scorer
-from data.teacher.select import select_entries
+from data.teacher.select import TeacherScores, select_entries
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from tests.tiny import Tiny, bytes_of
@@ -80,6 +80,34 @@ def test_a_teacher_that_differs_each_time_is_refused(tiny: Tiny) -> None:
     assert 0 < accepted.kl < 0.1
     with pytest.raises(UsageError, match="by up to nan nats"):
         measure_spread(plan, Noisy(model, float("nan")), World())
+
+
+@dataclass
+class RoundedTail:
+    """A server whose entries repeat, but for the rounding of their sum."""
+
+    tails: list[float]
+    device: torch.device = CPU
+
+    def scores(self, tokens: Tensor, document_ids: Tensor, selection: Selection) -> TeacherScores:
+        del tokens
+        n, K = document_ids.numel(), selection.top_k
+        tail = torch.full((n,), self.tails.pop()).log()
+        entries = torch.arange(K).expand(n, K), torch.full((n, K), 1 / K).log()
+        return TeacherScores(*entries, tail, torch.zeros(n), torch.zeros(n, 0), torch.zeros(n, 0), torch.zeros(n, 0))
+
+
+def test_the_rounding_of_a_servers_tail_is_no_difference(tiny: Tiny) -> None:
+    plan = _plan(tiny, "unused")
+    assert measure_spread(plan, RoundedTail([1e-6, 3e-5]), World()).largest < 0.05
+    with pytest.raises(UsageError, match="gives other log-probabilities each time"):
+        measure_spread(plan, RoundedTail([0.01, 0.02]), World())
+
+
+def test_a_cache_without_a_window_is_named(tiny: Tiny) -> None:
+    plan = replace(_plan(tiny, "unused"), windows=[])
+    with pytest.raises(UsageError, match="the train split has no window"):
+        measure_spread(plan, RoundedTail([]), World())
 
 
 def test_what_was_measured_stands_in_the_manifest_and_changes_no_byte(tiny: Tiny) -> None:

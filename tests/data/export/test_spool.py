@@ -21,9 +21,10 @@ from data.export import export as steps
 from data.export import planning
 from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
+from data.export.planning import SpoolPass
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.spool import SPLITS, SpoolWindows, remove_spool
+from data.export.spool import SPLITS, SpoolWindows, remove_spool, spool_folder
 from data.export.tokenize_beside import tokenize_beside
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
@@ -179,6 +180,27 @@ def test_a_pass_that_was_killed_goes_on_behind_its_last_part(
     assert whole[0].drawn_from == whole[0].windows.positions.sum()
 
 
+@pytest.mark.usefixtures("long")
+def test_a_pass_that_was_killed_in_the_head_counts_as_a_whole_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PART_POSITIONS", 30)
+    export, write = tiny.export(corpus=_lines(tmp_path / "a.jsonl", 60), train_tokens=150), SpoolPass._write_part
+
+    def killed(self: SpoolPass) -> None:
+        if self.parts == 1:
+            raise KeyboardInterrupt
+        write(self)
+
+    [whole, _] = make_plans(export, tmp_path / "whole")
+    monkeypatch.setattr(SpoolPass, "_write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_plans(export, tmp_path / "cut")
+    monkeypatch.setattr(SpoolPass, "_write_part", write)
+    [cut, _] = make_plans(export, tmp_path / "cut")
+    assert cut.windows.end() == whole.windows.end()
+
+
 def _recorded(plans: list[CachePlan]) -> list[CachePlan]:
     for plan in plans:
         assert not record_or_check_plan(plan)
@@ -221,7 +243,9 @@ def test_a_bad_row_at_the_end_costs_nothing_of_what_was_scored(tiny: Tiny, tmp_p
     export = tiny.export(corpus=corpus, train_tokens=900, validation_tokens=200)
     plans = _recorded(make_plans(export, out, wait=False))
     with (
-        pytest.raises(UsageError, match=r"a.jsonl:61: not JSON[\s\S]*stays. The same command goes on there"),
+        pytest.raises(
+            UsageError, match=r"a.jsonl:61: not JSON[\s\S]*leave the file as it is and add corpus.on_bad_row=skip"
+        ),
         tokenize_beside(plans, out, starts=True),
     ):
         _write(plans, ranks=1)
@@ -307,6 +331,46 @@ def test_a_long_corpus_extends_a_cache_by_what_is_new(
     assert {n: b for n, b in bytes_of(out).items() if "manifest" not in n} == {
         n: b for n, b in unchanged.items() if "manifest" not in n
     }
+
+
+def test_exports_that_share_a_folder_for_spools_have_one_each(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = tiny.export(spool=str(tmp_path / "spools"))
+    one, other = make_plans(shared, "one"), make_plans(shared, "other")
+    remove_spool(one[0].windows.folder, "one")
+    assert len(_found(other)["train"]) > 0
+    assert spool_folder(shared, tiny.teacher, tmp_path / "other", None) == other[0].windows.folder
+    buckets = [spool_folder(tiny.export(), tiny.teacher, f"s3://bucket/{name}", None) for name in "ab"]
+    assert buckets[0] != buckets[1]
+
+
+def test_other_files_beside_the_caches_stay(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mine = tmp_path / "here.spool" / "mine"
+    mine.mkdir(parents=True)
+    plans = make_plans(tiny.export(), ".")
+    remove_spool(plans[0].windows.folder, ".")
+    assert list(mine.parent.iterdir()) == [mine]
+
+
+def test_a_part_that_appears_with_an_error_is_read_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part appears between the look for it and the look for the error."""
+    (tmp_path / "failed.json").write_text('{"message": "a bad row"}')
+    exists = Path.exists
+
+    def appearing(path: Path) -> bool:
+        if path.name == "failed.json":
+            (tmp_path / "000000.part").touch()
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", appearing)
+    windows = SpoolWindows(tmp_path, "train")
+    assert windows._see_part(0)
+    with pytest.raises(UsageError, match="a bad row"):
+        windows._see_part(1)
 
 
 def test_a_damaged_part_is_one_message(tiny: Tiny, tmp_path: Path) -> None:

@@ -69,3 +69,4 @@ def test_padding_columns_take_no_probability() -> None:
     difference = np.where(used, scores.log_probs.numpy() - expected, 0)
     assert (difference <= 1e-6).all()
     assert (difference >= np.log1p(-padding)[:, None] - 1e-6).all()
+    np.testing.assert_allclose(scores.log_probs.exp().sum(dim=1) + scores.tail_log_prob.exp(), 1, atol=1e-5)

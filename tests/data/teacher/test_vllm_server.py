@@ -16,14 +16,16 @@ from data.cache.manifest import read_manifest
 from data.cache.record import Record
 from data.cache.selection import Selection
 from data.export.plan import make_plans
+from data.export.repeatability import measure_spread
 from data.stream.shards import ShardReader
 from data.teacher import vllm_client
-from data.teacher.choose_scorer import load_scorer, load_vllm
+from data.teacher.choose_scorer import load_scorer, load_vllm, read_teacher_facts
 from data.teacher.vllm_client import VllmServer
 from data.teacher.vllm_server import VllmServerScorer, parse_reply
 from data.teacher.vllm_settings import VllmSettings
 from kd_core.errors import UsageError
 from kd_core.files import write_json
+from kd_core.parallel.world import World
 from tests.data.teacher.vllm_replies import (
     CONTEXT,
     CPU,
@@ -119,6 +121,14 @@ def test_plan_and_manifest_name_the_server_but_not_its_address(folders: Folders,
     assert plan.teacher.max_positions == CONTEXT - 2
 
 
+def test_the_probe_asks_a_server_for_no_more_entries_than_the_export(folders: Folders, tmp_path: Path) -> None:
+    """A server was started for a most number of entries, which is 20 unless set."""
+    with answering(replay) as url:  # which refuses what was not recorded
+        (plan, _) = make_plans(tiny_export(*folders, scorer_url=url), tmp_path / "out")
+        scorer = load_vllm(folders[0], torch.float32, CPU, plan.export.vllm_settings)
+        assert measure_spread(plan, scorer, World()).largest == 0
+
+
 def test_a_plan_without_vllm_is_as_before(folders: Folders, tmp_path: Path) -> None:
     (plan, _) = make_plans(tiny_export(*folders, scorer="decoder"), tmp_path)
     assert not {"vllm", "scorer_url"} & set(plan.identity)
@@ -180,6 +190,16 @@ def test_a_key_is_sent_and_never_shown(folders: Folders, tmp_path: Path, monkeyp
         message = refused_export(*folders, url, tmp_path)
     assert "VLLM_API_KEY" in message
     assert "s3cret" not in message
+
+
+def test_a_redirect_does_not_take_the_key_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with (
+        answering(always("{}")) as elsewhere,
+        answering(always(elsewhere, 302)) as url,
+        pytest.raises(UsageError, match="refused with status 302"),
+    ):
+        VllmServer(url).request_json("/version")
 
 
 def test_a_server_of_another_teacher_is_refused(folders: Folders, tmp_path: Path) -> None:
@@ -277,3 +297,13 @@ def test_settings_of_the_engine_are_part_of_the_plan(folders: Folders, monkeypat
     assert settings.recorded() == {"release": "vllm 9", "max_model_len": ROW_LENGTH, "tensor_parallel_size": 2}
     assert settings == VllmSettings({"max_model_len": 16, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5})
     write_json(folders[0].parent / "settings.json", settings.recorded())  # JSON holds it
+
+
+@pytest.mark.parametrize(
+    ("settings", "context"), [({"max_model_len": 24}, 24), ({"max_model_len": 999}, 256), ({}, 256)]
+)
+def test_a_teachers_context_is_no_longer_than_the_engines(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], context: int
+) -> None:
+    monkeypatch.setattr("data.teacher.vllm_settings.installed_release", lambda: "vllm 9")
+    assert read_teacher_facts(folders[0], "vllm", vllm=VllmSettings(settings)).max_positions == context

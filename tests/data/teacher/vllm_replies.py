@@ -97,6 +97,8 @@ def answering(answer: Callable[[str, bytes], Reply]) -> Generator[str]:
             data = text.encode("latin-1")
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            if 300 <= status < 400:
+                self.send_header("Location", text)
             self.end_headers()
             self.wfile.write(data)
 
