@@ -113,10 +113,17 @@ def test_another_source_or_setting_is_not_mixed_in(
             import_cache(_job(source), tmp_path / "cache")
     with pytest.raises(UsageError, match=r"other settings or files \(shard_bytes\)"):
         import_cache(_job(source, shard_bytes=7000), tmp_path / "cache")
+    times = (source / "part_0.jsonl").stat()
     os.utime(source / "part_0.jsonl", (1, 1))
     with pytest.raises(UsageError, match=r"other settings or files \(the source's files\)"):
         import_cache(_job(source), tmp_path / "cache")
-    assert (tmp_path / "cache" / "tables.tar").read_bytes() == whole[1]["tables.tar"]
+    tables = tmp_path / "cache" / "tables.tar"
+    assert tables.read_bytes() == whole[1]["tables.tar"]
+    # Damaged tables are one message, also where processes would read them.
+    tables.write_bytes(tables.read_bytes()[:700])
+    os.utime(source / "part_0.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UsageError, match=r"tables\.tar: damaged"):
+        import_cache(_job(source), tmp_path / "cache", processes=2)
 
 
 SCRIPT = """
