@@ -92,7 +92,8 @@ class _Conversion:
     def _files(self) -> list[Path]:
         """Returns all files that the cache is a function of."""
         extra_files = [Path(name) for name in (self.job.tokens, self.job.loss_mask, self.job.compression) if name]
-        return [*source_files(self.job.source, self.format.endings), *extra_files]
+        beside = self.format.files_beside(self.job)
+        return [*source_files(self.job.source, self.format.endings), *beside, *extra_files]
 
     def _blocks(self, run: RunJobs, reached: Reached) -> Iterator[tuple[int, int, EncodedBlock]]:
         """Yields blocks with the numbers of their chunk and in it, from where the shards end on."""

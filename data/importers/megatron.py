@@ -213,6 +213,9 @@ class Megatron:
     def facts(self, job: ImportSettings) -> Facts | None:  # noqa: ARG002
         return None
 
+    def files_beside(self, job: ImportSettings) -> list[Path]:  # noqa: ARG002
+        return []
+
     def chunks(self, job: ImportSettings) -> Iterator[Chunk]:
         """Yields the members in the order of their samples.
 
