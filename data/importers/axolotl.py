@@ -54,9 +54,8 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
     if any(len(rows) != len(tokens) for rows in lists):
         raise ValueError(f"has targets of {[len(rows) for rows in lists]} tokens; wanted {len(tokens)}")
     masks = lists[2] if "target_mask" in row else [None] * len(tokens)
-    targets = [
-        _used(*target, position) for position, target in enumerate(zip(*lists[:2], masks, strict=True)) if position
-    ]
+    # Row i is of token i, and position 0 describes token 1.
+    targets = [_used(lists[0][i], lists[1][i], masks[i], i) for i in range(1, len(tokens))]
     ids, logs = parse_entries([ids for ids, _ in targets], [logs for _, logs in targets], len(targets), job.ids)
     # A position without entries, as the prompt's, cannot be distilled.  [T]
     mask = scored[1:] & (logs > UNUSED).any(axis=1)

@@ -49,7 +49,7 @@ def _choices(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(body, dict):
         raise ValueError(f"response.body: {short_repr(body)}; wanted the server's reply. Did the request fail?")
     choices = body.get("choices", [body])
-    prompts = body.get("prompt_token_ids", body.get("prompt", row.get("prompt")))
+    prompts: Any = body.get("prompt_token_ids", body.get("prompt", row.get("prompt")))
     is_list = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], list | str)
     distinct = list[dict[str, Any]]()
     for index, choice in enumerate(choices):
