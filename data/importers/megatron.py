@@ -120,11 +120,7 @@ def _tar_chunks(path: Path) -> Iterator[tuple[_Place, int, Chunk]]:
 
 
 def _check_ranges(source: str, members: list[tuple[_Place, int, Chunk]], ranks: int) -> None:
-    """Checks that the members of each rank follow each other, and that all ranks have the same ones.
-
-    Raises:
-        UsageError: samples are missing or stand twice.
-    """
+    """Raises UsageError unless each rank's members follow each other and all ranks have the same ones."""
     unit, missing = "samples" if any(end for _, end, _ in members) else "iterations", ""
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     for place, end, chunk in members:
