@@ -111,12 +111,18 @@ def _import_cache(source: str, out: Path, processes: int) -> None:
 
 def main() -> None:
     """Converts in the direction that the flags name."""
+    from data.cache.storage import is_url
     from data.importers.write_dataset import write_dataset
     from kd_core.errors import UsageError
 
     source, out = SOURCE.value, OUT.value
     if source is None or out is None or (FORMAT.value is None) == (TO.value is None):
         raise UsageError("wanted --source, --out, and either --format or --to. Try --help.")
+    import_flags = (MODEL, VOCAB_SIZE, VALUES, TOKENS, LOSS_MASK, COMPRESSION, CODEC, SHARD_BYTES)
+    if TO.value is not None and (unused := [f"--{flag.name}" for flag in import_flags if flag.present]):
+        raise UsageError(f"{', '.join(unused)}: not for --to={TO.value}. Leave it out.")
+    if is_url(out):
+        raise UsageError("--out: got a URL; convert writes folders. Copy the folder to the bucket afterwards.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = PROCESSES.value or cores or 1
     if TO.value is None:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 KIND = "TeacherExport"
 # Seconds that ranks wait for the one that scores the pilot, or is the last to score. torchrun ends them if it dies.
 LONGEST_WAIT = 7 * 86_400.0
+WRITABLE = ("s3://", "gs://", "az://")
 app.define_config_flags(KIND)
 OUT = flags.DEFINE_string("out", None, "Folder or bucket (s3://…) for the caches; required.")
 SHARD_BYTES = flags.DEFINE_integer(
@@ -208,10 +209,13 @@ def main() -> None:
     resolved = app.resolve_flags(KIND, sizes)
     if resolved is None:
         return
+    from data.cache.storage import is_url
     from kd_core.errors import UsageError
 
     if OUT.value is None:
         raise UsageError("no --out given. Name the folder or bucket for the caches: --out=DIR.")
+    if is_url(OUT.value) and not OUT.value.startswith(WRITABLE):
+        raise UsageError(f"--out={OUT.value}: cannot be written; wanted a folder, s3://, gs:// or az://.")
     export = resolved.build()
     if WORLD.present and not app.FLAGS.dry_run:
         raise UsageError("--world: is for --dry_run; ranks are started by torchrun --nproc-per-node.")

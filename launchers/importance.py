@@ -80,7 +80,7 @@ def main() -> None:
         raise UsageError("wanted either --cache=DIR or --text=FILE.")
     teacher = local_folder(TEACHER.value, "--teacher")
     documents = (
-        cache_documents(Path(CACHE.value), teacher)
+        cache_documents(CACHE.value, teacher)
         if CACHE.value is not None
         else [text_document(Path(TEXT.value or ""), teacher)]
     )

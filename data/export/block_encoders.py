@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.record import Record
-from data.export.worker_processes import MapJobs, worker_processes
+from data.worker_processes import MapJobs, worker_processes
 from kd_core.errors import UsageError
 
 

@@ -16,8 +16,8 @@ import torch
 from data.cache.record import Array, Record
 from data.corpus.windows import Window
 from data.export.plan import CachePlan
-from data.parallel import map_in_order
 from data.teacher.scorer import AnyScorer, ranks_of, score_rows
+from data.worker_processes import map_in_order
 from kd_core.parallel.world import use_device
 
 LOOKAHEAD = 8  # batches that may be under way while a block is written

@@ -18,7 +18,7 @@ from data.export.extend import load_growth
 from data.export.plan import CachePlan, fill_spool
 from data.export.spool import END_FILE, FAILED_FILE
 from data.export.teacher_export import TeacherExport
-from data.export.worker_processes import PATIENCE, start_process
+from data.worker_processes import PATIENCE, start_process
 from kd_core.errors import UsageError
 from kd_core.files import is_owned, own_folder, write_json
 

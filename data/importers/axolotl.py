@@ -4,20 +4,36 @@
     target_token_ids, target_logprobs  L rows of K: token i after the tokens before it, as in the trainer, which shifts
     target_mask                        L rows of K times 0 or 1: entries of 0 are not used (default: all are)
 
+A null among target_logprobs stands for −inf.
+
 Its preprocessing renormalises over the entries, at the temperature of the training (`kd_temperature`). So the mass
 outside is unknown. A row of texts with `token_id:N` has no tokens, and is refused.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from data.cache.record import UNUSED
+from data.cache.record import UNUSED, Array
 from data.importers.parsed_entries import Line, make_line, normalise, parse_entries, parse_ids
 from data.importers.rows import Row
 from data.importers.settings import ImportSettings
+from kd_core.json_fields import short_repr
 
 NOT_SCORED = -100
+
+
+def _used(ids: Any, logs: Any, mask: Any, token: int) -> tuple[list[Any], Array]:
+    """Returns ids and numbers [K] of a token's targets, with 0 and −inf where they are not used or null."""
+    if any(not isinstance(values, list | np.ndarray) for values in (ids, logs)):
+        raise ValueError(f"token {token}: its targets are {short_repr(ids)} and {short_repr(logs)}; wanted two lists")
+    numbers = np.array([UNUSED if value is None else value for value in logs], np.float64)
+    used = np.ones(len(numbers), bool) if mask is None else np.asarray(mask, np.float64) > 0
+    if not len(ids) == len(numbers) == len(used):
+        raise ValueError(f"token {token}: {len(ids)} ids, {len(numbers)} numbers and {len(used)} of target_mask")
+    numbers = np.where(used, numbers, UNUSED)
+    return np.where(numbers == UNUSED, 0, np.asarray(ids)).tolist(), numbers
 
 
 def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
@@ -37,11 +53,10 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
     lists = [row["target_token_ids"], row["target_logprobs"], row.get("target_mask", row["target_logprobs"])]
     if any(len(rows) != len(tokens) for rows in lists):
         raise ValueError(f"has targets of {[len(rows) for rows in lists]} tokens; wanted {len(tokens)}")
-    T = len(tokens) - 1
-    ids, logs = parse_entries(list(lists[0][1:]), list(lists[1][1:]), T, job.ids)
-    if "target_mask" in row:
-        _, used = parse_entries(list(lists[0][1:]), list(lists[2][1:]), T, job.ids)
-        logs = np.where(used > 0, logs, UNUSED)
+    masks = lists[2] if "target_mask" in row else [None] * len(tokens)
+    # Row i is of token i, and position 0 describes token 1.
+    targets = [_used(lists[0][i], lists[1][i], masks[i], i) for i in range(1, len(tokens))]
+    ids, logs = parse_entries([ids for ids, _ in targets], [logs for _, logs in targets], len(targets), job.ids)
     # A position without entries, as the prompt's, cannot be distilled.  [T]
     mask = scored[1:] & (logs > UNUSED).any(axis=1)
     yield make_line(where, tokens, mask.astype(np.uint8), normalise(ids, logs, job.values, auto="logits"))

@@ -35,10 +35,14 @@ CONFIG_FILE = "compression_config.yaml"  # which a capture has beside its rows
 MOST_DECODED_MASS = 10.0
 
 
+def _config_file(source: str) -> Path:
+    return (Path(source) if Path(source).is_dir() else Path(source).parent) / CONFIG_FILE
+
+
 @cache
 def _codec(compression: str, source: str) -> CurveCodec | LegacyCodec:
     """Returns the codec that was named, or the one beside the rows."""
-    beside = (Path(source) if Path(source).is_dir() else Path(source).parent) / CONFIG_FILE
+    beside = _config_file(source)
     if not compression and not beside.is_file():
         raise UsageError(
             f"{source}: the rows are compressed, and no {CONFIG_FILE} lies beside them. Name it: --compression=FILE, "
@@ -107,4 +111,10 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
         yield make_line(name, tokens[start : last + 1], scored[start + 1 : last + 1].astype(np.uint8), entries)
 
 
-DISTILLKIT = RowFormat(parse_row, endings=(TABLE_ENDING,))
+class _DistillKit(RowFormat):
+    def files_beside(self, job: ImportSettings) -> list[Path]:
+        beside = _config_file(job.source)
+        return [beside] if beside.is_file() and not job.compression else []
+
+
+DISTILLKIT = _DistillKit(parse_row, endings=(TABLE_ENDING,))

@@ -40,13 +40,12 @@ class Facts:
         return {"format": FACTS_FORMAT, "version": FACTS_VERSION, **asdict(self)}
 
     @classmethod
-    def read(cls, folder: Path) -> "Facts":
+    def read(cls, path: Path) -> "Facts":
         """Reads `cache.json`.
 
         Raises:
             UsageError: it is missing, of another version, or a field is wrong.
         """
-        path = folder / FACTS_FILE
         value = read_json(path, "that of a data set which launchers.convert --to=huggingface wrote")
         kind, version = value.pop("format", None), value.pop("version", None)
         try:
@@ -64,9 +63,14 @@ class Facts:
             raise UsageError(f"{path}: {error}. Wanted version {FACTS_VERSION} of {FACTS_FORMAT!r}.") from None
 
 
-@cache
-def read_facts(source: str) -> Facts:
-    """Reads `cache.json` of a data set, which lies beside the folder of its files."""
+def facts_file(source: str) -> Path:
+    """Returns the path of `cache.json` of a data set, which lies beside the folder of its files."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
-    return Facts.read(folder if (folder / FACTS_FILE).exists() else folder.parent)
+    return (folder if (folder / FACTS_FILE).exists() else folder.parent) / FACTS_FILE
+
+
+@cache
+def read_facts(source: str) -> Facts:
+    """Reads `cache.json` of a data set."""
+    return Facts.read(facts_file(source))

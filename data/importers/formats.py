@@ -1,6 +1,7 @@
 """The formats of other people's caches, by name."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from data.importers import axolotl, llamakd, nemo_aligner, server_lines, trl, vllm
@@ -17,6 +18,7 @@ from kd_core.errors import UsageError
 class Format(Protocol):
     """A format: how a source is cut into parts, and how a part becomes records.
 
+    `files_beside` are those that its rows are read with, but those that a setting names.
     `takes_values` is False where the format itself says what its numbers are.
     """
 
@@ -25,6 +27,7 @@ class Format(Protocol):
     @property
     def endings(self) -> tuple[str, ...]: ...
     def facts(self, job: ImportSettings) -> Facts | None: ...
+    def files_beside(self, job: ImportSettings) -> list[Path]: ...
     def chunks(self, job: ImportSettings) -> Iterator[Chunk]: ...
     def lines(self, chunk: Chunk, job: ImportSettings) -> Iterator[Line]: ...
 

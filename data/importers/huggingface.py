@@ -16,11 +16,12 @@ columns do not: vocabulary, tokenizer, teacher, what was kept and what is not kn
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from data.cache.record import Array, Record
-from data.importers.facts import Facts, read_facts, tail_column
+from data.importers.facts import Facts, facts_file, read_facts, tail_column
 from data.importers.parsed_entries import Line, check_entries, parse_entries, parse_ids, parse_mask
 from data.importers.rows import TABLE_ENDING, Row, RowFormat
 from data.importers.settings import ImportSettings
@@ -66,6 +67,9 @@ def parse_row(row: Row, _: str, job: ImportSettings) -> Iterator[Line]:
 class _HuggingFace(RowFormat):
     def facts(self, job: ImportSettings) -> Facts:
         return read_facts(job.source)
+
+    def files_beside(self, job: ImportSettings) -> list[Path]:
+        return [facts_file(job.source)]
 
 
 HUGGINGFACE = _HuggingFace(parse_row, takes_values=False, endings=(TABLE_ENDING,))

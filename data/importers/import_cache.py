@@ -16,11 +16,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from data.cache.codec.block import renumber_block
+from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.index_files import IndexFiles
 from data.cache.manifest import TABLES_FILE, Manifest, made_now
@@ -29,15 +30,17 @@ from data.cache.selection import Selection
 from data.cache.storage import storage_at
 from data.cache.writer import file_facts, write_shard, write_tables
 from data.importers.formats import format_of
-from data.importers.import_journal import JOURNAL_FILE, EncodedBlock, Journal, Reached
-from data.importers.import_worker import Worker, group_lines
+from data.importers.import_journal import JOURNAL_FILE, EncodedBlock, Journal, Reached, WrittenShard
+from data.importers.import_worker import Worker, WorkerJob, describe_job, group_lines
 from data.importers.settings import UNKNOWN, Chunk, ImportSettings, source_files
-from data.parallel import OrderedMap, ordered_map
+from data.stream.shards import read_tables
+from data.worker_processes import MapJobs, worker_processes
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, json_text, new_folder_target, own_folder, read_json, write_json
 
 BYTES_OF_JSON, BYTES_OF_BINARY = 25, 5  # of an entry, about: an id and a number
 PLAN_FILE = "conversion.json"
+RunJobs = MapJobs[WorkerJob, list[EncodedBlock] | WrittenShard]
 
 
 class _Conversion:
@@ -50,13 +53,18 @@ class _Conversion:
     def run(self, processes: int) -> Manifest:
         """Writes what is missing of the cache, then its manifest, and returns that."""
         tables_facts, journal = self._tables(), Journal(self.folder)
-        # More processes than parts of the source would have nothing to do.
+        selection = self.facts.selection if self.facts else Selection(1)
+        worker = Worker(
+            self.job, self.folder, Coding(read_tables(self.folder, tables_facts), selection, self.job.codec)
+        )
+        # More processes than parts of the source would have nothing to do. A single one is this.
         parts = 1 + sum(path.stat().st_size for path in self._files()) // self.job.chunk_bytes
+        processes = min(processes, parts) if min(processes, parts) > 1 else 0
         with (
-            ordered_map(min(processes, parts), Worker.prepare, self.job, self.folder, tables_facts) as run,
+            worker_processes(worker.run, describe_job, processes) as run,
             tqdm(initial=journal.reached.records, unit="record", mininterval=1) as bar,
         ):
-            for written in run(Worker.read_back, self._write_shards(run, journal)):
+            for written in cast(Iterator[WrittenShard], run(self._write_shards(run, journal))):
                 bar.update(written.reached.records - journal.reached.records)
                 journal.add(written)
         manifest = self._manifest(journal, tables_facts)
@@ -84,17 +92,18 @@ class _Conversion:
     def _files(self) -> list[Path]:
         """Returns all files that the cache is a function of."""
         extra_files = [Path(name) for name in (self.job.tokens, self.job.loss_mask, self.job.compression) if name]
-        return [*source_files(self.job.source, self.format.endings), *extra_files]
+        beside = self.format.files_beside(self.job)
+        return [*source_files(self.job.source, self.format.endings), *beside, *extra_files]
 
-    def _blocks(self, run: OrderedMap, reached: Reached) -> Iterator[tuple[int, int, EncodedBlock]]:
+    def _blocks(self, run: RunJobs, reached: Reached) -> Iterator[tuple[int, int, EncodedBlock]]:
         """Yields blocks with the numbers of their chunk and in it, from where the shards end on."""
         chunks = itertools.islice(self._chunks(), reached.chunks, None)
-        for chunk, blocks in enumerate(run(Worker.encode, chunks), reached.chunks):
+        for chunk, blocks in enumerate(cast(Iterator[list[EncodedBlock]], run(chunks)), reached.chunks):
             for block, encoded in enumerate(blocks):
                 if (chunk, block) >= (reached.chunks, reached.blocks):
                     yield chunk, block, encoded
 
-    def _write_shards(self, run: OrderedMap, journal: Journal) -> Iterator[tuple[str, Reached]]:
+    def _write_shards(self, run: RunJobs, journal: Journal) -> Iterator[tuple[str, Reached]]:
         """Writes shards of at most `shard_bytes`, or of one larger block, and yields how far each reaches."""
         reached, shard, number = journal.reached, list[bytes](), len(journal.shards)
 

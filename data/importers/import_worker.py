@@ -2,62 +2,65 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
-from data.cache.selection import Selection
 from data.cache.storage import storage_at
 from data.cache.writer import read_back, write_index
 from data.importers.formats import format_of
 from data.importers.import_journal import EncodedBlock, Reached, WrittenShard
 from data.importers.parsed_entries import Line
 from data.importers.settings import Chunk, ImportSettings
-from data.stream.shards import read_tables
 from kd_core.errors import UsageError
+from kd_core.files import printable
+
+WorkerJob = Chunk | tuple[str, Reached]
+"""A part of the source to encode, or a shard to read back and how far it reaches."""
 
 
-class Worker:
-    """What a process of the conversion needs: the job, and the coding of the cache."""
+class Worker(NamedTuple):
+    """What a process of the conversion needs: the job, and the folder and the coding of the cache."""
 
-    job: ImportSettings
-    coding: Coding
+    settings: ImportSettings
     folder: Path
+    coding: Coding
 
-    @classmethod
-    def prepare(cls, job: ImportSettings, folder: Path, tables_facts: dict[str, Any]) -> None:
-        """Reads the tables. Each process calls it once."""
-        cls.job, cls.folder = job, folder
-        facts = format_of(job).facts(job)
-        cls.coding = Coding(read_tables(folder, tables_facts), facts.selection if facts else Selection(1), job.codec)
-
-    @classmethod
-    def encode(cls, chunk: Chunk) -> list[EncodedBlock]:
-        """Returns the blocks of a chunk.
+    def run(self, job: WorkerJob) -> list[EncodedBlock] | WrittenShard:
+        """Encodes a chunk, or reads a shard back.
 
         Raises:
             UsageError: a row does not fit the format, or the codec's error is above the bound.
         """
-        return [cls._encode(lines) for lines in group_lines(format_of(cls.job).lines(chunk, cls.job), cls.job)]
+        return self._encode(job) if isinstance(job, Chunk) else self._read_back(*job)
 
-    @classmethod
-    def _encode(cls, lines: list[Line]) -> EncodedBlock:
+    def _encode(self, chunk: Chunk) -> list[EncodedBlock]:
+        lines = format_of(self.settings).lines(chunk, self.settings)
+        return [self._encode_block(block) for block in group_lines(lines, self.settings)]
+
+    def _encode_block(self, lines: list[Line]) -> EncodedBlock:
         records = [line.record for line in lines]
         try:
-            data = encode_block_members(0, records, cls.coding, cls.job.max_codec_kl)
+            data = encode_block_members(0, records, self.coding, self.settings.max_codec_kl)
         except ValueError as error:
             raise UsageError(f"{records[0].document} to {records[-1].document}: {error}.") from None
         longest = max(record.positions for record in records)
         widest = max(record.topk_token_ids.shape[1] for record in records)
         return EncodedBlock(data, len(records), longest, widest, frozenset.union(*(line.unknown for line in lines)))
 
-    @classmethod
-    def read_back(cls, written: tuple[str, Reached]) -> WrittenShard:
+    def _read_back(self, name: str, reached: Reached) -> WrittenShard:
         """Reads a shard that was just written, checks its alignment, and writes its index."""
-        name, storage = written[0], storage_at(cls.folder)
-        index = read_back(storage, name, cls.coding, f"{cls.job.source}, {name}")
+        storage = storage_at(self.folder)
+        index = read_back(storage, name, self.coding, f"{self.settings.source}, {name}")
         assert index.totals
-        return WrittenShard(write_index(storage, name, index), index.totals, written[1])
+        return WrittenShard(write_index(storage, name, index), index.totals, reached)
+
+
+def describe_job(job: WorkerJob) -> str:
+    """Returns the beginning of the message where the process of a job ends."""
+    if isinstance(job, Chunk):
+        return f"{printable(job.path)}: the process that converted it"
+    return f"{job[0]}: the process that read it back"
 
 
 def group_lines(lines: Iterator[Line], job: ImportSettings) -> Iterator[list[Line]]:

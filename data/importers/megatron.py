@@ -18,6 +18,7 @@ d, d + D, d + 2D, … of an iteration.
 import io
 import itertools
 import json
+import logging
 import re
 import tarfile
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from kd_core.files import damage_as_usage_error, open_plain, printable
 from kd_core.json_fields import check_integer, check_object
 from kd_core.memory import bounded_memory
 
+log = logging.getLogger(__name__)
 TAR_NAME = re.compile(r"(?:cp([0-9]{1,6})_)?dp([0-9]{1,6})__[0-9]{1,15}(?:-[0-9]{1,15})?\.tar")
 MEMBER_NAME = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15}))?\.pt\.zst")
 META, MOST_META = "_meta.json", 1 << 20
@@ -69,6 +71,9 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                     if not member.isreg() or member.issparse():
                         raise ValueError(f"{member.name!a:.100} is no plain file")
                     yield member.name, member.offset_data, member.size
+            file.seek(tar.offset)  # of the header that is none
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("ends before the mark of its end")
         except tarfile.TarError as error:
             raise UsageError(f"{printable(path)}: not a tar, or damaged ({error}). Copy it again.") from None
 
@@ -112,6 +117,26 @@ def _tar_chunks(path: Path) -> Iterator[tuple[_Place, int, Chunk]]:
             raise UsageError(f"{printable(path)}: {META} lacks dp_size_save and mbs_save. Copy it again.")
         place = _Place(int(samples[1]), int(match[2]), ranks, micro_batch if samples[2] else 0)
         yield place, int(samples[2] or 0), Chunk(path, name, first, size)
+
+
+def _check_ranges(source: str, members: list[tuple[_Place, int, Chunk]], ranks: int) -> None:
+    """Raises UsageError unless each rank's members follow each other and all ranks have the same ones."""
+    unit, missing = "samples" if any(end for _, end, _ in members) else "iterations", ""
+    ranges: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for place, end, chunk in members:
+        previous = ranges[place.rank][-1][1] if ranges[place.rank] else place.start
+        if place.start < previous:
+            raise UsageError(f"{printable(chunk.path)}: {chunk.name} holds samples of another tar too. Remove one.")
+        if place.start > previous:
+            missing = missing or f"{unit} {previous} to {place.start} of rank {place.rank}"
+        ranges[place.rank].append((place.start, end or place.start + 1))
+    for rank in range(ranks):
+        if absent := set(itertools.chain(*ranges)) - set(ranges[rank]):
+            missing = missing or f"{unit} {min(absent)[0]} to {min(absent)[1]} of rank {rank}"
+    if missing:
+        raise UsageError(f"{source}: {missing} are missing. Copy the tars again.")
+    if ranges and ranges[0][0][0]:
+        log.info("%s: begins with %s %d", source, unit, ranges[0][0][0])
 
 
 def _array(path: str, flag: str) -> Array:
@@ -184,11 +209,14 @@ class Megatron:
     def facts(self, job: ImportSettings) -> Facts | None:  # noqa: ARG002
         return None
 
+    def files_beside(self, job: ImportSettings) -> list[Path]:  # noqa: ARG002
+        return []
+
     def chunks(self, job: ImportSettings) -> Iterator[Chunk]:
         """Yields the members in the order of their samples.
 
         Raises:
-            UsageError: ranks or tokens are missing, or samples stand twice.
+            UsageError: ranks, samples or tokens are missing, or samples stand twice.
         """
         if not job.tokens:
             raise UsageError(f"--tokens: Megatron-LM's tars hold no tokens. {HINT}")
@@ -201,15 +229,7 @@ class Megatron:
                 f"{job.source}: no tar of rank {min(missing)} of {ranks}, dp{min(missing)}__…. Restore it."
             )
         members.sort(key=lambda item: (item[0].start, item[0].rank))
-        for rank in range(ranks):
-            ranges = [
-                (place.start, end or place.start + 1, chunk) for place, end, chunk in members if place.rank == rank
-            ]
-            for (_, end, _), (start, _, chunk) in itertools.pairwise(ranges):
-                if start < end:
-                    raise UsageError(
-                        f"{printable(chunk.path)}: {chunk.name} holds samples of another tar too. Remove one."
-                    )
+        _check_ranges(job.source, members, ranks)
         for place, _, chunk in members:
             yield Chunk(chunk.path, chunk.name, chunk.first, chunk.count, numbers=(*place._replace(ranks=ranks),))
 

@@ -47,6 +47,9 @@ class RowFormat:
         """Returns what the source says beside its rows, if it says anything."""
         return None
 
+    def files_beside(self, job: ImportSettings) -> list[Path]:  # noqa: ARG002
+        return []
+
     def chunks(self, job: ImportSettings) -> Iterator[Chunk]:
         """Yields the parts of a source in order."""
         for path in source_files(job.source, self.endings):

@@ -41,17 +41,28 @@ def _entry(value: Any, token: int, position: int) -> tuple[list[int], list[float
 
 
 def _choices(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each choice of a reply with its name, and with the tokens of the reply where it has none itself."""
+    """Yields each prompt of a reply with a name. Tokens that a choice lacks are those of the reply.
+
+    Several samples of one prompt (`n`) have its entries each, and are taken once.
+    """
     body = row.get("response", {}).get("body") if "response" in row else row
     if not isinstance(body, dict):
         raise ValueError(f"response.body: {short_repr(body)}; wanted the server's reply. Did the request fail?")
     choices = body.get("choices", [body])
-    prompts = body.get("prompt_token_ids", body.get("prompt", row.get("prompt")))
+    prompts: Any = body.get("prompt_token_ids", body.get("prompt", row.get("prompt")))
+    is_list = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], list | str)
+    distinct = list[dict[str, Any]]()
     for index, choice in enumerate(choices):
-        prompt = prompts[index] if prompts and isinstance(prompts[0], list) else prompts if len(choices) == 1 else None
-        name = "" if len(choices) == 1 else f"/{index}"
-        # The scale-out endpoint has its prompt_logprobs beside the choices.
-        yield name, {"prompt_token_ids": prompt, "prompt_logprobs": body.get("prompt_logprobs"), **choice}
+        # Each prompt of a list has equally many choices, one after the other.
+        prompt = prompts[index * len(prompts) // len(choices)] if is_list else prompts
+        # A field that is not set is null. The scale-out endpoint has its prompt_logprobs beside the choices.
+        stated = {name: value for name, value in choice.items() if value is not None}
+        merged = {"prompt_token_ids": prompt, "prompt_logprobs": body.get("prompt_logprobs"), **stated}
+        fields = {name: merged[name] for name in ("prompt_token_ids", "prompt_logprobs")}
+        if fields not in distinct:
+            distinct.append(fields)
+    for index, fields in enumerate(distinct):
+        yield "" if len(distinct) == 1 else f"/{index}", fields
 
 
 def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:

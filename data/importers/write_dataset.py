@@ -8,6 +8,7 @@ by rename, so after an interruption the same command writes those that are missi
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from tqdm import tqdm
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import UNUSED, Array, Record
 from data.importers.facts import FACTS_FILE, Facts, tail_column
-from data.parallel import ordered_map
 from data.stream.order import BlockRef
 from data.stream.shards import ShardReader
+from data.worker_processes import worker_processes
 from kd_core.errors import UsageError
 from kd_core.files import new_folder_target, own_folder, read_json, write_json, write_text
 
@@ -114,17 +115,18 @@ def _used(values: Array, logs: Array) -> list[Array]:
     return [row[used] for row, used in zip(values, logs > UNUSED, strict=True)]
 
 
+@dataclass(frozen=True)
 class _Writer:
-    """What a process needs: a reader of the cache."""
+    """What a process needs: the cache, and a reader of it, which the first file opens."""
 
-    reader: ShardReader
+    source: str
+    manifest: Manifest
 
-    @classmethod
-    def prepare(cls, source: str, manifest: Manifest) -> None:
-        cls.reader = ShardReader(source, manifest)
+    @cached_property
+    def reader(self) -> ShardReader:
+        return ShardReader(self.source, self.manifest)
 
-    @classmethod
-    def write(cls, part: Part) -> int:
+    def run(self, part: Part) -> int:
         """Writes a file of the data set, unless it is there, and returns the number of its records."""
         import pyarrow as pa  # noqa: PLC0415 (an extra)
         from pyarrow import parquet  # noqa: PLC0415
@@ -134,20 +136,23 @@ class _Writer:
             "text": pa.string(), "number": pa.int64(), "ids": ids, "mask": pa.list_(pa.uint8()), "floats": floats,
             "lists of ids": pa.list_(ids), "lists of floats": pa.list_(floats),
         }  # fmt: skip
-        manifest = cls.reader.manifest
-        schema = pa.schema([(column.name, types[column.kind]) for column in columns_of(manifest)])
-        records = sum(len(manifest.block(shard, block).lengths) for shard, block in part.blocks)
+        schema = pa.schema([(column.name, types[column.kind]) for column in columns_of(self.manifest)])
+        records = sum(len(self.manifest.block(shard, block).lengths) for shard, block in part.blocks)
         if part.path.exists():
             return records
         partial = part.path.with_name(part.path.name + ".partial")
         with parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
             for ref in part.blocks:
-                block = cls.reader.block(ref)
+                block = self.reader.block(ref)
                 arrays = {name: [_values(record, name) for record in block] for name in schema.names}
                 writer.write_table(pa.Table.from_pydict(arrays, schema=schema))
-                cls.reader.keep_only(set())
+                self.reader.keep_only(set())
         partial.rename(part.path)
         return records
+
+
+def _describe(part: Part) -> str:
+    return f"{part.path}: the process that wrote it"
 
 
 def _parts(manifest: Manifest, folder: Path, split: str) -> list[Part]:
@@ -203,8 +208,9 @@ def write_dataset(source: str, out: Path, processes: int = 1) -> str:
             raise UsageError(f"{out}: holds a conversion of another cache. Choose another --out, or delete it.")
         (folder / "data").mkdir(exist_ok=True)
         parts = _parts(manifest, folder, split)
-        with ordered_map(min(processes, len(parts)), _Writer.prepare, source, manifest) as run:
-            records = _records(run(_Writer.write, parts), manifest)
+        processes = min(processes, len(parts)) if min(processes, len(parts)) > 1 else 0
+        with worker_processes(_Writer(source, manifest).run, _describe, processes) as run:
+            records = _records(run(parts), manifest)
         write_json(folder / FACTS_FILE, Facts.from_manifest(manifest).as_json())
         write_text(folder / "README.md", _card(manifest, split))
         for name in (CLAIM_FILE, ".lock"):

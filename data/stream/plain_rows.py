@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError
 
 
-def cache_documents(folder: Path, teacher: Path) -> Iterator[list[int]]:
+def cache_documents(folder: Path | str, teacher: Path) -> Iterator[list[int]]:
     """Yields the tokens of a cache's records.
 
     Raises:

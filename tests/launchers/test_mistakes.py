@@ -243,6 +243,13 @@ def test_the_command_itself_says_it_once(items: list[str], flags: list[str], wan
     assert list(in_tmp.iterdir()) == []
 
 
+def test_an_export_to_what_cannot_be_written_is_refused(in_tmp: Path) -> None:
+    done = run("launchers.export_teacher", "--config=quickstart_export", "--out=hf://datasets/a/b", cwd=in_tmp)
+    assert done.returncode == 1
+    assert "--out=hf://datasets/a/b: cannot be written; wanted a folder, s3://, gs:// or az://." in done.stderr
+    assert list(in_tmp.iterdir()) == []
+
+
 def test_diff_of_the_command() -> None:
     done = run("launchers.train", "--config=quickstart", "--config=steps=61", "--config=set:seed=0", "--diff")
     assert done.stdout == "steps = 61  (was 60)  # --config=steps=61\n", done.stderr

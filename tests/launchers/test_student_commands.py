@@ -126,6 +126,7 @@ def test_mistakes_of_the_measure_are_one_message(tiny: Tiny) -> None:
     teacher = f"--teacher={tiny.teacher}"
     for flags, message in (
         ([teacher], "wanted either --cache=DIR or --text=FILE"),
+        ([teacher, "--cache=s3://a@b/c"], "a URL of s3: not a plain one"),
         ([teacher, f"--cache={tiny.train}", "--keep=4", "--row_length=8"], "--keep=4: wanted 1 to 3"),
     ):
         done = run("launchers.importance", *flags)

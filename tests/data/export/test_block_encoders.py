@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from data import worker_processes as module
 from data.cache.codec.coding import Coding
 from data.cache.manifest import read_manifest
 from data.export import export as steps
-from data.export import worker_processes as module
 from data.export.block_encoders import BlockJob, EncoderSettings, _describe, block_encoders
 from data.export.plan import make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.worker_processes import WorkerProcess
 from data.stream.shards import read_tables
+from data.worker_processes import WorkerProcess
 from kd_core.errors import UsageError
 from tests.tiny import Tiny, bytes_of
 
 PARENT = """
 import sys, time
-from data.export.worker_processes import WorkerProcess
+from data.worker_processes import WorkerProcess
 print([WorkerProcess(print, str)._process.pid for _ in range(2)], flush=True)
 time.sleep(600)
 """

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from data.cache.inspection.verify import verify
+from data.cache.selection import Selection
 from data.cache.storage import Storage
 from data.importers import import_cache as module
+from data.importers.facts import Facts
 from data.importers.import_cache import PLAN_FILE, import_cache
 from data.importers.import_journal import JOURNAL_FILE
 from data.importers.settings import UNKNOWN, ImportSettings
@@ -113,10 +115,32 @@ def test_another_source_or_setting_is_not_mixed_in(
             import_cache(_job(source), tmp_path / "cache")
     with pytest.raises(UsageError, match=r"other settings or files \(shard_bytes\)"):
         import_cache(_job(source, shard_bytes=7000), tmp_path / "cache")
+    times = (source / "part_0.jsonl").stat()
     os.utime(source / "part_0.jsonl", (1, 1))
     with pytest.raises(UsageError, match=r"other settings or files \(the source's files\)"):
         import_cache(_job(source), tmp_path / "cache")
-    assert (tmp_path / "cache" / "tables.tar").read_bytes() == whole[1]["tables.tar"]
+    tables = tmp_path / "cache" / "tables.tar"
+    assert tables.read_bytes() == whole[1]["tables.tar"]
+    # Damaged tables are one message, also where processes would read them.
+    tables.write_bytes(tables.read_bytes()[:700])
+    os.utime(source / "part_0.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UsageError, match=r"tables\.tar: damaged"):
+        import_cache(_job(source), tmp_path / "cache", processes=2)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("huggingface", "cache.json"), ("distillkit", "compression_config.yaml")])
+def test_files_beside_the_rows_are_not_exchanged(tmp_path: Path, kind: str, name: str) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    cache.mkdir()
+    (source / "rows.parquet").touch()
+    (source / name).write_text(json.dumps(Facts(V, UNKNOWN, {}, Selection(K), ()).as_json()))
+    job = ImportSettings(kind, str(source), V, UNKNOWN)
+    module._Conversion(job, cache).claim()  # pyright: ignore[reportPrivateUsage]
+    module._Conversion(job, cache).claim()  # pyright: ignore[reportPrivateUsage]
+    os.utime(source / name, (1, 1))
+    with pytest.raises(UsageError, match=r"other settings or files \(the source's files\)"):
+        module._Conversion(job, cache).claim()  # pyright: ignore[reportPrivateUsage]
 
 
 SCRIPT = """

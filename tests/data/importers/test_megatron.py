@@ -1,5 +1,8 @@
 """Megatron-LM's tars of offline logits, made as its source (`logits_saver.py`) makes them, in both versions."""
 
+import io
+import logging
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,43 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
         list(read_lines_of(job))
     with pytest.raises(UsageError, match="--values: megatron says itself"):
         list(read_lines_of(_job(tmp_path, tokens, values="logits")))
+
+
+def _without(path: Path, number: int) -> None:
+    """Takes a member out of a tar."""
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member)) for member in tar]
+        payloads = [(member, file.read()) for member, file in members if file]
+    del payloads[number]
+    with tarfile.open(path, "w") as tar:
+        for member, payload in payloads:
+            tar.addfile(member, io.BytesIO(payload))
+
+
+@pytest.mark.parametrize(("version", "unit", "size"), [(1, "iterations", 1), (2, "samples", 4)])
+def test_missing_samples_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, version: int, unit: str, size: int
+) -> None:
+    tokens, ids, logs = _teacher()
+    names = ["cp0_dp0__3.tar", "cp0_dp1__3.tar"] if version == 1 else ["dp0__0-16.tar", "dp1__0-16.tar"]
+    # A gap in one rank or in both, the last member, and the first one.
+    for case, (cut, number, first, rank) in enumerate([(1, 2, 1, 1), (2, 2, 1, 0), (1, 4, 3, 1), (1, 1, 0, 1)]):
+        folder = tmp_path / str(case)
+        megatron_tars(folder, ids, logs, version=version, batches=(2, 1, 2))
+        for name in names[-cut:]:
+            _without(folder / name, number)
+        message = f"{unit} {first * size} to {(first + 1) * size} of rank {rank} are missing"
+        with pytest.raises(UsageError, match=message):
+            list(read_lines_of(_job(folder, tokens)))
+    folder = tmp_path / "late"
+    megatron_tars(folder, ids, logs, version=version, batches=(2, 1, 2))
+    for name in names:
+        _without(folder / name, 1)
+    with caplog.at_level(logging.INFO):
+        assert len(list(read_lines_of(_job(folder, tokens)))) == SAMPLES - 4
+    assert f"begins with {unit} {size}" in caplog.text
+    with tarfile.open(folder / names[0]) as tar:
+        end = tar.getmembers()[-1].offset
+    (folder / names[0]).write_bytes((folder / names[0]).read_bytes()[:end])
+    with pytest.raises(UsageError, match=rf"{names[0]}: .*ends before the mark of its end.* Copy it again"):
+        list(read_lines_of(_job(folder, tokens)))

@@ -83,6 +83,13 @@ def test_axolotls_prepared_rows_are_shifted_and_renormalised(tmp_path: Path, tab
     assert all(
         (a == b).all() for a, b in zip(again.record.arrays().values(), line.record.arrays().values(), strict=True)
     )
+    # Entries that are not used may hold anything. JSON has null for −inf.
+    nulls = [[None if number == -np.inf else number for number in numbers] for numbers in row["target_logprobs"]]
+    further = {"target_token_ids": (row["target_token_ids"], -1), "target_logprobs": (nulls, None)}
+    further["target_mask"] = (row["target_mask"], 0)
+    changed = {name: [[*values, last] for values in lists] for name, (lists, last) in further.items()}
+    (again,) = _read(tmp_path, "axolotl", [{**row, **changed}], table)
+    assert again.record.label_log_prob.tolist() == line.record.label_log_prob.tolist()
     raw = {"messages": [], "logprobs": [[{"token": "token_id:5", "logprob": -0.1}]]}
     with pytest.raises(UsageError, match=r":1: has no input_ids, so .* Run `axolotl preprocess`"):
         _read(tmp_path, "axolotl", [raw], table)
@@ -127,13 +134,15 @@ def test_vllms_replies_in_every_envelope(tmp_path: Path) -> None:
         {
             "prompt_logprobs": one["prompt_logprobs"],
             "prompt_token_ids": TOKENS.tolist(),
-            "choices": [{"token_ids": [5]}],
+            "choices": [{"token_ids": [5], "prompt_logprobs": None, "prompt_token_ids": None}],
         },
+        # Two samples of a prompt
         {"custom_id": "r", "response": {"status_code": 200, "body": {"choices": [one, one]}}},
-        {"prompt": [TOKENS.tolist()] * 2, "choices": [{"prompt_logprobs": one["prompt_logprobs"]}] * 2},
+        {"prompt": [TOKENS.tolist()], "choices": [{"prompt_logprobs": one["prompt_logprobs"]}] * 2},
+        {"prompt": TOKENS.tolist(), "choices": [{"prompt_logprobs": one["prompt_logprobs"]}] * 2},
     ]
     lines = _read(tmp_path, "vllm", rows)
-    names = [f"a.jsonl:{name}" for name in ("1", "2", "3", "4/0", "4/1", "5/0", "5/1")]
+    names = [f"a.jsonl:{name}" for name in ("1", "2", "3", "4", "5", "6")]
     assert [line.record.document for line in lines] == names
     labels = LOGS[np.arange(L - 1), TOKENS[1:]]
     is_entry = (TOP[: L - 1] == TOKENS[1:, None]).any(axis=1)
@@ -144,6 +153,22 @@ def test_vllms_replies_in_every_envelope(tmp_path: Path) -> None:
         assert line.unknown == set()
         assert np.abs(line.record.label_log_prob - labels).max() < 1e-6
         assert (line.record.topk_log_probs > UNUSED).sum(axis=1).min() == K
+
+
+def test_each_prompt_of_a_vllm_reply_is_taken_once(tmp_path: Path) -> None:
+    """Two prompts with two samples each."""
+    one = _prompt()
+    shorter = {name: values[:-1] for name, values in one.items()}
+    for row in (
+        {"choices": [one, one, shorter, shorter]},
+        {
+            "prompt": [prompt["prompt_token_ids"] for prompt in (one, shorter)],
+            "choices": [{"prompt_logprobs": prompt["prompt_logprobs"]} for prompt in (one, one, shorter, shorter)],
+        },
+    ):
+        lines = _read(tmp_path, "vllm", [row])
+        assert [line.record.document for line in lines] == ["a.jsonl:1/0", "a.jsonl:1/1"]
+        assert [line.record.positions for line in lines] == [L - 1, L - 2]
 
 
 def test_vllms_ties_infinities_and_mistakes(tmp_path: Path) -> None:
@@ -195,11 +220,12 @@ def test_settings_of_other_formats_are_refused(tmp_path: Path) -> None:
 
 
 def test_replies_that_vllms_server_wrote() -> None:
-    """`vllm_replies.jsonl`: replies of vLLM 0.32 to a prompt and to two at once, with the quick start's teacher."""
+    """`vllm_replies.jsonl`: replies of vLLM 0.32 to a prompt once and twice, with the quick start's teacher."""
     source = Path(__file__).parent / "vllm_replies.jsonl"
-    choices = [choice for text in source.read_text().splitlines() for choice in json.loads(text)["choices"]]
+    choices = [json.loads(text)["choices"][0] for text in source.read_text().splitlines()]
     lines = list(read_lines_of(ImportSettings("vllm", str(source), 49_152, UNKNOWN)))
-    assert len(lines) == len(choices) == 3
+    assert [line.record.document.partition(":")[2] for line in lines] == ["1", "2"]
+    assert len(lines) == len(choices) == 2
     for line, choice in zip(lines, choices, strict=True):
         tokens, record = choice["prompt_token_ids"], line.record
         assert record.token_ids.tolist() == tokens

@@ -123,6 +123,17 @@ def test_the_command_writes_and_reads_a_data_set(tiny: Tiny, tmp_path: Path) -> 
     done = run("launchers.convert", "--to=huggingface", f"--source={tiny.train}", f"--out={tmp_path / 'set'}")
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'set'}: {len(tiny.records())} records in 1 files, with a card" in done.stderr
+    for flags, message in (
+        ([f"--out={tmp_path / 'more'}", "--codec=lossless", "--model=m"], "--model, --codec: not for --to=huggingface"),
+        (
+            ["--out=s3://bucket/set"],
+            "--out: got a URL; convert writes folders. Copy the folder to the bucket afterwards",
+        ),
+    ):
+        done = run("launchers.convert", "--to=huggingface", f"--source={tiny.train}", *flags)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
     back = [f"--source={tmp_path / 'set'}", f"--out={tmp_path / 'cache'}"]
     done = run("launchers.convert", "--format=huggingface", *back)
     assert done.returncode == 0, done.stderr

@@ -13,12 +13,12 @@ import queue
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from subprocess import Popen
 from typing import IO, Any, Generic, TypeVar
 
-from data.parallel import map_in_order
 from kd_core.errors import UsageError
 
 T = TypeVar("T")
@@ -107,6 +107,17 @@ class WorkerProcess(Generic[T, R]):
         self._results.close()
 
 
+def map_in_order(executor: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yields results of `work` in the order of `items`, with at most `ahead` items begun beyond the one yielded."""
+    begun: deque[Future[R]] = deque()
+    for item in items:
+        begun.append(executor.submit(work, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
 @contextlib.contextmanager
 def worker_processes(work: Callable[[T], R], describe: Callable[[T], str], processes: int) -> Generator[MapJobs[T, R]]:
     """Yields a function that does jobs: as results are asked for, or ahead of that in so many `processes`.
@@ -160,5 +171,8 @@ if __name__ == "__main__":
     # Ctrl-C reaches every process of the terminal. This one ends with its input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.WARNING)  # the process that began has already logged them
-    with contextlib.suppress(BrokenPipeError, EOFError), os.fdopen(int(sys.argv[1]), "wb") as results_pipe:
+    with (
+        contextlib.suppress(BrokenPipeError, EOFError, pickle.UnpicklingError),
+        os.fdopen(int(sys.argv[1]), "wb") as results_pipe,
+    ):
         _serve(sys.stdin.buffer, results_pipe)
