@@ -108,12 +108,12 @@ class BlockCache:
 
     def _make_room(self) -> None:
         """Deletes the blocks that were not used for the longest time. One process at a time does."""
-        self.unseen = 0
         with open(self.folder / ".lock", "a", opener=open_no_follow) as lock:
             try:
                 flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
+            self.unseen = 0
             files = sorted(self._files())
             used = sum(file.bytes for file in files)
             most = min(self.most_bytes, used + shutil.disk_usage(self.folder).free // 2)

@@ -46,7 +46,10 @@ def check_stage(start: Callable[[int], Generator[T]], same: Callable[[T, T], boo
         stage = start(0)
         list(islice(stage, taken))
         stage.close()
-        assert _open_now() == before, f"closed after {taken} items, it leaves threads, files or processes"
+        # Fewer than before is fine: connections of earlier tests close when they have been idle for a while.
+        threads, files, processes = _open_now()
+        is_clean = threads <= before[0] and files <= before[1] and set(processes) <= set(before[2])
+        assert is_clean, f"closed after {taken} items, it leaves threads, files or processes"
 
 
 def same_step(one: list[Batch], other: list[Batch]) -> bool:
