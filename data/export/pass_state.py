@@ -7,13 +7,13 @@ from typing import Any
 
 from data.corpus.bad_rows import BadRow
 from data.corpus.row_encoding import EncodingFacts, Place
-from data.export.spool import SPLITS, part_path, read_state
+from data.export.spool_parts import SPLITS, part_path, read_state
 from kd_core.files import damage_as_usage_error
 
 
 @dataclass
 class PassState:
-    """How far a pass has come: the place behind it, and sums over the rows before that."""
+    """Progress of a pass: the place behind it, and sums over the rows before that."""
 
     place: Place = Place()  # noqa: RUF009 (it is immutable)
     bytes: int = 0

@@ -27,19 +27,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
 
-from data.cache.contents import mask_digest, window_digest, windows_digest
+from data.cache.contents import windows_digest
 from data.corpus.windows import Array, Window
+from data.export.spool_parts import Part, open_part, part_path
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, damage_as_usage_error, is_owned, read_json, write_bytes
+from kd_core.files import content_fingerprint, damage_as_usage_error, is_owned, read_json
 
 if TYPE_CHECKING:
     from data.export.extend import Growth
     from data.export.teacher_export import TeacherExport
 
-SPLITS: tuple[str, ...] = ("train", "validation")
 BEGIN_FILE, END_FILE, FAILED_FILE = "begin.json", "end.json", "failed.json"
 POLL_SECONDS = 0.05
 # Seconds that a spool without its writer may stand still. A writer takes some to start, and minutes on a busy host.
@@ -92,79 +90,6 @@ def remove_spool(folder: Path, out: Path | str) -> None:
         beside.rmdir()
 
 
-def part_path(folder: Path, number: int) -> Path:
-    """Returns the place of a part."""
-    return folder / f"{number:06d}.part"
-
-
-def _columns(windows: Sequence[Window]) -> dict[str, Array]:
-    """Returns windows as arrays, end to end. `*_ends` are the places behind each one."""
-    names = [window.document.encode() for window in windows]
-    contexts = [np.zeros(0, np.int32) if window.context is None else window.context for window in windows]
-    return {
-        "positions": np.asarray([window.positions for window in windows], np.int32),
-        "starts": np.asarray([window.start for window in windows], np.int64),
-        "tokens": np.concatenate([np.zeros(0, np.int32), *(window.token_ids for window in windows)]).astype(np.int32),
-        "masks": np.concatenate([np.zeros(0, np.uint8), *(window.loss_mask for window in windows)]).astype(np.uint8),
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
-        # −1 for a window whose teacher reads the same tokens.
-        "context_sizes": np.asarray([-1 if w.context is None else len(w.context) for w in windows], np.int32),
-        "contexts": np.concatenate([np.zeros(0, np.int32), *contexts]).astype(np.int32),
-        "digests": np.frombuffer(b"".join(full_digest(window) for window in windows), np.uint8),
-        "mask_digests": np.frombuffer(b"".join(mask_digest(window.loss_mask) for window in windows), np.uint8),
-    }
-
-
-def full_digest(window: Window) -> bytes:
-    """Returns the digest of a window, which is also that of its record in the cache."""
-    return window_digest(window.start, window.token_ids)
-
-
-def write_part(folder: Path, number: int, windows: dict[str, list[Window]], state: dict[str, Any]) -> None:
-    """Writes a part: windows by split, and the state of the pass behind them."""
-    tensors = {f"{split}.{name}": a for split in SPLITS for name, a in _columns(windows[split]).items()}
-    write_bytes(part_path(folder, number), save(tensors, {"state": json.dumps(state)}))
-
-
-def _opened(path: Path) -> Any:
-    return safe_open(str(path), "np")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Returns the state that a part was written with."""
-    with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
-        return json.loads(part.metadata()["state"])
-
-
-class _Part:
-    """The windows of one split in a part, in memory."""
-
-    def __init__(self, path: Path, split: str) -> None:
-        with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
-            names = ("positions", "starts", "tokens", "masks", "names", "name_ends", "context_sizes", "contexts")
-            arrays: dict[str, Array] = {name: part.get_tensor(f"{split}.{name}") for name in names}
-            self.positions, self.starts, self.tokens, self.masks, self.names, self.name_ends = list(arrays.values())[:6]
-            self.context_sizes, self.contexts = arrays["context_sizes"], arrays["contexts"]
-            # Places behind the masks of each window, and behind its context.  [n]
-            self.mask_ends = np.cumsum(self.positions, dtype=np.int64)
-            self.context_ends = np.cumsum(np.maximum(self.context_sizes, 0), dtype=np.int64)
-            assert len(self.masks) == self.positions.sum(dtype=np.int64) == len(self.tokens) - len(self.positions)
-
-    def window(self, index: int) -> Window:
-        """Returns one window. Its arrays are views."""
-        T, end = int(self.positions[index]), int(self.mask_ends[index])
-        name_start = int(self.name_ends[index - 1]) if index else 0
-        size, context_end = int(self.context_sizes[index]), int(self.context_ends[index])
-        return Window(
-            document=self.names[name_start : self.name_ends[index]].tobytes().decode(),
-            start=int(self.starts[index]),
-            token_ids=self.tokens[end - T + index : end + index + 1],
-            loss_mask=self.masks[end - T : end],
-            context=None if size < 0 else self.contexts[context_end - size : context_end],
-        )
-
-
 class SpoolWindows(Sequence[Window]):
     """The windows of one cache in a spool, which may still be growing.
 
@@ -175,7 +100,7 @@ class SpoolWindows(Sequence[Window]):
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
         self._firsts = [0]  # the number of the first window of each part seen so far, and of the next one
-        self._loaded: OrderedDict[int, _Part] = OrderedDict()
+        self._loaded: OrderedDict[int, Part] = OrderedDict()
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -183,7 +108,7 @@ class SpoolWindows(Sequence[Window]):
 
     def _part_positions(self, number: int) -> Array:
         path = part_path(self.folder, number)
-        with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
+        with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), open_part(path) as part:
             return part.get_tensor(f"{self.split}.positions")
 
     def _see_part(self, number: int) -> bool:
@@ -238,10 +163,10 @@ class SpoolWindows(Sequence[Window]):
         for number, positions in enumerate(self.part_positions()):
             yield from (self._part(number).window(i) for i in range(len(positions)))
 
-    def _part(self, number: int) -> _Part:
+    def _part(self, number: int) -> Part:
         with self._lock:
             if number not in self._loaded:
-                self._loaded[number] = _Part(part_path(self.folder, number), self.split)
+                self._loaded[number] = Part(part_path(self.folder, number), self.split)
                 if len(self._loaded) > LOADED_PARTS:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(number)
@@ -282,7 +207,7 @@ class SpoolWindows(Sequence[Window]):
             if start == stop:
                 continue  # all windows of the part are of the other cache
             path = part_path(self.folder, number)
-            with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), _opened(path) as part:
+            with damage_as_usage_error(path, "a part of a spool", "Delete the spool"), open_part(path) as part:
                 column = part.get_tensor(f"{self.split}.{name}").reshape(stop - start, -1)
             columns.append(column[max(0, windows.start - start) : windows.stop - start])
         return np.concatenate(columns)
@@ -315,7 +240,7 @@ class SpoolWindows(Sequence[Window]):
 
     def _all(self, name: str) -> Iterator[bytes]:
         for number, _ in enumerate(self.part_positions()):
-            with _opened(part_path(self.folder, number)) as part:
+            with open_part(part_path(self.folder, number)) as part:
                 yield part.get_tensor(f"{self.split}.{name}").tobytes()
 
     def end(self) -> dict[str, Any]:

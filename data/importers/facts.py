@@ -23,7 +23,7 @@ def tail_column(temperature: float) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a data set's columns do not say of the cache that it was made of."""
+    """Facts of a cache that the columns of its data set do not hold."""
 
     vocab_size: int
     tokenizer: str

@@ -25,7 +25,7 @@ class EncodedBlock(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """How far shards reach: so many chunks, blocks of the next one, and sums over these."""
+    """Reach of the shards: so many chunks, blocks of the next one, and sums over these."""
 
     chunks: int = 0
     blocks: int = 0

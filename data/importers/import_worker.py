@@ -20,7 +20,7 @@ WorkerJob = Chunk | tuple[str, Reached]
 
 
 class Worker(NamedTuple):
-    """What a process of the conversion needs: the job, and the folder and the coding of the cache."""
+    """Work of a process of the conversion, with the job, and the folder and the coding of the cache."""
 
     settings: ImportSettings
     folder: Path

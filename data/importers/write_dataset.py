@@ -117,7 +117,7 @@ def _used(values: Array, logs: Array) -> list[Array]:
 
 @dataclass(frozen=True)
 class _Writer:
-    """What a process needs: the cache, and a reader of it, which the first file opens."""
+    """Work of a process: the cache, and a reader of it, which the first file opens."""
 
     source: str
     manifest: Manifest

@@ -26,7 +26,7 @@ def _read_stored(folder: Path, names: list[str], shape: tuple[int, ...], dtype: 
 
 
 class SeparateHead(torch.nn.Module):
-    """What a model family of transformers makes of hidden states: float32 logits over the real vocabulary.
+    """Head of a model family of transformers: hidden states to float32 logits over the real vocabulary.
 
     The family's own code applies scales and soft caps. Its body never has memory.
     """

@@ -63,7 +63,7 @@ class TeacherParallel:
 
 
 class ScorerRanks(NamedTuple):
-    """What the ranks of a scorer share. Without a layout, a rank scores alone.
+    """Ranks that share a scorer. Without a layout, a rank scores alone.
 
     `vocab` is this rank's slice of the vocabulary.
     """

@@ -24,7 +24,8 @@ from data.export.plan import CachePlan, make_plans
 from data.export.planning import SpoolPass
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.spool import SPLITS, SpoolWindows, remove_spool, spool_folder
+from data.export.spool import SpoolWindows, remove_spool, spool_folder
+from data.export.spool_parts import SPLITS
 from data.export.tokenize_beside import tokenize_beside
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError

@@ -48,7 +48,7 @@ def check_stage(start: Callable[[int], Generator[T]], same: Callable[[T, T], boo
         stage.close()
         # Fewer than before is fine: connections of earlier tests close when they have been idle for a while.
         threads, files, processes = _open_now()
-        is_clean = threads <= before[0] and files <= before[1] and set(processes) <= set(before[2])
+        is_clean = threads == before[0] and files <= before[1] and processes == before[2]
         assert is_clean, f"closed after {taken} items, it leaves threads, files or processes"
 
 
