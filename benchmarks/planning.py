@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.export.pass_state import part_states
+from data.export.spool.pass_state import part_states
 from tests.tiny import make_teacher
 
 ROOT = Path(__file__).parent.parent

@@ -233,7 +233,8 @@ def flock(handle: int, how: int) -> None:
         _warn_of_no_locks(os.strerror(error.errno or 0))
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
+    """Locks an open file for this process alone, and returns whether it could."""
     try:
         flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -246,7 +247,7 @@ def is_owned(folder: Path) -> bool:
     if not (folder / ".lock").exists():
         return False
     with open(folder / ".lock", "a+", opener=open_no_follow) as lock:
-        return not _try_lock(lock.fileno())
+        return not try_lock(lock.fileno())
 
 
 @contextlib.contextmanager
@@ -261,7 +262,7 @@ def own_folder(folder: Path) -> Generator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", opener=open_no_follow) as lock:
         deadline = time.monotonic() + OWNER_GRACE_SECONDS
-        while not _try_lock(lock.fileno()):
+        while not try_lock(lock.fileno()):
             if time.monotonic() > deadline:
                 lock.seek(0)
                 owner = lock.read().strip() or "unknown"

@@ -105,10 +105,10 @@ def _claim(out: str) -> AbstractContextManager[None]:
 def _export(export: Any, out: str) -> None:
     from data.cache.storage import storage_at
     from data.export.extend import end_growth, load_growth
-    from data.export.pass_state import part_states
     from data.export.plan import make_plans
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
-    from data.export.spool import remove_spool
+    from data.export.spool.pass_state import part_states
+    from data.export.spool.spool_folder import remove_spool, spool_users
     from data.export.tokenize_beside import tokenize_beside
     from kd_core.hub import local_folder
     from kd_core.parallel.world import joined_world
@@ -116,6 +116,7 @@ def _export(export: Any, out: str) -> None:
     local_folder(export.teacher)  # fetched before any rank waits for another
     with joined_world(timeout=LONGEST_WAIT) as world, ExitStack() as stack:
         world.run_on_first(lambda: stack.enter_context(_claim(out)))
+        users = stack.enter_context(spool_users(out)) if world.local_rank == 0 else None
         export, chosen = world.run_on_first(lambda: _resolve(export, out, world.device))
         app.log.info("dtype: %s", chosen)
         bad_rows = export.corpus.bad_rows()
@@ -137,7 +138,7 @@ def _export(export: Any, out: str) -> None:
             bad_rows.bad = [row for state in part_states(missing_plans[0].windows.folder) for row in state.bad]
             world.run_on_first(lambda: bad_rows.write(storage_at(out)))
         world.barrier()
-        if plans and world.local_rank == 0:
+        if plans and users and users.is_last():
             remove_spool(plans[0].windows.folder, out)
         if EXTEND.value:
             world.run_on_first(lambda: end_growth(out))

@@ -17,7 +17,7 @@ from data.export.extend import end_growth, load_growth
 from data.export.plan import make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_growth, record_or_check_plan
-from data.export.spool import remove_spool
+from data.export.spool.spool_folder import remove_spool, spool_users
 from data.export.teacher_export import TeacherExport
 from data.stream.shards import ShardReader
 from kd_core.files import json_text, write_json
@@ -190,19 +190,21 @@ def make_chat_folder(tiny: Tiny, folder: Path, **settings: object) -> Path:
 
 def write_caches(export: TeacherExport, out: Path | str, ranks: int = 1, extend: bool = False) -> None:
     """Both caches, as the command writes them."""
-    plans = make_plans(export, out, load_growth(out, begin=True) if extend else None)
-    for plan in plans:
-        if (record_or_check_growth if extend else record_or_check_plan)(plan):
-            continue
-        model = steps.load_teacher(export, torch.device("cpu"))
-        pilot = steps.make_tables(plan, model)
-        for rank in range(ranks):
-            steps.write_missing_shards(plan, model, pilot, rank, ranks)
-        write_manifest(plan)
-    if extend:
-        end_growth(out)
-    for plan in plans:
-        remove_spool(plan.windows.folder, out)
+    with spool_users(out) as users:
+        plans = make_plans(export, out, load_growth(out, begin=True) if extend else None)
+        for plan in plans:
+            if (record_or_check_growth if extend else record_or_check_plan)(plan):
+                continue
+            model = steps.load_teacher(export, torch.device("cpu"))
+            pilot = steps.make_tables(plan, model)
+            for rank in range(ranks):
+                steps.write_missing_shards(plan, model, pilot, rank, ranks)
+            write_manifest(plan)
+        if extend:
+            end_growth(out)
+        if users.is_last():
+            for plan in plans:
+                remove_spool(plan.windows.folder, out)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

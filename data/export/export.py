@@ -28,11 +28,11 @@ from data.cache.manifest_fields import MAX_TABLES_BYTES, TABLES_FILE
 from data.cache.record import Record
 from data.cache.writer import file_facts, write_shard, write_tables
 from data.export.block_encoders import BlockJob, EncoderSettings, block_encoders
-from data.export.draw import no_window
 from data.export.plan import CachePlan
 from data.export.planned_shards import PlannedShard
 from data.export.receipts import read_receipt, verify_earlier_shards, verify_shard
 from data.export.scoring import count_batches, pass_along, score_windows, scoring_threads
+from data.export.spool.draw import no_window
 from data.export.teacher_export import TeacherExport
 from data.stream.shards import read_tables
 from data.teacher.choose_scorer import load_scorer, load_vllm

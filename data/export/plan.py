@@ -18,11 +18,12 @@ from data.cache.storage import Storage, child, storage_at
 from data.corpus.bad_rows import BadRows
 from data.corpus.encoding import Encoder
 from data.corpus.row_encoding import EncodingFacts
-from data.export.draw import no_window, wanted_tokens
 from data.export.extend import Growth, write_object
 from data.export.planned_shards import PlannedShard, bytes_per_position, plan_shards
-from data.export.planning import Limits, SpoolPass
-from data.export.spool import SpoolWindows, remove_spool, spool_folder
+from data.export.spool.draw import no_window, wanted_tokens
+from data.export.spool.planning import Limits, SpoolPass
+from data.export.spool.spool import SpoolWindows
+from data.export.spool.spool_folder import remove_spool, spool_folder
 from data.export.teacher_export import TeacherExport, choose_batch_rows
 from data.teacher.choose_scorer import TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError

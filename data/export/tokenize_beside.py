@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.export.extend import load_growth
 from data.export.plan import CachePlan, fill_spool
-from data.export.spool import END_FILE, FAILED_FILE
+from data.export.spool.spool import END_FILE, FAILED_FILE
 from data.export.teacher_export import TeacherExport
 from data.worker_processes import PATIENCE, start_process
 from kd_core.errors import UsageError

@@ -194,7 +194,8 @@ def test_nothing_is_laid_over_another_kind_of_folder(tiny: Tiny, whole_run: Path
     caches, before = tiny.train.parent, sorted(whole_run.rglob("*"))
     message = _refused(*configs(tiny.train_items()), f"--run_dir={caches}")
     assert f"--run_dir={caches}: holds teacher caches (train/plan.json), wanted a run or nothing." in message
-    done = run("launchers.export_teacher", "--config=quickstart_export", f"--out={whole_run}")
+    items = ["quickstart_export", f"teacher={tiny.teacher}"]
+    done = run("launchers.export_teacher", *configs(items), f"--out={whole_run}")
     assert f"--out={whole_run}: holds a run (attempts), wanted teacher caches or nothing." in done.stderr
     assert sorted(whole_run.rglob("*")) == before
     for folder, kind in ((tiny.teacher, A_RUN), (tiny.teacher, CACHES), (whole_run, A_SWEEP)):

@@ -169,7 +169,7 @@ def test_an_interrupted_export_does_not_go_on_with_other_labels_to_score(
         for window in plain(*args):
             yield window._replace(loss_mask=np.concatenate([[0], window.loss_mask[1:]]))
 
-    monkeypatch.setattr("data.export.draw.cut_windows", unscored)
+    monkeypatch.setattr("data.export.spool.draw.cut_windows", unscored)
     with pytest.raises(UsageError, match="holds an export with another windows_masks"):
         write_caches(tiny.export(), tmp_path)
 

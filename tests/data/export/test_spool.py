@@ -18,14 +18,15 @@ from data.corpus import row_encoding
 from data.corpus.corpus import Corpus
 from data.corpus.row_encoding import RowEncoder
 from data.export import export as steps
-from data.export import planning
 from data.export.extend import load_growth
 from data.export.plan import CachePlan, make_plans
-from data.export.planning import SpoolPass
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
-from data.export.spool import SpoolWindows, remove_spool, spool_folder
-from data.export.spool_parts import SPLITS
+from data.export.spool import planning
+from data.export.spool.planning import SpoolPass
+from data.export.spool.spool import SpoolWindows
+from data.export.spool.spool_folder import remove_spool, spool_folder
+from data.export.spool.spool_parts import SPLITS
 from data.export.tokenize_beside import tokenize_beside
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError

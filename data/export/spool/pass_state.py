@@ -7,7 +7,7 @@ from typing import Any
 
 from data.corpus.bad_rows import BadRow
 from data.corpus.row_encoding import EncodingFacts, Place
-from data.export.spool_parts import SPLITS, part_path, read_state
+from data.export.spool.spool_parts import SPLITS, part_path, read_state
 from kd_core.files import damage_as_usage_error
 
 

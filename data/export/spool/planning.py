@@ -22,10 +22,10 @@ from data.corpus.corpus_sizes import estimate_bytes
 from data.corpus.encoding import Encoded
 from data.corpus.row_encoding import EncodedRows, EncodingFacts, RowBatch, RowEncoder, row_batches
 from data.corpus.windows import Window
-from data.export.draw import NewDocuments, StreamDraw, StreamedDraw, draw_exactly, largest_token
-from data.export.pass_state import PassState, part_states
-from data.export.spool import BEGIN_FILE, END_FILE, FAILED_FILE
-from data.export.spool_parts import SPLITS, part_path, write_part
+from data.export.spool.draw import NewDocuments, StreamDraw, StreamedDraw, draw_exactly, largest_token
+from data.export.spool.pass_state import PassState, part_states
+from data.export.spool.spool import BEGIN_FILE, END_FILE, FAILED_FILE
+from data.export.spool.spool_parts import SPLITS, part_path, write_part
 from data.text_lines import BadRowError
 from data.worker_processes import worker_processes
 from kd_core.files import read_json, write_json

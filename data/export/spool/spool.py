@@ -9,85 +9,28 @@ Each file appears by rename. So what is there is complete, and a pass that was i
 """
 
 import bisect
-import contextlib
-import hashlib
 import itertools
-import json
-import os
-import re
-import shutil
-import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
 from data.cache.contents import windows_digest
 from data.corpus.windows import Array, Window
-from data.export.spool_parts import Part, open_part, part_path
+from data.export.spool.spool_parts import Part, open_part, part_path
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, damage_as_usage_error, is_owned, read_json
-
-if TYPE_CHECKING:
-    from data.export.extend import Growth
-    from data.export.teacher_export import TeacherExport
+from kd_core.files import damage_as_usage_error, is_owned, read_json
 
 BEGIN_FILE, END_FILE, FAILED_FILE = "begin.json", "end.json", "failed.json"
 POLL_SECONDS = 0.05
 # Seconds that a spool without its writer may stand still. A writer takes some to start, and minutes on a busy host.
 OWNERLESS_SECONDS = 300.0
-VERSION = 1
 LOADED_PARTS = 4  # parts that a reader keeps in memory, of some 5 MB each
-
-
-def spool_folder(export: "TeacherExport", teacher: Path, out: Path | str, growth: "Growth | None") -> Path:
-    """Returns the folder for the windows of an export. Its name stands for all that decides them.
-
-    Of the corpus that is the names, sizes and times of its files, on this host. So a touched file is read anew.
-    """
-    corpus, settings = export.corpus, asdict(export)
-    names = ("train_tokens", "validation_tokens", "row_length", "overlap", "validation_share", "seed")
-    files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in corpus.files()]
-    texts = [path for ending in ("json", "jinja") for path in sorted(teacher.rglob(f"*.{ending}"))]
-    grown_from = growth and {split: manifest.identity() for split, manifest in growth.manifests.items()}
-    # Exports that share a folder for spools each have one there, or the first to finish would remove that of another.
-    place = str(out) if _is_url(out) else str(Path(out).resolve())
-    decisive = [
-        *(settings[name] for name in names), settings["corpus"], files, grown_from, content_fingerprint(texts), place,
-    ]  # fmt: skip
-    key = hashlib.sha256(json.dumps([VERSION, *decisive], default=str).encode()).hexdigest()[:16]
-    if export.spool is not None:
-        return Path(export.spool) / key
-    if _is_url(out):
-        return Path(tempfile.gettempdir()) / f"kd-spool-{os.getuid()}" / key
-    return _beside(Path(out)) / key
-
-
-def _is_url(out: Path | str) -> bool:
-    return re.match(r"[a-z0-9]+:/", str(out)) is not None  # also as a path
-
-
-def _beside(out: Path) -> Path:
-    out = out.absolute()  # "." has no name
-    return out.with_name(f"{out.name}.spool")
-
-
-def remove_spool(folder: Path, out: Path | str) -> None:
-    """Removes the spool of a complete export, and spools beside `out` that other settings or files have left there."""
-    beside = _beside(Path(out))
-    if folder.parent != beside:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for path in beside.glob("[0-9a-f]" * 16):
-        shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):  # files of somebody else are there
-        beside.rmdir()
 
 
 class SpoolWindows(Sequence[Window]):

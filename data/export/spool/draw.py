@@ -23,7 +23,7 @@ from data.corpus.corpus import split_documents, split_hash
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoded
 from data.corpus.windows import Window, choose_windows, cut_windows
-from data.export.spool_parts import SPLITS
+from data.export.spool.spool_parts import SPLITS
 from kd_core.errors import UsageError
 
 if TYPE_CHECKING:
