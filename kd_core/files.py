@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Generator
 from io import BufferedReader
@@ -217,6 +218,15 @@ def new_folder(path: Path) -> Generator[Path]:
 @functools.cache
 def _warn_of_no_locks(reason: str) -> None:
     log.warning("the file system has no locks (%s): nothing keeps two commands out of one folder. Start one.", reason)
+
+
+def cache_home() -> Path:
+    """Returns the folder of what this user's programs can make again, also for a user without a home."""
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "kd-workspace"
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".cache" / "kd-workspace"
+    return Path(tempfile.gettempdir()) / f"kd-workspace-{os.getuid()}"
 
 
 def flock(handle: int, how: int) -> None:

@@ -64,6 +64,7 @@ class Failure(NamedTuple):
 
 
 NO_CREDENTIALS = Failure("there are no credentials, or no account, in the environment", CREDENTIALS, False)
+LATE_CREDENTIALS = Failure("the service of credentials does not answer", CREDENTIALS, True)
 MARKED_FAILURES = {  # words in texts of obstore
     "BadScheme": Failure("credentials are not sent over plain http", "Set an https endpoint (docs/storage.md).", False),
     "MissingAccount": NO_CREDENTIALS,
@@ -118,6 +119,7 @@ class ObjectStorage:
     def __init__(self, url: str, retry_seconds: float) -> None:
         self.base, self.retry_seconds = url, retry_seconds
         self.slots: asyncio.Semaphore | None = None  # made on the event loop
+        self.has_answered = False
 
     @cached_property
     def client(self) -> Any:
@@ -213,16 +215,22 @@ class ObjectStorage:
             UsageError: the request failed for good, or for longer than `retry_seconds`.
         """
         self.slots = self.slots or asyncio.Semaphore(MOST_REQUESTS)
-        started, left, failure = time.monotonic(), self.retry_seconds, None
+        # Of what may take long, such as an upload, the time runs from the first failure on.
+        started, left, failure = time.monotonic() if is_short else None, self.retry_seconds, None
         for attempt in itertools.count():
             try:
                 async with self.slots, asyncio.timeout(left if is_short else None):
-                    return await request()
+                    result = await request()
+                    self.has_answered = True
+                    return result
             except (UsageError, FileNotFoundError):
                 raise
             except Exception as error:
                 # The end of the time is no cause where an earlier attempt had one.
                 failure = failure if failure and isinstance(error, TimeoutError) else describe_failure(error)
+                if failure is NO_CREDENTIALS and self.has_answered:
+                    failure = LATE_CREDENTIALS
+                started = started or time.monotonic()
                 waited = time.monotonic() - started
             pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
             left = self.retry_seconds - waited - pause

@@ -6,7 +6,7 @@ blocks that were not used for the longest time are deleted when there are too ma
 """
 
 import contextlib
-import fcntl
+import errno
 import functools
 import logging
 import os
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_core.files import flock, open_no_follow
+from kd_core.files import cache_home, open_no_follow, try_lock
 
 log = logging.getLogger("kd")
 AUTO = "auto"
@@ -26,6 +26,7 @@ BLOCK_FOLDER, BLOCK_NAME = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
 TEMPORARY_PREFIX, TEMPORARY = "block-", ".partial"
 STALE_SECONDS = 3600.0  # age of a temporary file that a killed process has left
 KEPT_SHARE = 0.9  # of the bound, after older blocks were deleted
+LOCK_SECONDS = 5.0  # of waiting for a process that makes room
 LOOKS = 32  # a process looks at the folder again after it has written this part of the bound
 
 
@@ -37,7 +38,7 @@ class _File(NamedTuple):
 
 def default_folder() -> Path:
     """Returns the folder of all caches of this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd-workspace" / "blocks"
+    return cache_home() / "blocks"
 
 
 def _is_temporary(name: str) -> bool:
@@ -50,7 +51,7 @@ def _warn_once(folder: Path, reason: str) -> None:
 
 
 class BlockCache:
-    """Blocks by their sha256, of at most `most_bytes` in all, and of at most half of the disk that is left."""
+    """Blocks by their sha256, of at most `most_bytes` in all, and of at most half of the disk that others leave."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
@@ -105,18 +106,26 @@ class BlockCache:
                 self._make_room()
         except OSError as error:
             _warn_once(self.folder, os.strerror(error.errno or 0))
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                with contextlib.suppress(OSError):
+                    self._make_room(is_full=True)
 
-    def _make_room(self) -> None:
-        """Deletes the blocks that were not used for the longest time. One process at a time does."""
+    def _make_room(self, *, is_full: bool = False) -> None:
+        """Deletes the blocks that were not used for the longest time, and half of them on a full disk.
+
+        One process at a time does.
+        """
         with open(self.folder / ".lock", "a", opener=open_no_follow) as lock:
-            try:
-                flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not try_lock(lock.fileno()):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.01)
             self.unseen = 0
             files = sorted(self._files())
             used = sum(file.bytes for file in files)
-            most = min(self.most_bytes, used + shutil.disk_usage(self.folder).free // 2)
+            left = used if is_full else used + shutil.disk_usage(self.folder).free
+            most = min(self.most_bytes, left // 2)
             if used <= most:
                 return
             for file in files:

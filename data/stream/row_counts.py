@@ -7,7 +7,6 @@ A file that is damaged or of another cache is not used, and written again. Small
 
 import hashlib
 import logging
-import os
 import tempfile
 import time
 from contextlib import suppress
@@ -20,7 +19,7 @@ from data.cache.manifest import Manifest
 from data.stream.order import ORDER_VERSION, pack_segment
 from data.stream.segments import Segments, count_side_by_side
 from kd_core.errors import UsageError
-from kd_core.files import open_plain, write_bytes
+from kd_core.files import cache_home, open_plain, write_bytes
 
 log = logging.getLogger("kd")
 FEW_SEGMENTS = 64  # segments that are counted faster one by one
@@ -31,8 +30,7 @@ LOG_SECONDS = 10.0
 
 def counts_file(manifest: Manifest, row_length: int) -> Path:
     """Returns the file that keeps the counts of a cache at one row length."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "kd-workspace" / "rows" / f"{manifest.identity()}-{row_length}-{ORDER_VERSION}"
+    return cache_home() / "rows" / f"{manifest.identity()}-{row_length}-{ORDER_VERSION}"
 
 
 def count_rows(manifest: Manifest, row_length: int) -> tuple[Segments, Array]:

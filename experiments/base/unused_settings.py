@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from data.cache.storage import is_url
 from data.stream.source import Shards
 from experiments.base.parts import ExperimentParts
 from kd_core.losses.objective import Distillation
@@ -17,8 +18,20 @@ def _is_changed(part: Any, name: str) -> bool:
     return getattr(part, name) != default
 
 
+def _unused_storage_settings(where: str, shards: Shards) -> Iterator[str]:
+    settings = ("retry_seconds", "block_cache", "block_cache_bytes")
+    if is_url(shards.path):
+        settings, reason = settings[2:] if shards.block_cache is None else (), f"there is none ({where}.block_cache)"
+    else:
+        reason = f"{shards.path} is a folder"
+    for name in settings:
+        if _is_changed(shards, name):
+            yield f"{where}.{name}={getattr(shards, name)}: {reason}"
+
+
 def _unused_in_training_shards(where: str, shards: Shards) -> Iterator[str]:
     selection = shards.manifest.selection
+    yield from _unused_storage_settings(where, shards)
     if not shards.prefetch and _is_changed(shards, "timeout"):
         yield f"{where}.timeout={shards.timeout}: nothing is read ahead ({where}.prefetch=0)"
     if shards.on_damage == "stop" and _is_changed(shards, "max_damaged_blocks"):
@@ -32,6 +45,7 @@ def _unused_in_training_shards(where: str, shards: Shards) -> Iterator[str]:
 
 
 def _unused_in_held_out_shards(where: str, shards: Shards) -> Iterator[str]:
+    yield from _unused_storage_settings(where, shards)
     for name in ("on_damage", "max_damaged_blocks", "prefetch", "timeout"):
         if _is_changed(shards, name):
             value = getattr(shards, name)

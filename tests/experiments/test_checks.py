@@ -99,6 +99,8 @@ UNUSED = {
         "evaluation.continuation_tokens=5: there are no",
     ),
     "positions that none share": (["parallel.sequence_parallel=True"], "parallel.sequence_parallel=True: no ranks"),
+    "retries of a folder": (["shards.retry_seconds=5"], "shards.retry_seconds=5.0: "),
+    "blocks of a folder": (["shards.block_cache=None"], "shards.block_cache=None: "),
     "the best of one": (["checkpoint.every=4", "evaluation.every=5"], "meet at step 20"),
 }
 

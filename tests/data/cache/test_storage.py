@@ -1,5 +1,6 @@
 """Storage: the same bytes from a folder, a web server, a bucket and the hub. Each failure names the object."""
 
+import asyncio
 import errno
 import json
 import os
@@ -7,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from obstore.exceptions import GenericError
 
 from data.cache import object_storage
 from data.cache.object_storage import is_loopback
@@ -277,6 +281,42 @@ def test_a_server_that_fails_for_a_while_is_waited_for(bucket: Path, caplog: pyt
         assert time.monotonic() - started < patience(5)
     with pytest.raises(UsageError, match=r"shard.tar: cannot be .* for \d s: no connection"):
         storage_at(url, 2).read_range("shard.tar", 0, 10)
+
+
+def _with_requests(storage: Storage, **requests: Callable[..., Awaitable[Any]]) -> Storage:
+    """The storage, with a client of which these requests are others."""
+    assert isinstance(storage, object_storage.ObjectStorage)
+    vars(storage)["client"] = SimpleNamespace(**requests)
+    return storage
+
+
+def test_the_time_of_what_may_take_long_runs_from_its_first_failure() -> None:
+    answers: list[GenericError | None] = [GenericError("kind: Interrupted"), None]
+
+    async def head(name: str) -> dict[str, int]:
+        await asyncio.sleep(0.8)
+        if answer := answers.pop(0):
+            raise answer
+        return {"size": len(name)}
+
+    assert _with_requests(storage_at("http://127.0.0.1:9/cache", 0.5), head_async=head).size("shard.tar") == 9
+
+
+def test_a_service_of_credentials_may_fail_once_they_were_there(bucket: Path) -> None:
+    failure = GenericError("error sending request for http://169.254.169.254/latest: kind: Timeout")
+    answers: list[GenericError | None] = [failure, None, failure, None]
+
+    async def get_range(name: str, start: int, length: int) -> bytes:
+        if answer := answers.pop(0):
+            raise answer
+        return (bucket / "bucket" / "cache" / name).read_bytes()[start : start + length]
+
+    storage = _with_requests(storage_at("http://127.0.0.1:9/cache", 20), get_range_async=get_range)
+    with pytest.raises(UsageError, match="there are no credentials"):
+        storage.read_range("shard.tar", 0, 10)
+    assert storage.read_range("shard.tar", 0, 10) == PAYLOAD[:10]
+    assert storage.read_range("shard.tar", 0, 10) == PAYLOAD[:10]
+    assert not answers
 
 
 def test_a_read_that_hangs_ends_when_it_is_cancelled(bucket: Path) -> None:

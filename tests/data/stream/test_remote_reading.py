@@ -1,5 +1,6 @@
 """Caches in buckets: the rows of a folder, read ahead, kept on this machine, and stopped with a message."""
 
+import errno
 import logging
 import os
 import shutil
@@ -247,6 +248,20 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: py
         for _ in range(3):
             BlockCache(tmp_path / "file", 1000).put("a" * 64, b"x")
     assert caplog.text.count("blocks cannot be kept there") == 1
+
+
+def test_a_full_disk_costs_half_of_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = BlockCache(tmp_path, 1_000_000)
+    for number in range(8):
+        kept.put(f"{number:064x}", bytes(1000))
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path), str(target))
+
+    monkeypatch.setattr(Path, "rename", full)
+    kept.put("a" * 64, bytes(1000))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("?" * 64)) <= 4000
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 WRITER = """
