@@ -1,12 +1,13 @@
-"""Faults of an S3 server at random moments of a small training run: are records wrong, does anything hang or differ?
+"""Faults of an S3 server at random moments of a small run or export: are records wrong, does anything hang or differ?
 
     OMP_NUM_THREADS=1 python -m benchmarks.storage_faults --trials 20
+    OMP_NUM_THREADS=1 python -m benchmarks.storage_faults --trials 20 --job export
 
-Each trial trains from a bucket, while the server fails at a random moment in one of four ways: killed and back after a
-second, killed for good, slow (300 ms a request and 1 Mbit/s), or with other credentials. A run that stops is started
-again on a sound server, until it ends. Its losses and weights are then compared with those of a run from a folder,
-which uses no server, bit for bit. A trial hangs if an attempt takes longer than the stated time to retry and
-`SLACK` seconds more than the undisturbed run.
+Each trial trains from a bucket, or exports into one, while the server fails at a random moment in one of four ways:
+killed and back after a second, killed for good, slow (300 ms a request and 1 Mbit/s), or with other credentials. A run
+that stops is started again on a sound server, until it ends. Its losses and weights, or the files of its caches, are
+then compared with those of one that uses a folder, bit for bit. A trial hangs if an attempt takes longer than the
+stated time to retry and `SLACK` seconds more than twice the undisturbed run, and `SLOWER` more on a slow server.
 
 Blocks are read one at a time, as they are needed, so that the server is asked all through the run.
 """
@@ -15,11 +16,14 @@ import argparse
 import json
 import os
 import platform
+import socket
+import socketserver
 import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +33,7 @@ import pytest
 import torch
 
 from data.cache.object_storage import ObjectStorage
+from data.cache.storage import storage_at
 from experiments.config import config_items
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
@@ -37,11 +42,13 @@ from kd_core.training.checkpoints import checkpoint
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.stop_signals import StopSignals
-from tests.s3 import free_port, hadro, use_server
-from tests.tiny import Tiny, make_tiny
+from tests.s3 import free_port, hadro, localbucket, use_server
+from tests.tiny import Tiny, bytes_of, make_tiny, write_caches
 
-STEPS, RETRY_SECONDS, SLACK = 30, 4.0, 10.0
+STEPS, RETRY_SECONDS, SLACK, SLOWER = 30, 4.0, 10.0, 120.0  # seconds
 KINDS = ("killed, back after 1 s", "killed for good", "slow", "other credentials")
+REFUSED = b"<Error><Code>InvalidAccessKeyId</Code></Error>"
+REFUSAL = b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(REFUSED), REFUSED)
 SLOW = ("--latency-ms", "300", "--bandwidth-mbps", "1")
 
 
@@ -87,7 +94,9 @@ class Server:
     def __init__(self, root: Path, port: int) -> None:
         self.root, self.port, self.running, self.ended = root, port, ExitStack(), threading.Event()
 
-    def start(self, *faults: str) -> None:
+    def start(self, kind: str = "") -> None:
+        """Starts it, sound or with a fault."""
+        faults = {"slow": SLOW, "other credentials": ("--secret-key", "another")}.get(kind, ())
         self.running.enter_context(hadro(self.root, self.port, *faults))
 
     def stop(self) -> None:
@@ -97,38 +106,125 @@ class Server:
         if self.ended.wait(after):
             return
         self.stop()
-        if kind == "slow":
-            self.start(*SLOW)
-        elif kind == "other credentials":
-            self.start("--secret-key", "another")
+        if kind in ("slow", "other credentials"):
+            self.start(kind)
         elif kind != "killed for good" and not self.ended.wait(1.0):
             self.start()
 
 
-def attempt(tiny: Tiny, folder: Path, server: Server, kind: str | None, after: float) -> tuple[str, float]:
-    """Trains once, with a fault. Returns the message of a run that stopped, or nothing, and the seconds."""
-    server.ended.clear()
-    thread = threading.Thread(target=server.fail, args=(kind, after))
-    server.start()
+class WritableServer(Server):
+    """A server that can be written, behind a proxy that has the faults."""
+
+    def start(self, kind: str = "") -> None:
+        behind = free_port()
+        self.running.enter_context(localbucket(self.root, behind))
+        self.running.enter_context(proxy(self.port, behind, kind))
+
+
+def pump(source: socket.socket, target: socket.socket, pause: float) -> None:
+    """Passes bytes on until one side ends, with a pause of so many seconds for each byte."""
+    with suppress(OSError):
+        while chunk := source.recv(1 << 14):
+            time.sleep(len(chunk) * pause)
+            target.sendall(chunk)
+    end(source, target)
+
+
+def end(*connections: socket.socket) -> None:
+    for connection in connections:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def proxy(port: int, behind: int, kind: str) -> Generator[None]:
+    """Passes requests on to a server, 300 ms late and at 1 Mbit/s, or refuses them, if `kind` says so."""
+    connections: list[socket.socket] = []
+    late, pause = (0.3, 8e-6) if kind == "slow" else (0, 0)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            connections.append(self.request)
+            if kind == "other credentials":
+                self.request.recv(1 << 14)
+                self.request.sendall(REFUSAL)
+                return
+            time.sleep(late)
+            with socket.create_connection(("127.0.0.1", behind)) as upstream:
+                back = threading.Thread(target=pump, args=(upstream, self.request, pause), daemon=True)
+                back.start()
+                pump(self.request, upstream, pause)
+                back.join()
+
+    class Proxy(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+
+    with Proxy(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            end(*connections)
+
+
+class Training:
+    """A run of training from a bucket. Its losses and weights are those of a run from a folder."""
+
+    def __init__(self, tiny: Tiny, root: Path, port: int) -> None:
+        self.tiny, self.root, self.server = tiny, root, Server(tiny.root, port)
+        train(tiny, root / "folder", str(tiny.train))
+        self.wanted = outcome(tiny, root / "folder")
+
+    def run(self, name: str) -> None:
+        train(self.tiny, self.root / name, "s3://cache/train")
+
+    def is_equal(self, name: str) -> bool:
+        return equal(outcome(self.tiny, self.root / name), self.wanted)
+
+
+class Exporting:
+    """An export into a bucket. Its files are those of an export into a folder."""
+
+    def __init__(self, tiny: Tiny, root: Path, port: int) -> None:
+        (folder := root / "buckets" / "cache").mkdir(parents=True)
+        self.tiny, self.bucket, self.server = tiny, folder, WritableServer(folder.parent, port)
+        self.export = tiny.export(shard_bytes=1024)
+
+    def run(self, name: str) -> None:
+        write_caches(self.export, f"s3://cache/{name}")
+
+    def is_equal(self, name: str) -> bool:
+        whole = self.bucket.parent.parent / "whole"
+        if not whole.exists():
+            write_caches(self.export, whole)
+        return bytes_of(self.bucket / name) == bytes_of(whole)
+
+
+def attempt(job: Training | Exporting, name: str, kind: str | None, after: float) -> tuple[str, float]:
+    """Runs once, with a fault. Returns the message of a run that stopped, or nothing, and the seconds."""
+    job.server.ended.clear()
+    thread = threading.Thread(target=job.server.fail, args=(kind, after))
+    job.server.start()
     started, message = time.monotonic(), ""
     if kind:
         thread.start()
     try:
-        train(tiny, folder, "s3://cache/train")
+        job.run(name)
     except UsageError as error:
         message = str(error)
     seconds = time.monotonic() - started
-    server.ended.set()
+    job.server.ended.set()
     if kind:
         thread.join()
-    server.stop()
+    job.server.stop()
     return message, seconds
 
 
-def show(counts: Counter[tuple[str, str]], messages: Counter[str], usual: float) -> None:
+def show(job: str, counts: Counter[tuple[str, str]], messages: Counter[str], usual: float) -> None:
     """Prints the table of all trials."""
     columns = ("trials", "stopped", "slowest s", "hung", "names no object", "did not end", "not bit-equal")
-    print(f"\n{STEPS} steps, {usual:.1f} s undisturbed, shards.retry_seconds={RETRY_SECONDS:g}; {platform.machine()}, "
+    print(f"\n{job}, {usual:.1f} s undisturbed, requests are tried for {RETRY_SECONDS:g} s; {platform.machine()}, "
           f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()}\n")  # fmt: skip
     print(f"| fault | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for kind in KINDS:
@@ -140,6 +236,7 @@ def show(counts: Counter[tuple[str, str]], messages: Counter[str], usual: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--job", choices=("training", "export"), default="training")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="no trial begins later")
@@ -150,32 +247,32 @@ def main() -> None:
         root, port = Path(temporary), free_port()
         use_server(environment, port)
         environment.setattr(ObjectStorage, "read_ahead", 1)
-        tiny = make_tiny(root / "tiny")
-        train(tiny, root / "folder", str(tiny.train))
-        wanted, server = outcome(tiny, root / "folder"), Server(tiny.root, port)
-        message, usual = attempt(tiny, root / "undisturbed", server, None, 0)
+        environment.setattr(storage_at, "__defaults__", (RETRY_SECONDS,))
+        job = {"training": Training, "export": Exporting}[asked.job](make_tiny(root / "tiny"), root, port)
+        message, usual = attempt(job, "undisturbed", None, 0)
         assert not message, message
-        assert equal(outcome(tiny, root / "undisturbed"), wanted)
+        assert job.is_equal("undisturbed")
         deadline = time.monotonic() + 60 * asked.minutes
         for trial in range(asked.trials):
             if time.monotonic() > deadline:
                 break
-            kind, folder = KINDS[trial % len(KINDS)], root / f"run{trial}"
-            message, seconds = attempt(tiny, folder, server, kind, chance.uniform(0, usual))
+            kind, name = KINDS[trial % len(KINDS)], f"run{trial}"
+            message, seconds = attempt(job, name, kind, chance.uniform(0, usual))
             counts[kind, "trials"] += 1
             counts[kind, "stopped"] += bool(message)
-            counts[kind, "hung"] += seconds > usual * 2 + RETRY_SECONDS + SLACK and kind != "slow"
+            counts[kind, "hung"] += seconds > usual * 2 + RETRY_SECONDS + SLACK + SLOWER * (kind == "slow")
             counts[kind, "slowest s"] = max(counts[kind, "slowest s"], round(seconds))
             if message:
                 messages[message.partition(": ")[2].partition(". ")[0].partition(" for ")[0]] += 1
-                counts[kind, "names no object"] += "s3://cache/train/" not in message
-            unended = attempt(tiny, folder, server, None, 0)[0] if message else ""
-            is_equal = not unended and equal(outcome(tiny, folder), wanted)
+                counts[kind, "names no object"] += "s3://cache/" not in message
+            # What has ended without reading or writing after its fault is the same as without one.
+            unended = attempt(job, name, None, 0)[0] if message else ""
+            is_equal = not unended and job.is_equal(name)
             counts[kind, "did not end"] += bool(unended)
             counts[kind, "not bit-equal"] += not is_equal
             line = {"kind": kind, "seconds": round(seconds, 1), "message": message, "bit-equal": is_equal}
             print(json.dumps(line), flush=True)
-    show(counts, messages, usual)
+    show(asked.job, counts, messages, usual)
 
 
 if __name__ == "__main__":
