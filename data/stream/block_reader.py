@@ -5,7 +5,7 @@ expected blocks ─► reads under way ─► bytes ─► verified ─► kept 
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data.cache import webdataset_io
@@ -54,9 +54,14 @@ class BlockReader:
         self.expected: dict[BlockRef, int] = {}  # bytes to read, in the order in which they will be needed
         self.reads: dict[BlockRef, Future[bytes]] = {}  # under way, or done and not yet used
         self.stopped = False
+        self._writer: ThreadPoolExecutor | None = None  # of the last block that is kept on this machine
+        self._written: Future[None] | None = None
 
     def close(self) -> None:
         """Ends all reads. Only the reading thread may call it."""
+        if self._writer:
+            self._writer.shutdown()
+            self._writer = None
         for read in self.reads.values():
             read.cancel()
         self.reads.clear()
@@ -126,8 +131,15 @@ class BlockReader:
         if end and end != END_OF_TAR:
             raise damaged(path, ref[1], f"behind it wanted the {len(END_OF_TAR)} zeros that end a tar")
         if block_cache:
-            block_cache.put(block.sha256, data)
+            self._keep(block_cache, block.sha256, data)
         return data
+
+    def _keep(self, block_cache: BlockCache, sha256: str, data: bytes) -> None:
+        """Writes a verified block to this machine's disk while reading goes on. One at a time is written."""
+        if self._written:
+            self._written.result()
+        self._writer = self._writer or ThreadPoolExecutor(1, "block cache")
+        self._written = self._writer.submit(block_cache.put, sha256, data)
 
     def _used(self, ref: BlockRef) -> None:
         """Forgets a block that was expected, which makes room for reading others ahead."""

@@ -16,8 +16,9 @@ T = TypeVar("T")
 
 
 def _open_now() -> tuple[set[str], int, set[str]]:
-    """Names of threads, number of open files, children."""
-    threads = {thread.name for thread in threading.enumerate()}
+    """Names of threads but those of a test's web server, number of open files, children."""
+    names = {thread.name for thread in threading.enumerate()}
+    threads = {name for name in names if "process_request_thread" not in name}
     return threads, len(os.listdir("/proc/self/fd")), child_processes()  # noqa: PTH208 (counts itself too)
 
 
@@ -49,7 +50,8 @@ def check_stage(start: Callable[[int], Generator[T]], same: Callable[[T, T], boo
         # Fewer than before is fine: connections of earlier tests close when they have been idle for a while.
         threads, files, processes = _open_now()
         is_clean = threads == before[0] and files <= before[1] and processes == before[2]
-        assert is_clean, f"closed after {taken} items, it leaves threads, files or processes"
+        now = threads, files, processes
+        assert is_clean, f"closed after {taken} items, it leaves threads, files or processes: {before}, now {now}"
 
 
 def same_step(one: list[Batch], other: list[Batch]) -> bool:
