@@ -16,8 +16,8 @@ from data.cache.codec.rank_tables import fit_tables
 from data.cache.manifest import Audit, Manifest, Shard, read_manifest
 from data.cache.record import UNUSED, Array, Record
 from data.cache.selection import Selection
-from data.cache.storage import storage_at
 from data.cache.writer import read_back, write_index, write_shard, write_tables
+from data.storage.storage import storage_at
 from data.stream.stream import Shards
 
 BLOCK_POSITIONS, SHARD_POSITIONS, PILOT_POSITIONS = 8192, 40_960, 65_536

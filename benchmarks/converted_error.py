@@ -4,8 +4,8 @@
 
 A teacher scores windows of a corpus. Its likeliest entries are written as each format writes them and read as the
 conversion reads them. KL is KL(original‖read) over entries and tail, in nats a position. DistillKit's curves are fitted
-here by least squares, as its code does. Decoding is that of `data/importers/distillkit_codec.py`, which is tested
-against DistillKit's own code.
+here by least squares, as its code does. Decoding is that of `data/importers/formats/distillkit_codec.py`, which is
+tested against DistillKit's own code.
 """
 
 import sys
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.cache.record import Array
-from data.importers.distillkit_codec import CurveCodec, LegacyCodec
+from data.importers.formats.distillkit_codec import CurveCodec, LegacyCodec
 from data.importers.parsed_entries import Entries, from_log_probs, from_logits
 from data.tokenizer import Tokenizer
 from kd_core.students.starts.start import Pretrained, build_student

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from data.cache.shard_index import HEAD, ShardIndex, index_name
+from data.cache.indexes.shard_index import HEAD, ShardIndex, index_name
 from data.cache.tar import END_OF_TAR, Member, encode_member, padded_size, read_members
 
 Files = dict[str, bytes]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache.indexes.shard_index import ShardIndex
 from data.cache.manifest import Audit, Manifest, Shard, read_manifest
 from data.cache.selection import Selection
-from data.cache.shard_index import ShardIndex
-from data.cache.storage import storage_at
 from data.cache.totals import Totals
 from data.cache.writer import write_index
+from data.storage.storage import storage_at
 
 RECORDS_A_BLOCK, ROW_LENGTH, BYTES_A_POSITION = 16, 512, 96
 MIB = 1 << 20

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from data.cache.lengths import CacheLengths
+from data.cache.indexes.lengths import CacheLengths
 from data.stream.mixing import MixedOrder
 from data.stream.order import BlockRef, CacheOrder
 from data.stream.readers import Readers

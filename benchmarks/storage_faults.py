@@ -32,8 +32,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache.object_storage import ObjectStorage
-from data.cache.storage import storage_at
+from data.storage.object_storage import ObjectStorage
+from data.storage.storage import storage_at
 from experiments.config import config_items
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World

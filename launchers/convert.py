@@ -111,8 +111,8 @@ def _import_cache(source: str, out: Path, processes: int) -> None:
 
 def main() -> None:
     """Converts in the direction that the flags name."""
-    from data.cache.storage import is_url
     from data.importers.write_dataset import write_dataset
+    from data.storage.storage import is_url
     from kd_core.errors import UsageError
 
     source, out = SOURCE.value, OUT.value

@@ -92,7 +92,7 @@ def _resolve(export: Any, out: str, device: Any) -> tuple[Any, "ChosenPrecision"
 
 def _claim(out: str) -> AbstractContextManager[None]:
     """Returns a lock on the folder. Buckets have none: there, exports of one plan write the same bytes."""
-    from data.cache.storage import is_url
+    from data.storage.storage import is_url
     from kd_core.files import own_folder
     from launchers.cli.folder_guard import CACHES, refuse_other_kinds
 
@@ -103,13 +103,13 @@ def _claim(out: str) -> AbstractContextManager[None]:
 
 
 def _export(export: Any, out: str) -> None:
-    from data.cache.storage import storage_at
     from data.export.extend import end_growth, load_growth
     from data.export.plan import make_plans
     from data.export.resume_check import record_or_check_growth, record_or_check_plan
     from data.export.spool.pass_state import part_states
     from data.export.spool.spool_folder import remove_spool, spool_users
     from data.export.tokenize_beside import tokenize_beside
+    from data.storage.storage import storage_at
     from kd_core.hub import local_folder
     from kd_core.parallel.world import joined_world
 
@@ -210,7 +210,7 @@ def main() -> None:
     resolved = app.resolve_flags(KIND, sizes)
     if resolved is None:
         return
-    from data.cache.storage import is_url
+    from data.storage.storage import is_url
     from kd_core.errors import UsageError
 
     if OUT.value is None:

@@ -138,7 +138,7 @@ def verify_cache(folder: Path | str) -> None:
 
 def main(cache: str) -> None:
     """Shows the cache, or verifies it with --verify."""
-    from data.cache.storage import is_url
+    from data.storage.storage import is_url
 
     folder = cache if is_url(cache) else Path(cache)
     try:

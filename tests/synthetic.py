@@ -9,14 +9,14 @@ from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
 from data.cache.contents import record_digest, windows_digest
+from data.cache.indexes.shard_index import ShardIndex
 from data.cache.manifest import Audit, Block, Manifest, Shard
 from data.cache.record import Record
 from data.cache.selection import Selection
-from data.cache.shard_index import ShardIndex
-from data.cache.storage import storage_at
 from data.cache.tar import END_OF_TAR
 from data.cache.totals import Totals
 from data.cache.writer import write_index, write_shard, write_tables
+from data.storage.storage import storage_at
 
 VOCAB = 32_000
 

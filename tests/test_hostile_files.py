@@ -31,8 +31,8 @@ from torch.distributed.checkpoint import save as dcp_save
 from data.corpus.chat.chat_template import ChatTemplate
 from data.corpus.chat.conversations import Conversation
 from data.corpus.corpus import Corpus
-from data.importers.distillkit_codec import read_codec
-from data.importers.formats import read_lines_of
+from data.importers.formats.distillkit_codec import read_codec
+from data.importers.formats.formats import read_lines_of
 from data.importers.settings import ImportSettings, source_files
 from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.tokenizer import Tokenizer

@@ -17,8 +17,9 @@ from typing import Any, cast
 from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import MAX_VOCABULARY
-from data.cache.index_files import IndexFiles
-from data.cache.lengths import CacheLengths
+from data.cache.indexes.index_files import IndexFiles
+from data.cache.indexes.lengths import CacheLengths
+from data.cache.indexes.shard_index import Block, ShardIndex
 from data.cache.manifest_fields import (
     PLAN_BEGINS,
     PLAN_ENDS,
@@ -35,9 +36,8 @@ from data.cache.manifest_fields import (
     parse_tables,
 )
 from data.cache.selection import Selection
-from data.cache.shard_index import Block, ShardIndex
-from data.cache.storage import RETRY_SECONDS, Storage, storage_at
 from data.cache.totals import Audit
+from data.storage.storage import RETRY_SECONDS, Storage, storage_at
 from kd_core.errors import UsageError
 from kd_core.files import json_text, parse_json
 from kd_core.json_fields import check_integer, check_list, check_object, check_text, short_repr

@@ -9,8 +9,7 @@ from typing import Any, get_args
 from data.cache.codec.header import MAX_POSITIONS
 from data.cache.codec.levels import Codec
 from data.cache.codec.rank_tables import MAX_VOCABULARY
-from data.cache.selection import Selection
-from data.cache.shard_index import (
+from data.cache.indexes.shard_index import (
     MAX_BLOCK_BYTES,
     MAX_INDEX_BYTES,
     MAX_SHARD_BYTES,
@@ -19,6 +18,7 @@ from data.cache.shard_index import (
     check_shape,
     index_name,
 )
+from data.cache.selection import Selection
 from data.cache.tar import END_OF_TAR
 from data.cache.totals import Audit
 from kd_core.json_fields import (

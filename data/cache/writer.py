@@ -18,11 +18,11 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
 from data.cache.contents import record_digest, windows_digest
+from data.cache.indexes.shard_index import MAX_SHARD_BYTES, Block, ShardIndex, index_name
 from data.cache.manifest_fields import TABLES_FILE, Shard
-from data.cache.shard_index import MAX_SHARD_BYTES, Block, ShardIndex, index_name
-from data.cache.storage import Storage
 from data.cache.tar import END_OF_TAR, encode_tar, read_members
 from data.cache.totals import Totals
+from data.storage.storage import Storage
 from kd_core.errors import UsageError
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
 
-from data.cache.storage import Storage
 from data.corpus.layout_hints import config_flag
+from data.storage.storage import Storage
 from data.text_lines import BadRowError
 
 log = logging.getLogger("kd")

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from data.cache.contents import CachedDocuments
 from data.cache.manifest import Manifest, read_manifest
-from data.cache.storage import Storage, child, storage_at
 from data.export.spool.spool_parts import SPLITS
+from data.storage.storage import Storage, child, storage_at
 from data.stream.shards import ShardReader
 from kd_core.files import MAX_TEXT_BYTES, damage_as_usage_error, json_text, parse_json
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from data.cache.manifest import PLAN_BEGINS, PLAN_ENDS, Manifest
-from data.cache.storage import Storage, child, storage_at
 from data.corpus.bad_rows import BadRows
 from data.corpus.encoding import Encoder
 from data.corpus.row_encoding import EncodingFacts
@@ -25,6 +24,7 @@ from data.export.spool.planning import Limits, SpoolPass
 from data.export.spool.spool import SpoolWindows
 from data.export.spool.spool_folder import remove_spool, spool_folder
 from data.export.teacher_export import TeacherExport, choose_batch_rows
+from data.storage.storage import Storage, child, storage_at
 from data.teacher.choose_scorer import TeacherFacts, read_teacher_facts
 from kd_core.errors import UsageError
 from kd_core.files import content_fingerprint, own_folder, sha256

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cache.codec.coding import Coding
-from data.cache.index_files import IndexFiles, in_parallel
+from data.cache.indexes.index_files import IndexFiles, in_parallel
+from data.cache.indexes.shard_index import MAX_INDEX_BYTES, ShardIndex, index_name
 from data.cache.manifest import TABLES_FILE, Manifest, Shard, made_now
 from data.cache.manifest_fields import MAX_TABLES_BYTES
-from data.cache.shard_index import MAX_INDEX_BYTES, ShardIndex, index_name
 from data.cache.totals import Totals
 from data.cache.writer import file_facts, read_back, write_index
 from data.export.plan import CachePlan

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from data.cache.selection import Selection
-from data.cache.storage import Storage
 from data.corpus.windows import Window
 from data.export.extend import read_object, write_object
 from data.export.plan import CachePlan
 from data.export.spool.draw import no_window
+from data.storage.storage import Storage
 from data.teacher.entry_scorer import EntryScorer
 from data.teacher.scorer import AnyScorer, ranks_of, score_rows
 from data.teacher.select import TeacherScores

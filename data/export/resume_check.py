@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from data.cache.manifest import MANIFEST_FILE, PLAN_BEGINS, PLAN_ENDS, Manifest, read_manifest
-from data.cache.storage import child, storage_at
 from data.export.extend import GROWING_FILE, SPLITS, read_object, write_object
 from data.export.plan import PLAN_FILE, CachePlan
+from data.storage.storage import child, storage_at
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error
 from kd_core.json_fields import check_integer, check_text

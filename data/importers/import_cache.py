@@ -23,16 +23,16 @@ from tqdm import tqdm
 from data.cache.codec.block import renumber_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import fit_tables
-from data.cache.index_files import IndexFiles
+from data.cache.indexes.index_files import IndexFiles
 from data.cache.manifest import TABLES_FILE, Manifest, made_now
 from data.cache.manifest_fields import MAX_TABLES_BYTES
 from data.cache.selection import Selection
-from data.cache.storage import storage_at
 from data.cache.writer import file_facts, write_shard, write_tables
-from data.importers.formats import format_of
+from data.importers.formats.formats import format_of
 from data.importers.import_journal import JOURNAL_FILE, EncodedBlock, Journal, Reached, WrittenShard
 from data.importers.import_worker import Worker, WorkerJob, describe_job, group_lines
 from data.importers.settings import UNKNOWN, Chunk, ImportSettings, source_files
+from data.storage.storage import storage_at
 from data.stream.shards import read_tables
 from data.worker_processes import MapJobs, worker_processes
 from kd_core.errors import UsageError

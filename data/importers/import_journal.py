@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from data.cache.indexes.shard_index import ShardIndex, index_name
 from data.cache.manifest_fields import Shard
-from data.cache.shard_index import ShardIndex, index_name
 from data.cache.totals import Totals
 from data.cache.writer import file_facts
 from kd_core.files import write_text

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from data.cache.codec.block import encode_block_members
 from data.cache.codec.coding import Coding
-from data.cache.storage import storage_at
 from data.cache.writer import read_back, write_index
-from data.importers.formats import format_of
+from data.importers.formats.formats import format_of
 from data.importers.import_journal import EncodedBlock, Reached, WrittenShard
 from data.importers.parsed_entries import Line
 from data.importers.settings import Chunk, ImportSettings
+from data.storage.storage import storage_at
 from kd_core.errors import UsageError
 from kd_core.files import printable
 

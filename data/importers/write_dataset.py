@@ -2,8 +2,8 @@
 
     manifest ─► parts: runs of blocks ─► processes: blocks ─► rows ─► data/train-00000-of-00012.parquet ─► README.md
 
-The columns are described in `data/importers/huggingface.py`. Rows are the cache's records in its order. A file appears
-by rename, so after an interruption the same command writes those that are missing.
+The columns are described in `data/importers/formats/huggingface.py`. Rows are the cache's records in its order. A file
+appears by rename, so after an interruption the same command writes those that are missing.
 """
 
 from collections.abc import Iterator

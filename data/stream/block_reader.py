@@ -12,8 +12,8 @@ from data.cache import webdataset_io
 from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.manifest import Block, Manifest
-from data.cache.storage import Storage
 from data.cache.tar import END_OF_TAR, read_members
+from data.storage.storage import Storage
 from data.stream.block_cache import BlockCache
 from data.stream.order import BlockRef
 from kd_core.errors import UsageError

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.cache.lengths import Array, CacheLengths
+from data.cache.indexes.lengths import Array, CacheLengths
 from data.stream.packing import pack_rows
 from data.stream.segments import Segments, carry_limits
 from kd_core.errors import UsageError

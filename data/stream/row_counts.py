@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache.lengths import Array
+from data.cache.indexes.lengths import Array
 from data.cache.manifest import Manifest
 from data.stream.order import ORDER_VERSION, pack_segment
 from data.stream.segments import Segments, count_side_by_side

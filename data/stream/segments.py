@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.cache.lengths import Array, CacheLengths
+from data.cache.indexes.lengths import Array, CacheLengths
 from data.stream.packing import too_long
 
 SEGMENT_ROWS, WINDOW_ROWS = 256, 1  # at least so many rows' positions, and at least a block

@@ -17,8 +17,8 @@ from data.cache.codec.coding import Coding
 from data.cache.codec.rank_tables import RankTables
 from data.cache.manifest import TABLES_FILE, Manifest
 from data.cache.record import Record
-from data.cache.storage import RETRY_SECONDS, storage_at
 from data.cache.tar import read_members
+from data.storage.storage import RETRY_SECONDS, storage_at
 from data.stream.block_cache import BlockCache
 from data.stream.block_reader import BlockReader, damaged
 from data.stream.order import BlockRef, RecordRef

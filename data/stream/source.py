@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 
 from data.cache.alignment import check_alignment
 from data.cache.codec.rank_tables import RankTables
-from data.cache.lengths import Array
+from data.cache.indexes.lengths import Array
 from data.cache.manifest import Manifest, read_manifest
 from data.cache.record import Record
-from data.cache.storage import storage_at
+from data.storage.storage import storage_at
 from data.stream.block_cache import AUTO, BlockCache
 from data.stream.block_reader import DamagedBlockError
 from data.stream.mixing import MixedOrder

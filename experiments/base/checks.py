@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data.cache.storage import is_url
+from data.storage.storage import is_url
 from data.stream.source import CachePasses, Shards
 from data.tokenizer import Tokenizer
 from experiments.base.parts import ExperimentParts, cache_facts

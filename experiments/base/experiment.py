@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from data.cache.manifest import MANIFEST_FILE, Manifest
-from data.cache.storage import is_url
+from data.storage.storage import is_url
 from data.stream.order import ORDER_VERSION
 from data.stream.source import count_passes, format_passes
 from data.stream.stream import all_batches, training_steps

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from data.cache.storage import is_url
+from data.storage.storage import is_url
 from data.stream.source import Shards
 from experiments.base.parts import ExperimentParts
 from kd_core.losses.objective import Distillation

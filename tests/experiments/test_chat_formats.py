@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from data.cache.manifest import read_manifest
-from data.cache.storage import storage_at
 from data.corpus.corpus import Corpus
+from data.storage.storage import storage_at
 from data.stream.source import Mixture, Shards
 from experiments.base.chat_formats import chat_format
 from experiments.config.config_items import resolve_items

@@ -7,7 +7,7 @@ import fiddle as fdl
 import pytest
 import torch
 
-from data.cache import object_storage
+from data.storage import object_storage
 from data.stream.source import Shards
 from experiments.config import config_items
 from kd_core.errors import UsageError

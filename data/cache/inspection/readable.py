@@ -10,7 +10,7 @@ import numpy as np
 
 from data.cache.manifest import Manifest
 from data.cache.record import UNUSED, Array, Record
-from data.cache.storage import is_url
+from data.storage.storage import is_url
 from data.tokenizer import Tokenizer
 from kd_core.errors import UsageError, escape_unprintable
 

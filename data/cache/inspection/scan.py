@@ -16,11 +16,11 @@ from data.cache.codec.block import decode_block
 from data.cache.codec.coding import Coding
 from data.cache.codec.header import Header
 from data.cache.codec.rank_tables import RankTables
+from data.cache.indexes.shard_index import MAX_BLOCK_BYTES, ShardIndex
 from data.cache.manifest import TABLES_FILE, Block, Manifest, Shard
 from data.cache.record import Record
-from data.cache.shard_index import MAX_BLOCK_BYTES, ShardIndex
-from data.cache.storage import Storage, storage_at
 from data.cache.tar import END_OF_TAR, Member, read_members
+from data.storage.storage import Storage, storage_at
 from kd_core.errors import UsageError
 
 CHUNK = 1 << 20

@@ -11,8 +11,8 @@ import numpy as np
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import TABLES_FILE, Manifest
 from data.cache.record import UNUSED, Array, Record
-from data.cache.storage import storage_at
 from data.cache.tar import END_OF_TAR
+from data.storage.storage import storage_at
 from kd_core.errors import UsageError
 
 COVERAGE_K = (1, 8, 64)  # entries a position at which coverage is measured

@@ -21,8 +21,8 @@ from data.cache.contents import CachedDocuments, record_digest, windows_digest
 from data.cache.inspection.scan import DecodedBlock, read_coding, scan_blocks
 from data.cache.manifest import MANIFEST_FILE, TABLES_FILE, Manifest, read_manifest
 from data.cache.record import UNUSED, Array
-from data.cache.storage import is_url, storage_at
 from data.cache.totals import Totals
+from data.storage.storage import is_url, storage_at
 from kd_core.errors import UsageError
 from kd_core.files import MAX_TEXT_BYTES, parse_json
 from kd_core.json_fields import check_integer, check_object, short_repr

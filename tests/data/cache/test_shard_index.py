@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache import index_files
+from data.cache.indexes import index_files
+from data.cache.indexes.shard_index import Block, ShardIndex
 from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
-from data.cache.shard_index import Block, ShardIndex
 from data.cache.totals import Totals
 from data.stream.shards import ShardReader
 from kd_core.errors import UsageError

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from obstore.exceptions import GenericError
 
-from data.cache import object_storage
-from data.cache.object_storage import is_loopback
-from data.cache.storage import LocalStorage, Storage, is_url, storage_at
+from data.storage import object_storage
+from data.storage.object_storage import is_loopback
+from data.storage.storage import LocalStorage, Storage, is_url, storage_at
 from data.stream.source import Shards
 from kd_core.errors import UsageError
 from tests.data.stream.server import serving
@@ -386,7 +386,7 @@ def test_no_secret_is_in_an_error_or_a_log(
 
 def test_a_forked_process_says_that_it_cannot_read(bucket: Path) -> None:
     script = (
-        "import os, sys\nfrom data.cache.storage import storage_at\n"
+        "import os, sys\nfrom data.storage.storage import storage_at\n"
         "storage = storage_at(sys.argv[1])\nassert storage.read_range('shard.tar', 0, 4) == bytes(range(4))\n"
         "child = os.fork()\nif child == 0:\n    try:\n        storage.read_range('shard.tar', 0, 4)\n"
         "    except ValueError as error:\n        os._exit(7 if 'forked' in str(error) else 1)\n"

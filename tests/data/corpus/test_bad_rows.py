@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from data.cache.manifest import read_manifest
-from data.cache.storage import storage_at
 from data.corpus.bad_rows import SKIPPED_ROWS_FILE, BadRows
 from data.corpus.corpus import Corpus
 from data.corpus.documents import Document
 from data.corpus.encoding import Encoder
 from data.export.plan import make_plans
+from data.storage.storage import storage_at
 from data.text_lines import BadRowError
 from kd_core.errors import UsageError
 from tests.launchers.command import run

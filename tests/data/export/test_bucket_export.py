@@ -12,12 +12,12 @@ import torch
 
 from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
-from data.cache.storage import LocalStorage, storage_at
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.plan import TeacherExport, make_plans
 from data.export.receipts import write_manifest
 from data.export.resume_check import record_or_check_plan
+from data.storage.storage import LocalStorage, storage_at
 from data.stream.source import Shards
 from kd_core.errors import UsageError
 from tests.data.cache.earlier import make_earlier

@@ -16,7 +16,7 @@ import zstandard
 from data.cache.inspection.verify import verify
 from data.cache.manifest import read_manifest
 from data.cache.record import UNUSED, Record
-from data.importers.formats import read_lines_of
+from data.importers.formats.formats import read_lines_of
 from data.importers.import_cache import import_cache
 from data.importers.settings import UNKNOWN, ImportSettings, source_files
 from data.stream.source import Shards

@@ -13,12 +13,12 @@ import pytest
 
 from data.cache.inspection.verify import verify
 from data.cache.selection import Selection
-from data.cache.storage import Storage
 from data.importers import import_cache as module
 from data.importers.facts import Facts
 from data.importers.import_cache import PLAN_FILE, import_cache
 from data.importers.import_journal import JOURNAL_FILE
 from data.importers.settings import UNKNOWN, ImportSettings
+from data.storage.storage import Storage
 from kd_core.errors import UsageError
 from tests.patience import patience
 from tests.tiny import bytes_of

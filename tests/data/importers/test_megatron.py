@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.cache.record import UNUSED
-from data.importers.formats import read_lines_of
+from data.importers.formats.formats import read_lines_of
 from data.importers.parsed_entries import Line
 from data.importers.settings import UNKNOWN, ImportSettings
 from kd_core.errors import UsageError

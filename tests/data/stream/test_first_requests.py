@@ -9,7 +9,7 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
-from data.cache.object_storage import WebStorage
+from data.storage.object_storage import WebStorage
 from data.stream.stream import training_steps
 from experiments.base.experiment import Experiment
 from experiments.config.config_items import resolve_items

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.rank_reading import KINDS, counted_order, drawn_lengths, read_as_rank
-from data.cache.lengths import CacheLengths
+from data.cache.indexes.lengths import CacheLengths
 from data.stream.mixing import MixedOrder
 from data.stream.order import CacheOrder, Place, pack_segment
 from data.stream.packing import pack_rows

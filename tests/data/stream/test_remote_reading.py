@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cache import object_storage
+from data.storage import object_storage
 from data.stream.block_cache import BlockCache
 from data.stream.block_reader import DamagedBlockError
 from data.stream.collate import Collate

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from data.importers import axolotl, llamakd, nemo_aligner, server_lines, trl, vllm
-from data.importers.distillkit import DISTILLKIT
+from data.importers import server_lines
 from data.importers.facts import Facts
-from data.importers.huggingface import HUGGINGFACE
-from data.importers.megatron import Megatron
+from data.importers.formats import axolotl, llamakd, nemo_aligner, trl, vllm
+from data.importers.formats.distillkit import DISTILLKIT
+from data.importers.formats.huggingface import HUGGINGFACE
+from data.importers.formats.megatron import Megatron
 from data.importers.parsed_entries import Line
 from data.importers.rows import RowFormat
 from data.importers.settings import Chunk, ImportSettings

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from data.cache.object_storage import WebStorage, is_loopback, open_web_client
+from data.storage.object_storage import WebStorage, is_loopback, open_web_client
 from kd_core.errors import UsageError
 
 DATASET = re.compile(r"hf://datasets/([A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(?:@([A-Za-z0-9._-]+))?(?:/([^@]*))?")

@@ -25,8 +25,8 @@ import obstore
 from obstore.exceptions import GenericError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-from data.cache.event_loop import submit
-from data.cache.storage import missing, too_large
+from data.storage.event_loop import submit
+from data.storage.storage import missing, too_large
 from kd_core.errors import UsageError
 
 log = logging.getLogger("kd")

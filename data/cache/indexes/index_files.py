@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data.cache.lengths import CacheLengths
+from data.cache.indexes.lengths import CacheLengths
+from data.cache.indexes.shard_index import ShardIndex
 from data.cache.manifest_fields import Shard
-from data.cache.shard_index import ShardIndex
-from data.cache.storage import RETRY_SECONDS, Storage, storage_at
+from data.storage.storage import RETRY_SECONDS, Storage, storage_at
 from kd_core.errors import UsageError
 
 T = TypeVar("T")

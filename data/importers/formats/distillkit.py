@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from data.cache.record import Array
-from data.importers.axolotl import NOT_SCORED
-from data.importers.distillkit_codec import CurveCodec, LegacyCodec, read_codec
+from data.importers.formats.axolotl import NOT_SCORED
+from data.importers.formats.distillkit_codec import CurveCodec, LegacyCodec, read_codec
 from data.importers.parsed_entries import Line, check_entries, make_line, normalise, parse_ids
 from data.importers.rows import TABLE_ENDING, Row, RowFormat
 from data.importers.settings import ImportSettings, Values

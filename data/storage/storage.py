@@ -125,8 +125,8 @@ def storage_at(path: Path | str, retry_seconds: float = RETRY_SECONDS) -> Storag
             "without user, password or query. Credentials come from the environment (docs/storage.md)."
         )
     # Imported here, because most runs read folders.
-    from data.cache.hub_storage import HubStorage  # noqa: PLC0415
-    from data.cache.object_storage import BucketStorage, WebStorage  # noqa: PLC0415
+    from data.storage.hub_storage import HubStorage  # noqa: PLC0415
+    from data.storage.object_storage import BucketStorage, WebStorage  # noqa: PLC0415
 
     kind = {"hf": HubStorage, "http": WebStorage, "https": WebStorage}.get(scheme, BucketStorage)
     return kind(url.rstrip("/"), retry_seconds)
