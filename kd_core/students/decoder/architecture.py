@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from kd_core.errors import UsageError
-from kd_core.students.decoder.rope import RopeScaling
+from kd_core.students.decoder.rope import LongRopeScaling, RopeScaling, RotaryPairs
 
 # Upper bounds for untrusted configurations: above any real decoder, and harmless while a model has only shapes.
 UPPER_BOUNDS = {
@@ -32,6 +32,10 @@ class Architecture:
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
+        rotary_share: share of an attention head's channels, the first ones, that RoPE rotates.
+        rotary_pairs: which of these channels are a pair.
+        rope_layers: for each layer, whether it has RoPE. None: all have.
+        local_rope_theta: theta of layers with a window, whose RoPE is not scaled. None: as in the other layers.
         family: the `model_type` under which the student is saved. It does not change the arithmetic.
     """
 
@@ -57,6 +61,10 @@ class Architecture:
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
+    rotary_share: float = 1.0
+    rotary_pairs: RotaryPairs = "halves"
+    rope_layers: tuple[bool, ...] | None = None
+    local_rope_theta: float | None = None
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -76,6 +84,20 @@ class Architecture:
     def window(self, layer: int) -> int | None:
         """Returns how many positions a layer attends to, or None for all."""
         return None if self.windows is None else self.windows[layer]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Counts the channels of an attention head that RoPE rotates."""
+        return int(self.head_dim * self.rotary_share)
+
+    def has_rope(self, layer: int) -> bool:
+        """Checks whether a layer rotates queries and keys."""
+        return self.rope_layers is None or self.rope_layers[layer]
+
+    @property
+    def longest_document(self) -> int | None:
+        """Returns how many positions a document may have, or None without a limit."""
+        return self.rope_scaling.original_positions if isinstance(self.rope_scaling, LongRopeScaling) else None
 
     def with_tokens(self, tokens: int, folder: str) -> "Architecture":
         """Returns the same vocabulary rows, where the first `tokens` are real and the rest is padding.
@@ -103,6 +125,7 @@ class Architecture:
 
     def with_layers(self, layers: tuple[int, ...]) -> "Architecture":
         """Returns the architecture with only these layers, in this order."""
-        # A layer keeps its own window.
+        # A layer keeps its own window, and its RoPE.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows)
+        ropes = None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers)
+        return replace(self, num_layers=len(layers), windows=windows, rope_layers=ropes)
