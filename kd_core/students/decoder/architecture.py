@@ -72,6 +72,8 @@ class Architecture:
         for name, most in UPPER_BOUNDS.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
+        if not 0 < self.rotary_share <= 1 or self.rotary_dim == 0:
+            raise UsageError(f"rotary_share: got {self.rotary_share!a}; wanted above 0, to 1.")
         for window in self.windows or ():
             if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
                 raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
@@ -125,7 +127,8 @@ class Architecture:
 
     def with_layers(self, layers: tuple[int, ...]) -> "Architecture":
         """Returns the architecture with only these layers, in this order."""
-        # A layer keeps its own window, and its RoPE.
-        windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
+        # A layer keeps its own window, and its RoPE. Without any window, there are none.
+        kept = tuple(self.window(layer) for layer in layers)
+        windows = None if set(kept) <= {None} else kept
         ropes = None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers)
         return replace(self, num_layers=len(layers), windows=windows, rope_layers=ropes)

@@ -4,6 +4,7 @@ Parameter names are those of Hugging Face's Llama without the leading `model.`, 
 A decoder is built on the meta device, then allocated (`students/student.py`) and filled (`starts/`).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
@@ -24,11 +25,15 @@ MakeBlock = Callable[[Architecture, int], nn.Module]  # of an architecture and t
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions."""
+    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions.
+
+    Layers with a window have the `local` cosine and sine.
+    """
 
     cos: Tensor
     sin: Tensor
     documents: Documents | KeyValueCache
+    local: tuple[Tensor, Tensor]
 
 
 class Decoder(Student):
@@ -60,11 +65,16 @@ class Decoder(Student):
         return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
 
     def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
-        # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
-        cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
+        # Angles and documents are the same for all blocks, and angles for those with a window.  cos, sin [B, 1, T, d]
+        arch = self.arch
+        angles = functools.partial(rotary_angles, position_ids, arch.rotary_dim, pairs=arch.rotary_pairs)
+        cos, sin = angles(arch.rope_theta, arch.rope_scaling)
+        local = (cos, sin) if arch.local_rope_theta is None else angles(arch.local_rope_theta)
         if document_ids is None:
-            return Context(cos, sin, Documents.one_a_row(position_ids))
-        return Context(cos, sin, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
+            documents = Documents.one_a_row(position_ids)
+        else:
+            documents = Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids
+        return Context(cos, sin, documents, local)
 
     def packed_context(
         self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
@@ -79,7 +89,8 @@ class Decoder(Student):
         return self.context(position_ids, None)._replace(documents=cache)
 
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        cos, sin, documents = context
+        documents = context.documents
+        cos, sin = context[:2] if self.arch.window(layer) is None else context.local
         of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
         return self.layers[layer](x, cos, sin, of_layer)
 

@@ -64,7 +64,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        self.self_attn = Attention(arch, arch.window(layer))
+        self.self_attn = Attention(arch, layer)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp = SwiGLU(arch)
         self.residual_scale = arch.residual_scale

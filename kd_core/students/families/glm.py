@@ -3,6 +3,7 @@
 Releases of 2025 (`glm4`) also norm the outputs of attention and feed-forward. Folders join gate and up.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.transformer_block import TransformerBlock
-from kd_core.students.families.family import GATE_UP, Config, Family, split_rotary_share
+from kd_core.students.families.family import GATE_UP, NO_PADDING, Config, Family, split_rotary_share
 
 
 class Glm4Block(TransformerBlock):
@@ -41,9 +42,16 @@ def _flatten(config: Config) -> Config:
 
 
 def _read(config: Config) -> dict[str, Any]:
-    bias, share = bool(config.get("attention_bias", True)), float(config["rotary_share"])
-    return {"qkv_bias": bias, "rotary_share": share, "rotary_pairs": "neighbours"}
+    bias = bool(config.get("attention_bias", True))
+    return {"qkv_bias": bias, "rotary_share": config["rotary_share"], "rotary_pairs": "neighbours"}
 
 
 def _write(arch: Architecture) -> Config:
-    return {"attention_bias": arch.qkv_bias, "partial_rotary_factor": arch.rotary_share}
+    return {**NO_PADDING, "attention_bias": arch.qkv_bias, "partial_rotary_factor": arch.rotary_share}
+
+
+GLM = Family(
+    "GlmForCausalLM", _read, _write, head_dim=128, kv_heads=2, expects=(("mlp_bias", False),), flatten=_flatten,
+    joined=(GATE_UP,),
+)  # fmt: skip
+GLM4 = replace(GLM, transformers_class="Glm4ForCausalLM", block=Glm4Block)

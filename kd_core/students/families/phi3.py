@@ -7,9 +7,16 @@ from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.rope import LongRopeScaling
-from kd_core.students.families.family import GATE_UP, NO_BIAS, Config, Family, Joined, split_rotary_share
+from kd_core.students.families.family import (
+    GATE_UP,
+    NO_BIAS,
+    NO_PADDING,
+    QKV,
+    Config,
+    Family,
+    split_rotary_share,
+)
 
-QKV = Joined("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 # Names of LongRoPE in older files.
 OLDER_KINDS = ("su", "yarn")
 
@@ -26,11 +33,11 @@ def _flatten(config: Config) -> Config:
 def _read(config: Config) -> dict[str, Any]:
     window = config.get("sliding_window")
     windows = None if window is None else (int(window),) * int(config["num_hidden_layers"])
-    return {"windows": windows, "rotary_share": float(config["rotary_share"])}
+    return {"windows": windows, "rotary_share": config["rotary_share"]}
 
 
 def _write(arch: Architecture) -> Config:
-    fields: Config = {"sliding_window": arch.window(0), "partial_rotary_factor": arch.rotary_share}
+    fields = {**NO_PADDING, "sliding_window": arch.window(0), "partial_rotary_factor": arch.rotary_share}
     if isinstance(arch.rope_scaling, LongRopeScaling):
         # Readers of Phi-3 look for the original context beside the fields of RoPE.
         fields["original_max_position_embeddings"] = arch.rope_scaling.original_positions

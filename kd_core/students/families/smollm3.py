@@ -3,7 +3,7 @@
 from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.families.family import FULL, SLIDING, Config, Family, read_windows, with_default_theta, write_windows
+from kd_core.students.families.family import FULL, NO_PADDING, SLIDING, Config, Family, read_windows, with_default_theta, write_windows
 from kd_core.students.families.llama import read_llama, write_llama
 
 
@@ -23,6 +23,7 @@ def _write(arch: Architecture) -> Config:
     return {
         **write_llama(arch),
         **write_windows(arch),
+        **NO_PADDING,
         "use_sliding_window": arch.windows is not None,
         "no_rope_layers": [int(arch.has_rope(layer)) for layer in range(arch.num_layers)],
     }

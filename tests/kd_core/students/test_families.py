@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_core.students.huggingface.config_json import FAMILIES as REGISTRY
+from kd_core.students.families.registry import FAMILIES as REGISTRY
 from tests.kd_core.students.family_checks import CHECKS, Comparison
 from tests.kd_core.students.models import FAMILIES, load, rows, their_model
 
