@@ -3,6 +3,7 @@
 Releases of 2025 (`glm4`) also norm the outputs of attention and feed-forward. Folders join gate and up.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,13 @@ from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.transformer_block import TransformerBlock
 from kd_core.students.families.family import GATE_UP, NO_PADDING, Config, Family, split_rotary_share
+from kd_core.students.student import ShardingRule
 
 
 class Glm4Block(TransformerBlock):
     """Transformer block with a norm before and one behind attention, and the feed-forward likewise."""
 
-    sharding_rules = {
+    sharding_rules: Mapping[str, ShardingRule] = {
         **TransformerBlock.sharding_rules,
         "post_self_attn_layernorm": "residual_norm",
         "post_mlp_layernorm": "residual_norm",

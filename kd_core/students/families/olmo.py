@@ -3,6 +3,7 @@
 OLMo 3 (Ai2, 2025) has a window in three of four layers. Layers with a window do not scale RoPE.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from kd_core.students.families.family import (
     read_windows,
     write_windows,
 )
+from kd_core.students.student import ShardingRule
 
 
 class Olmo2Attention(Attention):
@@ -47,7 +49,7 @@ class Olmo2Attention(Attention):
 class Olmo2Block(TransformerBlock):
     """Transformer block with norms behind attention and feed-forward, and none before."""
 
-    sharding_rules = {
+    sharding_rules: Mapping[str, ShardingRule] = {
         **TransformerBlock.sharding_rules,
         "attention_input": "norm",
         "mlp_input": "norm",

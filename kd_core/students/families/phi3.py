@@ -1,6 +1,7 @@
-"""Phi-3 (arXiv 2404.14219) and Phi-4 (arXiv 2412.08905, 2503.01743): Llama whose folders join q, k and v, and gate and up.
+"""Phi-3 (arXiv 2404.14219) and Phi-4 (arXiv 2412.08905, 2503.01743): Llama, with joined matrices in the folder.
 
-Phi-4-mini rotates three quarters of each attention head's channels. Models of long contexts have LongRoPE.
+One matrix holds q, k and v, and one gate and up. Phi-4-mini rotates three quarters of each attention head's channels.
+Models of long contexts have LongRoPE.
 """
 
 from typing import Any

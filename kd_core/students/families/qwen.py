@@ -3,7 +3,15 @@
 from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.families.family import FULL, SLIDING, Config, Family, read_attention_bias, read_windows, write_windows
+from kd_core.students.families.family import (
+    FULL,
+    SLIDING,
+    Config,
+    Family,
+    read_attention_bias,
+    read_windows,
+    write_windows,
+)
 
 
 def _windows(config: Config) -> dict[str, Any]:

@@ -3,7 +3,16 @@
 from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.families.family import FULL, NO_PADDING, SLIDING, Config, Family, read_windows, with_default_theta, write_windows
+from kd_core.students.families.family import (
+    FULL,
+    NO_PADDING,
+    SLIDING,
+    Config,
+    Family,
+    read_windows,
+    with_default_theta,
+    write_windows,
+)
 from kd_core.students.families.llama import read_llama, write_llama
 
 
@@ -29,6 +38,4 @@ def _write(arch: Architecture) -> Config:
     }
 
 
-SMOLLM3 = Family(
-    "SmolLM3ForCausalLM", _read, _write, kv_heads=4, tie_embeddings=True, flatten=with_default_theta(2e6)
-)
+SMOLLM3 = Family("SmolLM3ForCausalLM", _read, _write, kv_heads=4, tie_embeddings=True, flatten=with_default_theta(2e6))

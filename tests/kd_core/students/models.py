@@ -107,10 +107,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def their_config(name: str, **changes: Any) -> Any:
+    """The configuration of `their_model`."""
+    family, settings = FAMILIES[name]
+    return getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **changes})
+
+
 def their_model(name: str, **changes: Any) -> Any:
     """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
-    family, settings = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **changes})
+    family, _ = FAMILIES[name]
+    config = their_config(name, **changes)
     torch.manual_seed(1)
     # `eager` attention computes in float32 what sdpa does; masks are theirs.
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()

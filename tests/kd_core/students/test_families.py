@@ -1,16 +1,11 @@
 """Every family against transformers on random weights. The figures are a table in docs/students.md."""
 
-import json
-import os
-import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from kd_core.students.families.registry import FAMILIES as REGISTRY
 from tests.kd_core.students.family_checks import CHECKS, Comparison
-from tests.kd_core.students.models import FAMILIES, load, rows, their_model
+from tests.kd_core.students.models import FAMILIES
 
 TOLERANCE = 1e-4
 PAGE = Path(__file__).parents[3] / "docs" / "students.md"

@@ -1,0 +1,60 @@
+"""Families whose blocks or norms are their own: the loss and the gradient of several ranks are those of one process."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_core.parallel.config import Parallel
+from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.families.registry import family_decoder
+from kd_core.students.huggingface.config_json import parse_architecture
+from kd_core.training.step import train_step
+from tests.kd_core.parallel.test_layouts import OBJECTIVE, PLAIN, Looks, batches, student
+from tests.kd_core.students.models import their_config
+from tests.ranks import run_ranks
+
+TENSOR = replace(PLAIN, tensor_parallel=2)
+BY_POSITION = replace(TENSOR, sequence_parallel=True)
+OF_TWO = {
+    "smollm3": TENSOR,
+    "phi3, partial rotary, tied": TENSOR,
+    "olmo2": BY_POSITION,
+    "olmo2, tied, with biases": replace(PLAIN, shard="full"),
+    "olmo3, yarn": TENSOR,
+    "glm4": BY_POSITION,
+    "glm4, no biases, tied": replace(PLAIN, shard="full"),
+}
+# Two heads of keys are repeated on four ranks.
+OF_FOUR = {"olmo2": replace(BY_POSITION, tensor_parallel=4), "olmo3": replace(TENSOR, shard="full")}
+
+
+def _step(arch: Architecture, parallel: Parallel, world: World) -> tuple[float, dict[str, torch.Tensor]]:
+    """Returns the loss of a step, and the gradients of all parameters."""
+    model, world = student(functools.partial(family_decoder, arch), parallel, world)
+    optimizer = Looks(model.parameters())
+    made = train_step(
+        model, optimizer, batches(0, parallel, world), objective=OBJECTIVE, clip_norm=0.0, parallel=parallel, world=world
+    )  # fmt: skip
+    names = [name for name, _ in model.named_parameters()]
+    return made.sums["loss"] / made.tokens, dict(zip(names, optimizer.seen, strict=True))
+
+
+def _compare(world: World, cases: dict[str, tuple[Architecture, Parallel]]) -> None:
+    for name, (arch, parallel) in cases.items():
+        loss, gradients = _step(arch, parallel, world)
+        wanted_loss, wanted = _step(arch, PLAIN, World())
+        assert loss == pytest.approx(wanted_loss, rel=1e-5), name
+        size = float(torch.stack([value.norm() for value in wanted.values()]).norm())
+        for parameter, value in wanted.items():
+            assert (gradients[parameter] - value).norm() < 1e-5 * value.norm() + 1e-7 * size, (name, parameter)
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), [(2, OF_TWO), (4, OF_FOUR)], ids=["two", "four"])
+def test_ranks_take_the_step_of_one_process(ranks: int, layouts: dict[str, Parallel]) -> None:
+    configs = {name: their_config(name).to_dict() for name in layouts}
+    cases = {name: (parse_architecture(Path(name), configs[name]), layouts[name]) for name in layouts}
+    run_ranks(ranks, _compare, cases)
