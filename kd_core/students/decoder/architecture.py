@@ -29,13 +29,17 @@ class Architecture:
         padded_vocab_size: rows of embedding and lm_head, where they are more than the real vocabulary. Rows beyond
             `vocab_size` stand for no token.
         embedding_scale: factor on embeddings. This and the other scales are Granite's.
+        root_scaled_embedding: multiply embeddings by √hidden_size too, rounded to their dtype (Gemma).
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
         rotary_share: share of an attention head's channels, the first ones, that RoPE rotates.
         rotary_pairs: which of these channels are a pair.
         rope_layers: for each layer, whether it has RoPE. None: all have.
-        local_rope_theta: theta of layers with a window, whose RoPE is not scaled. None: as in the other layers.
+        local_rope_theta: theta of layers with a window, which no scaling stretches (Gemma 3). None: that of all layers.
+        norm_offset: added to the weights of norms (Gemma: 1).
+        attention_soft_cap: bound c of the products of queries and keys, which become c · tanh(products / c) (Gemma 2).
+        logit_soft_cap: the same for logits.
         family: the `model_type` under which the student is saved. It does not change the arithmetic.
     """
 
@@ -64,7 +68,11 @@ class Architecture:
     rotary_share: float = 1.0
     rotary_pairs: RotaryPairs = "halves"
     rope_layers: tuple[bool, ...] | None = None
+    root_scaled_embedding: bool = False
     local_rope_theta: float | None = None
+    norm_offset: float = 0.0
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -101,6 +109,12 @@ class Architecture:
         """Returns how many positions a document may have, or None without a limit."""
         return self.rope_scaling.original_positions if isinstance(self.rope_scaling, LongRopeScaling) else None
 
+    def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
+        """Returns theta and scaling of a layer."""
+        if self.local_rope_theta is not None and self.window(layer) is not None:
+            return self.local_rope_theta, None
+        return self.rope_theta, self.rope_scaling
+
     def with_tokens(self, tokens: int, folder: str) -> "Architecture":
         """Returns the same vocabulary rows, where the first `tokens` are real and the rest is padding.
 
@@ -127,8 +141,8 @@ class Architecture:
 
     def with_layers(self, layers: tuple[int, ...]) -> "Architecture":
         """Returns the architecture with only these layers, in this order."""
-        # A layer keeps its own window, and its RoPE. Without any window, there are none.
-        kept = tuple(self.window(layer) for layer in layers)
-        windows = None if set(kept) <= {None} else kept
+        # A layer keeps its own window and its RoPE.
+        windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
         ropes = None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows, rope_layers=ropes)
+        kept_windows = windows if any(windows or ()) else None
+        return replace(self, num_layers=len(layers), windows=kept_windows, rope_layers=ropes)

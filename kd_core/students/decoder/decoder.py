@@ -4,7 +4,6 @@ Parameter names are those of Hugging Face's Llama without the leading `model.`, 
 A decoder is built on the meta device, then allocated (`students/student.py`) and filled (`starts/`).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
@@ -25,15 +24,10 @@ MakeBlock = Callable[[Architecture, int], nn.Module]  # of an architecture and t
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions.
+    """Cosine and sine for each layer, and the documents of packed rows or a cache of their earlier positions."""
 
-    Layers with a window have the `local` cosine and sine.
-    """
-
-    cos: Tensor
-    sin: Tensor
+    angles: list[tuple[Tensor, Tensor]]
     documents: Documents | KeyValueCache
-    local: tuple[Tensor, Tensor]
 
 
 class Decoder(Student):
@@ -44,7 +38,7 @@ class Decoder(Student):
         self.arch = arch
         self.embed_tokens = nn.Embedding(arch.vocab_rows, arch.hidden_size)
         self.layers = nn.ModuleList(make_block(arch, layer) for layer in range(arch.num_layers))
-        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_rows, bias=False)
         self.tie()
 
@@ -62,19 +56,24 @@ class Decoder(Student):
             cast(TransformerBlock, block).self_attn.kv_head_slice = heads
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
+        x = scale(self.embed_tokens(tokens), self.arch.embedding_scale)
+        if not self.arch.root_scaled_embedding:
+            return x
+        # Rounded to the dtype of the embedding, as Gemma was trained: 55.4256 is 55.5 in bfloat16.
+        return x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype).item()
 
     def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
-        # Angles and documents are the same for all blocks, and angles for those with a window.  cos, sin [B, 1, T, d]
+        # Layers of equal RoPE share their angles, and all layers their documents.  cos, sin [B, 1, T, d]
         arch = self.arch
-        angles = functools.partial(rotary_angles, position_ids, arch.rotary_dim, pairs=arch.rotary_pairs)
-        cos, sin = angles(arch.rope_theta, arch.rope_scaling)
-        local = (cos, sin) if arch.local_rope_theta is None else angles(arch.local_rope_theta)
+        ropes = [arch.rope(layer) for layer in range(arch.num_layers)]
+        by_rope = {
+            rope: rotary_angles(position_ids, arch.rotary_dim, *rope, arch.rotary_pairs)
+            for rope in dict.fromkeys(ropes)
+        }
+        angles = [by_rope[rope] for rope in ropes]
         if document_ids is None:
-            documents = Documents.one_a_row(position_ids)
-        else:
-            documents = Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids
-        return Context(cos, sin, documents, local)
+            return Context(angles, Documents.one_a_row(position_ids))
+        return Context(angles, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
 
     def packed_context(
         self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
@@ -90,9 +89,8 @@ class Decoder(Student):
 
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
         documents = context.documents
-        cos, sin = context[:2] if self.arch.window(layer) is None else context.local
         of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
-        return self.layers[layer](x, cos, sin, of_layer)
+        return self.layers[layer](x, *context.angles[layer], of_layer)
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.

@@ -7,7 +7,7 @@
 Exports go the other way, by `write` and `joined`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,20 +98,18 @@ def read_attention_bias(config: Config) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias}
 
 
-def read_windows(kinds: Sequence[str], window: int | None) -> tuple[int | None, ...] | None:
-    """Returns the window of each layer from the kinds of layers, or None if no layer has one."""
+def read_windows(kinds: list[str], window: Any) -> tuple[int | None, ...] | None:
+    """Returns the window of each layer from the kinds of all, or None if no layer has one."""
     if window is None or SLIDING not in kinds:
         return None
     return tuple(int(window) if kind == SLIDING else None for kind in kinds)
 
 
-def write_windows(arch: Architecture) -> Config:
-    """Returns the fields of windows, which are all of one size."""
-    windows = arch.windows or (None,) * arch.num_layers
-    return {
-        "sliding_window": max((window for window in windows if window is not None), default=None),
-        "layer_types": [FULL if window is None else SLIDING for window in windows],
-    }
+def write_windows(arch: Architecture) -> tuple[list[str], int | None]:
+    """Returns the kind of each layer, and the window of those that have one."""
+    windows = [arch.window(layer) for layer in range(arch.num_layers)]
+    size = max((window for window in windows if window is not None), default=None)
+    return [FULL if window is None else SLIDING for window in windows], size
 
 
 def with_default_theta(theta: float) -> Callable[[Config], Config]:

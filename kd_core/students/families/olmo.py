@@ -105,7 +105,8 @@ def _write_olmo3(arch: Architecture) -> Config:
     # The scaling of full layers is a field that all families share.
     thetas = {FULL: arch.rope_theta, SLIDING: arch.local_rope_theta}
     ropes = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()}
-    return {**_write_olmo2(arch), **write_windows(arch), "rope_parameters": ropes}
+    kinds, window = write_windows(arch)
+    return {**_write_olmo2(arch), "layer_types": kinds, "sliding_window": window, "rope_parameters": ropes}
 
 
 OLMO2 = Family("Olmo2ForCausalLM", _read_olmo2, _write_olmo2, expects=(("mlp_bias", False),), block=Olmo2Block)

@@ -31,11 +31,13 @@ def _read_qwen3(config: Config) -> dict[str, Any]:
 
 
 def _write(arch: Architecture) -> Config:
+    kinds, window = write_windows(arch)
     return {
         "attention_bias": arch.qkv_bias,
-        "use_sliding_window": arch.windows is not None,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
         "max_window_layers": arch.num_layers,
-        **write_windows(arch),
+        "layer_types": kinds,
     }
 
 

@@ -3,6 +3,7 @@
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.families.family import Family
+from kd_core.students.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from kd_core.students.families.glm import GLM, GLM4
 from kd_core.students.families.granite import GRANITE
 from kd_core.students.families.llama import LLAMA
@@ -24,6 +25,9 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO3,
     "glm": GLM,
     "glm4": GLM4,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "gemma3": GEMMA3,  # with images, of which the text model is read
 }
 
 

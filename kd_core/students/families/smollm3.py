@@ -29,11 +29,13 @@ def _read(config: Config) -> dict[str, Any]:
 
 
 def _write(arch: Architecture) -> Config:
+    kinds, window = write_windows(arch)
     return {
         **write_llama(arch),
-        **write_windows(arch),
+        "layer_types": kinds,
+        "sliding_window": window,
         **NO_PADDING,
-        "use_sliding_window": arch.windows is not None,
+        "use_sliding_window": window is not None,
         "no_rope_layers": [int(arch.has_rope(layer)) for layer in range(arch.num_layers)],
     }
 

@@ -36,9 +36,8 @@ def _step(arch: Architecture, parallel: Parallel, world: World) -> tuple[float, 
     """Returns the loss of a step, and the gradients of all parameters."""
     model, world = student(functools.partial(family_decoder, arch), parallel, world)
     optimizer = Looks(model.parameters())
-    made = train_step(
-        model, optimizer, batches(0, parallel, world), objective=OBJECTIVE, clip_norm=0.0, parallel=parallel, world=world
-    )  # fmt: skip
+    rows = batches(0, parallel, world)
+    made = train_step(model, optimizer, rows, objective=OBJECTIVE, clip_norm=0.0, parallel=parallel, world=world)
     names = [name for name, _ in model.named_parameters()]
     return made.sums["loss"] / made.tokens, dict(zip(names, optimizer.seen, strict=True))
 

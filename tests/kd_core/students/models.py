@@ -100,17 +100,46 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
         },
     ),
+    "glm": ("Glm", {"head_dim": 16}),
     "glm4": ("Glm4", {"head_dim": 16}),
     "glm4, no biases, tied": (
         "Glm4", {"head_dim": 12, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
     ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 7, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma2, no caps, own scale, biases": (
+        "Gemma2",
+        {
+            "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 5, "attn_logit_softcapping": None,
+            "final_logit_softcapping": None, "attention_bias": True, "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 7, "final_logit_softcapping": 5.0,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "gemma3, six layers": ("Gemma3", {"head_dim": 16, "sliding_window": 5, "num_hidden_layers": 6}),
 }  # fmt: skip
 
 
 def their_config(name: str, **changes: Any) -> Any:
     """The configuration of `their_model`."""
     family, settings = FAMILIES[name]
-    return getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **changes})
+    kind = "Gemma3Text" if family == "Gemma3" else family
+    return getattr(transformers, f"{kind}Config")(**{**SIZES, **settings, **changes})
 
 
 def their_model(name: str, **changes: Any) -> Any:
