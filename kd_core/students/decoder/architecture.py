@@ -82,6 +82,13 @@ class Architecture:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
         if not 0 < self.rotary_share <= 1 or self.rotary_dim == 0:
             raise UsageError(f"rotary_share: got {self.rotary_share!a}; wanted above 0, to 1.")
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            if factors != {self.rotary_dim // 2}:
+                raise UsageError(
+                    f"LongRoPE: got {sorted(factors)} factors; wanted {self.rotary_dim // 2}, one for each pair of an "
+                    "attention head's channels that RoPE rotates."
+                )
         for window in self.windows or ():
             if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
                 raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")

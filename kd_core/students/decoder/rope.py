@@ -105,8 +105,6 @@ class LongRopeScaling:
 
     def scaled(self, plain: Float[Tensor, " half"], theta: float) -> Float[Tensor, " half"]:
         del theta
-        if not len(self.short_factor) == len(self.long_factor) == len(plain):
-            raise ValueError(f"{len(self.short_factor)} and {len(self.long_factor)} factors of {len(plain)} pairs")
         return plain / torch.tensor(self.short_factor, device=plain.device)
 
 

@@ -31,6 +31,7 @@ def test_a_family_computes_what_transformers_computes(family: str, tmp_path: Pat
     assert compared.ours.arch.family == family
     MEASURED[family] = {check: measure(compared) for check, measure in CHECKS.items()}
     assert {check: error for check, error in MEASURED[family].items() if not error < TOLERANCE} == {}
+    assert compared.cached() < TOLERANCE
 
 
 def _row(family: str) -> str:
