@@ -122,7 +122,7 @@ def folder_adapters(model: Student) -> list[FolderAdapter]:
     return adapters
 
 
-def rank_fields(adapters: list[FolderAdapter]) -> dict[str, dict[str, float]]:
+def rank_fields(adapters: list[FolderAdapter]) -> dict[str, dict[str, int | float]]:
     """Returns PEFT's fields of ranks and alphas for layers whose rank is not that of the student's adapters."""
     by_last = {adapter.name.rsplit(".", 1)[1]: adapter for adapter in adapters}
     # A last name stands for all its layers if they have one rank. Otherwise layers have their full names.
