@@ -28,6 +28,8 @@ from kd_core.students.families.family import (
 )
 from kd_core.students.student import ShardingRule
 
+WINDOW = 4096  # OLMo 3's default
+
 
 class Olmo2Attention(Attention):
     """Attention that norms queries and keys over all heads at once."""
@@ -97,7 +99,7 @@ def _flatten_olmo3(config: Config) -> Config:
 def _read_olmo3(config: Config) -> dict[str, Any]:
     layers = range(int(config["num_hidden_layers"]))
     kinds = config.get("layer_types") or [FULL if layer % 4 == 3 else SLIDING for layer in layers]
-    windows = read_windows(kinds, config.get("sliding_window", 4096))
+    windows = read_windows(kinds, config.get("sliding_window", WINDOW))
     return {**_read_olmo2(config), "windows": windows, "local_rope_theta": config["local_rope_theta"]}
 
 
@@ -106,7 +108,8 @@ def _write_olmo3(arch: Architecture) -> Config:
     thetas = {FULL: arch.rope_theta, SLIDING: arch.local_rope_theta}
     ropes = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()}
     kinds, window = write_windows(arch)
-    return {**_write_olmo2(arch), "layer_types": kinds, "sliding_window": window, "rope_parameters": ropes}
+    # transformers makes the mask of windows, and asks for their size, also where no layer has one.
+    return {**_write_olmo2(arch), "layer_types": kinds, "sliding_window": window or WINDOW, "rope_parameters": ropes}
 
 
 OLMO2 = Family("Olmo2ForCausalLM", _read_olmo2, _write_olmo2, expects=(("mlp_bias", False),), block=Olmo2Block)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ class Comparison:
         return load(self.folder / "theirs")
 
     @torch.no_grad()
-    def _error_of(self, model: Decoder) -> float:
-        return relative(model(self.tokens, self.positions, self.documents), self.wanted)
+    def _error_of(self, model: Decoder, wanted: Tensor) -> float:
+        return relative(model(self.tokens, self.positions, self.documents), wanted)
 
     def _reload(self, folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
     def logits(self) -> float:
-        return self._error_of(self.ours)
+        return self._error_of(self.ours, self.wanted)
 
     def gradients(self) -> float:
         """Of every weight, by the names of the folder: an export of the gradients is compared with theirs."""
@@ -99,7 +100,7 @@ class Comparison:
         """From several files."""
         self.theirs.save_pretrained(self.folder / "sharded", max_shard_size="10KB")
         assert len(list((self.folder / "sharded").glob("model-*.safetensors"))) > 2
-        return self._error_of(load(self.folder / "sharded"))
+        return self._error_of(load(self.folder / "sharded"), self.wanted)
 
     @torch.no_grad()
     def folder_out(self) -> float:
@@ -120,13 +121,11 @@ class Comparison:
             layer.lora_B.normal_(0, 0.2, generator=generator)
         save_pretrained(ours, self.folder / "adapted", self.folder / "theirs")
         adapter = self.folder / "adapted" / "adapter"
-        self.wanted, plain = (
-            peft.PeftModel.from_pretrained(self._reload(self.folder / "theirs"), adapter).eval()(self.tokens).logits,
-            self.wanted,
-        )
-        assert relative(plain, self.wanted) > 0.01
-        start = LoraStart(start.base, ("all",), rank=3, alpha=5.0, adapter=str(adapter))
-        return max(self._error_of(ours), self._error_of(build_student(start, CPU, seed=1).eval()))
+        theirs = peft.PeftModel.from_pretrained(self._reload(self.folder / "theirs"), adapter).eval()
+        wanted = theirs(self.tokens).logits
+        assert relative(self.wanted, wanted) > 0.01
+        again = build_student(replace(start, adapter=str(adapter)), CPU, seed=1).eval()
+        return max(self._error_of(model, wanted) for model in (ours, again))
 
 
 CHECKS: dict[str, Callable[[Comparison], float]] = {

@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import transformers
 
 from kd_core.students.families.registry import FAMILIES as REGISTRY
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.start import Pretrained, build_student
 from tests.kd_core.students.family_checks import CHECKS, Comparison
-from tests.kd_core.students.models import FAMILIES, their_config
+from tests.kd_core.students.models import CPU, FAMILIES, difference, their_config, their_model
 
 TOLERANCE = 1e-4
 PAGE = Path(__file__).parents[3] / "docs" / "students.md"
@@ -32,6 +35,24 @@ def test_a_family_computes_what_transformers_computes(family: str, tmp_path: Pat
     MEASURED[family] = {check: measure(compared) for check, measure in CHECKS.items()}
     assert {check: error for check, error in MEASURED[family].items() if not error < TOLERANCE} == {}
     assert compared.cached() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("smollm3, windows, biases", (2, 1)), ("olmo3, yarn", (1,)), ("olmo3, yarn", (2, 1)), ("phi3, longrope", (0, 2))],
+)
+def test_layers_keep_their_windows_and_their_rope(name: str, layers: tuple[int, ...], tmp_path: Path) -> None:
+    """In an export too: transformers computes what its own model does with these layers alone."""
+    theirs = their_model(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = build_student(Pretrained(str(tmp_path / "theirs"), keep_layers=layers), CPU, seed=0).eval()
+    save_pretrained(ours, tmp_path / "ours", tmp_path / "theirs")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    assert difference(ours, again) < TOLERANCE
+    # Its settings by layer are those of the kept ones.
+    for setting in ("layer_types", "no_rope_layers"):
+        if kinds := getattr(theirs.config, setting, None):
+            assert getattr(again.config, setting) == [kinds[layer] for layer in layers]
 
 
 def _row(family: str) -> str:
