@@ -22,7 +22,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.masked_attention import attend_masked
 from kd_core.students.decoder.norm import RMSNorm
-from kd_core.students.decoder.rope import rotate
+from kd_core.students.decoder.rope import RotaryPairs, rotate
 from kd_core.students.decoder.shared_cast import cast_once
 
 # Queries of one chunk share a band mask [QUERIES, QUERIES + window]. A window costs as if it were this much wider.
@@ -122,7 +122,8 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
         self.head_dim, self.scale, self.window = arch.head_dim, arch.attention_scale, arch.window(layer)
-        self.has_rope, self.rotary_pairs = arch.has_rope(layer), arch.rotary_pairs
+        self.has_rope = arch.has_rope(layer)
+        self.rotary_pairs: RotaryPairs = arch.rotary_pairs
         self.soft_cap = arch.attention_soft_cap
         self.kv_head_slice: slice | None = None  # this rank's, where tensor parallelism repeats key and value heads
         width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim

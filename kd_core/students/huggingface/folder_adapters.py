@@ -21,7 +21,7 @@ from kd_core.students.huggingface.weights import StoredTensor
 from kd_core.students.student import Student
 
 
-class Block(NamedTuple):
+class Part(NamedTuple):
     """An adapted layer of the student, and the rows of its outputs among those of the folder's layer."""
 
     layer: LoraLinear
@@ -29,38 +29,39 @@ class Block(NamedTuple):
 
 
 class FolderAdapter(NamedTuple):
-    """The adapter of one linear layer of the folder, whose name it has, of a rank of the student's."""
+    """The adapter of one linear layer of the folder, by its name inside the model, and its parts in the student."""
 
     name: str
     outputs: int
-    blocks: list[Block]
+    parts: list[Part]
 
     @property
     def rank(self) -> int:
-        return len(self.blocks) * self.blocks[0].layer.settings.rank
+        """Returns the sum of the parts' ranks."""
+        return len(self.parts) * self.parts[0].layer.settings.rank
 
     @property
     def alpha(self) -> float:
         """Returns the alpha that keeps the scale, as alpha / rank or alpha / √rank."""
-        settings, times = self.blocks[0].layer.settings, len(self.blocks)
+        settings, times = self.parts[0].layer.settings, len(self.parts)
         return settings.alpha * (math.sqrt(times) if settings.rank_stabilised else times)
 
     def gather_a(self) -> Tensor:
         """Returns the whole A [rank, in] on every rank. All ranks must call it together."""
-        return torch.cat([full_tensor(block.layer.lora_A) for block in self.blocks])
+        return torch.cat([full_tensor(part.layer.lora_A) for part in self.parts])
 
     def gather_b(self) -> Tensor:
         """Returns the whole B [out, rank] on every rank. All ranks must call it together."""
-        parts = [full_tensor(block.layer.lora_B) for block in self.blocks]
-        whole = parts[0].new_zeros(self.outputs, self.rank)
-        for part, block, columns in zip(parts, self.blocks, self._columns(self.rank), strict=True):
-            whole[block.rows, columns] = part
+        values = [full_tensor(part.layer.lora_B) for part in self.parts]
+        whole = values[0].new_zeros(self.outputs, self.rank)
+        for value, part, columns in zip(values, self.parts, self._columns(self.rank), strict=True):
+            whole[part.rows, columns] = value
         return whole
 
     def _columns(self, rank: int) -> Iterator[slice]:
-        """Yields the columns of B that each block has: its own of all, or if they share one A, all of them."""
-        own = self.blocks[0].layer.settings.rank
-        for number in range(len(self.blocks)):
+        """Yields the columns of B that each part has: its own of all, or if they share one A, all of them."""
+        own = self.parts[0].layer.settings.rank
+        for number in range(len(self.parts)):
             first = number * own if rank == self.rank else 0
             yield slice(first, first + own)
 
@@ -70,25 +71,24 @@ class FolderAdapter(NamedTuple):
         Raises:
             UsageError: the tensor has another shape, values that are not finite, or values for layers without adapters.
         """
-        inputs = self.blocks[0].layer.in_features
+        inputs = self.parts[0].layer.in_features
         wanted = (rank, inputs) if which == "lora_A" else (self.outputs, rank)
         if stored.shape != wanted:
             raise UsageError(f"{stored.path}: found {stored.name} of shape {stored.shape}; wanted shape {wanted}.")
         boxes: list[Box] = [
-            (columns, slice(0, inputs)) if which == "lora_A" else (block.rows, columns)
-            for block, columns in zip(self.blocks, self._columns(rank), strict=True)
+            (columns, slice(0, inputs)) if which == "lora_A" else (part.rows, columns)
+            for part, columns in zip(self.parts, self._columns(rank), strict=True)
         ]
-        for block, box in zip(self.blocks, boxes, strict=True):
-            fill_sharded(getattr(block.layer, which), functools.partial(_read_inside, stored, box))
+        for part, box in zip(self.parts, boxes, strict=True):
+            fill_sharded(getattr(part.layer, which), functools.partial(_read_inside, stored, box))
         if which == "lora_B":
             _check_rest(stored, boxes)
 
 
 def _check_rest(stored: StoredTensor, boxes: list[Box]) -> None:
     """Raises where values outside of the boxes are not zero."""
-    if sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in boxes) == math.prod(
-        stored.shape
-    ):
+    covered = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in boxes)
+    if covered == math.prod(stored.shape):
         return
     rest = stored.read(tuple(slice(0, size) for size in stored.shape)).clone()
     for box in boxes:
@@ -111,14 +111,14 @@ def folder_adapters(model: Student) -> list[FolderAdapter]:
     family, layers = FAMILIES[model.arch.family], adapted_layers(model)
     adapters: list[FolderAdapter] = []
     for name in dict.fromkeys(map(family.joined_name, layers)):
-        blocks, first = list[Block](), 0
-        for part in family.names_of_parts(name):
-            linear = model.get_submodule(part)
+        parts, first = list[Part](), 0
+        for part_name in family.names_of_parts(name):
+            linear = model.get_submodule(part_name)
             assert isinstance(linear, nn.Linear)
-            if part in layers:
-                blocks.append(Block(layers[part], slice(first, first + linear.out_features)))
+            if part_name in layers:
+                parts.append(Part(layers[part_name], slice(first, first + linear.out_features)))
             first += linear.out_features
-        adapters.append(FolderAdapter(name, first, blocks))
+        adapters.append(FolderAdapter(name, first, parts))
     return adapters
 
 
@@ -128,7 +128,7 @@ def rank_fields(adapters: list[FolderAdapter]) -> dict[str, dict[str, int | floa
     # A last name stands for all its layers if they have one rank. Otherwise layers have their full names.
     is_same = all(adapter.rank == by_last[adapter.name.rsplit(".", 1)[1]].rank for adapter in adapters)
     named = by_last if is_same else {f"model.{adapter.name}": adapter for adapter in adapters}
-    joined = {name: adapter for name, adapter in named.items() if len(adapter.blocks) > 1}
+    joined = {name: adapter for name, adapter in named.items() if len(adapter.parts) > 1}
     return {
         "rank_pattern": {name: adapter.rank for name, adapter in joined.items()},
         "alpha_pattern": {name: adapter.alpha for name, adapter in joined.items()},

@@ -64,7 +64,7 @@ def check_adapter_matches(folder: Path, model: Student) -> None:
         UsageError: it has others, or it is not supported. The message names what to set.
     """
     config, adapters = _read_config(folder), folder_adapters(model)
-    settings = adapters[0].blocks[0].layer.settings
+    settings = adapters[0].parts[0].layer.settings
     with damage_as_usage_error(folder / CONFIG, "a PEFT adapter's configuration"):
         compared = {
             "rank": (settings.rank, int(config.get("r", 8))),
@@ -102,7 +102,7 @@ def load_adapter(model: Student, folder: Path) -> None:
         name = _our_name(stored.name)
         if (adapter := remaining.pop(name, None)) is None:
             raise UsageError(f"{stored.path}: found {stored.name}; wanted no such tensor.")
-        rank = adapter.rank if has_ranks else adapter.blocks[0].layer.settings.rank
+        rank = adapter.rank if has_ranks else adapter.parts[0].layer.settings.rank
         adapter.fill(name.rsplit(".", 1)[1], stored, rank)
     if remaining:
         raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
@@ -132,7 +132,7 @@ def adapter_config(adapters: list[FolderAdapter], num_layers: int, base_folder: 
 
     `base_folder` is None if no folder has the frozen weights.
     """
-    settings, ranks = adapters[0].blocks[0].layer.settings, rank_fields(adapters)
+    settings, ranks = adapters[0].parts[0].layer.settings, rank_fields(adapters)
     fetched = None if base_folder is None else snapshot_of_folder(base_folder)
     base = fetched.repository if fetched else base_folder and str(base_folder)
     return {

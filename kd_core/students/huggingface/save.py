@@ -81,7 +81,7 @@ def _adapter_pieces(model: Student) -> list[_Piece]:
         _Piece(stored_name(adapter.name, which), adapter.rank * size, gather)
         for adapter in folder_adapters(model)
         for which, size, gather in (
-            ("lora_A", adapter.blocks[0].layer.in_features, adapter.gather_a),
+            ("lora_A", adapter.parts[0].layer.in_features, adapter.gather_a),
             ("lora_B", adapter.outputs, adapter.gather_b),
         )
     ]

@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kd_core.parallel.config import Parallel
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.lora_layers import adapted_layers
 from kd_core.students.families.registry import family_decoder
 from kd_core.students.huggingface.config_json import parse_architecture
+from kd_core.students.huggingface.save import save_pretrained
+from kd_core.students.starts.lora_start import LoraStart
+from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.step import train_step
 from tests.kd_core.parallel.test_layouts import OBJECTIVE, PLAIN, Looks, batches, student
-from tests.kd_core.students.models import their_config
+from tests.kd_core.students.models import CPU, their_config, their_model
 from tests.ranks import run_ranks
 
 TENSOR = replace(PLAIN, tensor_parallel=2)
@@ -28,6 +34,7 @@ OF_TWO = {
     "glm4": BY_POSITION,
     "glm4, no biases, tied": replace(PLAIN, shard="full"),
 }
+TARGETS = ("q_proj", "v_proj", "mlp_fc1")
 # Two heads of keys are repeated on four ranks.
 OF_FOUR = {"olmo2": replace(BY_POSITION, tensor_parallel=4), "olmo3": replace(TENSOR, shard="full")}
 
@@ -57,3 +64,29 @@ def test_ranks_take_the_step_of_one_process(ranks: int, layouts: dict[str, Paral
     configs = {name: their_config(name).to_dict() for name in layouts}
     cases = {name: (parse_architecture(Path(name), configs[name]), layouts[name]) for name in layouts}
     run_ranks(ranks, _compare, cases)
+
+
+def _read_and_write(world: World, folder: Path) -> None:
+    world = world.with_layout(TENSOR.layout(world.size))
+    base = Pretrained(str(folder / "base"))
+    start = LoraStart(base, TARGETS, rank=3, alpha=5.0, adapter=str(folder / "alone" / "adapter"))
+    model = parallelize(start.build_on_meta(), TENSOR, world)
+    start.fill(model, 0)
+    save_pretrained(model, folder / "ranks", folder / "base", first=world.is_first)
+
+
+def test_joined_weights_and_adapters_are_read_and_written_by_ranks(tmp_path: Path) -> None:
+    their_model("phi3").save_pretrained(tmp_path / "base")
+    alone = build_student(LoraStart(Pretrained(str(tmp_path / "base")), TARGETS, rank=3, alpha=5.0), CPU, seed=0)
+    with torch.no_grad():
+        for layer in adapted_layers(alone).values():
+            layer.lora_B.normal_(0, 0.2)
+    save_pretrained(alone, tmp_path / "alone", tmp_path / "base")
+    run_ranks(2, _read_and_write, tmp_path)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("alone", "ranks"))
+        assert one.keys() == two.keys()
+        assert any("qkv_proj" in name for name in one)
+        for name, value in one.items():
+            # Merging multiplies in parts on ranks.
+            torch.testing.assert_close(two[name], value, atol=1e-5 if file == "model.safetensors" else 0.0, rtol=0.0)
