@@ -1,7 +1,9 @@
 """Every family against transformers on random weights. The figures are a table in docs/students.md."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -10,7 +12,7 @@ from kd_core.students.families.registry import FAMILIES as REGISTRY
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Pretrained, build_student
 from tests.kd_core.students.family_checks import CHECKS, Comparison
-from tests.kd_core.students.models import CPU, FAMILIES, difference, their_config, their_model
+from tests.kd_core.students.models import CPU, FAMILIES, difference, load, their_config, their_model
 
 TOLERANCE = 1e-4
 PAGE = Path(__file__).parents[3] / "docs" / "students.md"
@@ -55,8 +57,42 @@ def test_layers_keep_their_windows_and_their_rope(name: str, layers: tuple[int, 
             assert getattr(again.config, setting) == [kinds[layer] for layer in layers]
 
 
+OLDER_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.2}
+OLDER_LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.5, 4.0, 9.0]}
+# For each model, what a file leaves out, and what stands there instead.
+PUBLISHED: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "Phi-4-mini": (
+        "phi3, longrope", ("rope_parameters",),
+        {"rope_scaling": OLDER_LONGROPE, "rope_theta": 1e3, "partial_rotary_factor": 0.75},
+    ),
+    "Phi-3, as read first": (
+        "phi3, longrope", ("rope_parameters", "original_max_position_embeddings"),
+        {"rope_scaling": {**OLDER_LONGROPE, "type": "yarn"}, "partial_rotary_factor": 0.75},
+    ),
+    "OLMo 3": ("olmo3", ("rope_parameters",), {"rope_scaling": OLDER_YARN, "rope_theta": 5e5}),
+    "OLMo 3, defaults": ("olmo3", ("rope_parameters", "layer_types", "sliding_window"), {}),
+    "GLM-4": ("glm4", ("rope_parameters", "attention_bias"), {"rope_theta": 1e3}),
+    "SmolLM3": (
+        "smollm3", ("rope_parameters", "no_rope_layers", "tie_word_embeddings", "layer_types"),
+        {"no_rope_layer_interval": 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_mean_what_transformers_takes(name: str, tmp_path: Path) -> None:
+    """Older forms of RoPE's fields, and fields that are left out."""
+    model, left_out, changes = PUBLISHED[name]
+    their_model(model).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = {field: value for field, value in json.loads(path.read_text()).items() if field not in left_out}
+    path.write_text(json.dumps({**config, **changes}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert difference(load(tmp_path), theirs) < TOLERANCE
+
+
 def _row(family: str) -> str:
-    cells = [f"{error:.0e}" if error else "0" for error in MEASURED[family].values()]
+    cells = [f"{error:.0e}".replace("e-0", "e-") if error else "0" for error in MEASURED[family].values()]
     return f"| `{family}` | {' | '.join(cells)} |\n"
 
 
