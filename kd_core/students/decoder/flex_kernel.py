@@ -29,12 +29,14 @@ def _block_mask(documents: Documents, positions: int, window: int | None) -> Blo
     # The document of each position: how many documents begin at it or before it.  [N]
     document = torch.searchsorted(documents.cu_seqlens, torch.arange(positions, device=device), right=True)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del batch, head
-        causal = (document[query] == document[key]) & (key <= query)
-        return causal if window is None else causal & (key > query - window)
-
-    return create_block_mask(sees, None, None, positions, positions, device=device)
+    # A position sees earlier ones of its document, in its window.
+    reach = positions if window is None else window
+    return create_block_mask(
+        lambda _batch, _head, query, key: (
+            (document[query] == document[key]) & (key <= query) & (key > query - reach)
+        ),
+        None, None, positions, positions, device=device,
+    )  # fmt: skip
 
 
 @outside_compiled_graphs
@@ -48,14 +50,12 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     soft_cap: float,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention inside each document, to the last `window` positions if there is a window."""
-
-    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del batch, head, query, key
-        return soft_cap * torch.tanh(score / soft_cap)
-
     # Documents stand end to end in one row of N = B·T positions.  [B, H, T, d] → [1, H, N, d]
     q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> 1 H (B T) d") for x in (q, k, v))
     mask = _block_mask(documents, q_flat.shape[2], window)
-    attend = _compiled(q.device.type)
-    out = attend(q_flat, k_flat, v_flat, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+    out = _compiled(q.device.type)(
+        q_flat, k_flat, v_flat,
+        score_mod=lambda product, _batch, _head, _query, _key: soft_cap * torch.tanh(product / soft_cap),
+        block_mask=mask, scale=scale, enable_gqa=True,
+    )  # fmt: skip
     return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))
