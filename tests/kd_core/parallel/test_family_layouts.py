@@ -25,18 +25,20 @@ from tests.ranks import run_ranks
 
 TENSOR = replace(PLAIN, tensor_parallel=2)
 BY_POSITION = replace(TENSOR, sequence_parallel=True)
-OF_TWO = {
+FULL_SHARDS = replace(PLAIN, shard="full")
+NORMS = {"olmo2": BY_POSITION, "olmo2, tied, with biases": FULL_SHARDS, "glm4": BY_POSITION}
+OTHERS = {
     "smollm3": TENSOR,
+    "smollm3, windows, biases": FULL_SHARDS,
+    "phi3": FULL_SHARDS,
     "phi3, partial rotary, tied": TENSOR,
-    "olmo2": BY_POSITION,
-    "olmo2, tied, with biases": replace(PLAIN, shard="full"),
+    "olmo3": FULL_SHARDS,
     "olmo3, yarn": TENSOR,
-    "glm4": BY_POSITION,
-    "glm4, no biases, tied": replace(PLAIN, shard="full"),
+    "glm4, no biases, tied": FULL_SHARDS,
 }
 TARGETS = ("q_proj", "v_proj", "mlp_fc1")
 # Two heads of keys are repeated on four ranks.
-OF_FOUR = {"olmo2": replace(BY_POSITION, tensor_parallel=4), "olmo3": replace(TENSOR, shard="full")}
+REPEATED = {"olmo2": replace(BY_POSITION, tensor_parallel=4), "olmo3": replace(TENSOR, shard="full")}
 
 
 def _step(arch: Architecture, parallel: Parallel, world: World) -> tuple[float, dict[str, torch.Tensor]]:
@@ -59,7 +61,11 @@ def _compare(world: World, cases: dict[str, tuple[Architecture, Parallel]]) -> N
             assert (gradients[parameter] - value).norm() < 1e-5 * value.norm() + 1e-7 * size, (name, parameter)
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(2, OF_TWO), (4, OF_FOUR)], ids=["two", "four"])
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [(2, NORMS), pytest.param(2, OTHERS, marks=pytest.mark.slow), pytest.param(4, REPEATED, marks=pytest.mark.slow)],
+    ids=["norms", "others", "repeated keys"],
+)
 def test_ranks_take_the_step_of_one_process(ranks: int, layouts: dict[str, Parallel]) -> None:
     configs = {name: their_config(name).to_dict() for name in layouts}
     cases = {name: (parse_architecture(Path(name), configs[name]), layouts[name]) for name in layouts}

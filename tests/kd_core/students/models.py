@@ -142,6 +142,10 @@ def their_config(name: str, **changes: Any) -> Any:
     return getattr(transformers, f"{kind}Config")(**{**SIZES, **settings, **changes})
 
 
+# The first model of each family, which `test_families.py` compares. `test_config_json.py` compares the others.
+MODELS = {their_config(name).model_type: name for name in reversed(FAMILIES)}
+
+
 def their_model(name: str, **changes: Any) -> Any:
     """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
     family, _ = FAMILIES[name]

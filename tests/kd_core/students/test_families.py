@@ -12,15 +12,13 @@ from kd_core.students.families.registry import FAMILIES as REGISTRY
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Pretrained, build_student
 from tests.kd_core.students.family_checks import CHECKS, Comparison
-from tests.kd_core.students.models import CPU, FAMILIES, difference, load, their_config, their_model
+from tests.kd_core.students.models import CPU, MODELS, difference, load, their_model
 
 TOLERANCE = 1e-4
 PAGE = Path(__file__).parents[3] / "docs" / "students.md"
 BEGIN, END = "<!-- written by tests/kd_core/students/test_families.py -->\n", "<!-- end -->"
 # Read as another family, under which it is exported.
 READ_AS_OTHERS = {"gemma3"}
-# The first model of each family. Others of `FAMILIES` are compared in `test_config_json.py`.
-MODELS = {their_config(name).model_type: name for name in reversed(FAMILIES)}
 COMPARED = [family for family in REGISTRY if family not in READ_AS_OTHERS]
 MEASURED: dict[str, dict[str, float]] = {}
 
