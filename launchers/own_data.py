@@ -29,7 +29,8 @@ def row_length_items(teacher: str) -> list[str]:
     """Returns the setting of the row length if the teacher's context is shorter than the quick start's rows."""
     from kd_core.students.huggingface.config_json import read_architecture
 
-    length = read_architecture(Path(teacher)).max_positions
+    arch = read_architecture(Path(teacher))
+    length = arch.longest_document or arch.max_positions
     return [f"tag:RowLength={length}"] if length < ROW_LENGTH else []
 
 

@@ -88,7 +88,7 @@ def read_teacher_facts(
         return facts
     if tokens is not None:
         arch = arch.with_tokens(tokens, str(folder))
-    return TeacherFacts("decoder", arch.vocab_size, arch.max_positions, asdict(arch))
+    return TeacherFacts("decoder", arch.vocab_size, arch.longest_document or arch.max_positions, asdict(arch))
 
 
 def load_scorer(

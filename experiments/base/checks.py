@@ -65,6 +65,18 @@ def _check_rows(row_length: int, tokens_per_step: int, caches: dict[str, Shards]
             )
 
 
+def _check_documents(longest: int | None, caches: dict[str, Shards]) -> None:
+    """Raises where a record is longer than the documents of which the student has fixed angles."""
+    for where, shards in caches.items():
+        if longest is None or shards.manifest.row_length <= longest:
+            continue
+        if (record := int(shards.manifest.lengths.records.max())) > longest:
+            raise UsageError(
+                f"student.folder: LongRoPE has other angles in documents of more than {longest} positions, and "
+                f"{where}.path {shards.path} has a record of {record}. Export with --config=tag:RowLength={longest}."
+            )
+
+
 def _warn_of_training_data(experiment: ExperimentParts) -> None:
     """Warns where a validation cache is also a training cache, because its metrics measure memorisation."""
     trained = {shards.path: where for where, shards in experiment.training_caches().items()}
@@ -125,6 +137,7 @@ def check(experiment: ExperimentParts) -> None:
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     _check_rows(experiment.collate.row_length, experiment.tokens_per_step, caches)
+    _check_documents(arch.longest_document, caches)
     for shards in experiment.training_caches().values():
         experiment.loss.check_cache(cache_facts(shards))
     _check_evaluation(experiment, tokenizer)

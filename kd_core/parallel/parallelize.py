@@ -46,11 +46,12 @@ def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dic
     rows = TensorParallelStyle(ROWS, input_placement=Shard(-1), output_placement=residual)
     # With fewer kv heads than ranks, every rank computes all of them and selects its own. Each rank then has a
     # gradient of some heads only, so gradients are summed over ranks (Partial).
-    kv = (
-        columns
-        if student.arch.num_kv_heads % tensor == 0
-        else TensorParallelStyle(REPEATED, WHOLE, WHOLE, grad_placement=Partial())
-    )
+    divides_kv = student.arch.num_kv_heads % tensor == 0
+    kv = columns if divides_kv else TensorParallelStyle(REPEATED, WHOLE, WHOLE, grad_placement=Partial())
+    # A norm over all channels of queries or keys adds up the squares of all ranks. Behind repeated keys it is the norm
+    # whose gradient is summed.
+    columns_norm = TensorParallelStyle(COLUMNS, input_placement=Shard(-1), output_placement=Shard(-1))
+    repeated_keys = TensorParallelStyle(REPEATED, WHOLE, WHOLE, use_local_output=False)
     # Norms of query and key work on [B, heads/tensor, T, head_dim].
     heads = TensorParallelStyle(REPEATED, input_placement=Shard(1), output_placement=Shard(1))
     styles: dict[ShardingRule, TensorParallelStyle] = {
@@ -59,8 +60,11 @@ def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dic
         "residual_norm": residual_norm,
         "columns": columns,
         "kv_columns": kv,
+        "normed_kv_columns": columns if divides_kv else repeated_keys,
         "rows": rows,
         "head_norm": heads,
+        "columns_norm": columns_norm,
+        "kv_columns_norm": columns_norm if divides_kv else kv,
         "lm_head": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=Shard(-1)),
     }
     # Names inside a block stand for every block. Norms that this family does not have are left out.

@@ -22,8 +22,12 @@ from kd_core.types import LmHeadForm
 R = TypeVar("R")
 # How tensor parallelism divides a module. `columns` divides its outputs, `rows` its inputs, `kv_columns` its outputs
 # where there are as many kv heads as ranks. `norm` works on the residual stream in front of columns, `residual_norm` on
-# what is added to it, and `head_norm` on attention heads.
-ShardingRule = Literal["embedding", "norm", "residual_norm", "columns", "kv_columns", "rows", "head_norm", "lm_head"]
+# what is added to it, and `head_norm` on attention heads. `columns_norm` and `kv_columns_norm` work on outputs of
+# `columns` and `normed_kv_columns` over all heads.
+ShardingRule = Literal[
+    "embedding", "norm", "residual_norm", "columns", "kv_columns", "normed_kv_columns", "rows", "head_norm",
+    "columns_norm", "kv_columns_norm", "lm_head",
+]  # fmt: skip
 
 
 class Block(Protocol):

@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fiddle as fdl
 import pytest
 
+from data.teacher.choose_scorer import read_teacher_facts
 from experiments.base.checks import warn_of_layout
 from experiments.base.experiment import Experiment
 from experiments.config import config_items
 from kd_core.errors import UsageError
+from kd_core.students.decoder.rope import LongRopeScaling
+from kd_core.students.huggingface.config_json import config_fields, read_architecture
 from tests.launchers.command import configs, run
 from tests.tiny import Tiny
 
@@ -141,6 +145,17 @@ def test_a_record_longer_than_a_row_names_both_settings_that_go_together(tiny: T
     with pytest.raises(UsageError, match=rf"Set tag:RowLength={longest} and tokens_per_step={2 * longest} here"):
         short.check()
     assert _experiment(tiny, f"tag:RowLength={longest}", f"tokens_per_step={2 * longest}").check()
+
+
+def test_a_record_longer_than_the_original_context_of_longrope_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.teacher, tmp_path / "phi")
+    arch = read_architecture(tiny.teacher)
+    ones = (1.0,) * (arch.head_dim // 2)
+    scaled = replace(arch, family="phi3", rope_scaling=LongRopeScaling(ones, ones, 16, 1.0))
+    (tmp_path / "phi" / "config.json").write_text(json.dumps(config_fields(scaled, 0, 0)))
+    with pytest.raises(UsageError, match=r"more than 16 positions, and shards.path .* has a record of 32"):
+        _experiment(tiny, f"student.folder={tmp_path / 'phi'}").check()
+    assert read_teacher_facts(tmp_path / "phi", "decoder").max_positions == 16
 
 
 def test_a_mix_is_validated_on_the_held_out_text_of_both(tiny: Tiny) -> None:

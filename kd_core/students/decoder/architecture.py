@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from kd_core.errors import UsageError
-from kd_core.students.decoder.rope import RopeScaling
+from kd_core.students.decoder.rope import LongRopeScaling, RopeScaling, RotaryPairs
 
 # Upper bounds for untrusted configurations: above any real decoder, and harmless while a model has only shapes.
 UPPER_BOUNDS = {
@@ -33,6 +33,9 @@ class Architecture:
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
+        rotary_share: share of an attention head's channels, the first ones, that RoPE rotates.
+        rotary_pairs: which of these channels are a pair.
+        rope_layers: for each layer, whether it has RoPE. None: all have.
         local_rope_theta: theta of layers with a window, which no scaling stretches (Gemma 3). None: that of all layers.
         norm_offset: added to the weights of norms (Gemma: 1).
         attention_soft_cap: bound c of the products of queries and keys, which become c · tanh(products / c) (Gemma 2).
@@ -62,6 +65,9 @@ class Architecture:
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
+    rotary_share: float = 1.0
+    rotary_pairs: RotaryPairs = "halves"
+    rope_layers: tuple[bool, ...] | None = None
     root_scaled_embedding: bool = False
     local_rope_theta: float | None = None
     norm_offset: float = 0.0
@@ -74,6 +80,15 @@ class Architecture:
         for name, most in UPPER_BOUNDS.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
+        if not 0 < self.rotary_share <= 1 or self.rotary_dim == 0:
+            raise UsageError(f"rotary_share: got {self.rotary_share!a}; wanted above 0, to 1.")
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            if factors != {self.rotary_dim // 2}:
+                raise UsageError(
+                    f"LongRoPE: got {sorted(factors)} factors; wanted {self.rotary_dim // 2}, one for each pair of an "
+                    "attention head's channels that RoPE rotates."
+                )
         for window in self.windows or ():
             if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
                 raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
@@ -86,6 +101,20 @@ class Architecture:
     def window(self, layer: int) -> int | None:
         """Returns how many positions a layer attends to, or None for all."""
         return None if self.windows is None else self.windows[layer]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Counts the channels of an attention head that RoPE rotates."""
+        return int(self.head_dim * self.rotary_share)
+
+    def has_rope(self, layer: int) -> bool:
+        """Checks whether a layer rotates queries and keys."""
+        return self.rope_layers is None or self.rope_layers[layer]
+
+    @property
+    def longest_document(self) -> int | None:
+        """Returns how many positions a document may have, or None without a limit."""
+        return self.rope_scaling.original_positions if isinstance(self.rope_scaling, LongRopeScaling) else None
 
     def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
         """Returns theta and scaling of a layer."""
@@ -119,6 +148,8 @@ class Architecture:
 
     def with_layers(self, layers: tuple[int, ...]) -> "Architecture":
         """Returns the architecture with only these layers, in this order."""
-        # A layer keeps its own window.
+        # A layer keeps its own window and its RoPE.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows if any(windows or ()) else None)
+        ropes = None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers)
+        kept_windows = windows if any(windows or ()) else None
+        return replace(self, num_layers=len(layers), windows=kept_windows, rope_layers=ropes)

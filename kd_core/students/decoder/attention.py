@@ -22,7 +22,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.masked_attention import attend_masked
 from kd_core.students.decoder.norm import RMSNorm
-from kd_core.students.decoder.rope import rotate
+from kd_core.students.decoder.rope import RotaryPairs, rotate
 from kd_core.students.decoder.shared_cast import cast_once
 
 # Queries of one chunk share a band mask [QUERIES, QUERIES + window]. A window costs as if it were this much wider.
@@ -119,9 +119,11 @@ def attend(  # noqa: PLR0913 (queries, keys, values, and how they attend)
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245), with norms of queries and keys if the architecture has them."""
 
-    def __init__(self, arch: Architecture, window: int | None = None) -> None:
+    def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
-        self.head_dim, self.scale, self.window = arch.head_dim, arch.attention_scale, window
+        self.head_dim, self.scale, self.window = arch.head_dim, arch.attention_scale, arch.window(layer)
+        self.has_rope = arch.has_rope(layer)
+        self.rotary_pairs: RotaryPairs = arch.rotary_pairs
         self.soft_cap = arch.attention_soft_cap
         self.kv_head_slice: slice | None = None  # this rank's, where tensor parallelism repeats key and value heads
         width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -132,21 +134,25 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset) if arch.qk_norm else None
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values of [B, T, D], with the channels of all heads side by side."""
+        q_x, k_x, v_x = cast_once(x, self.q_proj, self.k_proj, self.v_proj)
+        return self.q_proj(q_x), self.k_proj(k_x), self.v_proj(v_x)
+
+    def norm_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms each head of queries and keys over d (Qwen 3)."""
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         # Project, and split channels into attention heads of d.  [B, H, T, d], and H_kv heads of keys and values
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (
-            rearrange(proj(same_x), "B T (H d) -> B H T d", d=self.head_dim)
-            for proj, same_x in zip(projections, cast_once(x, *projections), strict=True)
-        )
+        q, k, v = (rearrange(flat, "B T (H d) -> B H T d", d=self.head_dim) for flat in self.project(x))
         # Every rank has computed all key and value heads: select this rank's.
         if self.kv_head_slice is not None:
             k, v = k[:, self.kv_head_slice], v[:, self.kv_head_slice]
-        # Norm each head of queries and keys over d (Qwen 3).
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.norm_heads(q, k)
         # Rotate by position, then softmax(q kᵀ · scale) v inside documents.  [B, H, T, d]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.has_rope:
+            q, k = rotate(q, cos, sin, self.rotary_pairs), rotate(k, cos, sin, self.rotary_pairs)
         out = attend(q, k, v, documents, self.scale, self.window, self.soft_cap)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))

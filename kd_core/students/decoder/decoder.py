@@ -64,8 +64,12 @@ class Decoder(Student):
 
     def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
         # Layers of equal RoPE share their angles, and all layers their documents.  cos, sin [B, 1, T, d]
-        ropes = [self.arch.rope(layer) for layer in range(self.arch.num_layers)]
-        by_rope = {rope: rotary_angles(position_ids, self.arch.head_dim, *rope) for rope in dict.fromkeys(ropes)}
+        arch = self.arch
+        ropes = [arch.rope(layer) for layer in range(arch.num_layers)]
+        by_rope = {
+            rope: rotary_angles(position_ids, arch.rotary_dim, *rope, arch.rotary_pairs)
+            for rope in dict.fromkeys(ropes)
+        }
         angles = [by_rope[rope] for rope in ropes]
         if document_ids is None:
             return Context(angles, Documents.one_a_row(position_ids))

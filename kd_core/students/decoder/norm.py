@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class RMSNorm(nn.Module):
@@ -31,4 +32,17 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
         unit = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
         # The float32 weight makes the product float32 again: round it a second time.  [*B, D]
+        return (self.weight * unit).to(x.dtype)
+
+
+class ProjectionNorm(RMSNorm):
+    """Root-mean-square norm over the channels of all heads, which tensor parallelism divides (OLMo 2)."""
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Scales each position as `RMSNorm` does, where ranks may hold channels each."""
+        if not isinstance(x, DTensor):
+            return super().forward(x)
+        # Each rank's squares make a partial mean. Adding these up sends one number a position.  [*B, 1]
+        mean_square = x.float().square().mean(dim=-1, keepdim=True)
+        unit = (x.float() * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
         return (self.weight * unit).to(x.dtype)

@@ -6,6 +6,7 @@ alone, so a position has the same angles in a short row and in a long one.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -89,31 +90,66 @@ class YarnScaling:
         return torch.lerp(plain, plain / self.factor, stretched)
 
 
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753): each pair is stretched by a factor of its own.
+
+    `short_factor` holds in rows of up to `original_positions` positions, `long_factor` in longer ones. An angle would
+    then depend on the length of the row, so longer rows are refused (`Architecture.longest_row`).
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_positions: int
+    amplitude: float
+
+    def scaled(self, plain: Float[Tensor, " half"], theta: float) -> Float[Tensor, " half"]:
+        del theta
+        return plain / torch.tensor(self.short_factor, device=plain.device)
+
+
 # Each has `scaled`, from plain frequencies [half] to scaled ones, and `amplitude`, a factor on cosine and sine.
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+# The channels of a pair: i and i + d/2 (Llama), or 2i and 2i + 1 (GLM).
+RotaryPairs = Literal["halves", "neighbours"]
 
 
 def rotary_angles(
-    position_ids: Int[Tensor, "B T"], head_dim: int, theta: float, scaling: RopeScaling | None = None
+    position_ids: Int[Tensor, "B T"],
+    rotary_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    pairs: RotaryPairs = "halves",
 ) -> tuple[Float[Tensor, "B 1 T d"], Float[Tensor, "B 1 T d"]]:
-    """Returns cosine and sine of the angles, in float32, in Hugging Face's half-split layout.
+    """Returns cosine and sine of the angles of `rotary_dim` channels, in float32.
 
     The sine of each pair's first channel is negative, as `rotate` needs it.
     """
     # Radians per position, with scaling.  [d/2]
-    per_position = frequencies(head_dim, theta, position_ids.device)
+    per_position = frequencies(rotary_dim, theta, position_ids.device)
     if scaling is not None:
         per_position = scaling.scaled(per_position, theta)
     amplitude = 1.0 if scaling is None else scaling.amplitude
-    # Channels i and i + d/2 are a pair, so both halves have the same angles.  [B, 1, T, d/2] → [B, 1, T, d]
+    # Both channels of a pair have the same angle.  [B, 1, T, d/2] → [B, 1, T, d]
     angles = position_ids[:, None, :, None].float() * per_position
     cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    if pairs == "neighbours":
+        return torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x: Float[Tensor, "B H T d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T d"]:
-    """Rotates the channel pairs (i, i + d/2) by the angles of their position."""
+def rotate(
+    x: Float[Tensor, "B H T d"], cos: Tensor, sin: Tensor, pairs: RotaryPairs = "halves"
+) -> Float[Tensor, "B H T d"]:
+    """Rotates the channel pairs by the angles of their position. Channels beyond those of the angles stay."""
+    if cos.shape[-1] < x.shape[-1]:
+        turned, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        return torch.cat([rotate(turned, cos, sin, pairs), still], dim=-1)
     # (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin). `sin` is (−sin, sin), so that no channel is negated here, and
     # float32 makes products float32.  [B, H, T, d]
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([second, first], dim=-1) * sin).to(x.dtype)
+    if pairs == "neighbours":
+        exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        exchanged = torch.cat([second, first], dim=-1)
+    return (x * cos + exchanged * sin).to(x.dtype)

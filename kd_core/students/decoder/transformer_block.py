@@ -66,7 +66,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
-        self.self_attn = Attention(arch, arch.window(layer))
+        self.self_attn = Attention(arch, layer)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.mlp = SwiGLU(arch)
         self.residual_scale = arch.residual_scale

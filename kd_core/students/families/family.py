@@ -100,7 +100,9 @@ def read_attention_bias(config: Config) -> dict[str, Any]:
 
 def read_windows(kinds: list[str], window: Any) -> tuple[int | None, ...] | None:
     """Returns the window of each layer from the kinds of all, or None if no layer has one."""
-    return tuple(int(window) if kind == SLIDING else None for kind in kinds) if SLIDING in kinds else None
+    if window is None or SLIDING not in kinds:
+        return None
+    return tuple(int(window) if kind == SLIDING else None for kind in kinds)
 
 
 def write_windows(arch: Architecture) -> tuple[list[str], int | None]:
@@ -110,4 +112,23 @@ def write_windows(arch: Architecture) -> tuple[list[str], int | None]:
     return [FULL if window is None else SLIDING for window in windows], size
 
 
+def with_default_theta(theta: float) -> Callable[[Config], Config]:
+    """Returns a `flatten` that fills in a theta where a configuration has none."""
+    return lambda config: {"rope_theta": theta, **config}
+
+
+def split_rotary_share(config: Config, default: float = 1.0) -> Config:
+    """Returns a configuration whose share of rotated channels stands in `rotary_share`, apart from RoPE's fields."""
+    config, share = {**config}, config.get("partial_rotary_factor")
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(config.get(name), dict):
+            config[name] = {**config[name]}
+            share = config[name].pop("partial_rotary_factor", share)
+    return {**config, "partial_rotary_factor": None, "rotary_share": default if share is None else float(share)}
+
+
 NO_BIAS = (("attention_bias", False), ("mlp_bias", False))
+QKV = Joined("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+GATE_UP = Joined("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"))
+# Without it transformers takes a default, which may be no row of the embedding.
+NO_PADDING: Config = {"pad_token_id": None}

@@ -19,7 +19,7 @@ def _windows(config: Config) -> dict[str, Any]:
     # Layers from `max_window_layers` on have the window, unless `layer_types` lists the kind of each layer.
     layers, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
     kinds: list[str] = config.get("layer_types") or [SLIDING if layer >= first else FULL for layer in range(layers)]
-    return {"windows": None if window is None else read_windows(kinds, window)}
+    return {"windows": read_windows(kinds, window)}
 
 
 def _read_qwen2(config: Config) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def parse_architecture(path: Path, config: Config) -> Architecture:
     try:
         heads = int(config["num_attention_heads"])
         theta, scaling = read_rope(path, config)
-        shared = {
+        shared: Config = {
             "vocab_size": int(config["vocab_size"]),
             "hidden_size": int(config["hidden_size"]),
             "intermediate_size": int(config["intermediate_size"]),
@@ -83,10 +83,11 @@ def read_architecture(folder: Path) -> Architecture:
     path, expected = folder / "config.json", "a Hugging Face model configuration"
     with damage_as_usage_error(path, expected, "Fetch the folder again"):
         arch = parse_architecture(path, read_json(path, expected))
-        if arch.head_dim % 2:
-            raise ValueError(f"heads of {arch.head_dim} channels")
-        angles = rotary_angles(torch.zeros(1, 1, dtype=torch.int64), arch.head_dim, arch.rope_theta, arch.rope_scaling)
-        if not all(values.isfinite().all() for values in angles):
+        if arch.rotary_dim % 2:
+            raise ValueError(f"heads of {arch.rotary_dim} channels with RoPE")
+        context, local = torch.zeros(1, 1, dtype=torch.int64), arch.local_rope_theta or arch.rope_theta
+        angles = rotary_angles(context, arch.rotary_dim, arch.rope_theta, arch.rope_scaling)
+        if not all(values.isfinite().all() for values in (*angles, *rotary_angles(context, arch.rotary_dim, local))):
             raise ValueError("angles of RoPE that are not finite")
         return arch
 

@@ -1,14 +1,13 @@
 """Adapters in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.hub import snapshot_of_folder
-from kd_core.students.decoder.lora_layers import LoraLinear, adapted_layers
-from kd_core.students.huggingface.weights import StoredTensor, stored_tensors
+from kd_core.students.huggingface.folder_adapters import FolderAdapter, folder_adapters, rank_fields
+from kd_core.students.huggingface.weights import stored_tensors
 from kd_core.students.student import Student
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -17,7 +16,7 @@ PREFIX = "base_model.model.model."
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings that would change the meaning of an adapter.
 UNSUPPORTED_FIELDS = (
-    "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "lora_bias",
+    "fan_in_fan_out", "modules_to_save", "use_dora", "use_qalora", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
@@ -64,8 +63,8 @@ def check_adapter_matches(folder: Path, model: Student) -> None:
     Raises:
         UsageError: it has others, or it is not supported. The message names what to set.
     """
-    config, layers = _read_config(folder), adapted_layers(model)
-    settings = next(iter(layers.values())).settings
+    config, adapters = _read_config(folder), folder_adapters(model)
+    settings = adapters[0].parts[0].layer.settings
     with damage_as_usage_error(folder / CONFIG, "a PEFT adapter's configuration"):
         compared = {
             "rank": (settings.rank, int(config.get("r", 8))),
@@ -75,12 +74,16 @@ def check_adapter_matches(folder: Path, model: Student) -> None:
     for name, (ours, theirs) in compared.items():
         if ours != theirs:
             raise UsageError(f"student.{name}: got {ours}; {folder} has {theirs}. Set student.{name}={theirs}.")
+    for name, ranks in rank_fields(adapters).items():
+        if (theirs := config.get(name)) and theirs != ranks:
+            raise UsageError(f"{folder / CONFIG}: {name} is {theirs!r}, which is not supported.")
     names = {_our_name(tensor.name).rsplit(".", 1)[0] for tensor in stored_tensors(_files(folder))}
-    if names != set(layers):
-        theirs_only, ours_only = sorted(names - set(layers)), sorted(set(layers) - names)
+    own_names = {adapter.name for adapter in adapters}
+    if names != own_names:
+        theirs_only, ours_only = sorted(names - own_names), sorted(own_names - names)
         example = f"{theirs_only[0]} there alone" if theirs_only else f"{ours_only[0]} here alone"
         raise UsageError(
-            f"student.targets: {folder} adapts {len(names)} layers, the student {len(layers)} ({example}). "
+            f"student.targets: {folder} adapts {len(names)} layers, the student {len(own_names)} ({example}). "
             "Set student.targets and student.layers to those of the adapter."
         )
 
@@ -91,21 +94,18 @@ def load_adapter(model: Student, folder: Path) -> None:
     Raises:
         UsageError: a tensor is missing, of another shape, or not finite.
     """
+    has_ranks = bool(_read_config(folder).get("rank_pattern"))
     remaining = {
-        f"{name}.{which}": parameter
-        for name, layer in adapted_layers(model).items()
-        for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        f"{adapter.name}.{which}": adapter for adapter in folder_adapters(model) for which in ("lora_A", "lora_B")
     }
     for stored in stored_tensors(_files(folder)):
-        _fill(stored, remaining.pop(_our_name(stored.name), None))
+        name = _our_name(stored.name)
+        if (adapter := remaining.pop(name, None)) is None:
+            raise UsageError(f"{stored.path}: found {stored.name}; wanted no such tensor.")
+        rank = adapter.rank if has_ranks else adapter.parts[0].layer.settings.rank
+        adapter.fill(name.rsplit(".", 1)[1], stored, rank)
     if remaining:
         raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
-
-
-def _fill(stored: StoredTensor, parameter: Any) -> None:
-    if parameter is None:
-        raise UsageError(f"{stored.path}: found {stored.name}; wanted no such tensor.")
-    stored.fill(parameter)
 
 
 def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
@@ -127,12 +127,12 @@ def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     }
 
 
-def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
+def adapter_config(adapters: list[FolderAdapter], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
     """Returns the `adapter_config.json` of a model's adapters.
 
     `base_folder` is None if no folder has the frozen weights.
     """
-    settings = next(iter(layers.values())).settings
+    settings, ranks = adapters[0].parts[0].layer.settings, rank_fields(adapters)
     fetched = None if base_folder is None else snapshot_of_folder(base_folder)
     base = fetched.repository if fetched else base_folder and str(base_folder)
     return {
@@ -146,5 +146,6 @@ def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folde
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
-        **_target_fields(list(layers), num_layers),
+        **({} if ranks["rank_pattern"] == {} else ranks),
+        **_target_fields([adapter.name for adapter in adapters], num_layers),
     }

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
-from kd_core.students.decoder.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from kd_core.students.decoder.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
 
 DEFAULT_THETA = 10_000.0
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 UNSUPPORTED_KINDS = {
     "dynamic": "its frequencies depend on the longest row seen, so a position would have no fixed angle",
-    "longrope": "its frequencies depend on the length of the row",
 }
 KNOWN_FIELDS = {
     "default": set[str](),
@@ -22,6 +21,7 @@ KNOWN_FIELDS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "truncate"},
+    "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
 
 
@@ -59,6 +59,19 @@ def _yarn_amplitude(fields: dict[str, Any], factor: float) -> float:
     return amplitude(1.0)
 
 
+def longrope_amplitude(factor: float, original: int) -> float:
+    """Returns LongRoPE's default amplitude for a context that is `factor` times the original one."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _read_longrope(fields: dict[str, Any], factor: float, original: int) -> LongRopeScaling:
+    amplitude = fields.get("attention_factor")
+    short, long = (tuple(float(number) for number in fields[name]) for name in ("short_factor", "long_factor"))
+    return LongRopeScaling(
+        short, long, original, longrope_amplitude(factor, original) if amplitude is None else float(amplitude)
+    )
+
+
 def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Returns theta and scaling of a configuration. `path` names it in errors.
 
@@ -81,6 +94,8 @@ def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | 
             float(fields["factor"]), float(fields["low_freq_factor"]), float(fields["high_freq_factor"]), original
         )
     factor = float(fields["factor"] if fields.get("factor") is not None else stretched / original)
+    if kind == "longrope":
+        return theta, _read_longrope(fields, factor, original)
     scaling = YarnScaling(
         factor,
         original,
@@ -95,6 +110,10 @@ def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | 
 def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, LongRopeScaling):
+        factors = {"short_factor": list(scaling.short_factor), "long_factor": list(scaling.long_factor)}
+        context = {"original_max_position_embeddings": scaling.original_positions}
+        return {"rope_type": "longrope", **factors, **context, "attention_factor": scaling.amplitude}
     original = {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_positions}
     if isinstance(scaling, Llama3Scaling):
         bounds = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}

@@ -21,6 +21,7 @@ from kd_core.sharded_values import errors_on_all_ranks, full_tensor
 from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
 from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
+from kd_core.students.huggingface.folder_adapters import folder_adapters
 from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.huggingface.weights import stored_architecture, weight_files
 from kd_core.students.student import Student
@@ -77,9 +78,12 @@ def _model_pieces(model: Student) -> list[_Piece]:
 
 def _adapter_pieces(model: Student) -> list[_Piece]:
     return [
-        _Piece(stored_name(name, which), parameter.numel(), functools.partial(full_tensor, parameter))
-        for name, layer in adapted_layers(model).items()
-        for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        _Piece(stored_name(adapter.name, which), adapter.rank * size, gather)
+        for adapter in folder_adapters(model)
+        for which, size, gather in (
+            ("lora_A", adapter.parts[0].layer.in_features, adapter.gather_a),
+            ("lora_B", adapter.outputs, adapter.gather_b),
+        )
     ]
 
 
@@ -120,11 +124,11 @@ def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
 
 
 def _write_adapter_config(model: Student, folder: Path, tokenizer_folder: Path) -> None:
-    if layers := adapted_layers(model):
+    if adapters := folder_adapters(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
         base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers were dropped
         (folder / ADAPTER).mkdir()
-        write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
+        write_json(folder / ADAPTER / CONFIG, adapter_config(adapters, model.arch.num_layers, base))
 
 
 def _has_json_end(path: Path) -> bool:

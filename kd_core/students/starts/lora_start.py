@@ -18,8 +18,10 @@ from kd_core.students.starts.start import StudentInit, fill_random
 from kd_core.students.student import Student
 
 QKV, DENSE, FC1, FC2 = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
-# NeMo-Aligner's names.
+# NeMo-Aligner's names, and those of folders that join layers.
 ALIASES = {
+    "qkv_proj": QKV,
+    "gate_up_proj": FC1,
     "attention_qkv": QKV,
     "attention_dense": DENSE,
     "mlp_fc1": FC1,

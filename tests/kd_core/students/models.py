@@ -23,8 +23,10 @@ SIZES = {
     "initializer_range": 0.3,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+OLMO3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 # Every family, with each of its settings that changes arithmetic at work.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -66,6 +68,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Granite",
         {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 7.0},
     ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "smollm3, windows, biases": (
+        "SmolLM3",
+        {
+            "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6, "attention_bias": True,
+            "mlp_bias": True, "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": 7}),
+    "phi3, partial rotary, tied": (
+        "Phi3", {"rope_parameters": {"partial_rotary_factor": 0.75}, "tie_word_embeddings": True},
+    ),
+    "phi3, longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 48, "max_position_embeddings": 96,
+            "rope_parameters": {
+                "rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.5, 4.0, 9.0],
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2, tied, with biases": ("Olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
+    "olmo3": ("Olmo3", {"layer_types": OLMO3_LAYERS, "sliding_window": 6}),
+    "olmo3, yarn": (
+        "Olmo3",
+        {
+            "layer_types": OLMO3_LAYERS, "sliding_window": 6,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
+        },
+    ),
+    "glm": ("Glm", {"head_dim": 16}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "glm4, no biases, tied": (
+        "Glm4", {"head_dim": 12, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
+    ),
     "gemma2": (
         "Gemma2",
         {
@@ -96,13 +135,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def their_model(name: str, **changes: Any) -> Any:
-    """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
+def their_config(name: str, **changes: Any) -> Any:
+    """The configuration of `their_model`."""
     family, settings = FAMILIES[name]
     kind = "Gemma3Text" if family == "Gemma3" else family
-    # An embedding of padding has no gradient there.
-    settings = {"pad_token_id": None, **settings} if "Gemma" in family else settings
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings, **changes})
+    return getattr(transformers, f"{kind}Config")(**{**SIZES, **settings, **changes})
+
+
+# The first model of each family, which `test_families.py` compares. `test_config_json.py` compares the others.
+MODELS = {their_config(name).model_type: name for name in reversed(FAMILIES)}
+
+
+def their_model(name: str, **changes: Any) -> Any:
+    """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
+    family, _ = FAMILIES[name]
+    config = their_config(name, **changes)
     torch.manual_seed(1)
     # `eager` attention computes in float32 what sdpa does; masks are theirs.
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
