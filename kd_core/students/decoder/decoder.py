@@ -60,14 +60,18 @@ class TransformerBlock(nn.Module):
         self.residual_scale = arch.residual_scale
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
-        """Maps [B, T, D] to [B, T, D]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Maps [B, T, D] to [B, T, D], and returns values for `Context.block_values` beside it if the block has any."""
         if self.recompute and torch.is_grad_enabled():
             # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
             return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
         return self.run(x, cos, sin, documents)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
         x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, documents), self.residual_scale)
@@ -75,11 +79,15 @@ class TransformerBlock(nn.Module):
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions."""
+    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions.
+
+    `block_values` takes what blocks return beside hidden states, in a pass whose auxiliary values are asked for.
+    """
 
     cos: Tensor
     sin: Tensor
     documents: Documents | KeyValueCache
+    block_values: list[Tensor] | None = None
 
 
 class Decoder(Student):
@@ -144,10 +152,18 @@ class Decoder(Student):
         cache.begin_pass(position_ids)
         return self.context(position_ids, None)._replace(documents=cache)
 
+    def collecting(self, context: Context) -> Context:
+        return context._replace(block_values=[])
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        cos, sin, documents = context
+        cos, sin, documents, block_values = context
         of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
-        return self.layers[layer](x, cos, sin, of_layer)
+        out = self.layers[layer](x, cos, sin, of_layer)
+        if isinstance(out, Tensor):
+            return out
+        if block_values is not None:
+            block_values.append(out[1])
+        return out[0]
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.
