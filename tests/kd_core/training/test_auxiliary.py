@@ -14,7 +14,8 @@ from kd_core.losses.objective import Auxiliary, CacheFacts, CrossEntropy, Distil
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
-from kd_core.students.decoder.decoder import Context, Decoder, TransformerBlock
+from kd_core.students.decoder.decoder import Context, Decoder
+from kd_core.students.decoder.transformer_block import TransformerBlock
 from kd_core.training.evaluation import EvaluationRequest, evaluate
 from kd_core.training.step import StepSums, batch_loss, train_step
 from kd_core.types import Batch
@@ -40,8 +41,7 @@ class Energetic(Decoder):
     auxiliary_names = ("energy",)
 
     def __init__(self) -> None:
-        super().__init__(ARCH)
-        self.layers = torch.nn.ModuleList(EnergyBlock(ARCH) for _ in range(ARCH.num_layers))
+        super().__init__(ARCH, EnergyBlock)
 
     def auxiliary_values(self, context: Context, is_text: Tensor) -> dict[str, Tensor]:
         assert is_text.dtype == torch.bool
