@@ -22,7 +22,10 @@ from kd_core.types import LmHeadForm
 R = TypeVar("R")
 # How tensor parallelism divides a module. `columns` divides its outputs, `rows` its inputs, `kv_columns` its outputs
 # where there are as many kv heads as ranks. `norm` works on the residual stream, `head_norm` on attention heads.
-ShardingRule = Literal["embedding", "norm", "columns", "kv_columns", "rows", "head_norm", "lm_head"]
+# `repeated` is not divided, and `experts` divides stacked matrices by expert.
+ShardingRule = Literal[
+    "embedding", "norm", "columns", "kv_columns", "rows", "head_norm", "repeated", "experts", "lm_head"
+]
 
 
 class Block(Protocol):

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.experts import BALANCE, Z, router_values
 from kd_core.students.decoder.kv_cache import KeyValueCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotary_angles
@@ -81,6 +82,14 @@ class Decoder(Student):
     def cached_context(self, position_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Context:
         cache.begin_pass(position_ids)
         return self.context(position_ids, None)._replace(documents=cache)
+
+    @property
+    def auxiliary_names(self) -> tuple[str, ...]:
+        return () if self.arch.experts is None else (BALANCE, Z)
+
+    def auxiliary_values(self, context: Context, is_text: Bool[Tensor, "B T"]) -> dict[str, Float[Tensor, "B T"]]:
+        assert self.arch.experts is not None
+        return router_values(context.block_values or [], self.arch.experts.per_token, is_text)
 
     def collecting(self, context: Context) -> Context:
         return context._replace(block_values=[])

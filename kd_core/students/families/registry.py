@@ -6,7 +6,9 @@ from kd_core.students.families.family import Family
 from kd_core.students.families.granite import GRANITE
 from kd_core.students.families.llama import LLAMA
 from kd_core.students.families.mistral import MISTRAL
+from kd_core.students.families.mixtral import MIXTRAL
 from kd_core.students.families.qwen import QWEN2, QWEN3
+from kd_core.students.families.qwen_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -14,6 +16,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "granite": GRANITE,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 
