@@ -1,12 +1,13 @@
-"""Mixture of experts (arXiv 1701.06538): a router sends each position to k of E feed-forwards, and adds up their outputs.
+"""Mixture of experts (arXiv 1701.06538): a router sends each position to k of E feed-forwards.
 
     x [N, D] ─ router ─► logits [N, E] ─ top k ─► experts and weights [N, k]
-    rows of x, sorted by expert [N·k, D] ─ grouped matmuls ─► outputs [N·k, D] ─ back in order, weighted ─► [N, D]
+    rows of x, sorted by expert [N·k, D] ─ grouped matmuls ─► outputs [N·k, D] ─ weighted, added up ─► [N, D]
 
 No position is dropped, whatever the load of its experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,11 +40,11 @@ class Groups(NamedTuple):
 
 @outside_compiled_graphs
 def _multiply_in_turn(
-    x: Float[Tensor, "S in"], weight: Float[Tensor, "E in out"], ends: Int[Tensor, " E"]
-) -> Float[Tensor, "S out"]:
+    x: Float[Tensor, "S D"], weight: Float[Tensor, "E D F"], ends: Int[Tensor, " E"]
+) -> Float[Tensor, "S F"]:
     """Multiplies the rows of one expert after the other. Waits for the device."""
     bounds = [0, *ends.tolist(), len(x)]
-    groups = x.split([end - start for start, end in zip(bounds, bounds[1:], strict=False)])
+    groups = x.split([end - start for start, end in pairwise(bounds)])
     products = [group @ matrix for group, matrix in zip(groups, weight.unbind(), strict=False)]
     return torch.cat([*products, x.new_zeros(len(groups[-1]), weight.shape[2])])
 
@@ -53,8 +54,8 @@ _multiply_outside_graphs = outside_compiled_graphs(F.grouped_mm)
 
 
 def multiply_groups(
-    x: Float[Tensor, "S in"], weight: Float[Tensor, "E in out"], ends: Int[Tensor, " E"]
-) -> Float[Tensor, "S out"]:
+    x: Float[Tensor, "S D"], weight: Float[Tensor, "E D F"], ends: Int[Tensor, " E"]
+) -> Float[Tensor, "S F"]:
     """Multiplies each row by the matrix of its expert, in autocast's dtype. Rows behind the last end are undefined."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -152,9 +153,11 @@ class MixtureOfExperts(nn.Module):
 class ExpertBlock(TransformerBlock):
     """A transformer block whose feed-forward is a mixture of experts, but for the layers that have a dense one."""
 
-    sharding_rules = {
-        **TransformerBlock.sharding_rules, "mlp.router": "repeated", "mlp.experts": "experts",
-    }  # fmt: skip
+    sharding_rules: Mapping[str, ShardingRule] = {
+        **TransformerBlock.sharding_rules,
+        "mlp.router": "repeated",
+        "mlp.experts": "experts",
+    }
     experts: type[Experts] = Experts
     router_bias = False
 
