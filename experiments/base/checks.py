@@ -159,8 +159,8 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
-    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
-    check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, StudentSizes(*sizes, T))
+    sizes = StudentSizes.from_architecture(arch, T)
+    check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, sizes)
     holding = fullest_rank_holding(student, layout, parallel.sequence_parallel)
     moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)
