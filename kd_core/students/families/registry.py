@@ -3,6 +3,8 @@
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.families.family import Family
+from kd_core.students.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from kd_core.students.families.gpt_oss import GPT_OSS
 from kd_core.students.families.granite import GRANITE
 from kd_core.students.families.llama import LLAMA
 from kd_core.students.families.mistral import MISTRAL
@@ -18,6 +20,10 @@ FAMILIES: dict[str, Family] = {
     "granite": GRANITE,
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "gemma3": GEMMA3,  # with images, of which the text model is read
 }
 
 
