@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # DCP uses the same
 
 from kd_core.errors import RemoteError, UsageError
+from kd_core.row_shares import RowShare
 
 Box = tuple[slice, ...]
 
@@ -79,6 +80,19 @@ def full_tensor(parameter: Tensor) -> Tensor:
     """Returns the whole tensor on every rank. All ranks must call it together."""
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return full.detach()
+
+
+def gather_positions(x: Tensor, share: RowShare, dim: int = 1) -> Tensor:
+    """Returns whole rows on every rank that shares them, from each rank's positions along `dim`.
+
+    In the backward pass, a position's gradient is the sum over all ranks, which may each have read it.
+    """
+    if share.mesh is None:
+        return x
+    # All-gather, whose backward pass is a reduce-scatter.  [size, …]
+    shares = DTensor.from_local(x[None], share.mesh, [Shard(0)], run_check=False)
+    whole = shares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return share.join(whole.unbind(), dim)
 
 
 def _share_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:

@@ -3,6 +3,7 @@
     packed rows, or a window, on a GPU   → one variable-length kernel over all documents (`varlen_kernel.py`)
     rows of one document                 → `scaled_dot_product_attention`, whose kernels are the fastest for them
     packed rows elsewhere                → `scaled_dot_product_attention` of each document
+    rows divided over ranks              → any of these for each slice of a row, to the gathered keys before it
 
 The kernel takes bfloat16 and float16. Float32 and float64 have no such kernel in torch, so they go by document.
 """
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
+from kd_core.row_shares import DividedDocuments, PackedDocuments
+from kd_core.sharded_values import gather_positions
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
@@ -32,18 +35,20 @@ def _attend_in_windows(
 ) -> Float[Tensor, "B H T d"]:
     """Attends from each position to the last `window` positions, itself included, in chunks of queries.
 
-    Each chunk reads only the keys that its queries attend to, so the cost is linear in T.
+    Each chunk reads only the keys that its queries attend to, so the cost is linear in T. Of more keys than queries,
+    the last are those of the queries' positions.
     """
-    T, size = q.shape[2], min(QUERIES, window)
+    T, size, before = q.shape[2], min(QUERIES, window), k.shape[2] - q.shape[2]
     outputs: list[Tensor] = []
-    for start in range(0, T, size):
-        # Queries [start, end) attend to keys [first, end).
-        end, first = min(start + size, T), max(0, start - window + 1)
+    for begin in range(0, T, size):
+        # Queries at positions [start, end) attend to keys [first, end).
+        start, end = before + begin, before + min(begin + size, T)
+        first = max(0, start - window + 1)
         query = torch.arange(start, end, device=q.device)[:, None]
         key = torch.arange(first, end, device=q.device)
         # Band mask: query − window < key ≤ query.  [end − start, end − first]
         band = (key <= query) & (key > query - window)
-        chunks = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        chunks = q[:, :, begin : begin + size], k[:, :, first:end], v[:, :, first:end]
         outputs.append(F.scaled_dot_product_attention(*chunks, attn_mask=band, scale=scale, enable_gqa=True))
     return torch.cat(outputs, dim=2)
 
@@ -51,9 +56,10 @@ def _attend_in_windows(
 def attend_document(
     q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int | None
 ) -> Float[Tensor, "B H T d"]:
-    """Returns causal attention in rows of one document each."""
-    if window is not None and window < q.shape[2]:
-        return _attend_in_windows(q, k, v, scale, window)
+    """Returns causal attention in rows of one document each, whose keys may be more than its queries."""
+    positions = k.shape[2]
+    if positions > q.shape[2] or (window is not None and window < positions):
+        return _attend_in_windows(q, k, v, scale, positions if window is None else window)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
@@ -65,7 +71,11 @@ def _attend_by_document(
         return attend_document(q, k, v, scale, window)
     # Documents stand end to end, so one split gives the positions of each. Its backward pass is one concatenation.
     # Slices would each write a gradient as large as the whole tensor.  [B, H, T, d] → [L, H, d] each
-    parts = [rearrange(x, "B H T d -> (B T) H d").split(list(documents.lengths)) for x in (q, k, v)]
+    keys = documents.keys or documents
+    parts = [
+        rearrange(x, "B H T d -> (B T) H d").split(list(of_x.lengths))
+        for x, of_x in zip((q, k, v), (documents, keys, keys), strict=True)
+    ]
     # One call for each document, as [1, H, L, d].
     outputs: list[Tensor] = []
     for document in zip(*parts, strict=True):
@@ -74,11 +84,30 @@ def _attend_by_document(
     return rearrange(torch.cat(outputs), "(B T) H d -> B H T d", B=len(q))
 
 
+@outside_compiled_graphs
+def _attend_divided(
+    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, documents: DividedDocuments, scale: float | None,
+    window: int | None,
+) -> Float[Tensor, "B H T d"]:  # fmt: skip
+    """Attends from this rank's positions to those before them, whichever rank holds these."""
+    # Keys and values of whole rows, in one collective.  [2, B, H_kv, T, d] → [2, B, H_kv, T · size, d]
+    gathered = gather_positions(torch.stack([k, v]), documents.share, dim=3)
+    outputs: list[Tensor] = []
+    for part, queries in zip(documents.slices, q.chunk(2, dim=2), strict=True):
+        # The keys that this slice of each row attends to, end to end.  [1, H_kv, L, d]
+        keys, values = (
+            torch.cat([row[:, first:end] for row, (first, end) in zip(x, part.key_ranges, strict=True)], dim=1)[None]
+            for x in gathered
+        )
+        outputs.append(attend(queries, keys, values, part.documents, scale, window))
+    return torch.cat(outputs, dim=2)
+
+
 def attend(
     q: Float[Tensor, "B H T d"],
     k: Tensor,
     v: Tensor,
-    documents: Documents | LayerCache,
+    documents: PackedDocuments | LayerCache,
     scale: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "B H T d"]:
@@ -88,6 +117,8 @@ def attend(
     """
     if isinstance(documents, LayerCache):
         return documents.attend(q, k, v, scale, window)
+    if isinstance(documents, DividedDocuments):
+        return _attend_divided(q, k, v, documents, scale, window)
     # Only what a graph may depend on is read here: a loop over documents stays outside of compiled graphs.
     if q.device.type in KERNEL_DEVICES and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_WIDTHS:
         if documents.whole_rows and (window is None or window >= q.shape[2]):
@@ -113,7 +144,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         # Project, and split channels into attention heads of d.  [B, H, T, d], and H_kv heads of keys and values
         projections = self.q_proj, self.k_proj, self.v_proj

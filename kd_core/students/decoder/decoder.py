@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
+from kd_core.row_shares import PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import Attention
 from kd_core.students.decoder.kv_cache import KeyValueCache, LayerCache
@@ -60,14 +61,14 @@ class TransformerBlock(nn.Module):
         self.residual_scale = arch.residual_scale
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
             # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
             return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
         return self.run(x, cos, sin, documents)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
         x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, documents), self.residual_scale)
@@ -79,11 +80,13 @@ class Context(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    documents: Documents | KeyValueCache
+    documents: PackedDocuments | KeyValueCache
 
 
 class Decoder(Student):
     """A Llama-like decoder: RMSNorm before attention and before the feed-forward, a residual around each."""
+
+    shares_rows = True
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -125,7 +128,9 @@ class Decoder(Student):
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
 
-    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
+    def context(
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | PackedDocuments | None
+    ) -> Context:
         # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
         cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
         if document_ids is None:
@@ -133,7 +138,7 @@ class Decoder(Student):
         return Context(cos, sin, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
 
     def packed_context(
-        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: PackedDocuments | None
     ) -> Context:
         return self.context(position_ids, document_ids if documents is None else documents)
 
