@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -81,6 +82,11 @@ class RowSlice:
         keys = Documents.from_lengths(key_lengths, rows=1)
         queries = Documents.from_lengths(query_lengths, rows)
         return cls(replace(queries, whole_rows=False, keys=keys), tuple(ranges.values()))
+
+    def keys_of(self, whole: Float[Tensor, "B H T d"]) -> Float[Tensor, "1 H L d"]:
+        """Returns the positions that the slice attends to, of all rows end to end."""
+        ranges = zip(whole, self.key_ranges, strict=True)
+        return torch.cat([row[:, first:end] for row, (first, end) in ranges], dim=1)[None]
 
 
 @dataclass(frozen=True)

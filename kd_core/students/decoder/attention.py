@@ -92,14 +92,11 @@ def _attend_divided(
     """Attends from this rank's positions to those before them, whichever rank holds these."""
     # Keys and values of whole rows, in one collective.  [2, B, H_kv, T, d] → [2, B, H_kv, T · size, d]
     gathered = gather_positions(torch.stack([k, v]), documents.share, dim=3)
-    outputs: list[Tensor] = []
-    for part, queries in zip(documents.slices, q.chunk(2, dim=2), strict=True):
+    outputs = [
         # The keys that this slice of each row attends to, end to end.  [1, H_kv, L, d]
-        keys, values = (
-            torch.cat([row[:, first:end] for row, (first, end) in zip(x, part.key_ranges, strict=True)], dim=1)[None]
-            for x in gathered
-        )
-        outputs.append(attend(queries, keys, values, part.documents, scale, window))
+        attend(queries, *(part.keys_of(x) for x in gathered), part.documents, scale, window)
+        for part, queries in zip(documents.slices, q.chunk(2, dim=2), strict=True)
+    ]
     return torch.cat(outputs, dim=2)
 
 
