@@ -1,7 +1,7 @@
 """Rows divided by position over ranks: attention, selected positions and counts against whole rows in one process."""
 
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -34,20 +34,13 @@ def in_documents(ids: Tensor, tensors: list[Tensor], window: int | None) -> list
     return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3].double())]
 
 
-def cases() -> Iterator[tuple[Tensor, tuple[int, int], int | None]]:
-    for ids in PACKINGS.values():
-        for heads in ((6, 2), (3, 1)):
-            for window in WINDOWS:
-                yield torch.tensor(ids), heads, window
-
-
 def shared_attention(world: World) -> None:
     """Values, and gradients that come back through the gather, by documents and by the kernel's operator."""
     share = world.with_layout(Parallel(context_parallel=world.size).layout(world.size)).row_share
     assert (share.rank, share.size) == (world.rank, world.size)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
-        for ids, heads, window in cases():
-            tensors = inputs(ids, *heads, dtype)
+        for ids, window in itertools.product(map(torch.tensor, PACKINGS.values()), WINDOWS):
+            tensors = inputs(ids, 6, 2, dtype)
             own = [share.cut(x, dim=2) for x in tensors]
             documents = DividedDocuments.from_documents(Documents.from_ids(ids), replace(share, rows=len(ids)))
             leaves = [x.detach().requires_grad_() for x in own[:3]]
@@ -58,26 +51,29 @@ def shared_attention(world: World) -> None:
                 assert len(kernel.calls) == (2 if dtype == torch.bfloat16 else 0)
             for one, other in zip(found, in_documents(ids, tensors, window), strict=True):
                 wanted = share.cut(other, dim=2)
-                assert (one - wanted).norm() <= tolerance * (1 + wanted.norm()), (ids, heads, window)
+                assert (one - wanted).norm() <= tolerance * (1 + wanted.norm()), (ids, window)
 
 
 def test_attention_over_divided_rows() -> None:
     run_ranks(2, shared_attention)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_attention_of_any_slice_of_rows(packing: str, window: int | None) -> None:
-    """Also of slices that no layout makes."""
+def test_attention_of_any_slice_of_rows(packing: str, window: int | None, soft_cap: float | None) -> None:
+    """Also of slices that no layout makes. Capped products are compared with those of whole rows."""
     ids = torch.tensor(PACKINGS[packing])
     tensors = inputs(ids, 6, 2, torch.float64)
     wanted = in_documents(ids, tensors, window)[0]
+    if soft_cap is not None:
+        wanted = attend(*tensors[:3], Documents.from_ids(ids), 0.3, window, soft_cap)
     for positions in (range(40), range(1), range(7, 8), range(6, 31), range(39, 40)):
         part = RowSlice.from_documents(Documents.from_ids(ids), len(ids), positions)
         queries, keys, values = (
             x[:, :, positions.start : positions.stop] if x is tensors[0] else x for x in tensors[:3]
         )
-        found = attend(queries, part.keys_of(keys), part.keys_of(values), part.documents, 0.3, window)
+        found = attend(queries, part.keys_of(keys), part.keys_of(values), part.documents, 0.3, window, soft_cap)
         torch.testing.assert_close(found, wanted[:, :, positions.start : positions.stop], rtol=1e-12, atol=1e-12)
 
 
