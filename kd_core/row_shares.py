@@ -85,8 +85,9 @@ class RowSlice:
 
     def keys_of(self, whole: Float[Tensor, "B H T d"]) -> Float[Tensor, "1 H L d"]:
         """Returns the positions that the slice attends to, of all rows end to end."""
-        ranges = zip(whole, self.key_ranges, strict=True)
-        return torch.cat([row[:, first:end] for row, (first, end) in ranges], dim=1)[None]
+        rows = [row[:, first:end] for row, (first, end) in zip(whole, self.key_ranges, strict=True)]
+        # Of a single row both slices read one tensor, and nothing is copied.
+        return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))[None]
 
 
 @dataclass(frozen=True)

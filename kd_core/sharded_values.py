@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # DCP uses the same
 
@@ -76,10 +77,47 @@ def fill_sharded(parameter: Tensor, read: Callable[[Box], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def fill_expert_rows(parameter: Tensor, expert: int, rows: slice, read: Callable[[Box], Tensor]) -> None:
+    """Fills rows of one matrix of a parameter [E, rows, in] where this process holds it. `read` is of those rows alone.
+
+    Ranks share such parameters by their first dimension.
+    """
+    local, box = local_box(parameter)
+    assert box is not None
+    assert box[1:] == tuple(slice(0, size) for size in parameter.shape[1:]), "experts are divided by expert alone"
+    if box[0].start <= expert < box[0].stop:
+        values = read((slice(0, rows.stop - rows.start), box[2]))
+        local[expert - box[0].start, rows].copy_(values)
+
+
+@torch.no_grad()
+def full_expert_rows(parameter: Tensor, expert: int, part: int, parts: int) -> Tensor:
+    """Returns one of so many equal parts of an expert's matrix on every rank. All ranks must call it together."""
+    local, box = local_box(parameter)
+    assert box is not None
+    height = parameter.shape[1] // parts
+    rows = slice(part * height, (part + 1) * height)
+    is_held = box[0].start <= expert < box[0].stop
+    values = local[expert - box[0].start, rows].clone() if is_held else local.new_zeros(height, parameter.shape[2])
+    if isinstance(parameter, DTensor):
+        # Of the ranks that share the experts, one has these: all others add zeros.
+        for dimension, placement in enumerate(parameter.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
+    return values
+
+
+@torch.no_grad()
 def full_tensor(parameter: Tensor) -> Tensor:
     """Returns the whole tensor on every rank. All ranks must call it together."""
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return full.detach()
+
+
+def _gather_shares(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Returns the tensors of all ranks, [size, …]. The backward pass is a reduce-scatter."""
+    shares = DTensor.from_local(x[None], mesh, [Shard(0)], run_check=False)
+    return shares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def gather_positions(x: Tensor, share: RowShare, dim: int = 1) -> Tensor:
@@ -87,12 +125,12 @@ def gather_positions(x: Tensor, share: RowShare, dim: int = 1) -> Tensor:
 
     In the backward pass, a position's gradient is the sum over all ranks, which may each have read it.
     """
-    if share.mesh is None:
-        return x
-    # All-gather, whose backward pass is a reduce-scatter.  [size, …]
-    shares = DTensor.from_local(x[None], share.mesh, [Shard(0)], run_check=False)
-    whole = shares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return share.join(whole.unbind(), dim)
+    return x if share.mesh is None else share.join(_gather_shares(x, share.mesh).unbind(), dim)
+
+
+def sum_over_shares(x: Tensor, share: RowShare) -> Tensor:
+    """Adds up the tensors of the ranks that share rows, of which each rank may use the sum."""
+    return x if share.mesh is None else _gather_shares(x, share.mesh).sum(dim=0)
 
 
 def _share_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:

@@ -22,6 +22,28 @@ def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageErr
 
 
 @dataclass(frozen=True)
+class ExpertSettings:
+    """Shape and arithmetic of a mixture of experts.
+
+    Args:
+        count: experts of a layer.
+        per_token: experts of a position.
+        size: hidden width of an expert. None: `intermediate_size`.
+        normalised: the weights of a position's experts add up to 1, by a softmax over them alone.
+    """
+
+    count: int
+    per_token: int
+    size: int | None = None
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        for name, most in (("count", 1 << 16), ("per_token", self.count), ("size", UPPER_BOUNDS["intermediate_size"])):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise UsageError(f"experts.{name}: got {value!a}; wanted 1 to {most}.")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shape and arithmetic of a decoder.
 
@@ -33,6 +55,9 @@ class Architecture:
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
+        experts: those that a layer's feed-forward is made of, but for `dense_layers`. None: every layer has one of
+            `intermediate_size`.
+        attention_sinks: attention has a learnt logit of each head beside those of positions (gpt-oss).
         local_rope_theta: theta of layers with a window, which no scaling stretches (Gemma 3). None: that of all layers.
         norm_offset: added to the weights of norms (Gemma: 1).
         attention_soft_cap: bound c of the products of queries and keys, which become c · tanh(products / c) (Gemma 2).
@@ -62,6 +87,9 @@ class Architecture:
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
+    experts: ExpertSettings | None = None
+    dense_layers: tuple[int, ...] = ()
+    attention_sinks: bool = False
     root_scaled_embedding: bool = False
     local_rope_theta: float | None = None
     norm_offset: float = 0.0
@@ -121,4 +149,6 @@ class Architecture:
         """Returns the architecture with only these layers, in this order."""
         # A layer keeps its own window.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows if any(windows or ()) else None)
+        windows = windows if any(windows or ()) else None
+        dense = tuple(new for new, stored in enumerate(layers) if stored in self.dense_layers)
+        return replace(self, num_layers=len(layers), windows=windows, dense_layers=dense)

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
@@ -52,17 +52,24 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     documents: Documents,
     scale: float | None,
     window: int | None,
-    soft_cap: float,
+    soft_cap: float | None,
+    sinks: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention inside each document, to the last `window` positions if there is a window."""
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head, query, key
-        return soft_cap * torch.tanh(score / soft_cap)
+        return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
 
     # Documents stand end to end in one row of N = B·T positions. There may be more keys.  [B, H, T, d] → [1, H, N, d]
     q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> 1 H (B T) d") for x in (q, k, v))
     mask = _block_mask(documents, q_flat.shape[2], k_flat.shape[2], window)
     attend = _compiled(q.device.type)
-    out = attend(q_flat, k_flat, v_flat, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+    settings = {"score_mod": cap, "block_mask": mask, "scale": scale, "enable_gqa": True}
+    if sinks is None:
+        out = attend(q_flat, k_flat, v_flat, **settings)
+    else:
+        # A sink takes its share of the softmax: out · Σ exp(products) / (Σ exp(products) + exp(sink)).  [1, H, N, d]
+        plain, sums = attend(q_flat, k_flat, v_flat, return_aux=AuxRequest(lse=True), **settings)
+        out = plain * torch.sigmoid(sums.lse - sinks[:, None])[..., None].to(plain.dtype)
     return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))

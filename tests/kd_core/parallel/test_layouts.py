@@ -21,7 +21,7 @@ from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
 from tests.ranks import run_ranks
 
-STEPS, ROWS, T, K = 6, 8, 16, 5
+STEPS, ROWS, T, K = 6, 8, 12, 5
 ARCH = Architecture(
     vocab_size=51,
     hidden_size=16,
@@ -60,8 +60,7 @@ OF_FOUR = {
     "tp 4, by position": replace(PLAIN, tensor_parallel=4, sequence_parallel=True),
     "dp 2 × cp 2": replace(PLAIN, context_parallel=2, shard="full", micro_batch_rows=1),
     "cp 2 × tp 2, by position": replace(PLAIN, context_parallel=2, tensor_parallel=2, sequence_parallel=True),
-    "dp 2 × cp 2, whole copies": replace(PLAIN, context_parallel=2, shard="none"),
-    "cp 4 over hybrid": replace(PLAIN, context_parallel=4, replicas=2, shard="full"),
+    "cp 2 over copies": replace(PLAIN, context_parallel=2, replicas=4, shard="full"),
 }
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -54,26 +55,27 @@ def shared_attention(world: World) -> None:
                 assert (one - wanted).norm() <= tolerance * (1 + wanted.norm()), (ids, window)
 
 
-def test_attention_over_divided_rows() -> None:
-    run_ranks(2, shared_attention)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_attention_over_divided_rows(ranks: int) -> None:
+    run_ranks(ranks, shared_attention)
 
 
-@pytest.mark.parametrize("soft_cap", [None, 0.5])
+@pytest.mark.parametrize("more", [(), (0.5,), (None, torch.linspace(-1, 1, 6).double())], ids=["", "cap", "sinks"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_attention_of_any_slice_of_rows(packing: str, window: int | None, soft_cap: float | None) -> None:
-    """Also of slices that no layout makes. Capped products are compared with those of whole rows."""
+def test_attention_of_any_slice_of_rows(packing: str, window: int | None, more: tuple[Any, ...]) -> None:
+    """Also of slices that no layout makes. Those of capped products, and beside sinks, are compared with those of whole rows."""
     ids = torch.tensor(PACKINGS[packing])
     tensors = inputs(ids, 6, 2, torch.float64)
     wanted = in_documents(ids, tensors, window)[0]
-    if soft_cap is not None:
-        wanted = attend(*tensors[:3], Documents.from_ids(ids), 0.3, window, soft_cap)
+    if more:
+        wanted = attend(*tensors[:3], Documents.from_ids(ids), 0.3, window, *more)
     for positions in (range(40), range(1), range(7, 8), range(6, 31), range(39, 40)):
         part = RowSlice.from_documents(Documents.from_ids(ids), len(ids), positions)
         queries, keys, values = (
             x[:, :, positions.start : positions.stop] if x is tensors[0] else x for x in tensors[:3]
         )
-        found = attend(queries, part.keys_of(keys), part.keys_of(values), part.documents, 0.3, window, soft_cap)
+        found = attend(queries, part.keys_of(keys), part.keys_of(values), part.documents, 0.3, window, *more)
         torch.testing.assert_close(found, wanted[:, :, positions.start : positions.stop], rtol=1e-12, atol=1e-12)
 
 
