@@ -64,7 +64,7 @@ def test_attention_over_divided_rows(ranks: int) -> None:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_attention_of_any_slice_of_rows(packing: str, window: int | None, more: tuple[Any, ...]) -> None:
-    """Also of slices that no layout makes. Those of capped products, and beside sinks, are compared with those of whole rows."""
+    """Also of slices that no layout makes. With capped products or sinks, those of whole rows are the oracle."""
     ids = torch.tensor(PACKINGS[packing])
     tensors = inputs(ids, 6, 2, torch.float64)
     wanted = in_documents(ids, tensors, window)[0]
