@@ -41,7 +41,7 @@ def dense_attention(
 
 
 def dense_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Numbers, scale: float | None, left: int
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Numbers, scale: float | None, left: int
 ) -> tuple[Tensor, ...]:
     """Gradients of `dense_attention` by hand, because an operator's kernel runs below autograd."""
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
