@@ -10,10 +10,12 @@ from collections.abc import Callable, Generator, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # DCP uses the same
 
 from kd_core.errors import RemoteError, UsageError
+from kd_core.row_shares import RowShare
 
 Box = tuple[slice, ...]
 
@@ -110,6 +112,25 @@ def full_tensor(parameter: Tensor) -> Tensor:
     """Returns the whole tensor on every rank. All ranks must call it together."""
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return full.detach()
+
+
+def _gather_shares(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Returns the tensors of all ranks, [size, …]. The backward pass is a reduce-scatter."""
+    shares = DTensor.from_local(x[None], mesh, [Shard(0)], run_check=False)
+    return shares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def gather_positions(x: Tensor, share: RowShare, dim: int = 1) -> Tensor:
+    """Returns whole rows on every rank that shares them, from each rank's positions along `dim`.
+
+    In the backward pass, a position's gradient is the sum over all ranks, which may each have read it.
+    """
+    return x if share.mesh is None else share.join(_gather_shares(x, share.mesh).unbind(), dim)
+
+
+def sum_over_shares(x: Tensor, share: RowShare) -> Tensor:
+    """Adds up the tensors of the ranks that share rows, of which each rank may use the sum."""
+    return x if share.mesh is None else _gather_shares(x, share.mesh).sum(dim=0)
 
 
 def _share_message(message: str | None, parameters: Iterable[Tensor]) -> str | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
+from kd_core.row_shares import WHOLE_ROWS, DividedDocuments, PackedDocuments, RowShare
 
 
 class TeacherTopK(NamedTuple):
@@ -85,6 +86,7 @@ class Batch:
     """Packed rows of documents with the teacher's entries. `document_ids` is −1 on padding.
 
     `documents` are the runs of equal `document_ids`. Without them, a student reads the ids, which waits for a device.
+    In a rank's share of rows (`divided`), T counts its own positions.
     `damaged_blocks` counts cache blocks whose records were left out while these rows were packed.
     """
 
@@ -98,7 +100,7 @@ class Batch:
     tail_log_prob: Float[Tensor, "B T"]
     label_log_prob: Float[Tensor, "B T"]
     tempered_tails: tuple[tuple[float, Float[Tensor, "B T"]], ...] = ()
-    documents: Documents | None = None
+    documents: PackedDocuments | None = None
     record_names: tuple[str, ...] = ()
     damaged_blocks: int = 0
 
@@ -107,14 +109,27 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         tails = tuple((temperature, function(tail)) for temperature, tail in self.tempered_tails)
-        documents = None
-        if self.documents is not None:
-            documents = replace(self.documents, cu_seqlens=function(self.documents.cu_seqlens))
+        documents = None if self.documents is None else self.documents.map(function)
         return replace(self, **mapped, tempered_tails=tails, documents=documents)
 
     def to(self, device: torch.device) -> Self:
         """Returns the same batch on another device."""
         return self.map(lambda tensor: tensor.to(device))
+
+    @property
+    def row_share(self) -> RowShare:
+        """Returns which positions of their rows these are."""
+        return self.documents.share if isinstance(self.documents, DividedDocuments) else WHOLE_ROWS
+
+    def divided(self, share: RowShare) -> Self:
+        """Returns a rank's share of the positions of whole rows. Damaged blocks are counted by the first rank alone."""
+        if share.size == 1:
+            return self
+        documents = Documents.from_ids(self.document_ids) if self.documents is None else self.documents
+        assert isinstance(documents, Documents)
+        own = replace(self, documents=None).map(share.cut)
+        divided = DividedDocuments.from_documents(documents, replace(share, rows=len(self.tokens)))
+        return replace(own, documents=divided, damaged_blocks=0 if share.rank else self.damaged_blocks)
 
     def unscored(self) -> Self:
         """Returns a batch of the same shape that is padding alone, for a rank that has no rows left for a pass."""

@@ -14,7 +14,7 @@ from experiments.base.provenance import student_folders
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
 from kd_core.losses.objective import Objective
-from kd_core.parallel.layout import StudentSizes, check_divisible
+from kd_core.parallel.layout import StudentSizes, check_divisible, check_row_length
 from kd_core.parallel.parallelize import bytes_of_a_step, fullest_rank_holding
 from kd_core.precision import dtype_of
 from kd_core.students.decoder.architecture import too_many_tokens
@@ -172,8 +172,14 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
-    sizes = StudentSizes.from_architecture(arch, T)
+    check_row_length(layout.context, T)
+    sizes = StudentSizes.from_architecture(arch, T // layout.context)
     check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, sizes)
+    if layout.context > 1 and not student.shares_rows:
+        raise UsageError(
+            f"parallel.context_parallel: got {layout.context}; {type(student).__name__} attends to whole rows. Leave "
+            "it at 1, and take parallel.shard=full and parallel.recompute=full for long rows."
+        )
     holding = fullest_rank_holding(student, layout, parallel.sequence_parallel)
     moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.cache.manifest import MANIFEST_FILE, Manifest
 from data.storage.storage import is_url
@@ -118,7 +119,8 @@ class Experiment(ExperimentParts):
         return input_hashes(self)
 
     def _data(self, world: World, vocab_size: int) -> Data:
-        share = {"rank": world.dp_rank, "ranks": world.dp_size, "vocab_size": vocab_size}
+        rows = {"rank": world.dp_rank, "ranks": world.dp_size, "row_share": world.row_share}
+        share: dict[str, Any] = {**rows, "vocab_size": vocab_size}
 
         def steps_from(row: int) -> Generator[list[Batch]]:
             return training_steps(
@@ -130,7 +132,7 @@ class Experiment(ExperimentParts):
         prompts = self._prompts(tokenizer)
         return Data(steps_from, self._held_out(share), tokenizer.byte_lengths(), prompts, ORDER_VERSION)
 
-    def _held_out(self, share: dict[str, int]) -> dict[str, HeldOutCache]:
+    def _held_out(self, share: dict[str, Any]) -> dict[str, HeldOutCache]:
         micro_batch, weights = self.parallel.micro_batch_rows, self.evaluation.weights
         return {
             name: HeldOutCache(

@@ -16,8 +16,8 @@ from kd_core.ranges import AT_LEAST_1, SECONDS, check_settings
 
 # Settings that may change when a run is resumed, because it trains the same student with any of them.
 LAYOUT_SETTINGS = (
-    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "shard", "replicas", "recompute", "compile",
-    "cuda_graphs", "deterministic", "timeout",
+    "micro_batch_rows", "tensor_parallel", "sequence_parallel", "context_parallel", "shard", "replicas", "recompute",
+    "compile", "cuda_graphs", "deterministic", "timeout",
 )  # fmt: skip
 
 
@@ -32,6 +32,8 @@ class Parallel:
         tensor_parallel: ranks that share each layer's attention heads, feed-forward and vocabulary. They should be
             on one machine.
         sequence_parallel: divide norms and residuals of those ranks by position, instead of repeating them.
+        context_parallel: ranks that divide each row by position, for rows whose activations one rank cannot hold. They
+            gather keys and values of the whole row.
         shard: what data-parallel ranks share. none: nothing, each has a whole copy. gradients: weights, gradients and
             moments, where weights are gathered once a step, and gradients are reduced in its last pass. full: the
             same, where each pass gathers the weights of each block, again in the backward pass, and reduces gradients.
@@ -49,6 +51,7 @@ class Parallel:
     micro_batch_rows: int = 4
     tensor_parallel: int = 1
     sequence_parallel: bool = False
+    context_parallel: int = 1
     shard: Literal["none", "gradients", "full"] = "gradients"
     replicas: int = 1
     recompute: str = "none"
@@ -58,8 +61,8 @@ class Parallel:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        counts = {"micro_batch_rows": AT_LEAST_1, "tensor_parallel": AT_LEAST_1, "replicas": AT_LEAST_1}
-        check_settings(self, "parallel.", **counts, timeout=SECONDS)
+        counts = {"micro_batch_rows": AT_LEAST_1, "tensor_parallel": AT_LEAST_1, "context_parallel": AT_LEAST_1}
+        check_settings(self, "parallel.", **counts, replicas=AT_LEAST_1, timeout=SECONDS)
         if self.replicas > 1 and self.shard == "none":
             raise UsageError("parallel.replicas: without sharding every rank has a copy. Leave it at 1, or shard.")
         if self.recomputed_every() is not None and self.cuda_graphs:
@@ -71,7 +74,8 @@ class Parallel:
 
     def layout(self, size: int) -> Layout:
         """Returns the layout of `size` ranks, or raises the errors of `make_layout`."""
-        return make_layout(size, self.tensor_parallel, None if self.shard == "none" else self.replicas)
+        replicas = None if self.shard == "none" else self.replicas
+        return make_layout(size, self.tensor_parallel, replicas, self.context_parallel)
 
     def recomputed_every(self) -> int | None:
         """Returns n where every n-th block computes its activations again, or None where no block does.

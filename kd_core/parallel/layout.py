@@ -1,7 +1,8 @@
 """Layouts of ranks as plain numbers: sizes of the mesh, what fits a student, and what a rank holds. Needs no process.
 
 Rank r of dp_replicate × dp_shard × tp has the tensor-parallel position r mod tp. Ranks with neighbouring numbers share
-a model's tensors, so they should be on one machine.
+a model's tensors, so they should be on one machine. Of the ranks of one tensor-parallel position, each `context`
+neighbours share their rows by position. For parameters and gradients they are data-parallel ranks as all others.
 """
 
 import math
@@ -44,11 +45,15 @@ class StudentSizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh: whole copies of the student, shards of one copy, and tensor-parallel ranks of one shard."""
+    """Sizes of the mesh: whole copies of the student, shards of one copy, and tensor-parallel ranks of one shard.
+
+    Of replicas × shards ranks, `context` neighbours read the same rows, each its own positions.
+    """
 
     replicas: int = 1
     shards: int = 1
     tensor: int = 1
+    context: int = 1
 
     @property
     def size(self) -> int:
@@ -58,10 +63,11 @@ class Layout:
     @property
     def data(self) -> int:
         """Counts the ranks that read different rows."""
-        return self.replicas * self.shards
+        return self.replicas * self.shards // self.context
 
     def __str__(self) -> str:
-        return f"{self.replicas} replicas × {self.shards} shards × {self.tensor} tensor-parallel"
+        shared_rows = f", rows divided over {self.context}" if self.context > 1 else ""
+        return f"{self.replicas} replicas × {self.shards} shards × {self.tensor} tensor-parallel{shared_rows}"
 
 
 def _fits(tensor: int, shape: StudentSizes) -> bool:
@@ -97,10 +103,23 @@ def check_divisible(tensor: int, sequence_parallel: bool, shape: StudentSizes) -
         )
 
 
-def make_layout(size: int, tensor: int, replicas: int | None) -> Layout:
+def check_row_length(context: int, row_length: int) -> None:
+    """Checks that rows of `row_length` positions divide into two slices for each of `context` ranks.
+
+    Raises:
+        UsageError: they do not. The message names what would fit.
+    """
+    if context > 1 and row_length % (2 * context):
+        raise UsageError(
+            f"parallel.context_parallel: got {context}, which needs rows of a multiple of {2 * context} positions; "
+            f"they have {row_length}. Set collate.multiple={2 * context}, which pads them."
+        )
+
+
+def make_layout(size: int, tensor: int, replicas: int | None, context: int = 1) -> Layout:
     """Returns a layout of `size` ranks: tensor-parallel groups of `tensor` ranks in `replicas` copies of the student.
 
-    `replicas` None means no sharding: every tensor-parallel group has a copy.
+    `replicas` None means no sharding: every tensor-parallel group has a copy. `context` such groups share their rows.
 
     Raises:
         UsageError: the numbers do not divide each other. The message names what would fit.
@@ -111,13 +130,19 @@ def make_layout(size: int, tensor: int, replicas: int | None) -> Layout:
             f"Start a multiple of {tensor} (torchrun --nproc-per-node), or take one of {_divisors(size)}."
         )
     data = size // tensor
+    if data % context:
+        raise UsageError(
+            f"parallel.context_parallel: got {context}, but {size} ranks in tensor-parallel groups of {tensor} make "
+            f"{data}, which is not divided by it. Start a multiple of {context * tensor} ranks, or take one of "
+            f"{_divisors(data)}."
+        )
     copies = data if replicas is None else replicas
     if data % copies:
         raise UsageError(
             f"parallel.replicas: got {copies}, but {size} ranks in tensor-parallel groups of {tensor} make {data}, "
             f"which is not divided by it. Take one of {_divisors(data)}."
         )
-    return Layout(copies, data // copies, tensor)
+    return Layout(copies, data // copies, tensor, context)
 
 
 def _divisors(number: int) -> str:

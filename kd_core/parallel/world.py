@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from kd_core.errors import RankError, RemoteError, UsageError
 from kd_core.parallel.layout import Layout
+from kd_core.row_shares import RowShare
 
 R = TypeVar("R")
 log = logging.getLogger("kd")
@@ -39,8 +40,9 @@ COLLECTIVE_TIMEOUT = 600.0
 class World:
     """This process among those of a run. A world of one needs no process group.
 
-    Before `laid_out`, every rank has the whole student and reads rows of its own. After it, `mesh` has the dimensions
-    dp_replicate, dp_shard and tp, and the ranks of one tensor-parallel group read the same rows.
+    Before `with_layout`, every rank has the whole student and reads rows of its own. After it, `mesh` has the
+    dimensions dp_replicate, dp_shard and tp, and the ranks of one tensor-parallel group read the same rows. Ranks that
+    divide their rows by position are a group of `row_mesh`. In `mesh` they are data-parallel ranks.
     """
 
     rank: int = 0
@@ -48,6 +50,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     layout: Layout = SINGLE_RANK
     mesh: DeviceMesh | None = None
+    row_mesh: DeviceMesh | None = None
     local_rank: int = 0  # among the processes of its host
 
     def with_layout(self, layout: Layout) -> Self:
@@ -62,9 +65,15 @@ class World:
             # Flatten both dimensions, so that a norm over them is one reduction with the same result on every rank,
             # instead of two reductions in some order.
             mesh["dp_shard", "tp"]._flatten("dp_shard_tp")  # pyright: ignore[reportPrivateUsage] (it has no other name)
+        # Neighbours of one tensor-parallel position.  [size / context, context]
+        ranks = torch.arange(self.size).view(-1, layout.context, layout.tensor).mT.reshape(-1, layout.context)
+        row_mesh = None
+        if layout.context > 1:
+            row_mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("rows", "cp"))["cp"]
         # torch caches meshes for ever. Without this registry, a mesh looks its groups up by name and keeps none alive.
-        getattr(mesh, "_pg_registry", {}).clear()
-        return replace(self, layout=layout, mesh=mesh)
+        for made in (mesh, row_mesh):
+            getattr(made, "_pg_registry", {}).clear()
+        return replace(self, layout=layout, mesh=mesh, row_mesh=row_mesh)
 
     @property
     def is_first(self) -> bool:
@@ -79,16 +88,22 @@ class World:
     @property
     def dp_rank(self) -> int:
         """Returns this rank's data-parallel position, 0 to `dp_size` − 1, which selects the rows that it reads."""
-        return self.rank // self.layout.tensor
+        return self.rank // (self.layout.tensor * self.layout.context)
 
     @property
     def dp_size(self) -> int:
         """Counts the ranks that read different rows."""
-        return self.size // self.layout.tensor
+        return self.size // (self.layout.tensor * self.layout.context)
+
+    @property
+    def row_share(self) -> RowShare:
+        """Returns which positions of those rows this rank has."""
+        context = self.layout.context
+        return RowShare(self.rank // self.layout.tensor % context, context, self.row_mesh)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds up the tensors of ranks that read different rows, in place, with the same result on every rank."""
-        # Ranks of one tensor-parallel group have the same rows: only the first of them counts.
+        """Adds up the tensors of ranks with different positions, in place, with the same result on every rank."""
+        # Ranks of one tensor-parallel group have the same positions: only the first of them counts.
         if self.tp_rank > 0:
             tensor.zero_()
         if self.size > 1:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
+from kd_core.row_shares import PackedDocuments
 from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.types import LmHeadForm
@@ -44,6 +44,7 @@ class Student(nn.Module):
     arch: Architecture
     layers: nn.ModuleList
     lm_head: nn.Linear
+    shares_rows = False  # a family whose attention takes `DividedDocuments` sets it, for context parallelism
 
     @property
     def lm_head_form(self) -> LmHeadForm:
@@ -75,7 +76,7 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def packed_context(
-        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: PackedDocuments | None
     ) -> Any:
         """Returns `context`. A family that needs lengths alone overrides it, because reading ids waits for a GPU."""
         del documents
@@ -115,7 +116,7 @@ class Student(nn.Module):
         position_ids: Tensor,
         document_ids: Tensor,
         head: Callable[[Tensor, Tensor], R],
-        documents: Documents | None = None,
+        documents: PackedDocuments | None = None,
         cache: Any = None,
         auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> R: ...
@@ -125,7 +126,7 @@ class Student(nn.Module):
         position_ids: Int[Tensor, "B T"],
         document_ids: Int[Tensor, "B T"],
         head: Callable[[Tensor, Tensor], R] | None = None,
-        documents: Documents | None = None,
+        documents: PackedDocuments | None = None,
         cache: Any = None,
         auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> Tensor | R:

@@ -143,8 +143,9 @@ class _Run:
         """Begins one optimiser step, whose numbers `end_step` reads."""
         settings, stopwatch = self.settings, Stopwatch(self.world.device)
         self.pulse.enter(f"in forward and backward of step {step}")
-        # A seed of each step and data-parallel rank, so that checkpoints need no random state.
-        torch.manual_seed((settings.seed * 1_000_003 + step * 1_009 + self.world.dp_rank) % (1 << 63))
+        # A seed of each step and of the ranks with the same positions, so that checkpoints need no random state.
+        reader = self.world.rank // self.world.layout.tensor
+        torch.manual_seed((settings.seed * 1_000_003 + step * 1_009 + reader) % (1 << 63))
         factor = rate_factor(settings.schedule, step, settings.steps)
         set_rates(self.optimizer, factor)
         every, recorder = settings.logger.histograms_every, nullcontext[dict[str, dict[str, Any]]]({})

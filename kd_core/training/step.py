@@ -95,6 +95,7 @@ def batch_loss(model: Student, batch: Batch, objective: Objective, scale: float)
             scale,
             form=model.lm_head_form,
             shard=local.vocab_shard,
+            row_share=batch.row_share,
         )
 
     def add_auxiliary(loss: LossSums, values: Mapping[str, Tensor]) -> LossSums:

@@ -12,6 +12,7 @@ from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
+from kd_core.row_shares import DividedDocuments, RowShare
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import attend
 from kd_core.students.decoder.decoder import meta_decoder
@@ -58,6 +59,28 @@ def test_attention_inside_documents(
     for one, other in zip(found, wanted, strict=True):
         error = (one.transpose(1, 2).flatten(0, 1).cpu().double() - other).abs().max()
         assert error < ROUNDING[dtype] * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("window", [None, 1, 33])
+@pytest.mark.parametrize("number", [0, 6, 200])
+def test_attention_of_slices_of_rows(number: int, window: int | None, dtype: torch.dtype) -> None:
+    """Fewer queries than keys, as ranks that divide rows have them, beside whole rows. Here one GPU is every rank."""
+    random.seed(0)
+    torch.manual_seed(0)
+    documents = Documents.from_ids(packed(304, number))
+    q, k, v, grad = (torch.randn(2, heads, 304, 64).to(GPU, dtype).requires_grad_() for heads in (6, 2, 2, 6))
+    outputs: list[Tensor] = []
+    for share in (RowShare(rank, 2, rows=2) for rank in range(2)):
+        divided = DividedDocuments.from_documents(documents, share).map(lambda tensor: tensor.to(GPU))
+        outputs.append(torch.cat([
+            attend(queries, part.keys_of(k), part.keys_of(v), part.documents, 0.11, window)
+            for part, queries in zip(divided.slices, share.cut(q, dim=2).chunk(2, dim=2), strict=True)
+        ], dim=2))  # fmt: skip
+    out, whole = RowShare(0, 2).join(outputs, dim=2), attend(q, k, v, documents.to(GPU), 0.11, window)
+    found, wanted = ([x.detach(), *torch.autograd.grad(x, (q, k, v), grad)] for x in (out, whole))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).abs().max() < ROUNDING[dtype] * max(1.0, float(other.abs().max()))
 
 
 ARCH = Architecture(

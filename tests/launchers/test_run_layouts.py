@@ -112,6 +112,9 @@ def test_a_dry_run_tells_what_a_rank_of_any_world_holds(tiny: Tiny) -> None:
     ("parallel.tensor_parallel=3", 6, "does not divide the model's 4 heads.*Fitting: 1, 2, 4"),
     ("parallel.replicas=3", 8, "make 4, which is not divided by it. Take one of 1, 2, 4"),
     ("collate.multiple=3", 4, "rows of 33 positions are not divided by tensor_parallel 2"),
+    ("parallel.context_parallel=3", 8, "make 4, which is not divided by it. Start a multiple of 6 ranks"),
+    ("parallel.context_parallel=3", 12, "rows of a multiple of 6 positions; they have 32. Set collate.multiple=6"),
+    ("parallel.context_parallel=32", 64, "rows of a multiple of 64 positions; they have 32"),
 ])  # fmt: skip
 def test_layouts_that_do_not_fit(tiny: Tiny, change: str, ranks: int, said: str) -> None:
     config = config_items.resolve_items([*tiny.train_items(6), *FOUR, change], "Experiment").config

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from kd_core.losses.objective import Objective
 from kd_core.losses.sparse_view import SparseView
-from kd_core.losses.token_selection import teacher_entropy
+from kd_core.losses.token_selection import KeepUncertain, teacher_entropy
+from kd_core.row_shares import RowShare
+from kd_core.sharded_values import gather_positions
 from kd_core.types import TeacherTopK
 
 
@@ -22,12 +24,29 @@ class Positions(NamedTuple):
     mask: Bool[Tensor, " n"]
 
 
+def _weights_in_rows(
+    selection: KeepUncertain, uncertainty: Float[Tensor, " N"], mask: Bool[Tensor, " N"], share: RowShare
+) -> Float[Tensor, " N"]:
+    """Returns the factors of `selection` among the positions of whole rows, which ranks may share."""
+    if share.size == 1:
+        return selection.weights(uncertainty, mask)
+    # Gather one number of each position, and mark with −∞ those that are not scored.  [N] → [B, T · size]
+    own = torch.where(mask, uncertainty, -torch.inf).unflatten(0, (share.rows, -1))
+    whole = gather_positions(own, share)
+    factors = selection.weights(whole.flatten(), whole.flatten() != -torch.inf)
+    return share.cut(factors.view_as(whole)).flatten()
+
+
 class LossCall(NamedTuple):
-    """All positions of one call of the loss, and its objective. `scale` is a factor on the gradients alone."""
+    """All positions of one call of the loss, and its objective. `scale` is a factor on the gradients alone.
+
+    `row_share` says which positions of their rows these are.
+    """
 
     positions: Positions
     objective: Objective
     scale: float
+    row_share: RowShare
 
     def chunk_slices(self, size: int) -> Iterator[slice]:
         """Yields slices of at most `size` positions that cover all positions."""
@@ -54,8 +73,9 @@ class LossCall(NamedTuple):
             uncertainty["teacher_entropy"] = teacher_entropy(self.positions.teacher)
         if "student_entropy" in signals:
             uncertainty["student_entropy"] = student_entropy()
+        mask, share = self.positions.mask, self.row_share
         return {
-            name: selection.weights(uncertainty[selection.signal], self.positions.mask)
+            name: _weights_in_rows(selection, uncertainty[selection.signal], mask, share)
             for name, selection in selections.items()
         }
 

@@ -22,6 +22,7 @@ from kd_core.losses.fused.lm_head import LmHead, LmHeadGradients, MatmulPrecisio
 from kd_core.losses.fused.topk_only import sum_over_support
 from kd_core.losses.fused.vocab_shard import WHOLE_VOCAB, VocabShard
 from kd_core.losses.objective import Objective
+from kd_core.row_shares import WHOLE_ROWS, RowShare
 from kd_core.types import LmHeadForm, TeacherTopK
 
 
@@ -45,6 +46,7 @@ class _NonDiffInputs(NamedTuple):
     scale: float
     form: LmHeadForm
     shard: VocabShard
+    row_share: RowShare
     with_grad: bool
 
 
@@ -73,7 +75,10 @@ class _FusedHead(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             head = LmHead.from_weight(weight, replace(inputs.form, bias=bias), inputs.shard, precision)
             call = LossCall(
-                Positions(hidden, inputs.teacher, inputs.labels, inputs.mask), inputs.objective, inputs.scale
+                Positions(hidden, inputs.teacher, inputs.labels, inputs.mask),
+                inputs.objective,
+                inputs.scale,
+                inputs.row_share,
             )
             K, V = inputs.teacher.ids.shape[1], head.vocab_size
             takes_support = not inputs.objective.needs_vocabulary and backend_of(weight).support_is_cheaper(K, V)
@@ -115,6 +120,7 @@ def fused_loss(  # noqa: PLR0913 (the head's inputs and form, the three targets,
     scale: float = 1.0,
     form: LmHeadForm | None = None,
     shard: VocabShard = WHOLE_VOCAB,
+    row_share: RowShare = WHOLE_ROWS,
 ) -> LossSums:
     """Computes loss and metrics of `objective` over the logits of an lm_head, and in the backward pass all gradients.
 
@@ -128,11 +134,20 @@ def fused_loss(  # noqa: PLR0913 (the head's inputs and form, the three targets,
         scale: factor on `total`, usually one over the scored tokens of the optimiser step.
         form: what the student does to `hidden @ weight.T`. None does nothing.
         shard: the slice of the vocabulary that `weight` and `form.bias` hold, where tensor parallelism divides them.
+        row_share: which positions of their rows these are, where context parallelism divides rows.
     """
     form = form or LmHeadForm()
     targets = _zero_masked(teacher, mask, MatmulPrecision.from_hidden(hidden).accum_dtype)
     inputs = _NonDiffInputs(
-        targets, torch.where(mask, labels, 0), mask, objective, scale, form, shard, torch.is_grad_enabled()
+        targets,
+        torch.where(mask, labels, 0),
+        mask,
+        objective,
+        scale,
+        form,
+        shard,
+        row_share,
+        torch.is_grad_enabled(),
     )
     # `forward` fills the detached sums.
     sums: dict[str, Tensor] = {}

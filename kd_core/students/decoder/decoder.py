@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
+from kd_core.row_shares import WHOLE_ROWS, DividedDocuments, PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.experts import BALANCE, Z, router_values
 from kd_core.students.decoder.kv_cache import KeyValueCache
@@ -31,12 +32,14 @@ class Context(NamedTuple):
     """
 
     angles: list[tuple[Tensor, Tensor]]
-    documents: Documents | KeyValueCache
+    documents: PackedDocuments | KeyValueCache
     block_values: list[Tensor] | None = None
 
 
 class Decoder(Student):
     """A decoder of one kind of transformer block: embedding, blocks, a last RMSNorm, lm_head."""
+
+    shares_rows = True
 
     def __init__(self, arch: Architecture, make_block: MakeBlock = TransformerBlock) -> None:
         super().__init__()
@@ -67,7 +70,9 @@ class Decoder(Student):
         # Rounded to the dtype of the embedding, as Gemma was trained: 55.4256 is 55.5 in bfloat16.
         return x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype).item()
 
-    def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
+    def context(
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | PackedDocuments | None
+    ) -> Context:
         # Layers of equal RoPE share their angles, and all layers their documents.  cos, sin [B, 1, T, d]
         arch = self.arch
         ropes = [arch.rope(layer) for layer in range(arch.num_layers)]
@@ -81,7 +86,7 @@ class Decoder(Student):
         return Context(angles, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
 
     def packed_context(
-        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
+        self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: PackedDocuments | None
     ) -> Context:
         return self.context(position_ids, document_ids if documents is None else documents)
 
@@ -98,7 +103,8 @@ class Decoder(Student):
 
     def auxiliary_values(self, context: Context, is_text: Bool[Tensor, "B T"]) -> dict[str, Float[Tensor, "B T"]]:
         assert self.arch.experts is not None
-        return router_values(context.block_values or [], self.arch.experts.per_token, is_text)
+        share = context.documents.share if isinstance(context.documents, DividedDocuments) else WHOLE_ROWS
+        return router_values(context.block_values or [], self.arch.experts.per_token, is_text, share)
 
     def collecting(self, context: Context) -> Context:
         return context._replace(block_values=[])

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kd_core.compiling import outside_compiled_graphs
-from kd_core.document_lengths import Documents
-from kd_core.sharded_values import local_values
+from kd_core.row_shares import WHOLE_ROWS, PackedDocuments, RowShare
+from kd_core.sharded_values import local_values, sum_over_shares
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.transformer_block import TransformerBlock, scale
@@ -168,7 +168,7 @@ class ExpertBlock(TransformerBlock):
             self.mlp = MixtureOfExperts(arch, self.experts, self.router_bias)
 
     def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes `forward`, and returns the router's logits beside it."""
         if self.is_dense:
@@ -180,7 +180,10 @@ class ExpertBlock(TransformerBlock):
 
 
 def router_values(
-    logits: Sequence[Float[Tensor, "B T E"]], per_token: int, is_text: Bool[Tensor, "B T"]
+    logits: Sequence[Float[Tensor, "B T E"]],
+    per_token: int,
+    is_text: Bool[Tensor, "B T"],
+    row_share: RowShare = WHOLE_ROWS,
 ) -> dict[str, Float[Tensor, "B T"]]:
     """Returns what keeps routers balanced and their logits small, at each position.
 
@@ -192,9 +195,10 @@ def router_values(
         logits: those of each router.
         per_token: experts of a position.
         is_text: positions that are not padding.
+        row_share: which positions of their rows these are. Sums go over whole rows, also where ranks share them.
     """
     E, mask = logits[0].shape[-1], is_text[..., None]
-    positions = len(logits) * is_text.sum(dim=1, keepdim=True).clamp(min=1)
+    positions = len(logits) * sum_over_shares(is_text.sum(dim=1, keepdim=True), row_share).clamp(min=1)
     shares, probabilities, z = 0.0, 0.0, 0.0
     for layer in logits:
         # Assignments of each expert, and the sum of its probabilities, over a row's text.  [B, E]
@@ -202,6 +206,7 @@ def router_values(
         shares = shares + torch.where(mask, chosen, 0.0).sum(dim=1)
         probabilities = probabilities + torch.where(mask, layer.softmax(dim=-1), 0.0).sum(dim=1)
         z = z + layer.logsumexp(dim=-1).square() / len(logits)
+    shares, probabilities = sum_over_shares(shares, row_share), sum_over_shares(probabilities, row_share)
     # [B, E] → [B] → [B, T]
     balance = E * ((shares / positions) * (probabilities / positions)).sum(dim=-1)
     return {BALANCE: balance[:, None].expand_as(is_text), Z: z}

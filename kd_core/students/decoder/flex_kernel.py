@@ -22,20 +22,27 @@ def _compiled(device: str):
     return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
 
 
-@lru_cache(2)  # layers with a window and layers without one share a mask each
-def _block_mask(documents: Documents, positions: int, window: int | None) -> BlockMask:
-    """Returns which blocks of queries and keys [N, N] the kernel visits, and which pairs inside them count."""
-    device = documents.cu_seqlens.device
-    # The document of each position: how many documents begin at it or before it.  [N]
-    document = torch.searchsorted(documents.cu_seqlens, torch.arange(positions, device=device), right=True)
+def _document_of(cu_seqlens: Tensor, positions: int) -> Tensor:
+    """Returns the number of each position's document, counted from 1, [N]."""
+    # How many documents begin at it or before it.
+    return torch.searchsorted(cu_seqlens, torch.arange(positions, device=cu_seqlens.device), right=True)
+
+
+@lru_cache(4)  # layers with a window and layers without one share a mask each, in both slices of divided rows
+def _block_mask(documents: Documents, queries: int, keys: int, window: int | None) -> BlockMask:
+    """Returns which blocks of queries and keys [N, M] the kernel visits, and which pairs inside them count."""
+    cu_q, cu_k = documents.cu_seqlens, (documents.keys or documents).cu_seqlens
+    document, key_document = _document_of(cu_q, queries), _document_of(cu_k, keys)
+    # The key at the position of each query. A document's last query is at its last key.  [N]
+    key_at = torch.arange(queries, device=cu_q.device) + (cu_k - cu_q)[document]
 
     # A position sees earlier ones of its document, in its window.
-    reach = positions if window is None else window
+    reach = keys if window is None else window
     return create_block_mask(
         lambda _batch, _head, query, key: (
-            (document[query] == document[key]) & (key <= query) & (key > query - reach)
+            (document[query] == key_document[key]) & (key <= key_at[query]) & (key > key_at[query] - reach)
         ),
-        None, None, positions, positions, device=device,
+        None, None, queries, keys, device=cu_q.device,
     )  # fmt: skip
 
 
@@ -51,9 +58,9 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     sinks: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention inside each document, to the last `window` positions if there is a window."""
-    # Documents stand end to end in one row of N = B·T positions.  [B, H, T, d] → [1, H, N, d]
+    # Documents stand end to end in one row of N = B·T positions. There may be more keys.  [B, H, T, d] → [1, H, N, d]
     q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> 1 H (B T) d") for x in (q, k, v))
-    mask = _block_mask(documents, q_flat.shape[2], window)
+    mask = _block_mask(documents, q_flat.shape[2], k_flat.shape[2], window)
     attend = partial(
         _compiled(q.device.type), q_flat, k_flat, v_flat,
         score_mod=None if soft_cap is None else (

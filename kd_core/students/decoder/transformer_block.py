@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kd_core.document_lengths import Documents
+from kd_core.row_shares import PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import Attention
 from kd_core.students.decoder.kv_cache import LayerCache
@@ -74,7 +74,7 @@ class TransformerBlock(nn.Module):
         self.recompute = False
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Maps [B, T, D] to [B, T, D], and returns values for `Context.block_values` beside it if the block has any."""
         if self.recompute and torch.is_grad_enabled():
@@ -83,7 +83,7 @@ class TransformerBlock(nn.Module):
         return self.run(x, cos, sin, documents)
 
     def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]

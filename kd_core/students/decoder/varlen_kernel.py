@@ -25,6 +25,8 @@ def attend_by_kernel(
     q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> (B T) H d") for x in (q, k, v))
     # The kernel counts positions to the left of a query without itself: −1 is all of them, and 0 to the right.
     left = -1 if window is None else window - 1
-    bounds = documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest
+    # Where a document has more keys than queries, its last queries are aligned with its last keys.
+    keys = documents.keys or documents
+    bounds = documents.cu_seqlens, keys.cu_seqlens, documents.longest, keys.longest
     out = varlen_attn(q_flat, k_flat, v_flat, *bounds, scale=scale, window_size=(left, 0), **GROUPED)
     return rearrange(cast(Tensor, out), "(B T) H d -> B H T d", B=len(q))

@@ -14,8 +14,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
+from kd_core.row_shares import PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
@@ -69,7 +69,7 @@ class GemmaBlock(TransformerBlock):
         self.pre_feedforward_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.post_feedforward_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache) -> Tensor:
         # x ← x + norm(attention(norm(x))), then x ← x + norm(feed_forward(norm(x))).  [B, T, D]
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, documents))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

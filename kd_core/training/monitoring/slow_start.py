@@ -52,7 +52,7 @@ class SlowStart:
     """
 
     def __init__(self, model: nn.Module, parallel: Parallel, world: World, steps: int) -> None:
-        self.flops = flops_per_token(model.parameters()) / (world.dp_size * world.layout.tensor)
+        self.flops = flops_per_token(model.parameters()) / world.size
         self.parallel, self.device, self.steps = parallel, world.device, steps
         self.watched = min(WATCHED_STEPS, steps) if world.is_first else 0
         self.step_times: list[tuple[float, float]] = []

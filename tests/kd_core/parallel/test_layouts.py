@@ -45,6 +45,8 @@ OF_TWO = {
     "dp 2, whole copies": replace(PLAIN, shard="none"),
     "tp 2": replace(PLAIN, tensor_parallel=2),
     "tp 2, by position": replace(PLAIN, tensor_parallel=2, sequence_parallel=True),
+    "cp 2": replace(PLAIN, context_parallel=2),
+    "cp 2, three rows a pass": replace(PLAIN, context_parallel=2, micro_batch_rows=3, shard="full", recompute="full"),
 }
 OF_FOUR = {
     "dp 4": PLAIN,
@@ -57,6 +59,9 @@ OF_FOUR = {
     "copies of tp 2": replace(PLAIN, tensor_parallel=2, shard="none", recompute="full"),
     "tp 4, kv heads repeated": replace(PLAIN, tensor_parallel=4),
     "tp 4, by position": replace(PLAIN, tensor_parallel=4, sequence_parallel=True),
+    "dp 2 × cp 2": replace(PLAIN, context_parallel=2, shard="full", micro_batch_rows=1),
+    "cp 2 × tp 2, by position": replace(PLAIN, context_parallel=2, tensor_parallel=2, sequence_parallel=True),
+    "cp 2 over copies": replace(PLAIN, context_parallel=2, replicas=4, shard="full"),
 }
 
 
@@ -115,7 +120,7 @@ def rows_of(step: int, rows: Iterable[int]) -> Batch:
 def batches(step: int, parallel: Parallel, world: World) -> list[Batch]:
     own = range(world.dp_rank, ROWS, world.dp_size)
     each = parallel.micro_batch_rows
-    return [rows_of(step, own[at : at + each]) for at in range(0, len(own), each)]
+    return [rows_of(step, own[at : at + each]).divided(world.row_share) for at in range(0, len(own), each)]
 
 
 def whole(tensor: Tensor | None) -> Tensor:
@@ -212,7 +217,10 @@ def test_a_head_of_its_own() -> None:
 
 
 def test_adapters_biases_and_norms_of_heads() -> None:
-    run_ranks(4, compare, adapted, {"tp 4, recomputed": replace(OF_FOUR["tp 4, by position"], recompute="full")})
+    run_ranks(4, compare, adapted, {
+        "tp 4, recomputed": replace(OF_FOUR["tp 4, by position"], recompute="full"),
+        "cp 2 × tp 2": replace(PLAIN, context_parallel=2, tensor_parallel=2),
+    })  # fmt: skip
 
 
 def gemma2() -> Decoder:

@@ -8,21 +8,29 @@ from torch import Tensor
 
 from kd_core.students.decoder import attention
 
+Numbers = tuple[Tensor, Tensor]  # of the documents of queries [N] and of keys [M], whose last ones are at one position
 
-def _scores(q: Tensor, k: Tensor, documents: Tensor, scale: float | None, left: int) -> Tensor:
-    """Masked products of queries and repeated keys, float64 [H, N, N]."""
+
+def _from_the_end(documents: Tensor) -> Tensor:
+    """How many positions behind it a document has, itself included, [N]."""
+    return (documents[:, None] == documents).triu().sum(1)
+
+
+def _scores(q: Tensor, k: Tensor, documents: Tensor | Numbers, scale: float | None, left: int) -> Tensor:
+    """Masked products of queries and repeated keys, float64 [H, N, M]."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
-    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-    seen = (distance >= 0) & (documents[:, None] == documents)
+    of_q, of_k = documents if isinstance(documents, tuple) else (documents, documents)
+    distance = _from_the_end(of_k) - _from_the_end(of_q)[:, None]
+    seen = (distance >= 0) & (of_q[:, None] == of_k)
     if left >= 0:
         seen &= distance <= left
     return scores.masked_fill(~seen, -torch.inf)
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float | None, left: int
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Numbers, scale: float | None, left: int
 ) -> tuple[Tensor, Tensor]:
-    """Output [N, H, d] and log-sum-exp [H, N] of q [N, H, d] and k, v [N, H_kv, d], documents numbered in [N].
+    """Output [N, H, d] and log-sum-exp [H, N] of q [N, H, d] and k, v [M, H_kv, d], documents numbered in [N], [M].
 
     `left` positions before its own are seen by a position, all of its document where it is negative.
     """
@@ -33,7 +41,7 @@ def dense_attention(
 
 
 def dense_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float | None, left: int
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Numbers, scale: float | None, left: int
 ) -> tuple[Tensor, ...]:
     """Gradients of `dense_attention` by hand, because an operator's kernel runs below autograd."""
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
@@ -48,9 +56,9 @@ def dense_gradients(
     return dq, *(x.unflatten(1, (heads, groups)).sum(2) for x in (dk, dv))
 
 
-def _documents(cu_seqlens: Tensor) -> Tensor:
-    """Numbers of the documents, [N]."""
-    return torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
+def _numbers(*cu_seqlens: Tensor) -> Numbers:
+    of_q, of_k = (torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff()) for bounds in cu_seqlens)
+    return of_q, of_k
 
 
 class Kernel:
@@ -70,21 +78,21 @@ class Kernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *more: Any) -> tuple[Tensor, ...]:
         max_q, max_k, is_causal, scale, window = more[:5]
-        assert max_q == max_k
-        assert torch.equal(cu_q, cu_k)
+        assert bool((cu_q.diff() <= cu_k.diff()).all())
         assert q.dtype == k.dtype == v.dtype
         assert q.dtype in attention.KERNEL_DTYPES
         assert all(x.stride(-1) == 1 for x in (q, k, v))
         self._check(q, cu_q, max_q, window, is_causal)
+        self._check(k, cu_k, max_k, window, is_causal)
         self.calls.append((max_q, window))
-        out, logsumexp = dense_attention(q, k, v, _documents(cu_q), scale, window[0])
+        out, logsumexp = dense_attention(q, k, v, _numbers(cu_q, cu_k), scale, window[0])
         return torch.empty_like(q).copy_(out), logsumexp.float(), torch.zeros(2, dtype=torch.uint64)
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, ...]:
-        _, _, cu_q, cu_k, max_q, _, is_causal, _, scale, window = more
-        assert torch.equal(cu_q, cu_k)
+        _, _, cu_q, cu_k, max_q, max_k, is_causal, _, scale, window = more
         self._check(q, cu_q, max_q, window, is_causal)
-        found = dense_gradients(grad, q, k, v, _documents(cu_q), scale, window[0])
+        self._check(k, cu_k, max_k, window, is_causal)
+        found = dense_gradients(grad, q, k, v, _numbers(cu_q, cu_k), scale, window[0])
         return tuple(torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), found, strict=True))
 
 

@@ -147,6 +147,7 @@ def on_ranks(world: World, folder: str, records: list[Record], wanted: dict[str,
         "dp 2": FLOAT32,
         "tp 2": replace(FLOAT32, tensor_parallel=2),
         "tp 2, by position": replace(FLOAT32, tensor_parallel=2, sequence_parallel=True, shard="full"),
+        "cp 2": replace(FLOAT32, context_parallel=2),
     }
     for name, parallel in layouts.items():
         laid_out = world.with_layout(parallel.layout(world.size))
@@ -156,7 +157,7 @@ def on_ranks(world: World, folder: str, records: list[Record], wanted: dict[str,
         own = records[laid_out.dp_rank :: laid_out.dp_size]
         found = evaluate(
             model,
-            batches(own, 3),
+            [batch.divided(laid_out.row_share) for batch in batches(own, 3)],
             CacheFacts(model.arch.vocab_size, 8),
             asked=EvaluationRequest(OBJECTIVE, (surprise, on_label), table),
             parallel=parallel,

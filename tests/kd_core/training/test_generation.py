@@ -125,6 +125,7 @@ def on_ranks(world: World, folder: str, wanted: list[list[int]]) -> None:
         replace(FLOAT32, shard="full"),
         replace(FLOAT32, tensor_parallel=2),
         replace(FLOAT32, tensor_parallel=2, sequence_parallel=True),
+        replace(FLOAT32, context_parallel=2),
     ]
     for parallel in layouts:
         laid_out = world.with_layout(parallel.layout(world.size))
