@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from kd_core.errors import UsageError
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_settings
 from kd_core.students.starts.name_patterns import match_names
 from kd_core.training.checkpoints.checkpoint_state import trained_parameters
+from kd_core.training.checkpoints.eight_bit_state import NAMES as EIGHT_BIT
+from kd_core.training.checkpoints.eight_bit_state import check_blocks, optimizer_class
 from kd_core.training.parameter_groups import Group, torch_groups
 
 OnNonFinite = Literal["stop", "skip"]
@@ -88,7 +90,7 @@ class AdamW:
 
 @dataclass(frozen=True)
 class TorchOptimizer:
-    """An optimiser of torch.optim by its name (`SGD`, `Adafactor`, `Muon`), or one that a function builds.
+    """An optimiser of torch.optim by its name (`SGD`, `Muon`), of torchao (`AdamW8bit`), or one that a function builds.
 
     Args:
         cls: the name, or a function that takes parameter groups, `lr=` and `settings`, and returns a torch optimiser.
@@ -117,7 +119,8 @@ class TorchOptimizer:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        supported = {name for name, value in vars(torch.optim).items() if inspect.isclass(value)} - {*UNSUPPORTED}
+        names = [name for name, value in vars(torch.optim).items() if inspect.isclass(value)]
+        supported = {*names, *EIGHT_BIT} - {*UNSUPPORTED}
         if isinstance(self.cls, str) and self.cls not in supported:
             raise UsageError(f"optimizer.cls: got {self.cls!r}; wanted one of {', '.join(sorted(supported))}.")
         if duplicates := {"lr", "weight_decay"} & set(self.settings):
@@ -149,7 +152,9 @@ class TorchOptimizer:
         Raises:
             UsageError: it refuses its settings or the parameters, or does not return an optimiser.
         """
-        make = getattr(torch.optim, self.cls) if isinstance(self.cls, str) else self.cls
+        make = self.cls
+        if isinstance(make, str):
+            make = optimizer_class(make) if make in EIGHT_BIT else getattr(torch.optim, make)
         name, groups = make.__name__, [group for group in groups if group["params"]]
         has_decay = not isinstance(self.cls, str) or "weight_decay" in inspect.signature(make).parameters
         if not has_decay and (decay := max(group.pop("weight_decay") for group in groups)):
@@ -176,6 +181,8 @@ class TorchOptimizer:
         named = trained_parameters(model)
         names = match_names(named, self.only, "optimizer.only") if self.only else list(named)
         own = {name: named.pop(name) for name in names}
+        if self.cls in EIGHT_BIT:
+            check_blocks(own, int(cast(int, self.settings.get("block_size", 256))))
         return own, named
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
