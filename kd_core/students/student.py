@@ -26,9 +26,9 @@ ShardingRule = Literal["embedding", "norm", "columns", "kv_columns", "rows", "he
 
 
 class Block(Protocol):
-    """One transformer block. `run` computes it, and `forward` recomputes its activations if `recompute` is set."""
+    """One transformer block. `run` computes it, through `recompute` where that is set and gradients are needed."""
 
-    recompute: bool
+    recompute: Callable[..., Tensor] | None
     run: Callable[..., Tensor]
 
 

@@ -4,14 +4,13 @@ Parameter names are those of Hugging Face's Llama without the leading `model.`, 
 A decoder is built on the meta device, then allocated (`students/student.py`) and filled (`starts/`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
@@ -48,7 +47,7 @@ class SwiGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Transformer block: attention and feed-forward, each behind a norm and beside a residual.
 
-    With `recompute`, activations inside the block are computed again in the backward pass instead of stored.
+    `recompute` runs the block where activations are computed again in the backward pass instead of stored.
     """
 
     def __init__(self, arch: Architecture, window: int | None = None) -> None:
@@ -58,13 +57,12 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp = SwiGLU(arch)
         self.residual_scale = arch.residual_scale
-        self.recompute = False
+        self.recompute: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
         if self.recompute and torch.is_grad_enabled():
-            # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
-            return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
+            return self.recompute(self.run, x, cos, sin, documents)
         return self.run(x, cos, sin, documents)
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
