@@ -144,8 +144,8 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     optimizer = experiment.optimizer
     if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in SINGLE_RANK_ONLY:
         raise UsageError(
-            f"optimizer.cls: {optimizer.cls} runs on one rank only; there are {ranks}. Take another, such as AdamW8bit, "
-            "whose moments take 2 bytes a parameter."
+            f"optimizer.cls: {optimizer.cls} runs on one rank only; there are {ranks}. Take another, such as "
+            "AdamW8bit, whose moments take 2 bytes a parameter."
         )
     if isinstance(optimizer, AdamW | TorchOptimizer):
         optimizer.check_names(student)

@@ -49,8 +49,8 @@ def _products(func: Any, args: tuple[Any, ...], output: Tensor) -> int | None:
     """Counts the multiplications of a matmul or of attention, or returns None for other operations."""
     name = str(func.overloadpacket.__name__)
     if "attention" in name or "attn" in name:
-        # q kᵀ and the weighted sum of values, over half of the keys, by [..., S, d] keys.
-        return output.numel() * args[1].shape[-2]
+        # q kᵀ and the weighted sum of values, each over half of the S keys: [B, H, S, d], or [S, H, d] of documents.
+        return output.numel() * args[1].shape[-2 if args[1].ndim == 4 else 0]
     if name.endswith("mm"):
         # [M, in] · [in, N], behind a bias in addmm and baddbmm.
         return output.numel() * args["add" in name].shape[-1]
