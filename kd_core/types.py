@@ -73,6 +73,12 @@ class LmHeadForm:
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise UsageError(f"head.soft_cap: got {self.soft_cap}; wanted more than 0, or None.")
 
+    def to_logits(self, product: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+        """Returns logits from the product of hidden states and the rows of real tokens."""
+        product = product if self.scale == 1 else self.scale * product
+        product = product if self.bias is None else product + self.bias[: product.shape[-1]]
+        return product if self.soft_cap is None else self.soft_cap * torch.tanh(product / self.soft_cap)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -111,8 +117,9 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device))
 
     def unscored(self) -> Self:
-        """Returns a batch of the same shape without scored positions, for a rank that has no rows left for a pass."""
-        return replace(self, loss_mask=torch.zeros_like(self.loss_mask), record_names=(), damaged_blocks=0)
+        """Returns a batch of the same shape that is padding alone, for a rank that has no rows left for a pass."""
+        no_document, no_score = torch.full_like(self.document_ids, -1), torch.zeros_like(self.loss_mask)
+        return replace(self, document_ids=no_document, loss_mask=no_score, record_names=(), damaged_blocks=0)
 
     def teacher(self) -> TeacherTopK:
         """Returns the teacher's entries, flattened from [B, T, …] to [N, …]."""

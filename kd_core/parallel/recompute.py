@@ -107,7 +107,7 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
-def measure_block(run: Callable[..., Tensor], x: Tensor, *context: Any) -> BlockCosts:
+def measure_block(run: Callable[..., Any], x: Tensor, *context: Any) -> BlockCosts:
     """Runs a block once more and returns its costs. Random numbers stay as they were."""
     block: nn.Module = run.__self__  # pyright: ignore[reportFunctionMemberAccess]
     measure = _Measure([*block.parameters(), *(value for value in context if isinstance(value, Tensor))])
@@ -149,7 +149,7 @@ class BudgetedRecomputation:
     def __init__(self, share: float, blocks: int) -> None:
         self.share, self.blocks, self.plan = share, blocks, list[Kept]()
 
-    def recompute(self, number: int, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    def recompute(self, number: int, run: Callable[..., Any], *args: Any) -> Any:
         """Runs block `number`, which keeps what the plan says."""
         if not self.plan:
             costs = measure_block(run, *args)

@@ -22,6 +22,28 @@ def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageErr
 
 
 @dataclass(frozen=True)
+class ExpertSettings:
+    """Shape and arithmetic of a mixture of experts.
+
+    Args:
+        count: experts of a layer.
+        per_token: experts of a position.
+        size: hidden width of an expert. None: `intermediate_size`.
+        normalised: the weights of a position's experts add up to 1, by a softmax over them alone.
+    """
+
+    count: int
+    per_token: int
+    size: int | None = None
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        for name, most in (("count", 1 << 16), ("per_token", self.count), ("size", UPPER_BOUNDS["intermediate_size"])):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise UsageError(f"experts.{name}: got {value!a}; wanted 1 to {most}.")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shape and arithmetic of a decoder.
 
@@ -29,9 +51,17 @@ class Architecture:
         padded_vocab_size: rows of embedding and lm_head, where they are more than the real vocabulary. Rows beyond
             `vocab_size` stand for no token.
         embedding_scale: factor on embeddings. This and the other scales are Granite's.
+        root_scaled_embedding: multiply embeddings by √hidden_size too, rounded to their dtype (Gemma).
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
+        experts: those that a layer's feed-forward is made of, but for `dense_layers`. None: every layer has one of
+            `intermediate_size`.
+        attention_sinks: attention has a learnt logit of each head beside those of positions (gpt-oss).
+        local_rope_theta: theta of layers with a window, which no scaling stretches (Gemma 3). None: that of all layers.
+        norm_offset: added to the weights of norms (Gemma: 1).
+        attention_soft_cap: bound c of the products of queries and keys, which become c · tanh(products / c) (Gemma 2).
+        logit_soft_cap: the same for logits.
         family: the `model_type` under which the student is saved. It does not change the arithmetic.
     """
 
@@ -57,6 +87,14 @@ class Architecture:
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
+    experts: ExpertSettings | None = None
+    dense_layers: tuple[int, ...] = ()
+    attention_sinks: bool = False
+    root_scaled_embedding: bool = False
+    local_rope_theta: float | None = None
+    norm_offset: float = 0.0
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -76,6 +114,12 @@ class Architecture:
     def window(self, layer: int) -> int | None:
         """Returns how many positions a layer attends to, or None for all."""
         return None if self.windows is None else self.windows[layer]
+
+    def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
+        """Returns theta and scaling of a layer."""
+        if self.local_rope_theta is not None and self.window(layer) is not None:
+            return self.local_rope_theta, None
+        return self.rope_theta, self.rope_scaling
 
     def with_tokens(self, tokens: int, folder: str) -> "Architecture":
         """Returns the same vocabulary rows, where the first `tokens` are real and the rest is padding.
@@ -105,4 +149,6 @@ class Architecture:
         """Returns the architecture with only these layers, in this order."""
         # A layer keeps its own window.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows)
+        windows = windows if any(windows or ()) else None
+        dense = tuple(new for new, stored in enumerate(layers) if stored in self.dense_layers)
+        return replace(self, num_layers=len(layers), windows=windows, dense_layers=dense)
