@@ -168,7 +168,12 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     parallel, collate, arch = experiment.parallel, experiment.collate, student.arch
     optimizer = experiment.optimizer
     if ranks > 1 and isinstance(optimizer, TorchOptimizer) and optimizer.cls in SINGLE_RANK_ONLY:
-        raise UsageError(f"optimizer.cls: {optimizer.cls} runs on one rank only; there are {ranks}. Take another.")
+        raise UsageError(
+            f"optimizer.cls: {optimizer.cls} runs on one rank only; there are {ranks}. Take another, such as "
+            "AdamW8bit, whose moments take 2 bytes a parameter."
+        )
+    if isinstance(optimizer, AdamW | TorchOptimizer):
+        optimizer.check_names(student)
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple

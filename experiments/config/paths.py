@@ -2,9 +2,11 @@
 
 import ast
 import contextlib
+import inspect
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +26,9 @@ def children(node: Any) -> dict[str, Any]:
     """Returns the values directly below a node of a config by name, defaults included."""
     if isinstance(node, fdl.Buildable):
         arguments = fdl.ordered_arguments(node, include_defaults=True, include_unset=True)
-        return {str(name): value for name, value in arguments.items()}
+        # Fiddle has a placeholder for a default that a dataclass makes anew each time.
+        made: Any = getattr(fdl.get_callable(node), "__dataclass_fields__", {})
+        return {str(k): made[k].default_factory() if repr(v) == "<factory>" else v for k, v in arguments.items()}
     if isinstance(node, dict):
         return {str(key): value for key, value in node.items()}
     return {}
@@ -175,10 +179,13 @@ def parse_value(text: str, hint: Any, error_prefix: str) -> Any:
     """
     if hint is str or typing.get_origin(hint) is typing.Literal:
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-    value: Any = text
+    return _fit(_literal(text), hint, error_prefix, text)
+
+
+def _literal(text: str) -> Any:
     with contextlib.suppress(SyntaxError, ValueError):
-        value = LITERALS[text] if text in LITERALS else ast.literal_eval(text)
-    return _fit(value, hint, error_prefix, text)
+        return LITERALS[text] if text in LITERALS else ast.literal_eval(text)
+    return text
 
 
 def set_path(config: fdl.Config[Any], item: str) -> str:
@@ -190,9 +197,26 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
     path, text = item.split("=", 1)
     error_prefix = f"--config={item}"
     place = find_place(config, path, error_prefix)
-    _refuse_part(place, error_prefix)
-    place.put(parse_value(text, place.annotation, error_prefix))
+    if not _put_parts(config, place, _literal(text), error_prefix):
+        _refuse_part(place, error_prefix)
+        place.put(parse_value(text, place.annotation, error_prefix))
     return path
+
+
+def _put_parts(config: fdl.Config[Any], place: Place, value: Any, error_prefix: str) -> bool:
+    """Sets a dictionary of parts from `{NAME: {SETTING: …}}`, or returns False where it is none."""
+    kind = typing.get_args(place.annotation)[1] if _is_mapping(place.annotation) else None
+    if not (isinstance(value, dict) and is_dataclass(kind) and not inspect.isabstract(kind)):
+        return False
+    settings = cast(dict[Any, Any], value)
+    if not all(isinstance(name, str) and isinstance(part, (dict, fdl.Buildable)) for name, part in settings.items()):
+        raise UsageError(f"{error_prefix}: got {value!r}, wanted {shown_type(place.annotation)} as {{NAME: {{…}}}}.")
+    place.put({name: fdl.Config(kind) for name in settings})
+    for name, part in settings.items():
+        inner = {"": part} if isinstance(part, fdl.Buildable) else {f".{key}": item for key, item in part.items()}
+        for key, item in inner.items():
+            set_value(config, f"{place.path}.{name}{key}", item, error_prefix)
+    return True
 
 
 def _refuse_part(place: Place, error_prefix: str) -> None:
@@ -217,6 +241,8 @@ def set_value(config: fdl.Config[Any], path: str, value: Any, error_prefix: str)
         if not is_of_type(value, place.annotation):
             raise UsageError(f"{error_prefix}: got a {class_name}, wanted {shown_type(place.annotation)}.")
         fitted: Any = value.__deepcopy__({})
+    elif _put_parts(config, place, value, error_prefix):
+        return
     else:
         _refuse_part(place, error_prefix)
         fitted = _fit(value, place.annotation, error_prefix, value)

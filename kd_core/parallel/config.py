@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
@@ -38,7 +39,8 @@ class Parallel:
             moments, where weights are gathered once a step, and gradients are reduced in its last pass. full: the
             same, where each pass gathers the weights of each block, again in the backward pass, and reduces gradients.
         replicas: copies that are each sharded over size / (replicas · tensor_parallel) ranks, in hybrid sharding.
-        recompute: activations that are computed again in the backward pass: none, full, or every:N blocks.
+        recompute: activations that are computed again in the backward pass: none, full, every:N blocks, or all but
+            those that are dear for their size, within a share of what none keeps (budget:0.5).
         compile: compile each block. A loop over documents stays outside.
         cuda_graphs: launch each compiled block as CUDA graphs, for a student so small that launching kernels takes
             longer than running them. For one GPU and one pass a step, without recomputation.
@@ -83,12 +85,23 @@ class Parallel:
         Raises:
             UsageError: `recompute` is none of its choices.
         """
-        kind, _, every = self.recompute.partition(":")
+        kind, _, number = self.recompute.partition(":")
         if self.recompute in ("none", "full"):
             return {"none": None, "full": 1}[self.recompute]
-        if kind != "every" or not every.isdecimal() or int(every) < 1:
-            raise UsageError(f"parallel.recompute: got {self.recompute!r}; wanted none, full, or every:N with N ≥ 1.")
-        return int(every)
+        if self.recompute_budget() is not None:
+            return 1
+        if kind != "every" or not number.isdecimal() or int(number) < 1:
+            raise UsageError(
+                f"parallel.recompute: got {self.recompute!r}; wanted none, full, every:N with N ≥ 1, or budget:S with "
+                "0 < S < 1."
+            )
+        return int(number)
+
+    def recompute_budget(self) -> float | None:
+        """Returns the share of activations that is kept at most, or None where `recompute` is no budget."""
+        kind, _, share = self.recompute.partition(":")
+        is_share = kind == "budget" and re.fullmatch(r"0?\.\d+", share) is not None and float(share) > 0
+        return float(share) if is_share else None
 
     def choose_kernels(self) -> None:
         """Sets which kernels torch takes in this process. torch warns of operations that have no deterministic one."""

@@ -7,6 +7,7 @@ parallelism, this rank's positions of it. Attention gets this rank's heads. Para
 gradient norms, moments and checkpoints are those of the whole student. Names of parameters do not change.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.layout import Layout, ParameterFacts, RankHolding, holding_of_fullest_rank
+from kd_core.parallel.recompute import BudgetedRecomputation, recompute_all
 from kd_core.parallel.tensor_parallel import ExpertParallelStyle, TensorParallelStyle
 from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
@@ -182,6 +184,23 @@ def _compile_blocks(student: Student, cuda_graphs: bool, world: World) -> None:
         student.register_forward_pre_hook(_begin_generation)
 
 
+def apply_recomputation(student: Student, parallel: Parallel) -> None:
+    """Sets which activations blocks compute again in the backward pass."""
+    every, share = parallel.recomputed_every(), parallel.recompute_budget()
+    budget = BudgetedRecomputation(share or 1.0, len(student.layers))
+    # The compiler has a budget of its own for the graphs of a block.
+    if parallel.compile:
+        from torch._functorch import config  # noqa: PLC0415 (imports the compiler)
+
+        config.activation_memory_budget = share or 1.0
+    for i, module in enumerate(student.layers):
+        block = cast(Block, module)
+        if share is not None:
+            block.recompute = None if parallel.compile else functools.partial(budget.recompute, i)
+        else:
+            block.recompute = recompute_all if every is not None and i % every == 0 else None
+
+
 def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
     """Parallelises a student on the meta device, then allocates its memory without filling it.
 
@@ -190,10 +209,7 @@ def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
     if world.mesh is not None and world.layout.tensor > 1:
         _apply_tensor_parallel(student, world.mesh["tp"], parallel.sequence_parallel)
     # Recomputation wraps the compiled function of a block, so that a compiled graph is one unit of it.
-    every = parallel.recomputed_every()
-    for i, module in enumerate(student.layers):
-        block = cast(Block, module)
-        block.recompute = every is not None and i % every == 0
+    apply_recomputation(student, parallel)
     if parallel.compile:
         _compile_blocks(student, parallel.cuda_graphs, world)
     if world.mesh is not None:

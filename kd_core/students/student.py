@@ -32,9 +32,9 @@ ShardingRule = Literal[
 
 
 class Block(Protocol):
-    """One transformer block. `run` computes it, and `forward` recomputes its activations if `recompute` is set."""
+    """One transformer block. `run` computes it, through `recompute` where that is set and gradients are needed."""
 
-    recompute: bool
+    recompute: Callable[..., Any] | None
     run: Callable[..., Any]
 
 

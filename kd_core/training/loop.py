@@ -36,7 +36,7 @@ from kd_core.training.monitoring.histograms import histograms_of_step
 from kd_core.training.monitoring.metric_log import MetricLog, per_token
 from kd_core.training.monitoring.progress_line import ProgressLine
 from kd_core.training.monitoring.slow_start import SlowStart
-from kd_core.training.optimizer import set_rates
+from kd_core.training.optimizer import peak_rates, set_rates
 from kd_core.training.run_folder import RunFolder, write_failed_batch
 from kd_core.training.run_settings import RunSettings
 from kd_core.training.step import BegunStep, begin_step, count_tokens_and_damage
@@ -64,13 +64,13 @@ class Data:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step that has begun: its batches, histograms and rate, its time, and the seconds it waited for data."""
+    """A step that has begun: its batches, histograms, rates by metric, its time, and the seconds it waited for data."""
 
     step: int
     batches: Sequence[Batch]
     result: BegunStep
     histograms: dict[str, dict[str, Any]]
-    rate: float
+    rates: dict[str, float]
     stopwatch: Stopwatch
     waited: float
 
@@ -157,7 +157,8 @@ class _Run:
                 clip_norm=settings.optimizer.clip_norm, parallel=settings.parallel, world=self.world,
             )  # fmt: skip
         stopwatch.stop()
-        return _Begun(step, batches, result, histograms, factor * settings.optimizer.lr, stopwatch, waited)
+        rates = {f"train/{name}": factor * peak for name, peak in peak_rates(settings.optimizer).items()}
+        return _Begun(step, batches, result, histograms, rates, stopwatch, waited)
 
     def end_step(self, begun: _Begun) -> dict[str, float]:
         """Reads the numbers of a step, and returns its metrics.
@@ -188,7 +189,7 @@ class _Run:
             **per_token("train", result.sums, result.tokens),
             "data/damaged_blocks": float(result.damaged_blocks),
             "train/skipped_steps": float(after_step.skipped),
-            "train/lr": begun.rate,
+            **begun.rates,
             "train/grad_norm": result.grad_norm,
             "speed/tokens_per_second": result.tokens / seconds,
             "speed/step_seconds": seconds,

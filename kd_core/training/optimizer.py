@@ -1,9 +1,9 @@
 """Optimisers as frozen settings, from which a torch optimiser is built once the student exists."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from kd_core.errors import UsageError
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, NOT_NEGATIVE, SHARE_BELOW_1, check_settings
 from kd_core.students.starts.name_patterns import match_names
 from kd_core.training.checkpoints.checkpoint_state import trained_parameters
+from kd_core.training.checkpoints.eight_bit_state import NAMES as EIGHT_BIT
+from kd_core.training.checkpoints.eight_bit_state import check_blocks, optimizer_class
+from kd_core.training.parameter_groups import Group, torch_groups
 
 OnNonFinite = Literal["stop", "skip"]
 # LBFGS calls the model again during a step, SparseAdam needs sparse gradients, and Optimizer is the base class.
@@ -52,17 +55,12 @@ def _check_common(settings: Optimizer) -> None:
     )  # fmt: skip
 
 
-def _groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Returns two parameter groups: matrices with weight decay, and vectors and scalars without."""
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW (arXiv 1711.05101), with weight decay on matrices only. `Optimizer` explains the last three settings."""
+    """AdamW (arXiv 1711.05101), with weight decay on matrices only. `Optimizer` explains the last three settings.
+
+    `groups` have rates and decay of their own, by name pattern (`embed_tokens.*`). A parameter is in one at most.
+    """
 
     lr: float = 4e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -71,23 +69,28 @@ class AdamW:
     clip_norm: float = 1.0
     on_non_finite: OnNonFinite = "stop"
     max_skipped: int = 8
+    groups: Mapping[str, Group] = field(default_factory=dict[str, Group])
 
     def __post_init__(self) -> None:
         _check_common(self)
         check_settings(self, "optimizer.", eps=ABOVE_0, betas=SHARE_BELOW_1)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        return self.build_for(list(trained_parameters(model).values()))
+        return self.build_for(trained_parameters(model), "optimizer.groups")
 
-    def build_for(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Builds the optimiser of these parameters."""
-        groups = _groups(parameters, self.weight_decay)
+    def check_names(self, model: nn.Module) -> None:
+        """Checks that each pattern of `groups` matches trained parameters, without memory for them."""
+        torch_groups(trained_parameters(model), self.lr, self.weight_decay, self.groups, "optimizer.groups")
+
+    def build_for(self, named: Mapping[str, nn.Parameter], where: str) -> torch.optim.Optimizer:
+        """Builds the optimiser of these parameters. `where` is the path of `groups`."""
+        groups = torch_groups(named, self.lr, self.weight_decay, self.groups, where)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 @dataclass(frozen=True)
 class TorchOptimizer:
-    """An optimiser of torch.optim by its name (`SGD`, `Adafactor`, `Muon`), or one that a function builds.
+    """An optimiser of torch.optim by its name (`SGD`, `Muon`), of torchao (`AdamW8bit`), or one that a function builds.
 
     Args:
         cls: the name, or a function that takes parameter groups, `lr=` and `settings`, and returns a torch optimiser.
@@ -100,6 +103,7 @@ class TorchOptimizer:
         clip_norm: see `Optimizer`.
         on_non_finite: see `Optimizer`.
         max_skipped: see `Optimizer`.
+        groups: rates and decay of their own by name pattern, as `AdamW` has them, among the parameters of `only`.
     """
 
     cls: str | Callable[..., torch.optim.Optimizer]
@@ -111,10 +115,12 @@ class TorchOptimizer:
     clip_norm: float = 1.0
     on_non_finite: OnNonFinite = "stop"
     max_skipped: int = 8
+    groups: Mapping[str, Group] = field(default_factory=dict[str, Group])
 
     def __post_init__(self) -> None:
         _check_common(self)
-        supported = {name for name, value in vars(torch.optim).items() if inspect.isclass(value)} - {*UNSUPPORTED}
+        names = [name for name, value in vars(torch.optim).items() if inspect.isclass(value)]
+        supported = {*names, *EIGHT_BIT} - {*UNSUPPORTED}
         if isinstance(self.cls, str) and self.cls not in supported:
             raise UsageError(f"optimizer.cls: got {self.cls!r}; wanted one of {', '.join(sorted(supported))}.")
         if duplicates := {"lr", "weight_decay"} & set(self.settings):
@@ -126,7 +132,9 @@ class TorchOptimizer:
             )
         self._refuse_others_of_the_step()
         # The optimiser checks its settings when it is built. Two small matrices do that before there is a student.
-        self._make([nn.Parameter(torch.zeros(2, 2)) for _ in range(2)])
+        self._make(torch_groups({"matrix": nn.Parameter(torch.zeros(2, 2))}, self.lr, self.weight_decay, {}, ""))
+        if any(group.weight_decay for group in self.groups.values()):
+            self._make(torch_groups({"matrix": nn.Parameter(torch.zeros(2, 2))}, self.lr, 1.0, {}, ""))
 
     def _refuse_others_of_the_step(self) -> None:
         """Raises where `others` sets otherwise how a step is clipped or skipped, which is done as a whole."""
@@ -138,20 +146,21 @@ class TorchOptimizer:
                     f"optimizer.{name}, which is {outer_value!r}. Set optimizer.{name}, and leave this one out."
                 )
 
-    def _make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Calls torch's class or the function.
 
         Raises:
             UsageError: it refuses its settings or the parameters, or does not return an optimiser.
         """
-        make = getattr(torch.optim, self.cls) if isinstance(self.cls, str) else self.cls
-        name, groups = make.__name__, _groups(parameters, self.weight_decay)
-        if isinstance(self.cls, str) and "weight_decay" not in inspect.signature(make).parameters:
-            if self.weight_decay:
-                raise UsageError(f"optimizer.weight_decay: got {self.weight_decay}; {name} has none.")
-            groups = [{"params": group["params"]} for group in groups]
+        make = self.cls
+        if isinstance(make, str):
+            make = optimizer_class(make) if make in EIGHT_BIT else getattr(torch.optim, make)
+        name, groups = make.__name__, [group for group in groups if group["params"]]
+        has_decay = not isinstance(self.cls, str) or "weight_decay" in inspect.signature(make).parameters
+        if not has_decay and (decay := max(group.pop("weight_decay") for group in groups)):
+            raise UsageError(f"optimizer.weight_decay: got {decay}; {name} has none.")
         try:
-            optimizer = make([group for group in groups if group["params"]], lr=self.lr, **self.settings)
+            optimizer = make(groups, lr=self.lr, **self.settings)
         except (TypeError, ValueError, RuntimeError) as error:
             where = "optimizer.settings" if self.settings else "optimizer"
             raise UsageError(f"{where}: {name} with {dict(self.settings)}: {error}") from error
@@ -161,19 +170,32 @@ class TorchOptimizer:
             )
         return optimizer
 
+    def check_names(self, model: nn.Module) -> None:
+        """Checks that each pattern matches trained parameters, without memory for them. Raises as `build` does."""
+        own, remaining = self._own_and_remaining(model)
+        torch_groups(own, self.lr, self.weight_decay, self.groups, "optimizer.groups")
+        if self.others is not None and remaining:
+            torch_groups(remaining, 1.0, 0.0, self.others.groups, "optimizer.others.groups")
+
+    def _own_and_remaining(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        named = trained_parameters(model)
+        names = match_names(named, self.only, "optimizer.only") if self.only else list(named)
+        own = {name: named.pop(name) for name in names}
+        if self.cls in EIGHT_BIT:
+            check_blocks(own, int(cast(int, self.settings.get("block_size", 256))))
+        return own, named
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Builds one optimiser of the trainable parameters, or two behind one interface if `only` names some of them.
 
         Raises:
-            UsageError: a pattern of `only` matches no parameter, or the optimiser refuses a parameter.
+            UsageError: a pattern matches no parameter, two of `groups` match one, or the optimiser refuses a parameter.
         """
-        named = trained_parameters(model)
-        names = match_names(named, self.only, "optimizer.only") if self.only else list(named)
-        optimizer = self._make([named[name] for name in names])
-        remaining = [parameter for name, parameter in named.items() if name not in {*names}]
+        own, remaining = self._own_and_remaining(model)
+        optimizer = self._make(torch_groups(own, self.lr, self.weight_decay, self.groups, "optimizer.groups"))
         if self.others is None or not remaining:
             return optimizer
-        return _CombinedOptimizer(optimizer, self.others.build_for(remaining))
+        return _CombinedOptimizer(optimizer, self.others.build_for(remaining, "optimizer.others.groups"))
 
 
 class _CombinedOptimizer(torch.optim.Optimizer):
@@ -191,7 +213,22 @@ class _CombinedOptimizer(torch.optim.Optimizer):
             optimizer.step(closure)
 
 
+def peak_rates(settings: Optimizer) -> dict[str, float]:
+    """Returns peak learning rates by the names of their metrics: `lr`, and `lr/…` of groups where they differ."""
+    rates = _group_rates(settings)
+    others = getattr(settings, "others", None)
+    if isinstance(others, AdamW):
+        rates |= {"lr/others": others.lr, **{f"lr/others/{name[3:]}": lr for name, lr in _group_rates(others).items()}}
+    return {"lr": settings.lr, **{name: lr for name, lr in rates.items() if lr != settings.lr}}
+
+
+def _group_rates(settings: Optimizer) -> dict[str, float]:
+    groups: Mapping[str, Group] = getattr(settings, "groups", {})
+    return {f"lr/{pattern}": settings.lr * group.lr_scale for pattern, group in groups.items()}
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets the learning rate of every group to its peak rate times the schedule's factor."""
+    """Sets every group's learning rate to its peak rate times the schedule's factor. A rate may be a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        lr = factor * group.setdefault("initial_lr", float(group["lr"]))
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr

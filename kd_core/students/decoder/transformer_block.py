@@ -4,11 +4,11 @@ A family of other wiring has a block of its own in `families/`, which takes an a
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kd_core.row_shares import PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
@@ -45,7 +45,7 @@ class SwiGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Transformer block: attention and feed-forward, each behind a norm and beside a residual.
 
-    With `recompute`, activations inside the block are computed again in the backward pass instead of stored.
+    `recompute` runs the block where activations are computed again in the backward pass instead of stored.
     """
 
     # By name inside the block, those of norms and biases that an architecture lacks included.
@@ -71,15 +71,14 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.mlp = SwiGLU(arch)
         self.residual_scale = arch.residual_scale
-        self.recompute = False
+        self.recompute: Callable[..., Any] | None = None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Maps [B, T, D] to [B, T, D], and returns values for `Context.block_values` beside it if the block has any."""
         if self.recompute and torch.is_grad_enabled():
-            # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
-            return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
+            return self.recompute(self.run, x, cos, sin, documents)
         return self.run(x, cos, sin, documents)
 
     def run(

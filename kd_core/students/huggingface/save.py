@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_core.errors import UsageError
@@ -24,6 +23,7 @@ from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.folder_adapters import folder_adapters
 from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
+from kd_core.students.huggingface.tensor_file import write_tensors
 from kd_core.students.huggingface.weights import stored_architecture, weight_files
 from kd_core.students.student import Student
 
@@ -121,13 +121,8 @@ def _gather_all(files: list[_File]) -> Iterator[Tensor]:
 
 def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
     for file in files:
-        state = {piece.name: next(tensors).to("cpu", dtype).contiguous() for piece in file.pieces}
-        try:
-            save_file(state, folder / file.name, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UsageError(
-                f"{folder / file.name}: cannot be written ({error}). Free some space and run the same command again."
-            ) from None
+        names = [piece.name for piece in file.pieces]
+        write_tensors(folder / file.name, names, (next(tensors).to("cpu", dtype) for _ in names))
 
 
 def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
@@ -180,8 +175,8 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
 ) -> None:
     """Writes a folder that transformers loads: config, weights, the tokenizer's files, and `adapter/` for PEFT.
 
-    Every process must call it. An error of the one that writes stops all. Memory: the weights of one file, on the
-    writing process alone.
+    Every process must call it. An error of the one that writes stops all. Memory: one tensor at a time on each
+    process, and a copy of it in `dtype` on the one that writes.
 
     Args:
         model: the student, also sharded.

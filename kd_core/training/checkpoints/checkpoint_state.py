@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from kd_core.errors import UsageError
 from kd_core.sharded_values import full_value, replicated_empty
 from kd_core.training.checkpoints.checkpoint_storage import DTYPE_NAMES
+from kd_core.training.checkpoints.eight_bit_state import is_plain, joined_states, plain_tensors
 
 State = dict[str, Tensor]
 ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -42,7 +43,10 @@ def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     state = model_state(model)
     for name, parameter in trained_parameters(model).items():
         parameter_state: Mapping[str, object] = optimizer.state.get(parameter, {})
-        for key, value in parameter_state.items():
+        tensors = {
+            k: v for key, value in parameter_state.items() for k, v in plain_tensors(key, value, parameter).items()
+        }
+        for key, value in tensors.items():
             if not _can_be_stored(value, key, parameter):
                 kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise UsageError(
@@ -54,7 +58,7 @@ def run_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 
 
 def _can_be_stored(value: object, key: str, parameter: Tensor) -> TypeGuard[Tensor]:
-    if not isinstance(value, Tensor) or "." in key or value.dtype not in DTYPE_NAMES:
+    if not isinstance(value, Tensor) or "." in key or value.dtype not in DTYPE_NAMES or not is_plain(value):
         return False
     return value.shape == parameter.shape or value.numel() <= max(1, parameter.numel())
 
@@ -155,10 +159,11 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
                 keys = dict.fromkeys((*(ADAM if "betas" in group else ()), *shapes))
                 _check_moments(names[parameter], shapes, {key: () if key == "step" else shape for key in keys})
             if tensors:  # placed as torch's load_state_dict places them, but in their stored dtype
-                optimizer.state[parameter] = {
+                placed = {
                     key: tensor if key == "step" and not fused else tensor.to(parameter.device)
                     for key, tensor in tensors.items()
                 }
+                optimizer.state[parameter] = joined_states(placed, parameter, names[parameter])
 
 
 def _check_moments(name: str, stored_shapes: object, shapes: object) -> None:
