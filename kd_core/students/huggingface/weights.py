@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -185,16 +185,10 @@ def has_own_head(folder: Path) -> bool:
     return _differ(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
 
 
-def load_weights(
-    parameters: Mapping[str, Tensor],
-    folder: Path,
-    keep_layers: tuple[int, ...],
-    part_of: Callable[[str, StoredTensor], StoredTensor] = lambda _, stored: stored,
-) -> None:
+def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
     """Copies the folder's weights into `parameters` by name. Layer i of them is the folder's layer `keep_layers[i]`.
 
-    A tied student takes the stored embedding, or if there is none, the stored lm_head. `part_of` returns what a
-    parameter takes of the tensor stored for it: all, unless the student is narrower than the folder.
+    A tied student takes the stored embedding, or if there is none, the stored lm_head.
 
     Raises:
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
@@ -213,7 +207,7 @@ def load_weights(
             continue
         if name not in remaining:
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
-        part_of(name, stored).fill(remaining.pop(name))
+        stored.fill(remaining.pop(name))
     if remaining:
         raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
 
