@@ -19,6 +19,7 @@ from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.sharded_values import errors_on_all_ranks, full_tensor
 from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
+from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.huggingface.weights import stored_architecture, weight_files
@@ -61,14 +62,17 @@ def _model_pieces(model: Student) -> list[_Piece]:
     if arch.vocab_rows > arch.vocab_size:
         head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
         gathers[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
-    return [
-        _Piece(
-            name if name == "lm_head.weight" else f"model.{name}",
-            parameter.numel(),
-            gathers.get(name, functools.partial(full_tensor, parameter)),
-        )
-        for name, parameter in base_parameters(model).items()
-    ]
+    family, parameters = FAMILIES[arch.family], base_parameters(model)
+
+    def piece(stored: str) -> _Piece:
+        names = family.names_of_parts(stored)
+        parts = [gathers.get(name, functools.partial(full_tensor, parameters[name])) for name in names]
+        size = sum(parameters[name].numel() for name in names)
+        gather = parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+        return _Piece(family.name_in_folder(stored), size, gather)
+
+    # The parts of a joined tensor give the same name.
+    return [piece(stored) for stored in dict.fromkeys(map(family.joined_name, parameters))]
 
 
 def _adapter_pieces(model: Student) -> list[_Piece]:
