@@ -25,6 +25,7 @@ class KeptWidth:
         heads: query heads, for each of `layers`.
         kv_heads: key and value heads, for each of `layers`.
         gains: factors on the gains of norms, by the norm's name in the model. A missing one is 1.
+        shares: how much of the importance is kept, by the name of the size.
     """
 
     arch: Architecture
@@ -34,6 +35,7 @@ class KeptWidth:
     heads: tuple[Int[Tensor, " H"], ...]
     kv_heads: tuple[Int[Tensor, " G"], ...]
     gains: dict[str, float]
+    shares: dict[str, float]
 
 
 def _most_important(importance: Float[Tensor, "... C"], count: int) -> Int[Tensor, "... count"]:
@@ -42,9 +44,7 @@ def _most_important(importance: Float[Tensor, "... C"], count: int) -> Int[Tenso
     return order[..., :count].sort(dim=-1).values
 
 
-def _most_important_heads(
-    importance: Float[Tensor, " H"], arch: Architecture, kept: Architecture
-) -> tuple[Tensor, Tensor]:
+def _kept_heads(importance: Float[Tensor, " H"], arch: Architecture, kept: Architecture) -> tuple[Tensor, Tensor]:
     """Returns the kept query heads and kv heads of a layer.
 
     Whole groups of a kv head stay, by the sum of their heads. In each, as many query heads stay.
@@ -80,25 +80,35 @@ def narrower(arch: Architecture, widths: dict[str, int | None]) -> Architecture:
     return kept
 
 
+def _kept_share(importance: Sequence[Tensor], kept: Sequence[Tensor]) -> float:
+    """Returns the mean over layers of the share of the importance that is kept."""
+    shares = [values[index].sum() / values.sum() for values, index in zip(importance, kept, strict=True)]
+    return float(sum(shares)) / len(shares)
+
+
 def select_widths(
     importance: WidthImportance, arch: Architecture, kept: Architecture, layers: Sequence[int]
 ) -> KeptWidth:
     """Returns what a student of architecture `kept` takes of a model of architecture `arch`.
 
     The gain of a norm is multiplied by the root mean square of the kept channels, where that of all is 1. So the
-    narrower norm gives the values of the model's on average. The factor is left out where all channels stay.
+    narrower norm gives the values of the model's on average. Where all channels stay, no gain changes.
     """
     hidden = _most_important(importance.hidden, kept.hidden_size)
-    heads = [_most_important_heads(importance.heads[layer], arch, kept) for layer in layers]
-    is_narrower = kept.hidden_size < arch.hidden_size
+    feed_forward = [_most_important(importance.feed_forward[layer], kept.intermediate_size) for layer in layers]
+    heads, kv_heads = zip(*(_kept_heads(importance.heads[layer], arch, kept) for layer in layers), strict=True)
+    energy = importance.energy if kept.hidden_size < arch.hidden_size else {}
     return KeptWidth(
         arch=kept.with_layers(tuple(layers)),
         layers=tuple(layers),
         hidden=hidden,
-        feed_forward=tuple(_most_important(importance.feed_forward[layer], kept.intermediate_size) for layer in layers),
-        heads=tuple(query for query, _ in heads),
-        kv_heads=tuple(groups for _, groups in heads),
-        gains={name: float(energy[hidden].mean().sqrt()) for name, energy in importance.energy.items()}
-        if is_narrower
-        else {},
+        feed_forward=tuple(feed_forward),
+        heads=heads,
+        kv_heads=kv_heads,
+        gains={name: float(squares[hidden].mean().sqrt()) for name, squares in energy.items()},
+        shares={
+            "hidden_size": _kept_share([importance.hidden], [hidden]),
+            "intermediate_size": _kept_share([importance.feed_forward[layer] for layer in layers], feed_forward),
+            "num_heads": _kept_share([importance.heads[layer] for layer in layers], heads),
+        },
     )
