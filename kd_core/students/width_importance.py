@@ -4,23 +4,27 @@
     feed-forward channels   |inputs| of down_proj, in each layer
     query heads             L2 norms of the heads' outputs, which are the inputs of o_proj, in each layer
 
-Means over the positions of a row, then root mean squares over rows, which the paper found best. No sum depends on how
-rows are batched.
+Means over the positions of a row, then root mean squares over rows, which the paper found best. No number depends on
+how rows are batched.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kd_core.errors import UsageError
 from kd_core.students.layer_importance import LayerwiseText
 from kd_core.students.student import Student
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
+NORMS = ("norm", "residual_norm")  # rules of norms on the residual stream, and on what is added to it
+PRUNABLE = (*NORMS, "embedding", "columns", "kv_columns", "rows", "head_norm", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -29,95 +33,106 @@ class WidthImportance:
 
     Args:
         hidden: of the channels of the residual stream.
-        feed_forward: of each layer's feed-forward channels, by the layer's number in the model.
-        heads: of each layer's query heads.
-        energy: of each norm by its name: mean squares of its input's channels at a root mean square of 1.
+        feed_forward: of the feed-forward channels of each layer that ran.
+        heads: of the query heads of each layer that ran.
+        energy: of each norm: mean squares of its input's channels, at a mean square of 1 in each position. Names are
+            those in a student of the layers that ran.
     """
 
     hidden: Float[Tensor, " D"]
-    feed_forward: dict[int, Float[Tensor, " I"]]
-    heads: dict[int, Float[Tensor, " H"]]
+    feed_forward: list[Float[Tensor, " I"]]
+    heads: list[Float[Tensor, " H"]]
     energy: dict[str, Float[Tensor, " D"]]
 
 
 @dataclass
 class _RowSums:
-    """Sums over rows of squared row means, and of plain row means."""
+    """Sums over rows, by the name of a module."""
 
     rows: int = 0
-    squares: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
     energies: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, magnitudes: Float[Tensor, "B T C"]) -> None:
         # Mean over positions, squared, summed over rows.  [B, T, C] → [C]
         squares = magnitudes.mean(dim=1, dtype=torch.float64).square().sum(dim=0).cpu()
-        self.squares[name] = self.squares.get(name, 0) + squares
+        self.magnitudes[name] = self.magnitudes.get(name, 0) + squares
 
-    def add_energy(self, name: str, x: Float[Tensor, "B T D"]) -> None:
+    def add_norm(self, name: str, _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.add(name, output.abs())
         # Squares at a mean square of 1 in each position, mean over positions, summed over rows.  [B, T, D] → [D]
-        squares = x.double().square()
+        squares = args[0].double().square()
         shares = squares / squares.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         self.energies[name] = self.energies.get(name, 0) + shares.mean(dim=1).sum(dim=0).cpu()
 
-    def root_mean_square(self, name: str) -> Tensor:
-        return (self.squares[name] / self.rows).sqrt()
+    def add_input(self, name: str, head_dim: int, _: nn.Module, args: tuple[Tensor]) -> None:
+        # L2 norms of attention heads, or absolute values where a head is one channel.  [B, T, H·d] → [B, T, H]
+        heads = rearrange(args[0], "B T (H d) -> B T H d", d=head_dim)
+        self.add(name, heads.norm(dim=-1, dtype=torch.float64) if head_dim > 1 else heads[..., 0].abs())
+
+    def importance(self, name: str) -> Float[Tensor, " C"]:
+        return (self.magnitudes[name] / self.rows).sqrt()
 
 
-def stream_norms(model: Student) -> dict[str, nn.Module]:
-    """Returns the norms on the residual stream, by name."""
+def split_name(name: str) -> tuple[int | None, str]:
+    """Returns the layer of a module or parameter and its name in the block. Outside of blocks the layer is None."""
+    if not name.startswith("layers."):
+        return None, name
+    _, layer, inner = name.split(".", 2)
+    return int(layer), inner
+
+
+def check_prunable(model: Student) -> None:
+    """Checks that every module with parameters is of a kind whose widths can be cut.
+
+    Raises:
+        UsageError: one is not, such as a router or experts.
+    """
     rules = model.sharding_rules()
-    modules = dict(model.named_modules())
-    return {name: modules[name] for name in modules if rules.get(inside_block(name)) == "norm"}
+    for name, _ in model.named_parameters():
+        module = split_name(name.rpartition(".")[0])[1]
+        if rules.get(module) not in PRUNABLE:
+            raise UsageError(
+                f"{module}: the widths of {model.arch.family} cannot be pruned, as it has this module. Drop layers "
+                "alone: student.keep_layers, which launchers.importance measures."
+            )
 
 
-def inside_block(name: str) -> str:
-    """Returns the name of a module inside its block, or in the model if it is in none."""
-    return name.split(".", 2)[2] if name.startswith("layers.") and name.count(".") > 1 else name
-
-
-def _listen(model: Student, layers: Sequence[int], sums: _RowSums, stack: ExitStack) -> list[str]:
-    """Hooks the modules whose activations are measured, until `stack` is closed. Returns the names of the norms."""
-
-    def norm_hook(name: str) -> Callable[..., None]:
-        def measure(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            sums.add(name, output.abs())
-            sums.add_energy(name, args[0])
-
-        return measure
-
-    def input_hook(name: str, magnitudes: Callable[[Tensor], Tensor]) -> Callable[..., None]:
-        return lambda _, args: sums.add(name, magnitudes(args[0]))
-
-    def head_norms(x: Tensor) -> Tensor:
-        # L2 norm of each head's output.  [B, T, H·d] → [B, T, H]
-        return rearrange(x, "B T (H d) -> B T H d", d=model.arch.head_dim).norm(dim=-1, dtype=torch.float64)
-
-    own_blocks = tuple(f"layers.{layer}." for layer in layers)
-    norms = [name for name in stream_norms(model) if name.startswith(own_blocks) or not name.startswith("layers.")]
-    for name in norms:
-        stack.enter_context(model.get_submodule(name).register_forward_hook(norm_hook(name)))
-    for layer in layers:
-        for inner, magnitudes in ((DOWN, torch.abs), (OUTPUT, head_norms)):
-            name = f"layers.{layer}.{inner}"
-            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(input_hook(name, magnitudes)))
-    return norms
+def _hook(model: Student, layers: Sequence[int], sums: _RowSums, stack: ExitStack) -> None:
+    """Hooks all modules that are measured, until `stack` is closed. Sums are by the names of a student of `layers`."""
+    rules = model.sharding_rules()
+    modules = {name: module for name, module in model.named_children() if name != "layers"}
+    for position, layer in enumerate(layers):
+        block = model.layers[layer].named_modules()
+        modules |= {f"layers.{position}.{inner}": module for inner, module in block if inner}
+    for name, module in modules.items():
+        inner = split_name(name)[1]
+        if rules.get(inner) in NORMS and isinstance(getattr(module, "weight", None), Tensor):
+            stack.enter_context(module.register_forward_hook(partial(sums.add_norm, name)))
+        elif inner in (DOWN, OUTPUT):
+            head_dim = model.arch.head_dim if inner == OUTPUT else 1
+            stack.enter_context(module.register_forward_pre_hook(partial(sums.add_input, name, head_dim)))
 
 
 @torch.no_grad()
 def measure_widths(
-    model: Student, layers: Sequence[int], batches: Iterable[Int[Tensor, "B S"]], report: Callable[[int], None]
+    model: Student, layers: Sequence[int], batches: Iterable[Int[Tensor, "_ S"]], report: Callable[[int], object]
 ) -> WidthImportance:
     """Returns the importance of the widths of these layers, in one pass over the text.
 
     Args:
-        model: a decoder whose blocks have `self_attn.o_proj` and `mlp.down_proj`.
+        model: the model.
         layers: the layers that run, in this order.
         batches: rows of tokens of one document each.
-        report: called with the tokens of each batch that is done.
+        report: called with the number of tokens of each batch that is done.
+
+    Raises:
+        UsageError: the widths of this family cannot be pruned.
     """
+    check_prunable(model)
     sums = _RowSums()
     with ExitStack() as stack:
-        norms = _listen(model, layers, sums, stack)
+        _hook(model, layers, sums, stack)
         for tokens in batches:
             text = LayerwiseText(model, tokens)
             x = text.embedded
@@ -127,8 +142,8 @@ def measure_widths(
             sums.rows += len(tokens)
             report(tokens.numel())
     return WidthImportance(
-        hidden=torch.stack([sums.root_mean_square(name) for name in norms]).mean(dim=0),
-        feed_forward={layer: sums.root_mean_square(f"layers.{layer}.{DOWN}") for layer in layers},
-        heads={layer: sums.root_mean_square(f"layers.{layer}.{OUTPUT}") for layer in layers},
-        energy={name: sums.energies[name] / sums.rows for name in norms},
+        hidden=torch.stack([sums.importance(name) for name in sums.energies]).mean(dim=0),
+        feed_forward=[sums.importance(f"layers.{position}.{DOWN}") for position in range(len(layers))],
+        heads=[sums.importance(f"layers.{position}.{OUTPUT}") for position in range(len(layers))],
+        energy={name: energy / sums.rows for name, energy in sums.energies.items()},
     )

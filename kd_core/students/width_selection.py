@@ -1,14 +1,16 @@
-"""Which channels and heads a narrower student keeps: the most important ones, in the order in which they are stored."""
+"""What a narrower student keeps: the most important channels and heads, in the order in which they are stored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.width_importance import WidthImportance
+from kd_core.students.student import ShardingRule
+from kd_core.students.width_importance import WidthImportance, split_name
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 
@@ -21,61 +23,90 @@ class KeptWidth:
         arch: the student's architecture.
         layers: the layers, in the student's order.
         hidden: channels of the residual stream.
-        feed_forward: feed-forward channels, for each of `layers`.
-        heads: query heads, for each of `layers`.
-        kv_heads: key and value heads, for each of `layers`.
-        gains: factors on the gains of norms, by the norm's name in the model. A missing one is 1.
+        feed_forward: feed-forward channels of each layer.
+        heads: query heads of each layer.
+        kv_heads: key and value heads of each layer.
+        gains: factors on the gains of norms, by the norm's name in the student. A missing one is 1.
         shares: how much of the importance is kept, by the name of the size.
     """
 
     arch: Architecture
     layers: tuple[int, ...]
     hidden: Int[Tensor, " D"]
-    feed_forward: tuple[Int[Tensor, " I"], ...]
-    heads: tuple[Int[Tensor, " H"], ...]
-    kv_heads: tuple[Int[Tensor, " G"], ...]
+    feed_forward: list[Int[Tensor, " I"]]
+    heads: list[Int[Tensor, " H"]]
+    kv_heads: list[Int[Tensor, " G"]]
     gains: dict[str, float]
     shares: dict[str, float]
 
+    def indices(self, name: str, shape: Sequence[int], rules: Mapping[str, ShardingRule]) -> list[Int[Tensor, " n"]]:
+        """Returns the indices to keep in each dimension of a parameter of the model.
 
-def _most_important(importance: Float[Tensor, "... C"], count: int) -> Int[Tensor, "... count"]:
+        Args:
+            name: the parameter's name in the student.
+            shape: the parameter's shape in the model.
+            rules: the student's `sharding_rules`, which say between which channels a module maps.
+        """
+        module, _, kind = name.rpartition(".")
+        layer, inner = split_name(module)
+        rule = rules[inner]
+        if rule in ("embedding", "lm_head"):
+            return [torch.arange(shape[0]), self.hidden]
+        if rule == "head_norm":
+            return [torch.arange(shape[0])]
+        if layer is None or rule in ("norm", "residual_norm"):
+            return [self.hidden]
+        # Linear layers of a block map hidden channels to channels inside attention or feed-forward, or back.
+        inside = self._inside(layer, inner, rule)
+        outputs, inputs = (self.hidden, inside) if rule == "rows" else (inside, self.hidden)
+        return [outputs, inputs] if kind == "weight" else [outputs]
+
+    def _inside(self, layer: int, inner: str, rule: ShardingRule) -> Int[Tensor, " n"]:
+        if inner.startswith("mlp."):
+            return self.feed_forward[layer]
+        # Channels of the kept heads.  [H] → [H·d]
+        heads = self.kv_heads[layer] if rule == "kv_columns" else self.heads[layer]
+        return (heads[:, None] * self.arch.head_dim + torch.arange(self.arch.head_dim)).flatten()
+
+
+def _most_important(importance: Float[Tensor, "*B C"], count: int) -> Int[Tensor, "*B n"]:
     """Returns the indices of the `count` largest values, increasing. Of equal values the first are taken."""
     order = importance.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values
 
 
-def _kept_heads(importance: Float[Tensor, " H"], arch: Architecture, kept: Architecture) -> tuple[Tensor, Tensor]:
-    """Returns the kept query heads and kv heads of a layer.
+def _most_important_heads(importance: Float[Tensor, " H"], kept: Architecture, groups: int) -> tuple[Tensor, Tensor]:
+    """Returns the query heads and kv heads of a layer that stay, out of `groups` kv heads.
 
-    Whole groups of a kv head stay, by the sum of their heads. In each, as many query heads stay.
+    Whole groups of a kv head stay, by the sum of their heads. In each of them, as many query heads stay.
     """
     # Groups of query heads that share a kv head, and their sums.  [H] → [H_kv, H / H_kv]
-    by_group = importance.view(arch.num_kv_heads, -1)
-    groups = _most_important(by_group.sum(dim=-1), kept.num_kv_heads)
-    members = _most_important(by_group[groups], kept.num_heads // kept.num_kv_heads)
-    # Number of a head in the model: its group's first head plus its place in the group.
-    return (groups[:, None] * by_group.shape[1] + members).flatten(), groups
+    by_group = importance.view(groups, -1)
+    kv_heads = _most_important(by_group.sum(dim=-1), kept.num_kv_heads)
+    members = _most_important(by_group[kv_heads], kept.num_heads // kept.num_kv_heads)
+    # Number of a head in the model: the first head of its group, plus its place in the group.
+    return (kv_heads[:, None] * by_group.shape[1] + members).flatten(), kv_heads
 
 
-def narrower(arch: Architecture, widths: dict[str, int | None]) -> Architecture:
-    """Returns the architecture with smaller widths. Widths that are None stay, and heads follow kv heads.
+def narrower(arch: Architecture, widths: Mapping[str, int | None]) -> Architecture:
+    """Returns the architecture with smaller widths. Those that are None stay, and query heads go with their kv heads.
 
     Raises:
         UsageError: a width is larger than the model's, or heads do not divide.
     """
     sizes = {name: size for name, size in widths.items() if size is not None}
-    # Without a number of heads, groups keep their size.
+    most = arch.num_heads // arch.num_kv_heads  # query heads of a kv head
     if "num_kv_heads" in sizes and "num_heads" not in sizes:
-        sizes["num_heads"] = sizes["num_kv_heads"] * (arch.num_heads // arch.num_kv_heads)
+        sizes["num_heads"] = sizes["num_kv_heads"] * most
     for name, size in sizes.items():
         if not 1 <= size <= getattr(arch, name):
             raise UsageError(f"--{name}={size}: wanted 1 to {getattr(arch, name)}, which the model has.")
     kept = replace(arch, **sizes)
-    group, most = divmod(kept.num_heads, kept.num_kv_heads), arch.num_heads // arch.num_kv_heads
-    if group[1] or group[0] > most:
+    if kept.num_heads % kept.num_kv_heads or kept.num_heads > kept.num_kv_heads * most:
+        choices = ", ".join(str(kept.num_kv_heads * members) for members in range(1, most + 1))
         raise UsageError(
-            f"--num_heads={kept.num_heads}: wanted 1 to {most} heads for each of {kept.num_kv_heads} kv heads, the "
-            f"same number for all, such as {kept.num_kv_heads * most}. Groups go with --num_kv_heads."
+            f"--num_heads={kept.num_heads}: wanted {choices} with {kept.num_kv_heads} kv heads, so that each has as "
+            f"many, and at most the model's {most}. Whole groups go with --num_kv_heads."
         )
     return kept
 
@@ -87,28 +118,35 @@ def _kept_share(importance: Sequence[Tensor], kept: Sequence[Tensor]) -> float:
 
 
 def select_widths(
-    importance: WidthImportance, arch: Architecture, kept: Architecture, layers: Sequence[int]
+    importance: WidthImportance, model_arch: Architecture, arch: Architecture, layers: tuple[int, ...]
 ) -> KeptWidth:
-    """Returns what a student of architecture `kept` takes of a model of architecture `arch`.
+    """Returns what a student takes of a model.
 
     The gain of a norm is multiplied by the root mean square of the kept channels, where that of all is 1. So the
     narrower norm gives the values of the model's on average. Where all channels stay, no gain changes.
+
+    Args:
+        importance: that of the model's `layers`.
+        model_arch: the model's architecture.
+        arch: the model's architecture with the student's widths.
+        layers: the layers that stay.
     """
-    hidden = _most_important(importance.hidden, kept.hidden_size)
-    feed_forward = [_most_important(importance.feed_forward[layer], kept.intermediate_size) for layer in layers]
-    heads, kv_heads = zip(*(_kept_heads(importance.heads[layer], arch, kept) for layer in layers), strict=True)
-    energy = importance.energy if kept.hidden_size < arch.hidden_size else {}
+    hidden = _most_important(importance.hidden, arch.hidden_size)
+    feed_forward = [_most_important(channels, arch.intermediate_size) for channels in importance.feed_forward]
+    heads = [_most_important_heads(heads, arch, model_arch.num_kv_heads) for heads in importance.heads]
+    query_heads = [query for query, _ in heads]
+    energy = importance.energy if arch.hidden_size < model_arch.hidden_size else {}
     return KeptWidth(
-        arch=kept.with_layers(tuple(layers)),
-        layers=tuple(layers),
+        arch=arch.with_layers(layers),
+        layers=layers,
         hidden=hidden,
-        feed_forward=tuple(feed_forward),
-        heads=heads,
-        kv_heads=kv_heads,
+        feed_forward=feed_forward,
+        heads=query_heads,
+        kv_heads=[kv for _, kv in heads],
         gains={name: float(squares[hidden].mean().sqrt()) for name, squares in energy.items()},
         shares={
             "hidden_size": _kept_share([importance.hidden], [hidden]),
-            "intermediate_size": _kept_share([importance.feed_forward[layer] for layer in layers], feed_forward),
-            "num_heads": _kept_share([importance.heads[layer] for layer in layers], heads),
+            "intermediate_size": _kept_share(importance.feed_forward, feed_forward),
+            "num_heads": _kept_share(importance.heads, query_heads),
         },
     )
