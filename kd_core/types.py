@@ -73,6 +73,12 @@ class LmHeadForm:
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise UsageError(f"head.soft_cap: got {self.soft_cap}; wanted more than 0, or None.")
 
+    def to_logits(self, product: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+        """Returns logits from the product of hidden states and the rows of real tokens."""
+        product = product if self.scale == 1 else self.scale * product
+        product = product if self.bias is None else product + self.bias[: product.shape[-1]]
+        return product if self.soft_cap is None else self.soft_cap * torch.tanh(product / self.soft_cap)
+
 
 @dataclass(frozen=True)
 class Batch:

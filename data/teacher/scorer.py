@@ -28,7 +28,6 @@ from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.starts.start import Pretrained, meta_student
 from kd_core.students.student import Student
-from kd_core.types import LmHeadForm
 
 
 @runtime_checkable
@@ -109,20 +108,19 @@ class DecoderScorer:
             # Only real tokens, without padding. A rank of padding alone has one column of no probability.
             self._lm_head = product_weight(rows[: self._real_columns])
         # Slices differ in their columns, but all ranks make the same chunks, because each chunk is exchanged.
-        weight, columns = self._lm_head, -(-self.model.arch.vocab_size // self.ranks.layout.tensor)
+        weight, form = self._lm_head, self.model.lm_head_form
+        columns = -(-self.model.arch.vocab_size // self.ranks.layout.tensor)
         chunk_size = chunk_positions(columns, hidden.device)
         buffer = torch.empty(min(len(hidden), chunk_size), len(weight), device=hidden.device)
         for chunk in hidden.split(chunk_size):
             logits = buffer[: len(chunk)]
             if len(weight):
                 multiply_(chunk, weight, logits, hidden.dtype)
-            yield logits if len(weight) else logits.new_full((len(chunk), 1), -torch.inf)
+            yield form.to_logits(logits) if len(weight) else logits.new_full((len(chunk), 1), -torch.inf)
 
     @property
     def _real_columns(self) -> int:
-        vocab_size = self.model.arch.vocab_size
-        assert self.model.lm_head_form == LmHeadForm(vocab_size=vocab_size), "logits of another form"
-        return max(0, vocab_size - self.ranks.vocab.first)
+        return max(0, self.model.arch.vocab_size - self.ranks.vocab.first)
 
 
 @torch.no_grad()

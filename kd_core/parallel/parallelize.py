@@ -39,6 +39,8 @@ def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dic
     # (arXiv 2205.05198). A norm works on its positions and gathers them for the matmuls behind it.
     residual: Placement = Shard(1) if sequence_parallel else WHOLE
     norm = TensorParallelStyle(REPEATED, input_placement=residual, output_placement=WHOLE, use_local_output=False)
+    # One on what is added to the residual stream keeps its positions.
+    residual_norm = TensorParallelStyle(REPEATED, input_placement=residual, output_placement=residual)
     # Into a block: each rank has [B, T, out/tensor]. Out of it: partial sums over `in` are added up to [B, T, D].
     columns = TensorParallelStyle(COLUMNS, input_placement=WHOLE, output_placement=Shard(-1))
     rows = TensorParallelStyle(ROWS, input_placement=Shard(-1), output_placement=residual)
@@ -54,6 +56,7 @@ def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dic
     styles: dict[ShardingRule, TensorParallelStyle] = {
         "embedding": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=residual),
         "norm": norm,
+        "residual_norm": residual_norm,
         "columns": columns,
         "kv_columns": kv,
         "rows": rows,

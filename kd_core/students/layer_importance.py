@@ -55,17 +55,16 @@ class LayerwiseText:
     def nll(self, x: Float[Tensor, "B T D"]) -> float:
         """Returns the mean NLL in nats per token, from the output of the last layer."""
         hidden = rearrange(self.model.last_hidden(x), "B T D -> (B T) D")
-        weight, total = (
-            product_weight(self.model.plain_lm_head.detach()),
-            torch.zeros((), dtype=torch.float64, device=hidden.device),
-        )
+        form = self.model.lm_head_form
+        weight = product_weight(self.model.lm_head.weight[: form.vocab_size].detach())
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         # Chunks bound the logits to [chunk, V], which are float32. Sums are divided once.
         chunk = chunk_positions(len(weight), hidden.device)
         buffer = torch.empty(min(len(hidden), chunk), len(weight), device=hidden.device)
         for rows, labels in zip(hidden.split(chunk), self.labels.split(chunk), strict=True):
             logits = buffer[: len(rows)]
             multiply_(rows, weight, logits, hidden.dtype)
-            total += F.cross_entropy(logits, labels, reduction="sum")
+            total += F.cross_entropy(form.to_logits(logits), labels, reduction="sum")
         return float(total) / len(self.labels)
 
     def activations(self, layers: Sequence[int]) -> list[Tensor]:

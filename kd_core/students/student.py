@@ -21,8 +21,9 @@ from kd_core.types import LmHeadForm
 
 R = TypeVar("R")
 # How tensor parallelism divides a module. `columns` divides its outputs, `rows` its inputs, `kv_columns` its outputs
-# where there are as many kv heads as ranks. `norm` works on the residual stream, `head_norm` on attention heads.
-ShardingRule = Literal["embedding", "norm", "columns", "kv_columns", "rows", "head_norm", "lm_head"]
+# where there are as many kv heads as ranks. `norm` works on the residual stream in front of columns, `residual_norm` on
+# what is added to it, and `head_norm` on attention heads.
+ShardingRule = Literal["embedding", "norm", "residual_norm", "columns", "kv_columns", "rows", "head_norm", "lm_head"]
 
 
 class Block(Protocol):
@@ -42,14 +43,7 @@ class Student(nn.Module):
     @property
     def lm_head_form(self) -> LmHeadForm:
         """The form of logits as a function of `last_hidden` and the lm_head's weight."""
-        return LmHeadForm(vocab_size=self.arch.vocab_size)
-
-    @property
-    def plain_lm_head(self) -> Float[Tensor, "V D"]:
-        """The lm_head's rows of real tokens, for callers whose logits are hidden · weightᵀ and nothing else."""
-        form = self.lm_head_form
-        assert form == LmHeadForm(vocab_size=form.vocab_size), "logits of another form are made by the loss alone"
-        return self.lm_head.weight[: form.vocab_size]
+        return LmHeadForm(vocab_size=self.arch.vocab_size, soft_cap=self.arch.logit_soft_cap)
 
     def sharding_rules(self) -> Mapping[str, ShardingRule]:
         """Returns the rule of each module that has parameters, by its name in the model or inside a block."""
@@ -116,8 +110,8 @@ class Student(nn.Module):
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
-        `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are hidden · weightᵀ over the first V rows. Hidden
-        states include the architecture's scale of the logits already.
+        `hidden` is [B, T, D] and `weight` [vocab_rows, D]. Logits are those that `lm_head_form` makes of hidden ·
+        weightᵀ over the first V rows. Hidden states include the architecture's scale of the logits already.
 
         With a `cache` (`new_cache`), rows are one document each, and go on behind the tokens of earlier passes.
 
@@ -134,8 +128,7 @@ class Student(nn.Module):
         hidden, form = self.last_hidden(x), self.lm_head_form
         if head is not None:
             return head(hidden, self.lm_head.weight)
-        assert form == LmHeadForm(vocab_size=form.vocab_size), "logits of another form are made by the loss alone"
-        return self.lm_head(hidden)[..., : form.vocab_size]
+        return form.to_logits(self.lm_head(hidden)[..., : form.vocab_size])
 
 
 def allocate(model: Student, device: torch.device, dtype: torch.dtype = torch.float32) -> Student:

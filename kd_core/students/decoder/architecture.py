@@ -29,9 +29,14 @@ class Architecture:
         padded_vocab_size: rows of embedding and lm_head, where they are more than the real vocabulary. Rows beyond
             `vocab_size` stand for no token.
         embedding_scale: factor on embeddings. This and the other scales are Granite's.
+        root_scaled_embedding: multiply embeddings by √hidden_size too, rounded to their dtype (Gemma).
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
+        local_rope_theta: theta of layers with a window, which no scaling stretches (Gemma 3). None: that of all layers.
+        norm_offset: added to the weights of norms (Gemma: 1).
+        attention_soft_cap: bound c of the products of queries and keys, which become c · tanh(products / c) (Gemma 2).
+        logit_soft_cap: the same for logits.
         family: the `model_type` under which the student is saved. It does not change the arithmetic.
     """
 
@@ -57,6 +62,11 @@ class Architecture:
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
+    root_scaled_embedding: bool = False
+    local_rope_theta: float | None = None
+    norm_offset: float = 0.0
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -76,6 +86,12 @@ class Architecture:
     def window(self, layer: int) -> int | None:
         """Returns how many positions a layer attends to, or None for all."""
         return None if self.windows is None else self.windows[layer]
+
+    def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
+        """Returns theta and scaling of a layer."""
+        if self.local_rope_theta is not None and self.window(layer) is not None:
+            return self.local_rope_theta, None
+        return self.rope_theta, self.rope_scaling
 
     def with_tokens(self, tokens: int, folder: str) -> "Architecture":
         """Returns the same vocabulary rows, where the first `tokens` are real and the rest is padding.
@@ -105,4 +121,4 @@ class Architecture:
         """Returns the architecture with only these layers, in this order."""
         # A layer keeps its own window.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows)
+        return replace(self, num_layers=len(layers), windows=windows if any(windows or ()) else None)

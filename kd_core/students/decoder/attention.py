@@ -3,9 +3,12 @@
     packed rows, or a window, on a GPU   → one variable-length kernel over all documents (`varlen_kernel.py`)
     rows of one document                 → `scaled_dot_product_attention`, whose kernels are the fastest for them
     packed rows elsewhere                → `scaled_dot_product_attention` of each document
+    capped products                      → one compiled kernel on a GPU (`flex_kernel.py`), else chunks of queries
 
 The kernel takes bfloat16 and float16. Float32 and float64 have no such kernel in torch, so they go by document.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
+from kd_core.students.decoder.masked_attention import attend_masked
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotate
 from kd_core.students.decoder.shared_cast import cast_once
@@ -25,10 +29,12 @@ from kd_core.students.decoder.shared_cast import cast_once
 QUERIES = 512
 # The variable-length kernel takes these, and attention heads of a multiple of 8 channels, up to 256.
 KERNEL_DEVICES, KERNEL_DTYPES, KERNEL_WIDTHS = ("cuda",), (torch.bfloat16, torch.float16), range(8, 257, 8)
+# That of capped products takes these of them.
+FLEX_WIDTHS = (16, 32, 64, 128, 256)
 
 
 def _attend_in_windows(
-    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int
+    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int, soft_cap: float | None
 ) -> Float[Tensor, "B H T d"]:
     """Attends from each position to the last `window` positions, itself included, in chunks of queries.
 
@@ -44,25 +50,31 @@ def _attend_in_windows(
         # Band mask: query − window < key ≤ query.  [end − start, end − first]
         band = (key <= query) & (key > query - window)
         chunks = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
-        outputs.append(F.scaled_dot_product_attention(*chunks, attn_mask=band, scale=scale, enable_gqa=True))
+        outputs.append(attend_masked(*chunks, band, scale, soft_cap))
     return torch.cat(outputs, dim=2)
 
 
 def attend_document(
-    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int | None
+    q: Float[Tensor, "B H T d"],
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention in rows of one document each."""
-    if window is not None and window < q.shape[2]:
-        return _attend_in_windows(q, k, v, scale, window)
+    reach = min(window or q.shape[2], q.shape[2])
+    if reach < q.shape[2] or soft_cap is not None:
+        return _attend_in_windows(q, k, v, scale, reach, soft_cap)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
 @outside_compiled_graphs
 def _attend_by_document(
-    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None
+    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, documents: Documents, *settings: Any
 ) -> Float[Tensor, "B H T d"]:
     if documents.whole_rows:
-        return attend_document(q, k, v, scale, window)
+        return attend_document(q, k, v, *settings)
     # Documents stand end to end, so one split gives the positions of each. Its backward pass is one concatenation.
     # Slices would each write a gradient as large as the whole tensor.  [B, H, T, d] → [L, H, d] each
     parts = [rearrange(x, "B H T d -> (B T) H d").split(list(documents.lengths)) for x in (q, k, v)]
@@ -70,32 +82,38 @@ def _attend_by_document(
     outputs: list[Tensor] = []
     for document in zip(*parts, strict=True):
         q_doc, k_doc, v_doc = (rearrange(x, "L H d -> 1 H L d") for x in document)
-        outputs.append(rearrange(attend_document(q_doc, k_doc, v_doc, scale, window), "1 H L d -> L H d"))
+        outputs.append(rearrange(attend_document(q_doc, k_doc, v_doc, *settings), "1 H L d -> L H d"))
     return rearrange(torch.cat(outputs), "(B T) H d -> B H T d", B=len(q))
 
 
-def attend(
+def attend(  # noqa: PLR0913 (queries, keys, values, and how they attend)
     q: Float[Tensor, "B H T d"],
     k: Tensor,
     v: Tensor,
     documents: Documents | LayerCache,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention inside each document. No position attends to another document.
 
     With a cache, a row is one document, and its earlier positions are in the cache.
     """
     if isinstance(documents, LayerCache):
-        return documents.attend(q, k, v, scale, window)
+        return documents.attend(q, k, v, scale, window, soft_cap)
     # Only what a graph may depend on is read here: a loop over documents stays outside of compiled graphs.
-    if q.device.type in KERNEL_DEVICES and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_WIDTHS:
-        if documents.whole_rows and (window is None or window >= q.shape[2]):
-            return attend_document(q, k, v, scale, None)
-        from kd_core.students.decoder.varlen_kernel import attend_by_kernel  # noqa: PLC0415 (imports the compiler)
+    has_kernel = q.device.type in KERNEL_DEVICES and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_WIDTHS
+    if soft_cap is not None and has_kernel and q.shape[-1] in FLEX_WIDTHS:
+        from kd_core.students.decoder.flex_kernel import attend_capped_by_kernel  # noqa: PLC0415 (imports the compiler)
 
-        return attend_by_kernel(q, k, v, documents, scale, window)
-    return _attend_by_document(q, k, v, documents, scale, window)
+        return attend_capped_by_kernel(q, k, v, documents, scale, window, soft_cap)
+    if soft_cap is not None or not has_kernel:
+        return _attend_by_document(q, k, v, documents, scale, window, soft_cap)
+    if documents.whole_rows and (window is None or window >= q.shape[2]):
+        return attend_document(q, k, v, scale, None)
+    from kd_core.students.decoder.varlen_kernel import attend_by_kernel  # noqa: PLC0415 (imports the compiler)
+
+    return attend_by_kernel(q, k, v, documents, scale, window)
 
 
 class Attention(nn.Module):
@@ -104,14 +122,15 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture, window: int | None = None) -> None:
         super().__init__()
         self.head_dim, self.scale, self.window = arch.head_dim, arch.attention_scale, window
+        self.soft_cap = arch.attention_soft_cap
         self.kv_head_slice: slice | None = None  # this rank's, where tensor parallelism repeats key and value heads
         width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         self.q_proj = nn.Linear(arch.hidden_size, width, bias=arch.qkv_bias)
         self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
         self.v_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
         self.o_proj = nn.Linear(width, arch.hidden_size, bias=arch.o_bias)
-        self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
-        self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps) if arch.qk_norm else None
+        self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset) if arch.qk_norm else None
+        self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset) if arch.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
         """Maps [B, T, D] to [B, T, D]."""
@@ -128,5 +147,6 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         # Rotate by position, then softmax(q kᵀ · scale) v inside documents.  [B, H, T, d]
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, documents, self.scale, self.window)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(q, k, v, documents, self.scale, self.window, self.soft_cap)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))

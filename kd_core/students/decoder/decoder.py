@@ -24,10 +24,9 @@ MakeBlock = Callable[[Architecture, int], nn.Module]  # of an architecture and t
 
 
 class Context(NamedTuple):
-    """Angles of the positions, and the documents of packed rows or a cache of their earlier positions."""
+    """Cosine and sine for each layer, and the documents of packed rows or a cache of their earlier positions."""
 
-    cos: Tensor
-    sin: Tensor
+    angles: list[tuple[Tensor, Tensor]]
     documents: Documents | KeyValueCache
 
 
@@ -39,7 +38,7 @@ class Decoder(Student):
         self.arch = arch
         self.embed_tokens = nn.Embedding(arch.vocab_rows, arch.hidden_size)
         self.layers = nn.ModuleList(make_block(arch, layer) for layer in range(arch.num_layers))
-        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_rows, bias=False)
         self.tie()
 
@@ -57,14 +56,20 @@ class Decoder(Student):
             cast(TransformerBlock, block).self_attn.kv_head_slice = heads
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        return scale(self.embed_tokens(tokens), self.arch.embedding_scale)
+        x = scale(self.embed_tokens(tokens), self.arch.embedding_scale)
+        if not self.arch.root_scaled_embedding:
+            return x
+        # Rounded to the dtype of the embedding, as Gemma was trained: 55.4256 is 55.5 in bfloat16.
+        return x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype).item()
 
     def context(self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | Documents | None) -> Context:
-        # Angles and documents are the same for all blocks.  cos, sin [B, 1, T, d]
-        cos, sin = rotary_angles(position_ids, self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)
+        # Layers of equal RoPE share their angles, and all layers their documents.  cos, sin [B, 1, T, d]
+        ropes = [self.arch.rope(layer) for layer in range(self.arch.num_layers)]
+        by_rope = {rope: rotary_angles(position_ids, self.arch.head_dim, *rope) for rope in dict.fromkeys(ropes)}
+        angles = [by_rope[rope] for rope in ropes]
         if document_ids is None:
-            return Context(cos, sin, Documents.one_a_row(position_ids))
-        return Context(cos, sin, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
+            return Context(angles, Documents.one_a_row(position_ids))
+        return Context(angles, Documents.from_ids(document_ids) if isinstance(document_ids, Tensor) else document_ids)
 
     def packed_context(
         self, position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"], documents: Documents | None
@@ -79,9 +84,9 @@ class Decoder(Student):
         return self.context(position_ids, None)._replace(documents=cache)
 
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        cos, sin, documents = context
+        documents = context.documents
         of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
-        return self.layers[layer](x, cos, sin, of_layer)
+        return self.layers[layer](x, *context.angles[layer], of_layer)
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.

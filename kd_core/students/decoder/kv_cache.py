@@ -7,11 +7,11 @@ row's last token may hold those of padding. No query reads it before the token t
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd_core.compiling import outside_compiled_graphs
+from kd_core.students.decoder.masked_attention import attend_masked
 
 
 @dataclass
@@ -25,7 +25,13 @@ class LayerCache:
 
     @outside_compiled_graphs
     def attend(
-        self, q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int | None
+        self,
+        q: Float[Tensor, "B H T d"],
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        window: int | None,
+        soft_cap: float | None = None,
     ) -> Float[Tensor, "B H T d"]:
         """Stores the pass's keys and values, and returns attention to all positions up to that of each query."""
         if self.keys is None or self.values is None:
@@ -42,7 +48,7 @@ class LayerCache:
         band = slot <= query
         if window is not None:
             band &= slot > query - window
-        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=band, scale=scale, enable_gqa=True)
+        return attend_masked(q, self.keys, self.values, band, scale, soft_cap)
 
 
 @dataclass

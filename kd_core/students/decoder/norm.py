@@ -7,19 +7,25 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
+    """Root-mean-square norm (arXiv 1910.07467), computed in float32.
 
-    def __init__(self, size: int, eps: float) -> None:
+    The factor on each channel is `offset` + weight. The offset is 1 in Gemma, whose weights begin at 0.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Scales each position to unit root mean square, then by the weight.
+        """Scales each position to unit root mean square, then by the factors.
 
         A bfloat16 result is rounded before the weight and again after it. transformers rounds in the same places, so
-        a bfloat16 model gives the same logits.
+        a bfloat16 model gives the same logits. With an offset both round once.
         """
+        if self.offset:
+            factor = self.offset + self.weight.float()
+            return F.rms_norm(x.float(), self.weight.shape, factor, self.eps).to(x.dtype)
         # x / √(mean(x²) + eps) · weight, by one kernel where nothing is rounded in between.  [*B, D]
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)

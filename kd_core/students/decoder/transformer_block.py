@@ -3,7 +3,7 @@
 A family of other wiring has a block of its own in `families/`, which takes an architecture and the number of its layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ def scale(x: Tensor, by: float) -> Tensor:
 class SwiGLU(nn.Module):
     """Gated feed-forward, down(silu(gate(x)) ⊙ up(x)) (arXiv 2002.05202)."""
 
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
@@ -37,7 +39,7 @@ class SwiGLU(nn.Module):
         """Maps [B, T, D] to [B, T, D]."""
         # The hidden width of the feed-forward is `intermediate_size`.  [B, T, intermediate]
         gate_x, up_x = cast_once(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(self.gate_proj(gate_x)) * self.up_proj(up_x))
+        return self.down_proj(self.activation(self.gate_proj(gate_x)) * self.up_proj(up_x))
 
 
 class TransformerBlock(nn.Module):
@@ -63,9 +65,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.input_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.self_attn = Attention(arch, arch.window(layer))
-        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.mlp = SwiGLU(arch)
         self.residual_scale = arch.residual_scale
         self.recompute = False

@@ -98,4 +98,16 @@ def read_attention_bias(config: Config) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias}
 
 
+def read_windows(kinds: list[str], window: Any) -> tuple[int | None, ...] | None:
+    """Returns the window of each layer from the kinds of all, or None if no layer has one."""
+    return tuple(int(window) if kind == SLIDING else None for kind in kinds) if SLIDING in kinds else None
+
+
+def write_windows(arch: Architecture) -> tuple[list[str], int | None]:
+    """Returns the kind of each layer, and the window of those that have one."""
+    windows = [arch.window(layer) for layer in range(arch.num_layers)]
+    size = max((window for window in windows if window is not None), default=None)
+    return [FULL if window is None else SLIDING for window in windows], size
+
+
 NO_BIAS = (("attention_bias", False), ("mlp_bias", False))

@@ -3,7 +3,15 @@
 from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.families.family import FULL, SLIDING, Config, Family, read_attention_bias
+from kd_core.students.families.family import (
+    FULL,
+    SLIDING,
+    Config,
+    Family,
+    read_attention_bias,
+    read_windows,
+    write_windows,
+)
 
 
 def _windows(config: Config) -> dict[str, Any]:
@@ -11,9 +19,7 @@ def _windows(config: Config) -> dict[str, Any]:
     # Layers from `max_window_layers` on have the window, unless `layer_types` lists the kind of each layer.
     layers, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
     kinds: list[str] = config.get("layer_types") or [SLIDING if layer >= first else FULL for layer in range(layers)]
-    if window is None or SLIDING not in kinds:
-        return {"windows": None}
-    return {"windows": tuple(int(window) if kind == SLIDING else None for kind in kinds)}
+    return {"windows": None if window is None else read_windows(kinds, window)}
 
 
 def _read_qwen2(config: Config) -> dict[str, Any]:
@@ -25,14 +31,13 @@ def _read_qwen3(config: Config) -> dict[str, Any]:
 
 
 def _write(arch: Architecture) -> Config:
-    windows = arch.windows or (None,) * arch.num_layers
-    sizes = {window for window in windows if window is not None}
+    kinds, window = write_windows(arch)
     return {
         "attention_bias": arch.qkv_bias,
-        "use_sliding_window": bool(sizes),
-        "sliding_window": max(sizes, default=None),
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
         "max_window_layers": arch.num_layers,
-        "layer_types": [FULL if window is None else SLIDING for window in windows],
+        "layer_types": kinds,
     }
 
 

@@ -3,6 +3,7 @@
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.families.family import Family
+from kd_core.students.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from kd_core.students.families.granite import GRANITE
 from kd_core.students.families.llama import LLAMA
 from kd_core.students.families.mistral import MISTRAL
@@ -14,6 +15,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "granite": GRANITE,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "gemma3": GEMMA3,  # with images, of which the text model is read
 }
 
 

@@ -19,6 +19,7 @@ from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.sharded_values import errors_on_all_ranks, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.lora_layers import base_parameters
+from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.families.registry import FAMILIES, family_decoder
 from kd_core.students.huggingface.config_json import read_architecture
 from kd_core.students.huggingface.weights import check_weight_count, load_weights, stored_architecture
@@ -177,15 +178,15 @@ class Random:
         return family_decoder(self.architecture())
 
     def fill(self, model: Student, seed: int) -> None:
-        """Draws normal weights, each parameter by (seed, name), and sets norms to 1 and biases to 0."""
+        """Draws normal weights, each parameter by (seed, name), and sets norms to a factor of 1 and biases to 0."""
 
         def normal(values: Tensor, generator: torch.Generator) -> Tensor:
             return values.normal_(0.0, self.init_std, generator=generator)
 
-        parameters = base_parameters(model)
-        for name, parameter in parameters.items():
-            if name.endswith(("norm.weight", ".bias")):
+        norms = {f"{name}.weight": 1.0 - m.offset for name, m in model.named_modules() if isinstance(m, RMSNorm)}
+        for name, parameter in base_parameters(model).items():
+            if name in norms or name.endswith(".bias"):
                 with torch.no_grad():
-                    parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                    parameter.fill_(norms.get(name, 0.0))
             else:
                 fill_random(parameter, name, seed, normal)

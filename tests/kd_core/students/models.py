@@ -66,13 +66,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Granite",
         {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 7.0},
     ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 7, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma2, no caps, own scale, biases": (
+        "Gemma2",
+        {
+            "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 5, "attn_logit_softcapping": None,
+            "final_logit_softcapping": None, "attention_bias": True, "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 7, "final_logit_softcapping": 5.0,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "gemma3, six layers": ("Gemma3", {"head_dim": 16, "sliding_window": 5, "num_hidden_layers": 6}),
 }  # fmt: skip
 
 
 def their_model(name: str, **changes: Any) -> Any:
     """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
     family, settings = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **changes})
+    kind = "Gemma3Text" if family == "Gemma3" else family
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings, **changes})
     torch.manual_seed(1)
     # `eager` attention computes in float32 what sdpa does; masks are theirs.
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()

@@ -1,0 +1,61 @@
+"""Capped attention over all documents of a batch by one compiled kernel (FlexAttention, arXiv 2412.05496), on a GPU.
+
+Importing it imports torch's compiler, which takes a second, so `attention.py` does that where the kernel runs.
+"""
+
+from functools import lru_cache
+from typing import cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from kd_core.compiling import outside_compiled_graphs
+from kd_core.document_lengths import Documents
+
+
+@lru_cache(1)
+def _compiled(device: str):
+    # Without a GPU, the kernel's own formula runs as it is written.
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+
+
+@lru_cache(2)  # layers with a window and layers without one share a mask each
+def _block_mask(documents: Documents, positions: int, window: int | None) -> BlockMask:
+    """Returns which blocks of queries and keys [N, N] the kernel visits, and which pairs inside them count."""
+    device = documents.cu_seqlens.device
+    # The document of each position: how many documents begin at it or before it.  [N]
+    document = torch.searchsorted(documents.cu_seqlens, torch.arange(positions, device=device), right=True)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        causal = (document[query] == document[key]) & (key <= query)
+        return causal if window is None else causal & (key > query - window)
+
+    return create_block_mask(sees, None, None, positions, positions, device=device)
+
+
+@outside_compiled_graphs
+def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
+    q: Float[Tensor, "B H T d"],
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float,
+) -> Float[Tensor, "B H T d"]:
+    """Returns causal attention inside each document, to the last `window` positions if there is a window."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head, query, key
+        return soft_cap * torch.tanh(score / soft_cap)
+
+    # Documents stand end to end in one row of N = B·T positions.  [B, H, T, d] → [1, H, N, d]
+    q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> 1 H (B T) d") for x in (q, k, v))
+    mask = _block_mask(documents, q_flat.shape[2], window)
+    attend = _compiled(q.device.type)
+    out = attend(q_flat, k_flat, v_flat, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+    return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))
