@@ -172,7 +172,7 @@ def main() -> None:
         "keep_layers": kept.layers,
         "hidden_channels": kept.hidden.tolist(),
         "heads": [heads.tolist() for heads in kept.heads],
-        "norm_gains": kept.gains,
+        "factors": kept.factors,
     }
     _write(report, kept, teacher, out)
     _print_report(report)

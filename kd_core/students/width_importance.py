@@ -23,8 +23,11 @@ from kd_core.students.layer_importance import LayerwiseText
 from kd_core.students.student import Student
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
-NORMS = ("norm", "residual_norm")  # rules of norms on the residual stream, and on what is added to it
-PRUNABLE = (*NORMS, "embedding", "columns", "kv_columns", "rows", "head_norm", "lm_head")
+# Rules of modules: norms on the residual stream and on what is added to it, and norms over all attention heads at once.
+STREAM_NORMS = frozenset(("norm", "residual_norm"))
+KV_COLUMNS = frozenset(("kv_columns", "normed_kv_columns", "kv_columns_norm"))
+NORMS = STREAM_NORMS | {"columns_norm", "kv_columns_norm"}
+PRUNABLE = NORMS | KV_COLUMNS | {"embedding", "columns", "rows", "head_norm", "lm_head"}
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ def measure_widths(
             model.last_hidden(x)
             sums.rows += len(tokens)
             report(tokens.numel())
+    stream_norms = [name for name in sums.energies if model.sharding_rules()[split_name(name)[1]] in STREAM_NORMS]
     return WidthImportance(
-        hidden=torch.stack([sums.importance(name) for name in sums.energies]).mean(dim=0),
+        hidden=torch.stack([sums.importance(name) for name in stream_norms]).mean(dim=0),
         feed_forward=[sums.importance(f"layers.{position}.{DOWN}") for position in range(len(layers))],
         heads=[sums.importance(f"layers.{position}.{OUTPUT}") for position in range(len(layers))],
         energy={name: energy / sums.rows for name, energy in sums.energies.items()},

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.student import ShardingRule
-from kd_core.students.width_importance import WidthImportance, split_name
+from kd_core.students.student import ShardingRule, Student
+from kd_core.students.width_importance import KV_COLUMNS, NORMS, STREAM_NORMS, WidthImportance, split_name
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 
@@ -26,7 +26,7 @@ class KeptWidth:
         feed_forward: feed-forward channels of each layer.
         heads: query heads of each layer.
         kv_heads: key and value heads of each layer.
-        gains: factors on the gains of norms, by the norm's name in the student. A missing one is 1.
+        factors: factors on the gains of norms, and on the embedding, by module in the student. A missing one is 1.
         shares: how much of the importance is kept, by the name of the size.
     """
 
@@ -36,7 +36,7 @@ class KeptWidth:
     feed_forward: list[Int[Tensor, " I"]]
     heads: list[Int[Tensor, " H"]]
     kv_heads: list[Int[Tensor, " G"]]
-    gains: dict[str, float]
+    factors: dict[str, float]
     shares: dict[str, float]
 
     def indices(self, name: str, shape: Sequence[int], rules: Mapping[str, ShardingRule]) -> list[Int[Tensor, " n"]]:
@@ -54,18 +54,19 @@ class KeptWidth:
             return [torch.arange(shape[0]), self.hidden]
         if rule == "head_norm":
             return [torch.arange(shape[0])]
-        if layer is None or rule in ("norm", "residual_norm"):
+        if layer is None or rule in STREAM_NORMS:
             return [self.hidden]
-        # Linear layers of a block map hidden channels to channels inside attention or feed-forward, or back.
+        # Linear layers of a block map hidden channels to channels inside attention or feed-forward, or back. Norms
+        # inside attention, and biases, have as many values as outputs.
         inside = self._inside(layer, inner, rule)
         outputs, inputs = (self.hidden, inside) if rule == "rows" else (inside, self.hidden)
-        return [outputs, inputs] if kind == "weight" else [outputs]
+        return [outputs, inputs] if kind == "weight" and rule not in NORMS else [outputs]
 
     def _inside(self, layer: int, inner: str, rule: ShardingRule) -> Int[Tensor, " n"]:
         if inner.startswith("mlp."):
             return self.feed_forward[layer]
         # Channels of the kept heads.  [H] → [H·d]
-        heads = self.kv_heads[layer] if rule == "kv_columns" else self.heads[layer]
+        heads = self.kv_heads[layer] if rule in KV_COLUMNS else self.heads[layer]
         return (heads[:, None] * self.arch.head_dim + torch.arange(self.arch.head_dim)).flatten()
 
 
@@ -117,36 +118,53 @@ def _kept_share(importance: Sequence[Tensor], kept: Sequence[Tensor]) -> float:
     return float(sum(shares)) / len(shares)
 
 
+def _factors(kept: KeptWidth, importance: WidthImportance, model: Student) -> dict[str, float]:
+    """Returns the factors that let norms and the embedding of fewer channels give the model's values on average.
+
+    A norm gives its channels a mean square of 1, and that of the kept ones was another. An embedding that is multiplied
+    by the root of its size (Gemma) is multiplied by too little. Where it is the lm_head too, the norm before that takes
+    it back.
+    """
+    rules, factors = model.sharding_rules(), dict[str, float]()
+    for name, squares in importance.energy.items():
+        (channels,) = kept.indices(f"{name}.weight", squares.shape, rules)
+        # Where all channels stay, all bits stay.
+        if len(channels) < len(squares):
+            factors[name] = float(squares[channels].mean().sqrt())
+    if model.arch.root_scaled_embedding and len(kept.hidden) < model.arch.hidden_size:
+        factors["embed_tokens"] = (model.arch.hidden_size / len(kept.hidden)) ** 0.5
+        if model.arch.tie_embeddings:
+            factors["norm"] /= factors["embed_tokens"]
+    return factors
+
+
 def select_widths(
-    importance: WidthImportance, model_arch: Architecture, arch: Architecture, layers: tuple[int, ...]
+    importance: WidthImportance, model: Student, arch: Architecture, layers: tuple[int, ...]
 ) -> KeptWidth:
     """Returns what a student takes of a model.
 
-    The gain of a norm is multiplied by the root mean square of the kept channels, where that of all is 1. So the
-    narrower norm gives the values of the model's on average. Where all channels stay, no gain changes.
-
     Args:
         importance: that of the model's `layers`.
-        model_arch: the model's architecture.
+        model: the model.
         arch: the model's architecture with the student's widths.
         layers: the layers that stay.
     """
     hidden = _most_important(importance.hidden, arch.hidden_size)
     feed_forward = [_most_important(channels, arch.intermediate_size) for channels in importance.feed_forward]
-    heads = [_most_important_heads(heads, arch, model_arch.num_kv_heads) for heads in importance.heads]
+    heads = [_most_important_heads(heads, arch, model.arch.num_kv_heads) for heads in importance.heads]
     query_heads = [query for query, _ in heads]
-    energy = importance.energy if arch.hidden_size < model_arch.hidden_size else {}
-    return KeptWidth(
+    kept = KeptWidth(
         arch=arch.with_layers(layers),
         layers=layers,
         hidden=hidden,
         feed_forward=feed_forward,
         heads=query_heads,
         kv_heads=[kv for _, kv in heads],
-        gains={name: float(squares[hidden].mean().sqrt()) for name, squares in energy.items()},
+        factors={},
         shares={
             "hidden_size": _kept_share([importance.hidden], [hidden]),
             "intermediate_size": _kept_share(importance.feed_forward, feed_forward),
             "num_heads": _kept_share(importance.heads, query_heads),
         },
     )
+    return replace(kept, factors=_factors(kept, importance, model))

@@ -57,4 +57,4 @@ def choose_pruning(
     layers = top_layers(scores, request.layers) if isinstance(request.layers, int) else request.layers
     batches = text.tokens.split(max(1, BATCH_TOKENS // text.tokens.shape[1]))
     importance = measure_widths(text.model, layers, batches, report_tokens)
-    return select_widths(importance, arch, request.arch, layers), top_layers(scores, alone)
+    return select_widths(importance, text.model, request.arch, layers), top_layers(scores, alone)

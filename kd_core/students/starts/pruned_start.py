@@ -12,15 +12,19 @@ from kd_core.students.decoder.lora_layers import base_parameters
 from kd_core.students.families.registry import FAMILIES, family_decoder
 from kd_core.students.huggingface.weights import StoredTensor, load_weights, stored_architecture
 from kd_core.students.student import Student
+from kd_core.students.width_importance import NORMS, split_name
 from kd_core.students.width_selection import KeptWidth
 
 
 class CutTensor(StoredTensor):
-    """Some rows and columns of a stored tensor, by increasing indices for each dimension, times a factor."""
+    """Some rows and columns of a stored tensor, by increasing indices for each dimension, times a factor.
 
-    def __init__(self, stored: StoredTensor, indices: list[Tensor], factor: float) -> None:
+    With an `offset`, the tensor holds values less this offset (norms of Gemma).
+    """
+
+    def __init__(self, stored: StoredTensor, indices: list[Tensor], factor: float, offset: float = 0.0) -> None:
         self.path, self.name, self.slice = stored.path, stored.name, stored.slice
-        self.stored, self.indices, self.factor = stored, indices, factor
+        self.stored, self.indices, self.factor, self.offset = stored, indices, factor, offset
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,7 +37,7 @@ class CutTensor(StoredTensor):
         values = self.stored.read(tuple(slice(*bound) for bound in bounds))
         for dimension, (index, (first, _)) in enumerate(zip(indices, bounds, strict=True)):
             values = values.index_select(dimension, index - first)
-        return values if self.factor == 1 else values.float() * self.factor
+        return values if self.factor == 1 else (values.float() + self.offset) * self.factor - self.offset
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class PrunedStart:
             # one of the model ends.
             starts = torch.tensor([0, *(shapes[name][0] for name in names[:-1])]).cumsum(0)
             rows = torch.cat([start + indices[0] for start, indices in zip(starts, kept, strict=True)])
-            return CutTensor(stored, [rows, *kept[0][1:]], self.kept.gains.get(names[0].rpartition(".")[0], 1.0))
+            module = names[0].rpartition(".")[0]
+            offset = model.arch.norm_offset if rules[split_name(module)[1]] in NORMS else 0.0
+            return CutTensor(stored, [rows, *kept[0][1:]], self.kept.factors.get(module, 1.0), offset)
 
         with errors_on_all_ranks(parameters.values()):
             load_weights(parameters, folder, FAMILIES[model.arch.family], self.kept.layers, cut)

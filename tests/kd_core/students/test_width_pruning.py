@@ -28,8 +28,9 @@ TOKENS = rows()[0]
 
 
 def _measure(
-    model: Decoder, tokens: Tensor = TOKENS, layers: tuple[int, ...] = (0, 1, 2), rows: int = 1
+    model: Decoder, tokens: Tensor = TOKENS, layers: tuple[int, ...] | None = None, rows: int = 1
 ) -> WidthImportance:
+    layers = tuple(range(model.arch.num_layers)) if layers is None else layers
     return measure_widths(model, layers, tokens.split(rows), lambda _: None)
 
 
@@ -38,9 +39,9 @@ def _logits(model: Decoder) -> Tensor:
     return model(*rows())
 
 
-def _keep(model: Decoder, layers: tuple[int, ...] = LAYERS, **widths: int) -> KeptWidth:
-    arch = narrower(model.arch, widths)
-    return select_widths(_measure(model, layers=layers), model.arch, arch, layers)
+def _keep(model: Decoder, layers: tuple[int, ...] | None = None, **widths: int) -> KeptWidth:
+    layers = tuple(range(model.arch.num_layers)) if layers is None else layers
+    return select_widths(_measure(model, layers=layers), model, narrower(model.arch, widths), layers)
 
 
 def _folder(name: str, folder: Path, **changes: Any) -> Any:
@@ -146,7 +147,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_full_width_has_the_same_bits(pair: _Pair) -> None:
     _, folder, whole = pair
-    kept = _keep(whole, (0, 1, 2))
+    kept = _keep(whole)
     pruned = build_student(PrunedStart(str(folder), kept), CPU, seed=0)
     assert pruned.arch == whole.arch
     assert set(kept.shares.values()) == {1.0}
@@ -177,11 +178,13 @@ def _mask(theirs: Any, kept: KeptWidth, stack: ExitStack) -> None:
 
 
 def test_a_pruned_student_is_the_model_with_activations_masked(pair: _Pair) -> None:
-    """A norm of n channels gives √(n / D) times what a norm of D channels gives of which the others are zero."""
+    """A norm of D channels, of which n are not zero, gives √(D / n) times what a norm of these n channels gives."""
     theirs, folder, whole = pair
     widths = {**WIDTHS, "num_heads": whole.arch.num_heads // whole.arch.num_kv_heads}
-    kept = _keep(whole, (0, 1, 2), **widths)
-    kept = replace(kept, gains=dict.fromkeys(kept.gains, (20 / 32) ** -0.5))
+    importance = _measure(whole)
+    energy = {name: torch.full_like(values, 32 / 20) for name, values in importance.energy.items()}
+    arch, layers = narrower(whole.arch, widths), tuple(range(whole.arch.num_layers))
+    kept = select_widths(replace(importance, energy=energy), whole, arch, layers)
     pruned = build_student(PrunedStart(str(folder), kept), CPU, seed=0).eval()
     with torch.no_grad(), ExitStack() as stack:
         _mask(theirs, kept, stack)
@@ -189,9 +192,10 @@ def test_a_pruned_student_is_the_model_with_activations_masked(pair: _Pair) -> N
     assert (_logits(pruned) - masked).abs().max() < 2e-4 * masked.abs().max()
 
 
+@pytest.mark.parametrize("pair", {family: name for name, (family, _) in FAMILIES.items()}.values(), indirect=True)
 def test_transformers_reads_a_pruned_folder(pair: _Pair, tmp_path: Path) -> None:
     _, folder, whole = pair
-    pruned = build_student(PrunedStart(str(folder), _keep(whole, **WIDTHS)), CPU, seed=0).eval()
+    pruned = build_student(PrunedStart(str(folder), _keep(whole, LAYERS, **WIDTHS)), CPU, seed=0).eval()
     save_pretrained(pruned, tmp_path / "pruned", folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", attn_implementation="eager").eval()
     with torch.no_grad():
@@ -212,7 +216,7 @@ def test_what_is_zero_everywhere_goes_first_and_changes_no_logit(tmp_path: Path)
                 values.weight[zeros] = values.bias[zeros] = 0
         wanted = theirs(TOKENS).logits
     theirs.save_pretrained(tmp_path)
-    kept = _keep(load(tmp_path), (0, 1, 2), hidden_size=28, intermediate_size=40, num_kv_heads=1)
+    kept = _keep(load(tmp_path), hidden_size=28, intermediate_size=40, num_kv_heads=1)
     assert kept.hidden.tolist() == [*range(5), *range(9, 32)]
     assert [heads.tolist() for heads in kept.heads] == [[2, 3]] * 3
     pruned = build_student(PrunedStart(str(tmp_path), kept), CPU, seed=0)
@@ -221,11 +225,11 @@ def test_what_is_zero_everywhere_goes_first_and_changes_no_logit(tmp_path: Path)
 
 def test_query_heads_are_thinned_evenly_and_whole_groups_go_by_their_sum(tmp_path: Path) -> None:
     _folder("llama", tmp_path, num_attention_heads=8, num_key_value_heads=4)
-    arch = load(tmp_path).arch
+    model = load(tmp_path)
     importance = WidthImportance(torch.rand(32), [torch.rand(48)], [torch.tensor([5, 1, 2, 2, 0, 7, 3, 2.0])], {})
-    kept = select_widths(importance, arch, narrower(arch, {"num_kv_heads": 3, "num_heads": 3}), (1,))
+    kept = select_widths(importance, model, narrower(model.arch, {"num_kv_heads": 3, "num_heads": 3}), (1,))
     assert (kept.heads[0].tolist(), kept.kv_heads[0].tolist()) == ([0, 5, 6], [0, 2, 3])
-    kept = select_widths(importance, arch, narrower(arch, {"num_kv_heads": 2}), (1,))
+    kept = select_widths(importance, model, narrower(model.arch, {"num_kv_heads": 2}), (1,))
     assert (kept.heads[0].tolist(), kept.arch.num_heads) == ([0, 1, 4, 5], 4)
 
 
