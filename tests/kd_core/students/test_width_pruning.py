@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.decoder.transformer_block import TransformerBlock
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.huggingface.weights import stored_tensors
 from kd_core.students.starts.pruned_start import CutTensor, PrunedStart
@@ -25,6 +26,7 @@ from tests.kd_core.students.models import CPU, FAMILIES, load, rows, their_model
 LAYERS = (0, 2)
 WIDTHS = {"hidden_size": 20, "intermediate_size": 31, "num_kv_heads": 1, "num_heads": 1}
 TOKENS = rows()[0]
+DENSE = {name: entry for name, entry in FAMILIES.items() if not any("experts" in setting for setting in entry[1])}
 
 
 def _measure(
@@ -138,7 +140,7 @@ class _Pair(NamedTuple):
     whole: Decoder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DENSE)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> _Pair:
     folder = tmp_path_factory.mktemp("family")
     # A small epsilon, since a norm of fewer channels adds it to another mean.
@@ -164,11 +166,17 @@ def _mask(theirs: Any, kept: KeptWidth, stack: ExitStack) -> None:
 
     hidden = times(theirs.config.hidden_size, kept.hidden)
     into_stream = [theirs.model.embed_tokens]
-    for block, channels, heads in zip(theirs.model.layers, kept.feed_forward, kept.heads, strict=True):
-        output, down = block.self_attn.o_proj, block.mlp.down_proj
-        into_stream += [output, down]
+    chosen = kept.feed_forward, kept.heads, kept.kv_heads
+    for block, channels, heads, kv_heads in zip(theirs.model.layers, *chosen, strict=True):
+        attention, down = block.self_attn, block.mlp.down_proj
+        into_stream += [attention.o_proj, down]
+        if getattr(attention, "q_norm", None) is not None:  # may be over all heads
+            q = times(theirs.config.num_attention_heads, heads)
+            stack.enter_context(attention.q_proj.register_forward_hook(lambda _, __, out, q=q: q(out)))
+            k = times(theirs.config.num_key_value_heads, kv_heads)
+            stack.enter_context(attention.k_proj.register_forward_hook(lambda _, __, out, k=k: k(out)))
         for module, size, indices in (
-            (output, theirs.config.num_attention_heads, heads),
+            (attention.o_proj, theirs.config.num_attention_heads, heads),
             (down, theirs.config.intermediate_size, channels),
         ):
             hook = partial(lambda masked, _, args: (masked(args[0]),), times(size, indices))
@@ -182,7 +190,8 @@ def test_a_pruned_student_is_the_model_with_activations_masked(pair: _Pair) -> N
     theirs, folder, whole = pair
     widths = {**WIDTHS, "num_heads": whole.arch.num_heads // whole.arch.num_kv_heads}
     importance = _measure(whole)
-    energy = {name: torch.full_like(values, 32 / 20) for name, values in importance.energy.items()}
+    ratio = {name: whole.arch.num_kv_heads if "self_attn." in name else 32 / 20 for name in importance.energy}
+    energy = {name: torch.full_like(values, ratio[name]) for name, values in importance.energy.items()}
     arch, layers = narrower(whole.arch, widths), tuple(range(whole.arch.num_layers))
     kept = select_widths(replace(importance, energy=energy), whole, arch, layers)
     pruned = build_student(PrunedStart(str(folder), kept), CPU, seed=0).eval()
@@ -192,7 +201,9 @@ def test_a_pruned_student_is_the_model_with_activations_masked(pair: _Pair) -> N
     assert (_logits(pruned) - masked).abs().max() < 2e-4 * masked.abs().max()
 
 
-@pytest.mark.parametrize("pair", {family: name for name, (family, _) in FAMILIES.items()}.values(), indirect=True)
+@pytest.mark.parametrize(
+    "pair", {family: name for name, (family, _) in reversed(DENSE.items())}.values(), indirect=True
+)
 def test_transformers_reads_a_pruned_folder(pair: _Pair, tmp_path: Path) -> None:
     _, folder, whole = pair
     pruned = build_student(PrunedStart(str(folder), _keep(whole, LAYERS, **WIDTHS)), CPU, seed=0).eval()
@@ -257,3 +268,11 @@ def test_sizes_that_cannot_be_had_are_refused(widths: dict[str, int], message: s
     _folder("llama", tmp_path)
     with pytest.raises(UsageError, match=message):
         narrower(load(tmp_path).arch, widths)
+
+
+def test_a_family_with_other_modules_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder("llama", tmp_path)
+    rules = {**TransformerBlock.sharding_rules, "mlp.gate_proj": "experts"}
+    monkeypatch.setattr(TransformerBlock, "sharding_rules", rules)
+    with pytest.raises(UsageError, match=r"mlp\.gate_proj: the widths of llama cannot be pruned"):
+        _measure(load(tmp_path))
