@@ -34,6 +34,9 @@ from launchers.cli.folder_guard import refuse_full_folder
 from launchers.cli.measured_text import read_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kd_core.students.starts.choose_pruning import PruningRequest
     from kd_core.students.width_selection import KeptWidth
 
 TEACHER = flags.DEFINE_string(
@@ -114,30 +117,18 @@ def _write(report: Mapping[str, Any], kept: "KeptWidth", teacher: Path, out: Pat
         write_json(partial / "pruned.json", report)
 
 
-def main() -> None:
-    """Loads the teacher, measures it, writes the student, and prints the table."""
+def _measure(teacher: Path, request: "PruningRequest", rows: "Tensor") -> tuple["KeptWidth", dict[str, Any]]:
+    """Returns what the student keeps, and the report. No model is in memory any more."""
     import torch
     from tqdm import tqdm
 
     from data.tokenizer import Tokenizer
-    from kd_core.errors import UsageError
-    from kd_core.hub import local_folder
     from kd_core.precision import DTYPES, Precision, choose_precision
-    from kd_core.students.huggingface.weights import stored_architecture
-    from kd_core.students.layer_importance import Drop, LayerwiseText, Measure, nll_with_layers
-    from kd_core.students.starts.choose_pruning import PruningRequest, choose_pruning, count_parameters
+    from kd_core.students.layer_importance import Drop, LayerwiseText, nll_with_layers
+    from kd_core.students.starts.choose_pruning import choose_pruning, count_parameters
     from kd_core.students.starts.pruned_start import PrunedStart
     from kd_core.students.starts.start import Pretrained, StudentInit, build_student
-    from kd_core.students.width_selection import narrower
 
-    if TEACHER.value is None or OUT.value is None:
-        raise UsageError("wanted --teacher=DIR and --out=DIR. Try --help.")
-    teacher, out = local_folder(TEACHER.value, "--teacher"), Path(OUT.value)
-    arch = stored_architecture(teacher)
-    narrow = narrower(arch, {name: flag.value for name, flag in WIDTHS.items()})
-    request = PruningRequest(narrow, _requested_layers(arch.num_layers), cast(Measure, MEASURE.value))
-    refuse_full_folder(out)
-    rows = read_rows(teacher, CACHE.value, TEXT.value, ROW_LENGTH.value, TOKENS.value or 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_precision(cast(Precision, DTYPE.value), device)
     app.log.info("dtype: %s", chosen)
@@ -152,28 +143,52 @@ def main() -> None:
     def report_drop(drop: Drop) -> None:
         app.log.info("without layer %d too: NLL %.3f", drop.layer, drop.nll)
 
-    text, folder = on_text(Pretrained(str(teacher))), str(teacher)
+    text = on_text(Pretrained(str(teacher)))
     with tqdm(total=rows.numel(), unit="tok", desc="measuring widths", leave=False) as bar:
         kept, alone = choose_pruning(text, request, report_drop, bar.update)
-    students = {
-        f"all {arch.num_layers} layers": (arch, text, range(arch.num_layers)),
-        "the pruned student": (narrow, on_text(PrunedStart(folder, kept)), range(request.num_layers)),
-        f"{len(alone)} layers of full width": (arch, text, alone),
+    arch, pruned = text.model.arch, on_text(PrunedStart(str(teacher), kept))
+    starts = {
+        f"all {arch.num_layers} layers": (text, range(arch.num_layers)),
+        "the pruned student": (pruned, range(request.num_layers)),
+        f"{len(alone)} layers of full width": (text, alone),
     }
-    report = {
-        "teacher": folder,
+    return kept, {
+        "teacher": str(teacher),
         "tokens": rows.numel(),
         "sizes": {name: (getattr(kept.arch, name), getattr(arch, name)) for name in ("num_layers", *WIDTHS)},
         "importance_kept": kept.shares,
         "starts": {
-            name: {"parameters": count_parameters(arch, len(layers)), "nll": nll_with_layers(text, layers)}
-            for name, (arch, text, layers) in students.items()
+            name: {
+                "parameters": count_parameters(text.model.arch, len(layers)),
+                "nll": nll_with_layers(text, layers),
+            }
+            for name, (text, layers) in starts.items()
         },
         "keep_layers": kept.layers,
         "hidden_channels": kept.hidden.tolist(),
         "heads": [heads.tolist() for heads in kept.heads],
         "factors": kept.factors,
     }
+
+
+def main() -> None:
+    """Measures the teacher, writes the student, and prints the table."""
+    from kd_core.errors import UsageError
+    from kd_core.hub import local_folder
+    from kd_core.students.huggingface.weights import stored_architecture
+    from kd_core.students.layer_importance import Measure
+    from kd_core.students.starts.choose_pruning import PruningRequest
+    from kd_core.students.width_selection import narrower
+
+    if TEACHER.value is None or OUT.value is None:
+        raise UsageError("wanted --teacher=DIR and --out=DIR. Try --help.")
+    teacher, out = local_folder(TEACHER.value, "--teacher"), Path(OUT.value)
+    arch = stored_architecture(teacher)
+    narrow = narrower(arch, {name: flag.value for name, flag in WIDTHS.items()})
+    request = PruningRequest(narrow, _requested_layers(arch.num_layers), cast(Measure, MEASURE.value))
+    refuse_full_folder(out)
+    rows = read_rows(teacher, CACHE.value, TEXT.value, ROW_LENGTH.value, TOKENS.value or 0)
+    kept, report = _measure(teacher, request, rows)
     _write(report, kept, teacher, out)
     _print_report(report)
 
