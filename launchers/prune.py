@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kd_core.students.starts.choose_pruning import PruningRequest
-    from kd_core.students.width_selection import KeptWidth
+    from kd_core.students.width_selection import WidthSelection
 
 TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder of the model to prune, or hub:OWNER/NAME; required."
@@ -90,16 +90,16 @@ def _requested_layers(count: int) -> tuple[int, ...] | int:
 
 def _print_report(report: Mapping[str, Any]) -> None:
     print(f"{'':<18}{'kept':>6}{'of':>7}   share of the importance")
-    for name, (kept, total) in report["sizes"].items():
+    for name, (size, total) in report["sizes"].items():
         share = report["importance_kept"].get(name)
-        print(f"{name:<18}{kept:>6}{total:>7}   {'' if share is None else f'{share:.3f}'}".rstrip())
+        print(f"{name:<18}{size:>6}{total:>7}   {'' if share is None else f'{share:.3f}'}".rstrip())
     print(f"\nNLL on {report['tokens']} tokens, nats per token, before any training:")
     for name, start in report["starts"].items():
         print(f"  {name:<30}{start['parameters'] / 1e6:>10.1f}M parameters {start['nll']:>8.3f}")
     print(f'\n--config=\'distill(model="{OUT.value}", cache="{Path(CACHE.value or "my/cache/train").parent}")\'')
 
 
-def _write(report: Mapping[str, Any], kept: "KeptWidth", teacher: Path, out: Path) -> None:
+def _write(report: Mapping[str, Any], selection: "WidthSelection", teacher: Path, out: Path) -> None:
     """Writes the folder with its report, in the type of the teacher's weights."""
     import torch
 
@@ -111,13 +111,13 @@ def _write(report: Mapping[str, Any], kept: "KeptWidth", teacher: Path, out: Pat
     from kd_core.students.starts.start import build_student
 
     dtype = stored_dtype(teacher)
-    student = build_student(PrunedStart(str(teacher), kept), torch.device("cpu"), 0, dtype=DTYPES[dtype])
+    student = build_student(PrunedStart(str(teacher), selection), torch.device("cpu"), 0, dtype=DTYPES[dtype])
     with new_folder(out) as partial:
         save_pretrained(student, partial, teacher, dtype=dtype)
         write_json(partial / "pruned.json", report)
 
 
-def _measure(teacher: Path, request: "PruningRequest", rows: "Tensor") -> tuple["KeptWidth", dict[str, Any]]:
+def _measure(teacher: Path, request: "PruningRequest", rows: "Tensor") -> tuple["WidthSelection", dict[str, Any]]:
     """Returns what the student keeps, and the report. No model is in memory any more."""
     import torch
     from tqdm import tqdm
@@ -145,18 +145,18 @@ def _measure(teacher: Path, request: "PruningRequest", rows: "Tensor") -> tuple[
 
     text = on_text(Pretrained(str(teacher)))
     with tqdm(total=rows.numel(), unit="tok", desc="measuring widths", leave=False) as bar:
-        kept, alone = choose_pruning(text, request, report_drop, bar.update)
-    arch, pruned = text.model.arch, on_text(PrunedStart(str(teacher), kept))
+        selection, alone = choose_pruning(text, request, report_drop, bar.update)
+    arch, pruned = text.model.arch, on_text(PrunedStart(str(teacher), selection))
     starts = {
         f"all {arch.num_layers} layers": (text, range(arch.num_layers)),
         "the pruned student": (pruned, range(request.num_layers)),
         f"{len(alone)} layers of full width": (text, alone),
     }
-    return kept, {
+    return selection, {
         "teacher": str(teacher),
         "tokens": rows.numel(),
-        "sizes": {name: (getattr(kept.arch, name), getattr(arch, name)) for name in ("num_layers", *WIDTHS)},
-        "importance_kept": kept.shares,
+        "sizes": {name: (getattr(selection.arch, name), getattr(arch, name)) for name in ("num_layers", *WIDTHS)},
+        "importance_kept": selection.shares,
         "starts": {
             name: {
                 "parameters": count_parameters(text.model.arch, len(layers)),
@@ -164,10 +164,10 @@ def _measure(teacher: Path, request: "PruningRequest", rows: "Tensor") -> tuple[
             }
             for name, (text, layers) in starts.items()
         },
-        "keep_layers": kept.layers,
-        "hidden_channels": kept.hidden.tolist(),
-        "heads": [heads.tolist() for heads in kept.heads],
-        "factors": kept.factors,
+        "keep_layers": selection.layers,
+        "hidden_channels": selection.hidden.tolist(),
+        "heads": [heads.tolist() for heads in selection.heads],
+        "factors": selection.factors,
     }
 
 
@@ -188,8 +188,8 @@ def main() -> None:
     request = PruningRequest(narrow, _requested_layers(arch.num_layers), cast(Measure, MEASURE.value))
     refuse_full_folder(out)
     rows = read_rows(teacher, CACHE.value, TEXT.value, ROW_LENGTH.value, TOKENS.value or 0)
-    kept, report = _measure(teacher, request, rows)
-    _write(report, kept, teacher, out)
+    selection, report = _measure(teacher, request, rows)
+    _write(report, selection, teacher, out)
     _print_report(report)
 
 

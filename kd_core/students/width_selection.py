@@ -16,7 +16,7 @@ WIDTHS = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 
 
 @dataclass(frozen=True)
-class KeptWidth:
+class WidthSelection:
     """What a student keeps of a model. Indices are increasing, and count in the model.
 
     Args:
@@ -76,15 +76,15 @@ def _most_important(importance: Float[Tensor, "*B C"], count: int) -> Int[Tensor
     return order[..., :count].sort(dim=-1).values
 
 
-def _most_important_heads(importance: Float[Tensor, " H"], kept: Architecture, groups: int) -> tuple[Tensor, Tensor]:
+def _most_important_heads(importance: Float[Tensor, " H"], arch: Architecture, groups: int) -> tuple[Tensor, Tensor]:
     """Returns the query heads and kv heads of a layer that stay, out of `groups` kv heads.
 
     Whole groups of a kv head stay, by the sum of their heads. In each of them, as many query heads stay.
     """
     # Groups of query heads that share a kv head, and their sums.  [H] → [H_kv, H / H_kv]
     by_group = importance.view(groups, -1)
-    kv_heads = _most_important(by_group.sum(dim=-1), kept.num_kv_heads)
-    members = _most_important(by_group[kv_heads], kept.num_heads // kept.num_kv_heads)
+    kv_heads = _most_important(by_group.sum(dim=-1), arch.num_kv_heads)
+    members = _most_important(by_group[kv_heads], arch.num_heads // arch.num_kv_heads)
     # Number of a head in the model: the first head of its group, plus its place in the group.
     return (kv_heads[:, None] * by_group.shape[1] + members).flatten(), kv_heads
 
@@ -102,23 +102,23 @@ def narrower(arch: Architecture, widths: Mapping[str, int | None]) -> Architectu
     for name, size in sizes.items():
         if not 1 <= size <= getattr(arch, name):
             raise UsageError(f"--{name}={size}: wanted 1 to {getattr(arch, name)}, which the model has.")
-    kept = replace(arch, **sizes)
-    if kept.num_heads % kept.num_kv_heads or kept.num_heads > kept.num_kv_heads * most:
-        choices = ", ".join(str(kept.num_kv_heads * members) for members in range(1, most + 1))
+    narrow = replace(arch, **sizes)
+    if narrow.num_heads % narrow.num_kv_heads or narrow.num_heads > narrow.num_kv_heads * most:
+        choices = ", ".join(str(narrow.num_kv_heads * members) for members in range(1, most + 1))
         raise UsageError(
-            f"--num_heads={kept.num_heads}: wanted {choices} with {kept.num_kv_heads} kv heads, so that each has as "
+            f"--num_heads={narrow.num_heads}: wanted {choices}, so that each of {narrow.num_kv_heads} kv heads has as "
             f"many, and at most the model's {most}. Whole groups go with --num_kv_heads."
         )
-    return kept
+    return narrow
 
 
-def _kept_share(importance: Sequence[Tensor], kept: Sequence[Tensor]) -> float:
+def _kept_share(importance: Sequence[Tensor], indices: Sequence[Tensor]) -> float:
     """Returns the mean over layers of the share of the importance that is kept."""
-    shares = [values[index].sum() / values.sum() for values, index in zip(importance, kept, strict=True)]
+    shares = [values[index].sum() / values.sum() for values, index in zip(importance, indices, strict=True)]
     return float(sum(shares)) / len(shares)
 
 
-def _factors(kept: KeptWidth, importance: WidthImportance, model: Student) -> dict[str, float]:
+def _factors(selection: WidthSelection, importance: WidthImportance, model: Student) -> dict[str, float]:
     """Returns the factors that let norms and the embedding of fewer channels give the model's values on average.
 
     A norm gives its channels a mean square of 1, and that of the kept ones was another. An embedding that is multiplied
@@ -127,12 +127,12 @@ def _factors(kept: KeptWidth, importance: WidthImportance, model: Student) -> di
     """
     rules, factors = model.sharding_rules(), dict[str, float]()
     for name, squares in importance.energy.items():
-        (channels,) = kept.indices(f"{name}.weight", squares.shape, rules)
+        (channels,) = selection.indices(f"{name}.weight", squares.shape, rules)
         # Where all channels stay, all bits stay.
         if len(channels) < len(squares):
             factors[name] = float(squares[channels].mean().sqrt())
-    if model.arch.root_scaled_embedding and len(kept.hidden) < model.arch.hidden_size:
-        factors["embed_tokens"] = (model.arch.hidden_size / len(kept.hidden)) ** 0.5
+    if model.arch.root_scaled_embedding and len(selection.hidden) < model.arch.hidden_size:
+        factors["embed_tokens"] = (model.arch.hidden_size / len(selection.hidden)) ** 0.5
         if model.arch.tie_embeddings:
             factors["norm"] /= factors["embed_tokens"]
     return factors
@@ -140,7 +140,7 @@ def _factors(kept: KeptWidth, importance: WidthImportance, model: Student) -> di
 
 def select_widths(
     importance: WidthImportance, model: Student, arch: Architecture, layers: tuple[int, ...]
-) -> KeptWidth:
+) -> WidthSelection:
     """Returns what a student takes of a model.
 
     Args:
@@ -153,7 +153,7 @@ def select_widths(
     feed_forward = [_most_important(channels, arch.intermediate_size) for channels in importance.feed_forward]
     heads = [_most_important_heads(heads, arch, model.arch.num_kv_heads) for heads in importance.heads]
     query_heads = [query for query, _ in heads]
-    kept = KeptWidth(
+    selection = WidthSelection(
         arch=arch.with_layers(layers),
         layers=layers,
         hidden=hidden,
@@ -167,4 +167,4 @@ def select_widths(
             "num_heads": _kept_share(importance.heads, query_heads),
         },
     )
-    return replace(kept, factors=_factors(kept, importance, model))
+    return replace(selection, factors=_factors(selection, importance, model))

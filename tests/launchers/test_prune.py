@@ -62,7 +62,7 @@ def test_mistakes_are_one_message(tiny: Tiny, tmp_path: Path) -> None:
     for more, message in (
         ([], "wanted a size of the student: --hidden_size=N"),
         (["--hidden_size=33"], "--hidden_size=33: wanted 1 to 32, which the model has"),
-        (["--num_heads=3"], "--num_heads=3: wanted 2, 4 with 2 kv heads"),
+        (["--num_heads=3"], "--num_heads=3: wanted 2, 4, so that each of 2 kv heads"),
         (["--layers=5"], "--layers=5: wanted 1 to 4"),
         (["--keep_layers=0,4"], "--keep_layers=0,4: wanted different layers of 0 to 3"),
         (["--layers=2", "--keep_layers=0,1"], "wanted either --layers=N or --keep_layers"),

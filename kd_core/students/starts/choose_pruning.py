@@ -7,7 +7,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.families.registry import family_decoder
 from kd_core.students.layer_importance import Drop, LayerwiseText, Measure, choose_layers, top_layers
 from kd_core.students.width_importance import measure_widths
-from kd_core.students.width_selection import KeptWidth, select_widths
+from kd_core.students.width_selection import WidthSelection, select_widths
 
 BATCH_TOKENS = 2048  # of one pass that measures widths
 
@@ -45,8 +45,8 @@ def choose_pruning(
     text: LayerwiseText,
     request: PruningRequest,
     report_drop: Callable[[Drop], None],
-    report_tokens: Callable[[int], None],
-) -> tuple[KeptWidth, tuple[int, ...]]:
+    report_tokens: Callable[[int], object],
+) -> tuple[WidthSelection, tuple[int, ...]]:
     """Returns what the student keeps, and the layers of a student of as many parameters that loses layers alone.
 
     Layers are measured first, and widths in a pass through the layers that stay.

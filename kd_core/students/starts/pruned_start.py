@@ -13,7 +13,7 @@ from kd_core.students.families.registry import FAMILIES, family_decoder
 from kd_core.students.huggingface.weights import StoredTensor, load_weights, stored_architecture
 from kd_core.students.student import Student
 from kd_core.students.width_importance import NORMS, split_name
-from kd_core.students.width_selection import KeptWidth
+from kd_core.students.width_selection import WidthSelection
 
 
 class CutTensor(StoredTensor):
@@ -45,30 +45,30 @@ class PrunedStart:
     """A student of some layers and widths of a Hugging Face folder."""
 
     folder: str
-    kept: KeptWidth
+    selection: WidthSelection
 
     def architecture(self) -> Architecture:
-        return self.kept.arch
+        return self.selection.arch
 
     def build_on_meta(self) -> Student:
-        return family_decoder(self.kept.arch)
+        return family_decoder(self.selection.arch)
 
     def fill(self, model: Student, seed: int) -> None:
         """Loads the kept layers, channels and heads of the folder, a tensor at a time."""
         del seed  # nothing is random
         folder, parameters, rules = resolve_folder(self.folder), base_parameters(model), model.sharding_rules()
-        stored_model = family_decoder(stored_architecture(folder).with_layers(self.kept.layers))
+        stored_model = family_decoder(stored_architecture(folder).with_layers(self.selection.layers))
         shapes = {name: tuple(parameter.shape) for name, parameter in stored_model.named_parameters()}
 
         def cut(stored: StoredTensor, names: list[str]) -> StoredTensor:
-            kept = [self.kept.indices(name, shapes[name], rules) for name in names]
+            indices = [self.selection.indices(name, shapes[name], rules) for name in names]
             # Parameters that are joined in the folder follow each other in its rows, so each begins where the last
             # one of the model ends.
             starts = torch.tensor([0, *(shapes[name][0] for name in names[:-1])]).cumsum(0)
-            rows = torch.cat([start + indices[0] for start, indices in zip(starts, kept, strict=True)])
+            rows = torch.cat([start + first for start, (first, *_) in zip(starts, indices, strict=True)])
             module = names[0].rpartition(".")[0]
             offset = model.arch.norm_offset if rules[split_name(module)[1]] in NORMS else 0.0
-            return CutTensor(stored, [rows, *kept[0][1:]], self.kept.factors.get(module, 1.0), offset)
+            return CutTensor(stored, [rows, *indices[0][1:]], self.selection.factors.get(module, 1.0), offset)
 
         with errors_on_all_ranks(parameters.values()):
-            load_weights(parameters, folder, FAMILIES[model.arch.family], self.kept.layers, cut)
+            load_weights(parameters, folder, FAMILIES[model.arch.family], self.selection.layers, cut)

@@ -20,7 +20,7 @@ from kd_core.students.huggingface.weights import stored_tensors
 from kd_core.students.starts.pruned_start import CutTensor, PrunedStart
 from kd_core.students.starts.start import build_student
 from kd_core.students.width_importance import WidthImportance, measure_widths
-from kd_core.students.width_selection import KeptWidth, narrower, select_widths
+from kd_core.students.width_selection import WidthSelection, narrower, select_widths
 from tests.kd_core.students.models import CPU, FAMILIES, load, rows, their_model
 
 LAYERS = (0, 2)
@@ -41,7 +41,7 @@ def _logits(model: Decoder) -> Tensor:
     return model(*rows())
 
 
-def _keep(model: Decoder, layers: tuple[int, ...] | None = None, **widths: int) -> KeptWidth:
+def _keep(model: Decoder, layers: tuple[int, ...] | None = None, **widths: int) -> WidthSelection:
     layers = tuple(range(model.arch.num_layers)) if layers is None else layers
     return select_widths(_measure(model, layers=layers), model, narrower(model.arch, widths), layers)
 
@@ -157,7 +157,7 @@ def test_full_width_has_the_same_bits(pair: _Pair) -> None:
     assert all(torch.equal(values, parameters[name]) for name, values in whole.named_parameters())
 
 
-def _mask(theirs: Any, kept: KeptWidth, stack: ExitStack) -> None:
+def _mask(theirs: Any, kept: WidthSelection, stack: ExitStack) -> None:
     """Sets to zero what is not kept: outputs into the residual stream, and inputs of `down_proj` and `o_proj`."""
 
     def times(size: int, indices: Tensor) -> Callable[[Tensor], Tensor]:
@@ -260,8 +260,8 @@ def test_a_cut_tensor_reads_any_box(tmp_path: Path) -> None:
     [
         ({"hidden_size": 33}, "--hidden_size=33: wanted 1 to 32"),
         ({"intermediate_size": 0}, "--intermediate_size=0: wanted 1 to 48"),
-        ({"num_heads": 3}, "--num_heads=3: wanted 2, 4 with 2 kv heads"),
-        ({"num_kv_heads": 1, "num_heads": 4}, "--num_heads=4: wanted 1, 2 with 1 kv heads"),
+        ({"num_heads": 3}, "--num_heads=3: wanted 2, 4, so that each of 2 kv heads"),
+        ({"num_kv_heads": 1, "num_heads": 4}, "--num_heads=4: wanted 1, 2, so that each of 1 kv heads"),
     ],
 )
 def test_sizes_that_cannot_be_had_are_refused(widths: dict[str, int], message: str, tmp_path: Path) -> None:
