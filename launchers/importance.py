@@ -14,8 +14,8 @@ Prints a table of all layers, and the setting for an experiment that keeps the b
     alone        the rise of the NLL without each single layer, at one pass per layer
     influence    1 − cosine of a layer's input and output (ShortGPT), at one pass in all
 
---out also writes all numbers as JSON. The text is the first --tokens of a cache's records, or of a text file, in rows
-of --row_length.
+launchers.prune makes a student narrower as well. --out also writes all numbers as JSON. The text is the first --tokens
+of a cache's records, or of a text file, in rows of --row_length.
 """
 
 from collections.abc import Mapping, Sequence
