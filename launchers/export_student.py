@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from absl import flags
 
 from launchers.cli import app
+from launchers.cli.folder_guard import refuse_full_folder
 
 if TYPE_CHECKING:
     from kd_core.precision import Dtype
@@ -36,15 +37,12 @@ def main() -> None:
     import torch
 
     from experiments.config.saved_students import find_student, load_student, recorded_chat_format
-    from kd_core.files import new_folder_target
     from kd_core.students.huggingface.save import save_pretrained
     from kd_core.training.checkpoints.checkpoint import newest
     from kd_core.training.run_folder import RunFolder
 
     source, out = Path(STUDENT.value), Path(OUT.value)
-    target = new_folder_target(out)
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"--out={out}: holds something ({next(target.iterdir()).name}). Name a new folder.")
+    refuse_full_folder(out)
     folder = find_student(source, STEP.value or ("last" if newest(RunFolder(source).checkpoints) else None))
     model, tokenizer_folder = load_student(folder, torch.device("cpu"))
     dtype = cast("Dtype", DTYPE.value)

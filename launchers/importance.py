@@ -14,8 +14,8 @@ Prints a table of all layers, and the setting for an experiment that keeps the b
     alone        the rise of the NLL without each single layer, at one pass per layer
     influence    1 − cosine of a layer's input and output (ShortGPT), at one pass in all
 
---out also writes all numbers as JSON. The text is the first --tokens of a cache's records, or of a text file, in rows
-of --row_length.
+launchers.prune makes a student narrower as well. --out also writes all numbers as JSON. The text is the first --tokens
+of a cache's records, or of a text file, in rows of --row_length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from typing import cast
 from absl import flags
 
 from launchers.cli import app
+from launchers.cli.measured_text import read_rows
 
 TEACHER = flags.DEFINE_string(
     "teacher", None, "Hugging Face folder of the model to measure, or hub:OWNER/NAME; required."
@@ -37,7 +38,6 @@ TOKENS = flags.DEFINE_integer("tokens", 2048, "How many tokens to measure on.", 
 ROW_LENGTH = flags.DEFINE_integer(
     "row_length", None, "Tokens of a row; default 256, or less where the documents are shorter.", lower_bound=2
 )
-LENGTHS = (256, 128, 64, 32, 16, 8, 4, 2)
 DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matmuls; auto: what suits this device."
 )
@@ -65,7 +65,6 @@ def main() -> None:
     """Loads the teacher, measures its layers, and prints the table."""
     import torch
 
-    from data.stream.plain_rows import cache_documents, plain_rows, text_document
     from data.tokenizer import Tokenizer
     from kd_core.errors import UsageError
     from kd_core.files import write_json
@@ -76,15 +75,8 @@ def main() -> None:
 
     if TEACHER.value is None:
         raise UsageError("wanted --teacher=DIR. Try --help.")
-    if (CACHE.value is None) == (TEXT.value is None):
-        raise UsageError("wanted either --cache=DIR or --text=FILE.")
     teacher = local_folder(TEACHER.value, "--teacher")
-    documents = (
-        cache_documents(CACHE.value, teacher)
-        if CACHE.value is not None
-        else [text_document(Path(TEXT.value or ""), teacher)]
-    )
-    rows = plain_rows(documents, [ROW_LENGTH.value] if ROW_LENGTH.value else LENGTHS, TOKENS.value or 0)
+    rows = read_rows(teacher, CACHE.value, TEXT.value, ROW_LENGTH.value, TOKENS.value or 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_precision(cast(Precision, DTYPE.value), device)
     app.log.info("dtype: %s", chosen)

@@ -43,7 +43,7 @@ class LayerwiseText:
 
     def __init__(self, model: Student, tokens: Int[Tensor, "B S"]) -> None:
         # Position t predicts token t + 1.  labels [B·T]
-        self.model, self.labels = model, tokens[:, 1:].flatten()
+        self.model, self.tokens, self.labels = model, tokens, tokens[:, 1:].flatten()
         positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand_as(tokens[:, 1:])
         self.context = model.context(positions, None)
         self.embedded: Float[Tensor, "B T D"] = model.embed(tokens[:, :-1])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from kd_core.errors import UsageError
+from kd_core.files import new_folder_target
 
 A_RUN, A_SWEEP, CACHES, A_MODEL = "a run", "a sweep", "teacher caches", "a model"
 MARKS = {
@@ -25,3 +26,14 @@ def refuse_other_kinds(folder: Path, kind: str, flag: str) -> None:
             raise UsageError(
                 f"--{flag}={folder}: holds {other} ({mark}), wanted {kind} or nothing. Choose another folder."
             )
+
+
+def refuse_full_folder(folder: Path, flag: str = "out") -> None:
+    """Checks that a new folder can stand here.
+
+    Raises:
+        UsageError: it holds something, or a file or a link to a full folder stands in its place.
+    """
+    target = new_folder_target(folder)
+    if target.exists() and any(target.iterdir()):
+        raise UsageError(f"--{flag}={folder}: holds something ({next(target.iterdir()).name}). Name a new folder.")

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.json_fields import check_object
+from kd_core.precision import Dtype
 from kd_core.sharded_values import Box, fill_expert_rows, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.families.family import Family, Rows
@@ -212,10 +213,17 @@ def _rows_by_name(parameters: Mapping[str, Tensor], family: Family) -> dict[str,
     return rows
 
 
-def load_weights(parameters: Mapping[str, Tensor], folder: Path, family: Family, keep_layers: tuple[int, ...]) -> None:
+def load_weights(
+    parameters: Mapping[str, Tensor],
+    folder: Path,
+    family: Family,
+    keep_layers: tuple[int, ...],
+    cut: Callable[[StoredTensor, list[str]], StoredTensor] = lambda stored, _: stored,
+) -> None:
     """Copies the folder's weights into `parameters` by name. Layer i of them is the folder's layer `keep_layers[i]`.
 
-    A tied student takes the stored embedding, or if there is none, the stored lm_head.
+    A tied student takes the stored embedding, or if there is none, the stored lm_head. `cut` returns what the named
+    parameters take of a tensor, where the student is narrower than the folder.
 
     Raises:
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
@@ -239,7 +247,7 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, family: Family,
         names = family.names_of_parts(name)
         if not remaining.keys() >= set(names):
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
-        stored.fill(*(remaining.pop(name) for name in names))
+        cut(stored, names).fill(*(remaining.pop(name) for name in names))
     if missing := [*remaining, *stacked]:
         raise UsageError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)}.")
 
@@ -252,3 +260,9 @@ def stored_architecture(folder: Path) -> Architecture:
         if arch.tie_embeddings and has_own_head(folder, FAMILIES[arch.family])
         else arch
     )
+
+
+def stored_dtype(folder: Path) -> Dtype:
+    """Returns how to store weights that are taken from a folder without loss, by the type of its first tensor."""
+    first = next(stored_tensors(weight_files(folder)))
+    return "bfloat16" if first.slice.get_dtype() == "BF16" else "float32"

@@ -1,0 +1,22 @@
+"""A study of where a student of 81M parameters loses its weights: in layers, in widths, or in both."""
+
+from experiments.base.sweep_definition import Sweep, seeds, zipped
+from experiments.half_depth import KEEP_LAYERS
+from experiments.studies.objectives import by_the_epoch
+
+FOLDERS = ("quickstart/teacher", "quickstart/narrow", "quickstart/narrow_and_short")
+
+
+def narrow_students() -> Sweep:
+    """Does a student of fewer channels end nearer to the teacher than one of fewer layers, of as many parameters?
+
+    First:    python -m launchers.prune --teacher=quickstart/teacher --cache=quickstart/cache/train \\
+                  --hidden_size=512 --intermediate_size=704 --out=quickstart/narrow
+              python -m launchers.prune --teacher=quickstart/teacher --cache=quickstart/cache/train \\
+                  --layers=20 --num_kv_heads=2 --intermediate_size=1184 --out=quickstart/narrow_and_short
+    Then:     python -m launchers.sweep --sweep=narrow_students --backend=local --jobs=1
+    Expected: PENDING
+    Seen:     not run yet. PENDING
+    """
+    starts = zipped({"student.folder": FOLDERS, "student.keep_layers": [KEEP_LAYERS, None, None]})
+    return Sweep(by_the_epoch) * seeds(3) * starts
