@@ -1,18 +1,18 @@
 """Adapters in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`."""
 
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.hub import snapshot_of_folder
-from kd_core.students.decoder.lora_layers import LoraLinear, adapted_layers
+from kd_core.students.decoder.lora_layers import LoraSettings, adapted_layers
 from kd_core.students.huggingface.weights import StoredTensor, stored_tensors
 from kd_core.students.student import Student
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model.model."
+PREFIX, NUMBERED = "base_model.model.", re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Initialisations that leave the base as it is. The others of PEFT 0.21 change it: pissa, olora, corda, …
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings that would change the meaning of an adapter.
@@ -23,13 +23,13 @@ UNSUPPORTED_FIELDS = (
 )  # fmt: skip
 
 
-def stored_name(layer: str, which: str) -> str:
+def stored_name(model: Student, layer: str, which: str) -> str:
     """Returns the name in PEFT's file of a layer's `lora_A` or `lora_B`."""
-    return f"{PREFIX}{layer}.{which}.weight"
+    return f"{PREFIX}{model.names_in_folder}{layer}.{which}.weight"
 
 
-def _our_name(stored: str) -> str:
-    return stored.removeprefix(PREFIX).removesuffix(".weight")
+def _our_name(model: Student, stored: str) -> str:
+    return stored.removeprefix(PREFIX).removeprefix(model.names_in_folder).removesuffix(".weight")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -75,7 +75,7 @@ def check_adapter_matches(folder: Path, model: Student) -> None:
     for name, (ours, theirs) in compared.items():
         if ours != theirs:
             raise UsageError(f"student.{name}: got {ours}; {folder} has {theirs}. Set student.{name}={theirs}.")
-    names = {_our_name(tensor.name).rsplit(".", 1)[0] for tensor in stored_tensors(_files(folder))}
+    names = {_our_name(model, tensor.name).rsplit(".", 1)[0] for tensor in stored_tensors(_files(folder))}
     if names != set(layers):
         theirs_only, ours_only = sorted(names - set(layers)), sorted(set(layers) - names)
         example = f"{theirs_only[0]} there alone" if theirs_only else f"{ours_only[0]} here alone"
@@ -97,7 +97,7 @@ def load_adapter(model: Student, folder: Path) -> None:
         for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
     }
     for stored in stored_tensors(_files(folder)):
-        _fill(stored, remaining.pop(_our_name(stored.name), None))
+        _fill(stored, remaining.pop(_our_name(model, stored.name), None))
     if remaining:
         raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
 
@@ -114,11 +114,12 @@ def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     If every adapted layer has the same modules, they are lists of modules and layers, as people write them. Otherwise
     they are the full names.
     """
-    # layers.{layer}.….{last} → (layer, last)
-    pairs = {(int(name.split(".")[1]), name.rsplit(".", 1)[1]) for name in names}
+    # ….layers.{layer}.….{last} → (layer, last)
+    numbers = [NUMBERED.search(name) for name in names]
+    pairs = {(int(at[1]), name.rsplit(".", 1)[1]) for name, at in zip(names, numbers, strict=True) if at}
     layers, lasts = sorted({layer for layer, _ in pairs}), sorted({last for _, last in pairs})
-    if len(pairs) != len(layers) * len(lasts):
-        return {"target_modules": [f"model.{name}" for name in sorted(names)]}
+    if not len(names) == len(pairs) == len(layers) * len(lasts):
+        return {"target_modules": sorted(names)}
     chosen = None if len(layers) == num_layers else layers
     return {
         "target_modules": lasts,
@@ -127,12 +128,13 @@ def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     }
 
 
-def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
-    """Returns the `adapter_config.json` of a model's adapters.
+def adapter_config(
+    settings: LoraSettings, names: list[str], num_layers: int, base_folder: Path | None
+) -> dict[str, Any]:
+    """Returns the `adapter_config.json` of adapters on the layers of these names.
 
     `base_folder` is None if no folder has the frozen weights.
     """
-    settings = next(iter(layers.values())).settings
     fetched = None if base_folder is None else snapshot_of_folder(base_folder)
     base = fetched.repository if fetched else base_folder and str(base_folder)
     return {
@@ -146,5 +148,5 @@ def adapter_config(layers: Mapping[str, LoraLinear], num_layers: int, base_folde
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
-        **_target_fields(list(layers), num_layers),
+        **_target_fields(names, num_layers),
     }

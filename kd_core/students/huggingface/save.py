@@ -18,7 +18,7 @@ from kd_core.errors import UsageError
 from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.sharded_values import errors_on_all_ranks, full_tensor
-from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
+from kd_core.students.decoder.lora_layers import adapted_layers
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.peft_folder import CONFIG, WEIGHTS, adapter_config, stored_name
 from kd_core.students.huggingface.weights import stored_architecture, weight_files
@@ -56,24 +56,25 @@ def _unlikely_padding(head: Tensor, real: int) -> Tensor:
 
 def _model_pieces(model: Student) -> list[_Piece]:
     """Returns the tensors by transformers' names, with adapters merged, and without a tied lm_head."""
-    arch = model.arch
+    arch, values = model.arch, model.stored_values()
     gathers = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
     if arch.vocab_rows > arch.vocab_size:
-        head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
+        # A tied head is under the embedding's name.
+        head = next(name for name, value in values.items() if value is model.lm_head.weight)
         gathers[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
     return [
         _Piece(
-            name if name == "lm_head.weight" else f"model.{name}",
-            parameter.numel(),
-            gathers.get(name, functools.partial(full_tensor, parameter)),
+            name if name == "lm_head.weight" else f"{model.names_in_folder}{name}",
+            value.numel(),
+            gathers.get(name, functools.partial(full_tensor, value)),
         )
-        for name, parameter in base_parameters(model).items()
+        for name, value in values.items()
     ]
 
 
 def _adapter_pieces(model: Student) -> list[_Piece]:
     return [
-        _Piece(stored_name(name, which), parameter.numel(), functools.partial(full_tensor, parameter))
+        _Piece(stored_name(model, name, which), parameter.numel(), functools.partial(full_tensor, parameter))
         for name, layer in adapted_layers(model).items()
         for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
     ]
@@ -98,6 +99,15 @@ def _gather_all(files: list[_File]) -> Iterator[Tensor]:
             yield piece.gather()
 
 
+def _whole_state(files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns all weights in `dtype` on the CPU, for a library that writes them at once. Other types stay."""
+    return {
+        piece.name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for file in files
+        for piece, tensor in zip(file.pieces, tensors, strict=False)
+    }
+
+
 def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
     for file in files:
         state = {piece.name: next(tensors).to("cpu", dtype).contiguous() for piece in file.pieces}
@@ -115,12 +125,15 @@ def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_names})
 
 
-def _write_adapter_config(model: Student, folder: Path, tokenizer_folder: Path) -> None:
+def _write_adapter_config(model: Student, folder: Path, tokenizer_folder: Path, is_whole: bool) -> None:
     if layers := adapted_layers(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
-        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers were dropped
+        is_whole = is_whole or stored_architecture(tokenizer_folder) == rows  # else layers were dropped
         (folder / ADAPTER).mkdir()
-        write_json(folder / ADAPTER / CONFIG, adapter_config(layers, model.arch.num_layers, base))
+        base = tokenizer_folder if is_whole else None
+        names = [f"{model.names_in_folder}{name}" for name in layers]
+        settings = next(iter(layers.values())).settings
+        write_json(folder / ADAPTER / CONFIG, adapter_config(settings, names, model.arch.num_layers, base))
 
 
 def _has_json_end(path: Path) -> bool:
@@ -181,11 +194,13 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
         try:
             if first:
                 with new_folder(folder) as partial:
+                    is_saved = model.save_itself(partial, lambda: _whole_state(files, tensors, DTYPES[dtype]))
                     write_export_files(partial, model.arch, tokenizer_folder, dtype, chat)
-                    _write_adapter_config(model, partial, tokenizer_folder)
-                    _write_weights(partial, files, tensors, DTYPES[dtype])
+                    _write_adapter_config(model, partial, tokenizer_folder, is_saved)
+                    if not is_saved:
+                        _write_weights(partial, files, tensors, DTYPES[dtype])
                     _write_weights(partial, adapters, tensors, torch.float32)
-                    if len(files) > 1:
+                    if len(files) > 1 and not is_saved:
                         _write_index(partial, files, DTYPES[dtype])
         finally:
             # Gather the rest: all tensors on ranks that do not write, and those after an error on the one that does.
