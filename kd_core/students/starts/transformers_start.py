@@ -61,7 +61,7 @@ class Transformers:
         from kd_core.students.transformers_student.transformers_config import meta_model  # noqa: PLC0415 (an extra)
         from kd_core.students.transformers_student.transformers_student import TransformersStudent  # noqa: PLC0415
 
-        student = TransformersStudent(meta_model(self._config(), resolve_folder(self.folder)).float(), self.folder)
+        student = TransformersStudent(meta_model(self._config(), resolve_folder(self.folder)), self.folder)
         student.arch = self.architecture()
         return student
 

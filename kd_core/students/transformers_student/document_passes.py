@@ -1,17 +1,28 @@
 """Documents of packed rows through a model that is not ours: in one pass of the rows, or as rows of their own."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd_core.document_lengths import Documents
 
-# `packed rows`: the model's masks keep documents apart. `rows of one document`: each document is a row of the pass,
-# for models whose state runs across positions (Mamba, linear attention, short convolutions).
-DocumentMode = Literal["packed rows", "rows of one document"]
+# How documents of packed rows are kept apart:
+#   positions   transformers makes masks of positions that begin again
+#   masks       the masks are made here, for families that do not hand their positions on
+#   rows        each document is a row of its own, for state that runs across positions (Mamba, short convolutions)
+DocumentMode = Literal["positions", "masks", "rows"]
+
+
+def document_masks(config: Any, documents: Documents, like: Float[Tensor, "B T 1"]) -> Any:
+    """Returns a causal mask inside documents for each kind of attention, as transformers makes them for generation."""
+    from transformers.masking_utils import create_masks_for_generate  # noqa: PLC0415 (an extra)
+
+    # Places count from 0 in each document, which is where transformers ends one and begins the next.  [B, T]
+    places = torch.cat([torch.arange(length) for length in documents.lengths]).view(like.shape[:2]).to(like.device)
+    return create_masks_for_generate(config, like, None, None, position_ids=places)
 
 
 def marks_documents(position_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"]) -> bool:

@@ -24,6 +24,7 @@ log = logging.getLogger("kd")
 # Fields of configurations that scale logits, as a factor in some families and as a divisor in others.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+TRIED: tuple[DocumentMode, ...] = ("positions", "masks")
 FIRST, SECOND = 9, 7  # tokens of two documents in one row
 # Largest relative differences of logits and of hidden states. In bfloat16, one rounding is 0.004.
 LOGITS, STATES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}, {torch.float32: 1e-5, torch.bfloat16: 1e-3}
@@ -123,17 +124,22 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
 
     first, other = (_tokens(FIRST, seed, vocab_size, device) for seed in (3, 8))
     second = _tokens(SECOND, 5, vocab_size, device)
-    student.document_mode = "packed rows"
-    packed, alone = states(first, second), states(second)
-    moved, differs = _difference(states(other, second), packed), _difference(packed, alone)
-    tolerance, name = _tolerance(STATES, device), type(student.theirs).__name__
-    if max(moved, differs) <= tolerance:
-        log.info("student: %s keeps documents of packed rows apart", name)
-        return "packed rows"
+    student.document_mode = "rows"
+    alone, name, moves = states(second), type(student.theirs).__name__, dict[DocumentMode, float]()
+    for mode in TRIED:
+        student.document_mode = mode
+        try:
+            packed = states(first, second)
+            moves[mode] = max(_difference(states(other, second), packed), _difference(packed, alone))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            log.debug("student: %s takes no documents by %s (%s)", name, mode, error)
+            continue
+        if moves[mode] <= _tolerance(STATES, device):
+            log.info("student: %s keeps documents of packed rows apart by %s", name, mode)
+            return mode
     log.warning(
-        "student: a document of a packed row changes the hidden states of the next one in %s (by %.0e of their size), so "
-        "each document becomes a row of its own, padded to the longest of its batch. A batch of documents of unlike "
-        "lengths costs more for that. Lower parallel.micro_batch_rows if its memory is too large.", name,
-        max(moved, differs),
+        "student: in %s a document of a packed row changes the hidden states of the next one (by %.0e of their size), "
+        "so each document becomes a row of its own, padded to the longest of its batch. Documents of unlike lengths "
+        "cost more for that. Lower parallel.micro_batch_rows if they take too much memory.", name, min(moves.values(), default=1.0),
     )  # fmt: skip
-    return "rows of one document"
+    return "rows"

@@ -134,6 +134,7 @@ def student_config(folder: Path, attention: str | None) -> "PretrainedConfig":
         config.tie_word_embeddings = bool(whole.get("tie_word_embeddings", config.tie_word_embeddings))
     if (plain := PLAIN_FAMILIES.get(config.model_type)) is not None:
         config = _as_family(plain, config)
+    config.dtype = torch.float32  # of its parameters, and not of buffers that a family rounds by itself
     if attention is not None:
         config._attn_implementation = attention
     return config

@@ -22,7 +22,12 @@ from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.student import ShardingRule, Student
 from kd_core.students.transformers_student import startup_checks, stored_weights
-from kd_core.students.transformers_student.document_passes import DocumentMode, DocumentRows, marks_documents
+from kd_core.students.transformers_student.document_passes import (
+    DocumentMode,
+    DocumentRows,
+    document_masks,
+    marks_documents,
+)
 from kd_core.types import LmHeadForm
 
 if TYPE_CHECKING:
@@ -75,14 +80,21 @@ def _as_block(block: nn.Module) -> nn.Module:
     return block
 
 
-def find_blocks(model: "PreTrainedModel") -> list[nn.Module]:
+def find_base(model: "PreTrainedModel") -> nn.Module:
+    """Returns the model without its output head, or the model itself if it has no such part."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
+
+
+def find_blocks(model: "PreTrainedModel", base: nn.Module) -> list[nn.Module]:
     """Returns the transformer blocks of a model: its first list of as many modules as it has layers.
 
     Raises:
         UsageError: there is no such list.
     """
     count = read_sizes(model.config).num_layers
-    for module in model.base_model.modules():
+    for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and len({*module}) == count:
             return [*module]
     raise UsageError(
@@ -96,8 +108,8 @@ class TransformersStudent(Student):
 
     def __init__(self, model: "PreTrainedModel", folder: str) -> None:
         super().__init__()
-        head: Any = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or model.base_model is model:
+        head, base = cast(Any, model.get_output_embeddings()), find_base(model)
+        if not isinstance(head, nn.Linear) or base is model:
             raise UsageError(
                 f"{folder}: {type(model).__name__} has an output head of type {type(head).__name__}; wanted a linear "
                 "layer behind a base model, of which the loss takes the weight. Take another family."
@@ -106,12 +118,12 @@ class TransformersStudent(Student):
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         vars(self).update({name: vars(model)[name] for name in shared})
         # Held as plain values, because `_modules` registers each module once already.
-        layers = [_as_block(block) for block in find_blocks(model)]
-        vars(self).update(theirs=model, layers=layers, lm_head=head, base=model.base_model)
+        layers = [_as_block(block) for block in find_blocks(model, base)]
+        vars(self).update(theirs=model, layers=layers, lm_head=head, base=base)
         self.theirs: PreTrainedModel
         self.base: nn.Module
         self.folder, self.arch = folder, read_sizes(model.config)
-        self.form, self.document_mode = LmHeadForm(), cast(DocumentMode, "rows of one document")
+        self.form, self.document_mode = LmHeadForm(), cast(DocumentMode, "rows")
         # A tied parameter is under several names: those after the first, and the first.
         first_names: dict[Tensor, str] = {}
         named = model.named_parameters(remove_duplicate=False)
@@ -163,15 +175,18 @@ class TransformersStudent(Student):
         if documents.whole_rows:
             # A mask of ones: rows are one document each, whatever the positions are.
             return self._pass(tokens, position_ids, torch.ones_like(tokens))
-        if self.document_mode == "packed rows" and marks_documents(position_ids, document_ids):
-            # Without a mask, transformers makes one for each kind of attention from positions that begin again.
+        if self.document_mode == "positions" and marks_documents(position_ids, document_ids):
+            # Without a mask, transformers makes one for each kind of attention.
             return self._pass(tokens, position_ids, None)
+        if self.document_mode == "masks":
+            like = torch.empty(*tokens.shape, 1, device=tokens.device)
+            return self._pass(tokens, position_ids, document_masks(self.theirs.config, documents, like))
         rows = DocumentRows.from_ids(documents, document_ids)
         their_tokens = rows.gather(tokens)
         states = self._pass(their_tokens, rows.gather(position_ids), torch.ones_like(their_tokens))
         return rows.scatter(states, document_ids.shape)
 
-    def _pass(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _pass(self, tokens: Tensor, position_ids: Tensor, mask: Any) -> Tensor:
         settings = {"use_cache": False, "position_ids": position_ids, "attention_mask": mask}
         accepted = self._arguments
         return self.base(tokens, **{name: value for name, value in settings.items() if name in accepted})[0]

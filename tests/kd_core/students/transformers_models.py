@@ -99,3 +99,7 @@ def save(model: Any, folder: Path) -> Path:
     """The folder of a model, as transformers writes it."""
     model.save_pretrained(folder)
     return folder
+
+
+def save_folder(name: str, folder: Path, **changes: Any) -> Path:
+    return save(their_model(name, **changes), folder)
