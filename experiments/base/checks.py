@@ -131,6 +131,18 @@ def check(experiment: ExperimentParts) -> None:
     _warn_of_training_data(experiment)
 
 
+def check_auxiliary(loss: Objective, student: Student) -> None:
+    """Raises a `UsageError` if a term reads values that the student does not give."""
+    names = student.auxiliary_names
+    for where, term in loss.auxiliary().items():
+        if term.name not in names:
+            wanted = f"one of {', '.join(names)}" if names else "no such term, as this student has no such values"
+            raise UsageError(
+                f"loss.terms.{where}.name: got {term.name!r}; wanted {wanted}. A student with experts has "
+                "router_balance and router_z."
+            )
+
+
 def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> dict[str, str]:
     """Checks the layout of `ranks` ranks for a student on the meta device.
 

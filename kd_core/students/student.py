@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kd_core.document_lengths import Documents
@@ -24,14 +24,17 @@ from kd_core.types import LmHeadForm
 R = TypeVar("R")
 # How tensor parallelism divides a module. `columns` divides its outputs, `rows` its inputs, `kv_columns` its outputs
 # where there are as many kv heads as ranks. `norm` works on the residual stream, `head_norm` on attention heads.
-ShardingRule = Literal["embedding", "norm", "columns", "kv_columns", "rows", "head_norm", "lm_head"]
+# `repeated` is not divided, and `experts` divides stacked matrices by expert.
+ShardingRule = Literal[
+    "embedding", "norm", "columns", "kv_columns", "rows", "head_norm", "repeated", "experts", "lm_head"
+]
 
 
 class Block(Protocol):
     """One transformer block. `run` computes it, and `forward` recomputes its activations if `recompute` is set."""
 
     recompute: bool
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
 
 
 class Student(nn.Module):
@@ -45,6 +48,11 @@ class Student(nn.Module):
     def lm_head_form(self) -> LmHeadForm:
         """The form of logits as a function of `last_hidden` and the lm_head's weight."""
         return LmHeadForm(vocab_size=self.arch.vocab_size)
+
+    @property
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Returns the names of `auxiliary_values`, which a term `Auxiliary` of the objective may train."""
+        return ()
 
     @property
     def plain_lm_head(self) -> Float[Tensor, "V D"]:
@@ -114,6 +122,15 @@ class Student(nn.Module):
         """Returns `context` of a pass over new tokens of rows of one document, whose earlier ones are in the cache."""
         raise NotImplementedError
 
+    def collecting(self, context: Any) -> Any:
+        """Returns the context of a pass in which blocks leave what `auxiliary_values` computes from."""
+        return context
+
+    def auxiliary_values(self, context: Any, is_text: Bool[Tensor, "B T"]) -> dict[str, Float[Tensor, "B T"]]:
+        """Returns values by `auxiliary_names`, after the blocks of a pass. `is_text` is false on padding."""
+        del context, is_text
+        return {}
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
         """Returns the output of a block for the input `x`."""
         raise NotImplementedError
@@ -133,8 +150,9 @@ class Student(nn.Module):
         head: Callable[[Tensor, Tensor], R],
         documents: Documents | None = None,
         cache: Any = None,
+        auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> R: ...
-    def forward(
+    def forward(  # noqa: PLR0913 (a pass, and the functions that end it)
         self,
         tokens: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
@@ -142,6 +160,7 @@ class Student(nn.Module):
         head: Callable[[Tensor, Tensor], R] | None = None,
         documents: Documents | None = None,
         cache: Any = None,
+        auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
@@ -152,17 +171,22 @@ class Student(nn.Module):
 
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
         inside the root module's forward. `documents` are the lengths in `document_ids`, if the caller knows them.
+
+        With `auxiliary`, the result is `auxiliary(result of head, values)`, with `auxiliary_values` by name.
         """
         if cache is None:
             context = self.packed_context(position_ids, document_ids, documents)
         else:
             context = self.cached_context(position_ids, cache)
+        if auxiliary is not None:
+            context = self.collecting(context)
         x = self.embed(tokens)
         for layer in range(len(self.layers)):
             x = self.run_block(layer, x, context)
         hidden, form = self.last_hidden(x), self.lm_head_form
         if head is not None:
-            return head(hidden, self.lm_head.weight)
+            result = head(hidden, self.lm_head.weight)
+            return result if auxiliary is None else auxiliary(result, self.auxiliary_values(context, document_ids >= 0))
         assert form == LmHeadForm(vocab_size=form.vocab_size), "logits of another form are made by the loss alone"
         return self.lm_head(hidden)[..., : form.vocab_size]
 

@@ -22,6 +22,28 @@ def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageErr
 
 
 @dataclass(frozen=True)
+class ExpertSettings:
+    """Shape and arithmetic of a mixture of experts.
+
+    Args:
+        count: experts of a layer.
+        per_token: experts of a position.
+        size: hidden width of an expert. None: `intermediate_size`.
+        normalised: the weights of a position's experts add up to 1, by a softmax over them alone.
+    """
+
+    count: int
+    per_token: int
+    size: int | None = None
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        for name, most in (("count", 1 << 16), ("per_token", self.count), ("size", UPPER_BOUNDS["intermediate_size"])):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise UsageError(f"experts.{name}: got {value!a}; wanted 1 to {most}.")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shape and arithmetic of a decoder.
 
@@ -32,6 +54,9 @@ class Architecture:
         attention_scale: factor on the products of queries and keys. None: 1/√head_dim.
         windows: for each layer, how many positions a position attends to, itself included (None: all before it).
             None for the whole tuple: no layer has a window.
+        experts: those that a layer's feed-forward is made of, but for `dense_layers`. None: every layer has one of
+            `intermediate_size`.
+        attention_sinks: attention has a learnt logit of each head beside those of positions (gpt-oss).
         family: the `model_type` under which the student is saved. It does not change the arithmetic.
     """
 
@@ -57,6 +82,9 @@ class Architecture:
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
     rope_scaling: RopeScaling | None = None
+    experts: ExpertSettings | None = None
+    dense_layers: tuple[int, ...] = ()
+    attention_sinks: bool = False
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -105,4 +133,5 @@ class Architecture:
         """Returns the architecture with only these layers, in this order."""
         # A layer keeps its own window.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
-        return replace(self, num_layers=len(layers), windows=windows)
+        dense = tuple(new for new, stored in enumerate(layers) if stored in self.dense_layers)
+        return replace(self, num_layers=len(layers), windows=windows, dense_layers=dense)

@@ -15,8 +15,10 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.json_fields import check_object
-from kd_core.sharded_values import Box, fill_sharded
+from kd_core.sharded_values import Box, fill_expert_rows, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.families.family import Family, Rows
+from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.config_json import read_architecture
 
 LAYER = re.compile(r"\d{1,9}")
@@ -104,17 +106,34 @@ class StoredTensor:
             raise UsageError(f"{self.path}: {self.name} holds NaN or infinite values. Fetch the folder again.")
         return values
 
-    def fill(self, parameter: Tensor) -> None:
-        """Copies the tensor into a parameter of the same shape, in any layout.
+    def fill(self, *parameters: Tensor) -> None:
+        """Copies the tensor into parameters, in any layout, which have its rows one after the other.
 
         Raises:
             UsageError: the tensor has another shape, or values that are not finite.
         """
-        if self.shape != tuple(parameter.shape):
-            raise UsageError(
-                f"{self.path}: found {self.name} of shape {self.shape}; wanted shape {tuple(parameter.shape)}."
-            )
-        fill_sharded(parameter, self.read)
+        wanted_shape = (sum(len(parameter) for parameter in parameters), *parameters[0].shape[1:])
+        if self.shape != wanted_shape:
+            raise UsageError(f"{self.path}: found {self.name} of shape {self.shape}; wanted shape {wanted_shape}.")
+        first_row = 0
+        for parameter in parameters:
+            fill_sharded(parameter, functools.partial(self._read_from_row, first_row))
+            first_row += len(parameter)
+
+    def fill_rows(self, parameter: Tensor, place: Rows) -> None:
+        """Copies the tensor into some rows of one expert's matrix, on the ranks that hold some of them.
+
+        Raises:
+            UsageError: the tensor has another shape, or values that are not finite.
+        """
+        height, width = parameter.shape[1] // place.parts, parameter.shape[2]
+        if self.shape != (height, width):
+            raise UsageError(f"{self.path}: found {self.name} of shape {self.shape}; wanted shape {(height, width)}.")
+        fill_expert_rows(parameter, place.expert, slice(place.part * height, (place.part + 1) * height), self.read)
+
+    def _read_from_row(self, first_row: int, box: Box) -> Tensor:
+        rows, *rest = box
+        return self.read((slice(rows.start + first_row, rows.stop + first_row), *rest))
 
 
 def open_tensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
@@ -138,13 +157,13 @@ def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
             yield from open_tensors(path, stack)
 
 
-def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
-    """Returns the student's name for a stored tensor, or None if its layer was dropped.
+def _new_name(stored: str, family: Family, position_of: Mapping[int, int]) -> str | None:
+    """Returns the student's name for a stored tensor, or None if its layer was dropped or it is no part of the student.
 
     `position_of` maps layers of the folder to layers of the student.
     """
-    name = name.removeprefix("model.")
-    if not name.startswith("layers."):
+    name = family.name_in_student(stored)
+    if name is None or not name.startswith("layers."):
         return name
     _, layer, rest = f"{name}..".split(".", 2)
     if not LAYER.fullmatch(layer):
@@ -153,7 +172,7 @@ def _new_name(name: str, position_of: Mapping[int, int]) -> str | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _differ(files: tuple[tuple[Path, int, int], ...]) -> bool:
+def _differ(files: tuple[tuple[Path, int, int], ...], family: Family) -> bool:
     """Checks whether both an embedding and an lm_head are stored, with different values.
 
     `files` are paths with sizes and times, so that a changed file is read again in spite of the cache.
@@ -162,7 +181,7 @@ def _differ(files: tuple[tuple[Path, int, int], ...]) -> bool:
         by_name: dict[str | None, StoredTensor] = {}
         for path, _, _ in files:
             for stored in open_tensors(path, stack):
-                by_name[_new_name(stored.name, {})] = stored
+                by_name[family.name_in_student(stored.name)] = stored
         embedding, head = by_name.get(EMBEDDING), by_name.get(HEAD)
         if embedding is None or head is None:
             return False
@@ -174,7 +193,7 @@ def _differ(files: tuple[tuple[Path, int, int], ...]) -> bool:
         return any(not torch.equal(embedding.read(box).float(), head.read(box).float()) for box in boxes)
 
 
-def has_own_head(folder: Path) -> bool:
+def has_own_head(folder: Path, family: Family) -> bool:
     """Checks whether the folder has an lm_head that differs from its embedding.
 
     transformers does not tie such a pair, whatever `config.json` states. Without weights the result is False.
@@ -182,10 +201,18 @@ def has_own_head(folder: Path) -> bool:
     if not any(is_plain_file(folder / name) for name in (SINGLE, INDEX)):
         return False
     facts = ((path, path.stat()) for path in weight_files(folder))
-    return _differ(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+    return _differ(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts), family)
 
 
-def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tuple[int, ...]) -> None:
+def _rows_by_name(parameters: Mapping[str, Tensor], family: Family) -> dict[str, Rows]:
+    """Returns the stored tensors that hold rows of an expert's matrix, by name."""
+    rows: dict[str, Rows] = {}
+    for name, parameter in parameters.items():
+        rows |= family.rows_of_experts(name, len(parameter))
+    return rows
+
+
+def load_weights(parameters: Mapping[str, Tensor], folder: Path, family: Family, keep_layers: tuple[int, ...]) -> None:
     """Copies the folder's weights into `parameters` by name. Layer i of them is the folder's layer `keep_layers[i]`.
 
     A tied student takes the stored embedding, or if there is none, the stored lm_head.
@@ -194,25 +221,34 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, keep_layers: tu
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
     """
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
-    remaining, files = dict(parameters), weight_files(folder)
+    files, stacked = weight_files(folder), _rows_by_name(parameters, family)
+    remaining = {name: p for name, p in parameters.items() if name not in {rows.parameter for rows in stacked.values()}}
     tied = HEAD not in parameters
     only_head_stored = tied and EMBEDDING not in {
-        _new_name(stored.name, position_of) for stored in stored_tensors(files)
+        _new_name(stored.name, family, position_of) for stored in stored_tensors(files)
     }
     for stored in stored_tensors(files):
-        name = _new_name(stored.name, position_of)
+        name = _new_name(stored.name, family, position_of)
         if name == HEAD and only_head_stored:
             name = EMBEDDING
         if name is None or name.endswith(IGNORED) or (name == HEAD and tied):
             continue
-        if name not in remaining:
+        if rows := stacked.pop(name, None):
+            stored.fill_rows(parameters[rows.parameter], rows)
+            continue
+        names = family.names_of_parts(name)
+        if not remaining.keys() >= set(names):
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
-        stored.fill(remaining.pop(name))
-    if remaining:
-        raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
+        stored.fill(*(remaining.pop(name) for name in names))
+    if missing := [*remaining, *stacked]:
+        raise UsageError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)}.")
 
 
 def stored_architecture(folder: Path) -> Architecture:
     """Returns the architecture of a folder's weights, which is untied if the stored lm_head is not the embedding."""
     arch = read_architecture(folder)
-    return replace(arch, tie_embeddings=False) if arch.tie_embeddings and has_own_head(folder) else arch
+    return (
+        replace(arch, tie_embeddings=False)
+        if arch.tie_embeddings and has_own_head(folder, FAMILIES[arch.family])
+        else arch
+    )

@@ -18,8 +18,8 @@ from kd_core.hub import resolve_folder
 from kd_core.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check_settings
 from kd_core.sharded_values import errors_on_all_ranks, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.decoder.decoder import meta_decoder
 from kd_core.students.decoder.lora_layers import base_parameters
+from kd_core.students.families.registry import FAMILIES, family_decoder
 from kd_core.students.huggingface.config_json import read_architecture
 from kd_core.students.huggingface.weights import check_weight_count, load_weights, stored_architecture
 from kd_core.students.student import Student, allocate
@@ -120,7 +120,7 @@ class Pretrained:
         return replace(arch, vocab_size=self.vocab_size, padded_vocab_size=stored.vocab_size)
 
     def build_on_meta(self) -> Student:
-        model = meta_decoder(self.architecture())
+        model = family_decoder(self.architecture())
         check_weight_count(model.parameters(), resolve_folder(self.folder))
         return model
 
@@ -130,7 +130,7 @@ class Pretrained:
         parameters = base_parameters(model)
         with errors_on_all_ranks(parameters.values()):
             layers = self._layers(read_architecture(resolve_folder(self.folder)))
-            load_weights(parameters, resolve_folder(self.folder), layers)
+            load_weights(parameters, resolve_folder(self.folder), FAMILIES[model.arch.family], layers)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Random:
         )
 
     def build_on_meta(self) -> Student:
-        return meta_decoder(self.architecture())
+        return family_decoder(self.architecture())
 
     def fill(self, model: Student, seed: int) -> None:
         """Draws normal weights, each parameter by (seed, name), and sets norms to 1 and biases to 0."""

@@ -1,11 +1,7 @@
 """A start that makes a student of any causal language model of transformers (extra `hf`)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
@@ -15,7 +11,7 @@ from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.student import Student
 
 if TYPE_CHECKING:
-    from kd_core.students.transformers_student.transformers_student import TransformersStudent
+    pass
 
 Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"]
 

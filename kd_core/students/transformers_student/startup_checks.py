@@ -82,7 +82,12 @@ def find_head_form(student: "TransformersStudent") -> LmHeadForm:
         expected = student.theirs(tokens, **_without_cache(student.theirs)).logits[..., :vocab_size]
         bias = student.lm_head_form.bias
         return [
-            (_difference(logits_of(hidden, weight, LmHeadForm(bias, vocab_size, form.scale, form.soft_cap)), expected), form)
+            (
+                _difference(
+                    logits_of(hidden, weight, LmHeadForm(bias, vocab_size, form.scale, form.soft_cap)), expected
+                ),
+                form,
+            )
             for form in _candidates(student.theirs.config)
         ]
 
@@ -93,8 +98,8 @@ def find_head_form(student: "TransformersStudent") -> LmHeadForm:
             return form
     smallest = min(difference for difference, _ in compared)
     raise UsageError(
-        f"{student.folder}: the logits of {type(student.theirs).__name__} are no scaled or capped product of its hidden "
-        f"states and its output head (relative difference {smallest:.1e}; wanted at most {tolerance:.0e}). The loss "
+        f"{student.folder}: the logits of {type(student.theirs).__name__} are no scaled or capped product of its "
+        f"hidden states and its output head (relative difference {smallest:.1e}; wanted at most {tolerance:.0e}). The loss "
         "cannot be computed from them. Take another family."
     )
 
@@ -140,6 +145,7 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
     log.warning(
         "student: in %s a document of a packed row changes the hidden states of the next one (by %.0e of their size), "
         "so each document becomes a row of its own, padded to the longest of its batch. Documents of unlike lengths "
-        "cost more for that. Lower parallel.micro_batch_rows if they take too much memory.", name, min(moves.values(), default=1.0),
+        "cost more for that. Lower parallel.micro_batch_rows if they take too much memory.",
+        name, min(moves.values(), default=1.0),
     )  # fmt: skip
     return "rows"

@@ -86,7 +86,9 @@ def plan_conversions(
     ignored = [OLD_BUFFERS, *map(re.compile, model._keys_to_ignore_on_load_unexpected or ())]  # pyright: ignore[reportPrivateUsage]
     plan: dict[str, Conversion] = {}
     # Numbers in names are sorted as numbers, so that experts are stacked in their order.
-    for stored in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]):
+    for stored in sorted(
+        tensors, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    ):
         name = _text_name(stored, prefix) if has_others else stored
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
@@ -110,11 +112,13 @@ def _converted(model: "PreTrainedModel", conversion: Conversion) -> Mapping[str,
     return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
 
+def _check_shape(shape: tuple[int, ...], parameter: Tensor, name: str, folder: Path) -> None:
+    if tuple(shape) != tuple(parameter.shape):
+        raise UsageError(f"{folder}: found {name} of shape {tuple(shape)}; wanted shape {tuple(parameter.shape)}.")
+
+
 def _fill_converted(parameter: Tensor, value: Tensor, name: str, folder: Path) -> None:
-    if value.shape != parameter.shape:
-        raise UsageError(
-            f"{folder}: the tensors of {name} make shape {tuple(value.shape)}; wanted {tuple(parameter.shape)}."
-        )
+    _check_shape(value.shape, parameter, name, folder)
     fill_sharded(parameter, lambda box: value[box])
 
 
@@ -125,7 +129,8 @@ def _fill(model: "PreTrainedModel", plan: list[Conversion], values: dict[str, Te
             (_, stored), *doubles = conversion.sources
             if doubles:
                 raise UsageError(f"{folder}: {stored.name} and {doubles[0][1].name} are both {conversion.target}.")
-            stored.fill(values[conversion.target])
+            _check_shape(stored.shape, values[conversion.target], stored.name, folder)
+            fill_sharded(values[conversion.target], stored.read)
             yield conversion.target
             continue
         for name, value in _converted(model, conversion).items():
@@ -135,9 +140,7 @@ def _fill(model: "PreTrainedModel", plan: list[Conversion], values: dict[str, Te
             yield name
 
 
-def load_weights(
-    model: "PreTrainedModel", student: nn.Module, tied: Mapping[str, str], folder: Path
-) -> None:
+def load_weights(model: "PreTrainedModel", student: nn.Module, tied: Mapping[str, str], folder: Path) -> None:
     """Fills a student's parameters and buffers from a folder, in any layout.
 
     Args:
@@ -163,7 +166,9 @@ def load_weights(
             filled = set[str]()
         # A tied parameter may be stored under each of its names. The first name wins, and the others must be equal.
         targets = {conversion.target for conversion in plan}
-        aliases = [conversion for conversion in plan if conversion.target in tied and tied[conversion.target] in targets]
+        aliases = [
+            conversion for conversion in plan if conversion.target in tied and tied[conversion.target] in targets
+        ]
         plan = [
             conversion._replace(target=tied.get(conversion.target, conversion.target))
             for conversion in plan if conversion not in aliases
@@ -194,8 +199,12 @@ def _load_in_turn(model: "PreTrainedModel", values: Mapping[str, Tensor], folder
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for turn in range(ranks):
         if ranks == 1 or turn == dist.get_rank():
-            whole: Any = type(model).__mro__[0].from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, config=model.config
+            whole: Any = (
+                type(model)
+                .__mro__[0]
+                .from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, config=model.config
+                )
             )
             state: Mapping[str, Tensor] = whole.state_dict()
             for name, parameter in values.items():

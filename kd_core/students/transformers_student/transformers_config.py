@@ -109,8 +109,8 @@ def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
 def is_composite(folder: Path) -> bool:
     """Checks whether a folder's configuration holds that of a language model among others, such as one of images."""
     config = read_json(folder / "config.json", MODEL_CONFIG)
-    return any(isinstance(value, dict) and name.endswith("_config") and "model_type" in value or name == "vision_config"
-               for name, value in config.items())  # fmt: skip
+    nested = [name for name, value in config.items() if isinstance(value, dict) and name.endswith("_config")]
+    return any(name == "vision_config" or "model_type" in config[name] for name in nested)
 
 
 def student_config(folder: Path, attention: str | None) -> "PretrainedConfig":

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.experts import BALANCE, Z, router_values
 from kd_core.students.student import ShardingRule, Student
 from kd_core.students.transformers_student import startup_checks, stored_weights
 from kd_core.students.transformers_student.document_passes import (
@@ -103,6 +104,23 @@ def find_blocks(model: "PreTrainedModel", base: nn.Module) -> list[nn.Module]:
     )
 
 
+class Inputs(NamedTuple):
+    """What goes into a pass of the base model, and whether its routers' logits come out."""
+
+    tokens: Int[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"]
+    with_routers: bool
+
+
+def experts_per_token(model: "PreTrainedModel") -> int | None:
+    """Returns how many experts a router chooses, or None without routers whose logits transformers records."""
+    recorded = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
+    if not any("router_logits" in names for names in recorded):
+        return None
+    values = (getattr(model.config, name, None) for name in ("num_experts_per_tok", "num_experts_per_token"))
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
 class TransformersStudent(Student):
     """A causal language model of transformers, in evaluation mode: dropout of its configuration is not used."""
 
@@ -124,12 +142,11 @@ class TransformersStudent(Student):
         self.base: nn.Module
         self.folder, self.arch = folder, read_sizes(model.config)
         self.form, self.document_mode = LmHeadForm(), cast(DocumentMode, "rows")
+        self.per_token = experts_per_token(model)
         # A tied parameter is under several names: those after the first, and the first.
         first_names: dict[Tensor, str] = {}
         named = model.named_parameters(remove_duplicate=False)
-        self.tied = {
-            name: first_names[p] for name, p in named if first_names.setdefault(p, name) != name
-        }
+        self.tied = {name: first_names[p] for name, p in named if first_names.setdefault(p, name) != name}
 
     @property
     def lm_head_form(self) -> LmHeadForm:
@@ -137,14 +154,18 @@ class TransformersStudent(Student):
         return replace(self.form, bias=bias, vocab_size=self.arch.vocab_size)
 
     @property
+    def auxiliary_names(self) -> tuple[str, ...]:
+        return () if self.per_token is None else (BALANCE, Z)
+
+    @property
     def names_in_folder(self) -> str:
         return ""
 
     def sharding_rules(self) -> Mapping[str, ShardingRule]:
         raise UsageError(
-            f"parallel.tensor_parallel: {type(self.theirs).__name__} is a student of transformers, which is not divided "
-            "by tensors. Set parallel.tensor_parallel=1 and parallel.shard=full, or take a family of our own decoder "
-            "(docs/students.md)."
+            f"parallel.tensor_parallel: {type(self.theirs).__name__} is a student of transformers, which is not "
+            "divided by tensors. Set parallel.tensor_parallel=1 and parallel.shard=full, or take a family of our own "
+            "decoder (docs/students.md)."
         )
 
     def tie(self) -> None:
@@ -152,7 +173,7 @@ class TransformersStudent(Student):
             module, _, parameter = name.rpartition(".")
             setattr(self.theirs.get_submodule(module), parameter, self.theirs.get_parameter(first))
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (one of its overloads at a time)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: PLR0913 (those of `Student.forward`)
         self,
         tokens: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
@@ -160,36 +181,48 @@ class TransformersStudent(Student):
         head: Callable[[Tensor, Tensor], R] | None = None,
         documents: Documents | None = None,
         cache: Any = None,
+        auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> Tensor | R:
         assert cache is None, "transformers' caches are not used"
-        hidden = self._hidden(tokens, position_ids, document_ids, documents)
-        if head is not None:
-            return head(hidden, self.lm_head.weight)
-        return startup_checks.logits_of(hidden, self.lm_head.weight, self.lm_head_form)
+        inputs = Inputs(tokens, position_ids, auxiliary is not None)
+        hidden, *routers = self._pass_documents(inputs, document_ids, documents)
+        if head is None:
+            return startup_checks.logits_of(hidden, self.lm_head.weight, self.lm_head_form)
+        result = head(hidden, self.lm_head.weight)
+        if auxiliary is None:
+            return result
+        assert self.per_token is not None, "checked when the graph was built, by `auxiliary_names`"
+        return auxiliary(result, router_values(routers, self.per_token, document_ids >= 0))
 
-    def _hidden(
-        self, tokens: Tensor, position_ids: Tensor, document_ids: Tensor, documents: Documents | None
-    ) -> Float[Tensor, "B T D"]:
-        """Returns the base model's hidden states, in a pass of which no position sees another document."""
+    def _pass_documents(
+        self, inputs: "Inputs", document_ids: Tensor, documents: Documents | None
+    ) -> list[Float[Tensor, "B T _"]]:
+        """Returns hidden states, and routers' logits if they are asked for, where no document sees another one."""
         documents = Documents.from_ids(document_ids) if documents is None else documents
+        tokens, position_ids, _ = inputs
         if documents.whole_rows:
             # A mask of ones: rows are one document each, whatever the positions are.
-            return self._pass(tokens, position_ids, torch.ones_like(tokens))
+            return self._pass(inputs, torch.ones_like(tokens))
         if self.document_mode == "positions" and marks_documents(position_ids, document_ids):
             # Without a mask, transformers makes one for each kind of attention.
-            return self._pass(tokens, position_ids, None)
+            return self._pass(inputs, None)
         if self.document_mode == "masks":
             like = torch.empty(*tokens.shape, 1, device=tokens.device)
-            return self._pass(tokens, position_ids, document_masks(self.theirs.config, documents, like))
+            return self._pass(inputs, document_masks(self.theirs.config, documents, like))
         rows = DocumentRows.from_ids(documents, document_ids)
-        their_tokens = rows.gather(tokens)
-        states = self._pass(their_tokens, rows.gather(position_ids), torch.ones_like(their_tokens))
-        return rows.scatter(states, document_ids.shape)
+        gathered = inputs._replace(tokens=rows.gather(tokens), position_ids=rows.gather(position_ids))
+        states = self._pass(gathered, torch.ones_like(gathered.tokens))
+        return [rows.scatter(state, document_ids.shape) for state in states]
 
-    def _pass(self, tokens: Tensor, position_ids: Tensor, mask: Any) -> Tensor:
-        settings = {"use_cache": False, "position_ids": position_ids, "attention_mask": mask}
-        accepted = self._arguments
-        return self.base(tokens, **{name: value for name, value in settings.items() if name in accepted})[0]
+    def _pass(self, inputs: "Inputs", mask: Any) -> list[Float[Tensor, "B T _"]]:
+        settings: dict[str, Any] = {"use_cache": False, "position_ids": inputs.position_ids, "attention_mask": mask}
+        arguments = {name: value for name, value in settings.items() if name in self._arguments}
+        if not inputs.with_routers:
+            return [self.base(inputs.tokens, **arguments)[0]]
+        outputs = self.base(inputs.tokens, **arguments, output_router_logits=True)
+        # Some families flatten positions.  [B T, E] → [B, T, E]
+        routers = [logits.reshape(*inputs.tokens.shape, -1) for logits in outputs.router_logits]
+        return [outputs[0], *routers]
 
     @functools.cached_property
     def _arguments(self) -> frozenset[str]:
@@ -217,5 +250,8 @@ class TransformersStudent(Student):
         return stored_weights.stored_values(self)
 
     def save_itself(self, folder: Path, state: Callable[[], dict[str, Tensor]]) -> bool:
+        from transformers.utils import logging  # noqa: PLC0415 (an extra)
+
+        logging.disable_progress_bar()
         self.theirs.save_pretrained(folder, state_dict=state())
         return True

@@ -1,4 +1,4 @@
-"""Students of transformers in every layout that they have: losses and gradients of many steps are those of one process."""
+"""Students of transformers in their layouts: losses of many steps and first gradients are those of one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from kd_core.errors import UsageError
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import fullest_rank_holding, parallelize
+from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.lora_start import LoraStart
@@ -64,9 +63,13 @@ def check_export(world: World, root: Path) -> None:
     start = Transformers(str(root / "qwen 3 moe"))
     for place, of in (("whole", World()), ("sharded", world)):
         model, spread = laid_out(start, replace(PLAIN, shard="full"), of)
-        save_pretrained(model, root / place, root / "qwen 3 moe", first=spread.is_first and (place, world.rank) != ("whole", 1))
+        save_pretrained(
+            model, root / place, root / "qwen 3 moe", first=spread.is_first and (place, world.rank) != ("whole", 1)
+        )
     if world.is_first:
-        whole, sharded = (safetensors.torch.load_file(root / place / "model.safetensors") for place in ("whole", "sharded"))
+        whole, sharded = (
+            safetensors.torch.load_file(root / place / "model.safetensors") for place in ("whole", "sharded")
+        )
         assert whole.keys() == sharded.keys()
         assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 

@@ -66,6 +66,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Granite",
         {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 7.0},
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 6}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+         "norm_topk_prob": True},
+    ),
+    "qwen3 moe, dense layers": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "mlp_only_layers": [0], "attention_bias": True, "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "qwen3 moe, every second": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "decoder_sparse_step": 2},
+    ),
 }  # fmt: skip
 
 

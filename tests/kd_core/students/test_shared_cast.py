@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.world import World
-from kd_core.students.decoder import attention, decoder
+from kd_core.students.decoder import attention, transformer_block
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.student import allocate
 from tests.kd_core.parallel.test_layouts import adapted, student, tied, trajectory
@@ -34,7 +34,7 @@ class Operations(TorchDispatchMode):
 
 def no_shared_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives every reader the float32 values, which autocast then casts for each."""
-    for module in (attention, decoder):
+    for module in (attention, transformer_block):
         monkeypatch.setattr(module, "cast_once", lambda x, *readers: (x,) * len(readers))
 
 
