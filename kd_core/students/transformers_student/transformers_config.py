@@ -131,7 +131,8 @@ def student_config(folder: Path, attention: str | None) -> "PretrainedConfig":
             "numbers of 16 bits or more. Take a folder of its weights in bfloat16."
         )
     if is_composite(folder):
-        config.tie_word_embeddings = bool(whole.get("tie_word_embeddings", config.tie_word_embeddings))
+        tied = getattr(config, "tie_word_embeddings", False)
+        config.tie_word_embeddings = bool(whole.get("tie_word_embeddings", tied))
     if (plain := PLAIN_FAMILIES.get(config.model_type)) is not None:
         config = _as_family(plain, config)
     config.dtype = torch.float32  # of its parameters, and not of buffers that a family rounds by itself

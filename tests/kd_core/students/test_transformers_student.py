@@ -123,6 +123,7 @@ def test_bfloat16_is_written_in_the_configuration(tmp_path: Path) -> None:
     assert "lm_head.weight" not in stored
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT's call
 def test_adapters_are_peft_s(tmp_path: Path) -> None:
     """Adapters on joined matrices, in PEFT's format and merged."""
     import peft  # noqa: PLC0415 (takes a second)
@@ -232,7 +233,7 @@ def test_the_text_model_of_a_vision_language_model(kind: str, tmp_path: Path) ->
 def test_logits_of_another_form_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_folder("cohere", tmp_path / "model")
     monkeypatch.setattr("kd_core.students.transformers_student.startup_checks.SCALES", SCALES[1:])
-    with pytest.raises(UsageError, match=r"CohereForCausalLM are no scaled .* relative difference 3\.0e\+00"):
+    with pytest.raises(UsageError, match=r"CohereForCausalLM are no scaled .*relative difference 3\.0e\+00"):
         load(Transformers(str(folder)))
 
 
@@ -315,7 +316,11 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
 
 def test_another_version_s_mapping_loads_whole_folders_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_folder("qwen 3 moe", tmp_path / "model")
-    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+
+    def fail(*_: object) -> None:
+        raise ImportError("of another name")
+
+    monkeypatch.setattr("kd_core.students.transformers_student.stored_weights.plan_conversions", fail)
     student, (tokens, positions, _) = load(Transformers(str(folder))), packed()
     logits = student(tokens, torch.arange(12).expand(2, 12), torch.zeros_like(positions))
     torch.testing.assert_close(logits, their_model("qwen 3 moe")(tokens).logits, rtol=1e-4, atol=1e-4)
