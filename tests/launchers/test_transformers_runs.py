@@ -12,6 +12,7 @@ import transformers
 from data.stream.collate import Collate
 from data.stream.source import Shards
 from data.stream.stream import all_batches
+from data.tokenizer import Tokenizer
 from experiments.base.measure import measure_model
 from experiments.config.config_items import resolve_items
 from experiments.config.saved_students import find_student, load_student
@@ -27,7 +28,6 @@ MOST_MENTIONED = (
     "qwen 3 next", "qwen 3.5", "nemotron h", "gpt-oss", "deepseek 3", "gemma 3", "phi 3", "glm 4", "qwen 3 moe",
     "olmo 2", "smollm 3",
 )  # fmt: skip
-BALANCE = "loss.terms.balance=fdl.Config(Auxiliary, weight=0.01)"
 slow = pytest.mark.slow
 
 
@@ -50,7 +50,7 @@ def negative_log_likelihood(folder: Path, cache: Path) -> float:
     """That of transformers' own model, document by document, in nats per scored token."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     shards, total, count = Shards(str(cache)), 0.0, 0
-    share = {"rank": 0, "ranks": 1, "vocab_size": 320}
+    share = {"rank": 0, "ranks": 1, "vocab_size": Tokenizer(folder).vocab_size}
     for batch in all_batches(shards, Collate(shards.manifest.row_length), micro_batch=1, **share):
         for number in range(int(batch.document_ids.max()) + 1):
             here = batch.document_ids[0] == number
