@@ -1,11 +1,14 @@
 """Named groups of changes: `--config=fiddler:NAME(arg=v)` applies them to any experiment."""
 
+from typing import Any
+
 import fiddle as fdl
 
 from data.stream.source import Shards
 from experiments.base.distill import cache_config
 from experiments.base.experiment import Experiment
 from kd_core.losses.objective import CrossEntropy, Distillation
+from kd_core.students.starts.transformers_start import Transformers
 from kd_core.training.lr_schedule import WarmupCosine
 from kd_core.training.optimizer import AdamW
 
@@ -28,6 +31,19 @@ def short(config: fdl.Config[Experiment], steps: int = 2) -> None:
         if name in fdl.ordered_arguments(config.schedule, include_defaults=True, include_unset=True):
             setattr(config.schedule, name, int(name == "warmup_steps"))
     config.checkpoint.every = config.evaluation.every = steps
+
+
+def transformers_student(config: fdl.Config[Experiment], folder: str) -> None:
+    """Trains the model in `folder`, of any family, through transformers. Adapters and frozen parameters stay."""
+    start = fdl.Config(Transformers, folder=folder)
+    outer: Any = config.student
+    if not hasattr(outer, "base"):
+        config.student = start
+        return
+    # The base of adapters or frozen parameters may have such a base in turn.
+    while hasattr(outer.base, "base"):
+        outer = outer.base
+    outer.base = start
 
 
 def nemo_aligner(config: fdl.Config[Experiment]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from data.teacher.scorer import AnyScorer, DecoderScorer, Scorer
 from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
-from data.teacher.transformers_scorer import HuggingFaceScorer, read_config
+from data.teacher.transformers_scorer import HuggingFaceScorer
 from data.teacher.vllm_scorer import load_engine
 from data.teacher.vllm_server import connect_scorer, read_server_facts
 from data.teacher.vllm_settings import VllmSettings
@@ -20,6 +20,7 @@ from kd_core.files import read_json
 from kd_core.hub import NO_EXTRA
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.weights import stored_architecture
+from kd_core.students.transformers_student.transformers_config import read_config
 
 ScorerName = Literal["auto", "decoder", "transformers", "vllm"]
 NO_SETTINGS = VllmSettings({})

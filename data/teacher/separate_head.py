@@ -6,10 +6,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from data.teacher.transformers_scorer import PassThrough, WideLmHead, meta_model, read_config
+from data.teacher.transformers_scorer import PassThrough, WideLmHead
 from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.weights import stored_tensors, weight_files
+from kd_core.students.transformers_student.transformers_config import meta_model, read_config
 
 
 def _read_stored(folder: Path, names: list[str], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:

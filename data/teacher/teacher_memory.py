@@ -9,11 +9,11 @@ import torch
 
 from data.teacher.scorer import check_fits
 from data.teacher.teacher_layout import TeacherParallel
-from data.teacher.transformers_scorer import meta_model, read_config
 from kd_core.logit_products import chunk_positions
 from kd_core.parallel.layout import Layout, ParameterFacts, RankHolding, holding_of_fullest_rank
 from kd_core.parallel.parallelize import fullest_rank_holding
 from kd_core.students.starts.start import Pretrained, meta_student
+from kd_core.students.transformers_student.transformers_config import meta_model, read_config
 
 DIVIDED = re.compile("colwise|rowwise|grouped_gemm")  # transformers' styles that divide a parameter
 

@@ -1,10 +1,9 @@
 """Teachers through transformers (extra `hf`): any causal language model that it supports."""
 
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,103 +15,15 @@ from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
 from data.teacher.transformers_layout import loading_arguments, local_rows
 from data.teacher.vocab_slices import vocab_slice
 from kd_core.errors import UsageError
-from kd_core.files import damage_as_usage_error, read_json
-from kd_core.hub import NO_EXTRA
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
-from kd_core.memory import bounded_memory
 from kd_core.parallel.world import World
-from kd_core.students.decoder.architecture import UPPER_BOUNDS
-from kd_core.students.huggingface.weights import weight_files
+from kd_core.students.transformers_student.transformers_config import meta_model, read_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("kd")
-LAYERS, EXPERTS = re.compile("^(?!max_window_).*layers?$|blocks?$|stages?$"), re.compile("experts?$")
 SINGLE = World()
-MOST_PARTS, MOST_NUMBER, MOST_MEMORY = 1 << 20, 1 << 40, 4 << 30
-
-
-def read_config(folder: Path) -> "PretrainedConfig":
-    """Reads transformers' configuration of the language model in `folder`.
-
-    Of a multimodal model it is the configuration of the text model.
-
-    Raises:
-        UsageError: transformers is not installed, or cannot read the configuration.
-    """
-    try:
-        from transformers import AutoConfig  # noqa: PLC0415 (an extra)
-    except ImportError:
-        raise UsageError(f"{folder}: scoring with transformers {NO_EXTRA}") from None
-    _check_config(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-        if not 1 <= int(config.vocab_size) <= UPPER_BOUNDS["vocab_size"]:
-            raise ValueError(f"a vocabulary of {config.vocab_size}")
-    except Exception as error:  # each model family raises errors of its own
-        raise UsageError(f"{folder}: transformers cannot read its config.json ({error!s:.400}).") from None
-    return config
-
-
-def _check_config(folder: Path) -> None:
-    """Refuses a `config.json` that needs code or weights from elsewhere, or describes a model without bounds.
-
-    Raises:
-        UsageError: it names code of the hub, an adapter lies beside it, or it describes too many layers and experts.
-    """
-    path = folder / "config.json"
-    if (folder / "adapter_config.json").exists():
-        raise UsageError(f"{folder}: holds adapter_config.json, whose base is elsewhere. Wanted a merged model.")
-    with damage_as_usage_error(path, "a Hugging Face model configuration", "Fetch the folder again"):
-        parts = _count_parts(read_json(path, "a Hugging Face model configuration"))
-    if parts > MOST_PARTS:
-        raise UsageError(f"{path}: describes {parts} layers and experts; wanted {MOST_PARTS} at most.")
-
-
-def _count_parts(config: dict[str, Any]) -> int:
-    """Estimates how many modules a configuration describes: layers times experts, summed over nested models.
-
-    Raises:
-        ValueError: a field names code of the hub, or is a number beyond `MOST_NUMBER`.
-    """
-    nested, layers, experts = 0, 1, 1
-    for name, value in config.items():
-        if "implementation" in name and isinstance(value, str) and "/" in value:
-            raise ValueError(f"{name} is {value!a:.80}, which would be fetched and run")
-        if isinstance(value, dict):
-            nested += _count_parts(cast(dict[str, Any], value))
-        elif type(value) is int and abs(value) > MOST_NUMBER:
-            raise ValueError(f"{name} is {value!a:.80}")
-        elif type(value) is int and LAYERS.search(name):
-            layers = max(layers, value)
-        elif type(value) is int and EXPERTS.search(name):
-            experts = max(experts, value)
-    return nested + layers * experts
-
-
-def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
-    """Returns a model on the meta device, whose weights may all be in its folder, before memory is allocated for it.
-
-    A stored weight has at least 4 bits, so n bytes of safetensors hold at most
-    2·n weights.
-
-    Raises:
-        UsageError: the configuration describes more.
-    """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
-
-    with torch.device("meta"), bounded_memory(MOST_MEMORY):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    stored = 2 * sum(path.stat().st_size for path in weight_files(folder))
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
-    if needed > stored or buffers > stored + MOST_MEMORY:
-        raise UsageError(
-            f"{folder}: config.json describes {needed} weights (and {buffers} bytes of buffers), but the safetensors "
-            f"files hold at most {stored}. Fetch the folder again."
-        )
-    return model
 
 
 class WideLmHead(torch.nn.Module):

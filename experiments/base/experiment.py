@@ -23,6 +23,7 @@ from experiments.base.provenance import input_hashes, student_folders
 from experiments.base.unused_settings import unused_settings
 from kd_core.files import new_folder_target, sha256
 from kd_core.hub import resolve_folder
+from kd_core.parallel import engine
 from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
@@ -178,6 +179,8 @@ class Experiment(ExperimentParts):
         self.parallel.choose_kernels()
         model = parallelize(self.build_on_meta(), self.parallel, world)
         self.student.fill(model, self.seed)
+        with engine.evaluation(model, self.parallel, world):
+            model.check_start()
         if not run(model, self._data(world, model.arch.vocab_size), self, folder, world, stopping=stopping):
             return False
         if self.checkpoint.export == "best":

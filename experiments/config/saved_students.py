@@ -1,6 +1,7 @@
 """Students on disk: Hugging Face folders, exports of runs, and their checkpoints at any step."""
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from experiments.config.frozen_records import load_record, recorded_student
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
 from kd_core.students.huggingface.export_files import ChatFormat
-from kd_core.students.starts.start import Pretrained, build_student
+from kd_core.students.huggingface.weights import stored_architecture
+from kd_core.students.starts.start import Pretrained, StudentInit, build_student
+from kd_core.students.starts.transformers_start import Transformers
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.run_folder import RunFolder
 
@@ -70,6 +73,18 @@ def recorded_precision(path: Path) -> str | None:
     return RunFolder(folder.parents[1] if folder.parent.name == "checkpoints" else folder).precision()
 
 
+def _start_of(folder: Path) -> StudentInit:
+    """Returns a start from a folder: our decoder where it has the family, else transformers if it is installed."""
+    try:
+        stored_architecture(folder)
+    except UsageError as reason:
+        if find_spec("transformers") is None or not (folder / "config.json").exists():
+            raise
+        log.info("%s: a student of transformers, because our decoder does not support it (%s)", folder, reason)
+        return Transformers(str(folder))
+    return Pretrained(str(folder))
+
+
 def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
     """Builds the model of a Hugging Face folder or a checkpoint on one process. Returns it and its tokenizer's folder.
 
@@ -77,7 +92,7 @@ def load_student(folder: Path, device: Any) -> tuple[Any, Path]:
         UsageError: the folder is neither, or damaged.
     """
     if not (folder / "progress.json").exists():
-        return build_student(Pretrained(str(folder)), device, 0, Tokenizer(folder).vocab_size), folder
+        return build_student(_start_of(folder), device, 0, Tokenizer(folder).vocab_size), folder
     start = recorded_student(folder / "config.json")
     tokenizer_folder = resolve_folder(start.folder)
     model = build_student(start, device, 0, Tokenizer(tokenizer_folder).vocab_size)

@@ -86,19 +86,15 @@ def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dic
 
 def fullest_rank_holding(student: Student, layout: Layout, sequence_parallel: bool) -> RankHolding:
     """Returns what the fullest rank of a layout holds of a student, which may be on the meta device."""
-    styles = tensor_styles(student, layout.tensor, sequence_parallel)
+    styles = tensor_styles(student, layout.tensor, sequence_parallel) if layout.tensor > 1 else {}
 
     def divided_dimension(name: str) -> int | None:
         module, _, parameter = name.rpartition(".")
-        placement = styles[module].parameters[parameter]
+        placement = styles[module].parameters[parameter] if styles else WHOLE
         return placement.dim if isinstance(placement, Shard) else None
 
-    def block(name: str) -> int | None:
-        prefix, _, rest = name.partition("layers.")
-        return None if prefix or not rest else int(rest.partition(".")[0])
-
     facts = [
-        ParameterFacts(tuple(parameter.shape), divided_dimension(name), block(name), parameter.requires_grad)
+        ParameterFacts(tuple(parameter.shape), divided_dimension(name), student.block_of(name), parameter.requires_grad)
         for name, parameter in student.named_parameters()
     ]
     return holding_of_fullest_rank(layout, facts)

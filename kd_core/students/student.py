@@ -7,6 +7,7 @@ A family of its own is one subclass. It names its parameters as Hugging Face doe
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
@@ -17,6 +18,7 @@ from kd_core.errors import UsageError
 from kd_core.row_shares import PackedDocuments
 from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.lora_layers import base_parameters
 from kd_core.types import LmHeadForm
 
 R = TypeVar("R")
@@ -59,6 +61,33 @@ class Student(nn.Module):
     def sharding_rules(self) -> Mapping[str, ShardingRule]:
         """Returns the rule of each module that has parameters, by its name in the model or inside a block."""
         raise NotImplementedError
+
+    @property
+    def names_in_folder(self) -> str:
+        """The prefix that names of parameters have in a Hugging Face folder, but that of the lm_head."""
+        return "model."
+
+    def stored_values(self) -> dict[str, Tensor]:
+        """Returns what a folder holds of the student, by name: all parameters but those of adapters, tied ones once."""
+        return {**base_parameters(self)}
+
+    def save_itself(self, folder: Path, state: Callable[[], dict[str, Tensor]]) -> bool:
+        """Writes weights and `config.json` by a library of its own. Returns False if the student has none."""
+        del folder, state
+        return False
+
+    def check_start(self) -> None:
+        """Finds out, by passes over a few tokens, what only the filled model tells. All ranks call it together."""
+
+    def block_of(self, name: str) -> int | None:
+        """Returns the number of the transformer block that a module or parameter is in, or None outside of blocks."""
+        prefixes = {block: number for number, block in enumerate(self.layers)}
+        module, parts = self, name.split(".")
+        for part in parts:
+            if module in prefixes:
+                return prefixes[module]
+            module = getattr(module, part)
+        return None
 
     def select_kv_heads(self, heads: slice) -> None:
         """Makes attention use these kv heads alone, where a rank computes more of them than it needs."""

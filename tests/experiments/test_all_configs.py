@@ -23,7 +23,10 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 BASES = [entry for entry in catalog.entries() if entry.kind in catalog.WORDS]
 FIDDLERS = [entry for entry in catalog.entries() if entry.kind == catalog.FIDDLER]
 TAGS = [entry for entry in catalog.entries() if entry.kind == catalog.TAG]
-ARGUMENTS = {"cache": '(folder="other/cache")'}  # of fiddlers whose arguments have no defaults
+ARGUMENTS = {
+    "cache": '(folder="other/cache")',
+    "transformers_student": '(folder="other/model")',
+}  # of fiddlers whose arguments have no defaults
 LARGE = ("gpus8", "nodes64")
 
 

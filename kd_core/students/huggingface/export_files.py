@@ -141,5 +141,9 @@ def write_export_files(
         ids["eos_token_id"] = _eos_ids(chat, generation.get("eos_token_id"), ids.get("eos_token_id"))
         model_ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if ids.get(name) is not None}
         write_json(folder / GENERATION, {**model_ids, **generation, "eos_token_id": ids["eos_token_id"]})
-    config = config_fields(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)
-    write_json(folder / "config.json", {**ids, **config})
+    # A student that writes its own configuration has done so before.
+    if (path := folder / "config.json").exists():
+        config = {**read_json(path, MODEL_CONFIG), **ids, "dtype": dtype}
+    else:
+        config = {**ids, **config_fields(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)}
+    write_json(path, config)

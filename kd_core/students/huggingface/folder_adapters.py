@@ -108,8 +108,13 @@ def _read_inside(stored: StoredTensor, outer: Box, box: Box) -> Tensor:
 
 def folder_adapters(model: Student) -> list[FolderAdapter]:
     """Returns the adapters of a student by the linear layers of its folder, in the student's order."""
-    family, layers = FAMILIES[model.arch.family], adapted_layers(model)
-    adapters: list[FolderAdapter] = []
+    layers = adapted_layers(model)
+    if not model.names_in_folder:  # those of the folder
+        return [
+            FolderAdapter(name, layer.out_features, [Part(layer, slice(0, layer.out_features))])
+            for name, layer in layers.items()
+        ]
+    family, adapters = FAMILIES[model.arch.family], list[FolderAdapter]()
     for name in dict.fromkeys(map(family.joined_name, layers)):
         parts, first = list[Part](), 0
         for part_name in family.names_of_parts(name):

@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from kd_core.students.huggingface.weights import stored_tensors
 from kd_core.students.student import Student
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model.model."
+PREFIX, NUMBERED = "base_model.model.", re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Initialisations that leave the base as it is. The others of PEFT 0.21 change it: pissa, olora, corda, …
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings that would change the meaning of an adapter.
@@ -22,13 +23,13 @@ UNSUPPORTED_FIELDS = (
 )  # fmt: skip
 
 
-def stored_name(layer: str, which: str) -> str:
+def stored_name(model: Student, layer: str, which: str) -> str:
     """Returns the name in PEFT's file of a layer's `lora_A` or `lora_B`."""
-    return f"{PREFIX}{layer}.{which}.weight"
+    return f"{PREFIX}{model.names_in_folder}{layer}.{which}.weight"
 
 
-def _our_name(stored: str) -> str:
-    return stored.removeprefix(PREFIX).removesuffix(".weight")
+def _our_name(model: Student, stored: str) -> str:
+    return stored.removeprefix(PREFIX).removeprefix(model.names_in_folder).removesuffix(".weight")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -77,7 +78,7 @@ def check_adapter_matches(folder: Path, model: Student) -> None:
     for name, ranks in rank_fields(adapters).items():
         if (theirs := config.get(name)) and theirs != ranks:
             raise UsageError(f"{folder / CONFIG}: {name} is {theirs!r}, which is not supported.")
-    names = {_our_name(tensor.name).rsplit(".", 1)[0] for tensor in stored_tensors(_files(folder))}
+    names = {_our_name(model, tensor.name).rsplit(".", 1)[0] for tensor in stored_tensors(_files(folder))}
     own_names = {adapter.name for adapter in adapters}
     if names != own_names:
         theirs_only, ours_only = sorted(names - own_names), sorted(own_names - names)
@@ -99,7 +100,7 @@ def load_adapter(model: Student, folder: Path) -> None:
         f"{adapter.name}.{which}": adapter for adapter in folder_adapters(model) for which in ("lora_A", "lora_B")
     }
     for stored in stored_tensors(_files(folder)):
-        name = _our_name(stored.name)
+        name = _our_name(model, stored.name)
         if (adapter := remaining.pop(name, None)) is None:
             raise UsageError(f"{stored.path}: found {stored.name}; wanted no such tensor.")
         rank = adapter.rank if has_ranks else adapter.parts[0].layer.settings.rank
@@ -114,11 +115,12 @@ def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     If every adapted layer has the same modules, they are lists of modules and layers, as people write them. Otherwise
     they are the full names.
     """
-    # layers.{layer}.….{last} → (layer, last)
-    pairs = {(int(name.split(".")[1]), name.rsplit(".", 1)[1]) for name in names}
+    # ….layers.{layer}.….{last} → (layer, last)
+    numbers = [NUMBERED.search(name) for name in names]
+    pairs = {(int(at[1]), name.rsplit(".", 1)[1]) for name, at in zip(names, numbers, strict=True) if at}
     layers, lasts = sorted({layer for layer, _ in pairs}), sorted({last for _, last in pairs})
-    if len(pairs) != len(layers) * len(lasts):
-        return {"target_modules": [f"model.{name}" for name in sorted(names)]}
+    if not len(names) == len(pairs) == len(layers) * len(lasts):
+        return {"target_modules": sorted(names)}
     chosen = None if len(layers) == num_layers else layers
     return {
         "target_modules": lasts,
@@ -127,12 +129,13 @@ def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     }
 
 
-def adapter_config(adapters: list[FolderAdapter], num_layers: int, base_folder: Path | None) -> dict[str, Any]:
+def adapter_config(model: Student, adapters: list[FolderAdapter], base_folder: Path | None) -> dict[str, Any]:
     """Returns the `adapter_config.json` of a model's adapters.
 
     `base_folder` is None if no folder has the frozen weights.
     """
     settings, ranks = adapters[0].parts[0].layer.settings, rank_fields(adapters)
+    names = [f"{model.names_in_folder}{adapter.name}" for adapter in adapters]
     fetched = None if base_folder is None else snapshot_of_folder(base_folder)
     base = fetched.repository if fetched else base_folder and str(base_folder)
     return {
@@ -147,5 +150,5 @@ def adapter_config(adapters: list[FolderAdapter], num_layers: int, base_folder: 
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
         **({} if ranks["rank_pattern"] == {} else ranks),
-        **_target_fields([adapter.name for adapter in adapters], num_layers),
+        **_target_fields(names, model.arch.num_layers),
     }

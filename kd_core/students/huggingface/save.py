@@ -17,7 +17,7 @@ from kd_core.errors import UsageError
 from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
 from kd_core.sharded_values import errors_on_all_ranks, full_expert_rows, full_tensor
-from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
+from kd_core.students.decoder.lora_layers import adapted_layers
 from kd_core.students.families.family import Rows
 from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
@@ -59,12 +59,18 @@ def _unlikely_padding(head: Tensor, real: int) -> Tensor:
 
 def _model_pieces(model: Student) -> list[_Piece]:
     """Returns the tensors by transformers' names, with adapters merged, and without a tied lm_head."""
-    arch = model.arch
+    arch, values = model.arch, model.stored_values()
     gathers = {f"{name}.weight": layer.merged_weight for name, layer in adapted_layers(model).items()}
     if arch.vocab_rows > arch.vocab_size:
-        head = "embed_tokens.weight" if arch.tie_embeddings else "lm_head.weight"
+        # A tied head is under the embedding's name.
+        head = next(name for name, value in values.items() if value is model.lm_head.weight)
         gathers[head] = functools.partial(_unlikely_padding, model.lm_head.weight, arch.vocab_size)
-    family, parameters = FAMILIES[arch.family], base_parameters(model)
+    if not model.names_in_folder:
+        return [
+            _Piece(name, value.numel(), gathers.get(name, functools.partial(full_tensor, value)))
+            for name, value in values.items()
+        ]
+    family, parameters = FAMILIES[arch.family], values
 
     def piece(stored: str) -> _Piece:
         names = family.names_of_parts(stored)
@@ -91,7 +97,7 @@ def _model_pieces(model: Student) -> list[_Piece]:
 
 def _adapter_pieces(model: Student) -> list[_Piece]:
     return [
-        _Piece(stored_name(adapter.name, which), adapter.rank * size, gather)
+        _Piece(stored_name(model, adapter.name, which), adapter.rank * size, gather)
         for adapter in folder_adapters(model)
         for which, size, gather in (
             ("lora_A", adapter.parts[0].layer.in_features, adapter.gather_a),
@@ -119,6 +125,15 @@ def _gather_all(files: list[_File]) -> Iterator[Tensor]:
             yield piece.gather()
 
 
+def _whole_state(files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns all weights in `dtype` on the CPU, for a library that writes them at once. Other types stay."""
+    return {
+        piece.name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for file in files
+        for piece, tensor in zip(file.pieces, tensors, strict=False)
+    }
+
+
 def _write_weights(folder: Path, files: list[_File], tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
     for file in files:
         names = [piece.name for piece in file.pieces]
@@ -131,12 +146,13 @@ def _write_index(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": file_names})
 
 
-def _write_adapter_config(model: Student, folder: Path, tokenizer_folder: Path) -> None:
+def _write_adapter_config(model: Student, folder: Path, tokenizer_folder: Path, is_whole: bool) -> None:
     if adapters := folder_adapters(model):
         rows = replace(model.arch, vocab_size=model.arch.vocab_rows, padded_vocab_size=None)
-        base = tokenizer_folder if stored_architecture(tokenizer_folder) == rows else None  # None: layers were dropped
+        is_whole = is_whole or stored_architecture(tokenizer_folder) == rows  # else layers were dropped
         (folder / ADAPTER).mkdir()
-        write_json(folder / ADAPTER / CONFIG, adapter_config(adapters, model.arch.num_layers, base))
+        base = tokenizer_folder if is_whole else None
+        write_json(folder / ADAPTER / CONFIG, adapter_config(model, adapters, base))
 
 
 def _has_json_end(path: Path) -> bool:
@@ -197,11 +213,13 @@ def save_pretrained(  # noqa: PLR0913 (the student, what lies beside it, how it 
         try:
             if first:
                 with new_folder(folder) as partial:
+                    is_saved = model.save_itself(partial, lambda: _whole_state(files, tensors, DTYPES[dtype]))
                     write_export_files(partial, model.arch, tokenizer_folder, dtype, chat)
-                    _write_adapter_config(model, partial, tokenizer_folder)
-                    _write_weights(partial, files, tensors, DTYPES[dtype])
+                    _write_adapter_config(model, partial, tokenizer_folder, is_saved)
+                    if not is_saved:
+                        _write_weights(partial, files, tensors, DTYPES[dtype])
                     _write_weights(partial, adapters, tensors, torch.float32)
-                    if len(files) > 1:
+                    if len(files) > 1 and not is_saved:
                         _write_index(partial, files, DTYPES[dtype])
         finally:
             # Gather the rest: all tensors on ranks that do not write, and those after an error on the one that does.

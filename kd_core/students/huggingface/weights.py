@@ -137,7 +137,7 @@ class StoredTensor:
         return self.read((slice(rows.start + first_row, rows.stop + first_row), *rest))
 
 
-def _open_tensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
+def open_tensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
     """Yields the tensors of a safetensors file. They can be read until `stack` is closed."""
     try:
         file = stack.enter_context(safe_open(path, "pt"))
@@ -155,7 +155,7 @@ def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
     """
     for path in files:
         with ExitStack() as stack:
-            yield from _open_tensors(path, stack)
+            yield from open_tensors(path, stack)
 
 
 def _new_name(stored: str, family: Family, position_of: Mapping[int, int]) -> str | None:
@@ -181,7 +181,7 @@ def _differ(files: tuple[tuple[Path, int, int], ...], family: Family) -> bool:
     with ExitStack() as stack:
         by_name: dict[str | None, StoredTensor] = {}
         for path, _, _ in files:
-            for stored in _open_tensors(path, stack):
+            for stored in open_tensors(path, stack):
                 by_name[family.name_in_student(stored.name)] = stored
         embedding, head = by_name.get(EMBEDDING), by_name.get(HEAD)
         if embedding is None or head is None:

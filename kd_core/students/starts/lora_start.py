@@ -13,7 +13,7 @@ from kd_core.sharded_values import errors_on_all_ranks
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings, adapted_layers
 from kd_core.students.huggingface.peft_folder import check_adapter_matches, load_adapter
-from kd_core.students.starts.name_patterns import match_names, matches
+from kd_core.students.starts.name_patterns import match_names
 from kd_core.students.starts.start import StudentInit, fill_random
 from kd_core.students.student import Student
 
@@ -82,13 +82,14 @@ class LoraStart:
         if self.layers is not None and not set(self.layers) <= set(range(count)):
             raise UsageError(f"student.layers: got {self.layers}; wanted some of 0 to {count - 1}.")
         linears = [
-            name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and model.block_of(name) is not None
         ]
         patterns = [pattern for target in self.targets for pattern in ALIASES.get(target, (target,))]
         names = match_names(linears, patterns, f"student.targets (patterns, or {', '.join(ALIASES)})")
         if self.layers is not None:
-            blocks = tuple(f"layers.{layer}.*" for layer in self.layers)
-            names = [name for name in names if any(matches(name, block) for block in blocks)]
+            names = [name for name in names if model.block_of(name) in self.layers]
         if not names:
             raise UsageError(
                 f"student.targets: {self.targets} in layers {self.layers} matches no layer, so there is nothing to "

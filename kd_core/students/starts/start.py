@@ -66,6 +66,7 @@ def build_student(
     """Returns the student of `meta_student` with its first weights, in `dtype`, whole on `device` in one process."""
     model = allocate(meta_student(start, tokens), device, dtype)
     start.fill(model, seed)
+    model.check_start()
     return model
 
 

@@ -277,7 +277,7 @@ def test_without_transformers_the_extra_is_named(tiny: Tiny, tmp_path: Path, mon
     with pytest.raises(UsageError, match=r"model_type is 'gpt2'.*pip install 'kd-workspace\[hf\]'"):
         read_teacher_facts(folder, "auto")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match=r"scoring with transformers needs the extra"):
+    with pytest.raises(UsageError, match=r"a model of transformers needs the extra"):
         read_teacher_facts(tiny.teacher, "transformers")
 
 
