@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_core.document_lengths import Documents
+from kd_core.row_shares import PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.norm import RMSNorm
@@ -32,7 +32,7 @@ class Glm4Block(TransformerBlock):
         self.post_self_attn_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.post_mlp_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + norm(attention(norm(x))), then x ← x + norm(feed_forward(norm(x))).  [B, T, D]
         x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, documents))

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
+from kd_core.row_shares import PackedDocuments
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.attention import Attention
 from kd_core.students.decoder.kv_cache import LayerCache
@@ -70,7 +70,7 @@ class Olmo2Block(TransformerBlock):
         # Under sequence parallelism positions are gathered here, as a norm does in other families.
         self.attention_input, self.mlp_input = nn.Identity(), nn.Identity()
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: PackedDocuments | LayerCache) -> Tensor:
         """Computes `forward` without recomputation."""
         # x ← x + norm(attention(x)), then x ← x + norm(feed_forward(x)).  [B, T, D]
         x = x + self.post_attention_layernorm(self.self_attn(self.attention_input(x), cos, sin, documents))
