@@ -75,6 +75,37 @@ def fill_sharded(parameter: Tensor, read: Callable[[Box], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def fill_expert_rows(parameter: Tensor, expert: int, rows: slice, read: Callable[[Box], Tensor]) -> None:
+    """Fills rows of one matrix of a parameter [E, rows, in] where this process holds it. `read` is of those rows alone.
+
+    Ranks share such parameters by their first dimension.
+    """
+    local, box = local_box(parameter)
+    assert box is not None
+    assert box[1:] == tuple(slice(0, size) for size in parameter.shape[1:]), "experts are divided by expert alone"
+    if box[0].start <= expert < box[0].stop:
+        values = read((slice(0, rows.stop - rows.start), box[2]))
+        local[expert - box[0].start, rows].copy_(values)
+
+
+@torch.no_grad()
+def full_expert_rows(parameter: Tensor, expert: int, part: int, parts: int) -> Tensor:
+    """Returns one of so many equal parts of an expert's matrix on every rank. All ranks must call it together."""
+    local, box = local_box(parameter)
+    assert box is not None
+    height = parameter.shape[1] // parts
+    rows = slice(part * height, (part + 1) * height)
+    is_held = box[0].start <= expert < box[0].stop
+    values = local[expert - box[0].start, rows].clone() if is_held else local.new_zeros(height, parameter.shape[2])
+    if isinstance(parameter, DTensor):
+        # Of the ranks that share the experts, one has these: all others add zeros.
+        for dimension, placement in enumerate(parameter.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
+    return values
+
+
+@torch.no_grad()
 def full_tensor(parameter: Tensor) -> Tensor:
     """Returns the whole tensor on every rank. All ranks must call it together."""
     full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -117,8 +117,9 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device))
 
     def unscored(self) -> Self:
-        """Returns a batch of the same shape without scored positions, for a rank that has no rows left for a pass."""
-        return replace(self, loss_mask=torch.zeros_like(self.loss_mask), record_names=(), damaged_blocks=0)
+        """Returns a batch of the same shape that is padding alone, for a rank that has no rows left for a pass."""
+        no_document, no_score = torch.full_like(self.document_ids, -1), torch.zeros_like(self.loss_mask)
+        return replace(self, document_ids=no_document, loss_mask=no_score, record_names=(), damaged_blocks=0)
 
     def teacher(self) -> TeacherTopK:
         """Returns the teacher's entries, flattened from [B, T, …] to [N, …]."""

@@ -61,8 +61,7 @@ def check_fits(arch: Architecture, layout: Layout) -> None:
     Raises:
         UsageError: they cannot. The message names the numbers that would fit.
     """
-    sizes = StudentSizes(arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows, 1)
-    check_divisible(layout.tensor, sequence_parallel=False, shape=sizes)
+    check_divisible(layout.tensor, sequence_parallel=False, shape=StudentSizes.from_architecture(arch, 1))
 
 
 def _local_lm_head(hidden: Tensor, weight: Tensor) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:

@@ -144,6 +144,18 @@ def check(experiment: ExperimentParts) -> None:
     _warn_of_training_data(experiment)
 
 
+def check_auxiliary(loss: Objective, student: Student) -> None:
+    """Raises a `UsageError` if a term reads values that the student does not give."""
+    names = student.auxiliary_names
+    for where, term in loss.auxiliary().items():
+        if term.name not in names:
+            wanted = f"one of {', '.join(names)}" if names else "no such term, as this student has no such values"
+            raise UsageError(
+                f"loss.terms.{where}.name: got {term.name!r}; wanted {wanted}. A student with experts has "
+                "router_balance and router_z."
+            )
+
+
 def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> dict[str, str]:
     """Checks the layout of `ranks` ranks for a student on the meta device.
 
@@ -160,8 +172,8 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     layout = parallel.layout(ranks)
     longest = collate.row_length if collate.padding == "row_length" else collate.multiple
     T = -(-longest // collate.multiple) * collate.multiple
-    sizes = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_rows)
-    check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, StudentSizes(*sizes, T))
+    sizes = StudentSizes.from_architecture(arch, T)
+    check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, sizes)
     holding = fullest_rank_holding(student, layout, parallel.sequence_parallel)
     moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)

@@ -56,6 +56,7 @@ class Experiment(ExperimentParts):
         checks.check(self)
         chat_format(self.shards)  # an unreadable format should not surface after the training
         student = self.build_on_meta()
+        checks.check_auxiliary(self.loss, student)
         arch = student.arch
         caches, weights = [part.manifest for part in self.shards.parts], self.evaluation.weights
         held_out = {name: part.manifest.positions for name, part in self.evaluation.caches.items()}

@@ -1,10 +1,9 @@
 """The training objective: a weighted sum of named terms, each a loss per position of the same sparse view.
 
-    Objective = Σ weight · term
-    Distillation    divergence(tail treatment(view))    divergences.py, tails.py
-    CrossEntropy    −log q(label), with label smoothing and z-loss
-
-A new loss is a divergence in `divergences.py`, a tail in `tails.py`, or a `Term` like the two here.
+Objective = Σ weight · term
+Distillation    divergence(tail treatment(view))    divergences.py, tails.py
+CrossEntropy    −log q(label), with label smoothing and z-loss
+Auxiliary       values of the student itself, such as the balance of its routers
 """
 
 import math
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -212,6 +212,24 @@ class CrossEntropy(Term):
 
 
 @dataclass(frozen=True)
+class Auxiliary(Term):
+    """Values of the student itself, one of its `auxiliary_names`, at each position that is not padding.
+
+    Their sum is divided by the scored tokens of the step, as that of every term is.
+    """
+
+    name: str = "router_balance"
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        return False
+
+    def values(self, view: SparseView) -> Float[Tensor, " n"]:
+        """Returns 0. A view does not have the values, which `batch_loss` of `training/step.py` adds."""
+        return torch.zeros_like(view.teacher_tail)
+
+
+@dataclass(frozen=True)
 class Objective:
     """A weighted sum of terms: Σ weight · term.
 
@@ -232,7 +250,7 @@ class Objective:
         for name, term in self.terms.items():
             if not 0 <= max_weight(term.weight) < math.inf:
                 raise UsageError(f"loss.terms.{name}.weight: got {term.weight}; wanted at least 0, and finite.")
-        if all(max_weight(term.weight) == 0 for term in self.terms.values()):
+        if all(max_weight(term.weight) == 0 for term in self.terms.values() if not isinstance(term, Auxiliary)):
             raise UsageError("loss.terms: every weight is 0, so nothing would be trained. Give one term a weight.")
         for name in self.observe:
             check_choice("observe", name, EXTRA_METRIC_SUMS)
@@ -248,11 +266,12 @@ class Objective:
         """Returns the factor of each term, after schedules were resolved by `at`."""
         return {name: resolved_value(term.weight) for name, term in self.terms.items()}
 
-    def fitting(self, cache: CacheFacts) -> dict[str, Term]:
-        """Returns the terms that the cache can score.
+    def auxiliary(self) -> dict[str, Auxiliary]:
+        """Returns the terms that read the student's own values."""
+        return {name: term for name, term in self.terms.items() if isinstance(term, Auxiliary)}
 
-        Held-out text may be in a cache of another kind than the one that is trained on.
-        """
+    def fitting(self, cache: CacheFacts) -> dict[str, Term]:
+        """Returns the terms that the cache can score. Held-out text may be in a cache of another kind."""
 
         def fits(name: str, term: Term) -> bool:
             try:

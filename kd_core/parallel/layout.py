@@ -11,17 +11,35 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kd_core.errors import UsageError
+from kd_core.students.decoder.architecture import Architecture
 
 
 @dataclass(frozen=True)
 class StudentSizes:
-    """Sizes of a student and its packed rows that a layout must divide. `heads` are attention heads."""
+    """Sizes of a student and its packed rows that a layout must divide. `heads` are attention heads.
+
+    `intermediate` is 0 where no layer has a dense feed-forward, and `experts` where none has experts.
+    """
 
     heads: int
     kv_heads: int
     intermediate: int
     vocab_rows: int
     row_length: int
+    experts: int = 0
+
+    @classmethod
+    def from_architecture(cls, arch: Architecture, row_length: int) -> "StudentSizes":
+        """Returns the sizes of a decoder on rows of so many positions."""
+        has_dense_layers = arch.experts is None or bool(arch.dense_layers)
+        return cls(
+            arch.num_heads,
+            arch.num_kv_heads,
+            arch.intermediate_size if has_dense_layers else 0,
+            arch.vocab_rows,
+            row_length,
+            0 if arch.experts is None else arch.experts.count,
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ def _fits(tensor: int, shape: StudentSizes) -> bool:
     kv heads are divided, or repeated where they are fewer than the ranks. Vocabulary rows are divided in chunks of
     ⌈rows / tensor⌉, of which the last rank must get at least one row.
     """
-    divides_widths = shape.heads % tensor == 0 and shape.intermediate % tensor == 0
+    divides_widths = all(size % tensor == 0 for size in (shape.heads, shape.intermediate, shape.experts))
     divides_kv = shape.kv_heads % tensor == 0 or tensor % shape.kv_heads == 0
     return divides_widths and divides_kv and (tensor - 1) * math.ceil(shape.vocab_rows / tensor) < shape.vocab_rows
 
@@ -68,7 +86,8 @@ def check_divisible(tensor: int, sequence_parallel: bool, shape: StudentSizes) -
         raise UsageError(
             f"parallel.tensor_parallel: got {tensor}, which does not divide the model's {shape.heads} heads "
             f"({shape.kv_heads} for keys and values, which also divide {tensor} or are divided by it), feed-forward "
-            f"width {shape.intermediate}, or leaves a rank without any of {shape.vocab_rows} rows of the vocabulary. "
+            f"width {shape.intermediate}, {f'{shape.experts} experts, ' if shape.experts else ''}or leaves a rank "
+            f"without any of {shape.vocab_rows} rows of the vocabulary. "
             f"Fitting: {', '.join(fitting)}."
         )
     if sequence_parallel and shape.row_length % tensor:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.layout import Layout, ParameterFacts, RankHolding, holding_of_fullest_rank
-from kd_core.parallel.tensor_parallel import TensorParallelStyle
+from kd_core.parallel.tensor_parallel import ExpertParallelStyle, TensorParallelStyle
 from kd_core.parallel.world import World
 from kd_core.precision import dtype_of
 from kd_core.students.student import Block, ShardingRule, Student, allocate
@@ -30,6 +30,10 @@ WHOLE = Replicate()
 COLUMNS: Mapping[str, Placement] = {"weight": Shard(0), "bias": Shard(0), "lora_A": WHOLE, "lora_B": Shard(0)}
 ROWS: Mapping[str, Placement] = {"weight": Shard(1), "bias": WHOLE, "lora_A": Shard(1), "lora_B": WHOLE}
 REPEATED: Mapping[str, Placement] = dict.fromkeys(COLUMNS, WHOLE)
+# Stacked matrices and biases of experts [E, …].
+EXPERTS: Mapping[str, Placement] = dict.fromkeys(
+    ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"), Shard(0)
+)
 RECOMPILE_LIMIT = 64
 
 
@@ -65,16 +69,17 @@ def tensor_styles(student: Student, tensor: int, sequence_parallel: bool) -> dic
         "head_norm": heads,
         "columns_norm": columns_norm,
         "kv_columns_norm": columns_norm if divides_kv else kv,
+        "head_values": TensorParallelStyle({"weight": Shard(0)}, input_placement=None, output_placement=WHOLE),
+        "repeated": TensorParallelStyle(REPEATED, input_placement=WHOLE, output_placement=WHOLE),
+        "experts": ExpertParallelStyle(EXPERTS, input_placement=WHOLE, output_placement=residual),
         "lm_head": TensorParallelStyle({"weight": Shard(0)}, input_placement=WHOLE, output_placement=Shard(-1)),
     }
-    # Names inside a block stand for every block. Norms that this family does not have are left out.
-    in_block = {name for name, _ in student.layers[0].named_modules()}
-    return {
-        (f"layers.{i}.{name}" if name in in_block else name): styles[rule]
-        for name, rule in student.sharding_rules().items()
-        for i in range(len(student.layers) if name in in_block else 1)
-        if name in in_block or hasattr(student, name)
-    }
+    # Names inside a block stand for every block that has such a module.
+    modules = {name: name for name, _ in student.named_children()}
+    for i, block in enumerate(student.layers):
+        modules |= {f"layers.{i}.{name}": name for name, _ in block.named_modules()}
+    rules = student.sharding_rules()
+    return {path: styles[rules[name]] for path, name in modules.items() if name in rules}
 
 
 def fullest_rank_holding(student: Student, layout: Layout, sequence_parallel: bool) -> RankHolding:

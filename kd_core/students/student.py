@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kd_core.document_lengths import Documents
@@ -22,11 +22,12 @@ from kd_core.types import LmHeadForm
 R = TypeVar("R")
 # How tensor parallelism divides a module. `columns` divides its outputs, `rows` its inputs, `kv_columns` its outputs
 # where there are as many kv heads as ranks. `norm` works on the residual stream in front of columns, `residual_norm` on
-# what is added to it, and `head_norm` on attention heads. `columns_norm` and `kv_columns_norm` work on outputs of
-# `columns` and `normed_kv_columns` over all heads.
+# what is added to it, and `head_norm` on attention heads, of which `head_values` has a number each. `columns_norm` and
+# `kv_columns_norm` work on outputs of `columns` and `normed_kv_columns` over all heads. `experts` divides stacked
+# matrices, and `repeated` nothing.
 ShardingRule = Literal[
     "embedding", "norm", "residual_norm", "columns", "kv_columns", "normed_kv_columns", "rows", "head_norm",
-    "columns_norm", "kv_columns_norm", "lm_head",
+    "columns_norm", "kv_columns_norm", "head_values", "experts", "repeated", "lm_head",
 ]  # fmt: skip
 
 
@@ -34,7 +35,7 @@ class Block(Protocol):
     """One transformer block. `run` computes it, and `forward` recomputes its activations if `recompute` is set."""
 
     recompute: bool
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
 
 
 class Student(nn.Module):
@@ -48,6 +49,11 @@ class Student(nn.Module):
     def lm_head_form(self) -> LmHeadForm:
         """The form of logits as a function of `last_hidden` and the lm_head's weight."""
         return LmHeadForm(vocab_size=self.arch.vocab_size, soft_cap=self.arch.logit_soft_cap)
+
+    @property
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Returns the names of `auxiliary_values`, which a term `Auxiliary` of the objective may train."""
+        return ()
 
     def sharding_rules(self) -> Mapping[str, ShardingRule]:
         """Returns the rule of each module that has parameters, by its name in the model or inside a block."""
@@ -83,6 +89,15 @@ class Student(nn.Module):
         """Returns `context` of a pass over new tokens of rows of one document, whose earlier ones are in the cache."""
         raise NotImplementedError
 
+    def collecting(self, context: Any) -> Any:
+        """Returns the context of a pass in which blocks leave what `auxiliary_values` computes from."""
+        return context
+
+    def auxiliary_values(self, context: Any, is_text: Bool[Tensor, "B T"]) -> dict[str, Float[Tensor, "B T"]]:
+        """Returns values by `auxiliary_names`, after the blocks of a pass. `is_text` is false on padding."""
+        del context, is_text
+        return {}
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Any) -> Float[Tensor, "B T D"]:
         """Returns the output of a block for the input `x`."""
         raise NotImplementedError
@@ -102,8 +117,9 @@ class Student(nn.Module):
         head: Callable[[Tensor, Tensor], R],
         documents: Documents | None = None,
         cache: Any = None,
+        auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> R: ...
-    def forward(
+    def forward(  # noqa: PLR0913 (a pass, and the functions that end it)
         self,
         tokens: Int[Tensor, "B T"],
         position_ids: Int[Tensor, "B T"],
@@ -111,6 +127,7 @@ class Student(nn.Module):
         head: Callable[[Tensor, Tensor], R] | None = None,
         documents: Documents | None = None,
         cache: Any = None,
+        auxiliary: Callable[[R, Mapping[str, Tensor]], R] | None = None,
     ) -> Tensor | R:
         """Returns logits [B, T, V], or with `head` the result of `head(hidden, weight)`.
 
@@ -121,17 +138,22 @@ class Student(nn.Module):
 
         The loss enters here as `head` because sharded data parallelism needs every use of the parameters
         inside the root module's forward. `documents` are the lengths in `document_ids`, if the caller knows them.
+
+        With `auxiliary`, the result is `auxiliary(result of head, values)`, with `auxiliary_values` by name.
         """
         if cache is None:
             context = self.packed_context(position_ids, document_ids, documents)
         else:
             context = self.cached_context(position_ids, cache)
+        if auxiliary is not None:
+            context = self.collecting(context)
         x = self.embed(tokens)
         for layer in range(len(self.layers)):
             x = self.run_block(layer, x, context)
         hidden, form = self.last_hidden(x), self.lm_head_form
         if head is not None:
-            return head(hidden, self.lm_head.weight)
+            result = head(hidden, self.lm_head.weight)
+            return result if auxiliary is None else auxiliary(result, self.auxiliary_values(context, document_ids >= 0))
         return form.to_logits(self.lm_head(hidden)[..., : form.vocab_size])
 
 

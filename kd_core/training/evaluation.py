@@ -17,7 +17,7 @@ from kd_core.errors import UsageError
 from kd_core.losses.calibration import GAP_NAMES, TEMPERATURE_NLL_NAMES, best_temperature, calibration_error
 from kd_core.losses.fused.loss import LossSums
 from kd_core.losses.metric_table import EXTRA_METRIC_SUMS, METRICS
-from kd_core.losses.objective import CacheFacts, CrossEntropy, Distillation, Objective, Term
+from kd_core.losses.objective import Auxiliary, CacheFacts, CrossEntropy, Distillation, Objective, Term
 from kd_core.losses.sparse_view import SparseView
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
@@ -134,7 +134,7 @@ def _with_added_terms(asked: EvaluationRequest, cache: CacheFacts) -> tuple[Obje
     added = {**standard_terms(cache), **user_terms}
     terms = {**asked.objective.fitting(cache), **{f"{ADDED_PREFIX}{name}": term for name, term in added.items()}}
     # Added terms have weight 0, and the objective's may all have been left out. An objective needs one above 0.
-    if all(term.weight == 0 for term in terms.values()):
+    if all(term.weight == 0 or isinstance(term, Auxiliary) for term in terms.values()):
         terms[f"{ADDED_PREFIX}nll"] = CrossEntropy()
     observe = tuple(name for name in EXTRA_METRIC_SUMS if not (cache.sampled and name == "top5_agreement"))
     return replace(asked.objective, terms=terms, observe=observe), list(added)

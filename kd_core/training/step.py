@@ -7,7 +7,7 @@ divided by that count before its backward pass, so the gradients only need to be
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,8 +97,21 @@ def batch_loss(model: Student, batch: Batch, objective: Objective, scale: float)
             shard=local.vocab_shard,
         )
 
+    def add_auxiliary(loss: LossSums, values: Mapping[str, Tensor]) -> LossSums:
+        total, sums, weights = loss.total, dict(loss.sums), objective.weights()
+        for name, term in objective.auxiliary().items():
+            # The sum over positions that are not padding.  [B, T] → scalar
+            value = torch.where(batch.document_ids >= 0, values[term.name], 0.0).sum()
+            total = total + weights[name] * scale * value
+            sums[f"{name}_loss"] = value.detach().double()
+            sums["loss"] = sums["loss"] + weights[name] * sums[f"{name}_loss"]
+        return LossSums(total, sums)
+
     # The loss runs inside the model's forward, as `Student.forward` explains.
-    return model(batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden, batch.documents)
+    auxiliary = add_auxiliary if objective.auxiliary() else None
+    return model(
+        batch.tokens, batch.position_ids, batch.document_ids, loss_of_hidden, batch.documents, auxiliary=auxiliary
+    )
 
 
 def count_tokens_and_damage(batches: Sequence[Batch], world: World) -> tuple[int, int]:

@@ -22,6 +22,28 @@ def too_many_tokens(tokens: int, rows: int, folder: str, where: str) -> UsageErr
 
 
 @dataclass(frozen=True)
+class ExpertSettings:
+    """Shape and arithmetic of a mixture of experts.
+
+    Args:
+        count: experts of a layer.
+        per_token: experts of a position.
+        size: hidden width of an expert. None: `intermediate_size`.
+        normalised: the weights of a position's experts add up to 1, by a softmax over them alone.
+    """
+
+    count: int
+    per_token: int
+    size: int | None = None
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        for name, most in (("count", 1 << 16), ("per_token", self.count), ("size", UPPER_BOUNDS["intermediate_size"])):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise UsageError(f"experts.{name}: got {value!a}; wanted 1 to {most}.")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shape and arithmetic of a decoder.
 
@@ -36,6 +58,9 @@ class Architecture:
         rotary_share: share of an attention head's channels, the first ones, that RoPE rotates.
         rotary_pairs: which of these channels are a pair.
         rope_layers: for each layer, whether it has RoPE. None: all have.
+        experts: those that a layer's feed-forward is made of, but for `dense_layers`. None: every layer has one of
+            `intermediate_size`.
+        attention_sinks: attention has a learnt logit of each head beside those of positions (gpt-oss).
         local_rope_theta: theta of layers with a window, which no scaling stretches (Gemma 3). None: that of all layers.
         norm_offset: added to the weights of norms (Gemma: 1).
         attention_soft_cap: bound c of the products of queries and keys, which become c · tanh(products / c) (Gemma 2).
@@ -68,6 +93,9 @@ class Architecture:
     rotary_share: float = 1.0
     rotary_pairs: RotaryPairs = "halves"
     rope_layers: tuple[bool, ...] | None = None
+    experts: ExpertSettings | None = None
+    dense_layers: tuple[int, ...] = ()
+    attention_sinks: bool = False
     root_scaled_embedding: bool = False
     local_rope_theta: float | None = None
     norm_offset: float = 0.0
@@ -151,5 +179,11 @@ class Architecture:
         # A layer keeps its own window and its RoPE.
         windows = None if self.windows is None else tuple(self.windows[layer] for layer in layers)
         ropes = None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers)
-        kept_windows = windows if any(windows or ()) else None
-        return replace(self, num_layers=len(layers), windows=kept_windows, rope_layers=ropes)
+        dense = tuple(new for new, stored in enumerate(layers) if stored in self.dense_layers)
+        return replace(
+            self,
+            num_layers=len(layers),
+            windows=windows if any(windows or ()) else None,
+            rope_layers=ropes,
+            dense_layers=dense,
+        )

@@ -3,7 +3,7 @@
     packed rows, or a window, on a GPU   → one variable-length kernel over all documents (`varlen_kernel.py`)
     rows of one document                 → `scaled_dot_product_attention`, whose kernels are the fastest for them
     packed rows elsewhere                → `scaled_dot_product_attention` of each document
-    capped products                      → one compiled kernel on a GPU (`flex_kernel.py`), else chunks of queries
+    capped products, or sinks            → one compiled kernel on a GPU (`flex_kernel.py`), else chunks of queries
 
 The kernel takes bfloat16 and float16. Float32 and float64 have no such kernel in torch, so they go by document.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
+from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.kv_cache import LayerCache
 from kd_core.students.decoder.masked_attention import attend_masked
@@ -34,7 +35,7 @@ FLEX_WIDTHS = (16, 32, 64, 128, 256)
 
 
 def _attend_in_windows(
-    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int, soft_cap: float | None
+    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int, *settings: Any
 ) -> Float[Tensor, "B H T d"]:
     """Attends from each position to the last `window` positions, itself included, in chunks of queries.
 
@@ -50,22 +51,23 @@ def _attend_in_windows(
         # Band mask: query − window < key ≤ query.  [end − start, end − first]
         band = (key <= query) & (key > query - window)
         chunks = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
-        outputs.append(attend_masked(*chunks, band, scale, soft_cap))
+        outputs.append(attend_masked(*chunks, band, scale, *settings))
     return torch.cat(outputs, dim=2)
 
 
-def attend_document(
+def attend_document(  # noqa: PLR0913 (queries, keys, values, and how they attend)
     q: Float[Tensor, "B H T d"],
     k: Tensor,
     v: Tensor,
     scale: float | None,
     window: int | None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention in rows of one document each."""
     reach = min(window or q.shape[2], q.shape[2])
-    if reach < q.shape[2] or soft_cap is not None:
-        return _attend_in_windows(q, k, v, scale, reach, soft_cap)
+    if reach < q.shape[2] or soft_cap is not None or sinks is not None:
+        return _attend_in_windows(q, k, v, scale, reach, soft_cap, sinks)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
@@ -94,26 +96,40 @@ def attend(  # noqa: PLR0913 (queries, keys, values, and how they attend)
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention inside each document. No position attends to another document.
 
     With a cache, a row is one document, and its earlier positions are in the cache.
     """
     if isinstance(documents, LayerCache):
-        return documents.attend(q, k, v, scale, window, soft_cap)
+        return documents.attend(q, k, v, scale, window, soft_cap, sinks)
     # Only what a graph may depend on is read here: a loop over documents stays outside of compiled graphs.
     has_kernel = q.device.type in KERNEL_DEVICES and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_WIDTHS
-    if soft_cap is not None and has_kernel and q.shape[-1] in FLEX_WIDTHS:
+    is_plain = soft_cap is None and sinks is None
+    if not is_plain and has_kernel and q.shape[-1] in FLEX_WIDTHS:
         from kd_core.students.decoder.flex_kernel import attend_capped_by_kernel  # noqa: PLC0415 (imports the compiler)
 
-        return attend_capped_by_kernel(q, k, v, documents, scale, window, soft_cap)
-    if soft_cap is not None or not has_kernel:
-        return _attend_by_document(q, k, v, documents, scale, window, soft_cap)
+        return attend_capped_by_kernel(q, k, v, documents, scale, window, soft_cap, sinks)
+    if not is_plain or not has_kernel:
+        return _attend_by_document(q, k, v, documents, scale, window, soft_cap, sinks)
     if documents.whole_rows and (window is None or window >= q.shape[2]):
         return attend_document(q, k, v, scale, None)
     from kd_core.students.decoder.varlen_kernel import attend_by_kernel  # noqa: PLC0415 (imports the compiler)
 
     return attend_by_kernel(q, k, v, documents, scale, window)
+
+
+class Sinks(nn.Module):
+    """A learnt logit of each head that takes a share of its attention (arXiv 2309.17453)."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads))
+
+    def forward(self) -> Float[Tensor, " H"]:
+        """Returns those of this rank's heads."""
+        return local_values(self.weight)
 
 
 class Attention(nn.Module):
@@ -133,6 +149,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, arch.hidden_size, bias=arch.o_bias)
         self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset) if arch.qk_norm else None
+        self.sinks = Sinks(arch.num_heads) if arch.attention_sinks else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values of [B, T, D], with the channels of all heads side by side."""
@@ -154,5 +171,6 @@ class Attention(nn.Module):
         # Rotate by position, then softmax(q kᵀ · scale) v inside documents.  [B, H, T, d]
         if self.has_rope:
             q, k = rotate(q, cos, sin, self.rotary_pairs), rotate(k, cos, sin, self.rotary_pairs)
-        out = attend(q, k, v, documents, self.scale, self.window, self.soft_cap)
+        sinks = None if self.sinks is None else self.sinks()
+        out = attend(q, k, v, documents, self.scale, self.window, self.soft_cap, sinks)
         return self.o_proj(rearrange(out, "B H T d -> B T (H d)"))

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
+from kd_core.students.decoder.experts import BALANCE, Z, router_values
 from kd_core.students.decoder.kv_cache import KeyValueCache
 from kd_core.students.decoder.norm import RMSNorm
 from kd_core.students.decoder.rope import rotary_angles
@@ -24,10 +25,14 @@ MakeBlock = Callable[[Architecture, int], nn.Module]  # of an architecture and t
 
 
 class Context(NamedTuple):
-    """Cosine and sine for each layer, and the documents of packed rows or a cache of their earlier positions."""
+    """Cosine and sine for each layer, and the documents of packed rows or a cache of their earlier positions.
+
+    `block_values` takes what blocks return beside hidden states, in a pass whose auxiliary values are asked for.
+    """
 
     angles: list[tuple[Tensor, Tensor]]
     documents: Documents | KeyValueCache
+    block_values: list[Tensor] | None = None
 
 
 class Decoder(Student):
@@ -87,10 +92,26 @@ class Decoder(Student):
         cache.begin_pass(position_ids)
         return self.context(position_ids, None)._replace(documents=cache)
 
+    @property
+    def auxiliary_names(self) -> tuple[str, ...]:
+        return () if self.arch.experts is None else (BALANCE, Z)
+
+    def auxiliary_values(self, context: Context, is_text: Bool[Tensor, "B T"]) -> dict[str, Float[Tensor, "B T"]]:
+        assert self.arch.experts is not None
+        return router_values(context.block_values or [], self.arch.experts.per_token, is_text)
+
+    def collecting(self, context: Context) -> Context:
+        return context._replace(block_values=[])
+
     def run_block(self, layer: int, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
         documents = context.documents
         of_layer = documents.by_layer[layer] if isinstance(documents, KeyValueCache) else documents
-        return self.layers[layer](x, *context.angles[layer], of_layer)
+        out = self.layers[layer](x, *context.angles[layer], of_layer)
+        if isinstance(out, Tensor):
+            return out
+        if context.block_values is not None:
+            context.block_values.append(out[1])
+        return out[0]
 
     def last_hidden(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         # logit_scale · (hidden · weightᵀ) = (logit_scale · hidden) · weightᵀ.

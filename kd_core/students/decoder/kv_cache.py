@@ -24,7 +24,7 @@ class LayerCache:
     values: Tensor | None = None
 
     @outside_compiled_graphs
-    def attend(
+    def attend(  # noqa: PLR0913 (those of `attention.attend`)
         self,
         q: Float[Tensor, "B H T d"],
         k: Tensor,
@@ -32,6 +32,7 @@ class LayerCache:
         scale: float | None,
         window: int | None,
         soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Float[Tensor, "B H T d"]:
         """Stores the pass's keys and values, and returns attention to all positions up to that of each query."""
         if self.keys is None or self.values is None:
@@ -48,7 +49,7 @@ class LayerCache:
         band = slot <= query
         if window is not None:
             band &= slot > query - window
-        return attend_masked(q, self.keys, self.values, band, scale, soft_cap)
+        return attend_masked(q, self.keys, self.values, band, scale, soft_cap, sinks)
 
 
 @dataclass

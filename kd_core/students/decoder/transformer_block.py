@@ -57,6 +57,7 @@ class TransformerBlock(nn.Module):
         "self_attn.v_proj": "kv_columns",
         "self_attn.q_norm": "head_norm",
         "self_attn.k_norm": "head_norm",
+        "self_attn.sinks": "head_values",
         "self_attn.o_proj": "rows",
         "mlp.gate_proj": "columns",
         "mlp.up_proj": "columns",
@@ -72,14 +73,18 @@ class TransformerBlock(nn.Module):
         self.residual_scale = arch.residual_scale
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
-        """Maps [B, T, D] to [B, T, D]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Maps [B, T, D] to [B, T, D], and returns values for `Context.block_values` beside it if the block has any."""
         if self.recompute and torch.is_grad_enabled():
             # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
             return checkpoint(self.run, x, cos, sin, documents, use_reentrant=False)
         return self.run(x, cos, sin, documents)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache) -> Tensor:
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | LayerCache
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes `forward` without recomputation."""
         # x ← x + s · attention(norm(x)), then x ← x + s · feed_forward(norm(x)).  [B, T, D]
         x = x + scale(self.self_attn(self.input_layernorm(x), cos, sin, documents), self.residual_scale)

@@ -29,6 +29,25 @@ class Joined(NamedTuple):
     parts: tuple[str, ...]
 
 
+class Stacked(NamedTuple):
+    """A parameter [E, rows, in] of experts, of which the folder has matrices of each expert, one below the other.
+
+    Names are those inside a block, where `{}` stands for the expert.
+    """
+
+    parameter: str
+    stored: tuple[str, ...]
+
+
+class Rows(NamedTuple):
+    """The rows of an expert's matrix that a tensor of the folder holds."""
+
+    parameter: str
+    expert: int
+    part: int
+    parts: int
+
+
 def _unchanged(config: Config) -> Config:
     return config
 
@@ -49,6 +68,7 @@ class Family:
             setting of RoPE. It may have another `model_type`, whose family then reads it.
         block: builds the transformer block of a layer.
         joined: layers that are joined in the folder.
+        stacked: parameters of experts that the folder has in parts.
         prefixes: beginnings of names in the folder that the student's names lack. The first is that of an export.
         ignored: beginnings of names of tensors that are no part of the text model.
     """
@@ -63,6 +83,7 @@ class Family:
     flatten: Callable[[Config], Config] = _unchanged
     block: MakeBlock = TransformerBlock
     joined: tuple[Joined, ...] = ()
+    stacked: tuple[Stacked, ...] = ()
     prefixes: tuple[str, ...] = ("model.",)
     ignored: tuple[str, ...] = ()
 
@@ -90,6 +111,16 @@ class Family:
             if f".{joined.stored}." in f"{name}.":
                 return [name.replace(joined.stored, part) for part in joined.parts]
         return [name]
+
+    def rows_of_experts(self, name: str, experts: int) -> dict[str, Rows]:
+        """Returns the tensors of the folder that hold a parameter of so many experts, none if it is not in parts."""
+        return {
+            name.replace(stack.parameter, stored.format(expert)): Rows(name, expert, part, len(stack.stored))
+            for stack in self.stacked
+            if name.endswith(f".{stack.parameter}")
+            for expert in range(experts)
+            for part, stored in enumerate(stack.stored)
+        }
 
 
 def read_attention_bias(config: Config) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.files import is_plain_file, new_folder, write_json
 from kd_core.precision import DTYPES, Dtype
-from kd_core.sharded_values import errors_on_all_ranks, full_tensor
+from kd_core.sharded_values import errors_on_all_ranks, full_expert_rows, full_tensor
 from kd_core.students.decoder.lora_layers import adapted_layers, base_parameters
+from kd_core.students.families.family import Rows
 from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.folder_adapters import folder_adapters
@@ -72,8 +73,20 @@ def _model_pieces(model: Student) -> list[_Piece]:
         gather = parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
         return _Piece(family.name_in_folder(stored), size, gather)
 
-    # The parts of a joined tensor give the same name.
-    return [piece(stored) for stored in dict.fromkeys(map(family.joined_name, parameters))]
+    def expert_piece(stored: str, rows: Rows) -> _Piece:
+        parameter = parameters[rows.parameter]
+        gather = functools.partial(full_expert_rows, parameter, rows.expert, rows.part, rows.parts)
+        return _Piece(family.name_in_folder(stored), parameter[0].numel() // rows.parts, gather)
+
+    pieces: dict[str, _Piece] = {}
+    for name, parameter in parameters.items():
+        if experts := family.rows_of_experts(name, len(parameter)):
+            pieces |= {stored: expert_piece(stored, rows) for stored, rows in experts.items()}
+        else:
+            # The parts of a joined tensor give the same name.
+            stored = family.joined_name(name)
+            pieces[stored] = pieces.get(stored) or piece(stored)
+    return list(pieces.values())
 
 
 def _adapter_pieces(model: Student) -> list[_Piece]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from kd_core.errors import UsageError
 from kd_core.files import damage_as_usage_error, is_plain_file, read_json
 from kd_core.json_fields import check_object
-from kd_core.sharded_values import Box, fill_sharded
+from kd_core.sharded_values import Box, fill_expert_rows, fill_sharded
 from kd_core.students.decoder.architecture import Architecture
-from kd_core.students.families.family import Family
+from kd_core.students.families.family import Family, Rows
 from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.config_json import read_architecture
 
@@ -120,6 +120,17 @@ class StoredTensor:
             fill_sharded(parameter, functools.partial(self._read_from_row, first_row))
             first_row += len(parameter)
 
+    def fill_rows(self, parameter: Tensor, place: Rows) -> None:
+        """Copies the tensor into some rows of one expert's matrix, on the ranks that hold some of them.
+
+        Raises:
+            UsageError: the tensor has another shape, or values that are not finite.
+        """
+        height, width = parameter.shape[1] // place.parts, parameter.shape[2]
+        if self.shape != (height, width):
+            raise UsageError(f"{self.path}: found {self.name} of shape {self.shape}; wanted shape {(height, width)}.")
+        fill_expert_rows(parameter, place.expert, slice(place.part * height, (place.part + 1) * height), self.read)
+
     def _read_from_row(self, first_row: int, box: Box) -> Tensor:
         rows, *rest = box
         return self.read((slice(rows.start + first_row, rows.stop + first_row), *rest))
@@ -193,6 +204,14 @@ def has_own_head(folder: Path, family: Family) -> bool:
     return _differ(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts), family)
 
 
+def _rows_by_name(parameters: Mapping[str, Tensor], family: Family) -> dict[str, Rows]:
+    """Returns the stored tensors that hold rows of an expert's matrix, by name."""
+    rows: dict[str, Rows] = {}
+    for name, parameter in parameters.items():
+        rows |= family.rows_of_experts(name, len(parameter))
+    return rows
+
+
 def load_weights(parameters: Mapping[str, Tensor], folder: Path, family: Family, keep_layers: tuple[int, ...]) -> None:
     """Copies the folder's weights into `parameters` by name. Layer i of them is the folder's layer `keep_layers[i]`.
 
@@ -202,7 +221,8 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, family: Family,
         UsageError: a tensor is missing, unknown, of another shape, or not finite.
     """
     position_of = {stored: new for new, stored in enumerate(keep_layers)}
-    remaining, files = dict(parameters), weight_files(folder)
+    files, stacked = weight_files(folder), _rows_by_name(parameters, family)
+    remaining = {name: p for name, p in parameters.items() if name not in {rows.parameter for rows in stacked.values()}}
     tied = HEAD not in parameters
     only_head_stored = tied and EMBEDDING not in {
         _new_name(stored.name, family, position_of) for stored in stored_tensors(files)
@@ -213,12 +233,15 @@ def load_weights(parameters: Mapping[str, Tensor], folder: Path, family: Family,
             name = EMBEDDING
         if name is None or name.endswith(IGNORED) or (name == HEAD and tied):
             continue
+        if rows := stacked.pop(name, None):
+            stored.fill_rows(parameters[rows.parameter], rows)
+            continue
         names = family.names_of_parts(name)
         if not remaining.keys() >= set(names):
             raise UsageError(f"{folder}: found {stored.name!a} of shape {stored.shape}; wanted no such tensor.")
         stored.fill(*(remaining.pop(name) for name in names))
-    if remaining:
-        raise UsageError(f"{folder}: {len(remaining)} tensors are missing, the first is {min(remaining)}.")
+    if missing := [*remaining, *stacked]:
+        raise UsageError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)}.")
 
 
 def stored_architecture(folder: Path) -> Architecture:

@@ -105,6 +105,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4, no biases, tied": (
         "Glm4", {"head_dim": 12, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
     ),
+    "gpt-oss": (
+        "GptOss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6,
+         "swiglu_limit": 7.0, "num_hidden_layers": 4,
+         "rope_parameters": {**YARN, "truncate": False, "beta_fast": 8.0, "beta_slow": 0.5}},
+    ),
+    "gpt-oss, no windows": (
+        "GptOss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 4, "num_hidden_layers": 2,
+         "layer_types": ["full_attention"] * 2, "attention_bias": False},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 6}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+         "norm_topk_prob": True},
+    ),
+    "qwen3 moe, dense layers": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "mlp_only_layers": [0], "attention_bias": True, "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "qwen3 moe, every second": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "decoder_sparse_step": 2},
+    ),
     "gemma2": (
         "Gemma2",
         {
