@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
@@ -65,6 +65,6 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
         out = attend()
     else:
         # A sink takes its share of the softmax: out · Σ exp(products) / (Σ exp(products) + exp(sink)).  [1, H, N, d]
-        out, sums = cast(tuple[Tensor, AuxOutput], attend(return_aux=AuxRequest(lse=True)))
-        out = out * torch.sigmoid(cast(Tensor, sums.lse) - sinks[:, None])[..., None].to(out.dtype)
+        out, sums = attend(return_aux=AuxRequest(lse=True))
+        out = out * torch.sigmoid(sums.lse - sinks[:, None])[..., None].to(out.dtype)
     return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))
