@@ -112,10 +112,12 @@ def load_scorer(
     """
     world = world or World(device=device)
     tokens = Tokenizer(folder).vocab_size
-    if read_teacher_facts(folder, scorer, tokens).scorer == "transformers":
+    facts = read_teacher_facts(folder, scorer, tokens)
+    if facts.scorer == "transformers":
         return HuggingFaceScorer.load(folder, dtype, device, tokens, parallel, world)
-    if parallel.expert_parallel:
-        raise UsageError("parallel.expert_parallel: our decoder has no experts. Leave it out.")
+    # Our decoder always gives ranks whole experts.
+    if parallel.expert_parallel and facts.architecture["experts"] is None:
+        raise UsageError("parallel.expert_parallel: this teacher has no experts. Leave it out.")
     return DecoderScorer.load(folder, dtype, tokens, parallel, world)
 
 

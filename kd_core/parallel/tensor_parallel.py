@@ -48,6 +48,7 @@ class TensorParallelStyle(ParallelStyle):
 
     def _prepare_input(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
         del module
+        assert self.input_placement is not None
         first = inputs[0]
         if not isinstance(first, DTensor):
             first = DTensor.from_local(first, mesh, [self.input_placement], run_check=False)
@@ -71,8 +72,8 @@ class ExpertParallelStyle(TensorParallelStyle):
 
     def _distribute_parameters(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         super()._distribute_parameters(name, module, mesh)
-        held = len(local_values(next(module.parameters(recurse=False))))
-        module.first_expert = mesh.get_local_rank() * held
+        experts: Any = module
+        experts.first_expert = mesh.get_local_rank() * len(local_values(next(module.parameters(recurse=False))))
 
     def _prepare_input(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
         """Makes all inputs plain. A rank's gradients of `x` and `weights` are of its experts: they are added up."""

@@ -34,16 +34,16 @@ def _attend_with_sinks(
 ) -> Float[Tensor, "B H L d"]:
     """Gives each head one more key, whose product with every query is the head's sink, and whose value is 0."""
     channels = q.shape[-1]
-    scale = channels**-0.5 if scale is None else scale
+    factor = float(channels**-0.5 if scale is None else scale)
     # One more channel holds sink / scale in queries, 1 in the further key and 0 in all others. Kernels take multiples
     # of 8 channels.  [B, H, L, d + 8]
-    sink_channel = (sinks / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+    sink_channel = (sinks / factor).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
     q = F.pad(torch.cat([q, sink_channel], dim=-1), (0, 7))
     sink_key = F.one_hot(torch.tensor(channels, device=k.device), channels + 8).to(k.dtype).expand(*k.shape[:2], 1, -1)
     # The further key is the first, visible to all.  [B, H_kv, 1 + S, d + 8], [L, 1 + S]
     k, v = torch.cat([sink_key, F.pad(k, (0, 8))], dim=2), F.pad(v, (0, 8, 1, 0))
     mask = torch.cat([torch.ones_like(mask[..., :1]), mask], dim=-1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[..., :channels]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor, enable_gqa=True)[..., :channels]
 
 
 def attend_masked(  # noqa: PLR0913 (queries, keys, values, and how they attend)

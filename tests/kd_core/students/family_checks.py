@@ -1,5 +1,6 @@
 """Comparisons of a student with transformers, each as the largest relative error over all values."""
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,19 +54,20 @@ class Comparison:
         return self._error_of(self.ours, self.wanted)
 
     def gradients(self) -> float:
-        """Of every weight, by the names of the folder: an export of the gradients is compared with theirs."""
+        """Of every weight, by the names of the folder: folders whose weights are gradients are compared."""
         weights = torch.randn(self.wanted.shape, generator=torch.Generator().manual_seed(3))
-        ours = load(self.folder / "theirs")
-        for model, arguments in ((ours, (self.tokens, self.positions, self.documents)), (self.theirs, (self.tokens,))):
-            out = model(*arguments)
-            ((out if isinstance(out, Tensor) else out.logits) * weights).sum().backward()
+        ours, theirs = load(self.folder / "theirs"), copy.deepcopy(self.theirs)
+        (ours(self.tokens, self.positions, self.documents) * weights).sum().backward()
+        (theirs(self.tokens).logits * weights).sum().backward()
         with torch.no_grad():
-            for parameter in ours.parameters():
+            for parameter in [*ours.parameters(), *theirs.parameters()]:
                 assert parameter.grad is not None
                 parameter.copy_(parameter.grad)
         save_pretrained(ours, self.folder / "gradients", self.folder / "theirs")
-        found = load_file(self.folder / "gradients" / "model.safetensors")
-        wanted = {name: parameter.grad for name, parameter in self.theirs.named_parameters()}
+        theirs.save_pretrained(self.folder / "their gradients")
+        found, wanted = (
+            load_file(self.folder / name / "model.safetensors") for name in ("gradients", "their gradients")
+        )
         assert found.keys() == wanted.keys()
         # Keys without RoPE have biases that do not matter: gradients which are zero but for rounding.
         least = 1e-3 * max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -115,7 +117,7 @@ class Comparison:
     @torch.no_grad()
     def lora(self) -> float:
         """Adapters on all linear layers: PEFT's logits on its own base, and ours from the adapter's folder."""
-        start = LoraStart(Pretrained(str(self.folder / "theirs")), ("all",), rank=3, alpha=5.0)
+        start = LoraStart(Pretrained(str(self.folder / "theirs")), ("*_proj",), rank=3, alpha=5.0)
         ours, generator = build_student(start, CPU, seed=0).eval(), torch.Generator().manual_seed(5)
         for layer in adapted_layers(ours).values():
             layer.lora_B.normal_(0, 0.2, generator=generator)
