@@ -27,6 +27,8 @@ from kd_core.students.decoder.shared_cast import cast_once
 
 # Queries of one chunk share a band mask [QUERIES, QUERIES + window]. A window costs as if it were this much wider.
 QUERIES = 512
+# Capped products are computed for every pair of a chunk, so smaller chunks compute fewer that the mask hides.
+CAPPED_QUERIES = 128
 # The variable-length kernel takes these, and attention heads of a multiple of 8 channels, up to 256.
 KERNEL_DEVICES, KERNEL_DTYPES, KERNEL_WIDTHS = ("cuda",), (torch.bfloat16, torch.float16), range(8, 257, 8)
 # That of capped products takes these of them.
@@ -34,13 +36,14 @@ FLEX_WIDTHS = (16, 32, 64, 128, 256)
 
 
 def _attend_in_windows(
-    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int, soft_cap: float | None
+    q: Float[Tensor, "B H T d"], k: Tensor, v: Tensor, scale: float | None, window: int, *settings: Any
 ) -> Float[Tensor, "B H T d"]:
     """Attends from each position to the last `window` positions, itself included, in chunks of queries.
 
     Each chunk reads only the keys that its queries attend to, so the cost is linear in T.
     """
-    T, size = q.shape[2], min(QUERIES, window)
+    soft_cap = settings[0]
+    T, size = q.shape[2], min(QUERIES if soft_cap is None else CAPPED_QUERIES, window)
     outputs: list[Tensor] = []
     for start in range(0, T, size):
         # Queries [start, end) attend to keys [first, end).
@@ -50,7 +53,7 @@ def _attend_in_windows(
         # Band mask: query − window < key ≤ query.  [end − start, end − first]
         band = (key <= query) & (key > query - window)
         chunks = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
-        outputs.append(attend_masked(*chunks, band, scale, soft_cap))
+        outputs.append(attend_masked(*chunks, band, scale, *settings))
     return torch.cat(outputs, dim=2)
 
 

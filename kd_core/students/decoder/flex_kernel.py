@@ -4,7 +4,6 @@ Importing it imports torch's compiler, which takes a second, so `attention.py` d
 """
 
 from functools import lru_cache
-from typing import cast
 
 import torch
 from einops import rearrange
@@ -58,4 +57,4 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
         score_mod=lambda product, _batch, _head, _query, _key: soft_cap * torch.tanh(product / soft_cap),
         block_mask=mask, scale=scale, enable_gqa=True,
     )  # fmt: skip
-    return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))
+    return rearrange(out, "1 H (B T) d -> B H T d", B=len(q))

@@ -54,7 +54,7 @@ def parse_architecture(path: Path, config: Config) -> Architecture:
     try:
         heads = int(config["num_attention_heads"])
         theta, scaling = read_rope(path, config)
-        shared = {
+        shared: Config = {
             "vocab_size": int(config["vocab_size"]),
             "hidden_size": int(config["hidden_size"]),
             "intermediate_size": int(config["intermediate_size"]),
