@@ -30,6 +30,8 @@ from kd_core.students.decoder.shared_cast import cast_once
 
 # Queries of one chunk share a band mask [QUERIES, QUERIES + window]. A window costs as if it were this much wider.
 QUERIES = 512
+# Capped products are computed for every pair of a chunk, so smaller chunks compute fewer that the mask hides.
+CAPPED_QUERIES = 128
 # The variable-length kernel takes these, and attention heads of a multiple of 8 channels, up to 256.
 KERNEL_DEVICES, KERNEL_DTYPES, KERNEL_WIDTHS = ("cuda",), (torch.bfloat16, torch.float16), range(8, 257, 8)
 # That of capped products takes these of them.
@@ -44,7 +46,8 @@ def _attend_in_windows(
     Each chunk reads only the keys that its queries attend to, so the cost is linear in T. Of more keys than queries,
     the last are those of the queries' positions.
     """
-    T, size, before = q.shape[2], min(QUERIES, window), k.shape[2] - q.shape[2]
+    soft_cap, before = settings[0], k.shape[2] - q.shape[2]
+    T, size = q.shape[2], min(QUERIES if soft_cap is None else CAPPED_QUERIES, window)
     outputs: list[Tensor] = []
     for begin in range(0, T, size):
         # Queries at positions [start, end) attend to keys [first, end).

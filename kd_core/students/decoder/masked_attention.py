@@ -4,29 +4,52 @@ No kernel of torch for a CPU caps products and has a backward pass. So they are 
 callers bound the memory by chunks of queries. On a GPU `flex_kernel.py` does the same in one kernel.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
-def _attend_capped(
-    q: Float[Tensor, "B H L d"], k: Tensor, v: Tensor, mask: Bool[Tensor, "*B L S"], scale: float | None, cap: float
-) -> Float[Tensor, "B H L d"]:
-    heads, L = q.shape[1] // k.shape[1], q.shape[2]
-    # Queries that share a key head are rows of one matmul, so that keys and values are not repeated.  [B, H_kv, G·L, S]
-    rows = rearrange(q, "B (K G) L d -> B K (G L) d", G=heads)
-    products = (rows @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    # Cap in float32, or in float64 if that is the input's dtype.
-    capped = cap * torch.tanh(products.to(torch.promote_types(q.dtype, torch.float32)) / cap)
+def _capped_weights(
+    rows: Float[Tensor, "B K GL d"], k: Tensor, mask: Bool[Tensor, "*B L S"], scale: float, cap: float
+) -> tuple[Float[Tensor, "B K GL S"], Float[Tensor, "B K GL S"]]:
+    """Returns tanh(products / cap) and the softmax of the capped products, in float32 at least."""
+    tanh = (rows @ k.mT).to(torch.promote_types(rows.dtype, torch.float32)).mul_(scale / cap).tanh_()
     # Mask each head's rows alike, then softmax over the keys.  [B, H_kv, G, L, S]
-    masked = rearrange(capped, "B K (G L) S -> B K G L S", L=L).masked_fill(~mask.unsqueeze(-3), -torch.inf)
-    weights = masked.softmax(dim=-1).to(v.dtype)
-    # Sum of values.  [B, H_kv, G·L, d] → [B, H, L, d]
-    out = rearrange(weights, "B K G L S -> B K (G L) S") @ v
-    return rearrange(out, "B K (G L) d -> B (K G) L d", G=heads)
+    heads = (tanh * cap).unflatten(2, (-1, mask.shape[-2])).masked_fill_(~mask.unsqueeze(-3), -torch.inf)
+    return tanh, heads.softmax(dim=-1).flatten(2, 3)
+
+
+class _CappedAttention(torch.autograd.Function):
+    """Attention with capped products, which the backward pass computes again."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 (those of `attend_masked`)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float
+    ) -> Float[Tensor, "B H L d"]:
+        # Queries that share a key head are rows of one matmul, so keys and values are not repeated.  [B, H_kv, G·L, d]
+        rows = rearrange(q, "B (K G) L d -> B K (G L) d", K=k.shape[1])
+        _, weights = _capped_weights(rows, k, mask, scale, cap)
+        out = weights.to(v.dtype) @ v
+        ctx.save_for_backward(rows, k, v, mask, out)
+        ctx.scale, ctx.cap = scale, cap
+        return rearrange(out, "B K (G L) d -> B (K G) L d", L=q.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, k, v, mask, out = ctx.saved_tensors
+        grad = rearrange(gradients[0], "B (K G) L d -> B K (G L) d", K=k.shape[1])
+        tanh, weights = _capped_weights(rows, k, mask, ctx.scale, ctx.cap)
+        dv = weights.to(grad.dtype).mT @ grad
+        # dS = P ⊙ (dO Vᵀ − Σ dO ⊙ O), and the cap's slope is 1 − tanh².  [B, H_kv, G·L, S]
+        mean = (grad * out).sum(dim=-1, keepdim=True, dtype=weights.dtype)
+        dproducts = (grad @ v.mT).to(weights.dtype).sub_(mean).mul_(weights)
+        dproducts = dproducts.mul_(tanh.square_().neg_().add_(1)).mul_(ctx.scale).to(rows.dtype)
+        dq = rearrange(dproducts @ k, "B K (G L) d -> B (K G) L d", L=mask.shape[-2])
+        return dq, dproducts.mT @ rows, dv, None, None, None
 
 
 def _attend_with_sinks(
@@ -65,7 +88,4 @@ def attend_masked(  # noqa: PLR0913 (queries, keys, values, and how they attend)
         return _attend_with_sinks(q, k, v, mask, scale, sinks)
     if soft_cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    if not torch.is_grad_enabled():
-        return _attend_capped(q, k, v, mask, scale, soft_cap)
-    settings = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(_attend_capped, q, k, v, mask, scale, soft_cap, **settings)
+    return _CappedAttention.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
