@@ -36,12 +36,14 @@ def _block_mask(documents: Documents, queries: int, keys: int, window: int | Non
     # The key at the position of each query. A document's last query is at its last key.  [N]
     key_at = torch.arange(queries, device=cu_q.device) + (cu_k - cu_q)[document]
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del batch, head
-        causal = (document[query] == key_document[key]) & (key <= key_at[query])
-        return causal if window is None else causal & (key > key_at[query] - window)
-
-    return create_block_mask(sees, None, None, queries, keys, device=cu_q.device)
+    # A position sees earlier ones of its document, in its window.
+    reach = keys if window is None else window
+    return create_block_mask(
+        lambda _batch, _head, query, key: (
+            (document[query] == key_document[key]) & (key <= key_at[query]) & (key > key_at[query] - reach)
+        ),
+        None, None, queries, keys, device=cu_q.device,
+    )  # fmt: skip
 
 
 @outside_compiled_graphs
@@ -56,16 +58,12 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     sinks: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """Returns causal attention inside each document, to the last `window` positions if there is a window."""
-
-    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del batch, head, query, key
-        return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
-
     # Documents stand end to end in one row of N = B·T positions. There may be more keys.  [B, H, T, d] → [1, H, N, d]
     q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> 1 H (B T) d") for x in (q, k, v))
     mask = _block_mask(documents, q_flat.shape[2], k_flat.shape[2], window)
-    attend = _compiled(q.device.type)
-    settings = {"score_mod": cap, "block_mask": mask, "scale": scale, "enable_gqa": True}
+    attend, settings = _compiled(q.device.type), {"block_mask": mask, "scale": scale, "enable_gqa": True}
+    if soft_cap is not None:
+        settings["score_mod"] = lambda product, _batch, _head, _query, _key: soft_cap * torch.tanh(product / soft_cap)
     if sinks is None:
         out = attend(q_flat, k_flat, v_flat, **settings)
     else:

@@ -149,7 +149,9 @@ def _flatten_text_model(config: Config) -> Config:
     """Takes the text model of an image and text model, with what counts for the whole folder."""
     shared = {name: config[name] for name in ("quantization_config", "transformers_weights") if name in config}
     tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
-    return _flatten_gemma3({**tied, **config["text_config"], **shared, "model_type": "gemma3_text"})
+    # transformers caps no logits of a model with images.
+    uncapped = {"model_type": "gemma3_text", "final_logit_softcapping": None}
+    return _flatten_gemma3({**tied, **config["text_config"], **shared, **uncapped})
 
 
 EXPECTED = (("hidden_activation", ACTIVATION), ("use_bidirectional_attention", False))

@@ -131,6 +131,9 @@ def write_export_files(
     """
     source = read_json(tokenizer_folder / "config.json", MODEL_CONFIG)
     _copy_files(tokenizer_folder, folder)
+    # A model with images may name some in the configuration of its text model only.
+    text = source.get("text_config")
+    source = {**text, **source} if isinstance(text, dict) else source
     ids = {name: value for name, value in source.items() if name.endswith("_token_id")}
     if chat:
         _write_chat(folder, chat, tokenizer_folder)

@@ -199,20 +199,23 @@ def test_logits_that_are_rounded_are_logged(dtype: torch.dtype, caplog: pytest.L
     assert warned == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("make", [_gpt2, _gemma])
-def test_a_family_that_our_decoder_does_not_cover_makes_a_cache(
-    tiny: Tiny, tmp_path: Path, make: object, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("make", "scorer"), [(_gpt2, "transformers"), (_gemma, "decoder")])
+def test_a_family_makes_a_cache_of_what_transformers_gives_it(
+    tiny: Tiny, tmp_path: Path, make: object, scorer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One that our decoder does not cover, and one that caps its logits."""
     assert callable(make)
     folder = make(tiny, tmp_path / "teacher")
     with caplog.at_level(logging.INFO, logger="kd"):
         write_caches(tiny.export(teacher=str(folder), codec="lossless"), tmp_path / "out")
-    assert "scored with transformers, because our decoder does not support it" in caplog.text
+    reason = "scored with transformers, because our decoder does not support it"
+    assert (reason in caplog.text) == (scorer == "transformers")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     manifest = read_manifest(tmp_path / "out" / "train")
     assert manifest.vocab_size == _vocab(tiny)
-    assert manifest.plans[0]["scorer"] == "transformers"
-    assert manifest.teacher["architecture"]["model_type"] == model.config.model_type
+    assert manifest.plans[0]["scorer"] == scorer
+    name = "family" if scorer == "decoder" else "model_type"
+    assert manifest.teacher["architecture"][name] == model.config.model_type
     for record in tiny.records(tmp_path / "out" / "train"):
         tokens = torch.from_numpy(record.token_ids.astype(np.int64))
         with torch.no_grad():

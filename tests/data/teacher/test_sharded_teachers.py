@@ -35,6 +35,7 @@ TEACHERS: dict[str, tuple[bool, PreTrainedConfig, list[TeacherParallel], list[Te
     "tied": (True, LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True), [TP2, FULL], [TP2, TP2_FULL]),
     "untied": (True, LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=False), [TP2], [TP4, FULL]),
     "biases": (True, Qwen2Config(**SIZES, **HEADS), [TP2], []),
+    "soft cap, ours": (True, Gemma2Config(**SIZES, **HEADS, final_logit_softcapping=4.0), [TP2], []),
     "soft cap": (False, Gemma2Config(**SIZES, **HEADS, final_logit_softcapping=4.0), [TP2, FULL], [TP2, TP2_FULL]),
     "bias of the head": (False, PhiConfig(**SIZES, num_attention_heads=4), [TP2], []),
     "experts, divided": (False, MixtralConfig(**SIZES, **HEADS, num_local_experts=4), [TP2], [TP2_FULL]),

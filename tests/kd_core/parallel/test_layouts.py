@@ -16,6 +16,7 @@ from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.decoder.lora_layers import LoraLinear, LoraSettings
+from kd_core.students.families.registry import family_decoder
 from kd_core.training.optimizer import AdamW
 from kd_core.training.step import batch_loss, train_step
 from kd_core.types import Batch
@@ -220,6 +221,35 @@ def test_adapters_biases_and_norms_of_heads() -> None:
         "tp 4, recomputed": replace(OF_FOUR["tp 4, by position"], recompute="full"),
         "cp 2 × tp 2": replace(PLAIN, context_parallel=2, tensor_parallel=2),
     })  # fmt: skip
+
+
+def gemma2() -> Decoder:
+    """Norms behind attention and feed-forward, caps, and embeddings scaled by the width."""
+    return family_decoder(
+        replace(
+            ARCH, family="gemma2", windows=(4, None), norm_offset=1.0, root_scaled_embedding=True, embedding_scale=1.0,
+            attention_soft_cap=2.0, logit_soft_cap=3.0,
+        )
+    )  # fmt: skip
+
+
+def gemma3() -> Decoder:
+    """One kv head, norms of heads, and RoPE of its own for layers with a window."""
+    return family_decoder(
+        replace(
+            gemma2().arch, family="gemma3_text", qk_norm=True, local_rope_theta=1e2, num_kv_heads=1,
+            attention_soft_cap=None, logit_soft_cap=None,
+        )
+    )  # fmt: skip
+
+
+def _gemmas(world: World) -> None:
+    compare(world, gemma2, {name: OF_TWO[name] for name in ("dp 2", "tp 2", "tp 2, by position")})
+    compare(world, gemma3, {"tp 2, recomputed": replace(OF_TWO["tp 2, by position"], recompute="full")})
+
+
+def test_two_ranks_train_gemmas_as_one() -> None:
+    run_ranks(2, _gemmas)
 
 
 def rounded(world: World) -> None:

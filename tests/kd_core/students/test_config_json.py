@@ -31,7 +31,7 @@ def test_logits_equal_those_of_transformers_there_and_back(name: str, tmp_path: 
     assert read_architecture(tmp_path / "ours") == ours.arch
 
 
-@pytest.mark.parametrize("name", ["llama 3", "mistral", "qwen3, layer types"])
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "qwen3, layer types", "gemma2", "gemma3"])
 def test_a_packed_row_gives_what_its_documents_give_alone(name: str, tmp_path: Path) -> None:
     """Also documents longer than the window, beside shorter ones, and rows that are cut differently."""
     theirs = their_model(name)
