@@ -25,7 +25,7 @@ from kd_core.students.decoder.transformer_block import TransformerBlock, scale
 from kd_core.students.student import ShardingRule
 
 BALANCE, Z = "router_balance", "router_z"
-GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUPED_DTYPES, GRAPH_DEVICES = (torch.float32, torch.bfloat16, torch.float16), ("cuda",)
 
 
 class Groups(NamedTuple):
@@ -49,7 +49,7 @@ def _multiply_in_turn(
     return torch.cat([*products, x.new_zeros(len(groups[-1]), weight.shape[2])])
 
 
-# Inductor has such a kernel for bfloat16 on a GPU alone.
+# Inductor has such a kernel for bfloat16 on a GPU alone. Elsewhere the kernel is outside of compiled graphs.
 _multiply_outside_graphs = outside_compiled_graphs(F.grouped_mm)
 
 
@@ -65,7 +65,7 @@ def multiply_groups(
     is_aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype not in GROUPED_DTYPES or not is_aligned:
         return _multiply_in_turn(x, weight, ends)
-    if device == "cuda" and x.dtype == torch.bfloat16:
+    if device in GRAPH_DEVICES and x.dtype == torch.bfloat16:
         return F.grouped_mm(x, weight, offs=ends)
     return _multiply_outside_graphs(x, weight, offs=ends)
 

@@ -3,14 +3,14 @@
 Importing it imports torch's compiler, which takes a second, so `attention.py` does that where the kernel runs.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
@@ -61,13 +61,17 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     # Documents stand end to end in one row of N = B·T positions. There may be more keys.  [B, H, T, d] → [1, H, N, d]
     q_flat, k_flat, v_flat = (rearrange(x, "B H T d -> 1 H (B T) d") for x in (q, k, v))
     mask = _block_mask(documents, q_flat.shape[2], k_flat.shape[2], window)
-    attend, settings = _compiled(q.device.type), {"block_mask": mask, "scale": scale, "enable_gqa": True}
-    if soft_cap is not None:
-        settings["score_mod"] = lambda product, _batch, _head, _query, _key: soft_cap * torch.tanh(product / soft_cap)
+    attend = partial(
+        _compiled(q.device.type), q_flat, k_flat, v_flat,
+        score_mod=None if soft_cap is None else (
+            lambda product, _batch, _head, _query, _key: soft_cap * torch.tanh(product / soft_cap)
+        ),
+        block_mask=mask, scale=scale, enable_gqa=True,
+    )  # fmt: skip
     if sinks is None:
-        out = attend(q_flat, k_flat, v_flat, **settings)
+        out = attend()
     else:
         # A sink takes its share of the softmax: out · Σ exp(products) / (Σ exp(products) + exp(sink)).  [1, H, N, d]
-        plain, sums = attend(q_flat, k_flat, v_flat, return_aux=AuxRequest(lse=True), **settings)
-        out = plain * torch.sigmoid(sums.lse - sinks[:, None])[..., None].to(plain.dtype)
+        out, sums = cast(tuple[Tensor, AuxOutput], attend(return_aux=AuxRequest(lse=True)))
+        out = out * torch.sigmoid(cast(Tensor, sums.lse) - sinks[:, None])[..., None].to(out.dtype)
     return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))

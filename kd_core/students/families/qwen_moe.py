@@ -10,7 +10,7 @@ EXPERT = "mlp.experts.{}"
 
 
 def _read(config: Config) -> dict[str, Any]:
-    every, dense = max(1, int(config.get("decoder_sparse_step", 1))), config.get("mlp_only_layers") or ()
+    every, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or ()
     layers = range(int(config["num_hidden_layers"]))
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
     return {

@@ -185,7 +185,7 @@ class Random:
 
         norms = {f"{name}.weight": 1.0 - m.offset for name, m in model.named_modules() if isinstance(m, RMSNorm)}
         for name, parameter in base_parameters(model).items():
-            if name in norms or name.endswith(".bias"):
+            if name in norms or name.endswith("bias"):
                 with torch.no_grad():
                     parameter.fill_(norms.get(name, 0.0))
             else:

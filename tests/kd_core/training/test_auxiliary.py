@@ -20,7 +20,6 @@ from kd_core.training.evaluation import EvaluationRequest, evaluate
 from kd_core.training.step import StepSums, batch_loss, train_step
 from kd_core.types import Batch
 from tests.kd_core.parallel.test_layouts import ARCH, PLAIN, ROWS, Looks, first_weights, put, rows_of, whole
-from tests.ranks import run_ranks
 
 TERMS = {"kd": Distillation(weight=0.9), "sft": CrossEntropy(weight=0.1)}
 OBJECTIVE = Objective({**TERMS, "energy": Auxiliary(weight=0.3, name="energy")}, chunk_tokens=7)
@@ -107,16 +106,6 @@ def compare(found: StepSums, gradients: list[Tensor]) -> None:
 def test_passes_of_a_step_add_up_and_recomputation_counts_once(recompute: str, each: int) -> None:
     batches = [padded(range(at, min(at + each, ROWS))) for at in range(0, ROWS, each)]
     compare(*step(replace(PLAIN, recompute=recompute), World(), [*batches, batches[0].unscored()]))
-
-
-def of_two(world: World) -> None:
-    for parallel in (replace(PLAIN, shard="full", recompute="full"), replace(PLAIN, tensor_parallel=2)):
-        laid_out = world.with_layout(parallel.layout(world.size))
-        compare(*step(parallel, laid_out, [padded(range(laid_out.dp_rank, ROWS, laid_out.dp_size))]))
-
-
-def test_two_ranks() -> None:
-    run_ranks(2, of_two)
 
 
 def test_evaluation_and_passes_that_do_not_ask() -> None:
