@@ -4,6 +4,7 @@
     python -m launchers.train --config=quickstart --config=optimizer.lr=6e-4 --run_dir=runs/faster
     python -m launchers.train --config=quickstart --config=loss.terms.kd.tail=renormalized --dry_run
     python -m launchers.train --config=quickstart --config=parallel.tensor_parallel=3 --dry_run --world=24
+    python -m launchers.train --config=quickstart --config=parallel.context_parallel=2 --dry_run --world=8
     python -m launchers.train --config=quickstart --config=fiddler:nemo_aligner --diff
     python -m launchers.train --config=run:runs/quickstart --run_dir=runs/again
 

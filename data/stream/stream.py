@@ -55,8 +55,8 @@ def _micro_batches(
     """
     batch = None
     for start in range(0, share.most_rows, micro_batch):
-        is_new = batch is None or start < len(rows)
-        batch = make_batch(rows[start : start + micro_batch]) if is_new else batch.unscored()
+        own = rows[start : start + micro_batch]
+        batch = make_batch(own) if batch is None or own else batch.unscored()
         yield batch if share.is_scored else batch.unscored()
 
 

@@ -42,8 +42,10 @@ def measure_model(
 
     def measure(shards: Shards) -> dict[str, float]:
         collate = Collate(shards.manifest.row_length)
-        share = {"rank": world.rank, "ranks": world.size, "vocab_size": model.arch.vocab_size}
-        batches = all_batches(shards, collate, micro_batch=parallel.micro_batch_rows, **share)
+        batches = all_batches(
+            shards, collate, micro_batch=parallel.micro_batch_rows, rank=world.rank, ranks=world.size,
+            vocab_size=model.arch.vocab_size,
+        )  # fmt: skip
         all_metrics = evaluate(model, batches, cache_facts(shards), asked=asked, parallel=parallel, world=world)
         return {name: all_metrics[f"val/{name}"] for name in names if f"val/{name}" in all_metrics}
 

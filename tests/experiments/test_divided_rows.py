@@ -8,8 +8,11 @@ import pytest
 
 from experiments.base.experiment import Experiment
 from experiments.config import config_items
+from kd_core.errors import UsageError
 from kd_core.parallel.config import LAYOUT_SETTINGS
 from kd_core.parallel.world import World
+from kd_core.students.decoder.decoder import Decoder
+from kd_core.students.student import Student
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.stop_signals import StopSignals
@@ -41,6 +44,15 @@ def _train(world: World, folder: Path, items: list[str], steps: int) -> None:
     assert isinstance(experiment, Experiment)
     experiment.check(world.size)
     assert experiment.run(run_folder, world, StopAfter(steps)) == (steps == experiment.steps)
+
+
+def test_a_student_that_attends_to_whole_rows_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_items.resolve_items([*tiny.train_items(), "parallel.context_parallel=2"], "Experiment").config
+    experiment = fdl.build(config)
+    assert "rows divided over 2" in experiment.check(4)["layout"]
+    monkeypatch.setattr(Decoder, "shares_rows", Student.shares_rows)  # that of a family which does not set it
+    with pytest.raises(UsageError, match=r"context_parallel: got 2; Decoder attends to whole rows\. Leave it at 1"):
+        experiment.check(4)
 
 
 def test_a_run_goes_on_with_and_without_divided_rows(tiny: Tiny, tmp_path: Path) -> None:

@@ -106,10 +106,10 @@ def _attend_divided(
 ) -> Float[Tensor, "B H T d"]:
     """Attends from this rank's positions to those before them, whichever rank holds these."""
     # Keys and values of whole rows, in one collective.  [2, B, H_kv, T, d] → [2, B, H_kv, T · size, d]
-    gathered = gather_positions(torch.stack([k, v]), documents.share, dim=3)
+    keys, values = gather_positions(torch.stack([k, v]), documents.share, dim=3)
     outputs = [
         # The keys that this slice of each row attends to, end to end.  [1, H_kv, L, d]
-        attend(queries, *(part.keys_of(x) for x in gathered), part.documents, *settings)
+        attend(queries, part.keys_of(keys), part.keys_of(values), part.documents, *settings)
         for part, queries in zip(documents.slices, q.chunk(2, dim=2), strict=True)
     ]
     return torch.cat(outputs, dim=2)

@@ -199,7 +199,7 @@ def router_values(
     """
     E, mask = logits[0].shape[-1], is_text[..., None]
     positions = len(logits) * sum_over_shares(is_text.sum(dim=1, keepdim=True), row_share).clamp(min=1)
-    shares, probabilities, z = 0.0, 0.0, torch.zeros_like(logits[0][..., 0])
+    shares = probabilities = z = logits[0].new_zeros(())
     for layer in logits:
         # Assignments of each expert, and the sum of its probabilities, over a row's text.  [B, E]
         chosen = torch.zeros_like(layer).scatter(-1, layer.topk(per_token, dim=-1).indices, 1.0)

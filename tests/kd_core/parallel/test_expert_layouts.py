@@ -46,9 +46,9 @@ def compare_routed(world: World, layouts: dict[str, Parallel]) -> None:
 
 
 def test_two_ranks_train_as_one() -> None:
-    """Rows divided, and experts divided, where recomputation counts no value twice and routers see whole rows."""
-    layouts = {name: replace(OF_TWO[name], recompute="full") for name in ("dp 2", "tp 2, by position")}
-    run_ranks(2, compare_routed, {**layouts, "cp 2": OF_TWO["cp 2"]})
+    """Rows divided, also by position, and experts divided, where recomputation counts no value twice."""
+    layouts = {name: replace(OF_TWO[name], recompute="full") for name in ("dp 2", "tp 2, by position", "cp 2")}
+    run_ranks(2, compare_routed, layouts)
 
 
 @pytest.mark.slow

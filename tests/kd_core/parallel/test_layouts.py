@@ -287,9 +287,9 @@ def test_the_same_layout_has_the_same_bits_twice() -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks() -> None:
-    """Alone, and with tensor parallelism by position around recomputation; a minute each."""
+    """Alone, with tensor parallelism by position around recomputation, and with divided rows; a minute each."""
     run_ranks(1, compare, tied, {"alone": replace(PLAIN, compile=True)})
-    names = ("dp 2", "tp 2, by position")
+    names = ("dp 2", "tp 2, by position", "cp 2")
     layouts = {name: replace(OF_TWO[name], compile=True, recompute="full") for name in names}
     run_ranks(2, compare, tied, layouts)
 
