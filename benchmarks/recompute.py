@@ -48,7 +48,7 @@ def forward(model: Decoder, x: Tensor) -> Tensor:
 def measure(model: Decoder, settings: list[Parallel], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Returns MB kept behind the forward pass, and median CPU seconds of a pass, by setting."""
     x, cpu = torch.randn(1, T, STUDENT.hidden_size, requires_grad=True), torch.device("cpu")
-    kept, seconds = dict[str, float](), {parallel.recompute: list[float]() for parallel in settings}
+    megabytes, seconds = dict[str, float](), {parallel.recompute: list[float]() for parallel in settings}
     for turn in range(rounds + 1):
         for parallel in settings:
             apply_recomputation(model, parallel)
@@ -57,14 +57,16 @@ def measure(model: Decoder, settings: list[Parallel], rounds: int) -> tuple[dict
                 if turn == 0:
                     with profile(profile_memory=True) as profiled:
                         output = forward(model, x)
-                    kept[parallel.recompute] = sum(event.self_cpu_memory_usage for event in profiled.events()) / 1e6
+                    megabytes[parallel.recompute] = (
+                        sum(event.self_cpu_memory_usage for event in profiled.events() or ()) / 1e6
+                    )
                     del output
                     continue
                 started = time.process_time()
                 output = forward(model, x)
             output.square().mean().backward()
             seconds[parallel.recompute].append(time.process_time() - started)
-    return kept, {name: median(times) for name, times in seconds.items()}
+    return megabytes, {name: median(times) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -74,12 +76,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = [Parallel(precision=args.precision, recompute=name) for name in SETTINGS]
-    kept, seconds = measure(make_student(), settings, args.rounds)
+    megabytes, seconds = measure(make_student(), settings, args.rounds)
     print(f"torch {torch.__version__}, one thread, precision {args.precision}, {args.rounds} rounds\n")
     print("| recompute | MB kept | / none | s a pass | / none |\n|---|---|---|---|---|")
     for name in SETTINGS:
-        memory, slowdown = kept[name] / kept["none"], seconds[name] / seconds["none"]
-        print(f"| `{name}` | {kept[name]:.0f} | {memory:.2f} | {seconds[name]:.2f} | {slowdown:.2f} |")
+        memory, slowdown = megabytes[name] / megabytes["none"], seconds[name] / seconds["none"]
+        print(f"| `{name}` | {megabytes[name]:.0f} | {memory:.2f} | {seconds[name]:.2f} | {slowdown:.2f} |")
 
 
 if __name__ == "__main__":

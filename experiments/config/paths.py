@@ -205,7 +205,7 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
 
 def _put_parts(config: fdl.Config[Any], place: Place, value: Any, error_prefix: str) -> bool:
     """Sets a dictionary of parts from `{NAME: {SETTING: …}}`, or returns False where it is none."""
-    kind = typing.get_args(place.annotation)[1] if _is_mapping(place.annotation) else None
+    kind: Any = typing.get_args(place.annotation)[1] if _is_mapping(place.annotation) else None
     if not (isinstance(value, dict) and is_dataclass(kind) and not inspect.isabstract(kind)):
         return False
     settings = cast(dict[Any, Any], value)
