@@ -51,8 +51,8 @@ def check_blocks(named: Mapping[str, Tensor], block: int) -> None:
         least, most = _sizes_on_ranks(parameter)
         if least < LEAST <= most:
             raise UsageError(
-                f"optimizer.cls: {name} has {least} to {most} numbers on a rank, and torchao rounds moments from {LEAST} "
-                "on. Take another number of ranks, or leave it to optimizer.others."
+                f"optimizer.cls: {name} has {least} to {most} numbers on a rank, and torchao rounds moments of {LEAST} "
+                "or more. Take another number of ranks, or leave it to optimizer.others."
             )
         local = local_values(parameter)
         row = local.shape[-1] if local.ndim else 1
