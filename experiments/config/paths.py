@@ -205,13 +205,13 @@ def set_path(config: fdl.Config[Any], item: str) -> str:
 
 def _put_parts(config: fdl.Config[Any], place: Place, value: Any, error_prefix: str) -> bool:
     """Sets a dictionary of parts from `{NAME: {SETTING: …}}`, or returns False where it is none."""
-    kind = typing.get_args(place.annotation)[1] if _is_mapping(place.annotation) else None
+    kind: Any = typing.get_args(place.annotation)[1] if _is_mapping(place.annotation) else None
     if not (isinstance(value, dict) and is_dataclass(kind) and not inspect.isabstract(kind)):
         return False
     settings = cast(dict[Any, Any], value)
     if not all(isinstance(name, str) and isinstance(part, (dict, fdl.Buildable)) for name, part in settings.items()):
         raise UsageError(f"{error_prefix}: got {value!r}, wanted {shown_type(place.annotation)} as {{NAME: {{…}}}}.")
-    place.put({name: fdl.Config(kind) for name in settings})
+    place.put({name: fdl.Config(cast(Any, kind)) for name in settings})
     for name, part in settings.items():
         inner = {"": part} if isinstance(part, fdl.Buildable) else {f".{key}": item for key, item in part.items()}
         for key, item in inner.items():

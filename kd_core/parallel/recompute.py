@@ -25,7 +25,7 @@ log = logging.getLogger("kd")
 # An operation inside a block, by its name and its number among those of this name.
 Operation = tuple[str, int]
 # Operations whose outputs a block keeps, or None for a block that recomputes nothing.
-Kept = frozenset[Operation] | None
+Outputs = frozenset[Operation] | None
 recompute_all = functools.partial(checkpoint, use_reentrant=False)
 
 
@@ -71,7 +71,7 @@ class _Measure(TorchDispatchMode):
     def __init__(self, shared: list[Tensor]) -> None:
         super().__init__()
         self.shared = {_memory(tensor)[0] for tensor in shared}  # weights, and what all blocks have
-        self.seen, self.kept = Counter[str](), dict[int, int]()
+        self.seen, self.saved = Counter[str](), dict[int, int]()
         self.operations: dict[Operation, Cost] = defaultdict(Cost)
         self.last: list[Operation] = []  # operations behind the last tensor that is kept
 
@@ -91,7 +91,7 @@ class _Measure(TorchDispatchMode):
     def pack(self, tensor: Tensor) -> Tensor:
         place, size = _memory(tensor)
         if place not in self.shared:
-            self.kept[place] = size
+            self.saved[place] = size
             self.last.clear()
         return tensor
 
@@ -118,24 +118,24 @@ def measure_block(run: Callable[..., Any], x: Tensor, *context: Any) -> BlockCos
         del output
     # The backward pass stops to recompute at the last tensor that it needs.
     operations = {name: cost for name, cost in measure.operations.items() if name not in measure.last}
-    return BlockCosts(sum(measure.kept.values()), x.nbytes, operations)
+    return BlockCosts(sum(measure.saved.values()), x.nbytes, operations)
 
 
-def choose_kept(costs: BlockCosts, share: float, blocks: int) -> list[Kept]:
+def choose_kept(costs: BlockCosts, share: float, blocks: int) -> list[Outputs]:
     """Returns what each of `blocks` equal blocks keeps, within `share` of what they would keep without recomputation.
 
     Operations are taken in order of their arithmetic a byte, each in as many blocks as fit. What is left keeps blocks
     as a whole.
     """
-    kept: list[set[Operation]] = [set() for _ in range(blocks)]
+    outputs: list[set[Operation]] = [set() for _ in range(blocks)]
     used = [costs.input_bytes] * blocks
     left = share * costs.kept_bytes * blocks - sum(used)
     for operation, cost in sorted(costs.operations.items(), key=lambda item: -item[1].products / item[1].bytes):
         for number in range(min(blocks, max(0, int(left // cost.bytes)))):
-            kept[number].add(operation)
+            outputs[number].add(operation)
             used[number] += cost.bytes
             left -= cost.bytes
-    plan: list[Kept] = [frozenset(operations) for operations in kept]
+    plan: list[Outputs] = [frozenset(chosen) for chosen in outputs]
     for number in range(blocks):
         if costs.kept_bytes - used[number] <= left:
             left -= costs.kept_bytes - used[number]
@@ -147,7 +147,7 @@ class BudgetedRecomputation:
     """The plan of a student's blocks, made in the first pass that needs gradients."""
 
     def __init__(self, share: float, blocks: int) -> None:
-        self.share, self.blocks, self.plan = share, blocks, list[Kept]()
+        self.share, self.blocks, self.plan = share, blocks, list[Outputs]()
 
     def recompute(self, number: int, run: Callable[..., Any], *args: Any) -> Any:
         """Runs block `number`, which keeps what the plan says."""
@@ -157,23 +157,23 @@ class BudgetedRecomputation:
             log.info(
                 "parallel.recompute: a block's activations take %.1f MB. %d of %d blocks keep all, %d products of the "
                 "others are kept.", costs.kept_bytes / 1e6, self.plan.count(None), self.blocks,
-                sum(len(kept) for kept in self.plan if kept),
+                sum(len(outputs) for outputs in self.plan if outputs),
             )  # fmt: skip
-        kept = self.plan[number]
-        if kept is None:
+        outputs = self.plan[number]
+        if outputs is None:
             return run(*args)
-        if not kept:
+        if not outputs:
             return recompute_all(run, *args)
-        return recompute_all(run, *args, context_fn=lambda: create_selective_checkpoint_contexts(_policy(kept)))
+        return recompute_all(run, *args, context_fn=lambda: create_selective_checkpoint_contexts(_policy(outputs)))
 
 
-def _policy(kept: frozenset[Operation]) -> Callable[..., CheckpointPolicy]:
+def _policy(outputs: frozenset[Operation]) -> Callable[..., CheckpointPolicy]:
     """Returns the policy of one pass through a block, which numbers operations as `_Measure` does."""
     seen = {False: Counter[str](), True: Counter[str]()}  # forward, and again in the backward pass
 
     def policy(context: Any, func: Any, *args: Any, **settings: Any) -> CheckpointPolicy:
         del args, settings
-        is_kept = _numbered(func, seen[context.is_recompute]) in kept
+        is_kept = _numbered(func, seen[context.is_recompute]) in outputs
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

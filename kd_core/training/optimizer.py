@@ -216,9 +216,9 @@ class _CombinedOptimizer(torch.optim.Optimizer):
 def peak_rates(settings: Optimizer) -> dict[str, float]:
     """Returns peak learning rates by the names of their metrics: `lr`, and `lr/…` of groups where they differ."""
     rates = _group_rates(settings)
-    others = getattr(settings, "others", None)
-    if isinstance(others, AdamW):
-        rates |= {"lr/others": others.lr, **{f"lr/others/{name[3:]}": lr for name, lr in _group_rates(others).items()}}
+    second = getattr(settings, "others", None)
+    if isinstance(second, AdamW):
+        rates |= {"lr/others": second.lr, **{f"lr/others/{name[3:]}": lr for name, lr in _group_rates(second).items()}}
     return {"lr": settings.lr, **{name: lr for name, lr in rates.items() if lr != settings.lr}}
 
 

@@ -60,14 +60,14 @@ def torch_groups(
     Raises:
         UsageError: as in `divide_parameters`.
     """
-    found: list[dict[str, Any]] = []
+    divided: list[dict[str, Any]] = []
     for pattern, members in divide_parameters(named, groups, where).items():
         group = Group() if pattern is None else groups[pattern]
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         rate = {} if group.lr_scale == 1 else {"lr": lr * group.lr_scale}
         parameters = list(members.values())
-        found += [
+        divided += [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay, **rate},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **rate},
         ]
-    return found
+    return divided

@@ -105,7 +105,7 @@ def test_a_mistake_is_one_message(items: list[str], message: str) -> None:
         ("tokens_per_step=1000", "multiple of collate.row_length"),
         ("steps=0", "steps: got 0"),
         ("schedule.warmup_steps=1000", "more than steps"),
-        ("parallel.recompute=every:0", "wanted none, full, or every:N"),
+        ("parallel.recompute=every:0", "wanted none, full, every:N"),
         ("parallel.tensor_parallel=0", "parallel.tensor_parallel: got 0"),
         ("parallel.precision=float8", "wanted one of auto, float32, bfloat16"),
         ("checkpoint.every=0", "checkpoint.every: got 0"),

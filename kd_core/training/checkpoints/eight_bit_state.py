@@ -8,6 +8,7 @@ module imports torchao.
 """
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,9 +44,16 @@ def check_blocks(named: Mapping[str, Tensor], block: int) -> None:
     """Checks that blocks of `block` numbers lie within rows of the parameters whose moments have 8 bits.
 
     Raises:
-        UsageError: one has rows of another length. The message names the largest block that fits.
+        UsageError: one has rows of another length, where the message names the largest block that fits, or moments of 8
+            bits on some ranks alone.
     """
     for name, parameter in named.items():
+        least, most = _sizes_on_ranks(parameter)
+        if least < LEAST <= most:
+            raise UsageError(
+                f"optimizer.cls: {name} has {least} to {most} numbers on a rank, and torchao rounds moments of {LEAST} "
+                "or more. Take another number of ranks, or leave it to optimizer.others."
+            )
         local = local_values(parameter)
         row = local.shape[-1] if local.ndim else 1
         if local.numel() >= LEAST and local.numel() % block == 0 and row % block:
@@ -54,6 +62,20 @@ def check_blocks(named: Mapping[str, Tensor], block: int) -> None:
                 f"optimizer.settings.block_size: got {block}; rows of {name} have {row} numbers on a rank, and a "
                 f"checkpoint needs whole blocks in a row. Set it to {fitting}."
             )
+
+
+def _sizes_on_ranks(parameter: Tensor) -> tuple[int, int]:
+    """Returns the numbers of a parameter on the rank that has the fewest, and on the one that has the most."""
+    if not isinstance(parameter, DTensor):
+        return parameter.numel(), parameter.numel()
+    least, most = list(parameter.shape), list(parameter.shape)
+    for dimension, placement in enumerate(parameter.placements):
+        if not placement.is_replicate():
+            ranks, divided = parameter.device_mesh.size(dimension), placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+            # Each rank has ⌈rows / ranks⌉, and the last what is left.
+            least[divided] = max(0, least[divided] - (ranks - 1) * -(-least[divided] // ranks))
+            most[divided] = -(-most[divided] // ranks)
+    return math.prod(least), math.prod(most)
 
 
 def plain_tensors(key: str, value: object, parameter: Tensor) -> dict[str, object]:
@@ -94,12 +116,12 @@ def joined_states(tensors: Mapping[str, Tensor], parameter: nn.Parameter, name: 
     state = dict(tensors)
     for coded in [key for key in state if key.endswith(CODES)]:
         key = coded.removesuffix(CODES)
-        codes, scale = local_values(state.pop(coded)), state.pop(f"{key}{SCALE}", None)
-        _, box = local_box(parameter.detach())
-        rows = 0 if scale is None or not scale.ndim else scale.shape[-1]
-        block = parameter.shape[-1] // rows if rows else 0
-        fits = scale is not None and box is not None and scale.shape == (*parameter.shape[:-1], rows)
-        if not fits or block * rows != parameter.shape[-1] or box[-1].start % block or codes.shape[-1] % block:
+        codes, scale, block = local_values(state.pop(coded)), state.pop(f"{key}{SCALE}", None), 0
+        local, box = local_box(parameter.detach())
+        is_coded = codes.dtype == torch.uint8 and codes.shape == local.shape and codes.numel() > 0
+        if is_coded and scale is not None and scale.shape[:-1] == parameter.shape[:-1] and scale.numel():
+            block = parameter.shape[-1] // scale.shape[-1]
+        if scale is None or box is None or not _fits(block, parameter.shape[-1], scale.shape[-1:], box[-1]):
             raise UsageError(
                 f"optimizer.{name}.{key}: its 8-bit blocks do not fit the parameter or this layout of ranks. Resume "
                 "with the layout that wrote the checkpoint."
@@ -108,6 +130,11 @@ def joined_states(tensors: Mapping[str, Tensor], parameter: nn.Parameter, name: 
         part = local_values(scale)[(*box[:-1], slice(box[-1].start // block, box[-1].stop // block))]
         state[key] = _eight_bits(codes, part.reshape(-1).contiguous(), key == SIGNED, parameter)
     return state
+
+
+def _fits(block: int, row: int, blocks: torch.Size, part: slice) -> bool:
+    """Checks that a row of the parameter has whole blocks, and that a rank's part of it begins and ends with one."""
+    return block > 0 and blocks == (row // block,) and not (row % block or part.start % block or part.stop % block)
 
 
 def _eight_bits(codes: Tensor, scale: Tensor, signed: bool, parameter: nn.Parameter) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 from kd_core.files import write_json
 from kd_core.losses.objective import CrossEntropy, Objective
 from kd_core.parallel.config import Parallel
+from kd_core.parallel.engine import evaluation
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
@@ -25,7 +26,7 @@ from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress
 from kd_core.training.checkpoints.checkpoint_state import run_state
 from kd_core.training.optimizer import AdamW
-from kd_core.training.step import train_step
+from kd_core.training.step import batch_loss, train_step
 from tests.kd_core.parallel.test_layouts import rows_of
 from tests.ranks import run_ranks
 
@@ -95,11 +96,12 @@ def _life(world: World, root: Path, layout: str) -> None:
     with _peak(found, "pretrained"):
         model = _begun(Pretrained(str(root / layout / "folder")), parallel, world)
         optimizer = AdamW().build(model)
-    batch = rows_of(0, range(1))
+    batch, objective = rows_of(0, range(1)), Objective({"sft": CrossEntropy()})
+    with _peak(found, "evaluation"), evaluation(model, parallel, world):
+        batch_loss(model, batch, objective, 1.0)
     with _peak(found, "step"):
         train_step(
-            model, optimizer, [batch], objective=Objective({"sft": CrossEntropy()}), clip_norm=1.0, parallel=parallel,
-            world=world,
+            model, optimizer, [batch], objective=objective, clip_norm=1.0, parallel=parallel, world=world
         )  # fmt: skip
     with _peak(found, "save"):
         content = CheckpointContent(run_state(model, optimizer), Progress(1, 4), {}, "")
@@ -115,6 +117,7 @@ def _life(world: World, root: Path, layout: str) -> None:
         "random": own + TENSOR, "pretrained": own + 4 * TENSOR, "LoRA": own + 4 * TENSOR,
         # One tensor whole, what its collective holds beside it, and its copy for the file.
         "first export": 4 * TENSOR, "best export": 4 * TENSOR,
+        "evaluation": 3 * BLOCK,
         # Gradients and two moments of its own, two blocks whole and their gradients.
         "step": 3 * own + 4 * BLOCK,
         "save": 2 * TENSOR,

@@ -1,11 +1,14 @@
 """torchao's optimisers of 8 bits: checkpoints of codes and scales, resumed bit for bit, on one rank and on several."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
@@ -16,6 +19,7 @@ from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress
 from kd_core.training.checkpoints.checkpoint_state import check_resumable, read_group_settings, run_state
+from kd_core.training.checkpoints.eight_bit_state import check_blocks, joined_states
 from kd_core.training.optimizer import AdamW, Optimizer, TorchOptimizer, set_rates
 from kd_core.training.parameter_groups import Group
 from kd_core.training.step import train_step
@@ -25,7 +29,7 @@ from tests.ranks import run_ranks
 pytest.importorskip("torchao.optim")
 
 WIDE = replace(ARCH, hidden_size=64, intermediate_size=96, head_dim=16, padded_vocab_size=128)
-# Blocks of 32 divide rows of 64 and 96, also where two ranks share them.
+# Blocks of 16 divide rows of 64 and 96, also where two ranks share them.
 EIGHT = TorchOptimizer(
     "AdamW8bit", 1e-2, {"betas": (0.9, 0.95), "block_size": 16}, 0.1, groups={"embed_tokens.*": Group(lr_scale=0.5)}
 )
@@ -112,6 +116,19 @@ def _on_two(world: World, root: Path) -> None:
                 assert (tensor - further[name]).norm() <= 0.05 * (further[name] - wanted[name]).norm(), (layout, name)
 
 
+def _uneven(world: World) -> None:
+    """97 rows of 64 on two ranks are 49 and 48; 129 are 65 and 64, of which one has 4,096 numbers and one more."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    for rows, passes in ((127, False), (97, True), (129, True)):
+        parameter = distribute_tensor(torch.zeros(rows, 64), mesh, [Shard(0)])
+        with nullcontext() if passes else pytest.raises(UsageError, match="w has 4032 to 4096 numbers on a rank"):
+            check_blocks({"w": parameter}, 64)
+
+
+def test_moments_of_two_kinds_are_refused() -> None:
+    run_ranks(2, _uneven)
+
+
 def test_shared_by_two_ranks_it_is_that_of_one_process(tmp_path: Path) -> None:
     run_ranks(2, _on_two, tmp_path)
 
@@ -137,8 +154,18 @@ def test_blocks_that_would_cross_rows_are_refused_by_name() -> None:
     message = "block_size: got 256; rows of embed_tokens.weight have 64 numbers on a rank, .* Set it to 64"
     with pytest.raises(UsageError, match=message):
         settings.check_names(_make())
-    for name in ("@codes", "@scale"):
-        model, optimizer, _ = _student(EIGHT, PLAIN, World())
-        _steps(model, optimizer, PLAIN, World(), range(1))
-        broken = {key: tensor for key, tensor in run_state(model, optimizer).items() if not key.endswith(f"head{name}")}
-        assert broken
+
+
+@pytest.mark.parametrize("change", ["codes", "scale", "no scale"])
+def test_codes_without_their_scales_are_refused_by_name(change: str) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    tensors = {"exp_avg@codes": torch.zeros(64, 64, dtype=torch.uint8), "exp_avg@scale": torch.ones(64, 2)}
+    assert joined_states(tensors, parameter, "w")["exp_avg"].block_size == 32  # type: ignore[attr-defined]
+    if change == "codes":
+        tensors["exp_avg@codes"] = torch.zeros(64, 32, dtype=torch.uint8)
+    elif change == "scale":
+        tensors["exp_avg@scale"] = torch.ones(64, 3)
+    else:
+        del tensors["exp_avg@scale"]
+    with pytest.raises(UsageError, match="optimizer.w.exp_avg: its 8-bit blocks do not fit"):
+        joined_states(tensors, parameter, "w")
