@@ -67,8 +67,9 @@ def main() -> None:
         scaled = nll(PrunedStart(str(teacher), selection))
         plain = nll(PrunedStart(str(teacher), replace(selection, factors={}))) if selection.factors else None
         sizes = ", ".join(f"{name} {size}" for name, size in widths.items()) or "nothing"
-        cells = (layers, sizes, f"{count_parameters(narrow, layers) / 1e6:.1f}M", f"{scaled:.3f}")
-        print(*("", *cells, "" if plain is None else f"{plain:.3f}", ""), sep=" | ", flush=True)
+        parameters = count_parameters(narrow, layers) / 1e6
+        unscaled = "" if plain is None else f"{plain:.3f}"
+        print(f"| {layers} | {sizes} | {parameters:.1f}M | {scaled:.3f} | {unscaled} |", flush=True)
 
 
 if __name__ == "__main__":
