@@ -305,6 +305,17 @@ def test_damaged_folders(
         load(Transformers(str(folder)))
 
 
+def test_experts_of_unlike_shapes(tmp_path: Path) -> None:
+    file = save_folder("qwen 3 moe", tmp_path / "model") / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if "experts.1.down_proj" in name)
+    safetensors.torch.save_file({**tensors, name: tensors[name][:-1].clone()}, file)
+    with pytest.raises(
+        UsageError, match=r"model.safetensors: the tensors of model.layers.*down_proj do not fit together"
+    ):
+        load(Transformers(str(tmp_path / "model")))
+
+
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     folder = save_folder("gpt-oss", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
