@@ -47,6 +47,7 @@ from kd_core.parallel.world import World, joined_world
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.huggingface.gguf import convert_gguf
 from kd_core.students.starts.start import Pretrained, build_student
+from kd_core.students.starts.transformers_start import Transformers
 from kd_core.training.checkpoints import checkpoint
 from kd_core.training.checkpoints.checkpoint import CheckpointContent, Progress
 from kd_core.training.checkpoints.checkpoint_state import run_state
@@ -396,6 +397,7 @@ def test_transformers_runs_nothing_of_a_folder(tiny: Tiny, tmp_path: Path, marke
         (folder / "own.py").write_text(f"import os\nos.system('touch {marker}')\n")
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(marker)))
         _refused(lambda folder=folder: HuggingFaceScorer.load(folder, torch.float32, torch.device("cpu")), which)
+        _refused(lambda folder=folder: Transformers(str(folder)).build_on_meta(), which)
     assert not marker.exists()
 
 

@@ -2,9 +2,11 @@
 
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import pytest
 import torch
 import transformers
@@ -17,6 +19,7 @@ from experiments.base.measure import measure_model
 from experiments.config.config_items import resolve_items
 from experiments.config.saved_students import find_student, load_student
 from kd_core.errors import UsageError
+from kd_core.losses.objective import Auxiliary
 from kd_core.parallel.world import World
 from kd_core.training.monitoring.metric_log import read_metrics
 from tests.kd_core.students.transformers_models import save_folder
@@ -88,8 +91,8 @@ def test_trained_resumed_exported_and_read_again(name: str, tiny: Tiny, tmp_path
     assert measured["perplexity"] == pytest.approx(math.exp(measured["nll"]), rel=1e-5)
 
 
-def test_balance_of_routers_with_adapters(tiny: Tiny, tmp_path: Path) -> None:
-    """A checkpoint with adapters is exported with them merged, and the balance of its routers is logged."""
+@slow
+def test_adapters_of_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     folder = model_folder(tiny, "qwen 3 moe", tmp_path / "model")
     more = ["student.rank=2", "student.targets=('q_proj', 'v_proj')"]
     lora = ["lora" if item == "quickstart" else item for item in items(tiny, folder, *more)]
@@ -100,10 +103,12 @@ def test_balance_of_routers_with_adapters(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_layouts_and_terms_that_it_cannot_have(tiny: Tiny, tmp_path: Path) -> None:
-    import fiddle as fdl  # noqa: PLC0415
-
-    folder = model_folder(tiny, "phi 3", tmp_path / "model")
-    divided = fdl.build(resolve_items(items(tiny, folder, "parallel.tensor_parallel=2"), "Experiment").config)
-    assert "layout" in fdl.build(resolve_items(items(tiny, folder), "Experiment").config).check(ranks=4)
+    dense, experts = (model_folder(tiny, name, tmp_path / name) for name in ("phi 3", "qwen 3 moe"))
+    for folder, fails in ((dense, pytest.raises(UsageError, match=r"loss\.terms\.balance")), (experts, nullcontext())):
+        config: Any = resolve_items(items(tiny, folder), "Experiment").config
+        config.loss.terms["balance"] = fdl.Config(Auxiliary, weight=0.01)
+        with fails:
+            assert "layout" in fdl.build(config).check(ranks=4)
+    divided: Any = fdl.build(resolve_items(items(tiny, dense, "parallel.tensor_parallel=2"), "Experiment").config)
     with pytest.raises(UsageError, match=r"tensor_parallel: Phi3ForCausalLM .* parallel\.shard=full, or take a family"):
         divided.check(ranks=2)

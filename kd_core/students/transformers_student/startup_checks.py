@@ -99,13 +99,18 @@ def find_head_form(student: "TransformersStudent") -> LmHeadForm:
     smallest = min(difference for difference, _ in compared)
     raise UsageError(
         f"{student.folder}: the logits of {type(student.theirs).__name__} are no scaled or capped product of its "
-        f"hidden states and its output head (relative difference {smallest:.1e}; wanted at most {tolerance:.0e}). The loss "
-        "cannot be computed from them. Take another family."
+        f"hidden states and its output head (relative difference {smallest:.1e}; wanted at most {tolerance:.0e}). The "
+        "loss cannot be computed from them. Take another family."
     )
 
 
 def _without_cache(model: Any) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in argument_names(type(model).forward) else {}
+
+
+def _first(hidden: Tensor, weight: Tensor) -> Tensor:
+    del weight
+    return hidden
 
 
 def _tokens(count: int, seed: int, vocab_size: int, device: torch.device) -> Tensor:
@@ -124,7 +129,7 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
         """Returns the hidden states of the last document of one packed row."""
         positions = torch.cat([torch.arange(row.shape[1], device=device) for row in documents])[None]
         ids = torch.cat([torch.full_like(row, number) for number, row in enumerate(documents)], dim=1)
-        hidden = student(torch.cat(documents, dim=1), positions, ids, lambda hidden, _: hidden)
+        hidden: Tensor = student(torch.cat(documents, dim=1), positions, ids, _first)
         return hidden[:, -documents[-1].shape[1] :]
 
     first, other = (_tokens(FIRST, seed, vocab_size, device) for seed in (3, 8))

@@ -108,7 +108,11 @@ def _converted(model: "PreTrainedModel", conversion: Conversion) -> Mapping[str,
     for pattern, tensor in conversion.sources:
         whole = tuple(slice(0, size) for size in tensor.shape)
         conversion.converter.add_tensor(conversion.target, tensor.name, pattern, tensor.read(whole).float())
-    values = conversion.converter.convert(conversion.target, model=model, config=model.config)
+    try:
+        values = conversion.converter.convert(conversion.target, model=model, config=model.config)
+    except Exception as error:  # of any operation of transformers, on tensors of other shapes
+        path = conversion.sources[0][1].path
+        raise UsageError(f"{path}: the tensors of {conversion.target} do not fit together ({error!s:.400}).") from None
     return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
 

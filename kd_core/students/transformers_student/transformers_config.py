@@ -89,12 +89,17 @@ def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
     A stored weight has at least 4 bits, so n bytes of safetensors hold at most 2·n weights.
 
     Raises:
-        UsageError: the configuration describes more.
+        UsageError: the configuration describes more, or no causal language model.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 (an extra)
 
-    with torch.device("meta"), bounded_memory(MOST_MEMORY):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"), bounded_memory(MOST_MEMORY):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each model family raises errors of its own
+        raise UsageError(
+            f"{folder}: transformers cannot load it as a causal language model ({error!s:.400})."
+        ) from None
     stored = 2 * sum(path.stat().st_size for path in weight_files(folder))
     needed = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())

@@ -253,5 +253,5 @@ class TransformersStudent(Student):
         from transformers.utils import logging  # noqa: PLC0415 (an extra)
 
         logging.disable_progress_bar()
-        self.theirs.save_pretrained(folder, state_dict=state())
+        self.theirs.save_pretrained(folder, state_dict=state(), max_shard_size="5GB")
         return True

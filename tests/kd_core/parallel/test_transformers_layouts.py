@@ -7,9 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from kd_core.errors import UsageError
 from kd_core.parallel import engine
 from kd_core.parallel.config import Parallel
-from kd_core.parallel.parallelize import parallelize
+from kd_core.parallel.layout import Layout
+from kd_core.parallel.parallelize import fullest_rank_holding, parallelize
 from kd_core.parallel.world import World
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.lora_start import LoraStart
@@ -74,9 +76,25 @@ def check_export(world: World, root: Path) -> None:
         assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "layouts"),
+    [
+        (("qwen 3 moe",), ("full, recomputed",)),
+        pytest.param(("qwen 3 moe", "phi 3", "qwen 3.5"), tuple(LAYOUTS), marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_train_as_one(names: tuple[str, ...], layouts: tuple[str, ...], tmp_path: Path) -> None:
     """Experts that are stacked as they are read, adapters on joined matrices, and a document a row."""
-    names = ("qwen 3 moe", "phi 3", "qwen 3.5")
     for name in names:
         save_folder(name, tmp_path / name)
-    run_ranks(2, compare, tmp_path, names, ("full, recomputed", "gradients, every second block"))
+    run_ranks(2, compare, tmp_path, names, layouts)
+
+
+def test_tensors_are_not_divided(tmp_path: Path) -> None:
+    model = meta_student(Transformers(str(save_folder("phi 3", tmp_path / "model"))), None)
+    with pytest.raises(UsageError, match=r"parallel\.tensor_parallel: Phi3ForCausalLM .* Set .*parallel\.shard=full"):
+        fullest_rank_holding(model, Layout(tensor=2), sequence_parallel=False)
+    held = fullest_rank_holding(model, Layout(shards=2), sequence_parallel=False)
+    whole = fullest_rank_holding(model, Layout(), sequence_parallel=False)
+    assert held.parameters == pytest.approx(whole.parameters / 2, rel=1e-2)
+    assert 2 * whole.largest_block == whole.block_numbers
