@@ -4,7 +4,6 @@ Importing it imports torch's compiler, which takes a second, so `attention.py` d
 """
 
 from functools import lru_cache, partial
-from typing import cast
 
 import torch
 from einops import rearrange
@@ -66,5 +65,6 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     else:
         # A sink takes its share of the softmax: out · Σ exp(products) / (Σ exp(products) + exp(sink)).  [1, H, N, d]
         out, sums = attend(return_aux=AuxRequest(lse=True))
+        assert sums.lse is not None
         out = out * torch.sigmoid(sums.lse - sinks[:, None])[..., None].to(out.dtype)
-    return rearrange(cast(Tensor, out), "1 H (B T) d -> B H T d", B=len(q))
+    return rearrange(out, "1 H (B T) d -> B H T d", B=len(q))
