@@ -72,5 +72,6 @@ def attend_capped_by_kernel(  # noqa: PLR0913 (those of `attend`)
     else:
         # A sink takes its share of the softmax: out · Σ exp(products) / (Σ exp(products) + exp(sink)).  [1, H, N, d]
         out, sums = attend(return_aux=AuxRequest(lse=True))
+        assert sums.lse is not None
         out = out * torch.sigmoid(sums.lse - sinks[:, None])[..., None].to(out.dtype)
     return rearrange(out, "1 H (B T) d -> B H T d", B=len(q))
