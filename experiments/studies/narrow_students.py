@@ -19,7 +19,12 @@ def narrow_students() -> Sweep:
               (`benchmarks/pruned_starts.py`). It ends nearest to the teacher, with a KL at least .03 below that of
               fewer layers (.827 in `quickstart`). Training narrows the distances at the start, so fewer channels alone
               end within .03 of fewer layers alone.
-    Seen:     not run yet.
+    Seen:     not trained yet. Before training, on 2,048 held-out positions of a smaller cache of the same corpus
+              (2026-11-30, `launchers.evaluate`; teacher's NLL 3.472):
+
+                  fewer layers      NLL 5.698   KL 2.056
+                  fewer channels    NLL 5.657   KL 2.004
+                  mixture           NLL 5.403   KL 1.804
     """
     starts = zipped({"student.folder": FOLDERS, "student.keep_layers": [KEEP_LAYERS, None, None]})
     return Sweep(by_the_epoch) * seeds(3) * starts
