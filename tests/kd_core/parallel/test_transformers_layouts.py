@@ -98,3 +98,15 @@ def test_tensors_are_not_divided(tmp_path: Path) -> None:
     whole = fullest_rank_holding(model, Layout(), sequence_parallel=False)
     assert held.parameters == pytest.approx(whole.parameters / 2, rel=1e-2)
     assert 2 * whole.largest_block == whole.block_numbers
+
+
+@pytest.mark.slow
+def test_compiled_blocks(tmp_path: Path) -> None:
+    start = Transformers(str(save_folder("phi 3", tmp_path / "model")))
+    plain, compiled = (laid_out(start, replace(PLAIN, compile=c, recompute="full"), World())[0] for c in (False, True))
+    tokens, positions = torch.randint(VOCAB, (2, 12)), torch.arange(12).expand(2, 12)
+    inputs = tokens, torch.where(positions < 7, positions, positions - 7), (positions >= 7).long()
+    for model in (plain, compiled):
+        model(*inputs).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
