@@ -55,8 +55,8 @@ def _micro_batches(
     """
     batch = None
     for start in range(0, share.most_rows, micro_batch):
-        own = rows[start : start + micro_batch]
-        batch = make_batch(own) if batch is None or own else batch.unscored()
+        batch_rows = rows[start : start + micro_batch]
+        batch = make_batch(batch_rows) if batch is None or batch_rows else batch.unscored()
         yield batch if share.is_scored else batch.unscored()
 
 

@@ -149,9 +149,9 @@ def check_auxiliary(loss: Objective, student: Student) -> None:
     names = student.auxiliary_names
     for where, term in loss.auxiliary().items():
         if term.name not in names:
-            wanted = f"one of {', '.join(names)}" if names else "no such term, as this student has no such values"
+            choices = f"one of {', '.join(names)}" if names else "no such term, as this student has no such values"
             raise UsageError(
-                f"loss.terms.{where}.name: got {term.name!r}; wanted {wanted}. A student with experts has "
+                f"loss.terms.{where}.name: got {term.name!r}; wanted {choices}. A student with experts has "
                 "router_balance and router_z."
             )
 

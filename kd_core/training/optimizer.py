@@ -172,18 +172,19 @@ class TorchOptimizer:
 
     def check_names(self, model: nn.Module) -> None:
         """Checks that each pattern matches trained parameters, without memory for them. Raises as `build` does."""
-        own, remaining = self._own_and_remaining(model)
-        torch_groups(own, self.lr, self.weight_decay, self.groups, "optimizer.groups")
+        named, remaining = self._divide(model)
+        torch_groups(named, self.lr, self.weight_decay, self.groups, "optimizer.groups")
         if self.others is not None and remaining:
             torch_groups(remaining, 1.0, 0.0, self.others.groups, "optimizer.others.groups")
 
-    def _own_and_remaining(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        named = trained_parameters(model)
-        names = match_names(named, self.only, "optimizer.only") if self.only else list(named)
-        own = {name: named.pop(name) for name in names}
+    def _divide(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Returns the parameters that this optimiser moves, and those of `others`."""
+        remaining = trained_parameters(model)
+        names = match_names(remaining, self.only, "optimizer.only") if self.only else list(remaining)
+        named = {name: remaining.pop(name) for name in names}
         if self.cls in EIGHT_BIT:
-            check_blocks(own, int(cast(int, self.settings.get("block_size", 256))))
-        return own, named
+            check_blocks(named, int(cast(int, self.settings.get("block_size", 256))))
+        return named, remaining
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Builds one optimiser of the trainable parameters, or two behind one interface if `only` names some of them.
@@ -191,8 +192,8 @@ class TorchOptimizer:
         Raises:
             UsageError: a pattern matches no parameter, two of `groups` match one, or the optimiser refuses a parameter.
         """
-        own, remaining = self._own_and_remaining(model)
-        optimizer = self._make(torch_groups(own, self.lr, self.weight_decay, self.groups, "optimizer.groups"))
+        named, remaining = self._divide(model)
+        optimizer = self._make(torch_groups(named, self.lr, self.weight_decay, self.groups, "optimizer.groups"))
         if self.others is None or not remaining:
             return optimizer
         return _CombinedOptimizer(optimizer, self.others.build_for(remaining, "optimizer.others.groups"))

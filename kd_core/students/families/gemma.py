@@ -173,6 +173,8 @@ GEMMA3_TEXT = replace(
     flatten=_flatten_gemma3,
     # Names in an image and text model: of transformers 4, and of its first versions with Gemma 3.
     prefixes=("model.", "language_model.model.", "model.language_model.", "language_model."),
-    ignored=tuple(f"{at}{part}." for at in ("", "model.") for part in ("vision_tower", "multi_modal_projector")),
+    ignored=tuple(
+        f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+    ),
 )
 GEMMA3 = replace(GEMMA3_TEXT, flatten=_flatten_text_model)

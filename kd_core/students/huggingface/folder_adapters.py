@@ -60,10 +60,10 @@ class FolderAdapter(NamedTuple):
 
     def _columns(self, rank: int) -> Iterator[slice]:
         """Yields the columns of B that each part has: its own of all, or if they share one A, all of them."""
-        own = self.parts[0].layer.settings.rank
+        part_rank = self.parts[0].layer.settings.rank
         for number in range(len(self.parts)):
-            first = number * own if rank == self.rank else 0
-            yield slice(first, first + own)
+            first = number * part_rank if rank == self.rank else 0
+            yield slice(first, first + part_rank)
 
     def fill(self, which: str, stored: StoredTensor, rank: int) -> None:
         """Copies `lora_A` or `lora_B` of the folder's layer, which has this rank, into the student's adapters.
@@ -72,9 +72,9 @@ class FolderAdapter(NamedTuple):
             UsageError: the tensor has another shape, values that are not finite, or values for layers without adapters.
         """
         inputs = self.parts[0].layer.in_features
-        wanted = (rank, inputs) if which == "lora_A" else (self.outputs, rank)
-        if stored.shape != wanted:
-            raise UsageError(f"{stored.path}: found {stored.name} of shape {stored.shape}; wanted shape {wanted}.")
+        shape = (rank, inputs) if which == "lora_A" else (self.outputs, rank)
+        if stored.shape != shape:
+            raise UsageError(f"{stored.path}: found {stored.name} of shape {stored.shape}; wanted shape {shape}.")
         boxes: list[Box] = [
             (columns, slice(0, inputs)) if which == "lora_A" else (part.rows, columns)
             for part, columns in zip(self.parts, self._columns(rank), strict=True)

@@ -117,7 +117,7 @@ def _target_fields(names: list[str], num_layers: int) -> dict[str, Any]:
     """
     # ….layers.{layer}.….{last} → (layer, last)
     numbers = [NUMBERED.search(name) for name in names]
-    pairs = {(int(at[1]), name.rsplit(".", 1)[1]) for name, at in zip(names, numbers, strict=True) if at}
+    pairs = {(int(number[1]), name.rsplit(".", 1)[1]) for name, number in zip(names, numbers, strict=True) if number}
     layers, lasts = sorted({layer for layer, _ in pairs}), sorted({last for _, last in pairs})
     if not len(names) == len(pairs) == len(layers) * len(lasts):
         return {"target_modules": sorted(names)}

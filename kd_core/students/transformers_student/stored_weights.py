@@ -82,7 +82,7 @@ def plan_conversions(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix, known = model.base_model_prefix, dict.fromkeys(names, True)
+    prefix, parameter_names = model.base_model_prefix, dict.fromkeys(names, True)
     ignored = [OLD_BUFFERS, *map(re.compile, model._keys_to_ignore_on_load_unexpected or ())]  # pyright: ignore[reportPrivateUsage]
     plan: dict[str, Conversion] = {}
     # Numbers in names are sorted as numbers, so that experts are stacked in their order.
@@ -90,10 +90,10 @@ def plan_conversions(
         tensors, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     ):
         name = _text_name(stored, prefix) if has_others else stored
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameter_names)
+        if target not in parameter_names and name in parameter_names:
             target, pattern = name, None
-        if target not in known:
+        if target not in parameter_names:
             if has_others or any(rule.search(stored) for rule in ignored):
                 continue
             raise UsageError(f"{folder}: found {stored!a} of shape {tensors[stored].shape}; wanted no such tensor.")
