@@ -18,7 +18,7 @@ from kd_core.students.starts.lora_start import LoraStart
 from kd_core.students.starts.start import StudentInit, meta_student
 from kd_core.students.starts.transformers_start import Transformers
 from kd_core.students.student import Student
-from tests.kd_core.parallel.test_layouts import PLAIN, first_gradient, trajectory
+from tests.kd_core.parallel.test_layouts import PLAIN, first_gradient, trajectory, whole
 from tests.kd_core.students.transformers_models import VOCAB, save_folder
 from tests.ranks import run_ranks
 
@@ -101,6 +101,7 @@ def test_tensors_are_not_divided(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch's compiler
 def test_compiled_blocks(tmp_path: Path) -> None:
     start = Transformers(str(save_folder("phi 3", tmp_path / "model")))
     plain, compiled = (laid_out(start, replace(PLAIN, compile=c, recompute="full"), World())[0] for c in (False, True))
@@ -109,4 +110,5 @@ def test_compiled_blocks(tmp_path: Path) -> None:
     for model in (plain, compiled):
         model(*inputs).square().sum().backward()
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+        difference = whole(compiled.get_parameter(name).grad) - whole(parameter.grad)
+        assert difference.norm() < 1e-5 * whole(parameter.grad).norm(), name
