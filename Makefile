@@ -14,7 +14,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	@$(PIP) -e '.[gguf,hf,parquet,slurm,dev]'
+	@$(PIP) -e '.[gguf,hf,parquet,slurm,torchao,dev]'
 	@touch $@
 
 # The environment alone, for your own teacher and data.
