@@ -27,7 +27,10 @@ def scale(x: Tensor, by: float) -> Tensor:
 class SwiGLU(nn.Module):
     """Gated feed-forward, down(silu(gate(x)) ⊙ up(x)) (arXiv 2002.05202)."""
 
-    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        """Returns the gate's factor of each channel."""
+        return F.silu(x)
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ their own. Linear scaling stretches the positions of the others.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -50,7 +49,10 @@ GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 class GeGLU(SwiGLU):
     """Gated feed-forward with GELU, by its approximation with tanh (arXiv 2002.05202)."""
 
-    activation = staticmethod(partial(F.gelu, approximate="tanh"))
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        """Returns the gate's factor of each channel."""
+        return F.gelu(x, approximate="tanh")
 
 
 class GemmaBlock(TransformerBlock):
