@@ -26,8 +26,11 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 TRIED: tuple[DocumentMode, ...] = ("positions", "masks")
 FIRST, SECOND = 9, 7  # tokens of two documents in one row
-# Largest relative differences of logits and of hidden states. In bfloat16, one rounding is 0.004.
-LOGITS, STATES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}, {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+# Largest relative differences: of logits, of a document's hidden states where the one before it changes, and of them
+# against a row of its own, where sums have another order. In bfloat16, one rounding is 0.004, and noise of 0.035 was
+# measured. A document that another one sees moved by 0.5.
+LOGITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+LEAK, ORDER = {torch.float32: 1e-4, torch.bfloat16: 1e-2}, {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 def argument_names(function: Callable[..., Any]) -> frozenset[str]:
@@ -140,15 +143,16 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
         student.document_mode = mode
         try:
             packed = states(first, second)
-            moves[mode] = max(_difference(states(other, second), packed), _difference(packed, alone))
+            leak, order = _difference(states(other, second), packed), _difference(packed, alone)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             log.debug("student: %s takes no documents by %s (%s)", name, mode, error)
             continue
-        if moves[mode] <= _tolerance(STATES, device):
+        moves[mode] = max(leak, order)
+        if leak <= _tolerance(LEAK, device) and order <= _tolerance(ORDER, device):
             log.info("student: %s keeps documents of packed rows apart by %s", name, mode)
             return mode
     log.warning(
-        "student: in %s a document of a packed row changes the hidden states of the next one (by %.0e of their size), "
+        "student: in %s hidden states of a document in a packed row are not those of it alone (by %.0e of their size), "
         "so each document becomes a row of its own, padded to the longest of its batch. Documents of unlike lengths "
         "cost more for that. Lower parallel.micro_batch_rows if they take too much memory.",
         name, min(moves.values(), default=1.0),

@@ -252,6 +252,13 @@ def test_a_model_whose_masks_let_documents_meet_gets_a_document_a_row(
     torch.testing.assert_close(student(tokens, positions, documents)[documents >= 0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rounding_is_no_leak(tmp_path: Path) -> None:
+    student = load(Transformers(str(save_folder("phi 3", tmp_path / "model"))))
+    with torch.autocast("cpu", torch.bfloat16):
+        student.check_start()
+    assert student.document_mode == "positions"
+
+
 def test_positions_that_do_not_mark_documents(tmp_path: Path) -> None:
     """collate.reset_position_ids and reset_attention_mask may differ: documents decide, and positions are positions."""
     folder = save_folder("gemma 3", tmp_path / "model")
