@@ -21,6 +21,7 @@ from benchmarks.step import STUDENT, make_student
 from kd_core.document_lengths import Documents
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import apply_recomputation
+from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 
 SETTINGS = (
@@ -53,7 +54,7 @@ def measure(
     megabytes, seconds = dict[str, float](), {parallel.recompute: list[float]() for parallel in settings}
     for turn in range(rounds + 1):
         for parallel in settings:
-            apply_recomputation(model, parallel)
+            apply_recomputation(model, parallel, World())
             with parallel.autocast(cpu):
                 forward(model, x)  # makes the plan of a budget
                 if turn == 0:

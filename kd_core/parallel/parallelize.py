@@ -180,10 +180,10 @@ def _compile_blocks(student: Student, cuda_graphs: bool, world: World) -> None:
         student.register_forward_pre_hook(_begin_generation)
 
 
-def apply_recomputation(student: Student, parallel: Parallel) -> None:
+def apply_recomputation(student: Student, parallel: Parallel, world: World) -> None:
     """Sets which activations blocks compute again in the backward pass."""
     every, share = parallel.recomputed_every(), parallel.recompute_budget()
-    budget = BudgetedRecomputation(share or 1.0, len(student.layers))
+    budget = BudgetedRecomputation(share or 1.0, student.layers, world)
     # The compiler has a budget of its own for the graphs of a block.
     if parallel.compile:
         from torch._functorch import config  # noqa: PLC0415 (imports the compiler)
@@ -205,7 +205,7 @@ def parallelize(student: Student, parallel: Parallel, world: World) -> Student:
     if world.mesh is not None and world.layout.tensor > 1:
         _apply_tensor_parallel(student, world.mesh["tp"], parallel.sequence_parallel)
     # Recomputation wraps the compiled function of a block, so that a compiled graph is one unit of it.
-    apply_recomputation(student, parallel)
+    apply_recomputation(student, parallel, world)
     if parallel.compile:
         _compile_blocks(student, parallel.cuda_graphs, world)
     if world.mesh is not None:

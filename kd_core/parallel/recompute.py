@@ -1,6 +1,6 @@
 """Recomputation of activations within a budget of memory, by torch's selective checkpointing.
 
-    first pass: one block is measured → cost and bytes of each product → which outputs each block keeps
+    first pass: a block of each kind is measured → cost and bytes of each product → which outputs each block keeps
 
 A block that recomputes everything keeps its input alone (arXiv 1604.06174). Outputs of matmuls and of attention are the
 dearest to compute again, and each budget keeps those with the most arithmetic a byte first. Elementwise operations cost
@@ -10,7 +10,7 @@ little, so they are recomputed until blocks fit as a whole.
 import functools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kd_core.parallel.collectives import all_gather_values
+from kd_core.parallel.world import World
 from kd_core.sharded_values import local_values
 
 log = logging.getLogger("kd")
@@ -144,21 +146,30 @@ def choose_kept(costs: BlockCosts, share: float, blocks: int) -> list[Outputs]:
 
 
 class BudgetedRecomputation:
-    """The plan of a student's blocks, made in the first pass that needs gradients."""
+    """The plans of a student's blocks, one for each kind of block, made in the first pass that needs gradients.
 
-    def __init__(self, share: float, blocks: int) -> None:
-        self.share, self.blocks, self.plan = share, blocks, list[Outputs]()
+    Ranks may measure different rows. All follow the plan of the first one, so that collectives computed again meet.
+    """
+
+    def __init__(self, share: float, blocks: Iterable[nn.Module], world: World) -> None:
+        self.share, self.world, self.plan = share, world, dict[int, Outputs]()
+        # Blocks of a kind have parameters of the same shapes.
+        self.kinds = [[(name, value.shape) for name, value in block.named_parameters()] for block in blocks]
+
+    def _make_plan(self, number: int, costs: BlockCosts) -> None:
+        equal = [block for block, kind in enumerate(self.kinds) if kind == self.kinds[number]]
+        outputs = all_gather_values(self.world, choose_kept(costs, self.share, len(equal)))[0]
+        self.plan.update(zip(equal, outputs, strict=True))
+        log.info(
+            "parallel.recompute: a block's activations take %.1f MB. %d of %d such blocks keep all, %d products of the "
+            "others are kept.", costs.kept_bytes / 1e6, outputs.count(None), len(equal),
+            sum(len(chosen) for chosen in outputs if chosen),
+        )  # fmt: skip
 
     def recompute(self, number: int, run: Callable[..., Any], *args: Any) -> Any:
-        """Runs block `number`, which keeps what the plan says."""
-        if not self.plan:
-            costs = measure_block(run, *args)
-            self.plan = choose_kept(costs, self.share, self.blocks)
-            log.info(
-                "parallel.recompute: a block's activations take %.1f MB. %d of %d blocks keep all, %d products of the "
-                "others are kept.", costs.kept_bytes / 1e6, self.plan.count(None), self.blocks,
-                sum(len(outputs) for outputs in self.plan if outputs),
-            )  # fmt: skip
+        """Runs block `number`, which keeps what its plan says. All ranks run the first block of a kind together."""
+        if number not in self.plan:
+            self._make_plan(number, measure_block(run, *args))
         outputs = self.plan[number]
         if outputs is None:
             return run(*args)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
+import kd_core.parallel.recompute as plans
 from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.recompute import BlockCosts, Cost, choose_kept, measure_block
@@ -100,7 +101,8 @@ def test_products_are_counted_as_written_down() -> None:
     """Of a block by hand: 4 D² of projections, T for each output of attention, 2 D I of the feed-forward."""
     model, _ = student(lambda: meta_decoder(WIDE), PLAIN, World())
     positions = torch.arange(64).expand(2, 64)
-    costs = measure_block(model.layers[0].run, torch.randn(2, 64, 64), *model.context(positions, None))
+    context = model.context(positions, None)
+    costs = measure_block(model.layers[0].run, torch.randn(2, 64, 64), *context.angles[0], context.documents)
     N, D, inner = 128, 64, 192
     found = {name.split(".")[1]: 0 for name, _ in costs.operations}
     for (name, _), cost in costs.operations.items():
@@ -133,8 +135,34 @@ def test_shared_by_two_ranks_it_is_that_of_one_process() -> None:
     layouts = {
         "dp 2": replace(OF_TWO["dp 2"], recompute="budget:0.4"),
         "tp 2, by position": replace(OF_TWO["tp 2, by position"], recompute="budget:0.6"),
+        "cp 2": replace(OF_TWO["cp 2"], recompute="budget:0.5"),
     }
     run_ranks(2, compare, tied, layouts)
+
+
+def _follow_the_first_rank(world: World) -> None:
+    plans.choose_kept = lambda *_: [None if world.rank else frozenset()] * 2
+    model, laid_out = student(tied, replace(PLAIN, context_parallel=2, recompute="budget:0.5"), world)
+    rows = rows_of(0, range(2)).divided(laid_out.row_share)
+    batch_loss(model, rows, OBJECTIVE, 0.01).total.backward()  # hangs where one rank alone gathers keys again
+    assert _plan(model) == {0: frozenset(), 1: frozenset()}
+
+
+def test_ranks_of_unlike_costs_follow_one_plan() -> None:
+    run_ranks(2, _follow_the_first_rank)
+
+
+def _plan(model: Decoder) -> dict[int, plans.Outputs]:
+    return model.layers[0].recompute.func.__self__.plan  # type: ignore[union-attr]
+
+
+def test_each_kind_of_block_has_a_plan() -> None:
+    """A block of experts, and one without: the products of one are not those of the other."""
+    model, _ = student(with_experts, replace(PLAIN, recompute="budget:0.5"), World())
+    batch_loss(model, rows_of(0, range(ROWS)), ROUTED, 0.01).total.backward()
+    plan = _plan(model)
+    names = [{name for name, _ in plan[number] or ()} for number in (0, 1)]
+    assert "aten._grouped_mm.default" in names[0] ^ names[1], names
 
 
 @pytest.mark.slow
