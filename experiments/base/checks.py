@@ -14,6 +14,7 @@ from experiments.base.provenance import student_folders
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
 from kd_core.losses.objective import Objective
+from kd_core.parallel.config import Parallel
 from kd_core.parallel.layout import StudentSizes, check_divisible, check_row_length
 from kd_core.parallel.parallelize import bytes_of_a_step, fullest_rank_holding
 from kd_core.precision import dtype_of
@@ -156,6 +157,20 @@ def check_auxiliary(loss: Objective, student: Student) -> None:
             )
 
 
+def _check_support(student: Student, parallel: Parallel) -> None:
+    """Raises where a student's family has no part that a layout needs."""
+    if parallel.context_parallel > 1 and not student.shares_rows:
+        raise UsageError(
+            f"parallel.context_parallel: got {parallel.context_parallel}; {type(student).__name__} attends to whole "
+            "rows. Leave it at 1, and take parallel.shard=full and parallel.recompute=full for long rows."
+        )
+    if parallel.recompute_budget() is not None and not (student.measures_blocks or parallel.compile):
+        raise UsageError(
+            f"parallel.recompute: got {parallel.recompute}; costs of blocks of {type(student).__name__} cannot be "
+            "measured. Take full or every:N, or set parallel.compile=true, whose graphs have a budget of their own."
+        )
+
+
 def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> dict[str, str]:
     """Checks the layout of `ranks` ranks for a student on the meta device.
 
@@ -180,11 +195,7 @@ def check_layout(experiment: ExperimentParts, student: Student, ranks: int) -> d
     check_row_length(layout.context, T)
     sizes = StudentSizes.from_architecture(arch, T // layout.context)
     check_divisible(parallel.tensor_parallel, parallel.sequence_parallel, sizes)
-    if layout.context > 1 and not student.shares_rows:
-        raise UsageError(
-            f"parallel.context_parallel: got {layout.context}; {type(student).__name__} attends to whole rows. Leave "
-            "it at 1, and take parallel.shard=full and parallel.recompute=full for long rows."
-        )
+    _check_support(student, parallel)
     holding = fullest_rank_holding(student, layout, parallel.sequence_parallel)
     moments = f" and {holding.optimizer_bytes / 1e9:.3f} GB of moments" if isinstance(optimizer, AdamW) else ""
     rows = -(-experiment.rows_per_step // layout.data)

@@ -47,6 +47,7 @@ class Student(nn.Module):
     layers: nn.ModuleList
     lm_head: nn.Linear
     shares_rows = False  # a family whose attention takes `DividedDocuments` sets it, for context parallelism
+    measures_blocks = True  # whether a budget of recomputation can be planned from the costs of blocks
 
     @property
     def lm_head_form(self) -> LmHeadForm:

@@ -13,6 +13,7 @@ from kd_core.parallel.config import LAYOUT_SETTINGS
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.student import Student
+from kd_core.students.transformers_student.transformers_student import TransformersStudent
 from kd_core.training.monitoring.metric_log import read_metrics
 from kd_core.training.run_folder import RunFolder
 from kd_core.training.stop_signals import StopSignals
@@ -53,6 +54,15 @@ def test_a_student_that_attends_to_whole_rows_is_refused(tiny: Tiny, monkeypatch
     monkeypatch.setattr(Decoder, "shares_rows", Student.shares_rows)  # that of a family which does not set it
     with pytest.raises(UsageError, match=r"context_parallel: got 2; Decoder attends to whole rows\. Leave it at 1"):
         experiment.check(4)
+
+
+def test_a_budget_needs_blocks_that_can_be_measured(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_items.resolve_items([*tiny.train_items(), "parallel.recompute=budget:0.5"], "Experiment").config
+    experiment = fdl.build(config)
+    experiment.check()
+    monkeypatch.setattr(Decoder, "measures_blocks", TransformersStudent.measures_blocks)
+    with pytest.raises(UsageError, match=r"parallel\.recompute: got budget:0\.5; .* Take full or every:N"):
+        experiment.check()
 
 
 def test_a_run_goes_on_with_and_without_divided_rows(tiny: Tiny, tmp_path: Path) -> None:

@@ -129,10 +129,11 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
     vocab_size, device = student.arch.vocab_size, student.lm_head.weight.device
 
     def states(*documents: Tensor) -> Tensor:
-        """Returns the hidden states of the last document of one packed row."""
+        """Returns the hidden states of the last document of two equal packed rows: some masks need more than one."""
         positions = torch.cat([torch.arange(row.shape[1], device=device) for row in documents])[None]
         ids = torch.cat([torch.full_like(row, number) for number, row in enumerate(documents)], dim=1)
-        hidden: Tensor = student(torch.cat(documents, dim=1), positions, ids, _first)
+        rows = (values.repeat(2, 1) for values in (torch.cat(documents, dim=1), positions, ids))
+        hidden: Tensor = student(*rows, _first)
         return hidden[:, -documents[-1].shape[1] :]
 
     first, other = (_tokens(FIRST, seed, vocab_size, device) for seed in (3, 8))

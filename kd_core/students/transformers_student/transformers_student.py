@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kd_core.document_lengths import Documents
 from kd_core.errors import UsageError
@@ -63,21 +62,20 @@ def read_sizes(config: Any) -> Architecture:
 
 @dataclass
 class BlockRun:
-    """The forward pass of one block of transformers, which computes its activations again if `recompute` is set."""
+    """The forward pass of one block of transformers, through `recompute` where that is set and gradients are needed."""
 
     block: nn.Module
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
         block: Any = self.block
         if block.recompute and torch.is_grad_enabled():
-            # Stores only the inputs of `run`, which the backward pass calls again (arXiv 1604.06174).
-            return checkpoint(block.run, *args, use_reentrant=False, **settings)
+            return block.recompute(block.run, *args, **settings)
         return block.run(*args, **settings)
 
 
 def _as_block(block: nn.Module) -> nn.Module:
     """Gives a block of transformers the interface of a student's `Block`."""
-    vars(block).update(recompute=False, run=block.forward, forward=BlockRun(block))
+    vars(block).update(recompute=None, run=block.forward, forward=BlockRun(block))
     return block
 
 
@@ -112,17 +110,38 @@ class Inputs(NamedTuple):
     with_routers: bool
 
 
+def _has_routers(model: "PreTrainedModel") -> bool:
+    """Checks whether any module is one whose logits transformers records. Dense sizes of a family have none."""
+    recorders: list[Any] = []
+    for module in model.modules():
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        recorders += recorded if isinstance(recorded, list) else [recorded]
+    return any(
+        isinstance(module, getattr(recorder, "target_class", recorder))
+        and (getattr(recorder, "layer_name", None) or "") in name
+        for name, module in model.named_modules()
+        for recorder in recorders
+    )
+
+
 def experts_per_token(model: "PreTrainedModel") -> int | None:
-    """Returns how many experts a router chooses, or None without routers whose logits transformers records."""
-    recorded = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
-    if not any("router_logits" in names for names in recorded):
+    """Returns how many experts a router chooses, or None without routers whose recorded logits decide.
+
+    Those with a correction of each expert, or with groups of experts (arXiv 2412.19437), choose by other numbers.
+    """
+    config = model.config
+    is_corrected = any(hasattr(module, "e_score_correction_bias") for module in model.modules())
+    has_groups = any((getattr(config, name, None) or 1) > 1 for name in ("n_group", "topk_group"))
+    if is_corrected or has_groups or not _has_routers(model):
         return None
-    values = (getattr(model.config, name, None) for name in ("num_experts_per_tok", "num_experts_per_token"))
+    values = (getattr(config, name, None) for name in ("num_experts_per_tok", "num_experts_per_token"))
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 class TransformersStudent(Student):
     """A causal language model of transformers, in evaluation mode: dropout of its configuration is not used."""
+
+    measures_blocks = False  # they take arguments by name
 
     def __init__(self, model: "PreTrainedModel", folder: str) -> None:
         super().__init__()

@@ -11,14 +11,17 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
+from transformers import masking_utils
 
 from kd_core.errors import UsageError
+from kd_core.parallel.recompute import recompute_all
 from kd_core.students.huggingface.save import is_complete_export, save_pretrained
 from kd_core.students.starts.frozen_start import FrozenStart
 from kd_core.students.starts.lora_start import LoraStart
 from kd_core.students.starts.start import StudentInit, build_student
 from kd_core.students.starts.transformers_start import Transformers
 from kd_core.students.transformers_student.startup_checks import SCALES
+from kd_core.students.transformers_student.transformers_student import experts_per_token
 from tests.kd_core.students.transformers_models import (
     FAMILIES,
     SIZES,
@@ -163,7 +166,8 @@ def test_router_values_are_transformers_losses(name: str, recompute: bool, tmp_p
     """The balance of each document alone in its row is transformers' loss of it. A document as a row of a pass too."""
     folder = save_folder(name, tmp_path / "model")
     student, model = load(Transformers(str(folder))), their_model(name)
-    student.layers[0].recompute = recompute
+    if recompute:
+        student.layers[0].recompute = recompute_all
     assert student.auxiliary_names == ("router_balance", "router_z")
     tokens, _, _ = packed()
     documents, positions = torch.zeros_like(tokens), torch.arange(12).expand(2, 12)
@@ -184,8 +188,33 @@ def test_router_values_are_transformers_losses(name: str, recompute: bool, tmp_p
             torch.testing.assert_close(student.get_parameter(key).grad, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_dense_families_have_no_router_values(tmp_path: Path) -> None:
-    assert load(Transformers(str(save_folder("phi 3", tmp_path / "model")))).auxiliary_names == ()
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("phi 3", {}),
+        ("granite 4", {"num_local_experts": 0}),
+        ("nemotron h", {}),
+        ("deepseek 3", {}),
+        ("deepseek 3", {"n_group": 1}),
+    ],
+)
+def test_families_without_routers_that_decide_by_their_logits_have_no_router_values(
+    name: str, changes: dict[str, int]
+) -> None:
+    """Dense ones, and those whose routers add corrections to their logits."""
+    assert experts_per_token(their_model(name, **changes)) is None
+
+
+def test_blocks_are_run_by_what_recomputes(tmp_path: Path) -> None:
+    student, calls = load(Transformers(str(save_folder("phi 3", tmp_path / "model")))), list[str]()
+
+    def run_once(run: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        calls.append("block")
+        return run(*args, **settings)
+
+    student.layers[0].recompute = run_once
+    student(*packed())
+    assert calls == ["block"]
 
 
 def vision_model(kind: str) -> Any:
@@ -250,6 +279,13 @@ def test_a_model_whose_masks_let_documents_meet_gets_a_document_a_row(
     model = their_model("phi 3")
     expected = by_document(lambda row: model(row).logits, tokens, documents)
     torch.testing.assert_close(student(tokens, positions, documents)[documents >= 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_of_several_rows_may_differ_from_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for documents of unlike lengths find them by their positions in a batch of one row alone."""
+    find = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: find(ids) if len(ids) == 1 else None)
+    assert load(Transformers(str(save_folder("phi 3", tmp_path / "model")))).document_mode == "rows"
 
 
 def test_rounding_is_no_leak(tmp_path: Path) -> None:
