@@ -67,13 +67,13 @@ def _check_rows(row_length: int, tokens_per_step: int, caches: dict[str, Shards]
 
 
 def _check_documents(longest: int | None, caches: dict[str, Shards]) -> None:
-    """Raises where a record is longer than the documents of which the student has fixed angles."""
+    """Raises where a record is longer than the documents up to which the student's angles are the same."""
     for where, shards in caches.items():
         if longest is None or shards.manifest.row_length <= longest:
             continue
         if (record := int(shards.manifest.lengths.records.max())) > longest:
             raise UsageError(
-                f"student.folder: LongRoPE has other angles in documents of more than {longest} positions, and "
+                f"student.folder: its RoPE has other angles in documents of more than {longest} positions, and "
                 f"{where}.path {shards.path} has a record of {record}. Export with --config=tag:RowLength={longest}."
             )
 

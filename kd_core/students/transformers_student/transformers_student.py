@@ -36,6 +36,26 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
+@dataclass(frozen=True)
+class TransformersSizes(Architecture):
+    """Sizes of a model of transformers, and the length of documents up to which its RoPE has the same angles."""
+
+    same_angles: int | None = None
+
+    @property
+    def longest_document(self) -> int | None:
+        return self.same_angles
+
+
+def _same_angles(config: Any) -> int | None:
+    """Returns the length beyond which the angles of a whole batch change, so that losses depend on its other rows."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_layer = [rope, *(settings for settings in rope.values() if isinstance(settings, dict))]
+    switching = [settings for settings in by_layer if settings.get("rope_type") in ("dynamic", "longrope")]
+    name = "original_max_position_embeddings"
+    return min((settings.get(name) or config.max_position_embeddings for settings in switching), default=None)
+
+
 def read_sizes(config: Any) -> Architecture:
     """Returns the sizes of a model as far as its configuration names them. Its arithmetic stays with transformers."""
 
@@ -44,7 +64,7 @@ def read_sizes(config: Any) -> Architecture:
         return next((value for value in values if type(value) is int and value > 0), 1)
 
     heads = size("num_attention_heads", "n_head")
-    return Architecture(
+    return TransformersSizes(
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size", "n_embd", "d_model"),
         intermediate_size=size("intermediate_size"),
@@ -57,6 +77,7 @@ def read_sizes(config: Any) -> Architecture:
         tie_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         max_positions=size("max_position_embeddings", "n_positions"),
         family=str(config.model_type),
+        same_angles=_same_angles(config),
     )
 
 

@@ -21,7 +21,7 @@ from kd_core.students.starts.lora_start import LoraStart
 from kd_core.students.starts.start import StudentInit, build_student
 from kd_core.students.starts.transformers_start import Transformers
 from kd_core.students.transformers_student.startup_checks import SCALES
-from kd_core.students.transformers_student.transformers_student import experts_per_token
+from kd_core.students.transformers_student.transformers_student import experts_per_token, read_sizes
 from tests.kd_core.students.transformers_models import (
     FAMILIES,
     SIZES,
@@ -203,6 +203,16 @@ def test_families_without_routers_that_decide_by_their_logits_have_no_router_val
 ) -> None:
     """Dense ones, and those whose routers add corrections to their logits."""
     assert experts_per_token(their_model(name, **changes)) is None
+
+
+def test_angles_that_change_with_the_longest_row_limit_documents() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    phi = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config: Any = transformers.Phi3Config(**SIZES, original_max_position_embeddings=16, rope_parameters=phi)
+    assert read_sizes(config).longest_document == 16
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert read_sizes(transformers.LlamaConfig(**SIZES, rope_parameters=dynamic)).longest_document == 64
+    assert read_sizes(transformers.LlamaConfig(**SIZES)).longest_document is None
 
 
 def test_blocks_are_run_by_what_recomputes(tmp_path: Path) -> None:
