@@ -131,6 +131,9 @@ class TorchOptimizer:
                 "optimizer.only, .others: wanted both or neither, because every parameter needs an optimizer."
             )
         self._refuse_others_of_the_step()
+        block = self.settings.get("block_size", 1)
+        if self.cls in EIGHT_BIT and (type(block) is not int or block < 1):
+            raise UsageError(f"optimizer.settings.block_size: got {block!r}; wanted a whole number of at least 1.")
         # The optimiser checks its settings when it is built. Two small matrices do that before there is a student.
         self._make(torch_groups({"matrix": nn.Parameter(torch.zeros(2, 2))}, self.lr, self.weight_decay, {}, ""))
         if any(group.weight_decay for group in self.groups.values()):
@@ -183,7 +186,7 @@ class TorchOptimizer:
         names = match_names(remaining, self.only, "optimizer.only") if self.only else list(remaining)
         named = {name: remaining.pop(name) for name in names}
         if self.cls in EIGHT_BIT:
-            check_blocks(named, int(cast(int, self.settings.get("block_size", 256))))
+            check_blocks(named, cast(int, self.settings.get("block_size", 256)))
         return named, remaining
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:

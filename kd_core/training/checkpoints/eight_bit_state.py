@@ -48,34 +48,34 @@ def check_blocks(named: Mapping[str, Tensor], block: int) -> None:
             bits on some ranks alone.
     """
     for name, parameter in named.items():
-        least, most = _sizes_on_ranks(parameter)
+        # By shapes that all ranks compute, because where one raises, all must.
+        shapes = _shapes_on_ranks(parameter)
+        least, most = map(math.prod, shapes)
         if least < LEAST <= most:
             raise UsageError(
                 f"optimizer.cls: {name} has {least} to {most} numbers on a rank, and torchao rounds moments of {LEAST} "
                 "or more. Take another number of ranks, or leave it to optimizer.others."
             )
-        local = local_values(parameter)
-        row = local.shape[-1] if local.ndim else 1
-        if local.numel() >= LEAST and local.numel() % block == 0 and row % block:
-            fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if row % size == 0)
+        rows = [shape[-1] if shape else 1 for shape in shapes]
+        crosses = any(math.prod(shape) % block == 0 and row % block for shape, row in zip(shapes, rows, strict=True))
+        if most >= LEAST and crosses:
+            fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if math.gcd(*rows) % size == 0)
             raise UsageError(
-                f"optimizer.settings.block_size: got {block}; rows of {name} have {row} numbers on a rank, and a "
+                f"optimizer.settings.block_size: got {block}; rows of {name} have {rows[1]} numbers on a rank, and a "
                 f"checkpoint needs whole blocks in a row. Set it to {fitting}."
             )
 
 
-def _sizes_on_ranks(parameter: Tensor) -> tuple[int, int]:
-    """Returns the numbers of a parameter on the rank that has the fewest, and on the one that has the most."""
-    if not isinstance(parameter, DTensor):
-        return parameter.numel(), parameter.numel()
+def _shapes_on_ranks(parameter: Tensor) -> tuple[list[int], list[int]]:
+    """Returns the shapes of a parameter on the rank that has the least of it, and on the one that has the most."""
     least, most = list(parameter.shape), list(parameter.shape)
-    for dimension, placement in enumerate(parameter.placements):
+    for dimension, placement in enumerate(parameter.placements if isinstance(parameter, DTensor) else ()):
         if not placement.is_replicate():
             ranks, divided = parameter.device_mesh.size(dimension), placement.dim  # pyright: ignore[reportAttributeAccessIssue]
             # Each rank has ⌈rows / ranks⌉, and the last what is left.
             least[divided] = max(0, least[divided] - (ranks - 1) * -(-least[divided] // ranks))
             most[divided] = -(-most[divided] // ranks)
-    return math.prod(least), math.prod(most)
+    return least, most
 
 
 def plain_tensors(key: str, value: object, parameter: Tensor) -> dict[str, object]:

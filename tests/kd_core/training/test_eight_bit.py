@@ -123,6 +123,10 @@ def _uneven(world: World) -> None:
         parameter = distribute_tensor(torch.zeros(rows, 64), mesh, [Shard(0)])
         with nullcontext() if passes else pytest.raises(UsageError, match="w has 4032 to 4096 numbers on a rank"):
             check_blocks({"w": parameter}, 64)
+    # 66 and 65 rows of 96, where blocks of 64 divide the numbers of one rank alone: both raise.
+    parameter = distribute_tensor(torch.zeros(131, 96), mesh, [Shard(0)])
+    with pytest.raises(UsageError, match="block_size: got 64; rows of w have 96 numbers on a rank, .* Set it to 32"):
+        check_blocks({"w": parameter}, 64)
 
 
 def test_moments_of_two_kinds_are_refused() -> None:
@@ -154,6 +158,12 @@ def test_blocks_that_would_cross_rows_are_refused_by_name() -> None:
     message = "block_size: got 256; rows of embed_tokens.weight have 64 numbers on a rank, .* Set it to 64"
     with pytest.raises(UsageError, match=message):
         settings.check_names(_make())
+
+
+@pytest.mark.parametrize("size", [0, -64, 1.5, "x", None])
+def test_sizes_that_are_no_whole_number_are_refused(size: float | str | None) -> None:
+    with pytest.raises(UsageError, match="block_size: got .*wanted a whole number of at least 1"):
+        TorchOptimizer("AdamW8bit", 1e-2, {"block_size": size})
 
 
 @pytest.mark.parametrize("change", ["codes", "scale", "no scale"])
