@@ -36,9 +36,10 @@ class ClampedExperts(Experts):
 
     def _linear(self, x: Float[Tensor, "S D"], weight: Tensor, bias: Tensor, groups: Groups) -> Float[Tensor, "S F"]:
         product = multiply_groups(x, local_values(weight), groups.ends)
-        # Rows of other ranks get the last expert's bias, and are excluded behind this.  [S, F]
-        of_expert = groups.experts.clamp(max=len(groups.ends) - 1)
-        return product + local_values(bias).index_select(0, of_expert).to(product.dtype)
+        # Rows of other ranks get no bias, and so give none their gradients, which the kernel leaves undefined.  [S, F]
+        count = len(groups.ends)
+        biases = local_values(bias).index_select(0, groups.experts.clamp(max=count - 1))
+        return product + torch.where((groups.experts < count)[:, None], biases, 0).to(product.dtype)
 
     def feed_forward(self, x: Float[Tensor, "S D"], groups: Groups) -> Float[Tensor, "S D"]:
         """Computes down((up(x) + 1) ⊙ gate(x) · σ(1.702 · gate(x))) of each row's expert, with gate and up clamped."""

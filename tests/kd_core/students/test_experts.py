@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ ARCH = Architecture(
 )  # fmt: skip
 
 
-def random_experts(kind: type[Experts]) -> Experts:
+def random_experts(kind: type[Experts], arch: Architecture = ARCH) -> Experts:
     torch.manual_seed(0)
-    experts = kind(ARCH).double()
+    experts = kind(arch).double()
     for parameter in experts.parameters():
         parameter.data.normal_()
     return experts
@@ -82,6 +83,44 @@ def test_experts_are_feed_forwards_of_single_positions_also_divided(kind: type[E
         by_parameter = [torch.cat(found[2 + i :: count]) for i in range(count)]
         for one, other in zip([found[0], *by_parameter, found[1]], gradients, strict=True):
             assert (one - other).abs().max() < 1e-10
+
+
+class GroupedWithNan(torch.autograd.Function):
+    """The kernel, with NaN for the rows behind the last end, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x, weight, offs=ends).index_fill(0, torch.arange(int(ends[-1]), len(x)), torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, ends = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            of_x, of_weight = torch.autograd.grad(F.grouped_mm(*inputs, offs=ends), inputs, upstream[0])
+        return of_x.index_fill(0, torch.arange(int(ends[-1]), len(x)), torch.nan), of_weight, None
+
+
+@pytest.mark.parametrize("kind", [Experts, ClampedExperts])
+def test_rows_of_other_ranks_reach_no_gradient(kind: type[Experts], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel leaves them undefined. A rank with three of five experts has the gradients of its positions alone."""
+    monkeypatch.setattr(
+        decoder_experts, "_multiply_outside_graphs", lambda *inputs, offs: GroupedWithNan.apply(*inputs, offs)
+    )
+    experts = random_experts(kind, replace(ARCH, intermediate_size=16)).float()  # rows of whole 16 bytes
+    part = random_experts(kind, replace(ARCH, intermediate_size=16)).float()
+    for name, parameter in experts.named_parameters():
+        setattr(part, name, torch.nn.Parameter(parameter.detach()[:3].clone()))
+    x, weights = torch.randn(2, 7, 16), torch.rand(2, 7, 2)
+    chosen = torch.stack([torch.randperm(5)[:2] for _ in range(14)]).view(2, 7, 2)
+    gradients = []
+    for model, factors in ((experts, weights * (chosen < 3)), (part, weights)):
+        inputs = x.clone().requires_grad_()
+        model(inputs, chosen, factors).square().sum().backward()
+        gradients.append([inputs.grad, *(p.grad[:3] for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() < 1e-5 * one.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
