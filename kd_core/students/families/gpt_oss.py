@@ -69,7 +69,7 @@ def _flatten(config: Config) -> Config:
             "with transformers, by from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True)), and save "
             "it again by save_pretrained."
         )
-    if "rope_scaling" not in config and "rope_parameters" not in config:
+    if not config.get("rope_scaling") and not config.get("rope_parameters"):
         config = {**config, "rope_scaling": YARN}
     return {"rope_theta": 150_000.0, "sliding_window": 128, **config}
 
@@ -92,7 +92,10 @@ def _read(config: Config) -> dict[str, Any]:
 def _write(arch: Architecture) -> Config:
     assert arch.experts is not None
     kinds, window = write_windows(arch)
+    # transformers scales RoPE by YARN where no field says otherwise.
+    unscaled = {"rope_parameters": {"rope_type": "default", "rope_theta": arch.rope_theta}}
     return {
+        **({} if arch.rope_scaling else unscaled),
         "attention_bias": arch.qkv_bias,
         "layer_types": kinds,
         "sliding_window": window or 128,
