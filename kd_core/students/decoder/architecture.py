@@ -151,6 +151,14 @@ class Architecture:
         """Returns how many positions a document may have, or None without a limit."""
         return self.rope_scaling.original_positions if isinstance(self.rope_scaling, LongRopeScaling) else None
 
+    def check_length(self, positions: int, where: str) -> None:
+        """Raises a `UsageError` if a document may not have so many positions. `where` names it in the message."""
+        if self.longest_document is not None and positions > self.longest_document:
+            raise UsageError(
+                f"{where}: got a document of {positions} positions; wanted at most {self.longest_document}, for "
+                "LongRoPE has other angles in longer ones."
+            )
+
     def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
         """Returns theta and scaling of a layer."""
         if self.local_rope_theta is not None and self.window(layer) is not None:
