@@ -17,8 +17,9 @@ from kd_core.document_lengths import Documents
 
 @lru_cache(1)
 def _compiled(device: str):
+    # The first shape has a graph of its own, and further ones share one: dynamo gives up after 8 graphs.
     # Without a GPU, the kernel's own formula runs as it is written.
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
 def _document_of(cu_seqlens: Tensor, positions: int) -> Tensor:
@@ -35,11 +36,11 @@ def _block_mask(documents: Documents, queries: int, keys: int, window: int | Non
     # The key at the position of each query. A document's last query is at its last key.  [N]
     key_at = torch.arange(queries, device=cu_q.device) + (cu_k - cu_q)[document]
 
-    # A position sees earlier ones of its document, in its window.
-    reach = keys if window is None else window
+    # A position sees earlier ones of its document, in its window. No number of the shape is a constant of the kernel.
     return create_block_mask(
         lambda _batch, _head, query, key: (
-            (document[query] == key_document[key]) & (key <= key_at[query]) & (key > key_at[query] - reach)
+            (document[query] == key_document[key]) & (key <= key_at[query])
+            & (True if window is None else key > key_at[query] - window)
         ),
         None, None, queries, keys, device=cu_q.device,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Mixtures of experts against dense formulas: experts, grouped matmuls, router losses, and attention with sinks."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from kd_core.document_lengths import Documents
 from kd_core.parallel.world import World
 from kd_core.students.decoder import experts as decoder_experts
+from kd_core.students.decoder import flex_kernel
 from kd_core.students.decoder.architecture import Architecture, ExpertSettings
 from kd_core.students.decoder.experts import Experts, MixtureOfExperts, multiply_groups, router_values
 from kd_core.students.decoder.flex_kernel import attend_capped_by_kernel
@@ -182,6 +184,26 @@ def test_attention_with_sinks_is_a_softmax_with_one_more_logit() -> None:
         single = [x.float() for x in inputs]
         by_kernel = attend_capped_by_kernel(*single[:3], Documents.from_ids(ids), None, 4, None, single[3])
     assert (by_kernel - wanted).abs().max() < 1e-5
+
+
+def test_the_kernel_of_many_shapes_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up after eight graphs, and a kernel that is not compiled has products of all pairs."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    flex_kernel._compiled.cache_clear()
+    kernel = flex_kernel._compiled("cuda")
+    monkeypatch.setattr(flex_kernel, "_compiled", lambda _: kernel)
+    for positions in range(40, 58, 2):
+        q, k = torch.randn(1, 2, positions, 16), torch.randn(1, 1, positions, 16)
+        with torch.no_grad():
+            attend_capped_by_kernel(q, k, k, Documents.from_lengths([positions], 1), None, None, 5.0)
+    assert 0 < len(graphs) <= 6
 
 
 def compile_whole(world: World) -> None:
