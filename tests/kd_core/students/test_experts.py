@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
@@ -186,6 +187,7 @@ def test_attention_with_sinks_is_a_softmax_with_one_more_logit() -> None:
     assert (by_kernel - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_the_kernel_of_many_shapes_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo gives up after eight graphs, and a kernel that is not compiled has products of all pairs."""
     graphs: list[object] = []
@@ -204,6 +206,24 @@ def test_the_kernel_of_many_shapes_has_few_graphs(monkeypatch: pytest.MonkeyPatc
         with torch.no_grad():
             attend_capped_by_kernel(q, k, k, Documents.from_lengths([positions], 1), None, None, 5.0)
     assert 0 < len(graphs) <= 6
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_the_kernels_blocks_are_those_of_all_pairs(window: int | None) -> None:
+    """Without a mask of all pairs, of documents whose keys may be more than their queries."""
+    documents = replace(Documents.from_lengths([300, 1, 419], 1), keys=Documents.from_lengths([700, 200, 419], 1))
+    for case in (documents, Documents.from_lengths([300, 1, 419], 1)):
+        N, M = case.lengths, (case.keys or case).lengths
+        mask = flex_kernel._block_mask(case, sum(N), sum(M), window)
+        pairs = torch.block_diag(
+            *(torch.ones(n, m).tril(m - n).triu(m - n - (window or m) + 1) for n, m in zip(N, M, strict=True))
+        )
+        assert torch.equal(create_mask(mask.mask_mod, 1, 1, sum(N), sum(M), "cpu")[0, 0], pairs.bool())
+        wanted = create_block_mask(mask.mask_mod, 1, 1, sum(N), sum(M), "cpu")
+        assert mask.full_kv_num_blocks is not None
+        assert wanted.full_kv_num_blocks is not None
+        assert torch.equal(mask.full_kv_num_blocks, wanted.full_kv_num_blocks)
+        assert (mask.to_dense() >= wanted.to_dense()).all()
 
 
 def compile_whole(world: World) -> None:
