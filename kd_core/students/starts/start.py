@@ -167,8 +167,9 @@ class Random:
         stored = read_architecture(resolve_folder(self.folder))
         layers = tuple(layer % stored.num_layers for layer in range(self.num_layers))
         # Experts that have a size beside that of dense layers get this one too.
-        has_size = stored.experts is not None and stored.experts.size is not None
-        experts = replace(stored.experts, size=self.intermediate_size) if has_size else stored.experts
+        experts = stored.experts
+        if experts is not None and experts.size is not None:
+            experts = replace(experts, size=self.intermediate_size)
         return replace(
             stored.with_layers(layers),
             hidden_size=self.hidden_size,
