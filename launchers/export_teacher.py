@@ -75,19 +75,20 @@ WORLD = flags.DEFINE_integer(
 
 
 def _resolve(export: Any, out: str, device: Any) -> tuple[Any, "ChosenPrecision"]:
-    """Returns the export with the dtype and `batch_rows` of the caches in `out`, else those that suit the device.
+    """Returns the export with the dtype, `batch_rows` and scorer of the caches in `out`, else those that suit.
 
     Warns if the dtype is slow.
     """
     from data.export.resume_check import recorded_choices
-    from data.export.teacher_export import choose_batch_rows
+    from data.export.teacher_export import choose_batch_rows, choose_scorer
     from kd_core.precision import choose_precision
 
-    recorded_dtype, recorded_rows = recorded_choices(out)
+    recorded_dtype, recorded_rows, recorded_scorer = recorded_choices(out)
     chosen = choose_precision(export.dtype, device, recorded_dtype, "cache")
     chosen.warn_if_slow("dtype")
     rows = choose_batch_rows(export, device, recorded_rows)
-    return replace(export, dtype=chosen.precision, batch_rows=rows), chosen
+    scorer = choose_scorer(export, recorded_scorer)
+    return replace(export, dtype=chosen.precision, batch_rows=rows, scorer=scorer), chosen
 
 
 def _claim(out: str) -> AbstractContextManager[None]:

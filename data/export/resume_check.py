@@ -31,19 +31,20 @@ def _corpus_path(manifest: Manifest | None) -> str:
     return ", ".join(map(str, paths)) if isinstance(paths, list) else ""
 
 
-def recorded_choices(out: Path | str) -> tuple[str | None, int | None]:
-    """Returns the teacher's dtype and `batch_rows` of the caches that were begun in `out`, or None without any.
+def recorded_choices(out: Path | str) -> tuple[str | None, int | None, str | None]:
+    """Returns the teacher's dtype, `batch_rows` and scorer of the caches that were begun in `out`, or None without any.
 
     Raises:
         UsageError: the plan in their folder is damaged.
     """
     storage = storage_at(child(out, SPLITS[0]))
     if storage.size(PLAN_FILE) is None:
-        return None, None
+        return None, None, None
     with damage_as_usage_error(storage.url(PLAN_FILE), "the plan of an export"):
         plan = read_object(storage, PLAN_FILE, "the plan of an export")
         rows = check_integer(plan["batch_rows"], "batch_rows", 1, 1 << 31) if "batch_rows" in plan else None
-        return check_text(plan["dtype"], "dtype"), rows
+        scorer = check_text(plan["scorer"], "scorer") if "scorer" in plan else None
+        return check_text(plan["dtype"], "dtype"), rows, scorer
 
 
 def _without_end(stored: dict[str, Any]) -> dict[str, Any]:

@@ -107,3 +107,8 @@ def choose_batch_rows(export: TeacherExport, device: torch.device, recorded: int
         return rows
     slow = device.type == "cpu" and export.scorer != "vllm"  # whose engine batches by itself
     return CPU_BATCH_ROWS if slow else max(1, GPU_BATCH_POSITIONS // export.row_length)
+
+
+def choose_scorer(export: TeacherExport, recorded: str | None) -> ScorerName:
+    """Returns the scorer as set, or transformers where `auto` was that when the cache began, as in earlier versions."""
+    return "transformers" if export.scorer == "auto" and recorded == "transformers" else export.scorer

@@ -18,7 +18,7 @@ from kd_core.parallel.config import Parallel
 from kd_core.parallel.layout import StudentSizes, check_divisible, check_row_length
 from kd_core.parallel.parallelize import bytes_of_a_step, fullest_rank_holding
 from kd_core.precision import dtype_of
-from kd_core.students.decoder.architecture import too_many_tokens
+from kd_core.students.decoder.architecture import Architecture, too_many_tokens
 from kd_core.students.student import Student
 from kd_core.training.evaluation import Metric, metric_direction, metric_names
 from kd_core.training.lr_schedule import Schedule
@@ -99,11 +99,12 @@ def refuse_taken_names(metrics: Sequence[Metric], loss: Objective, caches: Itera
         raise UsageError(f"evaluation.metrics: {', '.join(doubles)}: another metric has this name. Rename it.")
 
 
-def _check_evaluation(experiment: ExperimentParts, tokenizer: Tokenizer) -> None:
+def _check_evaluation(experiment: ExperimentParts, tokenizer: Tokenizer, arch: Architecture) -> None:
     evaluation = experiment.evaluation
     for prompt, ids in zip(evaluation.prompts, tokenizer.encode(evaluation.prompts), strict=True):
         if not ids:
             raise UsageError(f"evaluation.prompts: {prompt!r} has no token. Begin with a word.")
+        arch.check_length(len(ids) + evaluation.continuation_tokens - 1, "evaluation.prompts")
     refuse_taken_names(evaluation.metrics, experiment.loss, experiment.held_out_caches().values())
     validation_metrics = experiment.validation_metrics()
     if (best := experiment.checkpoint.best_metric) not in validation_metrics:
@@ -141,7 +142,7 @@ def check(experiment: ExperimentParts) -> None:
     _check_documents(arch.longest_document, caches)
     for shards in experiment.training_caches().values():
         experiment.loss.check_cache(cache_facts(shards))
-    _check_evaluation(experiment, tokenizer)
+    _check_evaluation(experiment, tokenizer, arch)
     _warn_of_training_data(experiment)
 
 

@@ -39,9 +39,13 @@ class LayerwiseText:
     Args:
         model: the model, with its adapters and in its precision.
         tokens: rows of S tokens of one document each. T = S − 1 positions of a row are scored.
+
+    Raises:
+        UsageError: the rows are longer than documents that the model may have.
     """
 
     def __init__(self, model: Student, tokens: Int[Tensor, "B S"]) -> None:
+        model.arch.check_length(tokens.shape[1] - 1, "row_length")
         # Position t predicts token t + 1.  labels [B·T]
         self.model, self.tokens, self.labels = model, tokens, tokens[:, 1:].flatten()
         positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand_as(tokens[:, 1:])

@@ -98,9 +98,13 @@ def continue_greedily(
     """Returns the next `tokens` tokens of each prompt, by greedy decoding.
 
     All ranks call it with the same prompts, and all get the same result.
+
+    Raises:
+        UsageError: a prompt with its continuation is longer than documents that the model may have.
     """
     # Sequence parallelism divides the length of a pass among the tensor-parallel ranks.
     longest, multiple = max(map(len, prompts), default=0), world.layout.tensor
+    model.arch.check_length(longest + tokens - 1, "prompts")  # the last token is none that a pass takes
     # Room for all tokens to come, and for the padding of a pass.  [B, slots]
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(world.device)
     ids = torch.nn.functional.pad(ids, (0, tokens + multiple))

@@ -1,5 +1,6 @@
 """The architecture of a decoder: its shape and its arithmetic. `huggingface/config_json.py` reads it from a file."""
 
+import math
 from dataclasses import dataclass, replace
 
 from kd_core.errors import UsageError
@@ -108,6 +109,7 @@ class Architecture:
         for name, most in UPPER_BOUNDS.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
+        self._check_scales()
         if not 0 < self.rotary_share <= 1 or self.rotary_dim == 0:
             raise UsageError(f"rotary_share: got {self.rotary_share!a}; wanted above 0, to 1.")
         if isinstance(self.rope_scaling, LongRopeScaling):
@@ -120,6 +122,11 @@ class Architecture:
         for window in self.windows or ():
             if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
                 raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
+
+    def _check_scales(self) -> None:
+        for name in ("attention_scale", "attention_soft_cap", "logit_soft_cap"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name}: got {value!a}; wanted a finite number above 0.")
 
     @property
     def vocab_rows(self) -> int:
@@ -143,6 +150,14 @@ class Architecture:
     def longest_document(self) -> int | None:
         """Returns how many positions a document may have, or None without a limit."""
         return self.rope_scaling.original_positions if isinstance(self.rope_scaling, LongRopeScaling) else None
+
+    def check_length(self, positions: int, where: str) -> None:
+        """Raises a `UsageError` if a document may not have so many positions. `where` names it in the message."""
+        if self.longest_document is not None and positions > self.longest_document:
+            raise UsageError(
+                f"{where}: got a document of {positions} positions; wanted at most {self.longest_document}, for "
+                "LongRoPE has other angles in longer ones."
+            )
 
     def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
         """Returns theta and scaling of a layer."""

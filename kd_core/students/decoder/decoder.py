@@ -99,7 +99,8 @@ class Decoder(Student):
 
     @property
     def auxiliary_names(self) -> tuple[str, ...]:
-        return () if self.arch.experts is None else (BALANCE, Z)
+        arch = self.arch
+        return () if arch.experts is None or len(arch.dense_layers) == arch.num_layers else (BALANCE, Z)
 
     def auxiliary_values(self, context: Context, is_text: Bool[Tensor, "B T"]) -> dict[str, Float[Tensor, "B T"]]:
         assert self.arch.experts is not None

@@ -7,18 +7,21 @@ from functools import lru_cache, partial
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from kd_core.compiling import outside_compiled_graphs
 from kd_core.document_lengths import Documents
 
+BLOCK = 128  # queries and keys of one block
+
 
 @lru_cache(1)
 def _compiled(device: str):
+    # The first shape has a graph of its own, and further ones share one: dynamo gives up after 8 graphs.
     # Without a GPU, the kernel's own formula runs as it is written.
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
 def _document_of(cu_seqlens: Tensor, positions: int) -> Tensor:
@@ -27,21 +30,34 @@ def _document_of(cu_seqlens: Tensor, positions: int) -> Tensor:
     return torch.searchsorted(cu_seqlens, torch.arange(positions, device=cu_seqlens.device), right=True)
 
 
+def _listed(blocks: Bool[Tensor, "n m"]) -> tuple[Int[Tensor, "1 1 n"], Int[Tensor, "1 1 n m"]]:
+    """Returns how many blocks of each row are true, and their numbers before those of the others."""
+    return blocks.sum(dim=1).int()[None, None], blocks.int().argsort(dim=1, descending=True, stable=True).int()[
+        None, None
+    ]
+
+
 @lru_cache(4)  # layers with a window and layers without one share a mask each, in both slices of divided rows
 def _block_mask(documents: Documents, queries: int, keys: int, window: int | None) -> BlockMask:
     """Returns which blocks of queries and keys [N, M] the kernel visits, and which pairs inside them count."""
     cu_q, cu_k = documents.cu_seqlens, (documents.keys or documents).cu_seqlens
-    document, key_document = _document_of(cu_q, queries), _document_of(cu_k, keys)
-    # The key at the position of each query. A document's last query is at its last key.  [N]
-    key_at = torch.arange(queries, device=cu_q.device) + (cu_k - cu_q)[document]
+    document, device = _document_of(cu_q, queries), cu_q.device
+    # A position sees earlier ones of its document, in its window. Its document's last query is at its last key.  [N]
+    last = torch.arange(queries, device=device) + (cu_k - cu_q)[document]
+    first = cu_k[document - 1].long()
+    if window is not None:
+        first = torch.maximum(first, last - window + 1)
 
-    # A position sees earlier ones of its document, in its window.
-    reach = keys if window is None else window
-    return create_block_mask(
-        lambda _batch, _head, query, key: (
-            (document[query] == key_document[key]) & (key <= key_at[query]) & (key > key_at[query] - reach)
-        ),
-        None, None, queries, keys, device=cu_q.device,
+    # Bounds rise with the query. So a block's first and last query bound which keys any of them sees, or all.  [n, m]
+    begin, key = (torch.arange(0, size, BLOCK, device=device) for size in (queries, keys))
+    end = (begin + BLOCK - 1).clamp(max=queries - 1)
+    key_end, is_whole = key + BLOCK - 1, (begin + BLOCK <= queries)[:, None] & (key + BLOCK <= keys)
+    is_visited = (key_end >= first[begin][:, None]) & (key <= last[end][:, None])
+    is_full = is_whole & (key >= first[end][:, None]) & (key_end <= last[begin][:, None])
+    return BlockMask.from_kv_blocks(
+        *_listed(is_visited & ~is_full), *_listed(is_full), BLOCK,
+        lambda _batch, _head, query, key: (key >= first[query]) & (key <= last[query]),
+        (queries, keys),
     )  # fmt: skip
 
 

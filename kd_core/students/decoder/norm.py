@@ -21,8 +21,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Scales each position to unit root mean square, then by the factors.
 
-        A bfloat16 result is rounded before the weight and again after it. transformers rounds in the same places, so
-        a bfloat16 model gives the same logits. With an offset both round once.
+        A bfloat16 result is rounded before the weight and again after it. transformers rounds in the same places in
+        most families. In OLMo 2, OLMo 3 and gpt-oss it rounds once. With an offset both round once.
         """
         if self.offset:
             factor = self.offset + self.weight.float()

@@ -95,7 +95,7 @@ class LongRopeScaling:
     """LongRoPE (arXiv 2402.13753): each pair is stretched by a factor of its own.
 
     `short_factor` holds in rows of up to `original_positions` positions, `long_factor` in longer ones. An angle would
-    then depend on the length of the row, so longer rows are refused (`Architecture.longest_row`).
+    then depend on the length of the row, so longer rows are refused (`Architecture.longest_document`).
     """
 
     short_factor: tuple[float, ...]

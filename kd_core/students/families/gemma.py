@@ -86,6 +86,8 @@ def _read_gemma2(config: Config) -> dict[str, Any]:
     period, layers = int(config["sliding_window_pattern"]), range(1, int(config["num_hidden_layers"]) + 1)
     kinds = config.get("layer_types") or [SLIDING if layer % period else FULL for layer in layers]
     scalar = float(config["query_pre_attn_scalar"])
+    if not (scalar >= 1 and scalar.is_integer()):
+        raise UsageError(f"query_pre_attn_scalar is {scalar}; wanted a whole number from 1.")
     return {
         **read_attention_bias(config),
         "windows": read_windows(kinds, config["sliding_window"]),

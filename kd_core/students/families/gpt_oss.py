@@ -36,9 +36,10 @@ class ClampedExperts(Experts):
 
     def _linear(self, x: Float[Tensor, "S D"], weight: Tensor, bias: Tensor, groups: Groups) -> Float[Tensor, "S F"]:
         product = multiply_groups(x, local_values(weight), groups.ends)
-        # Rows of other ranks get the last expert's bias, and are excluded behind this.  [S, F]
-        of_expert = groups.experts.clamp(max=len(groups.ends) - 1)
-        return product + local_values(bias).index_select(0, of_expert).to(product.dtype)
+        # Rows of other ranks get no bias, and so give none their gradients, which the kernel leaves undefined.  [S, F]
+        count = len(groups.ends)
+        biases = local_values(bias).index_select(0, groups.experts.clamp(max=count - 1))
+        return product + torch.where((groups.experts < count)[:, None], biases, 0).to(product.dtype)
 
     def feed_forward(self, x: Float[Tensor, "S D"], groups: Groups) -> Float[Tensor, "S D"]:
         """Computes down((up(x) + 1) ⊙ gate(x) · σ(1.702 · gate(x))) of each row's expert, with gate and up clamped."""
@@ -68,7 +69,7 @@ def _flatten(config: Config) -> Config:
             "with transformers, by from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True)), and save "
             "it again by save_pretrained."
         )
-    if "rope_scaling" not in config and "rope_parameters" not in config:
+    if not config.get("rope_scaling") and not config.get("rope_parameters"):
         config = {**config, "rope_scaling": YARN}
     return {"rope_theta": 150_000.0, "sliding_window": 128, **config}
 
@@ -91,7 +92,10 @@ def _read(config: Config) -> dict[str, Any]:
 def _write(arch: Architecture) -> Config:
     assert arch.experts is not None
     kinds, window = write_windows(arch)
+    # transformers scales RoPE by YARN where no field says otherwise.
+    unscaled = {"rope_parameters": {"rope_type": "default", "rope_theta": arch.rope_theta}}
     return {
+        **({} if arch.rope_scaling else unscaled),
         "attention_bias": arch.qkv_bias,
         "layer_types": kinds,
         "sliding_window": window or 128,

@@ -4,7 +4,7 @@ from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture, ExpertSettings
 from kd_core.students.decoder.experts import ExpertBlock
-from kd_core.students.families.family import NO_BIAS, Config, Family, Joined, Stacked
+from kd_core.students.families.family import NO_BIAS, Config, Family, Joined, Stacked, with_default_theta
 
 MIXTURE = "block_sparse_moe"
 EXPERT = f"{MIXTURE}.experts.{{}}"
@@ -35,6 +35,7 @@ MIXTRAL = Family(
     _write,
     kv_heads=8,
     expects=(*NO_BIAS, ("layer_types", None), ("router_jitter_noise", 0.0)),
+    flatten=with_default_theta(1e6),
     block=ExpertBlock,
     joined=(Joined(f"{MIXTURE}.gate", ("mlp.router",)),),
     # w1, w3 and w2 are gate, up and down.

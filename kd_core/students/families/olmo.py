@@ -90,7 +90,7 @@ def _flatten_olmo3(config: Config) -> Config:
     by_kind = config.get("rope_parameters") or {}
     full, local = ({"rope_theta": theta, **(by_kind.get(kind) or {})} for kind in (FULL, SLIDING))
     if local.get("rope_type", "default") != "default":
-        raise UsageError(f"config.json: rope_parameters of {SLIDING} is {local!r}; only 'default' is supported.")
+        raise UsageError(f"rope_parameters of {SLIDING} is {local!r}; only 'default' is supported.")
     # Older files have the scaling of full layers alone.
     full |= config.get("rope_scaling") or {}
     return {**config, "rope_scaling": None, "rope_parameters": full, "local_rope_theta": float(local["rope_theta"])}

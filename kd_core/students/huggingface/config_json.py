@@ -4,6 +4,8 @@ Missing fields have the defaults of transformers. Unsupported fields that would 
 """
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,36 @@ from kd_core.students.huggingface.rope_config import read_rope, rope_fields
 EXPECTED_IN_ALL = {"hidden_act": "silu", "quantization_config": None, "transformers_weights": None}
 
 
-def _named_family(path: Path, config: Config) -> Family:
+@contextmanager
+def _naming(path: Path) -> Generator[None]:
+    """Names the file in errors, also in one for a missing field."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise UsageError(f"{path}: field {error} is missing.") from None
+
+
+def _named_family(config: Config) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UsageError(f"{path}: model_type is {name!r}; wanted one of {sorted(FAMILIES)}.")
+        raise UsageError(f"model_type is {name!r}; wanted one of {sorted(FAMILIES)}.")
     return FAMILIES[name]
 
 
-def _check_supported(path: Path, config: Config, family: Family) -> None:
+def _check_supported(config: Config, family: Family) -> None:
     """Checks that no unsupported field would change the arithmetic."""
     for field, value in {**EXPECTED_IN_ALL, **dict(family.expects)}.items():
         if config.get(field, value) != value:
             model_type = config["model_type"]
-            raise UsageError(f"{path}: {field} is {config[field]!r}; only {value!r} is supported for {model_type}.")
+            raise UsageError(f"{field} is {config[field]!r}; only {value!r} is supported for {model_type}.")
     layers = config.get("num_hidden_layers", 1)  # checked before anything is built per layer
     if type(layers) is not int or not 1 <= layers <= UPPER_BOUNDS["num_layers"]:
-        raise UsageError(f"{path}: num_hidden_layers is {layers!a}; wanted 1 to {UPPER_BOUNDS['num_layers']}.")
+        raise UsageError(f"num_hidden_layers is {layers!a}; wanted 1 to {UPPER_BOUNDS['num_layers']}.")
     kinds = config.get("layer_types")
     if kinds is not None and (len(kinds) != config.get("num_hidden_layers") or not set(kinds) <= {SLIDING, FULL}):
-        raise UsageError(f"{path}: layer_types is {kinds}; wanted {SLIDING} or {FULL} for each layer.")
+        raise UsageError(f"layer_types is {kinds}; wanted {SLIDING} or {FULL} for each layer.")
 
 
 def parse_architecture(path: Path, config: Config) -> Architecture:
@@ -48,12 +61,12 @@ def parse_architecture(path: Path, config: Config) -> Architecture:
     Raises:
         UsageError: a field is missing, or the family or a setting is not supported.
     """
-    config = _named_family(path, config).flatten(config)
-    family = _named_family(path, config)
-    _check_supported(path, config, family)
-    try:
+    with _naming(path):
+        config = _named_family(config).flatten(config)
+        family = _named_family(config)
+        _check_supported(config, family)
         heads = int(config["num_attention_heads"])
-        theta, scaling = read_rope(path, config)
+        theta, scaling = read_rope(config)
         shared: Config = {
             "vocab_size": int(config["vocab_size"]),
             "hidden_size": int(config["hidden_size"]),
@@ -70,8 +83,6 @@ def parse_architecture(path: Path, config: Config) -> Architecture:
             "family": str(config["model_type"]),
         }
         return Architecture(**{**shared, **family.read(config)})
-    except KeyError as error:
-        raise UsageError(f"{path}: field {error} is missing.") from None
 
 
 def read_architecture(folder: Path) -> Architecture:

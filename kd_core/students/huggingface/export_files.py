@@ -145,5 +145,6 @@ def write_export_files(
     if (path := folder / "config.json").exists():
         config = {**read_json(path, MODEL_CONFIG), **ids, "dtype": dtype}
     else:
-        config = {**ids, **config_fields(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)}
+        config = config_fields(arch, ids.get("bos_token_id"), ids.get("eos_token_id"), dtype)
+        config = {**ids, **config, **{name: value for name, value in ids.items() if value is not None}}
     write_json(path, config)

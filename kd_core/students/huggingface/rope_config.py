@@ -4,7 +4,6 @@ Older files have `rope_theta` and `rope_scaling`. Files of transformers 5 have `
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from kd_core.errors import UsageError
@@ -25,25 +24,25 @@ KNOWN_FIELDS = {
 }  # fmt: skip
 
 
-def _fields(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _fields(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns the kind of scaling and its fields, theta included, from either form."""
     stored = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(stored, dict) or any(isinstance(value, dict) for value in stored.values()):
-        raise UsageError(f"{path}: rope_parameters is {stored!r}; only one setting for all layers is supported.")
+        raise UsageError(f"rope_parameters is {stored!r}; only one setting for all layers is supported.")
     fields: dict[str, Any] = {**stored}
     older = fields.pop("type", None)
     kind = str(fields.pop("rope_type", older) or "default")
     if kind not in KINDS:
         why = f" ({UNSUPPORTED_KINDS[kind]})" if kind in UNSUPPORTED_KINDS else ""
-        raise UsageError(f"{path}: rope_type is {kind!r}{why}; only {', '.join(KINDS)} are supported.")
+        raise UsageError(f"rope_type is {kind!r}{why}; only {', '.join(KINDS)} are supported.")
     fields.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
     share = fields.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if share not in (None, 1, 1.0):
-        raise UsageError(f"{path}: partial_rotary_factor is {share}; only 1.0 is supported.")
+        raise UsageError(f"partial_rotary_factor is {share}; only 1.0 is supported.")
     unknown = sorted(set(fields) - KNOWN_FIELDS[kind] - {"rope_theta"})
     # Files of unscaled models often carry fields of other kinds. With `default` these have no effect.
     if unknown and kind != "default":
-        raise UsageError(f"{path}: rope_type {kind!r} has {unknown[0]!r}, which is not supported.")
+        raise UsageError(f"rope_type {kind!r} has {unknown[0]!r}, which is not supported.")
     return kind, fields
 
 
@@ -72,14 +71,14 @@ def _read_longrope(fields: dict[str, Any], factor: float, original: int) -> Long
     )
 
 
-def read_rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns theta and scaling of a configuration. `path` names it in errors.
+def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Returns theta and scaling of a configuration.
 
     Raises:
         UsageError: a kind of scaling, or a field of one, is not supported.
         KeyError: a field that the kind needs is missing.
     """
-    kind, fields = _fields(path, config)
+    kind, fields = _fields(config)
     theta = float(fields["rope_theta"])
     if kind == "default":
         return theta, None

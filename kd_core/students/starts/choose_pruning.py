@@ -6,7 +6,7 @@ from typing import NamedTuple
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.families.registry import family_decoder
 from kd_core.students.layer_importance import Drop, LayerwiseText, Measure, choose_layers, top_layers
-from kd_core.students.width_importance import measure_widths
+from kd_core.students.width_importance import check_prunable, measure_widths
 from kd_core.students.width_selection import WidthSelection, select_widths
 
 BATCH_TOKENS = 2048  # of one pass that measures widths
@@ -50,7 +50,11 @@ def choose_pruning(
     """Returns what the student keeps, and the layers of a student of as many parameters that loses layers alone.
 
     Layers are measured first, and widths in a pass through the layers that stay.
+
+    Raises:
+        UsageError: the model has a module whose widths cannot be cut.
     """
+    check_prunable(text.model)
     arch = text.model.arch
     alone = layers_of_equal_size(arch, count_parameters(request.arch, request.num_layers))
     scores, _ = choose_layers(text, request.measure, min(alone, request.num_layers), report_drop)

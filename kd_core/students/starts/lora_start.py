@@ -18,6 +18,7 @@ from kd_core.students.starts.start import StudentInit, fill_random
 from kd_core.students.student import Student
 
 QKV, DENSE, FC1, FC2 = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+DENSE_ENDS = tuple(f".{name}" for name in FC1 + FC2)
 # NeMo-Aligner's names, and those of folders that join layers.
 ALIASES = {
     "qkv_proj": QKV,
@@ -86,6 +87,12 @@ class LoraStart:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and model.block_of(name) is not None
         ]
+        is_mixture = model.arch.experts is not None and not any(name.endswith(DENSE_ENDS) for name in linears)
+        if is_mixture and (dense := {"all", "mlp"} & set(self.targets)):
+            raise UsageError(
+                f"student.targets: got {min(dense)!r}, and every feed-forward of this student is a mixture of experts, "
+                "which have no adapters; wanted `attention`, or patterns."
+            )
         patterns = [pattern for target in self.targets for pattern in ALIASES.get(target, (target,))]
         names = match_names(linears, patterns, f"student.targets (patterns, or {', '.join(ALIASES)})")
         if self.layers is not None:

@@ -138,7 +138,7 @@ class Pretrained:
 class Random:
     """A student of random weights in a shape of its own, with the vocabulary and tokenizer of `folder`.
 
-    Weights are normal with a standard deviation of `init_std`.
+    Weights are normal with a standard deviation of `init_std`. Experts have `intermediate_size` channels as well.
     """
 
     folder: str
@@ -166,10 +166,15 @@ class Random:
         """Returns the folder's architecture with the sizes of this start. Windows of its layers repeat in turn."""
         stored = read_architecture(resolve_folder(self.folder))
         layers = tuple(layer % stored.num_layers for layer in range(self.num_layers))
+        # Experts that have a size beside that of dense layers get this one too.
+        experts = stored.experts
+        if experts is not None and experts.size is not None:
+            experts = replace(experts, size=self.intermediate_size)
         return replace(
             stored.with_layers(layers),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
+            experts=experts,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.hidden_size // self.num_heads,

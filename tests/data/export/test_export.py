@@ -23,7 +23,7 @@ from data.export import export as steps
 from data.export.extend import SPLITS
 from data.export.plan import make_plans
 from data.export.resume_check import record_or_check_plan, recorded_choices
-from data.export.teacher_export import choose_batch_rows
+from data.export.teacher_export import choose_batch_rows, choose_scorer
 from data.teacher.select import select_entries
 from kd_core.errors import UsageError
 from kd_core.students.huggingface.config_json import read_architecture
@@ -249,7 +249,19 @@ def test_rows_are_batched_by_device_and_as_the_cache_began(tiny: Tiny, tmp_path:
     # A plan that a CPU has made holds what an explicit 2 gives, and it is the recorded value that continues.
     plans = [make_plans(tiny.export(batch_rows=rows), tmp_path / "out")[0] for rows in (None, 2)]
     assert plans[0].identity == plans[1].identity
-    assert recorded_choices(tmp_path / "out") == (None, None)
+    assert recorded_choices(tmp_path / "out") == (None, None, None)
     record_or_check_plan(plans[0])
-    assert recorded_choices(tmp_path / "out") == ("float32", 2)
+    assert recorded_choices(tmp_path / "out") == ("float32", 2, "decoder")
     assert choose_batch_rows(export, gpu, 2) == 2
+
+
+def test_auto_keeps_the_scorer_that_a_cache_began_with(tiny: Tiny, tmp_path: Path) -> None:
+    """Earlier versions scored families by transformers that our decoder has now."""
+    record_or_check_plan(make_plans(tiny.export(scorer="transformers"), tmp_path / "out")[0])
+    export, recorded = tiny.export(scorer="auto"), recorded_choices(tmp_path / "out")[2]
+    with pytest.raises(UsageError, match="another scorer"):
+        record_or_check_plan(make_plans(export, tmp_path / "out")[0])
+    export = replace(export, scorer=choose_scorer(export, recorded))
+    assert not record_or_check_plan(make_plans(export, tmp_path / "out")[0])
+    assert [choose_scorer(tiny.export(scorer=name), recorded) for name in ("decoder", "vllm")] == ["decoder", "vllm"]
+    assert choose_scorer(tiny.export(scorer="auto"), "vllm") == "auto"

@@ -26,7 +26,7 @@ from tests.ranks import run_ranks
 TENSOR = replace(PLAIN, tensor_parallel=2)
 BY_POSITION = replace(TENSOR, sequence_parallel=True)
 FULL_SHARDS = replace(PLAIN, shard="full")
-NORMS = {"olmo2": BY_POSITION, "olmo2, tied, with biases": FULL_SHARDS, "glm4": BY_POSITION}
+NORMS = {"olmo2": BY_POSITION, "olmo2, tied, with biases": FULL_SHARDS, "glm4": BY_POSITION, "gpt-oss": TENSOR}
 OTHERS = {
     "smollm3": TENSOR,
     "smollm3, windows, biases": FULL_SHARDS,
@@ -64,7 +64,7 @@ def _compare(world: World, cases: dict[str, tuple[Architecture, Parallel]]) -> N
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [(2, NORMS), pytest.param(2, OTHERS, marks=pytest.mark.slow), pytest.param(4, REPEATED, marks=pytest.mark.slow)],
-    ids=["norms", "others", "repeated keys"],
+    ids=["norms and experts", "others", "repeated keys"],
 )
 def test_ranks_take_the_step_of_one_process(ranks: int, layouts: dict[str, Parallel]) -> None:
     configs = {name: their_config(name).to_dict() for name in layouts}

@@ -20,7 +20,7 @@ from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.families.registry import FAMILIES
-from kd_core.students.huggingface.config_json import read_architecture
+from kd_core.students.huggingface.config_json import parse_architecture, read_architecture
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.lora_start import LoraStart
 from kd_core.students.starts.start import Pretrained, Random, build_student
@@ -162,6 +162,30 @@ def test_adapters_of_attention_merge_and_are_read_by_peft(name: str, tmp_path: P
     assert difference(ours, merged.eval()) < 1e-4
 
 
+def test_rope_without_scaling_stays_so_in_an_export(tmp_path: Path) -> None:
+    """Where no field says so, transformers has its YaRN for gpt-oss."""
+    theirs = their_model("gpt-oss", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    save_pretrained(ours, tmp_path / "ours", tmp_path / "theirs")
+    assert load(tmp_path / "ours").arch == ours.arch
+    assert ours.arch.rope_scaling is None
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    assert difference(ours, again) < 1e-4
+    config = read_json(tmp_path / "ours" / "config.json", "a configuration")
+    assert config.pop("rope_scaling") is config.pop("rope_parameters").get("factor") is None
+    unset = {**config, "rope_scaling": None, "rope_parameters": None}
+    assert parse_architecture(tmp_path, unset).rope_scaling == parse_architecture(tmp_path, config).rope_scaling
+    assert parse_architecture(tmp_path, config).rope_scaling
+
+
+def test_experts_have_no_adapters_which_is_said(tmp_path: Path) -> None:
+    their_model("mixtral").save_pretrained(tmp_path)
+    for target in ("all", "mlp"):
+        with pytest.raises(UsageError, match=f"got '{target}'.*experts, which have no adapters; wanted `attention`"):
+            LoraStart(Pretrained(str(tmp_path)), (target,)).build_on_meta()
+
+
 def in_and_out(world: World, folders: list[Path]) -> None:
     """Each rank reads its experts, and the first writes what all of them hold."""
     for folder in folders:
@@ -222,6 +246,12 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_random_experts_have_the_size_of_the_start(tmp_path: Path) -> None:
+    their_model("qwen3 moe, dense layers").save_pretrained(tmp_path)
+    model = Random(str(tmp_path), 16, 20, 2, 2, 1).build_on_meta()
+    assert model.get_parameter("layers.1.mlp.experts.down_proj").shape == (4, 16, 20)
+
+
 def test_random_students_begin_with_zero_biases(tmp_path: Path) -> None:
     their_model("gpt-oss").save_pretrained(tmp_path)
     model = build_student(Random(str(tmp_path), 16, 24, 2, 2, 1), CPU, 0)
@@ -234,7 +264,11 @@ def test_random_students_begin_with_zero_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(MXFP4\).*dequantize=True"),
+        (
+            "gpt-oss",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            r"config\.json: .*quantised \(MXFP4\).*dequantize=True",
+        ),
         ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; only 7.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ("mixtral", {"num_experts_per_tok": 5}, "experts.per_token: got 5; wanted 1 to 4"),
@@ -248,6 +282,21 @@ def test_configurations_that_are_not_supported(name: str, change: dict[str, Any]
     write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json", "a configuration"), **change})
     with pytest.raises(UsageError, match=message):
         read_architecture(tmp_path)
+
+
+def test_mixtral_has_a_theta_of_its_own_where_none_is_named(tmp_path: Path) -> None:
+    config = their_model("mixtral").config.to_dict()
+    for name in ("rope_parameters", "rope_theta"):
+        config.pop(name, None)
+    assert parse_architecture(tmp_path, config).rope_theta == 1e6
+    assert parse_architecture(tmp_path, {**config, "rope_parameters": {"rope_theta": 5e3}}).rope_theta == 5e3
+
+
+def test_kept_layers_without_experts_have_no_router_terms(tmp_path: Path) -> None:
+    their_model("qwen3 moe, dense layers").save_pretrained(tmp_path)
+    dense = Pretrained(str(tmp_path), keep_layers=(0,)).build_on_meta()
+    assert dense.auxiliary_names == ()
+    assert Pretrained(str(tmp_path), keep_layers=(0, 1)).build_on_meta().auxiliary_names
 
 
 def test_names_of_experts_are_complete(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """Mixtures of experts against dense formulas: experts, grouped matmuls, router losses, and attention with sinks."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from kd_core.document_lengths import Documents
 from kd_core.parallel.world import World
 from kd_core.students.decoder import experts as decoder_experts
+from kd_core.students.decoder import flex_kernel
 from kd_core.students.decoder.architecture import Architecture, ExpertSettings
 from kd_core.students.decoder.experts import Experts, MixtureOfExperts, multiply_groups, router_values
 from kd_core.students.decoder.flex_kernel import attend_capped_by_kernel
@@ -27,9 +31,9 @@ ARCH = Architecture(
 )  # fmt: skip
 
 
-def random_experts(kind: type[Experts]) -> Experts:
+def random_experts(kind: type[Experts], arch: Architecture = ARCH) -> Experts:
     torch.manual_seed(0)
-    experts = kind(ARCH).double()
+    experts = kind(arch).double()
     for parameter in experts.parameters():
         parameter.data.normal_()
     return experts
@@ -82,6 +86,44 @@ def test_experts_are_feed_forwards_of_single_positions_also_divided(kind: type[E
         by_parameter = [torch.cat(found[2 + i :: count]) for i in range(count)]
         for one, other in zip([found[0], *by_parameter, found[1]], gradients, strict=True):
             assert (one - other).abs().max() < 1e-10
+
+
+class GroupedWithNan(torch.autograd.Function):
+    """The kernel, with NaN for the rows behind the last end, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x, weight, offs=ends).index_fill(0, torch.arange(int(ends[-1]), len(x)), torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, ends = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            of_x, of_weight = torch.autograd.grad(F.grouped_mm(*inputs, offs=ends), inputs, upstream[0])
+        return of_x.index_fill(0, torch.arange(int(ends[-1]), len(x)), torch.nan), of_weight, None
+
+
+@pytest.mark.parametrize("kind", [Experts, ClampedExperts])
+def test_rows_of_other_ranks_reach_no_gradient(kind: type[Experts], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel leaves them undefined. A rank with three of five experts has the gradients of its positions alone."""
+    monkeypatch.setattr(
+        decoder_experts, "_multiply_outside_graphs", lambda *inputs, offs: GroupedWithNan.apply(*inputs, offs)
+    )
+    experts = random_experts(kind, replace(ARCH, intermediate_size=16)).float()  # rows of whole 16 bytes
+    part = random_experts(kind, replace(ARCH, intermediate_size=16)).float()
+    for name, parameter in experts.named_parameters():
+        setattr(part, name, torch.nn.Parameter(parameter.detach()[:3].clone()))
+    x, weights = torch.randn(2, 7, 16), torch.rand(2, 7, 2)
+    chosen = torch.stack([torch.randperm(5)[:2] for _ in range(14)]).view(2, 7, 2)
+    gradients = []
+    for model, factors in ((experts, weights * (chosen < 3)), (part, weights)):
+        inputs = x.clone().requires_grad_()
+        model(inputs, chosen, factors).square().sum().backward()
+        gradients.append([inputs.grad, *(p.grad[:3] for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() < 1e-5 * one.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,6 +185,45 @@ def test_attention_with_sinks_is_a_softmax_with_one_more_logit() -> None:
         single = [x.float() for x in inputs]
         by_kernel = attend_capped_by_kernel(*single[:3], Documents.from_ids(ids), None, 4, None, single[3])
     assert (by_kernel - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_the_kernel_of_many_shapes_has_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up after eight graphs, and a kernel that is not compiled has products of all pairs."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    flex_kernel._compiled.cache_clear()
+    kernel = flex_kernel._compiled("cuda")
+    monkeypatch.setattr(flex_kernel, "_compiled", lambda _: kernel)
+    for positions in range(40, 58, 2):
+        q, k = torch.randn(1, 2, positions, 16), torch.randn(1, 1, positions, 16)
+        with torch.no_grad():
+            attend_capped_by_kernel(q, k, k, Documents.from_lengths([positions], 1), None, None, 5.0)
+    assert 0 < len(graphs) <= 6
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_the_kernels_blocks_are_those_of_all_pairs(window: int | None) -> None:
+    """Without a mask of all pairs, of documents whose keys may be more than their queries."""
+    documents = replace(Documents.from_lengths([300, 1, 419], 1), keys=Documents.from_lengths([700, 200, 419], 1))
+    for case in (documents, Documents.from_lengths([300, 1, 419], 1)):
+        N, M = case.lengths, (case.keys or case).lengths
+        mask = flex_kernel._block_mask(case, sum(N), sum(M), window)
+        pairs = torch.block_diag(
+            *(torch.ones(n, m).tril(m - n).triu(m - n - (window or m) + 1) for n, m in zip(N, M, strict=True))
+        )
+        assert torch.equal(create_mask(mask.mask_mod, 1, 1, sum(N), sum(M), "cpu")[0, 0], pairs.bool())
+        wanted = create_block_mask(mask.mask_mod, 1, 1, sum(N), sum(M), "cpu")
+        assert mask.full_kv_num_blocks is not None
+        assert wanted.full_kv_num_blocks is not None
+        assert torch.equal(mask.full_kv_num_blocks, wanted.full_kv_num_blocks)
+        assert (mask.to_dense() >= wanted.to_dense()).all()
 
 
 def compile_whole(world: World) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 
-from kd_core.students.huggingface.export_files import ChatFormat
+from kd_core.students.huggingface.config_json import parse_architecture
+from kd_core.students.huggingface.export_files import ChatFormat, write_export_files
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Pretrained, build_student
+from tests.kd_core.students.models import their_config
 from tests.tiny import CHATML, Tiny, make_chat_folder
 
 FILES = (
@@ -93,6 +95,17 @@ def test_ids_of_special_tokens_are_those_of_the_source(tiny: Tiny, tmp_path: Pat
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
     assert ours.get_input_embeddings().padding_idx == 6
     assert json.loads((out / "config.json").read_text())["sep_token_id"] == 7
+
+
+def test_families_without_a_padding_token_keep_that_of_the_source(tmp_path: Path) -> None:
+    config = their_config("phi3").to_dict()
+    (tmp_path / "out").mkdir()
+    for pad in (5, None):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+        write_export_files(tmp_path / "out", parse_architecture(tmp_path, config), tmp_path, "float32")
+        written = tmp_path / "out" / "config.json"
+        assert json.loads(written.read_text())["pad_token_id"] == pad
+        written.unlink()
 
 
 def test_a_base_student_trained_on_chat_gets_template_and_end_of_turn(tiny: Tiny, tmp_path: Path) -> None:

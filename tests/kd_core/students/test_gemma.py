@@ -1,6 +1,7 @@
 """Gemma 2 and 3 against transformers: gradients, text models of others, adapters, greedy text, scores."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ def test_older_fields_of_gemma_3_mean_the_same(tmp_path: Path) -> None:
     assert arch.rope(0) == (1e4, None) != arch.rope(5)
 
 
+NO_SCALARS = (-1, 0, 0.3, math.inf, math.nan)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -158,10 +162,19 @@ def test_older_fields_of_gemma_3_mean_the_same(tmp_path: Path) -> None:
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "'default'"),
-        ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "wanted those of full_attention"),
+        (
+            "gemma3",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            r"config\.json: rope_parameters is .*wanted those of full_attention",
+        ),
         ("gemma3", {"model_type": "gemma3"}, "text_config"),
         ("gemma3", {"model_type": "gemma3", "text_config": [1]}, "damaged"),
         ("gemma2", {"sliding_window_pattern": 0, "layer_types": None}, "damaged"),
+        *(("gemma2", {"query_pre_attn_scalar": value}, "scalar is .*; wanted a whole number") for value in NO_SCALARS),
+        *(
+            ("gemma2", {f"{kind}_logit_softcapping": cap}, rf"config\.json: .*_soft_cap: got {cap}; wanted a finite")
+            for kind, cap in (("attn", 0.0), ("final", 0.0), ("attn", math.nan), ("final", math.inf), ("attn", -1.0))
+        ),
     ],
 )
 def test_other_arithmetic_is_refused_by_name(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.transformer_block import TransformerBlock
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.huggingface.weights import stored_tensors
+from kd_core.students.layer_importance import LayerwiseText
+from kd_core.students.starts.choose_pruning import PruningRequest, choose_pruning
 from kd_core.students.starts.pruned_start import CutTensor, PrunedStart
 from kd_core.students.starts.start import build_student
 from kd_core.students.width_importance import WidthImportance, measure_widths
@@ -274,5 +276,9 @@ def test_a_family_with_other_modules_is_refused_by_name(tmp_path: Path, monkeypa
     _folder("llama", tmp_path)
     rules = {**TransformerBlock.sharding_rules, "mlp.gate_proj": "experts"}
     monkeypatch.setattr(TransformerBlock, "sharding_rules", rules)
+    text = LayerwiseText(load(tmp_path), rows()[0])
+    monkeypatch.setattr(LayerwiseText, "run_layer", lambda *_: pytest.fail("measured before it was refused"))
+    with pytest.raises(UsageError, match=r"mlp\.gate_proj: the widths of llama cannot be pruned"):
+        choose_pruning(text, PruningRequest(text.model.arch, 2, "influence"), lambda _: None, lambda _: None)
     with pytest.raises(UsageError, match=r"mlp\.gate_proj: the widths of llama cannot be pruned"):
         _measure(load(tmp_path))

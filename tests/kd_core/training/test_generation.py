@@ -1,20 +1,26 @@
 """Greedy continuations are those of plain decoding, whoever holds the student."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kd_core.errors import UsageError
 from kd_core.parallel.config import Parallel
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import Decoder
 from kd_core.students.decoder.rope import YarnScaling
+from kd_core.students.families.registry import family_decoder
+from kd_core.students.huggingface.config_json import parse_architecture
+from kd_core.students.layer_importance import LayerwiseText
 from kd_core.students.starts.start import Pretrained, build_student
 from kd_core.training.generation import append_tokens, continue_greedily
 from kd_core.types import LmHeadForm
+from tests.kd_core.students.models import their_config
 from tests.ranks import run_ranks
 from tests.tiny import Tiny
 
@@ -139,3 +145,13 @@ def on_ranks(world: World, folder: str, wanted: list[list[int]]) -> None:
 def test_ranks_continue_as_one_process(tiny: Tiny) -> None:
     model = build_student(Pretrained(str(tiny.teacher)), torch.device("cpu"), seed=0)
     run_ranks(2, on_ranks, str(tiny.teacher), continue_greedily(model, PROMPTS, TOKENS, FLOAT32, World()))
+
+
+def test_passes_beyond_the_original_context_of_longrope_are_refused() -> None:
+    """Of a continuation, and of text that measures layers."""
+    model = family_decoder(parse_architecture(Path("config.json"), their_config("phi3, longrope").to_dict()))
+    with pytest.raises(UsageError, match="prompts: got a document of 49 positions; wanted at most 48, for LongRoPE"):
+        continue_greedily(model, [[1] * 46, [2]], 4, FLOAT32, World())
+    with pytest.raises(UsageError, match="row_length: got a document of 49 positions"):
+        LayerwiseText(model, torch.zeros(1, 50, dtype=torch.int64))
+    model.arch.check_length(48, "of 48 positions, it is not")
