@@ -93,7 +93,10 @@ class LoraStart:
                 f"student.targets: got {min(dense)!r}, and every feed-forward of this student is a mixture of experts, "
                 "which have no adapters; wanted `attention`, or patterns."
             )
-        patterns = [pattern for target in self.targets for pattern in ALIASES.get(target, (target,))]
+        # A layer of that very name comes before what its name stands for.
+        last_names = {name.rsplit(".", 1)[1] for name in linears}
+        aliases = {name: patterns for name, patterns in ALIASES.items() if name not in last_names}
+        patterns = [pattern for target in self.targets for pattern in aliases.get(target, (target,))]
         names = match_names(linears, patterns, f"student.targets (patterns, or {', '.join(ALIASES)})")
         if self.layers is not None:
             names = [name for name in names if model.block_of(name) in self.layers]
