@@ -14,7 +14,7 @@ from kd_core.errors import UsageError
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNMENT = 8
-ENTRY_BYTES = 512  # of a name, a shape and two offsets in the header, beside the name itself
+ENTRY_BYTES = 192  # of a type, a shape and two offsets in the header, beside the name
 
 
 def write_tensors(path: Path, names: list[str], tensors: Iterable[Tensor]) -> None:
@@ -38,8 +38,10 @@ def write_tensors(path: Path, names: list[str], tensors: Iterable[Tensor]) -> No
                 header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
                 file.write(values.data)
                 del tensor, values  # before the next one is gathered
+            text = json.dumps(header).encode()
+            assert len(text) <= reserved, "a header is longer than its place"
             file.seek(0)
-            file.write(struct.pack("<Q", reserved) + json.dumps(header).encode().ljust(reserved))
+            file.write(struct.pack("<Q", reserved) + text.ljust(reserved))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

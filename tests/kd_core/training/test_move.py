@@ -48,7 +48,7 @@ def parameters_after(clip_norm: float, decided: bool, gradients: list[list[Tenso
     """Parameters after a step by each of the gradients."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3))]
-    optimizer = AdamW(LR, BETAS, EPS, DECAY).build_for(parameters)
+    optimizer = AdamW(LR, BETAS, EPS, DECAY).build_for({"a": parameters[0], "b": parameters[1]}, "optimizer")
     for tensors in gradients:
         for parameter, gradient in zip(parameters, tensors, strict=True):
             parameter.grad = gradient.clone()
@@ -112,7 +112,7 @@ def test_below_the_bound_the_host_leaves_the_gradients_as_torch_does() -> None:
 
 def test_only_a_gpu_and_a_fused_kernel_decide() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2, 2))]
-    fused, plain = AdamW().build_for(parameters), torch.optim.SGD(parameters, lr=1.0)
+    fused, plain = AdamW().build_for({"a": parameters[0]}, "optimizer"), torch.optim.SGD(parameters, lr=1.0)
     assert decides_on_device(fused, torch.device("cuda", 0))
     assert not decides_on_device(fused, torch.device("cpu"))
     assert not decides_on_device(plain, torch.device("cuda", 0))
