@@ -17,7 +17,7 @@ WIDTHS = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 
 @dataclass(frozen=True)
 class WidthSelection:
-    """What a student keeps of a model. Indices are increasing, and count in the model.
+    """Parts of a model that a student keeps. Indices are increasing, and count in the model.
 
     Args:
         arch: the student's architecture.

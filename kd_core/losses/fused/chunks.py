@@ -38,7 +38,7 @@ def _weights_in_rows(
 
 
 class LossCall(NamedTuple):
-    """All positions of one call of the loss, and its objective. `scale` is a factor on the gradients alone.
+    """Positions of one call of the loss, and its objective. `scale` is a factor on the gradients alone.
 
     `row_share` says which positions of their rows these are.
     """

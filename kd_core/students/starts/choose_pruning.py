@@ -13,7 +13,7 @@ BATCH_TOKENS = 2048  # of one pass that measures widths
 
 
 class PruningRequest(NamedTuple):
-    """What a student of fewer layers and widths shall have.
+    """Sizes of a student of fewer layers and widths.
 
     Args:
         arch: the model's architecture with the student's widths, of all layers.

@@ -124,7 +124,7 @@ def find_blocks(model: "PreTrainedModel", base: nn.Module) -> list[nn.Module]:
 
 
 class Inputs(NamedTuple):
-    """What goes into a pass of the base model, and whether its routers' logits come out."""
+    """Inputs of a pass of the base model, and whether its routers' logits come out."""
 
     tokens: Int[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
