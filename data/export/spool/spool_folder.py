@@ -59,7 +59,7 @@ def _host_folder() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
-        raise UsageError(f"{folder}: not a folder of yours, wanted one for the tokenised corpus. Set spool=FOLDER.")
+        raise UsageError(f"{folder}: not a folder of yours, wanted one for the tokenised corpus. Set TMPDIR.")
     return folder
 
 
