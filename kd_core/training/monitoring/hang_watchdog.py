@@ -145,10 +145,14 @@ class _Watch:
         ]
 
     def _compare(self) -> list[RankReport]:
-        """Reads the reports of all ranks twice. A rank that sends none in between does not answer."""
+        """Reads the reports of all ranks twice. A rank that sends none in between does not answer.
+
+        Ranks compare at the same time, so each must go on sending while it does.
+        """
         before = self._read()
-        self.ended.wait(3 * self.every)
-        self._send()
+        for _ in range(3):
+            self.ended.wait(self.every)
+            self._send()
         after = self._read()
         return [replace(now, answers=now.sent > then.sent) for then, now in zip(before, after, strict=True)]
 

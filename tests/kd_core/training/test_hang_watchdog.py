@@ -1,10 +1,15 @@
 import sys
+import threading
+import time
 from dataclasses import replace
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from kd_core.parallel.transfers import HostCopy
-from kd_core.training.monitoring.hang_watchdog import RankReport, _place, hang_message, ranks_behind
+from kd_core.parallel.world import World
+from kd_core.training.monitoring.hang_watchdog import Pulse, RankReport, _place, _Watch, hang_message, ranks_behind
 
 WAITS = RankReport(9, "in forward and backward of step 5", 12, "kd_core/parallel/world.py:48", waits=True, host="a")
 
@@ -45,3 +50,22 @@ def test_who_reads_numbers_of_a_gpu_waits() -> None:
     assert place.startswith("kd_core/parallel/transfers.py:")
     assert waits
     assert not _place(sys._getframe())[1]
+
+
+def test_a_rank_that_compares_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    slow, quick = (_Watch(World(rank, 2), store, Pulse(), timeout=2.0) for rank in range(2))
+    read = slow._read
+
+    def read_slowly() -> list[RankReport]:
+        time.sleep(0.1)
+        return read()
+
+    monkeypatch.setattr(slow, "_read", read_slowly)
+    slow._send()
+    compares = threading.Thread(target=slow._compare)
+    compares.start()
+    quick._send()
+    reports = quick._compare()
+    compares.join()
+    assert all(report.answers for report in reports)
