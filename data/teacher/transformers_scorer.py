@@ -17,7 +17,7 @@ from data.teacher.vocab_slices import vocab_slice
 from kd_core.errors import UsageError
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.parallel.world import World
-from kd_core.students.transformers_student.transformers_config import meta_model, read_config
+from kd_core.students.transformers_student.transformers_config import attention_of, meta_model, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,6 +148,8 @@ class HuggingFaceScorer(NamedTuple):
         try:
             shapes = meta_model(config, folder)
             layout = loading_arguments(shapes, parallel or TeacherParallel(), world, folder)
+            if (attention := attention_of(config, folder)) is not None:
+                layout["attn_implementation"] = attention
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
                 trust_remote_code=False, **layout,

@@ -1,7 +1,7 @@
 """A start that makes a student of any causal language model of transformers (extra `hf`)."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from kd_core.errors import UsageError
 from kd_core.hub import resolve_folder
@@ -9,9 +9,6 @@ from kd_core.ranges import AT_LEAST_1, check_settings
 from kd_core.sharded_values import errors_on_all_ranks
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.student import Student
-
-if TYPE_CHECKING:
-    pass
 
 Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"]
 

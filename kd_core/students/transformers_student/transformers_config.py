@@ -111,6 +111,24 @@ def meta_model(config: "PretrainedConfig", folder: Path) -> "PreTrainedModel":
     return model
 
 
+def attention_of(config: "PretrainedConfig", folder: Path, chosen: str | None = None) -> str | None:
+    """Returns transformers' name of the attention that a model takes, or None for transformers' own choice.
+
+    `sdpa` has no soft cap of attention scores. transformers 5.20 and its predecessors choose it for Gemma 2 all the
+    same, and leave the cap out.
+
+    Raises:
+        UsageError: `sdpa` is chosen for a model with such a cap.
+    """
+    soft_cap = getattr(config, "attn_logit_softcapping", None)
+    if soft_cap is not None and chosen == "sdpa":
+        raise UsageError(
+            f"{folder}: student.attention=sdpa would leave out its soft cap of attention scores "
+            f"({soft_cap:g}). Set student.attention=eager."
+        )
+    return "eager" if soft_cap is not None and chosen is None else chosen
+
+
 def is_composite(folder: Path) -> bool:
     """Checks whether a folder's configuration holds that of a language model among others, such as one of images."""
     config = read_json(folder / "config.json", MODEL_CONFIG)
@@ -126,7 +144,7 @@ def student_config(folder: Path, attention: str | None) -> "PretrainedConfig":
         attention: transformers' name of an implementation. None: its choice.
 
     Raises:
-        UsageError: as in `read_config`, or the weights are quantised.
+        UsageError: as in `read_config` and `attention_of`, or the weights are quantised.
     """
     config: Any = read_config(folder)
     whole = read_json(folder / "config.json", MODEL_CONFIG)
@@ -141,7 +159,7 @@ def student_config(folder: Path, attention: str | None) -> "PretrainedConfig":
     if (plain := PLAIN_FAMILIES.get(config.model_type)) is not None:
         config = _as_family(plain, config)
     config.dtype = torch.float32  # of its parameters, and not of buffers that a family rounds by itself
-    if attention is not None:
+    if (attention := attention_of(config, folder, attention)) is not None:
         config._attn_implementation = attention
     return config
 

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import masking_utils
 
+from data.teacher.transformers_scorer import HuggingFaceScorer
 from kd_core.errors import UsageError
 from kd_core.parallel.recompute import recompute_all
 from kd_core.students.huggingface.save import is_complete_export, save_pretrained
@@ -387,3 +388,16 @@ def test_another_version_s_mapping_loads_whole_folders_in_turn(tmp_path: Path, m
     student, (tokens, positions, _) = load(Transformers(str(folder))), packed()
     logits = student(tokens, torch.arange(12).expand(2, 12), torch.zeros_like(positions))
     torch.testing.assert_close(logits, their_model("qwen 3 moe")(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_without_soft_caps_is_not_taken_for_a_model_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before transformers 5.22, which chose sdpa for Gemma 2."""
+    folder = save_folder("gemma 2", tmp_path / "model")
+    monkeypatch.setattr(transformers.Gemma2PreTrainedModel, "_supports_sdpa", True)
+    student = Transformers(str(folder)).build_on_meta()
+    scorer = HuggingFaceScorer.load(folder, torch.float32, CPU)
+    assert {student.model.config._attn_implementation, scorer.model.config._attn_implementation} == {"eager"}
+    with pytest.raises(UsageError, match="student.attention=sdpa would leave out its soft cap"):
+        Transformers(str(folder), attention="sdpa").build_on_meta()
