@@ -19,12 +19,16 @@ def narrow_students() -> Sweep:
               (`benchmarks/pruned_starts.py`). It ends nearest to the teacher, with a KL at least .03 below that of
               fewer layers (.827 in `quickstart`). Training narrows the distances at the start, so fewer channels alone
               end within .03 of fewer layers alone.
-    Seen:     not trained yet. Before training, on 2,048 held-out positions of a smaller cache of the same corpus
-              (2026-11-30, `launchers.evaluate`; teacher's NLL 3.472):
+    Seen:     `experiments/studies/results/narrow_students/results.md` (2026-11-30, two cores of an Intel Xeon with AMX,
+              bfloat16, means over three seeds ± half of the 95% interval). Fewer channels alone end nearest, .039 below
+              fewer layers. So the expectation was wrong: the mixture begins lowest and ends in between.
 
-                  fewer layers      NLL 5.698   KL 2.056
-                  fewer channels    NLL 5.657   KL 2.004
-                  mixture           NLL 5.403   KL 1.804
+                                KL before      KL            NLL          agreement
+                  fewer layers      2.437   .831 ± .024   4.248 ± .022   .502 ± .007
+                  fewer channels    2.169   .792 ± .003   4.180 ± .033   .534 ± .005
+                  mixture           1.910    .821 ± .016   4.218 ± .011   .508 ± .001
+
+              A hidden size of 512 is no multiple of 9 attention heads, which transformers 5 does not load. 504 is one.
     """
     starts = zipped({"student.folder": FOLDERS, "student.keep_layers": [KEEP_LAYERS, None, None]})
     return Sweep(by_the_epoch) * seeds(3) * starts
