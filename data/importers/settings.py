@@ -1,7 +1,11 @@
 """What a conversion is asked for, and the parts into which its source is cut."""
 
+import logging
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +15,7 @@ from kd_core.errors import UsageError
 from kd_core.files import printable
 from kd_core.ranges import check_settings
 
+log = logging.getLogger("kd")
 UNKNOWN = "unknown"
 CHUNK_ID, CHUNK_NUMBER = "CHUNK_ID", re.compile(r"[0-9]{1,12}")
 Values = Literal["auto", "log_probs", "logits"]
@@ -81,8 +86,14 @@ class Chunk:
     numbers: tuple[int, ...] = ()
 
 
-def source_files(source: str, endings: tuple[str, ...]) -> list[Path]:
-    """Returns the files of a source in order.
+@cache
+def _log_left_out(source: str, count: int, summary: str) -> None:
+    """Logs once what is left out, for a conversion lists its source several times."""
+    log.info("source %s: %d left out: %s", printable(Path(source)), count, summary)
+
+
+def source_files(source: str, endings: tuple[str, ...], beside: Sequence[Path] = ()) -> list[Path]:
+    """Returns the files of a source in order. Those `beside` them are read too, and do not count as left out.
 
     Raises:
         UsageError: there is none, or a chunk between others is missing.
@@ -97,7 +108,9 @@ def source_files(source: str, endings: tuple[str, ...]) -> list[Path]:
             raise UsageError(
                 f"{source}: no such file, and no folder of {suffixes} files. Name one, or a path with {CHUNK_ID}."
             )
-        folder_files.log_left_out("source")
+        folder_files.left_out -= Counter(file.suffix for file in beside if path in file.parents)
+        if folder_files.left_out:
+            _log_left_out(source, folder_files.left_out.total(), folder_files.summary())
         return folder_files.files
     before, _, after = Path(source).name.partition(CHUNK_ID)
     chunks: dict[int, Path] = {}
