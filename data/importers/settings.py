@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.cache.codec.levels import Codec
+from data.cache.codec.rank_tables import MAX_VOCABULARY
 from data.folders import find_files
 from kd_core.errors import UsageError
 from kd_core.files import printable
@@ -60,6 +61,8 @@ class ImportSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "--")
+        if self.vocab_size > MAX_VOCABULARY:
+            raise UsageError(f"--vocab_size: got {self.vocab_size}; a cache has at most {MAX_VOCABULARY}. Correct it.")
         if min(self.vocab_size, self.block_positions, self.shard_bytes, self.chunk_bytes) < 1:
             raise UsageError("wanted a vocabulary, block_positions, shard_bytes and chunk_bytes of at least 1.")
 
