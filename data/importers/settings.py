@@ -63,8 +63,9 @@ class ImportSettings:
         check_settings(self, "--")
         if self.vocab_size > MAX_VOCABULARY:
             raise UsageError(f"--vocab_size: got {self.vocab_size}; a cache has at most {MAX_VOCABULARY}. Correct it.")
-        if min(self.vocab_size, self.block_positions, self.shard_bytes, self.chunk_bytes) < 1:
-            raise UsageError("wanted a vocabulary, block_positions, shard_bytes and chunk_bytes of at least 1.")
+        for name in ("vocab_size", "block_positions", "shard_bytes", "chunk_bytes"):
+            if (number := getattr(self, name)) < 1:
+                raise UsageError(f"--{name}: got {number}; wanted at least 1.")
 
     @property
     def ids(self) -> int:

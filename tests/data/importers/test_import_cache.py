@@ -237,9 +237,11 @@ def test_an_entry_below_the_least_float_is_not_used(tmp_path: Path) -> None:
     assert manifest.statistics["entries"] == 1
 
 
-def test_a_vocabulary_that_no_cache_can_have_is_refused() -> None:
+def test_a_number_that_no_cache_can_have_is_refused() -> None:
     with pytest.raises(UsageError, match="--vocab_size: got 5000000; a cache has at most 4194304"):
         ImportSettings("jsonl", "a.jsonl", 5_000_000, UNKNOWN)
+    with pytest.raises(UsageError, match="--shard_bytes: got 0; wanted at least 1"):
+        ImportSettings("jsonl", "a.jsonl", 5, UNKNOWN, shard_bytes=0)
 
 
 def test_a_missing_file_of_a_flag_is_named_and_nothing_is_left(tmp_path: Path) -> None:
