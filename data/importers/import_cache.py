@@ -36,7 +36,15 @@ from data.storage.storage import storage_at
 from data.stream.shards import read_tables
 from data.worker_processes import MapJobs, worker_processes
 from kd_core.errors import UsageError
-from kd_core.files import content_fingerprint, json_text, new_folder_target, own_folder, read_json, write_json
+from kd_core.files import (
+    content_fingerprint,
+    json_text,
+    new_folder_target,
+    own_folder,
+    printable,
+    read_json,
+    write_json,
+)
 
 BYTES_OF_JSON, BYTES_OF_BINARY = 25, 5  # of an entry, about: an id and a number
 PLAN_FILE = "conversion.json"
@@ -58,7 +66,7 @@ class _Conversion:
             self.job, self.folder, Coding(read_tables(self.folder, tables_facts), selection, self.job.codec)
         )
         # More processes than parts of the source would have nothing to do. A single one is this.
-        parts = 1 + sum(path.stat().st_size for path in self._files()) // self.job.chunk_bytes
+        parts = 1 + sum(path.stat().st_size for path in self.files()) // self.job.chunk_bytes
         processes = min(processes, parts) if min(processes, parts) > 1 else 0
         with (
             worker_processes(worker.run, describe_job, processes) as run,
@@ -83,17 +91,26 @@ class _Conversion:
                 raise UsageError(f"{self.job.source}: holds no record.")
             # The tables' size follows the cache's size, which is estimated from the source's bytes.
             widest = max(1, *(line.record.topk_token_ids.shape[1] for line in pilot))
-            size = sum(path.stat().st_size for path in self._files())
+            size = sum(path.stat().st_size for path in self.files())
             about_positions = size // ((BYTES_OF_JSON if chunk.lines else BYTES_OF_BINARY) * widest)
             tables = fit_tables([line.record for line in pilot], self.job.vocab_size, about_positions)
             write_tables(self.storage, tables)
         return file_facts(self.storage.read(TABLES_FILE, MAX_TABLES_BYTES))
 
-    def _files(self) -> list[Path]:
-        """Returns all files that the cache is a function of."""
-        extra_files = [Path(name) for name in (self.job.tokens, self.job.loss_mask, self.job.compression) if name]
-        beside = self.format.files_beside(self.job)
-        return [*source_files(self.job.source, self.format.endings), *beside, *extra_files]
+    def files(self) -> list[Path]:
+        """Returns all files that the cache is a function of.
+
+        Raises:
+            UsageError: one of them is missing.
+        """
+        job = self.job
+        flags = (("tokens", job.tokens), ("loss_mask", job.loss_mask), ("compression", job.compression))
+        for flag, name in flags:
+            if name and not Path(name).is_file():
+                raise UsageError(f"--{flag}={printable(Path(name))}: no such file. Correct the path.")
+        beside = self.format.files_beside(job)
+        files = source_files(job.source, self.format.endings, beside)
+        return [*files, *beside, *(Path(name) for _, name in flags if name)]
 
     def _blocks(self, run: RunJobs, reached: Reached) -> Iterator[tuple[int, int, EncodedBlock]]:
         """Yields blocks with the numbers of their chunk and in it, from where the shards end on."""
@@ -126,7 +143,7 @@ class _Conversion:
         unknown = reached.unknown | ({"tokenizer"} if job.tokenizer == UNKNOWN else set())
         plan = {
             "source": job.kind,
-            "content": content_fingerprint(self._files()),
+            "content": content_fingerprint(self.files()),
             "codec": job.codec,
             "tokenizer": job.tokenizer,
             "row_length": reached.longest,
@@ -155,7 +172,7 @@ class _Conversion:
             UsageError: it was begun for another one, or holds something else.
         """
         path = self.folder / PLAN_FILE
-        files = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in self._files()]
+        files = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in self.files()]
         claim = json.loads(json_text({"settings": asdict(self.job), "files": files}))
         if not path.exists():
             write_json(path, claim)
@@ -179,6 +196,7 @@ def import_cache(job: ImportSettings, out: Path, processes: int = 1) -> Manifest
     if present - {".lock"} and PLAN_FILE not in present:
         raise UsageError(f"{out}: exists already. Choose another --out, or delete it.")
     conversion = _Conversion(job, folder)
+    conversion.files()
     with own_folder(folder):
         conversion.claim()
         try:

@@ -4,7 +4,6 @@ The tail is the mass that the entries leave to 1. A label that is no entry, and 
 given the highest one that it can have: that of the least likely entry or of the whole tail, whichever is lower.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +14,8 @@ from data.cache.record import UNUSED, Array, Record
 from data.importers.settings import Values
 from kd_core.json_fields import short_repr
 
+LEAST_FLOAT = float(np.finfo(np.float32).min)
+LOGITS_ADVICE = ". If the numbers are logits, say --values=logits"
 MOST_MASS = 1.05  # of a position's entries, which exceed 1 by the writer's rounding and are scaled back to 1
 
 
@@ -48,8 +49,11 @@ def parse_ids(value: Any, name: str, vocab_size: int) -> Array:
     Raises:
         ValueError: they are no ids of the vocabulary.
     """
-    ids = np.asarray(value)
-    if ids.dtype.kind not in "iu" or ids.ndim != 1:
+    try:
+        ids = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        ids = np.zeros((1, 1))
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"{name}: wanted a list of token ids")
     check_range(ids, name, vocab_size)
     return ids.astype(np.int32)
@@ -133,19 +137,17 @@ def _pad_rows(ids: Any, logs: Any, shape: tuple[int, int], vocab_size: int) -> t
     return all_ids, all_logs
 
 
-def from_log_probs(ids: Array, logs: Array, most_mass: float = MOST_MASS) -> Entries:
+def from_log_probs(ids: Array, logs: Array, most_mass: float = MOST_MASS, advice: str = "") -> Entries:
     """Returns entries of true log-probabilities [T, K], scaled to a mass of at most 1, and the tail that is missing.
 
     Raises:
-        ValueError: the entries of a position sum to more than `most_mass`.
+        ValueError: the entries of a position sum to more than `most_mass`, or to no number. `advice` ends the message.
     """
     with np.errstate(over="ignore"):
         mass = np.exp(logs).sum(axis=1)
-    if (mass > most_mass).any():
-        raise ValueError(
-            f"position {int(mass.argmax())}: entries sum to {mass.max():.4f}; wanted probabilities. If the numbers are "
-            "logits, say --values=logits"
-        )
+    if not (mass <= most_mass).all():
+        position = int(mass.argmax())  # of the first NaN, or of the highest
+        raise ValueError(f"position {position}: entries sum to {mass[position]:.5g}; wanted probabilities{advice}")
     logs = logs - np.log(np.maximum(mass, 1))[:, None]
     with np.errstate(divide="ignore"):
         tail = np.log1p(-np.minimum(np.exp(logs).sum(axis=1), 1))
@@ -169,7 +171,18 @@ def normalise(
     """Returns entries of log-probabilities or logits, as `values` says the numbers are, or `auto` where it does not."""
     if (auto if values == "auto" else values) == "logits":
         return from_logits(ids, numbers)
-    return from_log_probs(ids, numbers, most_mass)
+    return from_log_probs(ids, numbers, most_mass, LOGITS_ADVICE)
+
+
+def _parse_label_logs(value: Any, positions: int) -> Array:
+    """Returns stated log-probabilities of labels, as float64 [T]."""
+    try:
+        label_logs = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        label_logs = np.zeros(0)
+    if label_logs.shape != (positions,) or not ((label_logs >= LEAST_FLOAT) & (label_logs <= 0)).all():
+        raise ValueError(f"log-probabilities of the labels: wanted {positions} finite numbers, none above 0")
+    return label_logs
 
 
 def make_line(
@@ -179,7 +192,9 @@ def make_line(
 
     `label_logs` [T] are stated log-probabilities of the labels. Those of labels that are entries are not used.
     """
-    ids, logs, tail = entries.ids, entries.logs, entries.tail
+    # An entry below the least float32 has no probability, and is not used.
+    with np.errstate(over="ignore"):
+        ids, logs, tail = entries.ids, entries.logs.astype(np.float32), entries.tail.astype(np.float32)
     # The label's log-probability is that of its entry, if it has one.  [T]
     labels = token_ids[1:]
     entry_log_prob = np.where(ids == labels[:, None], logs, UNUSED).max(axis=1, initial=UNUSED)
@@ -188,13 +203,11 @@ def make_line(
         # Otherwise it is bounded by the least likely entry, and by the tail where there is one.  [T]
         lowest = np.where(logs > UNUSED, logs, 0.0).min(axis=1, initial=0.0)
         other = np.where(tail > UNUSED, np.minimum(tail, lowest), lowest)
-    elif len(label_logs) != len(labels) or not all(-math.inf < log_prob <= 0 for log_prob in label_logs):
-        raise ValueError(f"label_log_probs: wanted {len(labels)} log-probabilities")
     else:
-        other = np.asarray(label_logs, np.float64)
+        other = _parse_label_logs(label_logs, len(labels))
     record = Record(
         name="", document=document, start=start, token_ids=token_ids, loss_mask=mask, topk_token_ids=ids,
-        topk_log_probs=logs.astype(np.float32), tail_log_prob=tail.astype(np.float32),
+        topk_log_probs=logs, tail_log_prob=tail,
         label_log_prob=np.where(is_entry, entry_log_prob, other).astype(np.float32),
     )  # fmt: skip
     unknown = set[str]() if entries.is_tail_known else {"tail"}

@@ -52,7 +52,7 @@ class RowFormat:
 
     def chunks(self, job: ImportSettings) -> Iterator[Chunk]:
         """Yields the parts of a source in order."""
-        for path in source_files(job.source, self.endings):
+        for path in source_files(job.source, self.endings, self.files_beside(job)):
             name = file_name(job.source, path)
             if path.name.lower().endswith(TABLE_ENDING):
                 yield from _table_chunks(path, name, job.chunk_bytes)
@@ -75,7 +75,11 @@ class RowFormat:
                 raise
             except KeyError as error:
                 raise UsageError(f"{where}: no field {error}. Is it {job.kind}?") from None
-            except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+            except (TypeError, AttributeError, LookupError) as error:  # Python's own words
+                raise UsageError(
+                    f"{where}: a field is of another type than {job.kind} has ({error!s:.200}). Is it {job.kind}?"
+                ) from None
+            except (ValueError, ArithmeticError, RecursionError) as error:
                 raise UsageError(f"{where}: {error!s:.400}.") from None
 
 
@@ -110,7 +114,7 @@ def _table_chunks(path: Path, name: str, most_bytes: int) -> Iterator[Chunk]:
         from pyarrow import parquet  # noqa: PLC0415 (an extra)
 
         first = 0
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             for index in range(opened.metadata.num_row_groups):
                 group = opened.metadata.row_group(index)
                 rows = max(1, group.num_rows * most_bytes // max(1, group.total_byte_size))
@@ -134,7 +138,7 @@ def _table_rows(chunk: Chunk) -> Iterator[tuple[int, Row]]:
         from pyarrow import parquet  # noqa: PLC0415
 
         unpacked_bytes, number = 0, chunk.first
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             group, skipped = _group_of(opened.metadata, chunk.first)
             batches = opened.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group])
             while number < chunk.first + chunk.count:

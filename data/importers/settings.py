@@ -1,16 +1,22 @@
 """What a conversion is asked for, and the parts into which its source is cut."""
 
+import logging
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from data.cache.codec.levels import Codec
+from data.cache.codec.rank_tables import MAX_VOCABULARY
 from data.folders import find_files
 from kd_core.errors import UsageError
 from kd_core.files import printable
 from kd_core.ranges import check_settings
 
+log = logging.getLogger("kd")
 UNKNOWN = "unknown"
 CHUNK_ID, CHUNK_NUMBER = "CHUNK_ID", re.compile(r"[0-9]{1,12}")
 Values = Literal["auto", "log_probs", "logits"]
@@ -55,8 +61,11 @@ class ImportSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "--")
-        if min(self.vocab_size, self.block_positions, self.shard_bytes, self.chunk_bytes) < 1:
-            raise UsageError("wanted a vocabulary, block_positions, shard_bytes and chunk_bytes of at least 1.")
+        if self.vocab_size > MAX_VOCABULARY:
+            raise UsageError(f"--vocab_size: got {self.vocab_size}; a cache has at most {MAX_VOCABULARY}. Correct it.")
+        for name in ("vocab_size", "block_positions", "shard_bytes", "chunk_bytes"):
+            if (number := getattr(self, name)) < 1:
+                raise UsageError(f"--{name}: got {number}; wanted at least 1.")
 
     @property
     def ids(self) -> int:
@@ -81,8 +90,14 @@ class Chunk:
     numbers: tuple[int, ...] = ()
 
 
-def source_files(source: str, endings: tuple[str, ...]) -> list[Path]:
-    """Returns the files of a source in order.
+@cache
+def _log_left_out(source: str, count: int, summary: str) -> None:
+    """Logs once what is left out, for a conversion lists its source several times."""
+    log.info("source %s: %d left out: %s", printable(Path(source)), count, summary)
+
+
+def source_files(source: str, endings: tuple[str, ...], beside: Sequence[Path] = ()) -> list[Path]:
+    """Returns the files of a source in order. Those `beside` them are read too, and do not count as left out.
 
     Raises:
         UsageError: there is none, or a chunk between others is missing.
@@ -97,7 +112,9 @@ def source_files(source: str, endings: tuple[str, ...]) -> list[Path]:
             raise UsageError(
                 f"{source}: no such file, and no folder of {suffixes} files. Name one, or a path with {CHUNK_ID}."
             )
-        folder_files.log_left_out("source")
+        folder_files.left_out -= Counter(file.suffix for file in beside if path in file.parents)
+        if folder_files.left_out:
+            _log_left_out(source, folder_files.left_out.total(), folder_files.summary())
         return folder_files.files
     before, _, after = Path(source).name.partition(CHUNK_ID)
     chunks: dict[int, Path] = {}

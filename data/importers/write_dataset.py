@@ -141,7 +141,7 @@ class _Writer:
         if part.path.exists():
             return records
         partial = part.path.with_name(part.path.name + ".partial")
-        with parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        with parquet.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer:
             for ref in part.blocks:
                 block = self.reader.block(ref)
                 arrays = {name: [_values(record, name) for record in block] for name in schema.names}

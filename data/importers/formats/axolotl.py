@@ -50,10 +50,10 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
     scored = labels != NOT_SCORED
     if (wrong := np.flatnonzero(scored & (labels != tokens))).size:
         raise ValueError(f"token {wrong[0]}: the label is {labels[wrong[0]]}, the token {tokens[wrong[0]]}")
-    lists = [row["target_token_ids"], row["target_logprobs"], row.get("target_mask", row["target_logprobs"])]
+    masks = [None] * len(tokens) if row.get("target_mask") is None else row["target_mask"]
+    lists = [row["target_token_ids"], row["target_logprobs"], masks]
     if any(len(rows) != len(tokens) for rows in lists):
         raise ValueError(f"has targets of {[len(rows) for rows in lists]} tokens; wanted {len(tokens)}")
-    masks = lists[2] if "target_mask" in row else [None] * len(tokens)
     # Row i is of token i, and position 0 describes token 1.
     targets = [_used(lists[0][i], lists[1][i], masks[i], i) for i in range(1, len(tokens))]
     ids, logs = parse_entries([ids for ids, _ in targets], [logs for _, logs in targets], len(targets), job.ids)

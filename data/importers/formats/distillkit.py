@@ -54,7 +54,10 @@ def _codec(compression: str, source: str) -> CurveCodec | LegacyCodec:
 
 def _matrix(value: Any, name: str) -> Array:
     """Returns a list of equally long lists of numbers as an array [T, n]."""
-    rows = np.asarray(value)
+    try:
+        rows = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        rows = np.zeros(0)
     if rows.ndim != 2 or rows.dtype.kind not in "iuf":
         raise ValueError(f"{name}: wanted a list of equally many numbers for each position")
     return rows
@@ -82,7 +85,7 @@ def _texts(row: Row, tokens: int, rows: int) -> Iterator[tuple[int, int]]:
         return
     numbers = np.asarray(mask)
     if numbers.shape != (tokens,) or numbers.dtype.kind not in "iu":
-        raise ValueError(f"attention_mask: {numbers.size} numbers for {tokens} tokens")
+        raise ValueError(f"attention_mask: {numbers.size} of {numbers.dtype} for {tokens} tokens; wanted whole numbers")
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1), tokens]
     for start, end in itertools.pairwise(edges):
         if numbers[start] and start < rows:

@@ -18,11 +18,14 @@ from data.importers.settings import ImportSettings
 def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
     """Yields the record of a row."""
     tokens = parse_ids(row["inputs"], "inputs", job.ids)
-    targets = np.asarray(row["targets"], np.float64)
+    try:
+        targets = np.asarray(row["targets"], np.float64)
+    except ValueError:  # lists of several lengths
+        targets = np.zeros(0)
     if len(tokens) < 2 or targets.ndim != 3 or targets.shape[:2] != (len(tokens), 2):
         raise ValueError(f"targets: {list(targets.shape)} for {len(tokens)} inputs; wanted [inputs, 2, K]")
     logs, ids = targets[:-1, 0], targets[:-1, 1]
-    if (ids != np.floor(ids)).any():
+    if not (np.isfinite(ids) & (ids == np.floor(ids))).all():
         raise ValueError("targets: the second list of a position holds numbers that are no ids")
     T = len(logs)
     entries = normalise(*parse_entries(ids.astype(np.int64), logs, T, job.ids), job.values)

@@ -17,13 +17,10 @@ d, d + D, d + 2D, … of an iteration.
 
 import io
 import itertools
-import json
-import logging
-import re
-import tarfile
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,112 +28,20 @@ import zstandard
 
 from data.cache.record import UNUSED, Array
 from data.importers.facts import Facts
+from data.importers.formats.megatron_tars import Place, list_members, read_member
 from data.importers.parsed_entries import Line, check_entries, from_log_probs, make_line, parse_ids, parse_mask
 from data.importers.settings import Chunk, ImportSettings, source_files
 from kd_core.errors import UsageError
-from kd_core.files import damage_as_usage_error, open_plain, printable
-from kd_core.json_fields import check_integer, check_object
+from kd_core.files import damage_as_usage_error, printable
+from kd_core.json_fields import check_object
 from kd_core.memory import bounded_memory
 
-log = logging.getLogger(__name__)
-TAR_NAME = re.compile(r"(?:cp([0-9]{1,6})_)?dp([0-9]{1,6})__[0-9]{1,15}(?:-[0-9]{1,15})?\.tar")
-MEMBER_NAME = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15}))?\.pt\.zst")
-META, MOST_META = "_meta.json", 1 << 20
 SENTINEL = -999.0  # values below stand for entries that a nucleus left out
 MOST_RATIO, MOST_MEMORY = 200, 16 << 30
 HINT = (
     "Wanted an .npy of [samples, T + 1] token ids in the order of Megatron's samples: of each sample its tokens "
     "and, as the last, its last label."
 )
-
-
-class _Place(NamedTuple):
-    """The samples of a member: the first one, or V1's iteration, the rank, all ranks, and the micro-batch (V1: 0)."""
-
-    start: int
-    rank: int
-    ranks: int
-    micro_batch: int
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yields name, first byte and size of each file of a tar."""
-    with (
-        open_plain(path, "a tar of Megatron-LM") as file,
-        damage_as_usage_error(path, "a tar of Megatron-LM", "Copy it again"),
-    ):
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not member.isreg() or member.issparse():
-                        raise ValueError(f"{member.name!a:.100} is no plain file")
-                    yield member.name, member.offset_data, member.size
-            file.seek(tar.offset)  # of the header that is none
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError("ends before the mark of its end")
-        except tarfile.TarError as error:
-            raise UsageError(f"{printable(path)}: not a tar, or damaged ({error}). Copy it again.") from None
-
-
-def _read(path: Path, first: int, size: int) -> bytes:
-    with open_plain(path, "a tar of Megatron-LM") as file:
-        file.seek(first)
-        payload = file.read(size)
-    if len(payload) < size:
-        raise UsageError(f"{printable(path)}: ends before byte {first + size}. Copy it again.")
-    return payload
-
-
-def _sizes(path: Path, member: tuple[str, int, int]) -> tuple[int, int]:
-    """Returns ranks and micro-batch of `_meta.json`, or zeros where it does not say them."""
-    with damage_as_usage_error(path, f"{META} of a tar of Megatron-LM", "Copy it again"):
-        if member[0] != META or member[2] > MOST_META:
-            raise ValueError(f"the first member is {member[0]!a:.100} of {member[2]} bytes; wanted {META}")
-        saver = check_object(check_object(json.loads(_read(path, *member[1:])), META).get("saver", {}), "saver")
-        names = ("dp_size_save", "mbs_save")
-        ranks, batch = (check_integer(saver.get(name, 0), name, 0, 1 << 20) for name in names)
-        return ranks, batch
-
-
-def _tar_chunks(path: Path) -> Iterator[tuple[_Place, int, Chunk]]:
-    """Yields the members of a tar: the place, the end of its samples (V1: 0), and the part of the source."""
-    match = TAR_NAME.fullmatch(path.name)
-    if not match:
-        raise UsageError(f"{printable(path)}: wanted tars named dp0__0-128.tar, or cp0_dp0__15.tar as before.")
-    if int(match[1] or 0):
-        raise UsageError(
-            f"{printable(path)}: holds a part of each sequence, of context-parallel rank {match[1]}. Megatron-LM reads "
-            "only tars of rank 0 too. Save the teacher again without context parallelism, or with format version 2."
-        )
-    members = _members(path)
-    ranks, micro_batch = _sizes(path, next(members, ("nothing", 0, 0)))
-    for name, first, size in members:
-        if not (samples := MEMBER_NAME.fullmatch(name)):
-            raise UsageError(f"{printable(path)}: {name!a:.100} is no member that Megatron-LM writes. Copy it again.")
-        if samples[2] and not (ranks and micro_batch):
-            raise UsageError(f"{printable(path)}: {META} lacks dp_size_save and mbs_save. Copy it again.")
-        place = _Place(int(samples[1]), int(match[2]), ranks, micro_batch if samples[2] else 0)
-        yield place, int(samples[2] or 0), Chunk(path, name, first, size)
-
-
-def _check_ranges(source: str, members: list[tuple[_Place, int, Chunk]], ranks: int) -> None:
-    """Raises UsageError unless each rank's members follow each other and all ranks have the same ones."""
-    unit, missing = "samples" if any(end for _, end, _ in members) else "iterations", ""
-    ranges: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-    for place, end, chunk in members:
-        previous = ranges[place.rank][-1][1] if ranges[place.rank] else place.start
-        if place.start < previous:
-            raise UsageError(f"{printable(chunk.path)}: {chunk.name} holds samples of another tar too. Remove one.")
-        if place.start > previous:
-            missing = missing or f"{unit} {previous} to {place.start} of rank {place.rank}"
-        ranges[place.rank].append((place.start, end or place.start + 1))
-    for rank in range(ranks):
-        if absent := set(itertools.chain(*ranges)) - set(ranges[rank]):
-            missing = missing or f"{unit} {min(absent)[0]} to {min(absent)[1]} of rank {rank}"
-    if missing:
-        raise UsageError(f"{source}: {missing} are missing. Copy the tars again.")
-    if ranges and ranges[0][0][0]:
-        log.info("%s: begins with %s %d", source, unit, ranges[0][0][0])
 
 
 def _array(path: str, flag: str) -> Array:
@@ -163,6 +68,8 @@ def _unpack(path: Path, payload: bytes) -> dict[str, Any]:
                 return check_object(torch.load(unpacked, map_location="cpu", weights_only=True), "a member")
         except UsageError:
             raise
+        except pickle.UnpicklingError:  # torch's text tells how to load it in spite of that
+            raise ValueError("it holds something else than a dict of tensors") from None
         except Exception as error:  # whatever torch raises of bytes that are no dict of tensors
             raise ValueError(f"{str(error).splitlines()[0] if str(error) else type(error).__name__:.200}") from None
 
@@ -183,6 +90,8 @@ def _entries(values: Any, low: Any, bit: Any) -> tuple[Array, Array]:
     if logs.ndim != 3 or not logs.is_floating_point():
         raise ValueError(f"values: {logs.dtype} {tuple(logs.shape)}; wanted floats [T, samples, K]")
     lower = _tensor(low, "indices_low", tuple(logs.shape)).numpy()
+    if lower.dtype.kind not in "iu":
+        raise ValueError(f"indices_low: {lower.dtype}; wanted integers")
     upper = _tensor(bit, "bit_17").numpy()
     if upper.shape != lower.shape:  # eight a byte
         if upper.dtype != np.uint8 or upper.shape != ((lower.size + 7) // 8,):
@@ -190,6 +99,8 @@ def _entries(values: Any, low: Any, bit: Any) -> tuple[Array, Array]:
         upper = np.unpackbits(upper, count=lower.size).reshape(lower.shape)
     ids = (upper.astype(np.int64) << 16) | lower.astype(np.int64)
     numbers = logs.float().numpy().astype(np.float64)
+    if np.isnan(numbers).any():
+        raise ValueError("values: an entry is not a number")
     return ids, np.where(numbers > SENTINEL, numbers, UNUSED)
 
 
@@ -216,22 +127,12 @@ class Megatron:
         """Yields the members in the order of their samples.
 
         Raises:
-            UsageError: ranks, samples or tokens are missing, or samples stand twice.
+            UsageError: ranks, samples or tokens are missing, samples stand twice, or tars are of two runs.
         """
         if not job.tokens:
             raise UsageError(f"--tokens: Megatron-LM's tars hold no tokens. {HINT}")
         _array(job.tokens, "--tokens")
-        members = [item for path in source_files(job.source, self.endings) for item in _tar_chunks(path)]
-        ranks = 1 + max((place.rank for place, _, _ in members), default=-1)
-        ranks = max([ranks, *(place.ranks for place, _, _ in members)])
-        if missing := set(range(ranks)) - {place.rank for place, _, _ in members}:
-            raise UsageError(
-                f"{job.source}: no tar of rank {min(missing)} of {ranks}, dp{min(missing)}__…. Restore it."
-            )
-        members.sort(key=lambda item: (item[0].start, item[0].rank))
-        _check_ranges(job.source, members, ranks)
-        for place, _, chunk in members:
-            yield Chunk(chunk.path, chunk.name, chunk.first, chunk.count, numbers=(*place._replace(ranks=ranks),))
+        yield from list_members(job.source, source_files(job.source, self.endings))
 
     def lines(self, chunk: Chunk, job: ImportSettings) -> Iterator[Line]:
         """Yields a record for each sample of a member, or for each text of it.
@@ -241,7 +142,7 @@ class Megatron:
         """
         where = f"{printable(chunk.path)}: {chunk.name}"
         try:
-            for line in self._lines(_unpack(chunk.path, _read(chunk.path, chunk.first, chunk.count)), chunk, job):
+            for line in self._lines(_unpack(chunk.path, read_member(chunk.path, chunk.first, chunk.count)), chunk, job):
                 yield line._replace(record=line.record.within(job.vocab_size))
         except UsageError:
             raise
@@ -251,18 +152,25 @@ class Megatron:
             raise UsageError(f"{where}: {error!s:.400}.") from None
 
     def _lines(self, member: dict[str, Any], chunk: Chunk, job: ImportSettings) -> Iterator[Line]:
-        place = _Place(*chunk.numbers)
+        place = Place(*chunk.numbers)
         names = ("values", "indices_low", "bit_17")
-        if isinstance(member["values"], list):
+        if isinstance(member["values"], list) == bool(place.end):
+            raise ValueError("values: of another format version than the member's name")
+        if not place.end:
             # V1: a tensor a micro-batch. The iteration gives the first sample, since all are of one size.
             batches = list(zip(*(cast(list[Any], member[name]) for name in names), strict=True))
             parts = [_entries(*batch) for batch in batches]
             ids, logs = _join([part[0] for part in parts], 0), _join([part[1] for part in parts], UNUSED)
             micro_batch = parts[0][0].shape[1]
-            first = place.start * ids.shape[1] * place.ranks
+            first, samples, rest = place.start * ids.shape[1] * place.ranks, micro_batch * len(parts), 0
         else:
             ids, logs = _entries(*(member[name] for name in names))
             micro_batch, first = place.micro_batch, place.start
+            samples, rest = divmod(place.end - place.start, place.ranks)
+        if ids.shape[1] != samples or rest or samples % micro_batch:
+            raise ValueError(
+                f"values: {ids.shape[1]} samples in micro-batches of {micro_batch}; wanted {samples} of this rank"
+            )
         texts = member.get("cu_seqlens_padded")
         edges = None if texts is None else _tensor(texts, "cu_seqlens_padded").numpy()
         for row in range(ids.shape[1]):

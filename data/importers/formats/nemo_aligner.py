@@ -37,8 +37,9 @@ def parse_row(row: Row, where: str, job: ImportSettings) -> Iterator[Line]:
     ids, logits = parse_entries(row["topk_token_ids"], row["topk_logits"], T, job.ids)
     if (normaliser := row.get("log_sum_exp_logits")) is None:
         entries = from_logits(ids, logits)
-    elif len(normaliser) != T:
-        raise ValueError(f"log_sum_exp_logits: {len(normaliser)} numbers for {T} positions")
     else:
-        entries = from_log_probs(ids, logits - np.asarray(normaliser, np.float64)[:, None])
+        sums = np.asarray(normaliser, np.float64)
+        if sums.shape != (T,) or not np.isfinite(sums).all():
+            raise ValueError(f"log_sum_exp_logits: {list(sums.shape)} numbers; wanted {T} finite ones")
+        entries = from_log_probs(ids, logits - sums[:, None])
     yield make_line(where, np.append(tokens, labels[-1]), mask, entries)

@@ -10,6 +10,7 @@ An object has an id as key for each token, the actual one first, then the top k.
 The actual token is an entry only if it is one of the top k. Its log-probability is the label's either way.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -36,6 +37,8 @@ def _entry(value: Any, token: int, position: int) -> tuple[list[int], list[float
     # Behind the top k there may be the actual token. It is an entry if no other token lies between.
     if not log_probs or label >= min(log_probs.values()) or (rank is not None and rank <= len(log_probs) + 1):
         log_probs[token] = label
+    if any(map(math.isnan, [*log_probs.values(), label])):
+        raise ValueError(f"prompt_logprobs: of token {position} an entry that is not a number")
     used = {key: log_prob for key, log_prob in log_probs.items() if log_prob > LEAST}
     return list(used), list(used.values()), label
 
@@ -45,12 +48,16 @@ def _choices(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Several samples of one prompt (`n`) have its entries each, and are taken once.
     """
-    body = row.get("response", {}).get("body") if "response" in row else row
-    if not isinstance(body, dict):
+    body = (row["response"] or {}).get("body") if "response" in row else row
+    if not isinstance(body, dict) or ("error" in body and "choices" not in body):
         raise ValueError(f"response.body: {short_repr(body)}; wanted the server's reply. Did the request fail?")
     choices = body.get("choices", [body])
+    if not isinstance(choices, list) or not choices:
+        raise ValueError(f"choices: {short_repr(choices)}; wanted one for each prompt. Did the request fail?")
     prompts: Any = body.get("prompt_token_ids", body.get("prompt", row.get("prompt")))
     is_list = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], list | str)
+    if is_list and len(choices) % len(prompts):
+        raise ValueError(f"has {len(choices)} choices of {len(prompts)} prompts; wanted equally many of each")
     distinct = list[dict[str, Any]]()
     for index, choice in enumerate(choices):
         # Each prompt of a list has equally many choices, one after the other.

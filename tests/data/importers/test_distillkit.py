@@ -135,10 +135,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (_row(), named, r"a.parquet:1: compressed_logprobs: \[3, 32\] bytes; by its configuration a position has 44"),
         (_row("published", input_ids=[1, 2]), named, "has 3 rows of ids and 3 of numbers for 2 tokens"),
         (_row("published", input_ids=[1, 2, V]), named, "input_ids: ids 1 to 300; the vocabulary has 300"),
-        (_row("published", attention_mask=[1, 1]), named, "attention_mask: 2 numbers for 3 tokens"),
+        (_row("published", attention_mask=[1, 1]), named, "attention_mask: 2 of int64 for 3 tokens; wanted whole"),
         (_row("published", labels=[7, 8, 1]), named, "labels: wanted those of input_ids"),
         ({"input_ids": [1, 2], "packed_indices": [[1], [2]], "exact_values": [[1.0], [1.0]], "coeffs": [[], []]},
          named, "no legacy_logit_compression for them"),
+        ({"input_ids": [1, 2, 3], "top_values": [[1.0], [1.0, 2.0]], "token_ids": [[3], [3, 4]]}, {},
+         "token_ids: wanted a list of equally many numbers"),
         ({"input_ids": [1, 2], "top_values": [[1.0, 2.0]], "token_ids": [[3, 3]]}, {}, "position 0: an id twice"),
     ]  # fmt: skip
     for row, settings, message in cases:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,8 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "too much mass": (lambda v: v.update(log_sum_exp_logits=[0.0] * len(v["tokens"])), "wanted probabilities"),
     "no field": (lambda v: v.pop("topk_logits"), "no field 'topk_logits'"),
     "a mask of halves": (lambda v: v.update(loss_mask=[0.5] * len(v["tokens"])), "each 0 or 1"),
+    "no finite sum": (lambda v: v["log_sum_exp_logits"].__setitem__(0, float("inf")), "log_sum_exp_logits: "),
+    "sums of lists": (lambda v: v.update(log_sum_exp_logits=[[1.0]] * len(v["tokens"])), "log_sum_exp_logits: "),
     "words": (lambda v: v.update(tokens="abc"), "wanted a list of token ids"),
 }
 
@@ -190,8 +193,11 @@ def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, cap
         assert _read(tmp_path) == [
             "a.jsonl:1", "a.jsonl:3", "b.jsonl.gz:1", "c.jsonl.zst:1", "c.jsonl.zst:2", "d/e.ndjson.xz:1",
         ]  # fmt: skip
-    assert "1 left out: 1 .pdf" in caplog.text
+    assert caplog.text.count("1 left out: 1 .pdf") == 1
     assert _read(tmp_path / "c.jsonl.zst") == ["c.jsonl.zst:1", "c.jsonl.zst:2"]
+
+
+LABELS = "log-probabilities of the labels: wanted 2 finite numbers, none above 0"
 
 
 @pytest.mark.parametrize(
@@ -209,12 +215,41 @@ def test_sources_are_read_packed_with_marks_and_from_folders(tmp_path: Path, cap
         (json.dumps({**LINE, "top_ids": [[2, None], [3]]}).encode(), "ids of position 0: wanted a list of token ids"),
         (json.dumps({**LINE, "top_log_probs": [[None, -3.0], [-0.2]]}).encode(), "an entry is not a finite number"),
         (json.dumps({**LINE, "loss_mask": None}).encode(), "loss_mask: wanted 2 numbers"),
+        (json.dumps({**LINE, "tokens": [[1], [2, 3], 3]}).encode(), "tokens: wanted a list of token ids"),
+        (json.dumps({**LINE, "tokens": []}).encode(), "tokens: 0; wanted at least two"),
+        (json.dumps({**LINE, "label_log_probs": [None, -1]}).encode(), LABELS),
+        (json.dumps({**LINE, "label_log_probs": ["a", -1]}).encode(), LABELS),
+        (json.dumps({**LINE, "label_log_probs": [-1e300, -1]}).encode(), LABELS),
+        (json.dumps({**LINE, "document": 1, "loss_mask": {}}).encode(), "a field is of another type than jsonl has"),
     ],
 )
 def test_whatever_is_in_a_line_is_one_message(tmp_path: Path, payload: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(json.dumps(LINE).encode() + b"\n" + payload)
     with pytest.raises(UsageError, match=rf"{tmp_path}/a\.jsonl:2: {message}"):
         _read(tmp_path / "a.jsonl")
+
+
+def test_an_entry_below_the_least_float_is_not_used(tmp_path: Path) -> None:
+    row = {"tokens": [1, 2], "top_ids": [[2, 5]], "top_log_probs": [[-1e300, -1.0]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    manifest = import_cache(ImportSettings("jsonl", str(tmp_path / "a.jsonl"), 32, UNKNOWN), tmp_path / "cache")
+    assert math.isfinite(manifest.statistics["teacher_nll"])
+    assert manifest.statistics["entries"] == 1
+
+
+def test_a_number_that_no_cache_can_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="--vocab_size: got 5000000; a cache has at most 4194304"):
+        ImportSettings("jsonl", "a.jsonl", 5_000_000, UNKNOWN)
+    with pytest.raises(UsageError, match="--shard_bytes: got 0; wanted at least 1"):
+        ImportSettings("jsonl", "a.jsonl", 5, UNKNOWN, shard_bytes=0)
+
+
+def test_a_missing_file_of_a_flag_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "dp0__0-1.tar").touch()
+    job = ImportSettings("megatron", str(tmp_path), 32, UNKNOWN, tokens="no.npy")
+    with pytest.raises(UsageError, match=r"^--tokens=no\.npy: no such file"):
+        import_cache(job, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress),

@@ -1,14 +1,17 @@
 """Megatron-LM's tars of offline logits, made as its source (`logits_saver.py`) makes them, in both versions."""
 
 import io
+import json
 import logging
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from data.cache.record import UNUSED
 from data.importers.formats.formats import read_lines_of
@@ -121,15 +124,89 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
         list(read_lines_of(_job(tmp_path, tokens, values="logits")))
 
 
+def _payloads(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member)) for member in tar]
+        return [(name, file.read()) for name, file in members if file]
+
+
+def _rewrite(path: Path, payloads: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, payload in payloads:
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+
+
 def _without(path: Path, number: int) -> None:
     """Takes a member out of a tar."""
-    with tarfile.open(path) as tar:
-        members = [(member, tar.extractfile(member)) for member in tar]
-        payloads = [(member, file.read()) for member, file in members if file]
+    payloads = _payloads(path)
     del payloads[number]
-    with tarfile.open(path, "w") as tar:
-        for member, payload in payloads:
-            tar.addfile(member, io.BytesIO(payload))
+    _rewrite(path, payloads)
+
+
+def _set_first_value(member: dict[str, Any], value: float) -> None:
+    values = member["values"][0] if isinstance(member["values"], list) else member["values"]
+    values[0, 0, 0] = value
+
+
+def _drop_sample(member: dict[str, Any]) -> None:
+    values, lower = (member[name][:, 1:].clone() for name in ("values", "indices_low"))
+    member.update(values=values, indices_low=lower, bit_17=torch.zeros(values.shape, dtype=torch.bool))
+
+
+class _Other:
+    """Something else than a tensor."""
+
+
+MEMBERS: dict[str, tuple[int, Callable[[dict[str, Any]], object], str]] = {
+    "NaN": (2, lambda m: _set_first_value(m, float("nan")), "values: an entry is not a number"),
+    "NaN in version 1": (1, lambda m: _set_first_value(m, float("nan")), "values: an entry is not a number"),
+    "a sample less": (2, _drop_sample, "values: 3 samples .*; wanted 4"),
+    "ids as floats": (2, lambda m: m.update(indices_low=m["indices_low"].float()), "indices_low: float32; wanted int"),
+    "another version": (2, lambda m: m.update({name: [m[name]] for name in m}), "values: of another format version"),
+    "another version than 1": (1, lambda m: m.update(values=m["values"][0]), "values: of another format version"),
+    "no tensors": (2, lambda m: m.update(values=_Other()), "it holds something else than a dict of tensors"),
+}
+
+
+@pytest.mark.parametrize("damage", MEMBERS)
+def test_a_member_that_is_not_whole_is_named(tmp_path: Path, damage: str) -> None:
+    version, change, message = MEMBERS[damage]
+    tokens, ids, logs = _teacher()
+    megatron_tars(tmp_path, ids, logs, version=version)
+    path = tmp_path / ("cp0_dp1__1.tar" if version == 1 else "dp1__0-16.tar")
+    (meta, (name, payload), *others) = _payloads(path)
+    member = torch.load(io.BytesIO(zstandard.decompress(payload)), weights_only=True)
+    change(member)
+    buffer = io.BytesIO()
+    torch.save(member, buffer)
+    _rewrite(path, [meta, (name, zstandard.compress(buffer.getvalue())), *others])
+    with pytest.raises(UsageError, match=message) as error:
+        list(read_lines_of(_job(tmp_path, tokens)))
+    assert path.name in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dp_size_save": 1}, "of rank 1; its _meta.json counts 1 ranks"),
+        ({"dp_size_save": 2, "mbs_save": 1}, "is of another run than that of .*dp0__0-16"),
+        ({"format_version": 3}, "format_version: 3; wanted a whole number from 1 to 2"),
+    ],
+)
+def test_tars_of_two_runs_or_of_a_newer_version_are_refused(
+    tmp_path: Path, fields: dict[str, int], message: str
+) -> None:
+    tokens, ids, logs = _teacher()
+    megatron_tars(tmp_path, ids, logs, version=2)
+    path = tmp_path / "dp1__0-16.tar"
+    ((name, meta), *members) = _payloads(path)
+    saver = json.loads(meta)["saver"]
+    _rewrite(path, [(name, json.dumps({"saver": {**saver, **fields}}).encode()), *members])
+    with pytest.raises(UsageError, match=message):
+        list(read_lines_of(_job(tmp_path, tokens)))
 
 
 @pytest.mark.parametrize(("version", "unit", "size"), [(1, "iterations", 1), (2, "samples", 4)])

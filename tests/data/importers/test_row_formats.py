@@ -79,6 +79,7 @@ def test_axolotls_prepared_rows_are_shifted_and_renormalised(tmp_path: Path, tab
     assert line.unknown >= {"tail"}
     assert np.exp(line.record.topk_log_probs[prompt - 1 :]).sum(axis=1) == pytest.approx(1)
     without = {name: value for name, value in row.items() if name != "target_mask"}
+    _read(tmp_path, "axolotl", [{**row, "target_mask": None}], table)
     (again,) = _read(tmp_path, "axolotl", [without], table)
     assert all(
         (a == b).all() for a, b in zip(again.record.arrays().values(), line.record.arrays().values(), strict=True)
@@ -110,6 +111,8 @@ def test_trls_rows_score_the_completion(tmp_path: Path, table: bool) -> None:
     assert np.abs(line.record.label_log_prob[P - 1 :] - labels).max() < 1e-6
     with pytest.raises(UsageError, match=r":1: has 6 rows of ids and 5 of numbers for 6 positions"):
         _read(tmp_path, "trl", [{**row, "logprobs": row["logprobs"][1:]}])
+    with pytest.raises(UsageError, match=r":1: has 0 prompt_ids and 4 completion_ids"):
+        _read(tmp_path, "trl", [{**row, "prompt_ids": []}])
 
 
 def _vllm_entry(t: int, token: int, k: int = K) -> dict[str, Any]:
@@ -200,12 +203,22 @@ def test_vllms_ties_infinities_and_mistakes(tmp_path: Path) -> None:
         ({"prompt_token_ids": TOKENS[::-1].tolist()}, r"prompt_logprobs: token \d is \d+, which has no entry"),
         ({"prompt_logprobs": None}, "prompt_logprobs: None for 7 tokens"),
         ({"prompt_logprobs": [None] * L}, "prompt_logprobs: of token 1 None; wanted an object of tokens"),
+        ({"choices": []}, r"choices: .*; wanted one for each prompt. Did the request fail\?"),
+        ({"choices": {}}, r"choices: .*; wanted one for each prompt"),
+        ({"choices": ["x"]}, "a field is of another type than vllm has"),
+        ({"choices": [{}] * 3, "prompt_token_ids": [[1, 2], [3, 4]]}, "has 3 choices of 2 prompts"),
     ]
     for change, message in cases:
         with pytest.raises(UsageError, match=rf"a\.jsonl:1: {message}"):
             _read(tmp_path, "vllm", [{**one, **change}])
     with pytest.raises(UsageError, match="response.body: None; wanted the server's reply. Did the request fail?"):
         _read(tmp_path, "vllm", [{"custom_id": "r", "response": {"status_code": 500}}])
+    for failed in ({"response": None}, {"response": {"body": {"error": {"code": 400}}}}, {"error": {"code": 400}}):
+        with pytest.raises(UsageError, match=r"response.body: .* Did the request fail\?"):
+            _read(tmp_path, "vllm", [failed])
+    one["prompt_logprobs"][2][str(TOKENS[2])]["logprob"] = float("nan")
+    with pytest.raises(UsageError, match="prompt_logprobs: of token 2 an entry that is not a number"):
+        _read(tmp_path, "vllm", [one])
 
 
 def test_settings_of_other_formats_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from data.cache.record import UNUSED, Record
 from data.cache.selection import Selection
 from data.importers import write_dataset as module
 from data.importers.facts import read_facts
+from data.importers.formats.formats import read_lines_of
 from data.importers.import_cache import import_cache
 from data.importers.settings import ImportSettings
 from data.importers.write_dataset import columns_of, write_dataset
@@ -117,6 +118,20 @@ def test_interruptions_change_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: p
     assert bytes_of(tmp_path / "set") == wanted
     with pytest.raises(UsageError, match="exists already"):
         write_dataset(str(tiny.train), tmp_path / "set")
+
+
+def test_a_flipped_bit_of_a_data_set_is_named(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dataset(str(tiny.train), tmp_path / "set")
+    (path,) = (tmp_path / "set" / "data").iterdir()
+    job = ImportSettings("huggingface", str(tmp_path / "set"), read_manifest(tiny.train).vocab_size, "unknown")
+    with caplog.at_level("INFO", "kd"):
+        list(read_lines_of(job))
+    assert "left out: 1 .md" in caplog.text, "cache.json is read"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=f"{path.name}: .*(checksum|CRC)"):
+        list(read_lines_of(job))
 
 
 def test_the_command_writes_and_reads_a_data_set(tiny: Tiny, tmp_path: Path) -> None:
