@@ -96,7 +96,8 @@ def _print_report(report: Mapping[str, Any]) -> None:
     print(f"\nNLL on {report['tokens']} tokens, nats per token, before any training:")
     for name, start in report["starts"].items():
         print(f"  {name:<30}{start['parameters'] / 1e6:>10.1f}M parameters {start['nll']:>8.3f}")
-    print(f'\n--config=\'distill(model="{OUT.value}", cache="{Path(CACHE.value or "my/cache/train").parent}")\'')
+    cache = (CACHE.value or "my/cache/train").rstrip("/").rpartition("/")[0] or "."
+    print(f'\n--config=\'distill(model="{OUT.value}", cache="{cache}")\'')
 
 
 def _write(report: Mapping[str, Any], selection: "WidthSelection", teacher: Path, out: Path) -> None:
@@ -166,6 +167,7 @@ def _measure(teacher: Path, request: "PruningRequest", rows: "Tensor") -> tuple[
         },
         "keep_layers": selection.layers,
         "hidden_channels": selection.hidden.tolist(),
+        "feed_forward_channels": [channels.tolist() for channels in selection.feed_forward],
         "heads": [heads.tolist() for heads in selection.heads],
         "factors": selection.factors,
     }
@@ -175,6 +177,7 @@ def main() -> None:
     """Measures the teacher, writes the student, and prints the table."""
     from kd_core.errors import UsageError
     from kd_core.hub import local_folder
+    from kd_core.students.huggingface.config_json import warn_of_unloadable
     from kd_core.students.huggingface.weights import stored_architecture
     from kd_core.students.layer_importance import Measure
     from kd_core.students.starts.choose_pruning import PruningRequest
@@ -187,6 +190,7 @@ def main() -> None:
     narrow = narrower(arch, {name: flag.value for name, flag in WIDTHS.items()})
     request = PruningRequest(narrow, _requested_layers(arch.num_layers), cast(Measure, MEASURE.value))
     refuse_full_folder(out)
+    warn_of_unloadable(narrow)
     rows = read_rows(teacher, CACHE.value, TEXT.value, ROW_LENGTH.value, TOKENS.value or 0)
     selection, report = _measure(teacher, request, rows)
     _write(report, selection, teacher, out)

@@ -27,6 +27,7 @@ from kd_core.parallel import engine
 from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 from kd_core.parallel.parallelize import parallelize
 from kd_core.parallel.world import World
+from kd_core.students.huggingface.config_json import warn_of_unloadable
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.student import Student
 from kd_core.training.checkpoints.checkpoint import checkpoints_by_metric, load_best
@@ -65,6 +66,7 @@ class Experiment(ExperimentParts):
         repeats = count_passes(self.shards, self.collate.row_length, self.seed, self.steps * self.rows_per_step)
         checks.warn_of_repeats(self.steps, repeats)
         checks.warn_of_warmup(self.schedule, self.steps)
+        warn_of_unloadable(arch)
         return {
             "student": f"{_format_millions(student)} parameters ({_format_millions(student, trained=True)} trained), "
             f"{arch.num_layers} layers, vocabulary {arch.vocab_size}"

@@ -53,8 +53,10 @@ def _products(func: Any, args: tuple[Any, ...], output: Tensor) -> int | None:
     if "attention" in name or "attn" in name:
         # q kᵀ and the weighted sum of values, each over half of the S keys: [B, H, S, d], or [S, H, d] of documents.
         return output.numel() * args[1].shape[-2 if args[1].ndim == 4 else 0]
-    if name.endswith("mm"):
-        # [M, in] · [in, N], behind a bias in addmm and baddbmm.
+    if name.endswith("mm") and "bmm" not in name:
+        # Batched products are those of attention without a kernel. They are changed in place (capped attention), and
+        # their number differs between windows and documents, so none is kept.
+        # [M, in] · [in, N], behind a bias in addmm.
         return output.numel() * args["add" in name].shape[-1]
     return None
 
@@ -118,6 +120,8 @@ def measure_block(run: Callable[..., Any], x: Tensor, *context: Any) -> BlockCos
         with measure:
             output = run(x.detach().requires_grad_(), *context)
         del output
+    # Autocast's casts of weights stay for this pass. The block casts again when it recomputes, so it must do so now.
+    torch.clear_autocast_cache()
     # The backward pass stops to recompute at the last tensor that it needs.
     operations = {name: cost for name, cost in measure.operations.items() if name not in measure.last}
     return BlockCosts(sum(measure.saved.values()), x.nbytes, operations)

@@ -28,7 +28,9 @@ def test_a_narrower_student_is_written_measured_and_an_experiment_starts_from_it
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "pruned.json").read_text())
     assert report["sizes"]["num_heads"] == [2, 4]
+    assert [len(channels) for channels in report["feed_forward_channels"]] == [40, 40, 40]
     assert f'--config=\'distill(model="{out}", cache="{tiny.train.parent}")\'' in done.stdout
+    assert "is no multiple of" not in done.stderr
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     start = report["starts"]["the pruned student"]

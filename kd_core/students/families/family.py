@@ -71,6 +71,7 @@ class Family:
         stacked: parameters of experts that the folder has in parts.
         prefixes: beginnings of names in the folder that the student's names lack. The first is that of an export.
         ignored: beginnings of names of tensors that are no part of the text model.
+        divided_by_heads: transformers loads no model whose hidden size the attention heads do not divide.
     """
 
     transformers_class: str
@@ -86,6 +87,7 @@ class Family:
     stacked: tuple[Stacked, ...] = ()
     prefixes: tuple[str, ...] = ("model.",)
     ignored: tuple[str, ...] = ()
+    divided_by_heads: bool = False
 
     def name_in_student(self, stored: str) -> str | None:
         """Returns the name of a tensor of the folder without its prefix, or None if it is not of the text model."""

@@ -167,6 +167,7 @@ GEMMA2 = Family(
     expects=EXPECTED,
     flatten=_flatten_gemma2,
     block=GemmaBlock,
+    divided_by_heads=True,
 )
 GEMMA3_TEXT = replace(
     GEMMA2,

@@ -16,4 +16,4 @@ def write_llama(arch: Architecture) -> Config:
     return {"attention_bias": arch.qkv_bias, "mlp_bias": arch.mlp_bias}
 
 
-LLAMA = Family("LlamaForCausalLM", read_llama, write_llama)
+LLAMA = Family("LlamaForCausalLM", read_llama, write_llama, divided_by_heads=True)

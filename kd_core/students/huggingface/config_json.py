@@ -3,6 +3,7 @@
 Missing fields have the defaults of transformers. Unsupported fields that would change the arithmetic are errors.
 """
 
+import logging
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from kd_core.students.families.family import FULL, SLIDING, Config, Family
 from kd_core.students.families.registry import FAMILIES
 from kd_core.students.huggingface.rope_config import read_rope, rope_fields
 
+log = logging.getLogger("kd")
 # A family may expect another value.
 EXPECTED_IN_ALL = {"hidden_act": "silu", "quantization_config": None, "transformers_weights": None}
 
@@ -141,3 +143,14 @@ def config_fields(arch: Architecture, bos: int | None, eos: int | list[int] | No
     }
     assert _is_described_by(arch, config), f"{arch.family} does not have these settings: {arch}"
     return config
+
+
+def warn_of_unloadable(arch: Architecture) -> None:
+    """Warns where transformers does not load folders of an architecture, which train and evaluate here all the same."""
+    sizes, family = (arch.hidden_size, arch.num_heads), FAMILIES.get(arch.family)
+    if family is not None and family.divided_by_heads and (rest := sizes[0] % sizes[1]):
+        log.warning(
+            "hidden_size %d is no multiple of %d attention heads: transformers 5 does not load a %s of such sizes, so "
+            "the student would be read by this project alone. Sizes that fit: %s or %d.", *sizes, arch.family,
+            sizes[0] - rest or "none below", sizes[0] - rest + sizes[1],
+        )  # fmt: skip

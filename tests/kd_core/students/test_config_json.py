@@ -1,6 +1,7 @@
 """Each family against transformers on random weights: read, computed, packed, written and read back by them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kd_core.errors import UsageError
 from kd_core.students.decoder.norm import RMSNorm
-from kd_core.students.huggingface.config_json import read_architecture
+from kd_core.students.huggingface.config_json import (
+    config_fields,
+    parse_architecture,
+    read_architecture,
+    warn_of_unloadable,
+)
 from kd_core.students.huggingface.save import save_pretrained
 from tests.kd_core.students.models import FAMILIES, MODELS, difference, load, rows, their_model
 
@@ -177,3 +183,22 @@ def test_a_window_costs_no_square_mask(tmp_path: Path, monkeypatch: pytest.Monke
         ours(*rows(T=40))
     assert max(queries for queries, _ in seen) == 7
     assert max(keys for _, keys in seen) == 13
+
+
+@pytest.mark.parametrize("name", MODELS.values())
+def test_sizes_that_transformers_does_not_load_are_warned_of(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A hidden size of 36 beside 8 heads: their configuration of the family takes it, or there is a warning."""
+    config = their_model(name).config
+    arch = parse_architecture(Path("config.json"), config.to_dict())
+    narrow = replace(arch, hidden_size=36, num_heads=8, num_kv_heads=2, head_dim=8)
+    warn_of_unloadable(replace(narrow, hidden_size=40))
+    assert not caplog.records
+    warn_of_unloadable(narrow)
+    refusal = ""
+    try:
+        type(config)(**config_fields(narrow, 1, 2))
+    except Exception as error:
+        refusal = str(error.__cause__)
+    is_warned_of = "Sizes that fit: 32 or 40." in caplog.text
+    assert is_warned_of == ("is not a multiple of the number of attention heads" in refusal), refusal
+    assert is_warned_of == bool(refusal)
