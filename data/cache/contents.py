@@ -46,6 +46,7 @@ class CachedDocuments:
     def __init__(self) -> None:
         # A database without a name is a private file, which ends with its connection.
         self._tables = sqlite3.connect("", isolation_level=None)
+        self._whole = set[str]()  # caches that have every window of their documents
         weakref.finalize(self, self._tables.close)
         self._tables.executescript(
             "PRAGMA journal_mode = OFF;"
@@ -54,8 +55,16 @@ class CachedDocuments:
             "CREATE TABLE remembered (digest BLOB PRIMARY KEY) WITHOUT ROWID;"
         )
 
-    def add(self, records: Iterable[Record], cache: str = "") -> None:
-        """Adds the documents of a cache. Consecutive records of one name and with rising starts are one document."""
+    def add(self, records: Iterable[Record], cache: str = "", *, is_whole: bool = False) -> None:
+        """Adds the documents of a cache. Consecutive records of one name and with rising starts are one document.
+
+        Args:
+            records: all records of the cache.
+            cache: its name.
+            is_whole: the cache has every window of its documents, and not only some that were drawn.
+        """
+        if is_whole:
+            self._whole.add(cache)
         (number,) = self._tables.execute("SELECT COUNT(*) FROM documents").fetchone()
         name, last_start, count = "", MAX_NUMBER, 0
         for record in records:
@@ -93,8 +102,14 @@ class CachedDocuments:
         return self._tables.execute("INSERT OR IGNORE INTO remembered VALUES (?)", (digest,)).rowcount > 0
 
     def hold(self, windows: Iterable[bytes]) -> bool:
-        """Checks whether all windows of one of these documents are among the digests `windows`."""
-        return bool(self.among(windows))
+        """Checks whether a document of these windows is there.
+
+        It is if all windows of one of these documents are among them. Where that document is of a whole cache, all
+        `windows` must be there too, because the document may have been continued behind a full window.
+        """
+        digests = set(windows)
+        caches = {cache for _, cache in self._all_among(digests)}
+        return bool(caches) and (not caches <= self._whole or all(map(self._documents_with, digests)))
 
     def caches_with_any(self, windows: Iterable[bytes]) -> set[str]:
         """Returns the caches that have at least one of `windows`, as when a document has been continued since."""
@@ -102,6 +117,10 @@ class CachedDocuments:
 
     def among(self, windows: Iterable[bytes]) -> list[str]:
         """Returns the names of the documents whose windows are all among `windows`."""
-        common = Counter(document for window in set(windows) for document in self._documents_with(window))
+        return [name for name, _ in self._all_among(set(windows))]
+
+    def _all_among(self, windows: set[bytes]) -> list[tuple[str, str]]:
+        """Returns name and cache of the documents whose windows are all among `windows`."""
+        common = Counter(document for window in windows for document in self._documents_with(window))
         facts = ((self._facts(document), count) for document, count in common.items())
-        return [name for (name, windows_there, _), count in facts if count == windows_there]
+        return [(name, cache) for (name, windows_there, cache), count in facts if count == windows_there]

@@ -46,6 +46,8 @@ def document_from_row(row: Row, row_format: RowFormat) -> Document:
     content, name, teacher_content = parse_content(row.value, row_format, row.where), row.name, None
     if "teacher_prompt" in row.value:
         teacher_content = with_teacher_prompt(content, row.value["teacher_prompt"], row.where)
-    if isinstance(content, TokenRow) and isinstance(row.value.get("name"), str):
+    if isinstance(content, TokenRow) and "name" in row.value:
         name = row.value["name"]
+        if not isinstance(name, str) or not name:
+            raise BadRowError(f"{row.where}: 'name' is {name!r:.40}; wanted a text. Fix it.", "a name that is no text")
     return Document(name, content, row.where, teacher_content)

@@ -68,7 +68,8 @@ def load_growth(out: Path | str, *, begin: bool) -> Growth:
     documents = CachedDocuments()
     for split, manifest in before.items():
         records = ShardReader(child(out, split), manifest).records()
-        documents.add(tqdm(records, f"read {split}", manifest.records, mininterval=1, delay=2, leave=False), split)
+        progress = tqdm(records, f"read {split}", manifest.records, mininterval=1, delay=2, leave=False)
+        documents.add(progress, split, is_whole=all(plan.get("tokens", 0) is None for plan in manifest.plans))
     return Growth(before, documents)
 
 

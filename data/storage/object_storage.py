@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -283,15 +282,14 @@ class BucketStorage(ObjectStorage):
         return self._result("", submit(self._attempts("", list_files)))
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
-        # The file is complete on this machine first, so that an upload can be repeated.
-        with tempfile.TemporaryDirectory(prefix="kd-upload-") as folder:
-            path = Path(folder) / "file"
-            with path.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
+        # The file is complete on this machine first, so that an upload can be repeated. It has no name, so that a
+        # process that is killed leaves nothing.
+        with tempfile.TemporaryFile() as file:
+            file.writelines(chunks)
 
             async def put() -> None:
-                await self.client.put_async(name, path, chunk_size=CHUNK_BYTES)
+                file.seek(0)
+                await self.client.put_async(name, file, chunk_size=CHUNK_BYTES)
 
             self._result(name, submit(self._attempts(name, put)))
 

@@ -80,6 +80,19 @@ def _fsdp_plan(model: "PreTrainedModel") -> dict[str, str]:
     return {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in names}
 
 
+def cannot_run(model: "PreTrainedModel", folder: Path, world: World, error: RuntimeError) -> Exception:
+    """Returns the error of a first pass that failed: with tensor parallelism, one that names the layout."""
+    if (tensor := world.layout.tensor) == 1:
+        return error
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", "unknown")
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return UsageError(
+        f"parallel.tensor_parallel: got {tensor}, with which transformers cannot run {folder} ({error!s:.200}). Take "
+        f"one that divides its {heads} attention heads and {kv_heads} heads for keys and values, or shard=full alone."
+    )
+
+
 def local_rows(weight: Tensor, vocab_size: int, world: World) -> Tensor:
     """Returns this rank's rows [V_r, …] of an lm_head's weight or bias, of real tokens alone.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data.teacher.teacher_layout import ALONE, ScorerRanks, TeacherParallel
-from data.teacher.transformers_layout import loading_arguments, local_rows
+from data.teacher.transformers_layout import cannot_run, loading_arguments, local_rows
 from data.teacher.vocab_slices import vocab_slice
 from kd_core.errors import UsageError
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
@@ -89,13 +89,20 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
 
 
 def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE) -> "PreTrainedModel | None":
-    """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had."""
+    """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had.
+
+    Raises:
+        UsageError: the model cannot compute in this layout.
+    """
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
         model.set_output_embeddings(WideLmHead(lm_head, vocab_size, world))
     tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
-    with torch.no_grad():
-        whole = model(input_ids=tokens, use_cache=False).logits
+    try:
+        with torch.no_grad():
+            whole = model(input_ids=tokens, use_cache=False).logits
+    except RuntimeError as error:  # plans divide attention heads whether or not their number is divided
+        raise cannot_run(model, folder, world, error) from error
     # Some families multiply by the weight of an lm_head without calling it.
     dtype = whole.dtype if isinstance(lm_head, torch.nn.Linear) else model.dtype
     if dtype != torch.float32:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -174,6 +175,26 @@ def test_a_bucket_with_signed_requests(signing: int, monkeypatch: pytest.MonkeyP
 def test_a_bucket_that_is_written(bucket: Path, writable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_server(monkeypatch, writable)
     check_writes(storage_at("s3://bucket/cache"), bucket / "bucket" / "cache")
+
+
+def test_an_upload_is_repeated_and_has_no_file_that_a_kill_would_leave(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    use_server(monkeypatch, port := free_port())
+    whole = bytes(range(256)) * 40_000  # of two parts
+
+    def chunks() -> Iterator[bytes]:
+        yield whole[:1000]
+        assert not list(tmp_path.iterdir())
+        yield whole[1000:]
+
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(storage_at("s3://bucket/cache").write, "repeated", chunks())
+        time.sleep(0.5)  # in which nobody listens
+        with localbucket(bucket, port):
+            writing.result(patience(20))
+    assert (bucket / "bucket" / "cache" / "repeated").read_bytes() == whole
 
 
 def test_a_web_server(bucket: Path) -> None:

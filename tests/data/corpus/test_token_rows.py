@@ -75,6 +75,8 @@ def test_token_ids_are_scored_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
         ({"tokens": [1, 2], "loss_mask": [1]}, "'loss_mask' has 1 elements and 'tokens' 2"),
         ({"tokens": [1, 2], "loss_mask": [1, 2]}, "'loss_mask' is no list of 1 or more integers from 0 to 1"),
         ({"tokens": [1, 2], "tokenizer": "abc"}, "its 'tokenizer' is 'abc'; that of the teacher is [0-9a-f]{64}"),
+        ({"tokens": [1, 2], "name": 7}, "'name' is 7; wanted a text"),
+        ({"tokens": [1, 2], "name": ""}, "'name' is ''; wanted a text"),
         ({"tokens": [1, 2], "teacher_prompt": "text"}, "'teacher_prompt' is no list"),
         ({"tokens": [1, 2], "text": "two"}, "Set corpus.content=text or tokens"),
         ({"text": "a b", "teacher_prompt": "c"}, "beside a plain text, which has no completion"),

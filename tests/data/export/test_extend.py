@@ -154,6 +154,28 @@ def test_a_continued_document_stays_on_its_side_and_no_window_stands_twice(tiny:
     assert bytes_of(out) == before
 
 
+def test_a_document_is_continued_behind_a_full_window(tiny: Tiny, tmp_path: Path) -> None:
+    # Each document ends where its second window does.
+    length = 2 * tiny.export().row_length
+    ids = [[(i + 2) * j % 311 for j in range(length + 1)] for i in range(3)]
+    out, path = tmp_path / "out", tmp_path / "data.jsonl"
+
+    def export() -> TeacherExport:
+        path.write_text("\n".join(json.dumps({"tokens": row, "name": f"row {i}"}) for i, row in enumerate(ids)))
+        return tiny.export(corpus=Corpus(str(path)), train_tokens=None, validation_tokens=None)
+
+    write_caches(export(), out)
+    ids = [[*row, *range(9)] for row in ids]
+    write_caches(export(), out, extend=True)
+    records = [record for split in ("train", "validation") for record in tiny.records(out / split)]
+    last = {record.document: record.token_ids.tolist() for record in records}
+    assert last == {f"row {i}": row[length:] for i, row in enumerate(ids)}
+    assert len(records) == 9
+    before = bytes_of(out)
+    write_caches(export(), out, extend=True)
+    assert bytes_of(out) == before
+
+
 def test_verify_finds_held_out_documents_in_train_other_windows_and_other_masks(tiny: Tiny, tmp_path: Path) -> None:
     texts = [f"The old fox sees a river {i}." for i in range(8)]
     write_caches(tiny.export(corpus=_lines(tmp_path / "a.jsonl", texts)), tmp_path / "out")

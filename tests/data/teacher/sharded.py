@@ -92,3 +92,9 @@ def refuse(world: World, task: Task) -> None:
         task.load(TeacherParallel(2), TeacherParallel(2).lay_out(world))
     with pytest.raises(UsageError, match=r"parallel\.tensor_parallel: got 3, but 2 ranks are not divided by it"):
         TeacherParallel(3).lay_out(world)
+
+
+def refuse_heads(world: World, task: Task) -> None:
+    """Lay out a family with fewer heads for keys and values than ranks, which its plan divides nevertheless."""
+    with pytest.raises(UsageError, match=r"got 2, with which transformers cannot run .* 4 attention heads and 1 heads"):
+        task.load(TeacherParallel(2), TeacherParallel(2).lay_out(world))

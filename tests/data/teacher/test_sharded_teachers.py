@@ -20,7 +20,7 @@ from data.teacher import scorer, transformers_scorer
 from data.teacher.scorer import TeacherScores
 from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
 from kd_core.parallel.world import World
-from tests.data.teacher.sharded import REAL, SELECTION, Task, compare, few_positions, refuse
+from tests.data.teacher.sharded import REAL, SELECTION, Task, compare, few_positions, refuse, refuse_heads
 from tests.ranks import run_ranks
 from tests.reference.teacher_scores import check_scores
 
@@ -45,6 +45,7 @@ TEACHERS: dict[str, tuple[bool, PreTrainedConfig, list[TeacherParallel], list[Te
         [TeacherParallel(2, expert_parallel=True)],
         [],
     ),
+    "one head for keys": (False, LlamaConfig(**SIZES, **{**HEADS, "num_key_value_heads": 1}), [], []),
     "no plan": (False, GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=64), [], [FULL]),
 }
 
@@ -96,3 +97,8 @@ def test_every_layout_of_transformers_gives_the_scores_of_one_process(tmp_path: 
 @pytest.mark.slow
 def test_a_family_without_a_plan_is_refused(tmp_path: Path) -> None:
     run_ranks(2, refuse, _make_task(tmp_path, "no plan", 2))
+
+
+@pytest.mark.slow
+def test_heads_that_are_not_divided_are_refused(tmp_path: Path) -> None:
+    run_ranks(2, refuse_heads, _make_task(tmp_path, "one head for keys", 2))
