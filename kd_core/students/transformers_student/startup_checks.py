@@ -167,6 +167,9 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
             leak, order = _difference(states(other, second), packed), _difference(packed, alone)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             log.debug("student: %s takes no documents by %s (%s)", name, mode, error)
+            # A pass that ends early leaves FSDP inside it, where later passes lose gradients. A whole pass ends it.
+            student.document_mode = "rows"
+            states(second)
             continue
         moves[mode] = max(leak, order)
         if leak <= _tolerance(LEAK, device) and order <= _tolerance(ORDER, device):
