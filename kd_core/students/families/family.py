@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.decoder.decoder import MakeBlock
 from kd_core.students.decoder.transformer_block import TransformerBlock
@@ -148,6 +149,34 @@ def write_windows(arch: Architecture) -> tuple[list[str], int | None]:
 def with_default_theta(theta: float) -> Callable[[Config], Config]:
     """Returns a `flatten` that fills in a theta where a configuration has none."""
     return lambda config: {"rope_theta": theta, **config}
+
+
+def split_ropes_by_kind(config: Config, full_theta: float, local_theta: float) -> Config:
+    """Returns a configuration with RoPE of layers without a window where all families have it.
+
+    The theta of layers with a window stands in `local_rope_theta`.
+
+    Raises:
+        UsageError: layers with a window have a scaling, or versions of transformers read a field in unlike ways.
+    """
+    by_kind, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if not by_kind.keys() <= {FULL, SLIDING}:
+        raise UsageError(f"rope_parameters is {by_kind}; wanted those of {FULL} and of {SLIDING}.")
+    full, local = by_kind.get(FULL) or {}, by_kind.get(SLIDING) or {}
+    if local.get("rope_type", local.get("type", "default")) != "default":
+        raise UsageError(f"rope_parameters of {SLIDING} is {local!r}; only 'default' is supported.")
+    # transformers 5 overlooks both fields, which its predecessors obey.
+    if "type" in scaling and "rope_type" not in scaling:
+        raise UsageError(
+            "rope_scaling has a field 'type', which transformers 5 ignores here. Rename it to 'rope_type'."
+        )
+    full = {"rope_theta": config.get("rope_theta", full_theta), **full, **scaling}
+    if not full.get("truncate", True):
+        raise UsageError(
+            f"truncate is {full['truncate']!r}, which transformers 5 ignores here. Only true is supported."
+        )
+    changes = {"rope_scaling": None, "rope_parameters": full, "original_max_position_embeddings": None}
+    return {**config, **changes, "local_rope_theta": float(local.get("rope_theta", local_theta))}
 
 
 def split_rotary_share(config: Config, default: float = 1.0) -> Config:

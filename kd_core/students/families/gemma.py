@@ -26,6 +26,7 @@ from kd_core.students.families.family import (
     Family,
     read_attention_bias,
     read_windows,
+    split_ropes_by_kind,
     write_windows,
 )
 from kd_core.students.student import ShardingRule
@@ -101,7 +102,7 @@ def _read_gemma2(config: Config) -> dict[str, Any]:
 
 
 def _read_gemma3(config: Config) -> dict[str, Any]:
-    return {**_read_gemma2(config), "qk_norm": True, "local_rope_theta": float(config["rope_local_base_freq"])}
+    return {**_read_gemma2(config), "qk_norm": True, "local_rope_theta": config["local_rope_theta"]}
 
 
 def _write_gemma2(arch: Architecture) -> Config:
@@ -130,23 +131,18 @@ def _complete(config: Config, defaults: Config) -> Config:
 
 
 def _flatten_gemma2(config: Config) -> Config:
-    return _complete(config, GEMMA_2)
+    config = _complete(config, GEMMA_2)
+    if config["sliding_window_pattern"] != GEMMA_2["sliding_window_pattern"] and not config.get("layer_types"):
+        raise UsageError(
+            f"sliding_window_pattern is {config['sliding_window_pattern']}, which transformers ignores for Gemma 2. "
+            "State layer_types instead."
+        )
+    return config
 
 
 def _flatten_gemma3(config: Config) -> Config:
-    """Puts RoPE of layers without a window where all families have it, and theta of the others beside it."""
     config = _complete(config, GEMMA_3)
-    # Older files have `rope_theta`, `rope_scaling` and `rope_local_base_freq`. transformers 5 has a setting by kind.
-    by_kind = config.pop("rope_parameters", None) or {}
-    if not by_kind.keys() <= {FULL, SLIDING}:
-        raise UsageError(f"rope_parameters is {by_kind}; wanted those of {FULL} and of {SLIDING}.")
-    full, local = by_kind.get(FULL) or {}, by_kind.get(SLIDING) or {}
-    if local.get("rope_type", "default") != "default":
-        raise UsageError(f"rope_parameters of {SLIDING} are {local}; only the rope_type 'default' is supported.")
-    theta = config.pop("rope_theta", GLOBAL_THETA)
-    scaling = config.pop("rope_scaling", None) or {}
-    local_theta = local.get("rope_theta", config.get("rope_local_base_freq", LOCAL_THETA))
-    return {**config, "rope_parameters": {"rope_theta": theta, **full, **scaling}, "rope_local_base_freq": local_theta}
+    return split_ropes_by_kind(config, GLOBAL_THETA, config.get("rope_local_base_freq", LOCAL_THETA))
 
 
 def _flatten_text_model(config: Config) -> Config:

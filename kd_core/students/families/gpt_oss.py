@@ -69,7 +69,7 @@ def _flatten(config: Config) -> Config:
             "with transformers, by from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True)), and save "
             "it again by save_pretrained."
         )
-    if not config.get("rope_scaling") and not config.get("rope_parameters"):
+    if not config.get("rope_scaling") and config.get("rope_parameters") is None:
         config = {**config, "rope_scaling": YARN}
     return {"rope_theta": 150_000.0, "sliding_window": 128, **config}
 

@@ -24,11 +24,12 @@ from kd_core.students.families.family import (
     Family,
     read_attention_bias,
     read_windows,
+    split_ropes_by_kind,
     write_windows,
 )
 from kd_core.students.student import ShardingRule
 
-WINDOW = 4096  # OLMo 3's default
+WINDOW, THETA = 4096, 5e5  # OLMo 3's defaults
 
 
 class Olmo2Attention(Attention):
@@ -86,14 +87,13 @@ def _write_olmo2(arch: Architecture) -> Config:
 
 
 def _flatten_olmo3(config: Config) -> Config:
-    theta = config.get("rope_theta") or 5e5
-    by_kind = config.get("rope_parameters") or {}
-    full, local = ({"rope_theta": theta, **(by_kind.get(kind) or {})} for kind in (FULL, SLIDING))
-    if local.get("rope_type", "default") != "default":
-        raise UsageError(f"rope_parameters of {SLIDING} is {local!r}; only 'default' is supported.")
-    # Older files have the scaling of full layers alone.
-    full |= config.get("rope_scaling") or {}
-    return {**config, "rope_scaling": None, "rope_parameters": full, "local_rope_theta": float(local["rope_theta"])}
+    theta, by_kind = config.get("rope_theta", THETA), config.get("rope_parameters") or {}
+    if theta != THETA and "rope_theta" not in (by_kind.get(SLIDING) or {}):
+        raise UsageError(
+            f"rope_theta is {theta}, which transformers 5 takes for layers without a window alone. State it in "
+            f"rope_parameters, for {FULL} and for {SLIDING}."
+        )
+    return split_ropes_by_kind(config, theta, THETA)
 
 
 def _read_olmo3(config: Config) -> dict[str, Any]:

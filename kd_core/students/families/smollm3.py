@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kd_core.errors import UsageError
 from kd_core.students.decoder.architecture import Architecture
 from kd_core.students.families.family import (
     FULL,
@@ -25,6 +26,11 @@ def _read(config: Config) -> dict[str, Any]:
     # Layers without RoPE have the window, unless `layer_types` lists the kind of each layer.
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
     kinds = config.get("layer_types") or [FULL if rope else SLIDING for rope in has_rope]
+    if window is None and config.get("layer_types") and SLIDING in kinds:
+        raise UsageError(
+            f"layer_types is {kinds}, and use_sliding_window or sliding_window is not set. Set both, or list "
+            f"{FULL} for all layers."
+        )
     return {**read_llama(config), "rope_layers": has_rope, "windows": read_windows(kinds, window)}
 
 

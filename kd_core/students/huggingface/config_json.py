@@ -22,7 +22,10 @@ from kd_core.students.huggingface.rope_config import read_rope, rope_fields
 
 log = logging.getLogger("kd")
 # A family may expect another value.
-EXPECTED_IN_ALL = {"hidden_act": "silu", "quantization_config": None, "transformers_weights": None}
+EXPECTED_IN_ALL = {
+    "hidden_act": "silu", "quantization_config": None, "transformers_weights": None, "is_causal": True,
+    "per_layer_config": None,
+}  # fmt: skip
 
 
 @contextmanager

@@ -35,7 +35,9 @@ def _fields(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if kind not in KINDS:
         why = f" ({UNSUPPORTED_KINDS[kind]})" if kind in UNSUPPORTED_KINDS else ""
         raise UsageError(f"rope_type is {kind!r}{why}; only {', '.join(KINDS)} are supported.")
-    fields.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
+    fields.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    if not isinstance(fields["rope_theta"], int | float):
+        raise UsageError(f"rope_theta is {fields['rope_theta']!r}; wanted a number.")
     share = fields.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if share not in (None, 1, 1.0):
         raise UsageError(f"partial_rotary_factor is {share}; only 1.0 is supported.")
@@ -89,9 +91,10 @@ def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     top_level = config.get("original_max_position_embeddings")
     original = int(top_level or fields.get("original_max_position_embeddings") or stretched)
     if kind == "llama3":
-        return theta, Llama3Scaling(
-            float(fields["factor"]), float(fields["low_freq_factor"]), float(fields["high_freq_factor"]), original
-        )
+        low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
+        if high < low:
+            raise UsageError(f"high_freq_factor is {high}; wanted at least the low_freq_factor {low}.")
+        return theta, Llama3Scaling(float(fields["factor"]), low, high, original)
     factor = float(fields["factor"] if fields.get("factor") is not None else stretched / original)
     if kind == "longrope":
         return theta, _read_longrope(fields, factor, original)

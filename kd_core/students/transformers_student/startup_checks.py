@@ -121,6 +121,26 @@ def _tokens(count: int, seed: int, vocab_size: int, device: torch.device) -> Ten
 
 
 @torch.no_grad()
+def check_causal(student: "TransformersStudent") -> None:
+    """Checks that hidden states stay where a later token changes, in a row of one document.
+
+    Raises:
+        UsageError: they move, so that the model sees the tokens that it would learn to predict.
+    """
+    vocab_size, device = student.arch.vocab_size, student.lm_head.weight.device
+    tokens, positions = _tokens(FIRST, 3, vocab_size, device), torch.arange(FIRST, device=device)[None]
+    changed = tokens.clone()
+    changed[:, -1] = (tokens[:, -1] + 1) % vocab_size
+    states, others = (student(row, positions, torch.zeros_like(row), _first) for row in (tokens, changed))
+    if (difference := _difference(others[:, :-1], states[:, :-1])) > _tolerance(LEAK, device):
+        raise UsageError(
+            f"{student.folder}: {type(student.theirs).__name__} attends to later positions (a changed last token moves "
+            f"hidden states of earlier ones by {difference:.0e} of their size), so it is no causal language model. "
+            "Take another folder, or correct config.json."
+        )
+
+
+@torch.no_grad()
 def find_document_mode(student: "TransformersStudent") -> DocumentMode:
     """Returns how documents of a packed row are kept apart, by two documents in one row.
 
@@ -147,6 +167,9 @@ def find_document_mode(student: "TransformersStudent") -> DocumentMode:
             leak, order = _difference(states(other, second), packed), _difference(packed, alone)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             log.debug("student: %s takes no documents by %s (%s)", name, mode, error)
+            # A pass that ends early leaves FSDP inside it, where later passes lose gradients. A whole pass ends it.
+            student.document_mode = "rows"
+            states(second)
             continue
         moves[mode] = max(leak, order)
         if leak <= _tolerance(LEAK, device) and order <= _tolerance(ORDER, device):

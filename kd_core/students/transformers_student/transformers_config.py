@@ -42,6 +42,9 @@ def read_config(folder: Path) -> "PretrainedConfig":
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         if not 1 <= int(config.vocab_size) <= UPPER_BOUNDS["vocab_size"]:
             raise ValueError(f"a vocabulary of {config.vocab_size}")
+        for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+            if getattr(config, name, causal) is (not causal):
+                raise ValueError(f"{name} is {not causal}, so it is no causal language model")
     except Exception as error:  # each model family raises errors of its own
         raise UsageError(f"{folder}: transformers cannot read its config.json ({error!s:.400}).") from None
     return config

@@ -281,9 +281,10 @@ class TransformersStudent(Student):
         """Finds the form of the logits and how documents are kept apart, by passes over a few tokens.
 
         Raises:
-            UsageError: no form gives the model's own logits.
+            UsageError: no form gives the model's own logits, or the model is not causal.
         """
         self.form = startup_checks.find_head_form(self)
+        startup_checks.check_causal(self)
         self.document_mode = startup_checks.find_document_mode(self)
 
     def stored_values(self) -> dict[str, Tensor]:

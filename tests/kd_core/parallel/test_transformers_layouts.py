@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -18,6 +19,7 @@ from kd_core.students.starts.lora_start import LoraStart
 from kd_core.students.starts.start import StudentInit, meta_student
 from kd_core.students.starts.transformers_start import Transformers
 from kd_core.students.student import Student
+from kd_core.students.transformers_student import startup_checks, transformers_student
 from tests.kd_core.parallel.test_layouts import PLAIN, first_gradient, trajectory, whole
 from tests.kd_core.students.transformers_models import VOCAB, save_folder
 from tests.ranks import run_ranks
@@ -88,6 +90,22 @@ def test_two_ranks_train_as_one(names: tuple[str, ...], layouts: tuple[str, ...]
     for name in names:
         save_folder(name, tmp_path / name)
     run_ranks(2, compare, tmp_path, names, layouts)
+
+
+def _step_after_a_failed_try(world: World, folder: Path) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("no such masks")
+
+    transformers_student.document_masks, startup_checks.TRIED = fail, ("masks",)
+    parallel = replace(PLAIN, shard="full")
+    model, world = laid_out(Transformers(str(folder)), parallel, world)
+    assert cast(Any, model).document_mode == "rows"
+    assert all(gradient.any() for gradient in first_gradient(model, parallel, world).values())
+
+
+def test_a_family_that_takes_no_masks_gets_all_its_gradients(tmp_path: Path) -> None:
+    """The failed try at the start ends a pass of the sharded model early."""
+    run_ranks(2, _step_after_a_failed_try, save_folder("phi 3", tmp_path / "model"))
 
 
 def test_tensors_are_not_divided(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from kd_core.students.huggingface.config_json import (
     warn_of_unloadable,
 )
 from kd_core.students.huggingface.save import save_pretrained
-from tests.kd_core.students.models import FAMILIES, MODELS, difference, load, rows, their_model
+from tests.kd_core.students.models import FAMILIES, MODELS, YARN, difference, load, rows, their_model
 
 TOLERANCE = 3e-5
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MODELS.values()])
@@ -126,6 +127,22 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(tmp_path: Path) -> No
         ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one setting for all layers"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
         ("mistral", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"is_causal": False}, "is_causal is False"),
+        ("llama", {"per_layer_config": {"1": {"rms_norm_eps": 0.1}}}, "per_layer_config is"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "rope_theta is None"),
+        ("llama", {"rope_parameters": {}, "rope_theta": 0}, "not finite"),
+        ("llama 3", {"rope_parameters": {**LLAMA3, "high_freq_factor": 0.5}}, "high_freq_factor is 0.5"),
+        # transformers 5 reads these unlike its predecessors, or unlike their names.
+        ("smollm3, windows, biases", {"use_sliding_window": False}, "use_sliding_window or sliding_window is not set"),
+        ("gemma2", {"layer_types": None, "sliding_window_pattern": 3}, "sliding_window_pattern is 3"),
+        ("gemma3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "a field 'type'"),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+            "sliding_attention is",
+        ),
+        ("olmo3", {"rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, "truncate is False"),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, "rope_theta is 10000.0, which transformers 5"),
     ],
 )
 def test_what_would_change_the_arithmetic_is_refused_by_name(

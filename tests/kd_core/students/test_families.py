@@ -12,7 +12,7 @@ from kd_core.students.families.registry import FAMILIES as REGISTRY
 from kd_core.students.huggingface.save import save_pretrained
 from kd_core.students.starts.start import Pretrained, build_student
 from tests.kd_core.students.family_checks import CHECKS, Comparison
-from tests.kd_core.students.models import CPU, MODELS, difference, load, their_model
+from tests.kd_core.students.models import CPU, MODELS, YARN, difference, load, their_model
 
 TOLERANCE = 1e-4
 PAGE = Path(__file__).parents[3] / "docs" / "students.md"
@@ -69,6 +69,14 @@ PUBLISHED: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ),
     "OLMo 3": ("olmo3", ("rope_parameters",), {"rope_scaling": OLDER_YARN, "rope_theta": 5e5}),
     "OLMo 3, defaults": ("olmo3", ("rope_parameters", "layer_types", "sliding_window"), {}),
+    "Gemma 3, context beside RoPE": (
+        "gemma3", (),
+        {
+            "original_max_position_embeddings": 48,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e3}},
+        },
+    ),
+    "gpt-oss, unscaled": ("gpt-oss", (), {"rope_parameters": {}}),
     "GLM-4": ("glm4", ("rope_parameters", "attention_bias"), {"rope_theta": 1e3}),
     "SmolLM3": (
         "smollm3", ("rope_parameters", "no_rope_layers", "tie_word_embeddings", "layer_types"),

@@ -169,7 +169,7 @@ NO_SCALARS = (-1, 0, 0.3, math.inf, math.nan)
         ),
         ("gemma3", {"model_type": "gemma3"}, "text_config"),
         ("gemma3", {"model_type": "gemma3", "text_config": [1]}, "damaged"),
-        ("gemma2", {"sliding_window_pattern": 0, "layer_types": None}, "damaged"),
+        ("gemma3", {"sliding_window_pattern": 0, "layer_types": None}, "damaged"),
         *(("gemma2", {"query_pre_attn_scalar": value}, "scalar is .*; wanted a whole number") for value in NO_SCALARS),
         *(
             ("gemma2", {f"{kind}_logit_softcapping": cap}, rf"config\.json: .*_soft_cap: got {cap}; wanted a finite")

@@ -276,6 +276,25 @@ def test_logits_of_another_form_are_refused(tmp_path: Path, monkeypatch: pytest.
         load(Transformers(str(folder)))
 
 
+@pytest.mark.parametrize(("name", "field"), [("phi 3", "is_causal"), ("gemma 3", "use_bidirectional_attention")])
+def test_models_that_see_later_tokens_are_refused(name: str, field: str, tmp_path: Path) -> None:
+    """As students, and as teachers."""
+    folder = save_folder(name, tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: field != "is_causal"}))
+    for read in (lambda: load(Transformers(str(folder))), lambda: HuggingFaceScorer.load(folder, torch.float32, CPU)):
+        with pytest.raises(UsageError, match=f"{field} is .*, so it is no causal language model"):
+            read()
+
+
+def test_causality_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a family whose configuration has another name for it."""
+    monkeypatch.setattr("transformers.masking_utils.causal_mask_function", masking_utils.bidirectional_mask_function)
+    folder = save_folder("phi 3", tmp_path / "model")
+    with pytest.raises(UsageError, match="Phi3ForCausalLM attends to later positions .*, so it is no causal"):
+        load(Transformers(str(folder), attention="eager"))
+
+
 def test_a_model_whose_masks_let_documents_meet_gets_a_document_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
