@@ -112,6 +112,11 @@ class Architecture:
         self._check_scales()
         if not 0 < self.rotary_share <= 1 or self.rotary_dim == 0:
             raise UsageError(f"rotary_share: got {self.rotary_share!a}; wanted above 0, to 1.")
+        if self.rotary_dim % 2:
+            raise UsageError(
+                f"head_dim: got {self.head_dim}, of which RoPE rotates {self.rotary_dim} channels; wanted an even number, "
+                "as they turn in pairs."
+            )
         if isinstance(self.rope_scaling, LongRopeScaling):
             factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if factors != {self.rotary_dim // 2}:
