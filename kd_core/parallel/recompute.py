@@ -82,9 +82,9 @@ class _Measure(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         output = func(*args, **(kwargs or {}))
+        operation = _numbered(func, self.seen)  # also of products of no rows: an expert may have some in another pass
         tensors = [tensor for tensor in (output if isinstance(output, tuple) else (output,)) if _is_filled(tensor)]
         if tensors and (products := _products(func, args, tensors[0])):
-            operation = _numbered(func, self.seen)
             before, size = self.operations[operation], sum(local_values(tensor).nbytes for tensor in tensors)
             self.operations[operation] = Cost(before.products + products, before.bytes + size)
             self.last.append(operation)

@@ -46,10 +46,14 @@ class _Warmup(ABC):
         Raises:
             UsageError: the phases together are longer than the run.
         """
-        lengths = self._lengths()
-        if sum(lengths.values()) > steps:
+        lengths = {name: length for name, length in self._lengths().items() if length}
+        if (total := sum(lengths.values())) > steps:
             shown = " + ".join(f"{name} {length}" for name, length in lengths.items())
-            raise UsageError(f"schedule: {shown} is more than steps {steps}. Shorten them or train longer.")
+            # Phases of the same proportions, over half of the run.
+            fitting = ", ".join(f"schedule.{name}={length * steps // (2 * total)}" for name, length in lengths.items())
+            raise UsageError(
+                f"schedule: {shown} is more than steps {steps}. Shorten them, such as by {fitting}, or train longer."
+            )
 
     @abstractmethod
     def after_warmup(self, step: int, steps: int) -> float:

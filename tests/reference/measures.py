@@ -19,8 +19,9 @@ def likeliest(position: Position) -> int:
 
 
 def teachers(position: Position, count: int) -> list[int]:
-    ranked = sorted(position.entries, key=lambda entry: -entry[1])
-    return [token for token, _ in ranked[:count]]
+    """The `count` likeliest, and those that are as likely as the last of them."""
+    last = sorted((p for _, p in position.entries), reverse=True)[:count][-1]
+    return [token for token, p in position.entries if p >= last]
 
 
 def calibration_error(positions: list[Position], bins: int = 15) -> float:

@@ -83,11 +83,15 @@ def _student_entropy(chunk: ReducedChunk) -> dict[str, Tensor]:
 
 
 def _top5_agreement(chunk: ReducedChunk) -> dict[str, Tensor]:
-    """Counts where the student's likeliest token is one of the teacher's five likeliest entries, or of all if K < 5."""
+    """Counts where the student's likeliest token is one of the teacher's five likeliest entries, or of all if K < 5.
+
+    Caches round entries, so that the fifth is often as likely as the next ones. All of these count.
+    """
+    # The student's largest log q on these entries, against that of its likeliest token.  [n, 1] and [n, K] → [n]
     view = chunk.reduced.view
-    # The student's largest log q on these five, against that of its likeliest token.  [n, 5] → [n]
-    teacher_top5 = view.teacher_log_probs.topk(min(5, view.teacher_log_probs.shape[1]), dim=1).indices
-    best_on_top5 = view.student_log_probs.detach().gather(1, teacher_top5).amax(dim=1)
+    fifth = view.teacher_log_probs.topk(min(5, view.teacher_log_probs.shape[1]), dim=1).values[:, -1:]
+    is_top5 = view.teacher_log_probs >= fifth
+    best_on_top5 = view.student_log_probs.detach().where(is_top5, -torch.inf).amax(dim=1)
     return _masked_sums({"top5_agreement": best_on_top5 >= chunk.log_best()}, chunk.mask)
 
 

@@ -110,8 +110,19 @@ class Architecture:
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: got {getattr(self, name)!a}; wanted 1 to {most}.")
         self._check_scales()
+        self._check_rope()
+        for window in self.windows or ():
+            if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
+                raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
+
+    def _check_rope(self) -> None:
         if not 0 < self.rotary_share <= 1 or self.rotary_dim == 0:
             raise UsageError(f"rotary_share: got {self.rotary_share!a}; wanted above 0, to 1.")
+        if self.rotary_dim % 2:
+            raise UsageError(
+                f"head_dim: got {self.head_dim}, of which RoPE rotates {self.rotary_dim} channels; wanted an even "
+                "number, as they turn in pairs."
+            )
         if isinstance(self.rope_scaling, LongRopeScaling):
             factors = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
             if factors != {self.rotary_dim // 2}:
@@ -119,9 +130,6 @@ class Architecture:
                     f"LongRoPE: got {sorted(factors)} factors; wanted {self.rotary_dim // 2}, one for each pair of an "
                     "attention head's channels that RoPE rotates."
                 )
-        for window in self.windows or ():
-            if window is not None and not 1 <= window <= UPPER_BOUNDS["max_positions"]:
-                raise UsageError(f"windows: got one of {window!a}; wanted 1 or more.")
 
     def _check_scales(self) -> None:
         for name in ("attention_scale", "attention_soft_cap", "logit_soft_cap"):

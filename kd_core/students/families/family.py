@@ -132,6 +132,19 @@ def read_attention_bias(config: Config) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias}
 
 
+def read_expert_count(config: Config, default: int) -> int:
+    """Returns the number of experts, a field of two names.
+
+    Raises:
+        UsageError: the two differ. Which of them transformers obeys depends on the family.
+    """
+    counts = {name: config[name] for name in ("num_experts", "num_local_experts") if name in config}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name} is {count!a}" for name, count in counts.items())
+        raise UsageError(f"{shown}; wanted one number of experts. Delete the field that is not that of the weights.")
+    return int(next(iter(counts.values()), default))
+
+
 def read_windows(kinds: list[str], window: Any) -> tuple[int | None, ...] | None:
     """Returns the window of each layer from the kinds of all, or None if no layer has one."""
     if window is None or SLIDING not in kinds:

@@ -13,7 +13,16 @@ from kd_core.errors import UsageError
 from kd_core.sharded_values import local_values
 from kd_core.students.decoder.architecture import Architecture, ExpertSettings
 from kd_core.students.decoder.experts import ExpertBlock, Experts, Groups, multiply_groups
-from kd_core.students.families.family import FULL, SLIDING, Config, Family, Joined, read_windows, write_windows
+from kd_core.students.families.family import (
+    FULL,
+    SLIDING,
+    Config,
+    Family,
+    Joined,
+    read_expert_count,
+    read_windows,
+    write_windows,
+)
 
 LIMIT, SLOPE = 7.0, 1.702
 # YaRN as files without such a field have it, in transformers.
@@ -79,7 +88,7 @@ def _read(config: Config) -> dict[str, Any]:
     kinds = config.get("layer_types") or [
         FULL if layer % 2 else SLIDING for layer in range(int(config["num_hidden_layers"]))
     ]
-    count, per_token = int(config.get("num_local_experts", 128)), int(config.get("num_experts_per_tok", 4))
+    count, per_token = read_expert_count(config, 128), int(config.get("num_experts_per_tok", 4))
     return {
         "qkv_bias": bias,
         "o_bias": bias,

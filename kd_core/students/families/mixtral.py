@@ -4,7 +4,15 @@ from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture, ExpertSettings
 from kd_core.students.decoder.experts import ExpertBlock
-from kd_core.students.families.family import NO_BIAS, Config, Family, Joined, Stacked, with_default_theta
+from kd_core.students.families.family import (
+    NO_BIAS,
+    Config,
+    Family,
+    Joined,
+    Stacked,
+    read_expert_count,
+    with_default_theta,
+)
 
 MIXTURE = "block_sparse_moe"
 EXPERT = f"{MIXTURE}.experts.{{}}"
@@ -14,9 +22,7 @@ def _read(config: Config) -> dict[str, Any]:
     window = config.get("sliding_window")
     return {
         "windows": None if window is None else (int(window),) * int(config["num_hidden_layers"]),
-        "experts": ExpertSettings(
-            int(config.get("num_local_experts", 8)), per_token=int(config.get("num_experts_per_tok", 2))
-        ),
+        "experts": ExpertSettings(read_expert_count(config, 8), per_token=int(config.get("num_experts_per_tok", 2))),
     }
 
 

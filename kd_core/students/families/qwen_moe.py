@@ -4,7 +4,7 @@ from typing import Any
 
 from kd_core.students.decoder.architecture import Architecture, ExpertSettings
 from kd_core.students.decoder.experts import ExpertBlock
-from kd_core.students.families.family import Config, Family, Joined, Stacked, read_attention_bias
+from kd_core.students.families.family import Config, Family, Joined, Stacked, read_attention_bias, read_expert_count
 
 EXPERT = "mlp.experts.{}"
 
@@ -18,7 +18,7 @@ def _read(config: Config) -> dict[str, Any]:
         **read_attention_bias(config),
         "windows": None if window is None else (int(window),) * len(layers),
         "experts": ExpertSettings(
-            count=int(config.get("num_experts", config.get("num_local_experts", 128))),
+            count=read_expert_count(config, 128),
             per_token=int(config.get("num_experts_per_tok", 8)),
             size=int(config.get("moe_intermediate_size", 768)),
             normalised=bool(config.get("norm_topk_prob", False)),

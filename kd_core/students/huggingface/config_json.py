@@ -99,8 +99,6 @@ def read_architecture(folder: Path) -> Architecture:
     path, expected = folder / "config.json", "a Hugging Face model configuration"
     with damage_as_usage_error(path, expected, "Fetch the folder again"):
         arch = parse_architecture(path, read_json(path, expected))
-        if arch.rotary_dim % 2:
-            raise ValueError(f"heads of {arch.rotary_dim} channels with RoPE")
         context, local = torch.zeros(1, 1, dtype=torch.int64), arch.local_rope_theta or arch.rope_theta
         angles = rotary_angles(context, arch.rotary_dim, arch.rope_theta, arch.rope_scaling)
         if not all(values.isfinite().all() for values in (*angles, *rotary_angles(context, arch.rotary_dim, local))):

@@ -197,6 +197,20 @@ def test_metrics_are_what_the_dense_distributions_say() -> None:
     assert 0 < float(wanted["top1_agreement"]) < float(wanted["topk_agreement"]) < len(p)
 
 
+def test_all_entries_as_likely_as_the_fifth_are_among_the_likeliest_five() -> None:
+    """A cache keeps no order of entries that it rounds to one value."""
+    torch.manual_seed(5)
+    case = plain(n=200, v=9, k=8, d=3)
+    log_probs = case.teacher.log_probs.clone()
+    log_probs[:, 5:7] = log_probs[:, 4:5]
+    case = replace(case, teacher=case.teacher._replace(log_probs=log_probs))
+    objective = Objective({"kd": Distillation()}, observe=("top5_agreement",))
+    best = (case.hidden @ case.weight.T).argmax(dim=1)[case.mask]
+    wanted = (best[:, None] == case.teacher.ids[case.mask][:, :7]).any(dim=1).sum()
+    assert wanted < len(best)
+    assert float(fused(case, objective)[1].sums["top5_agreement"]) == float(wanted)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_core.parallel.recompute as plans
 from kd_core.errors import UsageError
@@ -15,10 +17,11 @@ from kd_core.parallel.config import Parallel
 from kd_core.parallel.engine import accumulate_gradients
 from kd_core.parallel.recompute import BlockCosts, Cost, choose_kept, measure_block
 from kd_core.parallel.world import World
+from kd_core.students.decoder.architecture import ExpertSettings
 from kd_core.students.decoder.decoder import Decoder, meta_decoder
 from kd_core.students.families.registry import family_decoder
 from kd_core.training.step import batch_loss
-from tests.kd_core.parallel.test_expert_layouts import ROUTED, with_experts
+from tests.kd_core.parallel.test_expert_layouts import EXPERTS, ROUTED, with_experts
 from tests.kd_core.parallel.test_layouts import (
     ARCH,
     OBJECTIVE,
@@ -116,6 +119,40 @@ def test_products_are_counted_as_written_down() -> None:
     assert found.pop("mm") == N * (4 * D * D + 2 * D * inner)  # down's output is not needed again
     assert list(found.values()) == [N * D * 64]
     assert costs.input_bytes == 4 * N * D
+
+
+class _Products(TorchDispatchMode):
+    """Records the bytes of each matmul's output, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.sizes.append(output.nbytes)
+        return output
+
+
+def test_products_are_numbered_alike_where_experts_have_no_rows() -> None:
+    """Experts without a kernel (here of 6 channels) are multiplied in turn, and the first one is empty."""
+    arch = replace(EXPERTS, experts=ExpertSettings(count=4, per_token=1, size=6), dense_layers=())
+    model, _ = student(lambda: family_decoder(arch), PLAIN, World())
+    x, positions = torch.rand(2, 12, 16), torch.arange(12).expand(2, 12)
+    context = model.context(positions, None)
+    with torch.no_grad():
+        model.layers[0].mlp.router.weight[0] = 0  # no logit is below those of the others
+        model.layers[0].mlp.router.weight[1:].abs_()
+    arguments = (*context.angles[0], context.documents)
+    costs = measure_block(model.layers[0].run, x, *arguments)
+    with _Products() as products:
+        model.layers[0].run(x, *arguments)
+    assert 0 in products.sizes
+    sizes = {number: cost.bytes for (name, number), cost in costs.operations.items() if name == "aten.mm.default"}
+    assert len(sizes) > 6
+    assert sizes == {number: products.sizes[number] for number in sizes}
 
 
 A, B = ("a", 0), ("b", 0)

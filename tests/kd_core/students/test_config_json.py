@@ -115,7 +115,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(tmp_path: Path) -> No
         ),
         ("phi3, longrope", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "rotary_share: got 1.5"),
-        ("glm4", {"partial_rotary_factor": 0.2, "rope_parameters": None}, "heads of . channels with RoPE"),
+        ("glm4", {"partial_rotary_factor": 0.2, "rope_parameters": None}, "got 16, of which RoPE rotates 3 channels"),
         ("smollm3", {"no_rope_layers": [1]}, "IndexError"),
         (
             "olmo3",

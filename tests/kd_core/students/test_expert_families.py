@@ -272,6 +272,7 @@ def test_random_students_begin_with_zero_biases(tmp_path: Path) -> None:
         ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; only 7.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ("mixtral", {"num_experts_per_tok": 5}, "experts.per_token: got 5; wanted 1 to 4"),
+        ("mixtral", {"num_experts": 3}, "num_experts is 3, num_local_experts is 4; wanted one"),
         ("mixtral", {"num_local_experts": 10**9}, "experts.count: got 1000000000"),
         ("qwen3 moe", {"decoder_sparse_step": 0}, "damaged"),
         ("qwen3 moe", {"mlp_only_layers": 3}, "damaged"),
@@ -282,6 +283,17 @@ def test_configurations_that_are_not_supported(name: str, change: dict[str, Any]
     write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json", "a configuration"), **change})
     with pytest.raises(UsageError, match=message):
         read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "gpt-oss"])
+@pytest.mark.parametrize("field", ["num_experts", "num_local_experts"])
+def test_the_number_of_experts_is_read_by_either_name(name: str, field: str, tmp_path: Path) -> None:
+    config = their_model(name).config.to_dict()
+    count = config.pop("num_experts", None) or config["num_local_experts"]
+    config.pop("num_local_experts", None)
+    experts = parse_architecture(tmp_path, {**config, field: count}).experts
+    assert experts is not None
+    assert experts.count == count < 8
 
 
 def test_mixtral_has_a_theta_of_its_own_where_none_is_named(tmp_path: Path) -> None:

@@ -51,8 +51,12 @@ def test_no_step_is_wasted_on_a_rate_of_zero(schedule: Schedule) -> None:
 
 
 REFUSED: list[tuple[Callable[[], Schedule], str]] = [
-    (lambda: WarmupCosine(8, 3), "warmup_steps 8 \\+ constant_steps 3 is more than steps 10"),
+    (
+        lambda: WarmupCosine(8, 3),
+        "warmup_steps 8 \\+ constant_steps 3 is more than steps 10.*warmup_steps=3, .*constant_steps=1,",
+    ),
     (lambda: WarmupStableDecay(8, decay_steps=3), "warmup_steps 8 \\+ decay_steps 3 is more than steps 10"),
+    (lambda: WarmupCosine(20), "schedule: warmup_steps 20 is more .* such as by schedule.warmup_steps=5, or"),
     (lambda: WarmupConstant(11), "warmup_steps 11 is more than steps 10"),
     (lambda: WarmupCosine(1, 0, 2.0), "schedule.min_ratio: got 2.0; wanted 0 to 1"),
     (lambda: WarmupStableDecay(1, decay_steps=-1), "schedule.decay_steps: got -1; wanted at least 0"),
