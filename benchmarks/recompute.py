@@ -57,6 +57,8 @@ def measure(
             apply_recomputation(model, parallel, World())
             with parallel.autocast(cpu):
                 forward(model, x)  # makes the plan of a budget
+            # Autocast keeps casts of weights until its end, so each pass has an autocast of its own, as in training.
+            with parallel.autocast(cpu):
                 if turn == 0:
                     with profile(profile_memory=True) as profiled:
                         output = forward(model, x)
