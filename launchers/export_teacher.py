@@ -152,10 +152,15 @@ def _write_caches(export: Any, plans: "Sequence[CachePlan]", world: "World") -> 
     from data.export.receipts import write_manifest
     from data.export.repeatability import measure_spread, record_scoring
     from data.export.resume_check import record_or_check
+    from data.teacher.teacher_memory import rank_holding
+    from kd_core.hub import local_folder
     from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 
     if not plans:
         return
+    if export.parallel.is_set:  # what does not fit is reported once, before any rank loads its part
+        place = local_folder(export.teacher), plans[0].teacher.scorer, export.parallel
+        world.run_on_first(lambda: rank_holding(*place, export.parallel.engine().layout(world.size)))
     world = export.parallel.lay_out(world)
     model = export_steps.load_teacher(export, world.device, world)
     spread = measure_spread(plans[0], model, world)
