@@ -185,6 +185,19 @@ def test_refusals_of_the_server_name_its_flag(folders: Folders, tmp_path: Path) 
         assert f"row_length: got {CONTEXT - 1}; the teacher's context is {CONTEXT - 2}" in message
 
 
+def test_columns_beyond_the_tokenizer_are_logged(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    padded = shutil.copytree(folders[0], tmp_path / "padded")
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 7}))
+    with answering(replay) as url:
+        for folder in (folders[0], padded):
+            caplog.clear()
+            load_vllm(folder, torch.float32, CPU, VllmSettings({}, url))
+            assert ("columns for" in caplog.text) == (folder == padded)
+
+
 def test_a_refused_start_leaves_no_plan_in_the_way(folders: Folders, tmp_path: Path) -> None:
     def refusing(path: str, body: bytes) -> Reply:
         message = {"error": {"message": "Requested prompt logprobs of 9, which is greater than max allowed: 8"}}
