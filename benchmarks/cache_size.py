@@ -102,7 +102,7 @@ def write(plan: CachePlan, records: list[Record]) -> Manifest:
             for b in shard.blocks
         ]
         write_shard(plan.storage, shard.name, blocks)
-        verify_shard(plan, shard.name, coding)
+        verify_shard(plan, shard.name, coding, shard)
     return write_manifest(plan)
 
 

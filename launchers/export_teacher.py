@@ -106,7 +106,7 @@ def _claim(out: str) -> AbstractContextManager[None]:
 def _export(export: Any, out: str) -> None:
     from data.export.extend import end_growth, load_growth
     from data.export.plan import make_plans
-    from data.export.resume_check import record_or_check_growth, record_or_check_plan
+    from data.export.resume_check import record_or_check
     from data.export.spool.pass_state import part_states
     from data.export.spool.spool_folder import remove_spool, spool_users
     from data.export.tokenize_beside import tokenize_beside
@@ -125,8 +125,9 @@ def _export(export: Any, out: str) -> None:
         plans = world.run_on_first(lambda: make_plans(export, out, grow(), bad_rows, wait=False))
         if plans and plans[0].texts:
             app.log.info("texts: %s", plans[0].texts)
-        take = record_or_check_growth if EXTEND.value else record_or_check_plan
-        missing_plans = [plan for plan in plans if not world.run_on_first(lambda plan=plan: take(plan))]
+        missing_plans = [
+            plan for plan in plans if not world.run_on_first(lambda plan=plan: record_or_check(plan, record=False))
+        ]
         world.run_on_first(lambda: bad_rows.write(storage_at(out)))
         if EXTEND.value and not plans:
             app.log.info("%s: every document of the corpus is there already", out)
@@ -150,15 +151,23 @@ def _write_caches(export: Any, plans: "Sequence[CachePlan]", world: "World") -> 
     from data.export import export as export_steps
     from data.export.receipts import write_manifest
     from data.export.repeatability import measure_spread, record_scoring
+    from data.export.resume_check import record_or_check
+    from data.teacher.teacher_memory import rank_holding
+    from kd_core.hub import local_folder
     from kd_core.parallel.collectives import assert_ranks_agree, run_on_all_ranks
 
     if not plans:
         return
+    if export.parallel.is_set:  # what does not fit is reported once, before any rank loads its part
+        place = local_folder(export.teacher), plans[0].teacher.scorer, export.parallel
+        world.run_on_first(lambda: rank_holding(*place, export.parallel.engine().layout(world.size)))
     world = export.parallel.lay_out(world)
     model = export_steps.load_teacher(export, world.device, world)
     spread = measure_spread(plans[0], model, world)
     layout = world.layout if export.parallel.is_set else f"a whole copy on each of {world.size} ranks"
     app.log.info("teacher: %s; %d positions scored twice differ by %.2g nats at most (KL %.2g)", layout, *spread)
+    # Only now, so that a teacher that is refused leaves no plan behind.
+    world.run_on_first(lambda: [record_or_check(plan) for plan in plans])
     for plan in plans:
         world.run_on_first(lambda plan=plan: record_scoring(plan, model, spread, world.size))
         pilot = export_steps.score_pilot(plan, model, world)

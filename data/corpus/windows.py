@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.cache.contents import prompted_name
 from data.corpus.encoding import Encoded
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,14 +43,14 @@ def cut_windows(documents: Iterable[Encoded], row_length: int, overlap: int = 0)
     Neighbours share at least one token: the last label of a window is the first input of the next.
     """
     for document in documents:
-        positions = len(document.loss_mask)
+        name, positions = prompted_name(document.name, document.context), len(document.loss_mask)
         for start in range(0, positions, row_length - overlap):
             end = min(start + row_length, positions)
             mask = document.loss_mask[start:end]
             if start and overlap:
                 mask = np.concatenate([np.zeros(overlap, mask.dtype), mask[overlap:]])
             if mask.any():  # a last window may hold nothing beyond its overlap
-                yield Window(document.name, start, document.token_ids[start : end + 1], mask, document.context)
+                yield Window(name, start, document.token_ids[start : end + 1], mask, document.context)
 
 
 def choose_windows(windows: Sequence[Window], tokens: int | None, seed: int) -> list[Window]:

@@ -33,13 +33,13 @@ class Receipt(NamedTuple):
     totals: Totals
 
 
-def read_receipt(plan: CachePlan, name: str, planned: PlannedShard | None) -> Receipt | None:
+def read_receipt(plan: CachePlan, name: str, planned: PlannedShard | Shard) -> Receipt | None:
     """Returns what the index of a shard states, or None where the shard is to be read back.
 
     Args:
         plan: the plan of the cache.
         name: the shard's name.
-        planned: the windows that it must hold. None for a shard of the cache that grows.
+        planned: the windows that it must hold, or the manifest's entry of a shard of the cache that grows.
 
     Raises:
         UsageError: the storage cannot be read.
@@ -60,14 +60,14 @@ def read_receipt(plan: CachePlan, name: str, planned: PlannedShard | None) -> Re
     return Receipt(Shard.from_index(name, index, file_facts(data)), index.totals)
 
 
-def _check_planned(plan: CachePlan, name: str, index: ShardIndex, planned: PlannedShard | None) -> None:
-    """Checks that a shard holds the planned windows, or is the shard of the cache that grows.
+def _check_planned(plan: CachePlan, name: str, index: ShardIndex, planned: PlannedShard | Shard) -> None:
+    """Checks that a shard holds the planned windows, or is the one of the manifest's entry.
 
     Raises:
         UsageError: it does not.
     """
     url = plan.storage.url(name)
-    if planned:
+    if isinstance(planned, PlannedShard):
         counts = [len(block) for block in planned.blocks]
         lengths = plan.windows.positions_of(planned.windows)
         if not np.array_equal(index.block_records, counts) or not np.array_equal(index.lengths, lengths):
@@ -79,9 +79,7 @@ def _check_planned(plan: CachePlan, name: str, index: ShardIndex, planned: Plann
             raise UsageError(
                 f"{url}: holds records of another corpus than the planned windows. Delete it and run again."
             )
-        return
-    (stated,) = (shard for shard in _earlier_shards(plan) if shard.name == name)
-    if index.facts != stated.facts:
+    elif index.facts != planned.facts:
         raise UsageError(f"{url}: is not the shard that the manifest names. Restore it.")
 
 
@@ -95,12 +93,12 @@ def verify_earlier_shards(plan: CachePlan, coding: Coding, rank: int, ranks: int
     Raises:
         UsageError: a shard is damaged, or another one than the manifest names.
     """
-    for name in [shard.name for shard in _earlier_shards(plan) if shard.index is None][rank::ranks]:
-        if read_receipt(plan, name, None) is None:
-            verify_shard(plan, name, coding, None)
+    for shard in [shard for shard in _earlier_shards(plan) if shard.index is None][rank::ranks]:
+        if read_receipt(plan, shard.name, shard) is None:
+            verify_shard(plan, shard.name, coding, shard)
 
 
-def verify_shard(plan: CachePlan, name: str, coding: Coding, planned: PlannedShard | None) -> None:
+def verify_shard(plan: CachePlan, name: str, coding: Coding, planned: PlannedShard | Shard) -> None:
     """Reads a shard back strictly, and writes its index.
 
     Raises:
@@ -114,16 +112,15 @@ def verify_shard(plan: CachePlan, name: str, coding: Coding, planned: PlannedSha
 def _all_receipts(plan: CachePlan) -> list[Receipt]:
     """Returns the receipts of all shards in order, those of the cache that grows first."""
 
-    def receipt(shard: tuple[str, PlannedShard | None]) -> Receipt:
-        if found := read_receipt(plan, *shard):
-            return found
+    def receipt(shard: PlannedShard | Shard) -> Receipt:
+        if receipt := read_receipt(plan, shard.name, shard):
+            return receipt
         raise UsageError(
-            f"{plan.storage.url(shard[0])}: the shard or its index is gone since it was written. Run the same export "
+            f"{plan.storage.url(shard.name)}: the shard or its index is gone since it was written. Run the same export "
             "again."
         )
 
-    earlier = ((shard.name, None) for shard in _earlier_shards(plan))
-    return in_parallel(receipt, [*earlier, *((shard.name, shard) for shard in plan.shards)])
+    return in_parallel(receipt, [*_earlier_shards(plan), *plan.shards])
 
 
 def write_manifest(plan: CachePlan) -> Manifest:

@@ -74,11 +74,20 @@ def _another_plan(
     )
 
 
-def record_or_check_plan(plan: CachePlan) -> bool:
+def record_or_check(plan: CachePlan, *, record: bool = True) -> bool:
+    """Does `record_or_check_growth` of a cache that is extended, and `record_or_check_plan` of a new one."""
+    return (record_or_check_growth if plan.grown_from else record_or_check_plan)(plan, record=record)
+
+
+def record_or_check_plan(plan: CachePlan, *, record: bool = True) -> bool:
     """Writes the plan into the cache's folder, or checks that the plan there is the same.
 
     Removes half-written files. Removes also the manifest if a shard that it names or its index is missing, so that the
     export makes them again.
+
+    Args:
+        plan: the plan.
+        record: False only checks, so that a start that is refused leaves no plan in the way of another one.
 
     Returns:
         True where the cache is complete.
@@ -88,9 +97,10 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     """
     plan.storage.clean()
     names = set(plan.storage.names())
-    if PLAN_FILE not in names:
+    is_new = PLAN_FILE not in names
+    if is_new and record:
         write_object(plan.storage, PLAN_FILE, plan.identity)
-    stored = read_object(plan.storage, PLAN_FILE, "the plan of an export")
+    stored = plan.identity if is_new else read_object(plan.storage, PLAN_FILE, "the plan of an export")
     # Plans of earlier versions lack some fields. Without `windows`, documents were split by their names. Without
     # `vocab_size`, padding took probability. Without `windows_masks`, a cache could be finished with other loss masks.
     # Without `draw`, a long corpus was split and drawn as a whole. Such a cache is reused only if it is complete.
@@ -118,8 +128,8 @@ def record_or_check_plan(plan: CachePlan) -> bool:
     return manifest is not None and not missing
 
 
-def record_or_check_growth(plan: CachePlan) -> bool:
-    """Checks that a cache can be extended by a plan, and records the plan in its folder.
+def record_or_check_growth(plan: CachePlan, *, record: bool = True) -> bool:
+    """Checks that a cache can be extended by a plan, and records the plan in its folder unless `record` is False.
 
     Returns:
         True where the cache has already been extended by it.
@@ -138,9 +148,10 @@ def record_or_check_growth(plan: CachePlan) -> bool:
                 f"{_setting_hint(name, before.get(name), plan.identity.get(name))} "
                 "A cache grows with the settings that it has; name another --out for others."
             )
-    if GROWING_FILE not in names:
+    is_new = GROWING_FILE not in names
+    if is_new and record:
         write_object(plan.storage, GROWING_FILE, plan.identity)
-    if read_object(plan.storage, GROWING_FILE, "the plan of a growth") != plan.identity:
+    if not is_new and read_object(plan.storage, GROWING_FILE, "the plan of a growth") != plan.identity:
         raise UsageError(
             f"{plan.folder}: is already growing, by another corpus or other settings. Finish that export first, with "
             "its own command, or abandon it: delete growing.json, the shards that the manifest does not name, and "

@@ -9,6 +9,7 @@ import torch
 
 from data.teacher.scorer import check_fits
 from data.teacher.teacher_layout import TeacherParallel
+from data.teacher.transformers_layout import check_plans
 from kd_core.logit_products import chunk_positions
 from kd_core.parallel.layout import Layout, ParameterFacts, RankHolding, holding_of_fullest_rank
 from kd_core.parallel.parallelize import fullest_rank_holding
@@ -34,13 +35,14 @@ def rank_holding(folder: Path, scorer: str, parallel: TeacherParallel, layout: L
     """Returns what the fullest rank holds of a teacher's weights.
 
     Raises:
-        UsageError: the layout does not fit our decoder.
+        UsageError: the layout does not fit the teacher.
     """
     if scorer == "decoder":
         model = meta_student(Pretrained(str(folder)), None)
         check_fits(model.arch, layout)
         return fullest_rank_holding(model, layout, sequence_parallel=False)
     shapes = meta_model(read_config(folder), folder)
+    check_plans(shapes, parallel, folder)
     return holding_of_fullest_rank(layout, _parameter_facts(shapes, parallel, layout))
 
 

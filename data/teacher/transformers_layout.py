@@ -7,7 +7,7 @@ the tensor-parallel ranks, where transformers' own plan would gather the logits.
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TESTED = "5.23"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in configurations
 
 
 def _module_name(model: "PreTrainedModel", module: Any) -> str:
     return next((name for name, other in model.named_modules() if other is module), "")
+
+
+def check_plans(model: "PreTrainedModel", parallel: TeacherParallel, folder: Path) -> None:
+    """Checks that the family's plans can divide a model, which is given on the meta device.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    tensor, plans, lm_head = parallel.tensor_parallel, cast(Any, model), model.get_output_embeddings()
+    missing = [("tensor_parallel", plans.tp_plan)] * (tensor > 1)
+    missing += [("expert_parallel", plans.ep_plan)] * parallel.expert_parallel
+    for setting, plan in missing:
+        if not plan:
+            raise UsageError(
+                f"parallel.{setting}: transformers has no plan for {type(model).__name__} ({folder}). Leave it at its "
+                "default, and set parallel.shard=full."
+            )
+    if tensor > 1 and not isinstance(lm_head, torch.nn.Linear):
+        raise UsageError(
+            f"parallel.tensor_parallel: the lm_head of {type(model).__name__} ({folder}) is no linear layer, so its "
+            "rows cannot be divided. Set parallel.shard=full."
+        )
+    config: Any = model.config.get_text_config()
+    experts = next((count for name in EXPERTS if isinstance(count := getattr(config, name, None), int)), 0)
+    if parallel.expert_parallel and experts % tensor:
+        fitting = ", ".join(str(n) for n in range(2, experts + 1) if experts % n == 0)
+        raise UsageError(
+            f"parallel.expert_parallel: {tensor} ranks (parallel.tensor_parallel) cannot hold the {experts} experts of "
+            f"{folder} in equal parts. Take {fitting} ranks, or leave parallel.expert_parallel out."
+        )
 
 
 def loading_arguments(
@@ -44,22 +75,8 @@ def loading_arguments(
     if not {"fsdp_size", "ep_size"} <= set(getattr(DistributedConfig, "__dataclass_fields__", ())):
         raise UsageError(f"parallel: this transformers cannot lay a teacher out over ranks. Install {TESTED} or later.")
     assert DistributedConfig is not None
-    layout, tensor = world.layout, world.layout.tensor
-    plans: Any = model
-    lm_head = model.get_output_embeddings()
-    missing = [("tensor_parallel", plans.tp_plan)] * (tensor > 1)
-    missing += [("expert_parallel", plans.ep_plan)] * parallel.expert_parallel
-    for setting, plan in missing:
-        if not plan:
-            raise UsageError(
-                f"parallel.{setting}: transformers has no plan for {type(model).__name__} ({folder}). Leave it at its "
-                "default, and set parallel.shard=full."
-            )
-    if tensor > 1 and not isinstance(lm_head, torch.nn.Linear):
-        raise UsageError(
-            f"parallel.tensor_parallel: the lm_head of {type(model).__name__} ({folder}) is no linear layer, so its "
-            "rows cannot be divided. Set parallel.shard=full."
-        )
+    check_plans(model, parallel, folder)
+    layout, tensor, lm_head = world.layout, world.layout.tensor, model.get_output_embeddings()
     # Groups that score different windows are replicas for FSDP, which shares nothing between them.
     config = DistributedConfig(
         tp_size=tensor,

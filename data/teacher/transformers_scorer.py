@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kd")
 SINGLE = World()
+# Largest relative move of logits where a later token changes. In bfloat16 it is a few roundings of 0.004.
+LEAK = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 class WideLmHead(torch.nn.Module):
@@ -88,6 +90,21 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     return head if body is not model and torch.equal(whole, divided) else None
 
 
+def _check_causal(model: "PreTrainedModel", logits: Float[Tensor, "2 T V"], folder: Path) -> None:
+    """Checks that logits of two rows that differ in a later token alone are the same.
+
+    Raises:
+        UsageError: they are not, so that the model sees the tokens that it is to score.
+    """
+    change = float((logits[1] - logits[0]).norm() / logits[0].norm().clamp(min=1e-30))
+    if change > LEAK.get(model.dtype, LEAK[torch.bfloat16]):
+        raise UsageError(
+            f"{folder}: {type(model).__name__} attends to later positions (a changed last token moves logits of "
+            f"earlier ones by {change:.0e} of their size), so it is no causal language model. Take another folder, or "
+            "correct config.json."
+        )
+
+
 def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE) -> "PreTrainedModel | None":
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had.
 
@@ -97,12 +114,16 @@ def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: Worl
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
         model.set_output_embeddings(WideLmHead(lm_head, vocab_size, world))
-    tokens = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
+    # Two rows whose last tokens differ.  [2, 8]
+    tokens = torch.arange(8, device=model.device).repeat(2, 1)
+    tokens[1, -1] += 1
+    tokens %= int(model.config.vocab_size)
     try:
         with torch.no_grad():
             whole = model(input_ids=tokens, use_cache=False).logits
     except RuntimeError as error:  # plans divide attention heads whether or not their number is divided
         raise cannot_run(model, folder, world, error) from error
+    _check_causal(model, whole[:, :-1].float(), folder)
     # Some families multiply by the weight of an lm_head without calling it.
     dtype = whole.dtype if isinstance(lm_head, torch.nn.Linear) else model.dtype
     if dtype != torch.float32:

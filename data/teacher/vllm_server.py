@@ -7,6 +7,7 @@ For entries the whole window is the prompt, so its last label is scored as the o
 token, which is dropped. So its context is at least T + 2.
 """
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,9 @@ from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import PROBES, Tokenizer
 from kd_core.errors import UsageError
 from kd_core.json_fields import check_integer, check_list, check_object, check_text
+from kd_core.students.transformers_student.transformers_config import read_config
 
+log = logging.getLogger("kd")
 MOST_ENTRY_BYTES = 1024  # of JSON, with the text of its token
 IMPOSSIBLE = -9999.0  # what the server writes for −inf
 MASS_ERROR = 1e-3
@@ -88,6 +91,12 @@ def connect_scorer(
     server, model, tokenizer = VllmServer(str(settings.url)), facts["model"], Tokenizer(folder)
     _check_tokenizer(server, model, tokenizer)
     if not settings.pools:
+        columns = int(read_config(folder).vocab_size)
+        if columns > tokenizer.vocab_size:
+            log.warning(
+                "%s: the lm_head has %d columns for %d tokens; what probability the others take stays in the tails of "
+                "a server's entries", server.url, columns, tokenizer.vocab_size,
+            )  # fmt: skip
         return VllmServerScorer(server, model, tokenizer.vocab_size)
     head = SeparateHead.load(folder, tokenizer.vocab_size, dtype, device)
 

@@ -108,4 +108,7 @@ def test_a_layout_that_does_not_fit_is_refused_in_a_dry_run(tiny: Tiny, tmp_path
     done = run("launchers.export_teacher", *flags, "--dry_run", "--world=3")
     assert done.returncode != 0
     assert "parallel.tensor_parallel: got 3, which does not divide the model's 4 heads" in done.stderr
+    started = run("launchers.export_teacher", *flags, nproc=3)
+    (line,) = [line for line in started.stderr.splitlines() if line.startswith("export_teacher: error: ")]
+    assert "does not divide the model's 4 heads" in line
     assert "--world: is for --dry_run" in run("launchers.export_teacher", *flags, "--world=3").stderr

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from data.cache.contents import CachedDocuments, window_digest
+from data.cache.contents import CachedDocuments, prompt_digest, window_digest
 from data.corpus.chat.conversations import Conversation
 from data.corpus.corpus import split_documents, split_hash
 from data.corpus.documents import Document
@@ -50,6 +50,11 @@ def cut(export: "TeacherExport", documents: Iterable[Encoded]) -> Iterator[Windo
     return cut_windows(documents, export.row_length, export.overlap)
 
 
+def _missing(cached: CachedDocuments, windows: Iterable[Window]) -> list[Window]:
+    """Returns the windows that no cache holds behind the same prompt of the teacher."""
+    return [w for w in windows if not cached.caches_with_any(digests([w]), prompt_digest(w.context))]
+
+
 def _by_split(
     export: "TeacherExport", documents: list[Encoded], cached: CachedDocuments | None
 ) -> dict[str, list[Encoded]]:
@@ -77,7 +82,7 @@ def draw_exactly(export: "TeacherExport", documents: list[Encoded], cached: Cach
     for split, tokens in wanted_tokens(export).items():
         windows = list(cut(export, by_split[split]))
         if cached is not None:
-            windows = [window for window in windows if not cached.caches_with_any(digests([window]))]
+            windows = _missing(cached, windows)
         chosen = choose_windows(windows, tokens, export.seed)
         if not chosen and cached is None:
             raise no_window(export, split)
@@ -159,7 +164,7 @@ class StreamedDraw:
         if self.cached is not None:
             if caches := self.cached.caches_with_any(digests(windows)):
                 split = min(caches)
-            windows = [window for window in windows if not self.cached.caches_with_any(digests([window]))]
+            windows = _missing(self.cached, windows)
         tokens, chosen = wanted_tokens(self.export)[split], list[Window]()
         for window in windows:
             fits = tokens is None or self.taken[split] + window.positions <= tokens
@@ -181,7 +186,9 @@ class NewDocuments:
         """Yields the documents that are new."""
         for document in documents:
             self.all += 1
-            if self.cached.hold(digests(cut(self.export, [document]))) or not self.cached.remember(document.digest):
+            prompt = prompt_digest(document.context)
+            is_there = self.cached.hold(digests(cut(self.export, [document])), prompt)
+            if is_there or not self.cached.remember(document.digest + prompt.encode()):
                 continue
             self.new += 1
             if self.cached.has_name(document.name):

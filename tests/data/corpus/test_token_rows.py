@@ -110,7 +110,7 @@ def test_the_teacher_reads_its_own_prompt_before_the_same_completion(
     for split in ("train", "validation"):
         assert not verify(tmp_path / "out" / split, lambda _: None).problems
         for record in tiny.records(tmp_path / "out" / split):
-            row = rows[int(record.document.split(":")[1]) - 1]
+            row = rows[int(record.document.partition("#")[0].split(":")[1]) - 1]
             assert words.decode(record.token_ids.tolist()) == row["prompt"] + row["completion"]
             scored = int(record.loss_mask.sum())
             assert record.loss_mask[-scored:].all()

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.cache.inspection.verify import verify
-from data.cache.manifest import read_manifest
+from data.cache.manifest import Shard, read_manifest
 from data.corpus.corpus import Corpus
 from data.export import export as steps
 from data.export.extend import load_growth
@@ -193,3 +196,54 @@ def test_verify_finds_held_out_documents_in_train_other_windows_and_other_masks(
     found = verify(path.parent, lambda _: None).problems
     assert "manifest.json: plan 0: the records are not those of its windows" in found
     assert "manifest.json: plan 0: the records score other labels than its loss masks" in found
+
+
+class _CountedTuple(tuple[Shard, ...]):
+    passes = 0
+
+    def __iter__(self) -> Iterator[Shard]:
+        _CountedTuple.passes += 1
+        return super().__iter__()
+
+
+def test_the_manifest_of_a_growth_takes_time_linear_in_its_shards(
+    grown: tuple[Path, TeacherExport, TeacherExport],
+) -> None:
+    folder, _, more = grown
+    growth = load_growth(folder, begin=True)
+    counted = {split: replace(m, shards=_CountedTuple(m.shards)) for split, m in growth.manifests.items()}
+    plan, _ = make_plans(more, folder, replace(growth, manifests=counted))
+    assert not record_or_check_growth(plan)
+    steps.write_missing_shards(plan, steps.load_teacher(more, torch.device("cpu")), [], 0, 1)
+    _CountedTuple.passes = 0
+    write_manifest(plan)
+    assert len(counted["train"].shards) == 3
+    assert _CountedTuple.passes <= 2
+
+
+@pytest.mark.parametrize("head_bytes", [1 << 24, 1])
+def test_equal_tokens_behind_another_prompt_of_the_teacher_are_new(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_bytes: int
+) -> None:
+    """A long corpus is decided document by document (`HEAD_BYTES`)."""
+    monkeypatch.setattr("data.export.spool.planning.HEAD_BYTES", head_bytes)
+    out, path = tmp_path / "out", tmp_path / "a.jsonl"
+
+    def export(*prompts: str | None) -> TeacherExport:
+        rows = [{"prompt": f"The fox {i}. ", "completion": "The old owl."} for i in range(12)]
+        rows = [row | ({"teacher_prompt": prompt} if prompt else {}) for prompt in prompts for row in rows]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return tiny.export(corpus=Corpus(str(path)))
+
+    write_caches(export("The hen. "), out)
+    write_caches(export("The hen. ", "A river. ", None), out, extend=True)
+    splits = [tiny.records(out / split) for split in ("train", "validation")]
+    tokens = [[tuple(record.token_ids.tolist()) for record in records] for records in splits]
+    assert not {*tokens[0]} & {*tokens[1]}, "copies of a text stay on one side"
+    assert sum(map(len, tokens)) == 36
+    prompts = Counter(record.document.partition("#teacher_prompt=")[2] for records in splits for record in records)
+    assert sorted(prompts.values()) == [12, 12, 12]
+    assert "" in prompts
+    before = bytes_of(out)
+    write_caches(export("A river. ", None), out, extend=True)
+    assert bytes_of(out) == before, "there was nothing new"

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RoFormerConfig,
+    masking_utils,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -188,6 +189,17 @@ class _Direct(LlamaForCausalLM):
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
         hidden = self.model(input_ids, use_cache=use_cache).last_hidden_state
         return CausalLMOutput(logits=F.linear(hidden, self.model.embed_tokens.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_teacher_that_sees_later_tokens_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a family whose configuration does not say so."""
+    model = _small(LlamaConfig).to(dtype)
+    model.set_attn_implementation("eager")
+    _divide(model, 250, Path("teacher"))
+    monkeypatch.setattr("transformers.masking_utils.causal_mask_function", masking_utils.bidirectional_mask_function)
+    with pytest.raises(UsageError, match="LlamaForCausalLM attends to later positions .*, so it is no causal"):
+        _divide(model, 250, Path("teacher"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

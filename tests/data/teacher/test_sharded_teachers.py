@@ -19,6 +19,8 @@ from transformers import (
 from data.teacher import scorer, transformers_scorer
 from data.teacher.scorer import TeacherScores
 from data.teacher.teacher_layout import WHOLE_COPIES, TeacherParallel
+from data.teacher.teacher_memory import rank_holding
+from kd_core.errors import UsageError
 from kd_core.parallel.world import World
 from tests.data.teacher.sharded import REAL, SELECTION, Task, compare, few_positions, refuse, refuse_heads
 from tests.ranks import run_ranks
@@ -102,3 +104,22 @@ def test_a_family_without_a_plan_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_heads_that_are_not_divided_are_refused(tmp_path: Path) -> None:
     run_ranks(2, refuse_heads, _make_task(tmp_path, "one head for keys", 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel", "message"),
+    [
+        (
+            Qwen3MoeConfig(**SIZES, **HEADS, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24),
+            TeacherParallel(4, expert_parallel=True),
+            r"expert_parallel: 4 ranks .* cannot hold the 6 experts of .* Take 2, 3, 6 ranks",
+        ),
+        (TEACHERS["no plan"][1], TP2, "tensor_parallel: transformers has no plan for GPT2LMHeadModel"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_start_would(
+    tmp_path: Path, config: PreTrainedConfig, parallel: TeacherParallel, message: str
+) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        rank_holding(tmp_path, "transformers", parallel, parallel.engine().layout(4))

@@ -42,6 +42,7 @@ from tests.data.teacher.vllm_replies import (
     score_some_rows,
     tiny_export,
 )
+from tests.launchers.command import configs, run
 from tests.tiny import bytes_of, write_caches
 
 Folders = tuple[Path, Path]
@@ -182,6 +183,36 @@ def test_refusals_of_the_server_name_its_flag(folders: Folders, tmp_path: Path) 
         assert "Start the server with --runner pooling" in message
         message = refused_export(*folders, url, tmp_path / "long", row_length=CONTEXT - 1)
         assert f"row_length: got {CONTEXT - 1}; the teacher's context is {CONTEXT - 2}" in message
+
+
+def test_columns_beyond_the_tokenizer_are_logged(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    padded = shutil.copytree(folders[0], tmp_path / "padded")
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 7}))
+    with answering(replay) as url:
+        for folder in (folders[0], padded):
+            caplog.clear()
+            load_vllm(folder, torch.float32, CPU, VllmSettings({}, url))
+            assert ("columns for" in caplog.text) == (folder == padded)
+
+
+def test_a_refused_start_leaves_no_plan_in_the_way(folders: Folders, tmp_path: Path) -> None:
+    def refusing(path: str, body: bytes) -> Reply:
+        message = {"error": {"message": "Requested prompt logprobs of 9, which is greater than max allowed: 8"}}
+        return (400, json.dumps(message)) if path == "/v1/completions" else replay(path, body)
+
+    out = tmp_path / "out"
+    with answering(refusing) as url:
+        settings = [
+            "quickstart_export", f"teacher={folders[0]}", f"corpus.path={folders[1]}", "train_tokens=none",
+            "validation_tokens=none", f"row_length={ROW_LENGTH}", "scorer=vllm", f"scorer_url={url}", "dtype=float32",
+            f"selection.top_k={TOP_K + 1}",
+        ]  # fmt: skip
+        done = run("launchers.export_teacher", *configs(settings), f"--out={out}")
+    assert "or set selection.top_k lower" in done.stderr
+    assert not [*out.rglob("plan.json")]
 
 
 def test_a_key_is_sent_and_never_shown(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
