@@ -58,16 +58,16 @@ def measure(
             with parallel.autocast(cpu):
                 forward(model, x)  # makes the plan of a budget
             # Autocast keeps casts of weights until its end, so each pass has an autocast of its own, as in training.
+            if turn == 0:
+                with profile(profile_memory=True) as profiled, parallel.autocast(cpu):
+                    output = forward(model, x)
+                megabytes[parallel.recompute] = (
+                    sum(event.self_cpu_memory_usage for event in profiled.events() or ()) / 1e6
+                )
+                del output
+                continue
+            started = time.process_time()
             with parallel.autocast(cpu):
-                if turn == 0:
-                    with profile(profile_memory=True) as profiled:
-                        output = forward(model, x)
-                    megabytes[parallel.recompute] = (
-                        sum(event.self_cpu_memory_usage for event in profiled.events() or ()) / 1e6
-                    )
-                    del output
-                    continue
-                started = time.process_time()
                 output = forward(model, x)
             output.square().mean().backward()
             seconds[parallel.recompute].append(time.process_time() - started)

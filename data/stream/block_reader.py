@@ -52,6 +52,8 @@ class BlockReader:
         self.storage, self.manifest, self.coding = storage, manifest, coding
         self.block_cache = block_cache if storage.read_ahead else None
         self.expected: dict[BlockRef, int] = {}  # bytes to read, in the order in which they will be needed
+        self.waiting: dict[BlockRef, int] = {}  # those of them for which nothing was done yet
+        self.bytes_ahead = 0  # of the other ones
         self.reads: dict[BlockRef, Future[bytes]] = {}  # under way, or done and not yet used
         self.stopped = False
         self._writer: ThreadPoolExecutor | None = None  # of the last block that is kept on this machine
@@ -66,6 +68,8 @@ class BlockReader:
             read.cancel()
         self.reads.clear()
         self.expected.clear()
+        self.waiting.clear()
+        self.bytes_ahead = 0
 
     def stop(self) -> None:
         """Ends all reads. Any thread may call it, and the reading thread gets an error."""
@@ -82,16 +86,17 @@ class BlockReader:
         """States further blocks that will be needed, in that order. They are read ahead, up to `read_ahead` bytes."""
         for ref in blocks:
             if self.storage.read_ahead and ref not in self.expected:
-                self.expected[ref] = self._size(ref)
+                self.expected[ref] = self.waiting[ref] = self._size(ref)
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        room = self.storage.read_ahead
-        for ref, size in self.expected.items():
-            room -= size
-            if room < 0 or self.stopped:
+        """Starts reads of waiting blocks that are not on this machine, as far as `read_ahead` bytes go."""
+        for ref, size in [*self.waiting.items()] if self.bytes_ahead < self.storage.read_ahead else []:
+            if self.bytes_ahead + size > self.storage.read_ahead or self.stopped:
                 return
-            if ref not in self.reads and not (self.block_cache and self.block_cache.has(self._block(ref).sha256)):
+            del self.waiting[ref]
+            self.bytes_ahead += size
+            if not (self.block_cache and self.block_cache.has(self._block(ref).sha256)):
                 self._start_read(ref)
 
     def _block(self, ref: BlockRef) -> Block:
@@ -143,7 +148,9 @@ class BlockReader:
 
     def _used(self, ref: BlockRef) -> None:
         """Forgets a block that was expected, which makes room for reading others ahead."""
-        self.expected.pop(ref, None)
+        size = self.expected.pop(ref, 0)
+        if self.waiting.pop(ref, None) is None:
+            self.bytes_ahead -= size
         self._read_ahead()
 
     def _bytes(self, ref: BlockRef) -> bytes:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
@@ -132,6 +133,23 @@ def test_the_second_epoch_asks_for_nothing(tiny: Tiny, tmp_path: Path) -> None:
         assert all(same_step(*both) for both in zip(first, _taken(shards, epoch), strict=True))
         assert _blocks_asked(behaviour) == _blocks(shards) + 2
         assert files[0].read_bytes() != data
+
+
+def test_the_disk_is_asked_once_for_each_block_ahead(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looks, look = Counter[str](), BlockCache.has
+
+    def has(cache: BlockCache, sha256: str) -> bool:
+        looks[sha256] += 1
+        return look(cache, sha256)
+
+    monkeypatch.setattr(BlockCache, "has", has)
+    with serving(tiny.train) as (url, _):
+        shards = Shards(url, prefetch=0, block_cache=str(tmp_path / "blocks"))
+        _taken(shards, _steps_of_an_epoch(shards))
+    assert len(looks) == _blocks(shards)
+    assert max(looks.values()) <= 2, "in this epoch, and ahead of the next one"
 
 
 def test_readers_of_one_cache_read_its_tables_once(tiny: Tiny) -> None:
