@@ -23,12 +23,10 @@ class Document(NamedTuple):
     teacher_content: Content | None = None
 
     def digest(self) -> bytes:
-        """Returns 16 bytes that identify the content, whatever the document's name."""
+        """Returns 16 bytes that identify the content, whatever the document's name and the teacher's context."""
         content: Any = self.content
         if isinstance(content, Conversation) and content.tools is None:
             content = content[:2]  # digests from before conversations had tools stay valid
-        if self.teacher_content is not None:
-            content = [content, self.teacher_content]
         content_json = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(content_json.encode()).digest()[:16]
 

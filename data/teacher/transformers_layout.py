@@ -98,12 +98,12 @@ def _fsdp_plan(model: "PreTrainedModel") -> dict[str, str]:
 
 
 def cannot_run(model: "PreTrainedModel", folder: Path, world: World, error: RuntimeError) -> Exception:
-    """Returns the error of a first pass that failed: with tensor parallelism, one that names the layout."""
-    if (tensor := world.layout.tensor) == 1:
-        return error
-    config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", "unknown")
+    """Returns the error of a first pass that failed: one that names the layout, where it does not divide the heads."""
+    tensor, config = world.layout.tensor, cast(Any, model.config.get_text_config())
+    heads = getattr(config, "num_attention_heads", 0)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % tensor == 0 and kv_heads % tensor == 0:
+        return error
     return UsageError(
         f"parallel.tensor_parallel: got {tensor}, with which transformers cannot run {folder} ({error!s:.200}). Take "
         f"one that divides its {heads} attention heads and {kv_heads} heads for keys and values, or shard=full alone."

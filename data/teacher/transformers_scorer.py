@@ -17,6 +17,7 @@ from data.teacher.vocab_slices import vocab_slice
 from kd_core.errors import UsageError
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.parallel.world import World
+from kd_core.students.transformers_student.startup_checks import typical_change
 from kd_core.students.transformers_student.transformers_config import attention_of, meta_model, read_config
 
 if TYPE_CHECKING:
@@ -90,13 +91,15 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     return head if body is not model and torch.equal(whole, divided) else None
 
 
-def _check_causal(model: "PreTrainedModel", logits: Float[Tensor, "2 T V"], folder: Path) -> None:
-    """Checks that logits of two rows that differ in a later token alone are the same.
+def _check_causal(model: "PreTrainedModel", logits: Float[Tensor, "2 T V"], folder: Path, ranks: ScorerRanks) -> None:
+    """Checks that logits of two rows that differ in a later token alone are the same at most positions.
+
+    Ranks with a part of the vocabulary decide together.
 
     Raises:
         UsageError: they are not, so that the model sees the tokens that it is to score.
     """
-    change = float((logits[1] - logits[0]).norm() / logits[0].norm().clamp(min=1e-30))
+    change = max(ranks.gather(typical_change(logits[1], logits[0])))
     if change > LEAK.get(model.dtype, LEAK[torch.bfloat16]):
         raise UsageError(
             f"{folder}: {type(model).__name__} attends to later positions (a changed last token moves logits of "
@@ -105,7 +108,9 @@ def _check_causal(model: "PreTrainedModel", logits: Float[Tensor, "2 T V"], fold
         )
 
 
-def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE) -> "PreTrainedModel | None":
+def _divide(
+    model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE, ranks: ScorerRanks = ALONE
+) -> "PreTrainedModel | None":
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had.
 
     Raises:
@@ -114,16 +119,15 @@ def _divide(model: "PreTrainedModel", vocab_size: int, folder: Path, world: Worl
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
         model.set_output_embeddings(WideLmHead(lm_head, vocab_size, world))
-    # Two rows whose last tokens differ.  [2, 8]
-    tokens = torch.arange(8, device=model.device).repeat(2, 1)
-    tokens[1, -1] += 1
-    tokens %= int(model.config.vocab_size)
+    # Two rows whose last tokens differ, over all of the vocabulary: reserved tokens may be alike.  [2, 8]
+    tokens = (torch.arange(8, device=model.device) * vocab_size // 8).repeat(2, 1)
+    tokens[1, -1] = vocab_size // 3
     try:
         with torch.no_grad():
             whole = model(input_ids=tokens, use_cache=False).logits
     except RuntimeError as error:  # plans divide attention heads whether or not their number is divided
         raise cannot_run(model, folder, world, error) from error
-    _check_causal(model, whole[:, :-1].float(), folder)
+    _check_causal(model, whole[:, :-1].float(), folder, ranks)
     # Some families multiply by the weight of an lm_head without calling it.
     dtype = whole.dtype if isinstance(lm_head, torch.nn.Linear) else model.dtype
     if dtype != torch.float32:
@@ -198,7 +202,7 @@ class HuggingFaceScorer(NamedTuple):
             )
         model, vocab_size = model.to(device).eval(), int(config.vocab_size) if tokens is None else tokens
         ranks = ScorerRanks.of_world(world, vocab_slice(world, int(config.vocab_size)))
-        head = _divide(model, vocab_size, folder, world)
+        head = _divide(model, vocab_size, folder, world, ranks)
         # Ranks divide their passes alike, or one would wait for another's collective.
         return cls(model, vocab_size, head if all(ranks.gather(head is not None)) else None, ranks)
 

@@ -21,7 +21,7 @@ from kd_core.students.starts.frozen_start import FrozenStart
 from kd_core.students.starts.lora_start import LoraStart
 from kd_core.students.starts.start import StudentInit, build_student
 from kd_core.students.starts.transformers_start import Transformers
-from kd_core.students.transformers_student.startup_checks import SCALES
+from kd_core.students.transformers_student.startup_checks import SCALES, typical_change
 from kd_core.students.transformers_student.transformers_student import experts_per_token, read_sizes
 from tests.kd_core.students.transformers_models import (
     FAMILIES,
@@ -285,6 +285,14 @@ def test_models_that_see_later_tokens_are_refused(name: str, field: str, tmp_pat
     for read in (lambda: load(Transformers(str(folder))), lambda: HuggingFaceScorer.load(folder, torch.float32, CPU)):
         with pytest.raises(UsageError, match=f"{field} is .*, so it is no causal language model"):
             read()
+
+
+def test_single_positions_that_go_to_other_experts_are_no_sight_of_later_tokens() -> None:
+    states = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(0))
+    routed = states.clone()
+    routed[0, 2:5] *= 1.5
+    assert typical_change(routed, states) == 0
+    assert typical_change(states * 1.1, states) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_causality_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
