@@ -82,7 +82,7 @@ ON_THE_COMMAND_LINE = {
     "a path as Python has it": (["quickstart", "loss.terms['kd'].weight=1"], "Did you mean 'loss.terms.kd.weight'?"),
     "large letters": (["quickstart", "STEPS=3"], "Did you mean 'steps'?"),
     "all weights nothing": (["pretraining", "loss.terms.kd.weight=0.0"], "every weight is 0"),
-    "a warm-up longer than the run": (["quickstart", "steps=4"], "warmup_steps 5 + constant_steps 0 is more than"),
+    "a warm-up longer than the run": (["quickstart", "steps=4"], "warmup_steps 5 is more than steps 4"),
     "no such precision": (["quickstart", "parallel.precision=fp16"], "wanted one of auto, float32, bfloat16"),
 }
 IN_A_FILE = {
