@@ -91,8 +91,9 @@ class BlockReader:
 
     def _read_ahead(self) -> None:
         """Starts reads of waiting blocks that are not on this machine, as far as `read_ahead` bytes go."""
-        for ref, size in [*self.waiting.items()] if self.bytes_ahead < self.storage.read_ahead else []:
-            if self.bytes_ahead + size > self.storage.read_ahead or self.stopped:
+        while self.waiting and not self.stopped:
+            ref, size = next(iter(self.waiting.items()))
+            if self.bytes_ahead + size > self.storage.read_ahead:
                 return
             del self.waiting[ref]
             self.bytes_ahead += size

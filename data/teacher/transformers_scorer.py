@@ -17,7 +17,7 @@ from data.teacher.vocab_slices import vocab_slice
 from kd_core.errors import UsageError
 from kd_core.logit_products import chunk_positions, multiply_, product_weight
 from kd_core.parallel.world import World
-from kd_core.students.transformers_student.startup_checks import typical_change
+from kd_core.students.transformers_student.startup_checks import refuse_later_tokens, typical_change
 from kd_core.students.transformers_student.transformers_config import attention_of, meta_model, read_config
 
 if TYPE_CHECKING:
@@ -91,30 +91,13 @@ def _head_alone(model: "PreTrainedModel", tokens: Tensor, whole: Tensor) -> "Pre
     return head if body is not model and torch.equal(whole, divided) else None
 
 
-def _check_causal(model: "PreTrainedModel", logits: Float[Tensor, "2 T V"], folder: Path, ranks: ScorerRanks) -> None:
-    """Checks that logits of two rows that differ in a later token alone are the same at most positions.
-
-    Ranks with a part of the vocabulary decide together.
-
-    Raises:
-        UsageError: they are not, so that the model sees the tokens that it is to score.
-    """
-    change = max(ranks.gather(typical_change(logits[1], logits[0])))
-    if change > LEAK.get(model.dtype, LEAK[torch.bfloat16]):
-        raise UsageError(
-            f"{folder}: {type(model).__name__} attends to later positions (a changed last token moves logits of "
-            f"earlier ones by {change:.0e} of their size), so it is no causal language model. Take another folder, or "
-            "correct config.json."
-        )
-
-
 def _divide(
     model: "PreTrainedModel", vocab_size: int, folder: Path, world: World = SINGLE, ranks: ScorerRanks = ALONE
 ) -> "PreTrainedModel | None":
     """Gives the model an lm_head with float32 logits, and returns its `_head_alone`. Logs what cannot be had.
 
     Raises:
-        UsageError: the model cannot compute in this layout.
+        UsageError: the model cannot compute in this layout, or sees the tokens that it is to score.
     """
     lm_head: Any = model.get_output_embeddings()
     if isinstance(lm_head, torch.nn.Linear):
@@ -127,7 +110,9 @@ def _divide(
             whole = model(input_ids=tokens, use_cache=False).logits
     except RuntimeError as error:  # plans divide attention heads whether or not their number is divided
         raise cannot_run(model, folder, world, error) from error
-    _check_causal(model, whole[:, :-1].float(), folder, ranks)
+    # Ranks with a part of the vocabulary decide together.
+    change = max(ranks.gather(typical_change(whole[1, :-1], whole[0, :-1])))
+    refuse_later_tokens(model, folder, change, LEAK.get(model.dtype, LEAK[torch.bfloat16]))
     # Some families multiply by the weight of an lm_head without calling it.
     dtype = whole.dtype if isinstance(lm_head, torch.nn.Linear) else model.dtype
     if dtype != torch.float32:

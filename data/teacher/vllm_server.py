@@ -27,8 +27,8 @@ from data.teacher.vllm_client import MOST_BYTES, VllmServer
 from data.teacher.vllm_settings import VllmSettings
 from data.tokenizer import PROBES, Tokenizer
 from kd_core.errors import UsageError
+from kd_core.files import read_json
 from kd_core.json_fields import check_integer, check_list, check_object, check_text
-from kd_core.students.transformers_student.transformers_config import read_config
 
 log = logging.getLogger("kd")
 MOST_ENTRY_BYTES = 1024  # of JSON, with the text of its token
@@ -91,8 +91,9 @@ def connect_scorer(
     server, model, tokenizer = VllmServer(str(settings.url)), facts["model"], Tokenizer(folder)
     _check_tokenizer(server, model, tokenizer)
     if not settings.pools:
-        columns = int(read_config(folder).vocab_size)
-        if columns > tokenizer.vocab_size:
+        config = read_json(folder / "config.json", "a Hugging Face model configuration")
+        columns = config.get("vocab_size", check_object(config.get("text_config", {}), "text_config").get("vocab_size"))
+        if isinstance(columns, int) and columns > tokenizer.vocab_size:
             log.warning(
                 "%s: the lm_head has %d columns for %d tokens; what probability the others take stays in the tails of "
                 "a server's entries", server.url, columns, tokenizer.vocab_size,

@@ -26,7 +26,7 @@ def narrow_students() -> Sweep:
                                 KL before      KL            NLL          agreement
                   fewer layers      2.437   .831 ± .024   4.248 ± .022   .502 ± .007
                   fewer channels    2.169   .792 ± .003   4.180 ± .033   .534 ± .005
-                  mixture           1.910    .821 ± .016   4.218 ± .011   .508 ± .001
+                  mixture           1.910   .821 ± .016   4.218 ± .011   .508 ± .001
 
               A hidden size of 512 is no multiple of 9 attention heads, which transformers 5 does not load. 504 is one.
     """

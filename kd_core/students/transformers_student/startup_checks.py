@@ -66,6 +66,20 @@ def typical_change(values: Tensor, expected: Tensor) -> float:
     return float((differences / expected.float().norm(dim=-1).clamp(min=1e-30)).median())
 
 
+def refuse_later_tokens(model: object, folder: object, change: float, most: float) -> None:
+    """Refuses a model whose earlier positions moved by `change` of their size when a later token changed.
+
+    Raises:
+        UsageError: they moved by more than `most`.
+    """
+    if change > most:
+        raise UsageError(
+            f"{folder}: {type(model).__name__} attends to later positions (a changed last token moves earlier ones by "
+            f"{change:.0e} of their size), so it is no causal language model. Take another folder, or correct "
+            "config.json."
+        )
+
+
 def _candidates(config: Any) -> list[LmHeadForm]:
     """Returns the forms that a configuration may mean, what it names before what it leaves out."""
 
@@ -141,12 +155,8 @@ def check_causal(student: "TransformersStudent") -> None:
     changed = tokens.clone()
     changed[:, -1] = (tokens[:, -1] + 1) % vocab_size
     states, others = (student(row, positions, torch.zeros_like(row), _first) for row in (tokens, changed))
-    if (difference := typical_change(others[:, :-1], states[:, :-1])) > _tolerance(LEAK, device):
-        raise UsageError(
-            f"{student.folder}: {type(student.theirs).__name__} attends to later positions (a changed last token moves "
-            f"hidden states of earlier ones by {difference:.0e} of their size), so it is no causal language model. "
-            "Take another folder, or correct config.json."
-        )
+    change = typical_change(others[:, :-1], states[:, :-1])
+    refuse_later_tokens(student.theirs, student.folder, change, _tolerance(LEAK, device))
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def test_who_reads_numbers_of_a_gpu_waits() -> None:
 
 def test_a_rank_that_compares_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
-    slow, quick = (_Watch(World(rank, 2), store, Pulse(), timeout=2.0) for rank in range(2))
+    slow, quick = (_Watch(World(rank, 2), store, Pulse(), timeout=5.0) for rank in range(2))
     read = slow._read
 
     def read_slowly() -> list[RankReport]:
